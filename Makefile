@@ -1,0 +1,54 @@
+# make demo    from nothing to a streamed answer: environment, tiny model, Ray, two vLLM CPU replicas
+# make test    the same environment, then every check and test
+# make lint    ruff and mypy only
+# make lock    requirements/cpu.txt from cpu.in
+# make clean   removes the environment, the demo's model and all caches
+
+# The tests and the demo need Python 3.11 or newer: make demo PYTHON=/path/to/python3.12
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# torch's CPU build is not on PyPI. Only one of the two places is asked: an index out of reach costs minutes.
+ifdef PIP_FIND_LINKS
+TORCH := --find-links $(PIP_FIND_LINKS)
+else
+TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+endif
+
+.PHONY: demo test lint lock clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	@$(BIN)/kervan demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lock: $(BIN)/uv
+	$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 $(TORCH) \
+	  --no-emit-find-links --no-emit-index-url --no-annotate --no-header --upgrade --quiet -o requirements/cpu.txt
+
+clean:
+	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): requirements/cpu.txt pyproject.toml | $(BIN)/uv
+	@echo "installing the locked packages into .venv (about 3 GB, a few minutes, once)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(TORCH) --compile-bytecode -r requirements/cpu.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(1)' || { echo "error: \
+	$(PYTHON) is `$(PYTHON) --version 2>&1`, and kervan needs 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: \
+	$(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)

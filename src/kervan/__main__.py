@@ -1,0 +1,5 @@
+"""`python -m kervan`."""
+
+from kervan.cli import main
+
+main()

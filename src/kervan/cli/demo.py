@@ -1,0 +1,161 @@
+"""`kervan demo`: a tiny model, two replicas, one streamed answer, and nothing left behind.
+
+Only the public command line and HTTP are used here, so it proves what any client would see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import click
+
+from kervan.demo import PAIRS, make_demo_model
+from kervan.errors import FleetError
+
+_MODEL_DIRECTORY: Final = Path(".demo/model")
+_QUESTION: Final = "What happens when a replica dies?"
+_STOP_S: Final = 120.0
+_REPLY_S: Final = 60.0
+
+
+@click.command()
+def demo() -> None:
+    """Serve a tiny model on two CPU replicas, stream one answer, stop everything."""
+    name = f"demo-{os.getpid()}"  # never a fleet that somebody else has started
+    say = _clock()
+    with _sigterm_unwinds():
+        say(f"model: {_MODEL_DIRECTORY} (trained here for about half a minute if it is not there yet)")
+        make_demo_model(_MODEL_DIRECTORY, on_progress=say)
+        port = _free_port()
+        try:
+            say("fleet: Ray and two vLLM replicas; ready when each has produced a token")
+            _kervan(
+                *("up", str(_MODEL_DIRECTORY), "--replicas", "2", "--detach", "--port", str(port), "--name", name),
+                *("--engine-arg", "dtype=float32", "--engine-arg", "enforce_eager=true"),
+                *("--engine-arg", "max_model_len=2048", "--env", "VLLM_CPU_KVCACHE_SPACE=1"),
+            )
+            say(f"chat: POST http://127.0.0.1:{port}/v1/chat/completions\n\n> {_QUESTION}\n")
+            started = time.monotonic()
+            answer, first_s = "", 0.0
+            for piece in _stream_chat("127.0.0.1", port, _QUESTION):
+                first_s = first_s or time.monotonic() - started
+                answer += piece
+                click.echo(piece, nl=False)
+            click.echo("\n")
+            if answer != PAIRS[_QUESTION]:
+                raise FleetError(
+                    f"the answer has {len(answer)} characters and is not the {len(PAIRS[_QUESTION])} that the model "
+                    f"learned; delete {_MODEL_DIRECTORY} and run the demo again"
+                )
+            say(
+                f"first token after {1e3 * first_s:.0f} ms, all after {time.monotonic() - started:.2f} s; "
+                "every word as the model learned it"
+            )
+            _kervan("status", "--name", name)
+        finally:
+            say("stopping the fleet")
+            _kervan("down", "--name", name, must=sys.exc_info()[0] is None)
+        say("stopped")
+
+
+def _clock() -> Callable[[str], None]:
+    started = time.monotonic()
+    return lambda text: click.echo(f"[{time.monotonic() - started:6.1f} s] {text}")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: through its `finally`."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _kervan(*args: str, must: bool = True) -> None:
+    """Run `kervan args`, its output passed through.
+
+    It has its own session: Ctrl-C reaches it once, as SIGTERM, and we wait while it cleans up. subprocess.run would
+    kill it after 0.25 s.
+
+    Raises:
+        FleetError: it failed, and `must`.
+    """
+    command = [sys.executable, "-m", "kervan", *args]
+    env = {key: value for key, value in os.environ.items() if key != "KERVAN_API_KEY"}  # this fleet is open
+    quiet = None if must else subprocess.DEVNULL
+    with subprocess.Popen(command, env=env, start_new_session=True, stdout=quiet, stderr=quiet) as process:
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # SIGINT may be ignored: a shell does so for its background jobs
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    if code != 0 and must:
+        raise FleetError(f"`{shlex.join(['kervan', *args])}` exited with {code}; its message is above")
+
+
+def _stream_chat(host: str, port: int, question: str) -> Iterator[str]:
+    """Pieces of the answer, as they come.
+
+    Raises:
+        FleetError: no such server, a status other than 200, or a stream without its end.
+    """
+    connection = HTTPConnection(host, port, timeout=_REPLY_S)
+    try:
+        model = json.loads(_request(connection, "GET", "/v1/models").read())["data"][0]["id"]
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": 300,
+            "stream": True,
+        }
+        for line in _request(connection, "POST", "/v1/chat/completions", body):
+            event = line.decode().strip().removeprefix("data: ")
+            if event == "[DONE]":
+                return
+            if event:
+                yield json.loads(event)["choices"][0]["delta"].get("content") or ""
+    except (OSError, HTTPException) as error:
+        raise FleetError(f"http://{host}:{port} does not answer: {error}; see `kervan status`") from error
+    finally:
+        connection.close()
+    raise FleetError(f"the stream of http://{host}:{port} ended without [DONE]; see `kervan status`")
+
+
+def _request(connection: HTTPConnection, method: str, path: str, body: Any = None) -> Any:
+    """The response, once its status is 200."""
+    payload = None if body is None else json.dumps(body)
+    connection.request(method, path, payload, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise FleetError(f"{method} {path} answered {response.status}: {response.read(500).decode(errors='replace')}")
+    return response

@@ -1,0 +1,52 @@
+"""How the command line looks: progress lines, tables, JSON."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kervan.serve.fleet import FleetStatus
+
+STATE_STYLE = {"ready": "green", "starting": "yellow", "draining": "cyan", "unhealthy": "red"}
+
+
+def progress_lines(*, is_quiet: bool = False) -> Callable[[str], None]:
+    """A function that prints a message to stderr with the seconds since now."""
+    begin_s = time.monotonic()
+
+    def show(message: str) -> None:
+        if not is_quiet:
+            print(f"[{time.monotonic() - begin_s:5.1f} s] {message}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def print_status(status: FleetStatus) -> None:
+    """A fleet as a head line and two tables."""
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    config = status.config
+    console.print(
+        f"[bold]{status.name}[/bold]  {status.url or '(no gateway yet)'}  {config.model}  "
+        f"tp {config.tp}, pp {config.pp}, {config.replicas} replicas"
+    )
+    replicas = Table("replica", "pool", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
+    for column in ("running", "waiting", "KV use"):
+        replicas.add_column(column, justify="right")
+    for r in status.snapshot.replicas:
+        state = f"[{STATE_STYLE[r.state]}]{r.state}[/]" + (f" {r.reason}" if r.reason else "")
+        replicas.add_row(
+            r.id, r.pool, r.node, str(r.pid), state, str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%"
+        )
+    console.print(replicas)
+    gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
+    for g in status.snapshot.gateways:
+        gateways.add_row(g.id, g.node, str(g.pid), "[green]ready[/]" if g.is_ready else f"[yellow]{g.reason}[/]")
+    console.print(gateways)

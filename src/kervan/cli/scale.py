@@ -1,0 +1,22 @@
+"""`kervan scale`."""
+
+import click
+
+from kervan.cli import options
+
+
+@click.command()
+@click.argument("replicas", type=click.IntRange(min=0))
+@options.name
+@options.address
+@options.as_json
+def scale(replicas: int, name: str, address: str | None, as_json: bool) -> None:
+    """Run REPLICAS engine replicas; returns when they are ready, or gone."""
+    from kervan.cli import render
+    from kervan.serve import fleet
+
+    result = fleet.scale(name, replicas, address, render.progress_lines(is_quiet=as_json))
+    if as_json:
+        render.print_json(result.to_dict())
+    else:
+        render.print_status(result)

@@ -1,0 +1,81 @@
+"""`kervan up`."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kervan.cli import options
+from kervan.facts import fleet as facts
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--tp", type=int, help="GPUs that share each layer (tensor parallel). [default: 1]")
+@click.option("--pp", type=int, help="Groups of GPUs that hold consecutive layers (pipeline parallel). [default: 1]")
+@click.option("--replicas", type=int, help="Engine replicas, each on tp*pp GPUs. [default: 1]")
+@click.option("--gateways", type=int, help="HTTP gateways. [default: one per 8 cores, at most 4]")
+@click.option("--host", help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on. [default: 8000]")
+@click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
+@click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's own argument; repeatable.")
+@click.option("--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment of engines and gateways; repeatable.")
+@click.option("--ingress", type=click.Choice(["direct", "serve"]), help="direct: gateways answer; serve: HAProxy in front.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same words.")
+@options.name
+@options.address
+@click.option("--detach", is_flag=True, help="Return when the fleet is ready.")
+@options.as_json
+def up(config_path: Path | None, address: str | None, detach: bool, as_json: bool, **given: Any) -> None:
+    """Serve MODEL: a Hugging Face id or a local directory.
+
+    Returns, or prints its URL, when every replica has produced a token. Options win over --config.
+    """
+    from kervan.cli import render
+    from kervan.serve.fleet import Startup
+
+    config = _config(config_path, given)
+    startup = Startup(config, address, render.progress_lines())
+    signal.signal(signal.SIGTERM, _interrupt)
+    status = startup.run()
+    if as_json:
+        render.print_json(status.to_dict())
+    else:
+        print(f"{config.name} serves {config.model} at {status.url}", flush=True)
+    if detach:
+        startup.keep()
+        return
+    print("Ctrl-C ends it", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        from kervan.serve.fleet import down
+
+        print("ending", flush=True)
+        down(config.name, address)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _config(path: Path | None, given: dict[str, Any]) -> facts.FleetConfig:
+    """File settings, overridden by the options that were given."""
+    settings = facts.load_file(path) if path is not None else {}
+    name = given.pop("name")
+    if name != "default" or "name" not in settings:
+        settings["name"] = name
+    keys = given.pop("api_keys") or tuple(filter(None, [os.environ.get("KERVAN_API_KEY")]))
+    if keys:
+        settings["api_keys"] = keys
+    pairs = [facts.parse_assignment(text, "--engine-arg") for text in given.pop("engine_args")]
+    engine_args = {key.replace("-", "_"): facts.parse_engine_value(value) for key, value in pairs}
+    env = dict(facts.parse_assignment(text, "--env") for text in given.pop("env"))
+    for key, extra in (("engine_args", engine_args), ("env", env)):
+        before = settings.get(key) or {}
+        settings[key] = {**before, **extra} if isinstance(before, dict) else before
+    settings |= {key: value for key, value in given.items() if value is not None}
+    return facts.from_mapping(settings, f"config file {path}" if path else "kervan up")

@@ -1,0 +1,1 @@
+"""What is true: frozen facts that every other package speaks of."""

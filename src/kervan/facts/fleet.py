@@ -1,0 +1,209 @@
+"""What a user asks for: one fleet of one model."""
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from kervan.errors import ConfigError
+
+Ingress = Literal["direct", "serve"]
+NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+
+# Engine arguments that kervan decides, and what to use in their place.
+OWNED_ENGINE_ARGS = {
+    "model": "the MODEL argument",
+    "tensor_parallel_size": "--tp",
+    "pipeline_parallel_size": "--pp",
+    "host": "--host",
+    "port": "--port",
+    "api_key": "--api-key",
+    "uds": "--host and --port",
+    "data_parallel_size": "--replicas",
+    "data_parallel_rank": "--replicas",
+    "data_parallel_start_rank": "--replicas",
+    "data_parallel_size_local": "--replicas",
+    "data_parallel_address": "--replicas",
+    "data_parallel_rpc_port": "--replicas",
+    "data_parallel_backend": "--replicas",
+    "data_parallel_hybrid_lb": "--replicas",
+    "data_parallel_external_lb": "--replicas",
+    "api_server_count": "--gateways",
+    "headless": "--replicas",
+    "distributed_executor_backend": "nothing: kervan places the workers",
+    "nnodes": "nothing: kervan places the workers",
+    "node_rank": "nothing: kervan places the workers",
+    "master_addr": "nothing: kervan places the workers",
+    "master_port": "nothing: kervan places the workers",
+    "root_path": "nothing: kervan serves at the root",
+    "ssl_keyfile": "a TLS proxy in front of the gateways",
+    "ssl_certfile": "a TLS proxy in front of the gateways",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FleetConfig:
+    """One fleet; the words of `kervan up`, of its config file, and of recipes.
+
+    `engine_args` has vLLM's own names and values. `gateways` 0 means one per 8 CPU cores, at most 4. `env` goes to
+    the engine and gateway processes.
+    """
+
+    model: str
+    name: str = "default"
+    tp: int = 1
+    pp: int = 1
+    replicas: int = 1
+    gateways: int = 0
+    host: str = "127.0.0.1"
+    port: int = 8000
+    ingress: Ingress = "direct"
+    api_keys: tuple[str, ...] = ()
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    max_queued_streams: int = 1024
+    hold_timeout_s: float = 300.0
+    stall_timeout_s: float = 60.0
+    drain_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not NAME_PATTERN.fullmatch(self.name):
+            raise ConfigError(
+                f"name {self.name!r} is not valid; use 1 to 40 lower-case letters, digits and hyphens, such as 'chat'"
+            )
+        for key, low, high in (
+            ("tp", 1, 64),
+            ("pp", 1, 64),
+            ("replicas", 0, 4096),
+            ("gateways", 0, 64),
+            ("port", 1, 65535),
+            ("max_queued_streams", 0, 10**9),
+            ("hold_timeout_s", 0, 10**9),
+            ("stall_timeout_s", 1, 10**9),
+            ("drain_timeout_s", 0, 10**9),
+        ):
+            value = getattr(self, key)
+            if not low <= value <= high:
+                raise ConfigError(f"{key}={value} is outside {low}..{high}; give a value in that range")
+        for key in self.engine_args:
+            if key in OWNED_ENGINE_ARGS:
+                raise ConfigError(f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}")
+
+    @property
+    def gpus_per_replica(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def engine_argv(self) -> tuple[str, ...]:
+        """The fleet's arguments for vLLM's own server parser, the same for gateways and replicas."""
+        # A multi-modal sender cache assumes one receiver; a fleet has many (vLLM then sends hashes without data).
+        args: dict[str, Any] = {"mm_processor_cache_gb": 0, **self.engine_args}
+        args |= {"model": self.model, "tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
+        if self.gpus_per_replica > 1:
+            args["distributed_executor_backend"] = "mp"
+        return tuple(word for key, value in args.items() for word in _argument(key, value))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "FleetConfig":
+        return from_mapping(json.loads(text), "the stored fleet")
+
+
+def _argument(key: str, value: Any) -> list[str]:
+    flag = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag] if value else ["--no-" + key.replace("_", "-")]
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list | tuple):
+        return [flag, *(json.dumps(v) if isinstance(v, Mapping) else str(v) for v in value)]
+    return [flag, str(value)]
+
+
+def parse_assignment(text: str, option: str) -> tuple[str, str]:
+    """`key=value` as a pair; hyphens in the key become underscores.
+
+    Raises: ConfigError without a "=" or with an empty key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{option} {text!r} has no key=value form; write for example {option} max_model_len=4096")
+    return key.strip().removeprefix("--"), value
+
+
+def parse_engine_value(text: str) -> Any:
+    """A value as the user wrote it: `true`/`false` and JSON objects are read, the rest stays for vLLM to read."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text[:1] in ("{", "["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"engine argument value {text!r} is not valid JSON ({error}); quote it for the shell") from error
+    return text
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The settings of a YAML or TOML file.
+
+    Raises: ConfigError when it is missing, unreadable, or no mapping.
+    """
+    try:
+        text = path.read_text()
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist; check the path given to --config") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} holds {type(data).__name__}, not settings; write lines such as 'tp: 2'")
+    return {str(key): value for key, value in data.items()}
+
+
+def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
+    """A checked config; `source` names where the settings come from in errors.
+
+    Raises: ConfigError for unknown keys, wrong types and values out of range.
+    """
+    hints = get_type_hints(FleetConfig)
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(hints))}"
+            raise ConfigError(f"{source} has unknown setting {key!r}; {hint}")
+        values[key] = _typed(key, value, hints[key], source)
+    if "model" not in values:
+        raise ConfigError(f"{source} names no model; give MODEL, a Hugging Face id or a local directory")
+    return FleetConfig(**values)
+
+
+def _typed(key: str, value: Any, hint: Any, source: str) -> Any:
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise ConfigError(f"{source}: {key}={value!r} is not one of {', '.join(get_args(hint))}")
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if origin is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    if origin is Mapping and isinstance(value, Mapping):
+        if key == "env":
+            return {str(k): str(v) for k, v in value.items()}
+        return {str(k).replace("-", "_"): v for k, v in value.items()}
+    expected = {int: "a whole number", float: "a number", str: "text"}.get(hint, "a list" if origin is tuple else "a mapping")
+    raise ConfigError(f"{source}: {key}={value!r} is {type(value).__name__}; give {expected}")

@@ -1,0 +1,77 @@
+"""What can be told of a model before anything starts."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from kervan.errors import ConfigError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NEEDED_FIELDS = ("architectures", "model_type")
+
+
+def resolve(model: str) -> str:
+    """An absolute directory, or a Hugging Face id for vLLM to fetch.
+
+    Raises: ConfigError when it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return str(path.resolve())
+        raise ConfigError(f"model {model!r} is a file; give the directory that holds its config.json: {path.parent}")
+    looks_local = model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model)
+    if looks_local:
+        raise ConfigError(
+            f"model {model!r} is neither a directory here nor a Hugging Face id; "
+            "check the path, or give an id such as Qwen/Qwen3-8B"
+        )
+    return model
+
+
+def read_config(model: str) -> dict[str, Any] | None:
+    """The `config.json` of a local model; None for a Hugging Face id.
+
+    Raises: ConfigError when the file is missing, no JSON object, or lacks what vLLM needs to choose a model class.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return None
+    path = directory / "config.json"
+    if not path.exists():
+        if (directory / "params.json").exists():  # Mistral's own format
+            return None
+        raise ConfigError(f"{directory} has no config.json; give a directory in Hugging Face format")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({error}); fetch the model again") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a JSON {type(config).__name__}, not an object; fetch the model again")
+    missing = [name for name in NEEDED_FIELDS if not config.get(name)]
+    if missing:
+        raise ConfigError(f"{path} lacks {' and '.join(missing)}; copy them from the model's page, or fetch it again")
+    return config
+
+
+def check_layout(config: dict[str, Any] | None, *, tp: int, pp: int) -> None:
+    """Raises: ConfigError when `tp` does not divide the attention heads, or `pp` exceeds the layers."""
+    if config is None:
+        return
+    text_config = config.get("text_config")
+    fields = text_config if isinstance(text_config, dict) else config
+    heads = fields.get("num_attention_heads")
+    if isinstance(heads, int) and heads > 0 and heads % tp:
+        fitting = [n for n in range(1, min(heads, 64) + 1) if heads % n == 0]
+        raise ConfigError(f"tp={tp} does not divide {heads} attention heads; use {_one_of(fitting)} (--tp)")
+    layers = fields.get("num_hidden_layers")
+    if isinstance(layers, int) and 0 < layers < pp:
+        raise ConfigError(f"pp={pp} stages need as many layers, the model has {layers}; use at most --pp {layers}")
+
+
+def _one_of(numbers: list[int]) -> str:
+    words = [str(n) for n in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

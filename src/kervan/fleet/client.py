@@ -1,0 +1,553 @@
+"""The fleet as one engine: links to all replicas, the journal, placement, and moving streams off lost replicas.
+
+Everything here runs on one asyncio loop and knows no engine: a `Codec` turns requests into frames and frames into
+outputs (`kervan.fleet.vllm.codec` for vLLM). Life of a stream:
+
+    add -> placed on a replica -> outputs -> finished
+             |      ^                |
+             |      +---- moved <----+   its replica was lost or drains: prompt + generated tokens go elsewhere
+             +--> held                   no replica can take it now; placed when one comes, failed after a while
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import time
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from kervan.errors import EngineError
+from kervan.fleet import wire
+from kervan.fleet.journal import Stream
+from kervan.policy import quarantine, routing
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+RECONNECT_PERIOD_S = 0.5
+RATE_WINDOW_S = 10.0
+NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
+
+
+class Output(Protocol):
+    """One stream's part of an engine step."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: Any
+
+
+class Outputs(Protocol):
+    """What an engine step gave for one gateway."""
+
+    outputs: list[Any]
+    scheduler_stats: Any
+    utility_output: Any
+    timestamp: float
+
+
+class Codec(Protocol):
+    """Turns an engine's requests and outputs into frames and back."""
+
+    engine_version: str
+
+    def describe(self, request: Any) -> Stream:
+        """A new journal entry for `request`."""
+
+    def encode_add(self, stream: Stream) -> Sequence[Any]:
+        """Frames that place `stream` under its wire id, resuming after its generated tokens."""
+
+    def encode_abort(self, wire_ids: list[str]) -> Sequence[Any]: ...
+
+    def encode_utility(self, call_id: int, method: str, args: tuple[Any, ...]) -> Sequence[Any]: ...
+
+    def decode(self, frames: Sequence[Any]) -> Outputs: ...
+
+    def restore(self, output: Any, stream: Stream) -> None:
+        """Give a moved stream's output the id, and only the statistics, that its client expects."""
+
+    def failure(self, request_id: str) -> Outputs:
+        """An output that ends `request_id` with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A replica as the directory lists it."""
+
+    replica_id: str
+    address: str
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """A live connection to one replica."""
+
+    member: Member
+    input: zmq.asyncio.Socket
+    output: zmq.asyncio.Socket
+    monitor: zmq.asyncio.Socket
+    facts: wire.EngineFacts
+    clock_skew_s: float
+    streams: dict[str, Stream] = field(default_factory=dict)
+    calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
+    outstanding_tokens: int = 0
+    pong: wire.Pong = NO_LOAD
+    num_suspects: int = 0
+
+    @property
+    def replica_id(self) -> str:
+        return self.member.replica_id
+
+    @property
+    def load(self) -> routing.ReplicaLoad:
+        return routing.ReplicaLoad(
+            self.replica_id,
+            self.outstanding_tokens + self.pong.other_tokens,
+            self.pong.is_draining,
+            self.num_suspects > 0,
+        )
+
+
+class LinkRefusedError(EngineError):
+    """The replica named a reason not to serve this gateway."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Events since the client started."""
+
+    moved: int = 0
+    lost_replicas: int = 0
+    given_up: int = 0
+    expired: int = 0
+    late_outputs: int = 0
+
+
+class FleetClient:
+    """Speaks to every replica of a fleet; the engine-core client of vLLM is built on it.
+
+    `outputs` carries decoded engine outputs, wire ids already turned back into request ids.
+    """
+
+    def __init__(self, codec: Codec, *, secret: str, hold_timeout_s: float = 300.0, gateway_id: str | None = None):
+        self.codec = codec
+        self.gateway_id = gateway_id or uuid.uuid4().hex[:8]
+        self.outputs: asyncio.Queue[Outputs] = asyncio.Queue()
+        self.counts = Counts()
+        self.refusals: dict[str, str] = {}
+        self._secret = secret
+        self._hold_timeout_s = hold_timeout_s
+        self._context = zmq.asyncio.Context()
+        self._members: dict[str, Member] = {}
+        self._links: dict[str, Link] = {}
+        self._link_tasks: dict[Member, asyncio.Task[None]] = {}
+        self._streams: dict[str, Stream] = {}
+        self._held: deque[Stream] = deque()
+        self._link_up = asyncio.Event()
+        self._call_ids = itertools.count(1)
+        self._completed_per_s = 0.0
+        self._rate_at_s = time.monotonic()
+        self._expiry_task = asyncio.create_task(self._expire_held())
+
+    # ---- what a gateway asks
+
+    @property
+    def links(self) -> list[Link]:
+        return list(self._links.values())
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    @property
+    def num_held(self) -> int:
+        return len(self._held)
+
+    @property
+    def capacity_streams(self) -> int:
+        """Streams that the live replicas run at once: the sum of their `max_num_seqs`."""
+        return sum(link.facts.max_num_seqs for link in self._links.values() if not link.pong.is_draining)
+
+    @property
+    def completed_per_s(self) -> float:
+        """Completed streams per second, averaged over about 10 s."""
+        return self._completed_per_s * math.exp((self._rate_at_s - time.monotonic()) / RATE_WINDOW_S)
+
+    async def wait_for_link(self) -> Link:
+        """The first live link, as soon as there is one."""
+        await self._link_up.wait()
+        return next(iter(self._links.values()))
+
+    def set_members(self, members: Iterable[Member]) -> None:
+        """Follow the directory: link to new members.
+
+        A member that is no longer listed keeps its link as long as it lives: the directory is soft state, and
+        its loss must not cut streams.
+        """
+        self._members = {member.replica_id: member for member in members}
+        for member in self._members.values():
+            if member not in self._link_tasks:
+                task = asyncio.create_task(self._keep_link(member), name=f"link-{member.replica_id}")
+                self._link_tasks[member] = task
+                task.add_done_callback(lambda task, member=member: self._link_ended(member, task))
+
+    def _link_ended(self, member: Member, task: asyncio.Task[None]) -> None:
+        self._link_tasks.pop(member, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("link to replica %s ended: %r", member.replica_id, error, exc_info=error)
+
+    async def close(self) -> None:
+        """End all links; streams are not finished."""
+        tasks = [*self._link_tasks.values(), self._expiry_task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._context.destroy(linger=0)
+
+    # ---- streams
+
+    async def add(self, request: Any) -> None:
+        """Take a request: place it now, or hold it until a replica can take it."""
+        stream = self.codec.describe(request)
+        known = self._streams.get(stream.request_id)
+        if known is not None:  # a further part of a streaming input goes where the first went
+            await self._continue(known, request)
+            return
+        stream.wire_id = stream.request_id
+        self._streams[stream.request_id] = stream
+        await self._place(stream)
+
+    async def _continue(self, stream: Stream, request: Any) -> None:
+        stream.request = request
+        stream.is_movable = False
+        link = self._links.get(stream.replica_id or "")
+        if link is not None:
+            await link.input.send_multipart(self.codec.encode_add(stream), copy=False)
+
+    async def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget streams and free their replicas."""
+        by_link: dict[str, list[str]] = {}
+        for request_id in request_ids:
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue
+            if stream.replica_id is not None:
+                by_link.setdefault(stream.replica_id, []).append(stream.wire_id)
+            self._forget(stream)
+        for replica_id, wire_ids in by_link.items():
+            link = self._links.get(replica_id)
+            if link is not None:
+                await link.input.send_multipart(self.codec.encode_abort(wire_ids), copy=False)
+
+    async def _place(self, stream: Stream) -> None:
+        placement = routing.decide((link.load for link in self._links.values()), is_suspect=stream.is_suspect)
+        if placement.replica_id is None:
+            if stream.held_since_s is None:
+                stream.held_since_s = time.monotonic()
+            self._held.append(stream)
+            return
+        link = self._links[placement.replica_id]
+        stream.held_since_s = None
+        stream.replica_id = link.replica_id
+        stream.gave_token = False
+        if stream.epoch:
+            stream.wire_id = f"{stream.request_id}~{stream.epoch}"
+        stream.cost_tokens = routing.cost_tokens(
+            stream.prompt_tokens + len(stream.generated), stream.remaining_output_tokens
+        )
+        link.outstanding_tokens += stream.cost_tokens
+        link.num_suspects += stream.is_suspect
+        link.streams[stream.wire_id] = stream
+        await link.input.send_multipart(self.codec.encode_add(stream), copy=False)
+
+    async def _place_held(self) -> None:
+        for _ in range(len(self._held)):
+            stream = self._held.popleft()
+            if self._streams.get(stream.request_id) is stream:
+                await self._place(stream)
+
+    def _unplace(self, stream: Stream, link: Link | None) -> None:
+        if link is not None and link.streams.pop(stream.wire_id, None) is not None:
+            link.outstanding_tokens -= stream.cost_tokens
+            link.num_suspects -= stream.is_suspect
+        stream.replica_id = None
+
+    def _forget(self, stream: Stream) -> None:
+        link = self._links.get(stream.replica_id or "")
+        was_suspect = stream.is_suspect
+        self._unplace(stream, link)
+        self._streams.pop(stream.request_id, None)
+        if stream.held_since_s is not None:
+            with contextlib.suppress(ValueError):
+                self._held.remove(stream)
+        if was_suspect and self._held:
+            asyncio.get_running_loop().create_task(self._place_held())
+
+    def _give_up(self, stream: Stream, why: str) -> None:
+        logger.error("stream %s is given up: %s", stream.request_id, why)
+        self._forget(stream)
+        self.outputs.put_nowait(self.codec.failure(stream.request_id))
+
+    async def _move(self, stream: Stream, link: Link) -> None:
+        self._unplace(stream, link)
+        stream.epoch += 1
+        self.counts.moved += 1
+        await self._place(stream)
+
+    async def _expire_held(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            deadline_s = time.monotonic() - self._hold_timeout_s
+            for stream in list(self._held):
+                if stream.held_since_s is not None and stream.held_since_s < deadline_s:
+                    self.counts.expired += 1
+                    self._give_up(stream, f"no replica could take it for {self._hold_timeout_s:.0f} s")
+
+    # ---- utility calls
+
+    async def call(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        """The answers of all live replicas to an engine method; waits for a first replica.
+
+        Raises: EngineError when a replica reports a failure or is lost meanwhile.
+        """
+        await self._link_up.wait()
+        return await asyncio.gather(*(self._call_one(link, method, args) for link in self.links))
+
+    async def _call_one(self, link: Link, method: str, args: tuple[Any, ...]) -> Any:
+        call_id = next(self._call_ids)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        link.calls[call_id] = future
+        await link.input.send_multipart(self.codec.encode_utility(call_id, method, args), copy=False)
+        return await future
+
+    # ---- links
+
+    async def _keep_link(self, member: Member) -> None:
+        """Link to a member, again and again, for as long as it is listed."""
+        while self._members.get(member.replica_id) == member:
+            try:
+                link = await self._open(member)
+            except LinkRefusedError as error:
+                if self.refusals.get(member.replica_id) != str(error):
+                    logger.error("replica %s refuses this gateway: %s", member.replica_id, error)
+                self.refusals[member.replica_id] = str(error)
+                await asyncio.sleep(10 * RECONNECT_PERIOD_S)
+                continue
+            except TimeoutError:
+                await asyncio.sleep(RECONNECT_PERIOD_S)
+                continue
+            self.refusals.pop(member.replica_id, None)
+            self._links[member.replica_id] = link
+            self._link_up.set()
+            reason = "closed"
+            try:
+                await self._place_held()
+                await self._leave_draining()
+                reason = await self._first_of(self._pump(link), self._watch(link), self._ping(link))
+            finally:
+                await self._lose(link, reason)
+            await asyncio.sleep(RECONNECT_PERIOD_S)
+
+    @staticmethod
+    async def _first_of(*jobs: Awaitable[str]) -> str:
+        tasks = [asyncio.ensure_future(job) for job in jobs]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _socket(self, address: str, identity: bytes) -> zmq.asyncio.Socket:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, identity)
+        wire.configure(socket)
+        socket.connect(address)
+        return socket
+
+    async def _open(self, member: Member) -> Link:
+        identity = uuid.uuid4().bytes
+        input_socket = self._socket(member.address, identity)
+        output_socket: zmq.asyncio.Socket | None = None
+        monitor = input_socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                sent_s = time.monotonic()
+                hello = wire.Hello(wire.PROTOCOL, self.codec.engine_version, self.gateway_id, self._secret)
+                await input_socket.send_multipart([wire.HELLO, msgspec.msgpack.encode(hello)])
+                kind, payload = await input_socket.recv_multipart()
+                received_s = time.monotonic()
+                if kind == wire.REFUSED:
+                    raise LinkRefusedError(payload.decode())
+                welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
+                output_socket = self._socket(welcome.output_address, identity)
+                await output_socket.send(wire.SUBSCRIBE)
+                while await output_socket.recv() != wire.SUBSCRIBED:
+                    pass
+        except BaseException:
+            monitor.close()
+            input_socket.close(0)
+            if output_socket is not None:
+                output_socket.close(0)
+            raise
+        # Half the round trip bounds the error; on one host both clocks are the same and the skew is zero.
+        skew_s = (sent_s + received_s) / 2 - welcome.monotonic_s
+        if abs(skew_s) <= received_s - sent_s:
+            skew_s = 0.0
+        logger.info("linked to replica %s at %s", member.replica_id, member.address)
+        return Link(member, input_socket, output_socket, monitor, welcome.facts, skew_s)
+
+    async def _pump(self, link: Link) -> str:
+        """Deliver outputs until the engine says that it is dead."""
+        receive = link.output.recv_multipart
+        decode = self.codec.decode
+        while True:
+            frames = await receive(copy=False)
+            if len(frames) == 1 and frames[0].bytes == wire.ENGINE_DEAD:
+                return "the engine died"
+            outputs = decode(frames)
+            if outputs.utility_output is not None:
+                self._answer(link, outputs.utility_output)
+                continue
+            self._deliver(link, outputs)
+
+    @staticmethod
+    def _answer(link: Link, answer: Any) -> None:
+        future = link.calls.pop(answer.call_id, None)
+        if future is None or future.done():
+            return
+        if answer.failure_message is not None:
+            future.set_exception(EngineError(f"replica {link.replica_id}: {answer.failure_message}"))
+        else:
+            future.set_result(answer.result.result if answer.result is not None else None)
+
+    def _deliver(self, link: Link, outputs: Outputs) -> None:
+        kept = []
+        streams = link.streams
+        for output in outputs.outputs:
+            stream = streams.get(output.request_id)
+            if stream is None:
+                self.counts.late_outputs += 1
+                continue
+            num_new = len(output.new_token_ids)
+            if num_new:
+                stream.generated += output.new_token_ids
+                if not stream.gave_token:
+                    self._first_token(link, stream)
+                # At least 1 stays charged while the stream runs: it still holds a place in the batch.
+                paid = min(num_new, stream.cost_tokens - 1)
+                stream.cost_tokens -= paid
+                link.outstanding_tokens -= paid
+            if stream.epoch:
+                self.codec.restore(output, stream)
+            if output.finish_reason is not None:
+                self._forget(stream)
+                self._count_completed()
+            kept.append(output)
+        if kept or outputs.scheduler_stats is not None:
+            outputs.outputs = kept
+            outputs.timestamp += link.clock_skew_s
+            self.outputs.put_nowait(outputs)
+
+    def _first_token(self, link: Link, stream: Stream) -> None:
+        stream.gave_token = True
+        queued = min(stream.cost_tokens - 1, stream.prompt_tokens)
+        stream.cost_tokens -= queued
+        link.outstanding_tokens -= queued
+        if stream.is_suspect:
+            stream.strikes = 0
+            link.num_suspects -= 1
+            if self._held:
+                asyncio.get_running_loop().create_task(self._place_held())
+
+    def _count_completed(self) -> None:
+        now_s = time.monotonic()
+        decay = math.exp((self._rate_at_s - now_s) / RATE_WINDOW_S)
+        self._completed_per_s = self._completed_per_s * decay + 1 / RATE_WINDOW_S
+        self._rate_at_s = now_s
+
+    @staticmethod
+    async def _watch(link: Link) -> str:
+        await recv_monitor_message(link.monitor)
+        return "its connection broke"
+
+    async def _ping(self, link: Link) -> str:
+        """Keep the lease; follow the replica's load and whether it drains."""
+
+        async def send() -> None:
+            while True:
+                ping = wire.Ping(link.outstanding_tokens)
+                await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(ping)])
+                await asyncio.sleep(wire.PING_PERIOD_S)
+
+        sender = asyncio.create_task(send())
+        try:
+            while True:
+                kind, payload = await link.input.recv_multipart()
+                if kind != wire.PONG:
+                    continue
+                was_draining = link.pong.is_draining
+                link.pong = msgspec.msgpack.decode(payload, type=wire.Pong)
+                if link.pong.is_draining and not was_draining:
+                    logger.info("replica %s drains", link.replica_id)
+                    await self._leave_draining()
+        finally:
+            sender.cancel()
+
+    async def _leave_draining(self) -> None:
+        """Move the streams off draining replicas, if another replica can take them."""
+        if all(link.pong.is_draining for link in self._links.values()):
+            return
+        for link in self.links:
+            if not link.pong.is_draining or not link.streams:
+                continue
+            leaving = [stream for stream in link.streams.values() if stream.is_movable]
+            old_wire_ids = [stream.wire_id for stream in leaving]
+            for stream in leaving:
+                await self._move(stream, link)
+            if old_wire_ids:
+                await link.input.send_multipart(self.codec.encode_abort(old_wire_ids), copy=False)
+                logger.info("moved %d streams off draining replica %s", len(leaving), link.replica_id)
+
+    async def _lose(self, link: Link, reason: str) -> None:
+        if self._links.get(link.replica_id) is link:
+            del self._links[link.replica_id]
+        if not self._links:
+            self._link_up.clear()
+        for future in link.calls.values():
+            if not future.done():
+                future.set_exception(EngineError(f"replica {link.replica_id} was lost: {reason}"))
+        link.monitor.close()
+        link.input.close(0)
+        link.output.close(0)
+        self.counts.lost_replicas += 1
+        streams = list(link.streams.values())
+        logger.warning("replica %s is lost (%s) with %d streams", link.replica_id, reason, len(streams))
+        for stream in streams:
+            await self._judge(stream, link)
+        await self._place_held()
+
+    async def _judge(self, stream: Stream, link: Link) -> None:
+        verdict = quarantine.decide(strikes=stream.strikes, gave_token=stream.gave_token)
+        self._unplace(stream, link)
+        stream.strikes = verdict.strikes
+        if verdict.action == "give_up" or not stream.is_movable:
+            self.counts.given_up += 1
+            self._give_up(stream, verdict.reason)
+            return
+        stream.epoch += 1
+        self.counts.moved += 1
+        await self._place(stream)
+
+

@@ -1,0 +1,93 @@
+"""The line between an engine process and the process that started it: JSON lines over a socket pair.
+
+The starter sends commands, the engine sends reports. When either end goes, the other sees end-of-file: an engine
+whose starter died ends itself, so nothing is left behind on a GPU.
+"""
+
+import socket
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from kervan.fleet.wire import EngineFacts
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """The first message to an engine process. `engine_argv`: arguments of vLLM's own server parser."""
+
+    replica_id: str
+    engine_argv: list[str]
+    host: str
+    secret: str
+
+
+class Command(msgspec.Struct, frozen=True):
+    """`drain`: take no new work; `stop`: end now."""
+
+    command: Literal["drain", "stop"]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine has produced a token and accepts gateways at `address`."""
+
+    address: str
+    facts: EngineFacts
+    engine_version: str
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """Sent every second. `num_steps`: engine steps since start."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    num_steps: int
+    has_work: bool
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine cannot start; `kind` names the class of `kervan.errors`, `message` has the fix."""
+
+    kind: Literal["ConfigError", "CapacityError", "EngineError"]
+    message: str
+
+
+Report = Ready | Load | Failed
+
+
+class ControlEnd:
+    """One end of the line; `send` may be called from any thread."""
+
+    def __init__(self, sock: socket.socket):
+        self._sock = sock
+        self._reader = sock.makefile("rb")
+        self._lock = threading.Lock()
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Raises: OSError when the other end is gone."""
+        with self._lock:
+            self._sock.sendall(msgspec.json.encode(message) + b"\n")
+
+    def receive(self) -> bytes:
+        """The next line; empty at end-of-file."""
+        try:
+            return self._reader.readline()
+        except OSError:
+            return b""
+
+    def follow(self, on_line: Callable[[bytes], None], on_end: Callable[[], None]) -> threading.Thread:
+        """Call `on_line` for each line in a daemon thread, then `on_end`."""
+
+        def run() -> None:
+            while line := self.receive():
+                on_line(line)
+            on_end()
+
+        thread = threading.Thread(target=run, daemon=True, name="control")
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        self._sock.close()

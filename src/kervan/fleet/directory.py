@@ -1,0 +1,113 @@
+"""Who lives where: soft state that replicas and gateways keep alive by beats.
+
+Losing it harms nothing: gateways keep the links they have, and the next beats fill a new directory.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+EXPIRY_S = 10.0
+MAX_FAILURES = 20
+
+ReplicaState = Literal["starting", "ready", "draining", "unhealthy"]
+
+
+class ReplicaEntry(msgspec.Struct, frozen=True):
+    """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one)."""
+
+    id: str
+    pool: str
+    node: str
+    pid: int
+    state: ReplicaState
+    address: str = ""
+    engine_version: str = ""
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    reason: str = ""
+    log_path: str = ""
+
+    @property
+    def is_reachable(self) -> bool:
+        return bool(self.address) and self.state in ("ready", "draining")
+
+
+class GatewayEntry(msgspec.Struct, frozen=True):
+    """One gateway. `url` is public; `internal_url` reaches this very gateway, not its neighbours on the port."""
+
+    id: str
+    node: str
+    pid: int
+    url: str
+    internal_url: str
+    is_ready: bool
+    reason: str = ""
+
+
+class StartFailure(msgspec.Struct, frozen=True):
+    """An engine or gateway could not start; `kind` names a class of `kervan.errors`."""
+
+    who: str
+    kind: str
+    message: str
+    log_path: str = ""
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """The directory at one version."""
+
+    version: int
+    replicas: list[ReplicaEntry]
+    gateways: list[GatewayEntry]
+    failures: list[StartFailure]
+
+
+class Directory:
+    """Entries with expiry; `version` grows whenever membership, a state or an address changes."""
+
+    def __init__(self, now: Callable[[], float]):
+        self._now = now
+        self._replicas: dict[str, tuple[ReplicaEntry, float]] = {}
+        self._gateways: dict[str, tuple[GatewayEntry, float]] = {}
+        self._failures: list[StartFailure] = []
+        self.version = 0
+
+    def beat_replica(self, entry: ReplicaEntry) -> None:
+        known = self._replicas.get(entry.id)
+        self._replicas[entry.id] = (entry, self._now())
+        if known is None or (known[0].state, known[0].address) != (entry.state, entry.address):
+            self.version += 1
+
+    def beat_gateway(self, entry: GatewayEntry) -> None:
+        known = self._gateways.get(entry.id)
+        self._gateways[entry.id] = (entry, self._now())
+        if known is None or known[0] != entry:
+            self.version += 1
+
+    def remove(self, entry_id: str) -> None:
+        """Forget a replica or gateway that said goodbye."""
+        if self._replicas.pop(entry_id, None) or self._gateways.pop(entry_id, None):
+            self.version += 1
+
+    def fail(self, failure: StartFailure) -> None:
+        self._failures = [*self._failures, failure][-MAX_FAILURES:]
+        self.version += 1
+
+    def expire(self) -> None:
+        """Drop entries without a beat for `EXPIRY_S`."""
+        oldest_s = self._now() - EXPIRY_S
+        for entries in (self._replicas, self._gateways):
+            for entry_id in [i for i, (_, at_s) in entries.items() if at_s < oldest_s]:
+                self.remove(entry_id)
+
+    def snapshot(self) -> Snapshot:
+        self.expire()
+        return Snapshot(
+            self.version,
+            sorted((entry for entry, _ in self._replicas.values()), key=lambda entry: entry.id),
+            sorted((entry for entry, _ in self._gateways.values()), key=lambda entry: entry.id),
+            list(self._failures),
+        )

@@ -1,0 +1,37 @@
+"""What is needed to move a stream: the original request and the token ids generated so far."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One request in flight.
+
+    `request` is the engine's own request object; only the codec looks inside. `wire_id` is the id the current
+    replica knows the stream by: `request_id` at first, `request_id~epoch` after a move, so that late outputs of
+    an earlier placement (even on the same replica, A -> B -> A) match nothing.
+    """
+
+    request_id: str
+    request: Any
+    prompt_tokens: int
+    max_output_tokens: int
+    is_movable: bool = True
+    generated: list[int] = field(default_factory=list)
+    epoch: int = 0
+    wire_id: str = ""
+    replica_id: str | None = None
+    cost_tokens: int = 0
+    gave_token: bool = False
+    strikes: int = 0
+    held_since_s: float | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether its last replica was lost before it gave a token."""
+        return self.strikes > 0
+
+    @property
+    def remaining_output_tokens(self) -> int:
+        return max(0, self.max_output_tokens - len(self.generated))

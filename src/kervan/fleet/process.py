@@ -1,0 +1,124 @@
+"""Starts, follows and ends the process of one engine replica."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready, Report
+from kervan.policy.watchdog import EngineSample, Health
+from kervan.policy.watchdog import decide as judge
+
+VLLM_ENGINE = "kervan.fleet.vllm.replica"
+
+
+class EngineProcess:
+    """One engine replica in a process group of its own.
+
+    `ready`, `load` and `failure` hold the latest reports; `on_change` is called from a thread after each.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
+        module: str = VLLM_ENGINE,
+        on_change: Callable[[], None] = lambda: None,
+    ):
+        self.spec = spec
+        self.log_path = log_path
+        self.ready: Ready | None = None
+        self.load = Load(0, 0, 0.0, 0, False)
+        self.failure: Failed | None = None
+        self._on_change = on_change
+        self._last_report_s = self._last_step_s = time.monotonic()
+        ours, theirs = socket.socketpair()
+        with log_path.open("ab") as log, theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env={**os.environ, **(env or {})},
+            )
+        self._control = ControlEnd(ours)
+        self._control.send(spec)
+        self.ended = threading.Event()
+        self._control.follow(self._on_line, self._on_end)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _on_line(self, line: bytes) -> None:
+        report = msgspec.json.decode(line, type=Report)
+        self._last_report_s = time.monotonic()
+        if isinstance(report, Ready):
+            self.ready = report
+        elif isinstance(report, Failed):
+            self.failure = report
+        else:
+            if report.num_steps != self.load.num_steps or not report.has_work:
+                self._last_step_s = self._last_report_s
+            self.load = report
+        self._on_change()
+
+    def _on_end(self) -> None:
+        # The core is gone; its workers would hold their GPU memory for seconds more.
+        self._kill_group()
+        status = self._process.wait()
+        if self.ready is None and self.failure is None:
+            self.failure = Failed("EngineError", self._post_mortem(status))
+        self.ended.set()
+        self._on_change()
+
+    def _post_mortem(self, status: int) -> str:
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        if status == -signal.SIGKILL:
+            how += " (killed; when the machine was out of memory, by its kernel)"
+        last = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        return f"the engine process ended during start-up with {how}; its last words: {' '.join(last)[:300]}"
+
+    def health(self, stall_timeout_s: float) -> Health:
+        """Whether a ready engine still reports, and steps while it has work."""
+        if self.ended.is_set():
+            return Health(False, "the engine process ended")
+        if self.ready is None:
+            return Health(True, "")
+        sample = EngineSample(time.monotonic(), self._last_report_s, self._last_step_s, self.load.has_work)
+        return judge(sample, stall_timeout_s=stall_timeout_s)
+
+    def drain(self) -> None:
+        """Announce to all gateways that this replica leaves."""
+        self._command("drain")
+
+    def stop(self, timeout_s: float) -> None:
+        """End the engine: asked first, killed after `timeout_s`."""
+        self._command("stop")
+        if not self.ended.wait(timeout_s):
+            self.kill()
+
+    def kill(self) -> None:
+        """End the engine and its workers now."""
+        self._kill_group()
+        self.ended.wait(10.0)
+
+    def _command(self, word: str) -> None:
+        with contextlib.suppress(OSError):
+            self._control.send(msgspec.convert({"command": word}, Command))
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)

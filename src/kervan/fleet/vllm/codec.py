@@ -1,0 +1,70 @@
+"""vLLM requests and outputs as frames; naive resume of moved streams."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, FinishReason
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from kervan.fleet.journal import Stream
+from kervan.fleet.vllm import versions
+
+
+class VllmCodec:
+    """Implements `kervan.fleet.client.Codec` for one vLLM version."""
+
+    def __init__(self) -> None:
+        self.engine_version = versions.engine_version()
+        self._encoder = MsgpackEncoder()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+
+    def describe(self, request: EngineCoreRequest) -> Stream:
+        sampling = request.sampling_params
+        return Stream(
+            request_id=request.request_id,
+            request=request,
+            prompt_tokens=len(request.prompt_token_ids or ()),
+            max_output_tokens=(sampling.max_tokens or 0) if sampling is not None else 0,
+            is_movable=not request.resumable,
+        )
+
+    def encode_add(self, stream: Stream) -> Sequence[Any]:
+        request = stream.request if stream.epoch == 0 else self._resumed(stream)
+        return EngineCoreRequestType.ADD.value, *self._encoder.encode(request)
+
+    def _resumed(self, stream: Stream) -> EngineCoreRequest:
+        """Naive resume: generated tokens become prompt, and token budgets shrink by their number.
+
+        Penalties, grammars and seeds restart at the cut; greedy answers without them go on as before.
+        """
+        changes: dict[str, Any] = {"request_id": stream.wire_id}
+        num_generated = len(stream.generated)
+        if num_generated and stream.request.sampling_params is not None:
+            sampling = copy.copy(stream.request.sampling_params)
+            sampling.prompt_logprobs = None
+            if sampling.max_tokens is not None:
+                sampling.max_tokens -= num_generated
+            sampling.min_tokens = max(0, sampling.min_tokens - num_generated)
+            changes["prompt_token_ids"] = [*(stream.request.prompt_token_ids or ()), *stream.generated]
+            changes["sampling_params"] = sampling
+        return msgspec.structs.replace(stream.request, **changes)
+
+    def encode_abort(self, wire_ids: list[str]) -> Sequence[Any]:
+        return EngineCoreRequestType.ABORT.value, *self._encoder.encode(wire_ids)
+
+    def encode_utility(self, call_id: int, method: str, args: tuple[Any, ...]) -> Sequence[Any]:
+        # The replica fills in the session's index.
+        return EngineCoreRequestType.UTILITY.value, *self._encoder.encode((0, call_id, method, args))
+
+    def decode(self, frames: Sequence[Any]) -> EngineCoreOutputs:
+        return self._decoder.decode(frames)
+
+    def restore(self, output: EngineCoreOutput, stream: Stream) -> None:
+        output.request_id = stream.request_id
+        output.prefill_stats = None  # the first placement has reported the prompt already
+
+    def failure(self, request_id: str) -> EngineCoreOutputs:
+        failed = EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
+        return EngineCoreOutputs(outputs=[failed], finished_requests={request_id})

@@ -1,0 +1,62 @@
+"""Why an engine could not start, in one line with the fix."""
+
+import re
+
+from kervan.errors import CapacityError, ConfigError, EngineError, KervanError
+
+
+def explain(error: BaseException) -> KervanError:
+    """The kervan error for what vLLM raised while it started."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for cause in chain:
+        if isinstance(cause, KervanError):
+            return cause
+        text = " ".join(str(cause).split())
+        for pattern, kind, fix in KNOWN:
+            if re.search(pattern, text, re.IGNORECASE):
+                return kind(f"{_shorten(text)} Fix: {fix}")
+    text = " ".join(str(error).split())
+    kind = ConfigError if type(error).__name__ in ("ValidationError", "ValueError", "OSError") else EngineError
+    return kind(f"vLLM did not start: {type(error).__name__}: {_shorten(text)}")
+
+
+def _shorten(text: str, limit: int = 600) -> str:
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+KNOWN: tuple[tuple[str, type[KervanError], str], ...] = (
+    (
+        r"free memory on device",
+        CapacityError,
+        "stop what else uses the GPU, or give vLLM less: --engine-arg gpu_memory_utilization=0.8",
+    ),
+    (
+        r"no available memory for the cache blocks|not enough (memory|ram)|memory is not enough|kv cache is needed"
+        r"|larger than the available kv cache memory|(exceed|larger)[^.]*(available|free|physical)[^.]*memory"
+        r"|available memory[^.]*(less|smaller)",
+        CapacityError,
+        "a shorter context (--engine-arg max_model_len=4096), more GPUs per replica (--tp), or more memory for the cache "
+        "(GPU: --engine-arg gpu_memory_utilization=0.95; CPU: --env VLLM_CPU_KVCACHE_SPACE=GiB)",
+    ),
+    (
+        r"out of memory",
+        CapacityError,
+        "more GPUs per replica (--tp), a quantised model, or --engine-arg gpu_memory_utilization=0.8",
+    ),
+    (
+        r"max_model_len.*(greater|larger).*derived|user-specified max_model_len",
+        ConfigError,
+        "a max_model_len within the model's own context length",
+    ),
+    (
+        r"attention heads.*must be divisible by tensor parallel",
+        ConfigError,
+        "a --tp that divides the number of attention heads",
+    ),
+    (r"model architectures .* (are not supported|failed)", ConfigError, "a model that this vLLM supports"),
+)

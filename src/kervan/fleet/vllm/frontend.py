@@ -1,0 +1,68 @@
+"""vLLM's OpenAI server over a fleet: one per gateway process."""
+
+import asyncio
+import contextlib
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from prometheus_client import REGISTRY, generate_latest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kervan.fleet.client import FleetClient
+from kervan.fleet.vllm import limits, versions
+from kervan.fleet.vllm.codec import VllmCodec
+from kervan.fleet.vllm.engine_client import injected
+
+__all__ = ["OpenAIFrontend", "VllmCodec"]
+
+
+class OpenAIFrontend:
+    """`app` is vLLM's FastAPI app; `start` returns when a replica has linked and the app can answer."""
+
+    def __init__(self, app: Any, engine: AsyncLLM, args: Namespace):
+        self.app = app
+        self.engine = engine
+        self.args = args
+        self._lifespan = contextlib.AsyncExitStack()
+
+    @property
+    def model_name(self) -> str:
+        """The first name under which clients address the model."""
+        names = self.args.served_model_name
+        return str(names[0] if names else self.args.model)
+
+    @classmethod
+    async def start(cls, fleet: FleetClient, argv: Sequence[str]) -> "OpenAIFrontend":
+        """Raises: ConfigError when vLLM refuses `argv`."""
+        limits.install()
+        args, engine_args, config = await asyncio.to_thread(_configure, argv)
+        link = await fleet.wait_for_link()
+        with injected(fleet, link.facts):
+            engine = AsyncLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=engine_args.enable_log_requests,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
+        app = await versions.build_openai_app(engine, args)
+        frontend = cls(app, engine, args)
+        await frontend._lifespan.enter_async_context(app.router.lifespan_context(app))
+        return frontend
+
+    async def close(self) -> None:
+        await self._lifespan.aclose()
+        self.engine.shutdown()
+
+    @staticmethod
+    def metrics_page() -> str:
+        """vLLM's and kervan's Prometheus metrics of this process."""
+        return generate_latest(REGISTRY).decode()
+
+
+def _configure(argv: Sequence[str]) -> tuple[Namespace, AsyncEngineArgs, Any]:
+    args = versions.parse_args(argv)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    return args, engine_args, engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)

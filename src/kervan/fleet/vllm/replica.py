@@ -1,0 +1,406 @@
+"""The process of one engine replica: vLLM's engine core, its two socket threads replaced by ours.
+
+Stock vLLM connects its core to a fixed list of frontends at start; this one binds, so that any number of gateways
+come and go. A gateway's session becomes vLLM's `client_index`, so the core itself emits one message per engine step
+per gateway. No hop or process is added: gateways talk to the core's own IO threads.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import zmq
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.executor import Executor
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from kervan.errors import EngineError
+from kervan.fleet import wire
+from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready
+from kervan.fleet.vllm import failures, versions
+
+logger = logging.getLogger(__name__)
+
+CANARY_INDEX = -2  # vLLM uses -1 for its data-parallel coordinator
+CANARY_TOKENS = 2
+CANARY_TIMEOUT_S = 600.0  # the first step may still compile kernels
+LOAD_PERIOD_S = 1.0
+POLL_MS = 100
+GPU_MEMORY_WAIT_S = 60.0
+
+
+@dataclass(slots=True)
+class Session:
+    """One gateway's connection; its place in the list of sessions is vLLM's client index."""
+
+    identity: bytes
+    gateway_id: str
+    last_seen_s: float
+    outstanding_tokens: int = 0
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Subscribe:
+    """Tells the output thread to wait for a session's SUBSCRIBE."""
+
+    identity: bytes
+
+
+class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
+    """vLLM's engine core behind two bound ROUTER sockets."""
+
+    def __init__(self, vllm_config: VllmConfig, spec: EngineSpec):
+        self.spec = spec
+        self.sessions: list[Session] = []
+        self.session_of: dict[bytes, int] = {}
+        self.is_draining = False
+        self.num_steps = 0
+        self.load = (0, 0, 0.0)
+        self.canary_outputs: queue.Queue[EngineCoreOutputs] = queue.Queue()
+        self.address = ""
+        self.output_address = ""
+        self._output_bound = threading.Event()
+        super().__init__(
+            vllm_config=vllm_config,
+            local_client=True,
+            handshake_address="",
+            executor_class=Executor.get_class(vllm_config),
+            log_stats=True,
+            engine_index=0,
+        )
+
+    @contextlib.contextmanager
+    def _perform_handshakes(self, *_args: Any, **_kwargs: Any) -> Iterator[EngineZmqAddresses]:
+        yield EngineZmqAddresses(inputs=[""], outputs=[""])
+
+    def _process_engine_step(self) -> bool:
+        executed = super()._process_engine_step()
+        self.num_steps += 1
+        return bool(executed)
+
+    @property
+    def facts(self) -> wire.EngineFacts:
+        config = self.vllm_config
+        return wire.EngineFacts(
+            max_model_len=config.model_config.max_model_len,
+            num_gpu_blocks=config.cache_config.num_gpu_blocks or 0,
+            block_size=config.cache_config.block_size or 0,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+        )
+
+    def _bind(self, context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], str]:
+        router = context.socket(zmq.ROUTER)
+        wire.configure(router)
+        if ":" in self.spec.host:
+            router.setsockopt(zmq.IPV6, 1)
+        host = f"[{self.spec.host}]" if ":" in self.spec.host else self.spec.host
+        router.bind(f"tcp://{host}:0")
+        return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    # ---- input thread
+
+    def process_input_sockets(
+        self, input_addresses: Any, coord_input_address: Any, identity: bytes, ready_event: threading.Event
+    ) -> None:
+        add_decoder = MsgpackDecoder(EngineCoreRequest)
+        decoder = MsgpackDecoder()
+        router, self.address = self._bind(zmq.Context())
+        ready_event.set()
+        was_draining = False
+        lease_check_s = time.monotonic()
+        while True:
+            if router.poll(POLL_MS):
+                session_identity, kind, *frames = router.recv_multipart(copy=False)
+                self._handle(router, session_identity.bytes, kind.bytes, frames, add_decoder, decoder)
+            if self.is_draining and not was_draining:
+                was_draining = True
+                for index, session in enumerate(self.sessions):
+                    if not session.is_over:
+                        router.send_multipart([session.identity, wire.PONG, self._pong(index)])
+            if (now_s := time.monotonic()) - lease_check_s > 1.0:
+                lease_check_s = now_s
+                self._end_expired_sessions(now_s)
+
+    def _handle(
+        self,
+        router: zmq.Socket[bytes],
+        identity: bytes,
+        kind: bytes,
+        frames: list[Any],
+        add_decoder: MsgpackDecoder,
+        decoder: MsgpackDecoder,
+    ) -> None:
+        if kind == wire.HELLO:
+            router.send_multipart([identity, *self._greet(identity, frames[0].bytes)])
+            return
+        index = self.session_of.get(identity)
+        if index is None:
+            return  # never introduced itself, or its lease ended
+        session = self.sessions[index]
+        session.last_seen_s = time.monotonic()
+        if kind == wire.PING:
+            session.outstanding_tokens = msgspec.msgpack.decode(frames[0].bytes, type=wire.Ping).outstanding_tokens
+            router.send_multipart([identity, wire.PONG, self._pong(index)])
+            return
+        request_type = EngineCoreRequestType(kind)
+        if request_type == EngineCoreRequestType.ADD:
+            request = add_decoder.decode(frames)
+            request.client_index = index
+            try:
+                prepared = self.preprocess_add_request(request)
+            except Exception:  # vLLM's own boundary: whatever one request raises ends that request only
+                self._handle_request_preproc_error(request)
+                return
+            self.input_queue.put_nowait((request_type, prepared))
+            return
+        message = decoder.decode(frames)
+        if request_type == EngineCoreRequestType.UTILITY:
+            message = (index, *message[1:])
+        elif request_type == EngineCoreRequestType.ABORT:
+            self.aborts_queue.put_nowait(message)
+        self.input_queue.put_nowait((request_type, message))
+
+    def _greet(self, identity: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        try:
+            hello = msgspec.msgpack.decode(payload, type=wire.Hello)
+        except msgspec.MsgspecError as error:
+            return wire.REFUSED, f"unreadable HELLO ({error})".encode()
+        version = versions.engine_version()
+        refusal = wire.refusal(hello, engine_version=version, secret=self.spec.secret)
+        if refusal is not None:
+            logger.warning("refused gateway %s: %s", hello.gateway_id, refusal)
+            return wire.REFUSED, refusal.encode()
+        for index, session in enumerate(self.sessions):  # a gateway that comes again has left its old requests
+            if session.gateway_id == hello.gateway_id and not session.is_over:
+                self._end_session(index, "its gateway came again")
+        self.session_of[identity] = len(self.sessions)
+        self.sessions.append(Session(identity, hello.gateway_id, time.monotonic()))
+        self.output_queue.put_nowait(_Subscribe(identity))
+        self._output_bound.wait()
+        welcome = wire.Welcome(self.spec.replica_id, version, self.output_address, time.monotonic(), self.facts)
+        return wire.WELCOME, msgspec.msgpack.encode(welcome)
+
+    def _pong(self, index: int) -> bytes:
+        running, waiting, kv_cache_usage = self.load
+        others = sum(s.outstanding_tokens for i, s in enumerate(self.sessions) if i != index and not s.is_over)
+        return msgspec.msgpack.encode(wire.Pong(running, waiting, kv_cache_usage, others, self.is_draining))
+
+    def _end_expired_sessions(self, now_s: float) -> None:
+        for index, session in enumerate(self.sessions):
+            if not session.is_over and now_s - session.last_seen_s > wire.LEASE_S:
+                self._end_session(index, f"no sign of life for {wire.LEASE_S:.0f} s")
+
+    def _end_session(self, index: int, why: str) -> None:
+        session = self.sessions[index]
+        session.is_over = True
+        self.session_of.pop(session.identity, None)
+        abandoned = [r.request_id for r in list(self.scheduler.requests.values()) if r.client_index == index]
+        logger.warning("gateway %s: %s; %d requests aborted", session.gateway_id, why, len(abandoned))
+        if abandoned:
+            self.aborts_queue.put_nowait(abandoned)
+            self.input_queue.put_nowait((EngineCoreRequestType.ABORT, abandoned))
+
+    # ---- output thread
+
+    def process_output_sockets(self, output_paths: Any, coord_output_path: Any, engine_index: int) -> None:
+        encoder = MsgpackEncoder()
+        router, self.output_address = self._bind(zmq.Context())
+        self._output_bound.set()
+        subscribed: set[bytes] = set()
+        while True:
+            item = self.output_queue.get()
+            if isinstance(item, _Subscribe):
+                self._await_subscription(router, item.identity, subscribed)
+                continue
+            if item == EngineCoreProc.ENGINE_CORE_DEAD:
+                for session in self.sessions:
+                    router.send_multipart([session.identity, item])
+                time.sleep(0.3)  # linger is 0: let the words leave before the process does
+                return
+            index, outputs = item
+            if (stats := outputs.scheduler_stats) is not None:
+                self.load = (stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage)
+            if index == CANARY_INDEX:
+                self.canary_outputs.put(outputs)
+            elif 0 <= index < len(self.sessions) and not self.sessions[index].is_over:
+                router.send_multipart([self.sessions[index].identity, *encoder.encode(outputs)], copy=False)
+
+    @staticmethod
+    def _await_subscription(router: zmq.Socket[bytes], identity: bytes, subscribed: set[bytes]) -> None:
+        """A gateway subscribes as soon as it has WELCOME; others' outputs wait that millisecond."""
+        deadline_s = time.monotonic() + 2.0
+        while identity not in subscribed and time.monotonic() < deadline_s:
+            if router.poll(POLL_MS):
+                sender, *_ = router.recv_multipart()
+                subscribed.add(sender)
+                router.send_multipart([sender, wire.SUBSCRIBED])
+
+    # ---- readiness
+
+    def run_canary(self) -> None:
+        """Make the engine produce a token; it joins routing only after this.
+
+        Raises: EngineError when no token comes. Needs the busy loop to run in another thread.
+        """
+        is_pooling = self.vllm_config.model_config.runner_type == "pooling"
+        tasks = self.get_supported_tasks()
+        pooling_task = next((t for t in ("embed", "classify", "token_embed", "token_classify") if t in tasks), None)
+        request = EngineCoreRequest(
+            request_id="kervan-canary",
+            prompt_token_ids=[1] * 4,
+            mm_features=None,
+            sampling_params=None
+            if is_pooling
+            else SamplingParams(max_tokens=CANARY_TOKENS, temperature=0.0, ignore_eos=True),
+            pooling_params=PoolingParams(task=pooling_task) if is_pooling else None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt="kervan-canary",
+            data_parallel_rank=None,
+            client_index=CANARY_INDEX,
+        )
+        self.input_queue.put_nowait((EngineCoreRequestType.ADD, self.preprocess_add_request(request)))
+        deadline_s = time.monotonic() + CANARY_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            try:
+                outputs = self.canary_outputs.get(timeout=deadline_s - time.monotonic())
+            except queue.Empty:
+                break
+            for output in outputs.outputs:
+                if output.finish_reason is not None:
+                    if is_pooling or output.new_token_ids:
+                        return
+                    raise EngineError(f"the canary request ended without a token ({output.finish_reason})")
+        raise EngineError(f"the engine gave no canary token within {CANARY_TIMEOUT_S:.0f} s")
+
+    def request_stop(self) -> None:
+        self.shutdown_state = EngineShutdownState.REQUESTED
+        self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
+def _wait_for_gpu_memory(utilization: float) -> None:
+    """Wait until the visible GPUs have the share of memory that vLLM will ask for.
+
+    The worker of a killed engine holds its memory for seconds; starting before it is gone fails for good. When the
+    memory does not come free in time, vLLM's own error tells by whom it is held.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return
+    from vllm.third_party import pynvml
+
+    pynvml.nvmlInit()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    deadline_s = time.monotonic() + GPU_MEMORY_WAIT_S
+    for name in names:
+        by_index = name.isdigit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
+        while time.monotonic() < deadline_s:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            if memory.free >= utilization * memory.total:
+                break
+            time.sleep(0.5)
+    pynvml.nvmlShutdown()
+
+
+def _report_load(core: FleetEngineCore, control: ControlEnd) -> None:
+    while True:
+        running, waiting, kv_cache_usage = core.load
+        try:
+            control.send(Load(running, waiting, kv_cache_usage, core.num_steps, core.has_work()))
+        except OSError:
+            return
+        time.sleep(LOAD_PERIOD_S)
+
+
+def _end_process_group() -> None:
+    """End this process and vLLM's workers at once; the process leads its own group."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _announce(core: FleetEngineCore, control: ControlEnd) -> None:
+    try:
+        core.run_canary()
+    except EngineError as error:
+        control.send(Failed("EngineError", str(error)))
+        return
+    threading.Thread(target=_report_load, args=(core, control), daemon=True, name="load").start()
+    control.send(Ready(core.address, core.facts, versions.engine_version()))
+
+
+def run(control: ControlEnd) -> int:
+    """Serve until told to stop; the exit status."""
+    spec = msgspec.json.decode(control.receive(), type=EngineSpec)
+    core: FleetEngineCore | None = None
+
+    def on_command(line: bytes) -> None:
+        command = msgspec.json.decode(line, type=Command)
+        if core is None:
+            if command.command == "stop":
+                _end_process_group()
+        elif command.command == "drain":
+            core.is_draining = True
+        else:
+            core.request_stop()
+
+    control.follow(on_command, _end_process_group)
+    try:
+        args = AsyncEngineArgs.from_cli_args(versions.parse_args(spec.engine_argv))
+        vllm_config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        _wait_for_gpu_memory(vllm_config.cache_config.gpu_memory_utilization)
+        core = FleetEngineCore(vllm_config, spec)
+    except BaseException as error:  # noqa: BLE001 - whatever stops the start is reported, in one line, to the starter
+        logger.exception("engine start failed")
+        explained = failures.explain(error)
+        kind = type(explained).__name__
+        control.send(Failed(kind if kind in ("ConfigError", "CapacityError") else "EngineError", str(explained)))
+        return 1
+    threading.Thread(target=_announce, args=(core, control), daemon=True, name="canary").start()
+    try:
+        core.run_busy_loop()
+    except SystemExit:
+        return 0
+    except BaseException:
+        logger.exception("engine died")
+        core._send_engine_dead()
+        return 1
+    finally:
+        core.shutdown()
+    return 0
+
+
+def main() -> None:
+    """`python -m kervan.fleet.vllm.replica FD`: FD is this end of the control line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = ControlEnd(socket.socket(fileno=int(sys.argv[1])))
+    status = run(control)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        _end_process_group()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What differs between the vLLM releases that kervan supports, in one place.
+
+Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1).
+
+    what                      0.24                               0.32
+    OpenAI app                entrypoints.openai.api_server      entrypoints.launchers.app / .api_server.app_state
+    argument parser           entrypoints.openai.cli_args        entrypoints.launchers.cli_args
+    make_async_mp_client      -                                  + renderer=
+    token limits of a runner  V2: module constants               V2: 0.24's, lifted (VLLM_MAX_NUM_BAD_WORDS)
+"""
+
+import importlib
+import importlib.util
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from kervan.errors import ConfigError
+
+MIN_VERSION = (0, 24)
+MAX_VERSION = (0, 33)  # exclusive
+
+
+def engine_version() -> str:
+    """The installed vLLM's version; gateways and replicas compare it in their handshake."""
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def _first(*names: str) -> ModuleType:
+    for name in names:
+        try:
+            if importlib.util.find_spec(name) is not None:
+                return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    raise ConfigError(
+        f"vLLM {engine_version()} has none of {', '.join(names)}; kervan supports vLLM "
+        f">={'.'.join(map(str, MIN_VERSION))},<{'.'.join(map(str, MAX_VERSION))}"
+    )
+
+
+def cli_args() -> ModuleType:
+    """vLLM's module with `make_arg_parser` and `validate_parsed_serve_args`."""
+    return _first("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
+
+
+def parse_args(argv: Sequence[str]) -> Namespace:
+    """vLLM's own reading of its server arguments.
+
+    Raises: ConfigError with vLLM's message, where vLLM would print its usage and exit.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"vLLM refuses its arguments: {message}")
+
+    module = cli_args()
+    parser: ArgumentParser = module.make_arg_parser(Parser())
+    args = parser.parse_args(list(argv))
+    module.validate_parsed_serve_args(args)
+    return args
+
+
+async def build_openai_app(engine: Any, args: Namespace) -> Any:
+    """vLLM's OpenAI FastAPI app over `engine`, with its state filled in."""
+    app_module = _first("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server")
+    state_module = _first("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server")
+    tasks = await engine.get_supported_tasks()
+    app = app_module.build_app(args, tasks, engine.model_config)
+    await state_module.init_app_state(engine, app.state, args, tasks)
+    return app
+
+
+def runner_limits() -> dict[str, int]:
+    """How many entries a request may carry, by sampling parameter, before the GPU runner raises and dies.
+
+    0.24's runner V2 raises inside the worker, which kills the engine; a gateway answers 400 instead.
+    Source: vllm/v1/worker/gpu/sample/{logit_bias,bad_words}.py.
+    """
+    limits = {}
+    for parameter, module_name, constant in (
+        ("logit_bias", "logit_bias", "MAX_NUM_LOGIT_BIAS_TOKENS"),
+        ("allowed_token_ids", "logit_bias", "MAX_NUM_ALLOWED_TOKEN_IDS"),
+        ("stop_token_ids", "logit_bias", "MAX_NUM_STOP_TOKEN_IDS"),
+        ("bad_words", "bad_words", "MAX_NUM_BAD_WORDS"),
+    ):
+        source = importlib.util.find_spec(f"vllm.v1.worker.gpu.sample.{module_name}")
+        value = _module_constant(source.origin, constant) if source is not None and source.origin else None
+        if value is not None:
+            limits[parameter] = value
+    return limits
+
+
+def _module_constant(path: str, name: str) -> int | None:
+    """An integer constant of a module that must not be imported here (it needs Triton)."""
+    import ast
+    from pathlib import Path
+
+    for node in ast.parse(Path(path).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            value = ast.literal_eval(node.value)
+            return int(value)
+    return None

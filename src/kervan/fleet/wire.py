@@ -1,0 +1,102 @@
+"""Frames between gateways and engine replicas.
+
+Each replica binds two ROUTER sockets, `input` and `output`; a gateway connects a DEALER to each, both with the
+same random identity (a session). Input frames are `[kind, payload...]`; kinds of one byte are vLLM's own request
+types, the words below are kervan's. Output frames are vLLM's encoded outputs, or one of the words.
+
+    gateway -> replica input    HELLO(Hello)   PING(Ping)   vLLM ADD / ABORT / UTILITY
+    replica input -> gateway    WELCOME(Welcome) or REFUSED(text)   PONG(Pong)
+    gateway -> replica output   SUBSCRIBE
+    replica output -> gateway   SUBSCRIBED   outputs, one message per engine step   ENGINE_CORE_DEAD
+
+A session may send requests once both WELCOME and SUBSCRIBED have come: a ROUTER drops silently what it cannot
+route, so outputs must not start before the output socket knows the session. Queues are unbounded for the same
+reason. vLLM's structs are positional, so gateway and replica must run the same vLLM version: HELLO says both.
+"""
+
+import msgspec
+import zmq
+
+PROTOCOL = 1
+
+HELLO = b"HELLO"
+WELCOME = b"WELCOME"
+REFUSED = b"REFUSED"
+PING = b"PING"
+PONG = b"PONG"
+SUBSCRIBE = b"SUBSCRIBE"
+SUBSCRIBED = b"SUBSCRIBED"
+ENGINE_DEAD = b"ENGINE_CORE_DEAD"  # vLLM's word
+
+PING_PERIOD_S = 0.5
+# A gateway that is silent for this long is dead: its requests are aborted.
+LEASE_S = 10.0
+HEARTBEAT_PERIOD_MS = 500
+HEARTBEAT_TIMEOUT_MS = 2000
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What an engine knows only after start-up."""
+
+    max_model_len: int
+    num_gpu_blocks: int
+    block_size: int
+    max_num_seqs: int
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """A gateway introduces a session."""
+
+    protocol: int
+    engine_version: str
+    gateway_id: str
+    secret: str
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """The replica accepts; `monotonic_s` lets the gateway shift output timestamps to its own clock."""
+
+    replica_id: str
+    engine_version: str
+    output_address: str
+    monotonic_s: float
+    facts: EngineFacts
+
+
+class Ping(msgspec.Struct, frozen=True):
+    """Keeps the session's lease; tells what this gateway has outstanding here."""
+
+    outstanding_tokens: int
+
+
+class Pong(msgspec.Struct, frozen=True):
+    """Load of the replica; `other_tokens`: outstanding tokens that other gateways sent here."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    other_tokens: int
+    is_draining: bool
+
+
+def refusal(hello: Hello, *, engine_version: str, secret: str) -> str | None:
+    """Why a replica must not serve this gateway, or None."""
+    if hello.secret != secret:
+        return "the gateway does not know this fleet's secret; it belongs to another fleet"
+    if hello.protocol != PROTOCOL:
+        return f"gateway speaks protocol {hello.protocol}, replica {PROTOCOL}; install one kervan version on all nodes"
+    if hello.engine_version != engine_version:
+        return (
+            f"gateway runs vLLM {hello.engine_version}, replica vLLM {engine_version}; "
+            "one fleet needs one vLLM version: install the same on all nodes"
+        )
+    return None
+
+
+def configure(socket: zmq.Socket[bytes]) -> None:
+    """Unbounded queues, no linger, and heartbeats that find a dead host in seconds."""
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_PERIOD_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)

@@ -1,0 +1,68 @@
+"""The few ASGI words that the gateway's modules share."""
+
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import msgspec
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = Iterable[tuple[bytes, bytes]]
+
+JSON = b"application/json"
+
+# vLLM's names for the same statuses, so that one client-side check covers both.
+_TYPES = {
+    400: "BadRequestError",
+    401: "authentication_error",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    413: "RequestTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+
+def error_body(status: int, message: str, param: str | None = None) -> bytes:
+    """An OpenAI-style error as JSON."""
+    return msgspec.json.encode({"error": {"message": message, "type": _TYPES[status], "param": param, "code": status}})
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """The first value of a header (lower-case name), or b"" without one."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""
+
+
+def start(status: int, length: int, content_type: bytes = JSON, headers: Headers = ()) -> Message:
+    """The message that opens an answer of `length` bytes."""
+    return {
+        "type": "http.response.start",
+        "status": status,
+        "headers": [(b"content-type", content_type), (b"content-length", b"%d" % length), *headers],
+    }
+
+
+async def answer(send: Send, status: int, body: bytes, content_type: bytes = JSON, headers: Headers = ()) -> None:
+    """Send a whole answer."""
+    await send(start(status, len(body), content_type, headers))
+    await send({"type": "http.response.body", "body": body})
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives `body` once, then whatever the server says (in the end: http.disconnect)."""
+    first: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+    async def replayed() -> Message:
+        nonlocal first
+        if first is None:
+            return await receive()
+        message, first = first, None
+        return message
+
+    return replayed

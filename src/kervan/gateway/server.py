@@ -1,0 +1,306 @@
+"""One gateway: its own HTTP port, the shell, vLLM's OpenAI app, and the fleet client behind it.
+
+Runs on the loop that calls `start`; needs neither Ray nor the main thread. Whoever runs it feeds `update` with
+directory snapshots.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from kervan.errors import ConfigError
+from kervan.fleet.client import FleetClient, Member
+from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
+from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
+from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
+from kervan.gateway.shell import GatewayShell, Shed
+from kervan.policy import admission
+
+logger = logging.getLogger(__name__)
+
+PEER_TIMEOUT_S = 2.0
+# vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
+REPLACED_GAUGES = frozenset(
+    {
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:num_requests_waiting_by_reason",
+        "vllm:kv_cache_usage_perc",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """What a gateway needs to start. `engine_argv`: arguments of vLLM's own server parser."""
+
+    gateway_id: str
+    node: str
+    engine_argv: tuple[str, ...]
+    secret: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    internal_host: str = "127.0.0.1"
+    public_host: str = "127.0.0.1"
+    api_keys: tuple[str, ...] = ()
+    max_queued_streams: int = 1024
+    hold_timeout_s: float = 300.0
+    stop_timeout_s: float = 60.0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket that other gateways of this user may share.
+
+    Raises: ConfigError when someone else listens there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"port {port} of {host} cannot be used ({error.strerror}); choose another --port") from error
+    sock.setblocking(False)
+    return sock
+
+
+class Gateway:
+    """Implements the shell's `GatewayView` over a fleet client."""
+
+    def __init__(self, config: GatewayConfig):
+        self.config = config
+        self.fleet: FleetClient
+        self.frontend: Any = None
+        self.failure: Exception | None = None
+        self.num_open = 0
+        self._snapshot = Snapshot(0, [], [], [])
+        self._attached = asyncio.Event()
+        self._servers: list[uvicorn.Server] = []
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._internal_port = 0
+        self.shell = GatewayShell(self, config.api_keys)
+
+    # ---- lifecycle
+
+    async def start(self, *, serve_http: bool = True) -> None:
+        """Open the port, or with `serve_http` False let another server call `shell`; vLLM's app follows.
+
+        Raises: ConfigError when the port is taken.
+        """
+        from kervan.fleet.vllm.frontend import VllmCodec  # vLLM takes seconds to import
+
+        self.fleet = FleetClient(
+            VllmCodec(),
+            secret=self.config.secret,
+            hold_timeout_s=self.config.hold_timeout_s,
+            gateway_id=self.config.gateway_id,
+        )
+        internal = listen(self.config.internal_host, 0)
+        self._internal_port = internal.getsockname()[1]
+        self._serve(self._internal_app, internal)
+        if serve_http:
+            self._serve(self.shell, listen(self.config.host, self.config.port))
+        self._tasks.append(asyncio.create_task(self._attach()))
+
+    def _serve(self, app: ASGIApp, sock: socket.socket) -> None:
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="auto",
+                lifespan="off",
+                access_log=False,
+                log_level="warning",
+                timeout_keep_alive=60,
+                timeout_graceful_shutdown=int(self.config.stop_timeout_s),
+            )
+        )
+        self._servers.append(server)
+        self._tasks.append(asyncio.create_task(server.serve(sockets=[sock])))
+
+    async def _attach(self) -> None:
+        from kervan.fleet.vllm.frontend import OpenAIFrontend
+
+        try:
+            self.frontend = await OpenAIFrontend.start(self.fleet, self.config.engine_argv)
+        except Exception as error:
+            self.failure = error
+            raise
+        self.shell.attach(self.frontend.app)
+        self._attached.set()
+
+    async def wait_attached(self) -> None:
+        """Return once vLLM's app answers; raises what stopped it."""
+        await asyncio.shield(self._tasks[-1])
+
+    async def stop(self) -> None:
+        """Stop accepting, let open requests end (at most `stop_timeout_s`), then leave."""
+        for server in self._servers:
+            server.should_exit = True
+        self._servers.clear()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.frontend is not None:
+            await self.frontend.close()
+        await self.fleet.close()
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Follow the directory."""
+        self._snapshot = snapshot
+        self.fleet.set_members(Member(r.id, r.address) for r in snapshot.replicas if r.is_reachable)
+
+    def entry(self) -> GatewayEntry:
+        """This gateway as the directory should list it."""
+        reason = self.readiness()
+        return GatewayEntry(
+            id=self.config.gateway_id,
+            node=self.config.node,
+            pid=os.getpid(),
+            url=f"http://{_bracket(self.config.public_host)}:{self.config.port}",
+            internal_url=f"http://{_bracket(self.config.internal_host)}:{self._internal_port}",
+            is_ready=reason is None,
+            reason=reason or "",
+        )
+
+    # ---- what the shell asks
+
+    def readiness(self) -> str | None:
+        if any(not link.pong.is_draining for link in self.fleet.links):
+            return None if self._attached.is_set() else "the gateway is starting"
+        if self.fleet.refusals:
+            return next(iter(self.fleet.refusals.values()))
+        states = [f"{r.id} {r.state}" + (f" ({r.reason})" if r.reason else "") for r in self._snapshot.replicas]
+        return "no replica is ready: " + ("; ".join(states) or "none has started yet")
+
+    def admit(self) -> Shed | None:
+        decision = admission.decide(
+            admission.AdmissionState(
+                outstanding_streams=self.fleet.num_streams,
+                capacity_streams=self.fleet.capacity_streams,
+                max_queued_streams=self.config.max_queued_streams,
+                num_gateways=max(1, len(self._snapshot.gateways)),
+                completed_per_s=self.fleet.completed_per_s,
+            )
+        )
+        if decision.admitted:
+            return None
+        return Shed(decision.retry_after_s, decision.reason)
+
+    def model_name(self) -> str:
+        return str(self.frontend.model_name)
+
+    def stream_opened(self) -> None:
+        self.num_open += 1
+
+    def stream_closed(self) -> None:
+        self.num_open -= 1
+
+    async def status(self) -> dict[str, object]:
+        return {
+            "gateway": self.config.gateway_id,
+            "streams": self.fleet.num_streams,
+            "held": self.fleet.num_held,
+            "moved": self.fleet.counts.moved,
+            "given_up": self.fleet.counts.given_up,
+            "replicas": [link.replica_id for link in self.fleet.links],
+        }
+
+    async def metrics(self) -> bytes:
+        """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out."""
+        peers = [g for g in self._snapshot.gateways if g.id != self.config.gateway_id]
+        pages = await asyncio.gather(*(asyncio.to_thread(_fetch, g.internal_url + "/metrics") for g in peers))
+        texts = {self.config.gateway_id: self._local_page()}
+        texts |= {peer.id: page for peer, page in zip(peers, pages, strict=True) if page is not None}
+        return merge_pages(texts, fleet_gauges=FLEET_GAUGES | {"kervan_replicas"}).encode()
+
+    # ---- pages of this gateway alone
+
+    async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+
+    def _local_page(self) -> str:
+        own = [*self._counters(), *_fleet_gauges(self._model_label(), self._snapshot.replicas)]
+        if self.frontend is None:
+            return "".join(own)
+        return "".join([_without_families(self.frontend.metrics_page(), REPLACED_GAUGES), *own])
+
+    def _model_label(self) -> str:
+        return self.model_name() if self.frontend is not None else ""
+
+    def _counters(self) -> list[str]:
+        counts = self.fleet.counts
+        lines = []
+        for name, kind, text, value in (
+            ("kervan_streams_open", "gauge", "Streams in flight at this gateway.", self.fleet.num_streams),
+            ("kervan_streams_held", "gauge", "Streams that wait for a replica.", self.fleet.num_held),
+            ("kervan_requests_open", "gauge", "HTTP requests in flight at this gateway.", self.num_open),
+            ("kervan_links", "gauge", "Replicas this gateway is linked to.", len(self.fleet.links)),
+            ("kervan_streams_moved_total", "counter", "Streams placed again on another replica.", counts.moved),
+            ("kervan_streams_given_up_total", "counter", "Streams that killed two replicas.", counts.given_up),
+            ("kervan_streams_expired_total", "counter", "Streams no replica took in time.", counts.expired),
+            ("kervan_replicas_lost_total", "counter", "Links to replicas that broke.", counts.lost_replicas),
+        ):
+            lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n")
+        return lines
+
+
+def _bracket(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _fetch(url: str) -> str | None:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=PEER_TIMEOUT_S) as response:
+        return str(response.read().decode())
+    return None
+
+
+def _without_families(page: str, names: frozenset[str]) -> str:
+    """A Prometheus page less the samples and comments of some gauges."""
+    kept = []
+    for line in page.splitlines(keepends=True):
+        word = line.split(" ", 3)[2] if line.startswith("# ") else line.split("{", 1)[0].split(" ", 1)[0]
+        if word not in names:
+            kept.append(line)
+    return "".join(kept)
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _fleet_gauges(model_name: str, replicas: Sequence[ReplicaEntry]) -> list[str]:
+    """vLLM's engine gauges for the fleet as one engine, and kervan's own per replica."""
+    live = [r for r in replicas if r.is_reachable]
+    engine = f'{{engine="0",model_name="{_escape(model_name)}"}}'
+    usage = sum(r.kv_cache_usage for r in live) / len(live) if live else 0.0
+    lines = []
+    for name, text, value in (
+        ("vllm:num_requests_running", "Requests in the batches of all replicas.", sum(r.running for r in live)),
+        ("vllm:num_requests_waiting", "Requests queued at all replicas.", sum(r.waiting for r in live)),
+        ("vllm:kv_cache_usage_perc", "KV cache use, 0 to 1, mean of the replicas.", usage),
+    ):
+        lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n{name}{engine} {value}\n")
+    lines.append("# HELP kervan_replicas Replicas by state.\n# TYPE kervan_replicas gauge\n")
+    for state in ("starting", "ready", "draining", "unhealthy"):
+        lines.append(f'kervan_replicas{{state="{state}"}} {sum(r.state == state for r in replicas)}\n')
+    for field, text in (
+        ("running", "Requests in the replica's batch."),
+        ("waiting", "Requests queued at the replica."),
+        ("kv_cache_usage", "The replica's KV cache use, 0 to 1."),
+    ):
+        name = f"kervan_replica_{field}"
+        lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n")
+        for r in live:
+            lines.append(f'{name}{{replica="{_escape(r.id)}",pool="{_escape(r.pool)}"}} {getattr(r, field)}\n')
+    return lines

@@ -1,0 +1,375 @@
+"""The ASGI shell around vLLM's OpenAI app: health, keys, body limits, admission, error bodies.
+
+A request passes, in this order: health and metrics pages (open) -> API key -> body read whole (size, deadline)
+-> vLLM attached? -> admission -> vLLM. vLLM gets the server's own `send`, so a streamed chunk costs nothing here.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from kervan.errors import ConfigError
+from kervan.gateway import simple
+from kervan.gateway.asgi import ASGIApp, Headers, Receive, Scope, Send, answer, error_body, header, replay, start
+
+logger = logging.getLogger(__name__)
+
+MIB = 1 << 20
+RETRY_NOT_READY_S = 5
+# How long a refused upload is read and thrown away. Closing with unread data makes TCP reset the connection,
+# and the client would lose the answer that says why.
+LINGER_S = 2.0
+
+OPEN_PATHS = frozenset({"/health", "/health/ready", "/metrics"})
+STATUS_PATH = "/kervan/status"
+SIMPLE_PATHS = {"/generate": simple.generate, "/chat": simple.chat}
+BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+
+# POSTs that make the engine work. Cancelling, rendering and counting must stay possible in a full fleet.
+WORK_PATHS = frozenset(
+    {"/generate", "/chat", "/pooling", "/classify", "/score", "/rerank", "/generative_scoring", "/invocations"}
+)
+WORK_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
+IDLE_SUFFIXES = (
+    "/cancel",
+    "/abort_requests",
+    "/render",
+    "/derender",
+    "/count_tokens",
+    "/tokenize",
+    "/detokenize",
+    "/models",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
+)
+# vLLM 0.24 answers 500 to a body that is JSON but no object; 0.32 answers 400.
+OBJECT_PATHS = WORK_PATHS | {"/tokenize", "/detokenize"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """The fleet is full: try again in `retry_after_s`."""
+
+    retry_after_s: int
+    reason: str
+
+
+class GatewayView(Protocol):
+    """What the shell needs to know of the fleet."""
+
+    def readiness(self) -> str | None:
+        """None when a replica can answer, else the reason."""
+
+    def admit(self) -> Shed | None:
+        """None when the fleet takes one more request."""
+
+    def model_name(self) -> str:
+        """The first served model name."""
+
+    async def metrics(self) -> bytes:
+        """The Prometheus text page of this gateway and the fleet."""
+
+    async def status(self) -> dict[str, object]:
+        """What `kervan status` shows; JSON types only."""
+
+    def stream_opened(self) -> None:
+        """One HTTP request more in flight."""
+
+    def stream_closed(self) -> None:
+        """One HTTP request fewer in flight."""
+
+
+class GatewayShell:
+    """ASGI app in front of vLLM's; serves health pages before `attach`, and 503 for the rest.
+
+    The lifespan protocol ends here: vLLM's app never sees it.
+
+    Raises:
+        ConfigError: an API key is empty.
+    """
+
+    def __init__(
+        self,
+        view: GatewayView,
+        api_keys: Sequence[str] = (),
+        max_body_bytes: int = 8 * MIB,
+        body_timeout_s: float = 30.0,
+    ) -> None:
+        for place, key in enumerate(api_keys, 1):
+            if not key.strip():
+                raise ConfigError(f"API key {place} of {len(api_keys)} is empty; leave it out, or give it a value")
+        self.view = view
+        self.inner: ASGIApp | None = None
+        self.max_body_bytes = max_body_bytes
+        self.body_timeout_s = body_timeout_s
+        self._deadlines = _Deadlines(body_timeout_s)
+        self._key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+
+    def attach(self, app: ASGIApp) -> None:
+        """Give all further requests to vLLM's app."""
+        self.inner = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "http":
+            try:
+                await self._http(scope, receive, send)
+            except Exception as exc:
+                body = error_body(500, "the gateway failed on this request; its log has the reason")
+                try:
+                    await answer(send, 500, body)
+                except RuntimeError:
+                    # A server refuses a second start. Asking it is how we learn that the answer had begun
+                    # without watching every chunk.
+                    raise exc from None
+                logger.exception("%s %s failed before its answer began", scope["method"], scope["path"])
+        elif kind == "websocket":
+            await self._websocket(scope, receive, send)
+        elif kind == "lifespan":
+            await _lifespan(receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        method: str = scope["method"]
+        if method != "OPTIONS":  # CORS preflight carries no key; vLLM answers it
+            if path in OPEN_PATHS:
+                await self._page(path, method, receive, send)
+                return
+            if self._key_digests and not self._has_key(scope):
+                message = "no valid API key; send the header 'Authorization: Bearer KEY'"
+                await _refuse(401, message, method, receive, send, headers=[(b"www-authenticate", b"Bearer")])
+                return
+            if path == STATUS_PATH:
+                await self._page(path, method, receive, send)
+                return
+            if path in SIMPLE_PATHS and method != "POST":
+                await _refuse_method(path, method, "POST", receive, send)
+                return
+        self.view.stream_opened()
+        try:
+            await self._forward(path, method, scope, receive, send)
+        finally:
+            self.view.stream_closed()
+
+    async def _forward(self, path: str, method: str, scope: Scope, receive: Receive, send: Send) -> None:
+        body = b""
+        if method in BODY_METHODS:
+            read = await self._read_body(scope, receive, send)
+            if read is None:
+                return
+            body = read
+            receive = replay(body, receive)
+        inner = self.inner
+        if inner is None:
+            await _unavailable(send, self._not_ready() or "the gateway is starting", RETRY_NOT_READY_S)
+            return
+        if method == "POST":
+            if makes_work(path) and (shed := self.view.admit()) is not None:
+                await _unavailable(send, shed.reason, shed.retry_after_s)
+                return
+            if path in SIMPLE_PATHS:
+                await SIMPLE_PATHS[path](inner, scope, receive, send, model=self.view.model_name(), body=body)
+                return
+            if (fault := _json_fault(path, body, scope)) is not None:
+                await answer(send, 400, error_body(400, fault))
+                return
+        await inner(scope, receive, send)
+
+    async def _page(self, path: str, method: str, receive: Receive, send: Send) -> None:
+        if method not in ("GET", "HEAD"):
+            await _refuse_method(path, method, "GET, HEAD", receive, send)
+            return
+        status, content_type = 200, b"application/json"
+        if path == "/health":
+            body = b'{"status":"live"}'
+        elif path == "/metrics":
+            body, content_type = await self.view.metrics(), b"text/plain; version=0.0.4; charset=utf-8"
+        elif path == STATUS_PATH:
+            body = msgspec.json.encode(await self.view.status())
+        elif (reason := self._not_ready()) is None:
+            body = b'{"status":"ready"}'
+        else:
+            status, body = 503, msgspec.json.encode({"status": "not ready", "reason": reason})
+        await send(start(status, len(body), content_type))
+        await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
+
+    def _not_ready(self) -> str | None:
+        reason = self.view.readiness()
+        if reason is None and self.inner is None:
+            return "vLLM's app is still being built"
+        return reason
+
+    def _has_key(self, scope: Scope) -> bool:
+        scheme, _, key = header(scope, b"authorization").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        # Digests have one length and every key is compared: the time says nothing about which key, or how much of it.
+        digest = hashlib.sha256(key.strip()).digest()
+        found = False
+        for known in self._key_digests:
+            found |= hmac.compare_digest(digest, known)
+        return found
+
+    async def _read_body(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
+        """The whole body; None when the client left or has been refused (413, 408)."""
+        limit = self.max_body_bytes
+        announced = header(scope, b"content-length")
+        if announced.isdigit() and int(announced) > limit:
+            await self._refuse_size(f"{int(announced)} bytes", scope["method"], receive, send)
+            return None
+        chunks: list[bytes] = []
+        size = 0
+        task = self._deadlines.enter()
+        try:
+            while size <= limit:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                chunks.append(chunk)
+                if not message.get("more_body", False) and size <= limit:
+                    return chunk if len(chunks) == 1 else b"".join(chunks)
+        except asyncio.CancelledError:
+            if not self._deadlines.is_over(task) or task.uncancel() > 0:
+                raise
+            text = f"{size} bytes of the body came in {self.body_timeout_s:g} s, and it is not whole; send it faster"
+            await answer(send, 408, error_body(408, text), headers=[(b"connection", b"close")])
+            return None
+        finally:
+            self._deadlines.leave(task)
+        chunks.clear()
+        await self._refuse_size(f"over {limit} bytes ({size} read so far)", scope["method"], receive, send)
+        return None
+
+    async def _refuse_size(self, found: str, method: str, receive: Receive, send: Send) -> None:
+        limit = self.max_body_bytes
+        message = f"the body is {found}; this gateway takes at most {limit} bytes ({limit / MIB:g} MiB)"
+        await _refuse(413, message, method, receive, send)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Before the handshake a close is answered with HTTP 403. Code 1008: policy; 1013: try again later.
+        if self._key_digests and not self._has_key(scope):
+            await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key"})
+            return
+        if self.inner is None or self.view.admit() is not None:
+            await send({"type": "websocket.close", "code": 1013, "reason": "the fleet takes no request now"})
+            return
+        self.view.stream_opened()
+        try:
+            await self.inner(scope, receive, send)
+        finally:
+            self.view.stream_closed()
+
+
+class _Deadlines:
+    """Cancels tasks that stay inside for over `limit_s`.
+
+    One timer serves all: an asyncio.timeout per request costs more than the rest of the shell.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._due: dict[asyncio.Task[object], float] = {}  # loop times, oldest first: all have the same limit
+        self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self) -> asyncio.Task[object]:
+        """The current task, which must `leave`."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop = task.get_loop()
+        self._due[task] = due = loop.time() + self._limit_s
+        if self._timer is None:
+            self._timer = loop.call_at(due, self._check, loop)
+        return task
+
+    def is_over(self, task: asyncio.Task[object]) -> bool:
+        """Whether it was this class that cancelled the task."""
+        return task not in self._due
+
+    def leave(self, task: asyncio.Task[object]) -> None:
+        self._due.pop(task, None)
+
+    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        self._timer = None
+        for task, due in list(self._due.items()):
+            if due > now:
+                self._timer = loop.call_at(due, self._check, loop)
+                return
+            del self._due[task]
+            task.cancel()
+
+
+def makes_work(path: str) -> bool:
+    """Whether a POST there needs a replica, so that admission decides on it."""
+    return path in WORK_PATHS or (path.startswith(WORK_PREFIXES) and not path.endswith(IDLE_SUFFIXES))
+
+
+def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:
+    """What vLLM would answer with 500; for all other faults of a body it has a 400 of its own.
+
+    A JSON body that is no object (0.24), a nesting bomb at /invocations, structured_outputs that is no object.
+    """
+    is_plain = body.startswith(b"{") and path != "/invocations" and b'"structured_outputs"' not in body
+    if is_plain or not body or not (path in OBJECT_PATHS or path.startswith(WORK_PREFIXES)):
+        return None
+    if b"json" not in header(scope, b"content-type").lower():
+        return None
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        return f"the body is not valid JSON: {exc}; send one JSON object"
+    if not isinstance(value, dict):
+        return f'the body is a JSON {type(value).__name__}; send one JSON object, such as {{"model": ...}}'
+    outputs = value.get("structured_outputs")
+    if outputs is not None and not isinstance(outputs, dict):
+        return (
+            f'structured_outputs is a JSON {type(outputs).__name__}; send an object, such as {{"choice": ["a", "b"]}}'
+        )
+    return None
+
+
+async def _refuse(
+    status: int, message: str, method: str, receive: Receive, send: Send, *, headers: Headers = ()
+) -> None:
+    """Answer before the body is read. With a body on its way: answer, throw it away for a while, close."""
+    body = error_body(status, message)
+    if method not in BODY_METHODS:
+        await answer(send, status, b"" if method == "HEAD" else body, headers=headers)
+        return
+    await send(start(status, len(body), headers=[*headers, (b"connection", b"close")]))
+    # The client has the whole answer now (content-length); the server closes after the last message.
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass
+    except TimeoutError:
+        pass
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _refuse_method(path: str, method: str, allowed: str, receive: Receive, send: Send) -> None:
+    message = f"{path} does not take {method}; use {allowed}"
+    await _refuse(405, message, method, receive, send, headers=[(b"allow", allowed.encode())])
+
+
+async def _unavailable(send: Send, reason: str, retry_after_s: int) -> None:
+    message = f"{reason}; try again in {retry_after_s} s"
+    await answer(send, 503, error_body(503, message), headers=[(b"retry-after", b"%d" % retry_after_s)])
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        phase = (await receive())["type"].removeprefix("lifespan.")
+        await send({"type": f"lifespan.{phase}.complete"})
+        if phase == "shutdown":
+            return

@@ -1,0 +1,226 @@
+"""POST /generate and POST /chat: small bodies in and out, over vLLM's OpenAI endpoints in the same process."""
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from kervan.gateway.asgi import JSON, ASGIApp, Message, Receive, Scope, Send, answer, error_body, replay
+
+T = TypeVar("T")
+
+MAX_TOKENS = 1 << 20  # above every context length; vLLM compares with the model's own
+TEMPERATURE = (0.0, 2.0)
+_BODY_HEADERS = frozenset({b"content-type", b"content-length"})
+
+
+class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Body of POST /generate."""
+
+    prompt: str
+    max_tokens: int = 16
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+
+
+class ChatRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Body of POST /chat. Messages go to vLLM as they came."""
+
+    messages: list[msgspec.Raw]
+    max_tokens: int | None = None
+    temperature: float | None = None
+    stream: bool = False
+
+
+class _Text(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    message: _Text = _Text()
+    delta: _Text = _Text()
+    finish_reason: str | None = None
+
+
+class _Reply(msgspec.Struct):
+    """What we read of a completion, a chat completion, or one chunk of a streamed one."""
+
+    choices: list[_Choice] = []
+    usage: dict[str, Any] | None = None
+    error: Any = None
+
+
+_generate_decoder = msgspec.json.Decoder(GenerateRequest)
+_chat_decoder = msgspec.json.Decoder(ChatRequest)
+_reply_decoder = msgspec.json.Decoder(_Reply)
+
+
+class _FieldError(ValueError):
+    """A request body breaks a rule; `param` names the field where one is to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
+    """Answer {"text", "tokens"}; vLLM's own errors pass unchanged."""
+    try:
+        request = _decode(_generate_decoder, body)
+        _check_range("max_tokens", request.max_tokens, 1, MAX_TOKENS)
+        _check_range("temperature", request.temperature, *TEMPERATURE)
+        if request.top_p is not None and not 0 < request.top_p <= 1:
+            raise _FieldError(f"top_p is {request.top_p}; it must be above 0 and at most 1", "top_p")
+    except _FieldError as exc:
+        await answer(send, 400, error_body(400, str(exc), exc.param))
+        return
+    fields = {"model": model, "max_tokens": request.max_tokens} | msgspec.to_builtins(request)
+    reply = _Collected()
+    call = _Call(scope, receive, "/v1/completions", msgspec.json.encode(fields))
+    await inner(call.scope, call.receive, reply.send)
+    if call.is_gone:
+        return
+    if reply.status != 200:
+        await reply.forward(send)
+        return
+    told = _reply_decoder.decode(reply.body)
+    tokens = (told.usage or {}).get("completion_tokens", 0)
+    await reply.forward(send, msgspec.json.encode({"text": told.choices[0].text or "", "tokens": tokens}))
+
+
+async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
+    """Answer {"content", "usage"}, or the same as server-sent events; vLLM's own errors pass unchanged."""
+    try:
+        request = _decode(_chat_decoder, body)
+        if not request.messages:
+            raise _FieldError("messages is empty; it must have at least 1 message", "messages")
+        _check_range("max_tokens", request.max_tokens, 1, MAX_TOKENS)
+        _check_range("temperature", request.temperature, *TEMPERATURE)
+    except _FieldError as exc:
+        await answer(send, 400, error_body(400, str(exc), exc.param))
+        return
+    fields: dict[str, Any] = {"model": model, "messages": request.messages}
+    if request.max_tokens is not None:
+        fields["max_tokens"] = request.max_tokens
+    if request.temperature is not None:
+        fields["temperature"] = request.temperature
+    if request.stream:
+        fields |= {"stream": True, "stream_options": {"include_usage": True}}
+    call = _Call(scope, receive, "/v1/chat/completions", msgspec.json.encode(fields))
+    if request.stream:
+        await inner(call.scope, call.receive, _ChatEvents(send).send)
+        return
+    reply = _Collected()
+    await inner(call.scope, call.receive, reply.send)
+    if call.is_gone:
+        return
+    if reply.status != 200:
+        await reply.forward(send)
+        return
+    told = _reply_decoder.decode(reply.body)
+    # Content is null when a reasoning parser has put all text elsewhere.
+    content = told.choices[0].message.content or ""
+    await reply.forward(send, msgspec.json.encode({"content": content, "usage": told.usage}))
+
+
+class _Call:
+    """One request of ours to vLLM's app: what the client sent, with another path and body."""
+
+    def __init__(self, scope: Scope, receive: Receive, path: str, body: bytes) -> None:
+        kept = [pair for pair in scope["headers"] if pair[0] not in _BODY_HEADERS]
+        headers = [*kept, (b"content-type", JSON), (b"content-length", b"%d" % len(body))]
+        self.scope: Scope = {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+        self.is_gone = False
+        self._replayed = replay(body, receive)
+
+    async def receive(self) -> Message:
+        message = await self._replayed()
+        if message["type"] == "http.disconnect":
+            self.is_gone = True
+        return message
+
+
+class _Collected:
+    """An answer of vLLM's app, held back until it is whole."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status, self.headers = message["status"], list(message.get("headers", ()))
+        else:
+            self.body += message.get("body", b"")
+
+    async def forward(self, send: Send, body: bytes | None = None) -> None:
+        """Send it on, as it is or with another JSON body."""
+        if not self.status:
+            raise RuntimeError("vLLM's app ended without an answer")
+        headers = self.headers
+        if body is not None:
+            kept = [pair for pair in headers if pair[0].lower() not in _BODY_HEADERS]
+            headers = [*kept, (b"content-type", JSON), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body if body is None else body})
+
+
+class _ChatEvents:
+    """Rewrites vLLM's chat chunks as they pass. Events may be split anywhere across ASGI messages."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._is_stream = False
+        self._rest = b""
+        self._usage: dict[str, Any] | None = None
+        self._finish_reason: str | None = None
+        self._has_failed = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._is_stream = message["status"] == 200
+        elif self._is_stream:
+            *events, self._rest = (self._rest + message.get("body", b"")).split(b"\n\n")
+            body = b"".join(map(self._rewrite, events))
+            more = message.get("more_body", False)
+            if not body and more:
+                return
+            message = {"type": "http.response.body", "body": body, "more_body": more}
+        await self._send(message)
+
+    def _rewrite(self, event: bytes) -> bytes:
+        if not event.startswith(b"data:"):
+            return event + b"\n\n"  # a comment: vLLM's keep-alive
+        data = event[5:].strip()
+        if data == b"[DONE]":
+            last = {"content": "", "usage": self._usage, "finish_reason": self._finish_reason}
+            return (b"" if self._has_failed else _event(last)) + b"data: [DONE]\n\n"
+        told = _reply_decoder.decode(data)
+        if told.error is not None:
+            self._has_failed = True
+            return event + b"\n\n"
+        self._usage = told.usage or self._usage
+        if not told.choices:
+            return b""
+        choice = told.choices[0]
+        self._finish_reason = choice.finish_reason or self._finish_reason
+        return _event({"content": choice.delta.content}) if choice.delta.content else b""
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def _decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise _FieldError(f"the body is not accepted: {exc}") from None
+
+
+def _check_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Both ends are allowed; None is "not given"."""
+    if value is not None and not low <= value <= high:
+        raise _FieldError(f"{name} is {str(value)[:40]}; it must be from {low:g} to {high}", name)

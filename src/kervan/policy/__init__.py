@@ -1,0 +1,1 @@
+"""Pure decisions: `decide(state) -> Decision(reason=...)`. No I/O, no clock, no randomness of their own."""

@@ -1,0 +1,94 @@
+"""A fleet as one Serve application: gateways over a pool of engine replicas."""
+
+import hashlib
+from typing import Any
+
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from kervan.facts.fleet import FleetConfig
+from kervan.serve.engine import EngineReplica
+from kervan.serve.gateway import GatewayReplica
+
+POOL = "on-demand"
+HEALTH_CHECK_PERIOD_S = 1.0
+HEALTH_CHECK_TIMEOUT_S = 30.0
+UNLIMITED = 1_000_000_000  # kervan's gateways carry the requests; Serve counts none
+
+
+def app_name(fleet_name: str) -> str:
+    return f"kervan-{fleet_name}"
+
+
+def build(config: FleetConfig, *, num_gateways: int, accelerator: str | None) -> Any:
+    """The Serve application of a fleet.
+
+    `accelerator`: Ray's resource name for the GPU kind of the cluster (`accelerator_type:H200`), None on CPU.
+    Replica counts are no part of the version, so that scaling restarts nothing.
+    """
+    stored = config.to_json()
+    unscaled = {**_without_counts(config), "accelerator": accelerator}
+    version = hashlib.sha256(repr(sorted(unscaled.items())).encode()).hexdigest()[:12]
+    common: dict[str, Any] = {
+        "version": version,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "max_ongoing_requests": UNLIMITED,
+        "_internal": True,  # `version` is Serve's own way to say that code did not change
+    }
+    engines = serve.deployment(EngineReplica).options(
+        name=POOL,
+        num_replicas=config.replicas,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
+        ray_actor_options={"num_cpus": 0, "num_gpus": config.gpus_per_replica if accelerator else 0},
+        **common,
+    )
+    gateways = serve.deployment(GatewayReplica).options(
+        name="gateway",
+        num_replicas=num_gateways,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + 5.0,
+        # vLLM's frontend needs the platform of the engines, so gateways live where such GPUs are.
+        ray_actor_options={"num_cpus": 0, "resources": {accelerator: 0.001} if accelerator else {}},
+        **common,
+    )
+    # The stored config is the first one's, without counts, for the same reason as the version.
+    return gateways.bind(_config_without_counts(stored), engines.bind(_config_without_counts(stored), POOL))
+
+
+def _without_counts(config: FleetConfig) -> dict[str, Any]:
+    import json
+
+    settings: dict[str, Any] = json.loads(config.to_json())
+    del settings["replicas"], settings["gateways"]
+    return {key: repr(value) for key, value in settings.items()}
+
+
+def _config_without_counts(stored: str) -> str:
+    import json
+
+    settings = json.loads(stored)
+    settings.pop("replicas")
+    settings.pop("gateways")
+    return json.dumps(settings)
+
+
+def deploy(app: Any, fleet_name: str) -> None:
+    """Hand the application to Serve; returns before it runs."""
+    target = serve.RunTarget(target=app, name=app_name(fleet_name), route_prefix=None)
+    serve.run_many(
+        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+    )
+
+
+def start_serve(config: FleetConfig) -> None:
+    """Start Serve's controller; with direct ingress, no proxy."""
+    if config.ingress == "direct":
+        serve.start(proxy_location="Disabled")
+    else:
+        serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=config.host, port=config.port))
+
+
+def delete(fleet_name: str) -> None:
+    """End the application: gateways and replicas drain, then leave."""
+    serve.delete(app_name(fleet_name))

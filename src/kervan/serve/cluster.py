@@ -1,0 +1,277 @@
+"""The Ray cluster a fleet lives on: started here, or joined; and what fits on it."""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from kervan.errors import CapacityError, EngineError, FleetError
+from kervan.facts.fleet import FleetConfig
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 20.0
+
+
+def home() -> Path:
+    """Where kervan remembers the fleets started from this machine: $KERVAN_HOME or ~/.kervan."""
+    return Path(os.environ.get("KERVAN_HOME") or Path.home() / ".kervan")
+
+
+class LocalRay(msgspec.Struct, frozen=True):
+    """A Ray that kervan started on this machine."""
+
+    address: str
+    pid: int
+    temp_dir: str
+    token: str
+
+    @property
+    def is_alive(self) -> bool:
+        try:
+            return "kervan.serve.local_ray" in " ".join(psutil.Process(self.pid).cmdline())
+        except psutil.Error:
+            return False
+
+
+class Remembered(msgspec.Struct, frozen=True):
+    """A fleet started from this machine."""
+
+    name: str
+    address: str
+    url: str
+
+
+def _local_ray_path() -> Path:
+    return home() / "local_ray.json"
+
+
+def find_local_ray() -> LocalRay | None:
+    """The running local Ray, if kervan has started one."""
+    try:
+        local = msgspec.json.decode(_local_ray_path().read_bytes(), type=LocalRay)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+    return local if local.is_alive else None
+
+
+@dataclass(slots=True)
+class StartingRay:
+    """A local Ray that ends with this process unless `keep` is called."""
+
+    local: LocalRay
+    process: subprocess.Popen[str]
+
+    def keep(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.write("stay\n")
+            self.process.stdin.flush()
+
+
+def start_local_ray(env: Mapping[str, str]) -> StartingRay:
+    """Start Ray on this machine, guarded by a token of its own.
+
+    Raises: EngineError when Ray does not come up.
+    """
+    temp_dir = tempfile.mkdtemp(prefix="kervan-ray-")  # short: it holds Unix sockets
+    token = secrets.token_hex(32)
+    log = (Path(temp_dir) / "local_ray.log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kervan.serve.local_ray", temp_dir],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **_ray_environment(token), **env},
+    )
+    log.close()
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line:
+            words = (Path(temp_dir) / "local_ray.log").read_text().strip().splitlines()[-1:]
+            raise EngineError(f"Ray did not start: {' '.join(words) or 'it said nothing'}; is ray[serve] installed whole?")
+        local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token)
+    except BaseException:
+        end_processes([process.pid])
+        shutil.rmtree(temp_dir, ignore_errors=True)
+        raise
+    home().mkdir(parents=True, exist_ok=True)
+    _write(_local_ray_path(), local)
+    return StartingRay(local, process)
+
+
+def _ray_environment(token: str | None) -> dict[str, str]:
+    """Ray's environment; a cluster that the user runs keeps the user's own authentication settings."""
+    env = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if token is not None:
+        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    return env
+
+
+def stop_local_ray(local: LocalRay) -> None:
+    """End the local Ray and everything in it."""
+    end_processes(_session_pids(local))
+    shutil.rmtree(local.temp_dir, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        _local_ray_path().unlink()
+
+
+def _session_pids(local: LocalRay) -> list[int]:
+    """The process of the local Ray, its descendants, and strays that name its directory."""
+    pids = [local.pid]
+    with contextlib.suppress(psutil.Error):
+        pids += [child.pid for child in psutil.Process(local.pid).children(recursive=True)]
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if any(local.temp_dir in word for word in process.info["cmdline"] or ()) and process.pid != os.getpid():
+            pids.append(process.info["pid"])
+    return list(dict.fromkeys(pids))
+
+
+def end_processes(pids: Sequence[int]) -> None:
+    """SIGTERM to the first, SIGKILL to what is left of all after a while. Returns when they are gone."""
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            processes.append(psutil.Process(pid))
+    if not processes:
+        return
+    with contextlib.suppress(psutil.Error):
+        processes[0].terminate()
+    _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+
+
+def connect(address: str) -> None:
+    """Join a running Ray cluster as a driver.
+
+    Raises: FleetError when there is none at `address`.
+    """
+    local = find_local_ray()
+    # Before ray is imported: it reads these once.
+    os.environ.update(_ray_environment(local.token if local is not None and local.address == address else None))
+    import ray
+
+    try:
+        ray.init(
+            address=address, namespace="kervan", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise FleetError(
+            f"no Ray cluster answers at {address} ({_first_line(error)}); "
+            "check --address, or leave it out to start Ray on this machine"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGpus:
+    """GPUs of one alive node: all, and not taken by others."""
+
+    node: str
+    total: int
+    free: float
+    accelerator: str | None
+
+
+def gpus_by_node() -> list[NodeGpus]:
+    """What Ray says of its alive nodes that have GPUs."""
+    import ray
+
+    available = ray._private.state.available_resources_per_node()
+    found = []
+    for node in ray.nodes():
+        resources: dict[str, Any] = node["Resources"]
+        if not node["Alive"] or not resources.get("GPU"):
+            continue
+        kind = next((name for name in resources if name.startswith("accelerator_type:")), None)
+        free = available.get(node["NodeID"], {}).get("GPU", 0.0)
+        found.append(NodeGpus(node["NodeManagerAddress"], int(resources["GPU"]), free, kind))
+    return found
+
+
+def check_capacity(config: FleetConfig, nodes: Sequence[NodeGpus], *, held_gpus: int = 0) -> None:
+    """Refuse what cannot be placed, with the arithmetic. No node with a GPU means CPU, where nothing is counted.
+
+    `held_gpus`: GPUs that this fleet already has.
+
+    Raises: CapacityError.
+    """
+    if not nodes:
+        if config.gpus_per_replica > (cores := os.cpu_count() or 1):
+            raise CapacityError(
+                f"tp*pp={config.gpus_per_replica} CPU workers on one node; this machine has {cores} cores and no GPU; "
+                f"use --tp 1 --pp 1"
+            )
+        return
+    need = config.gpus_per_replica
+    largest = max(nodes, key=lambda node: node.total)
+    if need > largest.total:
+        raise CapacityError(
+            f"tp*pp={config.tp}*{config.pp}={need} GPUs on one node; the largest node has {largest.total} "
+            f"({largest.node}); use --tp and --pp with a product of at most {largest.total}"
+        )
+    places = sum(int((node.free + 1e-6) // need) for node in nodes) + held_gpus // need
+    if config.replicas > places:
+        free = ", ".join(f"{node.node}: {node.free:g} of {node.total}" for node in nodes)
+        raise CapacityError(
+            f"{config.replicas} replicas of tp*pp={need} GPUs need {config.replicas * need} GPUs, whole replicas on one "
+            f"node; free are {free}; room for {places}: use --replicas {places}"
+            + ("" if places else ", after another fleet has made room")
+        )
+
+
+# ---- fleets started from here
+
+
+def remember(fleet: Remembered) -> None:
+    path = home() / "fleets" / f"{fleet.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, fleet)
+
+
+def recall(name: str) -> Remembered | None:
+    try:
+        return msgspec.json.decode((home() / "fleets" / f"{name}.json").read_bytes(), type=Remembered)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+
+
+def forget(name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (home() / "fleets" / f"{name}.json").unlink()
+
+
+def remembered() -> list[Remembered]:
+    found = []
+    for path in sorted((home() / "fleets").glob("*.json")):
+        fleet = recall(path.stem)
+        if fleet is not None:
+            found.append(fleet)
+    return found
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
+    partial.touch(mode=0o600)  # it may hold a token
+    partial.write_bytes(msgspec.json.encode(value))
+    partial.replace(path)

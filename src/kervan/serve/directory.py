@@ -1,0 +1,97 @@
+"""The fleet directory as a Ray actor, and how to find it."""
+
+import asyncio
+import time
+from typing import Any
+
+import msgspec
+import ray
+
+from kervan.errors import FleetError
+from kervan.fleet.directory import Directory, GatewayEntry, ReplicaEntry, Snapshot, StartFailure
+
+NAMESPACE = "kervan"
+_PREFIX = "directory-"
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, lifetime="detached")
+class DirectoryActor:
+    """One per fleet. Holds the fleet's config and secret too, so that a restart brings them back."""
+
+    def __init__(self, config_json: str, secret: str) -> None:
+        self._config_json = config_json
+        self._secret = secret
+        self._directory = Directory(time.monotonic)
+        self._changed = asyncio.Event()
+
+    def _touch(self, before: int) -> None:
+        if self._directory.version != before:
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def fleet(self) -> tuple[str, str]:
+        """The config as JSON, and the secret."""
+        return self._config_json, self._secret
+
+    async def set_config(self, config_json: str) -> None:
+        self._config_json = config_json
+
+    async def beat_replica(self, entry: bytes) -> None:
+        before = self._directory.version
+        self._directory.beat_replica(msgspec.msgpack.decode(entry, type=ReplicaEntry))
+        self._touch(before)
+
+    async def beat_gateway(self, entry: bytes) -> None:
+        before = self._directory.version
+        self._directory.beat_gateway(msgspec.msgpack.decode(entry, type=GatewayEntry))
+        self._touch(before)
+
+    async def remove(self, entry_id: str) -> None:
+        before = self._directory.version
+        self._directory.remove(entry_id)
+        self._touch(before)
+
+    async def fail(self, failure: bytes) -> None:
+        before = self._directory.version
+        self._directory.fail(msgspec.msgpack.decode(failure, type=StartFailure))
+        self._touch(before)
+
+    async def snapshot(self) -> bytes:
+        return msgspec.msgpack.encode(self._directory.snapshot())
+
+    async def wait(self, version: int, timeout_s: float) -> bytes:
+        """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""
+        if self._directory.snapshot().version == version:
+            try:
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
+            except TimeoutError:
+                pass
+        return await self.snapshot()
+
+
+def create(name: str, config_json: str, secret: str) -> Any:
+    """A new directory for fleet `name`."""
+    return DirectoryActor.options(name=_PREFIX + name, namespace=NAMESPACE).remote(config_json, secret)
+
+
+def find(name: str) -> Any:
+    """The directory of fleet `name`.
+
+    Raises: FleetError when there is no such fleet on this cluster.
+    """
+    try:
+        return ray.get_actor(_PREFIX + name, namespace=NAMESPACE)
+    except ValueError as error:
+        others = names()
+        hint = f"fleets here: {', '.join(others)} (--name)" if others else "start one: kervan up MODEL"
+        raise FleetError(f"no fleet {name!r} runs on this cluster; {hint}") from error
+
+
+def names() -> list[str]:
+    """The fleets on this cluster."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(a["name"][len(_PREFIX) :] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(_PREFIX))
+
+
+def read(raw: bytes) -> Snapshot:
+    return msgspec.msgpack.decode(raw, type=Snapshot)

@@ -1,0 +1,143 @@
+"""One engine replica as a Ray Serve replica: it starts, watches and ends the engine process."""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import ray
+
+from kervan.errors import EngineError
+from kervan.facts.fleet import FleetConfig
+from kervan.fleet.control import EngineSpec
+from kervan.fleet.directory import ReplicaEntry, ReplicaState, StartFailure
+from kervan.fleet.process import EngineProcess
+from kervan.serve import directory as directories
+
+logger = logging.getLogger(__name__)
+
+BEAT_PERIOD_S = 1.0
+DRAIN_POLL_S = 0.1
+# Gateways hear of a drain within a ping period; before that an idle-looking replica may still get work.
+DRAIN_NOTICE_S = 1.0
+STOP_TIMEOUT_S = 10.0
+
+
+def log_directory() -> Path:
+    """Where engine logs go: the Ray session's own log directory of this node."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    path = Path(session) / "logs" / "kervan"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class EngineReplica:
+    """Serve calls `__init__` (returns when the engine has produced a token), `check_health`, and `__del__`."""
+
+    def __init__(self, config_json: str, pool: str) -> None:
+        self._config = FleetConfig.from_json(config_json)
+        self._pool = pool
+        self._id = f"{pool}-{uuid.uuid4().hex[:6]}"
+        self._node = ray.util.get_node_ip_address()
+        self._state: ReplicaState = "starting"
+        self._reason = ""
+        self._since_s = time.monotonic()
+        self._is_leaving = False
+        self._directory = directories.find(self._config.name)
+        _, secret = ray.get(self._directory.fleet.remote())
+        log_path = log_directory() / f"{self._config.name}-{self._id}.log"
+        self._process = EngineProcess(
+            EngineSpec(self._id, list(self._config.engine_argv), self._node, secret),
+            log_path=log_path,
+            env=engine_environment(self._config),
+            on_change=self._on_change,
+        )
+        threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
+        while self._process.ready is None and self._process.failure is None:
+            time.sleep(DRAIN_POLL_S)
+        if (failure := self._process.failure) is not None:
+            self._process.kill()
+            self._is_leaving = True
+            report = StartFailure(self._id, failure.kind, failure.message, str(log_path))
+            ray.get(self._directory.fail.remote(msgspec.msgpack.encode(report)))
+            ray.get(self._directory.remove.remote(self._id))
+            raise EngineError(f"{failure.message} (log: {log_path})")
+        self._state = "ready"
+        self._beat()
+
+    def _on_change(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is None or not process.ended.is_set() or self._state == "starting" or self._is_leaving:
+            return
+        # Serve replaces an actor that is gone at once; a failing health check would take three periods.
+        self._state, self._reason = "unhealthy", "the engine process ended"
+        self._beat(wait=True)
+        os._exit(1)
+
+    def _entry(self) -> ReplicaEntry:
+        ready, load = self._process.ready, self._process.load
+        reason = self._reason
+        if self._state == "starting":
+            reason = f"for {time.monotonic() - self._since_s:.0f} s"
+        return ReplicaEntry(
+            id=self._id,
+            pool=self._pool,
+            node=self._node,
+            pid=self._process.pid,
+            state=self._state,
+            address=ready.address if ready else "",
+            engine_version=ready.engine_version if ready else "",
+            running=load.running,
+            waiting=load.waiting,
+            kv_cache_usage=load.kv_cache_usage,
+            reason=reason,
+            log_path=str(self._process.log_path),
+        )
+
+    def _beat(self, *, wait: bool = False) -> None:
+        sent = self._directory.beat_replica.remote(msgspec.msgpack.encode(self._entry()))
+        if wait:
+            ray.wait([sent], timeout=2.0)
+
+    def _beat_forever(self) -> None:
+        while not self._is_leaving or self._state == "draining":
+            self._beat()
+            time.sleep(BEAT_PERIOD_S)
+
+    def check_health(self) -> None:
+        """Raises: EngineError when the engine is gone or stalled; it is ended then."""
+        health = self._process.health(self._config.stall_timeout_s)
+        if not health.is_healthy and not self._is_leaving:
+            self._state, self._reason = "unhealthy", health.reason
+            self._process.kill()
+            raise EngineError(f"replica {self._id}: {health.reason}")
+
+    async def __del__(self) -> None:
+        """Drain: announce it, wait until the gateways have moved the streams, end the engine."""
+        process: EngineProcess | None = getattr(self, "_process", None)
+        if process is None or self._is_leaving:
+            return
+        self._is_leaving = True
+        if process.ready is not None and not process.ended.is_set():
+            self._state = "draining"
+            self._beat()
+            process.drain()
+            begin_s = time.monotonic()
+            while (elapsed_s := time.monotonic() - begin_s) < self._config.drain_timeout_s:
+                if elapsed_s > DRAIN_NOTICE_S and not process.load.has_work:
+                    break
+                await asyncio.sleep(DRAIN_POLL_S)
+        await asyncio.to_thread(process.stop, STOP_TIMEOUT_S)
+        self._state = "unhealthy"
+        ray.get(self._directory.remove.remote(self._id))
+
+
+def engine_environment(config: FleetConfig) -> dict[str, str]:
+    """Environment of an engine process: the user's, over defaults that suit several engines on one machine."""
+    defaults: dict[str, Any] = {"VLLM_NO_USAGE_STATS": "1"}
+    return {**{k: v for k, v in defaults.items() if k not in os.environ}, **config.env}

@@ -1,0 +1,343 @@
+"""Up, down, scale and status of a fleet: what the command line calls."""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kervan import errors
+from kervan.errors import ConfigError, EngineError, FleetError, KervanError
+from kervan.facts import model as models
+from kervan.facts.fleet import FleetConfig
+from kervan.fleet.directory import Snapshot, StartFailure
+from kervan.fleet.vllm import argument_names
+from kervan.serve import cluster
+
+Progress = Callable[[str], None]
+POLL_S = 0.2
+DIRECTORY_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetStatus:
+    """A fleet as `kervan status` tells it. `url` is empty while no gateway is known."""
+
+    name: str
+    url: str
+    config: FleetConfig
+    snapshot: Snapshot
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `kervan status --json` prints; scripts rely on these keys."""
+        return {
+            "name": self.name,
+            "url": self.url,
+            "model": self.config.model,
+            "layout": {"tp": self.config.tp, "pp": self.config.pp},
+            "target_replicas": self.config.replicas,
+            "replicas": [
+                {
+                    "id": r.id,
+                    "pool": r.pool,
+                    "node": r.node,
+                    "pid": r.pid,
+                    "state": r.state,
+                    "running": r.running,
+                    "waiting": r.waiting,
+                    "kv_cache_usage": round(r.kv_cache_usage, 4),
+                    "draining": r.state == "draining",
+                    "reason": r.reason,
+                    "log": r.log_path,
+                }
+                for r in self.snapshot.replicas
+            ],
+            "gateways": [
+                {"id": g.id, "pid": g.pid, "node": g.node, "ready": g.is_ready, "reason": g.reason}
+                for g in self.snapshot.gateways
+            ],
+        }
+
+
+def validate(config: FleetConfig) -> FleetConfig:
+    """The config with its model resolved, after every check that needs no cluster.
+
+    Raises: ConfigError.
+    """
+    config = dataclasses.replace(config, model=models.resolve(config.model))
+    argument_names.check(config.engine_args)
+    models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp)
+    return config
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises: ConfigError when something listens on the port already.
+
+    Gateways share their port (SO_REUSEPORT), so two fleets of one user could share it without an error.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another, for example --port {port + 1}"
+            ) from error
+
+
+def num_gateways(config: FleetConfig) -> int:
+    """The configured number, or one per 8 cores of this machine, 1 to 4."""
+    return config.gateways or min(4, max(1, (os.cpu_count() or 1) // 8))
+
+
+def _accelerator() -> str | None:
+    nodes = cluster.gpus_by_node()
+    return next((node.accelerator or "GPU" for node in nodes), None)
+
+
+class Startup:
+    """A fleet on its way up; `cancel` undoes whatever has been started."""
+
+    def __init__(self, config: FleetConfig, address: str | None, progress: Progress):
+        self.config = config
+        self.progress = progress
+        self._address = address
+        self._started_ray: cluster.StartingRay | None = None
+        self._directory: Any = None
+
+    def run(self) -> FleetStatus:
+        """Start the fleet and wait until every replica has given a token.
+
+        Raises: ConfigError, CapacityError, EngineError, FleetError. Undone on every exception, Ctrl-C too.
+        """
+        try:
+            return self._run()
+        except BaseException:
+            with _uninterrupted():
+                self.cancel()
+            raise
+
+    def _run(self) -> FleetStatus:
+        self.config = validate(self.config)
+        if self._address is None:
+            check_port(self.config.host, self.config.port)
+        address = self._reach_ray()
+        from kervan.serve import app, directory
+
+        config = self.config
+        if config.name in directory.names():
+            raise FleetError(
+                f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
+            )
+        cluster.check_capacity(config, cluster.gpus_by_node())
+        self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
+        gateways = num_gateways(config)
+        app.start_serve(config)
+        self.progress(f"starting {_plural(config.replicas, 'replica')} and {_plural(gateways, 'gateway')}")
+        app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), config.name)
+        status = wait_until_ready(config, self._directory, gateways, self.progress)
+        cluster.remember(cluster.Remembered(config.name, address, status.url))
+        return status
+
+    def _reach_ray(self) -> str:
+        if self._address is not None:
+            cluster.connect(self._address)
+            return self._address
+        local = cluster.find_local_ray()
+        if local is None:
+            self.progress("starting Ray on this machine")
+            self._started_ray = cluster.start_local_ray(_ray_environment(self.config))
+            local = self._started_ray.local
+        cluster.connect(local.address)
+        return local.address
+
+    def keep(self) -> None:
+        """Let the fleet outlive this process."""
+        if self._started_ray is not None:
+            self._started_ray.keep()
+
+    def cancel(self) -> None:
+        """End what has been started."""
+        if self._started_ray is not None:
+            cluster.stop_local_ray(self._started_ray.local)
+            cluster.forget(self.config.name)
+        elif self._directory is not None:
+            with contextlib.suppress(Exception):
+                _end_fleet(self.config.name)
+
+
+def _ray_environment(config: FleetConfig) -> dict[str, str]:
+    if config.ingress == "direct":
+        return {}
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Any:
+    """Ignore further Ctrl-C while cleaning up."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def wait_until_ready(config: FleetConfig, handle: Any, gateways: int, progress: Progress) -> FleetStatus:
+    """Wait for all replicas and gateways; the first failed start ends the wait.
+
+    Raises: the KervanError that a replica or gateway reported.
+    """
+    told = ""
+    while True:
+        snapshot = _snapshot(handle)
+        if snapshot.failures:
+            raise _raised(snapshot.failures[0])
+        ready = sum(r.state == "ready" for r in snapshot.replicas)
+        answering = sum(g.is_ready for g in snapshot.gateways)
+        words = f"{ready}/{config.replicas} replicas and {answering}/{gateways} gateways ready"
+        if words != told:
+            told = words
+            progress(words)
+        done = len(snapshot.replicas) == ready == config.replicas
+        if done and answering == gateways == len(snapshot.gateways):
+            return _status(config, snapshot)
+        if config.replicas == 0 and len(snapshot.gateways) == gateways:
+            return _status(config, snapshot)
+        time.sleep(POLL_S)
+
+
+def _raised(failure: StartFailure) -> KervanError:
+    known: type[KervanError] = getattr(errors, failure.kind, EngineError)
+    where = f" (log: {failure.log_path})" if failure.log_path and Path(failure.log_path).exists() else ""
+    if failure.kind in ("ConfigError", "CapacityError"):
+        where = ""
+    return known(f"{failure.message}{where}")
+
+
+def _snapshot(handle: Any) -> Snapshot:
+    import ray
+
+    from kervan.serve import directory
+
+    try:
+        return directory.read(ray.get(handle.snapshot.remote(), timeout=DIRECTORY_TIMEOUT_S))
+    except ray.exceptions.RayError as error:
+        raise FleetError(f"the fleet's directory does not answer ({type(error).__name__}); try again in a few seconds") from error
+
+
+def _status(config: FleetConfig, snapshot: Snapshot) -> FleetStatus:
+    url = snapshot.gateways[0].url if snapshot.gateways else ""
+    return FleetStatus(config.name, url, config, snapshot)
+
+
+def attach(name: str, address: str | None) -> Any:
+    """Connect to the cluster of fleet `name`; its directory.
+
+    Raises: FleetError when there is no such fleet.
+    """
+    import logging
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if address is None:
+        known = cluster.recall(name)
+        local = cluster.find_local_ray()
+        if known is not None:
+            address = known.address
+        elif local is not None:
+            address = local.address
+        else:
+            others = [fleet.name for fleet in cluster.remembered()]
+            hint = f"fleets started here: {', '.join(others)} (--name)" if others else "start one: kervan up MODEL"
+            raise FleetError(f"no fleet {name!r} was started from this machine; {hint}, or give --address")
+    cluster.connect(address)
+    from kervan.serve import directory
+
+    return directory.find(name)
+
+
+def status(name: str, address: str | None = None) -> FleetStatus:
+    """The fleet as its directory sees it now."""
+    handle = attach(name, address)
+    return _status(_stored_config(handle), _snapshot(handle))
+
+
+def _stored_config(handle: Any) -> FleetConfig:
+    import ray
+
+    stored, _ = ray.get(handle.fleet.remote(), timeout=DIRECTORY_TIMEOUT_S)
+    return FleetConfig.from_json(stored)
+
+
+def scale(name: str, replicas: int, address: str | None = None, progress: Progress = lambda _: None) -> FleetStatus:
+    """Change the number of replicas; returns when they are there, or gone.
+
+    Raises: CapacityError when they do not fit; the fleet is as before then.
+    """
+    import ray
+
+    handle = attach(name, address)
+    config = dataclasses.replace(_stored_config(handle), replicas=replicas)
+    snapshot = _snapshot(handle)
+    held = sum(r.state in ("starting", "ready") for r in snapshot.replicas) * config.gpus_per_replica
+    cluster.check_capacity(config, cluster.gpus_by_node(), held_gpus=held)
+    from kervan.serve import app
+
+    ray.get(handle.set_config.remote(config.to_json()))
+    gateways = num_gateways(config)
+    app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), name)
+    return wait_until_ready(config, handle, gateways, progress)
+
+
+def down(name: str, address: str | None = None) -> Literal["stopped", "stopped with Ray"]:
+    """End a fleet, and with the last fleet the Ray that kervan started.
+
+    Raises: FleetError when there is no such fleet.
+    """
+    local = cluster.find_local_ray()
+    known = cluster.recall(name)
+    if known is not None and address is None and local is None:
+        # The local Ray is gone (a reboot, a kill): nothing is left to end but the memory of it.
+        with contextlib.suppress(KervanError):
+            attach(name, address)
+            _end_fleet(name)
+        cluster.forget(name)
+        return "stopped"
+    attach(name, address)
+    _end_fleet(name)
+    cluster.forget(name)
+    from kervan.serve import directory
+
+    is_local = local is not None and (address or (known.address if known else local.address)) == local.address
+    if local is not None and is_local and not directory.names():
+        import ray
+
+        ray.shutdown()
+        cluster.stop_local_ray(local)
+        return "stopped with Ray"
+    return "stopped"
+
+
+def _end_fleet(name: str) -> None:
+    import ray
+
+    from kervan.serve import app, directory
+
+    app.delete(name)
+    with contextlib.suppress(FleetError):
+        ray.kill(directory.find(name))

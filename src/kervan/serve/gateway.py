@@ -1,0 +1,128 @@
+"""One gateway as a Ray Serve replica: Serve keeps its lifecycle and health, it answers clients itself."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import ray
+
+from kervan.errors import FleetError
+from kervan.facts.fleet import FleetConfig
+from kervan.fleet.directory import StartFailure
+from kervan.gateway.server import Gateway, GatewayConfig
+from kervan.serve import directory as directories
+
+logger = logging.getLogger(__name__)
+
+BEAT_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 10.0
+ANY_HOSTS = {"0.0.0.0", "::"}
+
+
+class GatewayReplica:
+    """Runs the gateway on a uvloop loop of its own thread, away from Ray's loops."""
+
+    def __init__(self, config_json: str, engines: Any = None) -> None:
+        self._config = config = FleetConfig.from_json(config_json)
+        os.environ.update(config.env)
+        # A gateway holds no GPU; vLLM must still see which kind this node has.
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        self._directory = directories.find(config.name)
+        _, secret = ray.get(self._directory.fleet.remote())
+        node = ray.util.get_node_ip_address()
+        self._gateway_config = GatewayConfig(
+            gateway_id=f"gw-{uuid.uuid4().hex[:6]}",
+            node=node,
+            engine_argv=config.engine_argv,
+            secret=secret,
+            host=config.host,
+            port=config.port,
+            internal_host=node,
+            public_host=node if config.host in ANY_HOSTS else config.host,
+            api_keys=config.api_keys,
+            max_queued_streams=config.max_queued_streams,
+            hold_timeout_s=config.hold_timeout_s,
+            stop_timeout_s=config.drain_timeout_s,
+        )
+        self._gateway: Gateway
+        self._loop: asyncio.AbstractEventLoop
+        self._is_leaving = False
+        started = threading.Event()
+        self._start_error: BaseException | None = None
+        threading.Thread(target=self._run, args=(started,), daemon=True, name="gateway").start()
+        started.wait()
+        if self._start_error is not None:
+            self._report(self._start_error)
+            raise FleetError(f"gateway: {self._start_error}")
+
+    def _run(self, started: threading.Event) -> None:
+        import uvloop
+
+        async def main() -> None:
+            self._loop = asyncio.get_running_loop()
+            self._stopped = asyncio.Event()
+            try:
+                self._gateway = Gateway(self._gateway_config)
+                await self._gateway.start(serve_http=self._config.ingress == "direct")
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+                self._start_error = error
+                return
+            finally:
+                started.set()
+            await asyncio.gather(self._follow(), self._beat_forever(), self._stopped.wait())
+
+        uvloop.run(main())
+
+    def _report(self, error: BaseException) -> None:
+        kind = type(error).__name__
+        failure = StartFailure(self._gateway_config.gateway_id, kind, " ".join(str(error).split()))
+        ray.get(self._directory.fail.remote(msgspec.msgpack.encode(failure)))
+
+    async def _follow(self) -> None:
+        """Hand the directory's changes to the gateway; a directory that is away changes nothing."""
+        version = -1
+        while not self._stopped.is_set():
+            try:
+                snapshot = directories.read(await self._directory.wait.remote(version, 5.0))
+            except ray.exceptions.RayError as error:
+                logger.warning("the directory does not answer: %s", error)
+                await asyncio.sleep(BEAT_PERIOD_S)
+                continue
+            version = snapshot.version
+            self._gateway.update(snapshot)
+            await asyncio.sleep(0.05)
+
+    async def _beat_forever(self) -> None:
+        while not self._stopped.is_set():
+            if not self._is_leaving:
+                self._directory.beat_gateway.remote(msgspec.msgpack.encode(self._gateway.entry()))
+            if self._gateway.failure is not None:
+                self._report(self._gateway.failure)
+                return
+            await asyncio.sleep(BEAT_PERIOD_S)
+
+    async def _in_gateway(self, job: Coroutine[Any, Any, Any]) -> Any:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(job, self._loop))
+
+    async def check_health(self) -> None:
+        """Raises: FleetError when vLLM's app could not be built, or the gateway's loop does not answer."""
+        if self._gateway.failure is not None:
+            raise FleetError(f"gateway: {self._gateway.failure}")
+        await asyncio.wait_for(self._in_gateway(asyncio.sleep(0)), HEALTH_TIMEOUT_S)
+
+    async def __del__(self) -> None:
+        """Stop accepting, let open requests end, leave."""
+        if self._is_leaving or not hasattr(self, "_gateway"):
+            return
+        self._is_leaving = True
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._directory.remove.remote(self._gateway_config.gateway_id)
+        await self._in_gateway(self._gateway.stop())
+        self._loop.call_soon_threadsafe(self._stopped.set)

@@ -1,0 +1,46 @@
+"""`python -m kervan.serve.local_ray TEMP_DIR`: a Ray of this machine alone, until told to end.
+
+Ray guards it with the token in its environment. Writes its address as the first line of its output. Ends on SIGTERM,
+and when its input closes before it has read "stay": so a `kervan up` that dies on the way leaves nothing.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+
+OBJECT_STORE_BYTES = 256 * 2**20  # tokens do not pass through Ray's object store
+
+
+def main() -> None:
+    temp_dir = sys.argv[1]
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    import ray
+
+    context = ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level="ERROR",
+        namespace="kervan",
+        _temp_dir=temp_dir,
+    )
+    print(json.dumps({"address": context.address_info["gcs_address"], "pid": os.getpid()}), flush=True)
+
+    def watch_starter() -> None:
+        if sys.stdin.readline().strip() != "stay":
+            ended.set()
+
+    threading.Thread(target=watch_starter, daemon=True).start()
+    ended.wait()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
