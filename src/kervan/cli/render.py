@@ -31,7 +31,7 @@ def print_json(value: Any) -> None:
 
 def print_status(status: FleetStatus) -> None:
     """A fleet as a head line and two tables."""
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     config = status.config
     console.print(
         f"[bold]{status.name}[/bold]  {status.url or '(no gateway yet)'}  {config.model}  "

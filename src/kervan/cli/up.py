@@ -21,9 +21,15 @@ from kervan.facts import fleet as facts
 @click.option("--host", help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on. [default: 8000]")
 @click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
-@click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's own argument; repeatable.")
-@click.option("--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment of engines and gateways; repeatable.")
-@click.option("--ingress", type=click.Choice(["direct", "serve"]), help="direct: gateways answer; serve: HAProxy in front.")
+@click.option(
+    "--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's own argument; repeatable."
+)
+@click.option(
+    "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment of engines and gateways; repeatable."
+)
+@click.option(
+    "--ingress", type=click.Choice(["direct", "serve"]), help="direct: gateways answer; serve: HAProxy in front."
+)
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same words.")
 @options.name
 @options.address

@@ -148,7 +148,9 @@ def parse_engine_value(text: str) -> Any:
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"engine argument value {text!r} is not valid JSON ({error}); quote it for the shell") from error
+            raise ConfigError(
+                f"engine argument value {text!r} is not valid JSON ({error}); quote it for the shell"
+            ) from error
     return text
 
 
@@ -205,5 +207,7 @@ def _typed(key: str, value: Any, hint: Any, source: str) -> Any:
         if key == "env":
             return {str(k): str(v) for k, v in value.items()}
         return {str(k).replace("-", "_"): v for k, v in value.items()}
-    expected = {int: "a whole number", float: "a number", str: "text"}.get(hint, "a list" if origin is tuple else "a mapping")
+    expected = {int: "a whole number", float: "a number", str: "text"}.get(
+        hint, "a list" if origin is tuple else "a mapping"
+    )
     raise ConfigError(f"{source}: {key}={value!r} is {type(value).__name__}; give {expected}")

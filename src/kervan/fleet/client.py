@@ -549,5 +549,3 @@ class FleetClient:
         stream.epoch += 1
         self.counts.moved += 1
         await self._place(stream)
-
-

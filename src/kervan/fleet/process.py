@@ -23,7 +23,7 @@ VLLM_ENGINE = "kervan.fleet.vllm.replica"
 class EngineProcess:
     """One engine replica in a process group of its own.
 
-    `ready`, `load` and `failure` hold the latest reports; `on_change` is called from a thread after each.
+    `env` is its whole environment (None: this process's). `ready`, `load` and `failure` hold the latest reports; `on_change` is called from a thread after each.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class EngineProcess:
                 stderr=log,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env={**os.environ, **(env or {})},
+                env=dict(os.environ if env is None else env),
             )
         self._control = ControlEnd(ours)
         self._control.send(spec)

@@ -76,9 +76,7 @@ def _config_without_counts(stored: str) -> str:
 def deploy(app: Any, fleet_name: str) -> None:
     """Hand the application to Serve; returns before it runs."""
     target = serve.RunTarget(target=app, name=app_name(fleet_name), route_prefix=None)
-    serve.run_many(
-        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
-    )
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
 def start_serve(config: FleetConfig) -> None:

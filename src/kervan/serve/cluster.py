@@ -103,7 +103,9 @@ def start_local_ray(env: Mapping[str, str]) -> StartingRay:
         line = process.stdout.readline() if process.stdout else ""
         if not line:
             words = (Path(temp_dir) / "local_ray.log").read_text().strip().splitlines()[-1:]
-            raise EngineError(f"Ray did not start: {' '.join(words) or 'it said nothing'}; is ray[serve] installed whole?")
+            raise EngineError(
+                f"Ray did not start: {' '.join(words) or 'it said nothing'}; is ray[serve] installed whole?"
+            )
         local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token)
     except BaseException:
         end_processes([process.pid])
@@ -170,7 +172,11 @@ def connect(address: str) -> None:
 
     try:
         ray.init(
-            address=address, namespace="kervan", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False
+            address=address,
+            namespace="kervan",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise FleetError(

@@ -90,7 +90,9 @@ def find(name: str) -> Any:
 def names() -> list[str]:
     """The fleets on this cluster."""
     actors = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(a["name"][len(_PREFIX) :] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(_PREFIX))
+    return sorted(
+        a["name"][len(_PREFIX) :] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(_PREFIX)
+    )
 
 
 def read(raw: bytes) -> Snapshot:

@@ -7,8 +7,6 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
-
 import msgspec
 import ray
 
@@ -18,6 +16,7 @@ from kervan.fleet.control import EngineSpec
 from kervan.fleet.directory import ReplicaEntry, ReplicaState, StartFailure
 from kervan.fleet.process import EngineProcess
 from kervan.serve import directory as directories
+from kervan.serve.cluster import home
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +25,17 @@ DRAIN_POLL_S = 0.1
 # Gateways hear of a drain within a ping period; before that an idle-looking replica may still get work.
 DRAIN_NOTICE_S = 1.0
 STOP_TIMEOUT_S = 10.0
+MAX_LOGS = 50
 
 
-def log_directory() -> Path:
-    """Where engine logs go: the Ray session's own log directory of this node."""
-    session = ray._private.worker._global_node.get_session_dir_path()
-    path = Path(session) / "logs" / "kervan"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def new_log(name: str) -> Path:
+    """A log file for an engine, in kervan's home on this node; the oldest beyond `MAX_LOGS` go."""
+    directory = home() / "logs"
+    directory.mkdir(parents=True, exist_ok=True)
+    logs = sorted(directory.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    for path in logs[: max(0, len(logs) - MAX_LOGS + 1)]:
+        path.unlink(missing_ok=True)
+    return directory / f"{name}.log"
 
 
 class EngineReplica:
@@ -50,7 +52,7 @@ class EngineReplica:
         self._is_leaving = False
         self._directory = directories.find(self._config.name)
         _, secret = ray.get(self._directory.fleet.remote())
-        log_path = log_directory() / f"{self._config.name}-{self._id}.log"
+        log_path = new_log(f"{self._config.name}-{self._id}")
         self._process = EngineProcess(
             EngineSpec(self._id, list(self._config.engine_argv), self._node, secret),
             log_path=log_path,
@@ -138,6 +140,7 @@ class EngineReplica:
 
 
 def engine_environment(config: FleetConfig) -> dict[str, str]:
-    """Environment of an engine process: the user's, over defaults that suit several engines on one machine."""
-    defaults: dict[str, Any] = {"VLLM_NO_USAGE_STATS": "1"}
-    return {**{k: v for k, v in defaults.items() if k not in os.environ}, **config.env}
+    """The whole environment of an engine process: this actor's, less what Ray set for its own, and the user's."""
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    return {**env, **config.env}

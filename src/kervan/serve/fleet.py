@@ -238,7 +238,9 @@ def _snapshot(handle: Any) -> Snapshot:
     try:
         return directory.read(ray.get(handle.snapshot.remote(), timeout=DIRECTORY_TIMEOUT_S))
     except ray.exceptions.RayError as error:
-        raise FleetError(f"the fleet's directory does not answer ({type(error).__name__}); try again in a few seconds") from error
+        raise FleetError(
+            f"the fleet's directory does not answer ({type(error).__name__}); try again in a few seconds"
+        ) from error
 
 
 def _status(config: FleetConfig, snapshot: Snapshot) -> FleetStatus:
@@ -289,9 +291,9 @@ def scale(name: str, replicas: int, address: str | None = None, progress: Progre
 
     Raises: CapacityError when they do not fit; the fleet is as before then.
     """
+    handle = attach(name, address)
     import ray
 
-    handle = attach(name, address)
     config = dataclasses.replace(_stored_config(handle), replicas=replicas)
     snapshot = _snapshot(handle)
     held = sum(r.state in ("starting", "ready") for r in snapshot.replicas) * config.gpus_per_replica
