@@ -184,7 +184,7 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(hints))}"
             raise ConfigError(f"{source} has unknown setting {key!r}; {hint}")
         values[key] = _typed(key, value, hints[key], source)
-    if "model" not in values:
+    if not values.get("model"):
         raise ConfigError(f"{source} names no model; give MODEL, a Hugging Face id or a local directory")
     return FleetConfig(**values)
 

@@ -11,6 +11,7 @@ outputs (`kervan.fleet.vllm.codec` for vLLM). Life of a stream:
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -199,7 +200,7 @@ class FleetClient:
             if member not in self._link_tasks:
                 task = asyncio.create_task(self._keep_link(member), name=f"link-{member.replica_id}")
                 self._link_tasks[member] = task
-                task.add_done_callback(lambda task, member=member: self._link_ended(member, task))
+                task.add_done_callback(functools.partial(self._link_ended, member))
 
     def _link_ended(self, member: Member, task: asyncio.Task[None]) -> None:
         self._link_tasks.pop(member, None)

@@ -13,6 +13,8 @@ import msgspec
 
 from kervan.fleet.wire import EngineFacts
 
+FailureKind = Literal["ConfigError", "CapacityError", "EngineError"]
+
 
 class EngineSpec(msgspec.Struct, frozen=True):
     """The first message to an engine process. `engine_argv`: arguments of vLLM's own server parser."""
@@ -50,7 +52,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine cannot start; `kind` names the class of `kervan.errors`, `message` has the fix."""
 
-    kind: Literal["ConfigError", "CapacityError", "EngineError"]
+    kind: FailureKind
     message: str
 
 

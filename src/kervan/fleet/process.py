@@ -23,7 +23,8 @@ VLLM_ENGINE = "kervan.fleet.vllm.replica"
 class EngineProcess:
     """One engine replica in a process group of its own.
 
-    `env` is its whole environment (None: this process's). `ready`, `load` and `failure` hold the latest reports; `on_change` is called from a thread after each.
+    `env` is its whole environment (None: this process's). `ready`, `load` and `failure` hold the latest reports;
+    `on_change` is called from a thread after each.
     """
 
     def __init__(

@@ -14,6 +14,8 @@ route, so outputs must not start before the output socket knows the session. Que
 reason. vLLM's structs are positional, so gateway and replica must run the same vLLM version: HELLO says both.
 """
 
+from typing import Any
+
 import msgspec
 import zmq
 
@@ -93,7 +95,7 @@ def refusal(hello: Hello, *, engine_version: str, secret: str) -> str | None:
     return None
 
 
-def configure(socket: zmq.Socket[bytes]) -> None:
+def configure(socket: zmq.Socket[Any]) -> None:
     """Unbounded queues, no linger, and heartbeats that find a dead host in seconds."""
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)

@@ -36,7 +36,7 @@ def decide(state: AdmissionState) -> Admission:
         return Admission(True, 0, f"{state.outstanding_streams} of {bound} streams")
     excess = state.outstanding_streams - bound + 1
     wait_s = excess / state.completed_per_s if state.completed_per_s > 0 else 60.0
-    retry_after_s = min(60, max(1, math.ceil(wait_s)))
+    retry_after_s = max(1, math.ceil(min(60.0, wait_s)))  # an idle rate decays towards 0: wait_s may be infinite
     return Admission(
         False,
         retry_after_s,

@@ -240,8 +240,8 @@ def check_capacity(config: FleetConfig, nodes: Sequence[NodeGpus], *, held_gpus:
     if config.replicas > places:
         free = ", ".join(f"{node.node}: {node.free:g} of {node.total}" for node in nodes)
         raise CapacityError(
-            f"{config.replicas} replicas of tp*pp={need} GPUs need {config.replicas * need} GPUs, whole replicas on one "
-            f"node; free are {free}; room for {places}: use --replicas {places}"
+            f"{config.replicas} replicas of tp*pp={need} GPUs need {config.replicas * need} GPUs, whole replicas on "
+            f"one node; free are {free}; room for {places}: use --replicas {places}"
             + ("" if places else ", after another fleet has made room")
         )
 

@@ -1,6 +1,7 @@
 """The fleet directory as a Ray actor, and how to find it."""
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -62,16 +63,15 @@ class DirectoryActor:
     async def wait(self, version: int, timeout_s: float) -> bytes:
         """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""
         if self._directory.snapshot().version == version:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
-            except TimeoutError:
-                pass
         return await self.snapshot()
 
 
 def create(name: str, config_json: str, secret: str) -> Any:
     """A new directory for fleet `name`."""
-    return DirectoryActor.options(name=_PREFIX + name, namespace=NAMESPACE).remote(config_json, secret)
+    actor: Any = DirectoryActor  # Ray's decorator changed its type
+    return actor.options(name=_PREFIX + name, namespace=NAMESPACE).remote(config_json, secret)
 
 
 def find(name: str) -> Any:

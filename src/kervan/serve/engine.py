@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+
 import msgspec
 import ray
 

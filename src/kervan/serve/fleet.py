@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import secrets
 import socket
@@ -76,7 +77,7 @@ def validate(config: FleetConfig) -> FleetConfig:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises: ConfigError when something listens on the port already.
+    """Raises: ConfigError when something listens on the port already, or the host is not this machine.
 
     Gateways share their port (SO_REUSEPORT), so two fleets of one user could share it without an error.
     """
@@ -86,8 +87,14 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise ConfigError(
+                    f"host {host!r} is no address of this machine ({error.strerror}); "
+                    "use 127.0.0.1, or 0.0.0.0 for all (--host)"
+                ) from error
+            other = port + 1 if 1024 <= port < 65535 else 8000
             raise ConfigError(
-                f"port {port} of {host} cannot be used ({error.strerror}); choose another, for example --port {port + 1}"
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another, for example --port {other}"
             ) from error
 
 

@@ -31,7 +31,8 @@ def main() -> None:
         namespace="kervan",
         _temp_dir=temp_dir,
     )
-    print(json.dumps({"address": context.address_info["gcs_address"], "pid": os.getpid()}), flush=True)
+    sys.stdout.write(json.dumps({"address": context.address_info["gcs_address"], "pid": os.getpid()}) + "\n")
+    sys.stdout.flush()
 
     def watch_starter() -> None:
         if sys.stdin.readline().strip() != "stay":

@@ -3,6 +3,7 @@
 import re
 
 from kervan.errors import CapacityError, ConfigError, EngineError, KervanError
+from kervan.fleet.control import FailureKind
 
 
 def explain(error: BaseException) -> KervanError:
@@ -16,12 +17,19 @@ def explain(error: BaseException) -> KervanError:
         if isinstance(cause, KervanError):
             return cause
         text = " ".join(str(cause).split())
-        for pattern, kind, fix in KNOWN:
+        for pattern, known, fix in KNOWN:
             if re.search(pattern, text, re.IGNORECASE):
-                return kind(f"{_shorten(text)} Fix: {fix}")
+                return known(f"{_shorten(text)} Fix: {fix}")
     text = " ".join(str(error).split())
-    kind = ConfigError if type(error).__name__ in ("ValidationError", "ValueError", "OSError") else EngineError
-    return kind(f"vLLM did not start: {type(error).__name__}: {_shorten(text)}")
+    told = ConfigError if type(error).__name__ in ("ValidationError", "ValueError", "OSError") else EngineError
+    return told(f"vLLM did not start: {type(error).__name__}: {_shorten(text)}")
+
+
+def kind(error: KervanError) -> FailureKind:
+    """The name under which a process reports `error`."""
+    if isinstance(error, ConfigError):
+        return "ConfigError"
+    return "CapacityError" if isinstance(error, CapacityError) else "EngineError"
 
 
 def _shorten(text: str, limit: int = 600) -> str:
@@ -29,27 +37,33 @@ def _shorten(text: str, limit: int = 600) -> str:
     return text if text.endswith((".", "!", "?")) else text + "."
 
 
+# The texts are those of vLLM 0.24 and 0.32; a test holds one of each.
 KNOWN: tuple[tuple[str, type[KervanError], str], ...] = (
     (
-        r"free memory on device",
+        r"free memory on device|externally held weights on device",
         CapacityError,
         "stop what else uses the GPU, or give vLLM less: --engine-arg gpu_memory_utilization=0.8",
     ),
     (
-        r"no available memory for the cache blocks|not enough (memory|ram)|memory is not enough|kv cache is needed"
-        r"|larger than the available kv cache memory|(exceed|larger)[^.]*(available|free|physical)[^.]*memory"
-        r"|available memory[^.]*(less|smaller)",
+        r"available memory on node .* is less than",
         CapacityError,
-        "a shorter context (--engine-arg max_model_len=4096), more GPUs per replica (--tp), or more memory for the cache "
-        "(GPU: --engine-arg gpu_memory_utilization=0.95; CPU: --env VLLM_CPU_KVCACHE_SPACE=GiB)",
+        "stop what else uses the machine, or give vLLM less: --engine-arg gpu_memory_utilization=0.5 and a smaller "
+        "--env VLLM_CPU_KVCACHE_SPACE=GiB",
     ),
     (
-        r"out of memory",
+        r"no available memory for the cache blocks|kv cache is needed|larger than the available kv cache memory"
+        r"|cannot auto-fit max_model_len",
+        CapacityError,
+        "a shorter context (--engine-arg max_model_len=4096), more GPUs per replica (--tp), or more memory for "
+        "the cache (GPU: --engine-arg gpu_memory_utilization=0.95; CPU: --env VLLM_CPU_KVCACHE_SPACE=GiB)",
+    ),
+    (
+        r"out of memory|not enough (\w+ )?(memory|ram)|can't allocate memory",
         CapacityError,
         "more GPUs per replica (--tp), a quantised model, or --engine-arg gpu_memory_utilization=0.8",
     ),
     (
-        r"max_model_len.*(greater|larger).*derived|user-specified max_model_len",
+        r"max_model_len.*(greater|larger).*derived",
         ConfigError,
         "a max_model_len within the model's own context length",
     ),
@@ -58,5 +72,9 @@ KNOWN: tuple[tuple[str, type[KervanError], str], ...] = (
         ConfigError,
         "a --tp that divides the number of attention heads",
     ),
-    (r"model architectures .* (are not supported|failed)", ConfigError, "a model that this vLLM supports"),
+    (
+        r"model architectures? .* (are not supported|failed to be inspected|is not supported)",
+        ConfigError,
+        "a model that this vLLM supports",
+    ),
 )

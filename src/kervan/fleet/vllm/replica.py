@@ -166,7 +166,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             request.client_index = index
             try:
                 prepared = self.preprocess_add_request(request)
-            except Exception:  # vLLM's own boundary: whatever one request raises ends that request only
+            except Exception:  # noqa: BLE001 - vLLM's own boundary: what one request raises ends that request only
                 self._handle_request_preproc_error(request)
                 return
             self.input_queue.put_nowait((request_type, prepared))
@@ -369,11 +369,10 @@ def run(control: ControlEnd) -> int:
         vllm_config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         _wait_for_gpu_memory(vllm_config.cache_config.gpu_memory_utilization)
         core = FleetEngineCore(vllm_config, spec)
-    except BaseException as error:  # noqa: BLE001 - whatever stops the start is reported, in one line, to the starter
+    except BaseException as error:  # whatever stops the start is reported, in one line, to the starter
         logger.exception("engine start failed")
         explained = failures.explain(error)
-        kind = type(explained).__name__
-        control.send(Failed(kind if kind in ("ConfigError", "CapacityError") else "EngineError", str(explained)))
+        control.send(Failed(failures.kind(explained), str(explained)))
         return 1
     threading.Thread(target=_announce, args=(core, control), daemon=True, name="canary").start()
     try:

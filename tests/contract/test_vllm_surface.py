@@ -1,0 +1,577 @@
+"""What kervan relies on inside vLLM, for the installed release and for each one whose source tree is at hand.
+
+`KERVAN_VLLM_SOURCES`: directories, separated as in PATH, that hold a `vllm` package (an unpacked wheel will do). The
+first half reads source without importing, so that a tree whose compiled parts do not load here can be checked; the
+second half imports kervan's adapter over each tree in a process of its own.
+"""
+
+import ast
+import functools
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kervan
+
+ADAPTER = Path(kervan.__file__).parent / "fleet" / "vllm"
+IMPORT_TIMEOUT_S = 240.0
+
+
+def trees() -> list[Path]:
+    """Directories that hold a `vllm` package; the installed one first."""
+    found = []
+    spec = importlib.util.find_spec("vllm")
+    if spec is not None and spec.origin is not None:
+        found.append(Path(spec.origin).parent.parent)
+    extra = [Path(word) for word in os.environ.get("KERVAN_VLLM_SOURCES", "").split(os.pathsep) if word]
+    for path in extra:
+        assert (path / "vllm" / "__init__.py").is_file(), f"KERVAN_VLLM_SOURCES: {path} holds no vllm package"
+    return found + [path for path in extra if path.resolve() not in [f.resolve() for f in found]]
+
+
+def release(tree: Path) -> str:
+    for line in (tree / "vllm" / "_version.py").read_text().splitlines():
+        name, _, value = line.partition(" = ")
+        if name in ("__version__", "version", "__version__ = version"):
+            return str(ast.literal_eval(value.rpartition("= ")[2]))
+    return tree.name
+
+
+TREES = trees()
+
+
+@pytest.fixture(params=TREES, ids=[release(tree) for tree in TREES], scope="module")
+def tree(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+# ---- reading source
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def definition(tree: Path, file: str, *names: str) -> Any:
+    """A class or function by its path of names; fails by name."""
+    node: Any = parsed(tree / "vllm" / file)
+    for name in names:
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [child for child in node.body if isinstance(child, kinds) and child.name == name]
+        assert found, f"vllm/{file} has no {'.'.join(names)}"
+        node = found[-1]
+    return node
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    """Names of all parameters; keyword-only ones after "*"."""
+    arguments = function.args
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+    return [*names, *(["*"] if arguments.kwonlyargs else []), *(a.arg for a in arguments.kwonlyargs)]
+
+
+def required(function: ast.FunctionDef) -> list[str]:
+    """Names of the parameters without a default."""
+    arguments = function.args
+    positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+    keywords = [a.arg for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is None]
+    return positional[: len(positional) - len(arguments.defaults)] + keywords
+
+
+def fields(class_: ast.ClassDef) -> list[str]:
+    return [n.target.id for n in class_.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+
+
+def members(class_: ast.ClassDef) -> list[str]:
+    """Names of an enumeration."""
+    return [t.id for n in class_.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+
+
+def attributes_set(function: ast.FunctionDef) -> set[str]:
+    """`x` of every `self.x = ...` in a function."""
+    targets: list[ast.expr] = []
+    for node in ast.walk(function):
+        targets += node.targets if isinstance(node, ast.Assign) else []
+        targets += [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {t.attr for t in targets if isinstance(t, ast.Attribute) and ast.unparse(t.value) == "self"}
+
+
+def attributes_of(node: ast.AST, owner: str) -> Iterator[str]:
+    """`x` of every `owner.x`."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Attribute) and ast.unparse(child.value) == owner:
+            yield child.attr
+
+
+# ---- the engine process (kervan.fleet.vllm.replica)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "names"),
+    [
+        (
+            "EngineCoreProc",
+            "_perform_handshakes",
+            ["self", "handshake_address", "identity", "local_client", "vllm_config", "client_handshake_address"],
+        ),
+        (
+            "EngineCoreProc",
+            "process_input_sockets",
+            ["self", "input_addresses", "coord_input_address", "identity", "ready_event"],
+        ),
+        (
+            "EngineCoreProc",
+            "process_output_sockets",
+            ["self", "output_paths", "coord_output_path", "engine_index"],
+        ),
+        ("EngineCoreProc", "_process_engine_step", ["self"]),
+        ("EngineCoreProc", "has_work", ["self"]),
+        ("EngineCoreProc", "run_busy_loop", ["self"]),
+        ("EngineCoreProc", "_handle_request_preproc_error", ["self", "request"]),
+        ("EngineCoreProc", "_send_engine_dead", ["self"]),
+        ("EngineCore", "preprocess_add_request", ["self", "request"]),
+        ("EngineCore", "get_supported_tasks", ["self"]),
+        ("EngineCore", "shutdown", ["self"]),
+    ],
+)
+def test_engine_methods(tree: Path, owner: str, method: str, names: list[str]) -> None:
+    assert parameters(definition(tree, "v1/engine/core.py", owner, method)) == names
+
+
+def test_the_engine_is_made_with_the_arguments_that_kervan_gives(tree: Path) -> None:
+    init = definition(tree, "v1/engine/core.py", "EngineCoreProc", "__init__")
+    given = {"vllm_config", "local_client", "handshake_address", "executor_class", "log_stats", "engine_index"}
+    assert given <= set(parameters(init))
+    assert set(required(init)) - {"self"} <= given
+
+
+def test_the_engine_has_the_queues_that_kervans_socket_threads_use(tree: Path) -> None:
+    init = definition(tree, "v1/engine/core.py", "EngineCoreProc", "__init__")
+    assert {"input_queue", "output_queue", "shutdown_state"} <= attributes_set(init)
+    core_init = definition(tree, "v1/engine/core.py", "EngineCore", "__init__")
+    assert {"scheduler", "aborts_queue", "vllm_config"} <= attributes_set(core_init)
+    assert "ENGINE_CORE_DEAD" in members(definition(tree, "v1/engine/core.py", "EngineCoreProc"))
+
+
+def test_the_engine_starts_both_socket_threads_and_waits_for_the_input_only(tree: Path) -> None:
+    """`_greet` waits for the output socket itself."""
+    init = definition(tree, "v1/engine/core.py", "EngineCoreProc", "__init__")
+    targets = [
+        ast.unparse(keyword.value)
+        for call in ast.walk(init)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "threading.Thread"
+        for keyword in call.keywords
+        if keyword.arg == "target"
+    ]
+    assert targets == ["self.process_input_sockets", "self.process_output_sockets"]
+
+
+def test_the_engine_gets_its_addresses_from_a_context_manager(tree: Path) -> None:
+    init = definition(tree, "v1/engine/core.py", "EngineCoreProc", "__init__")
+    contexts = [ast.unparse(item.context_expr) for n in ast.walk(init) if isinstance(n, ast.With) for item in n.items]
+    assert any(context.startswith("self._perform_handshakes(") for context in contexts)
+    addresses = definition(tree, "v1/engine/utils.py", "EngineZmqAddresses")
+    assert fields(addresses)[:2] == ["inputs", "outputs"]
+    assert all(n.value is not None for n in addresses.body[2:] if isinstance(n, ast.AnnAssign))
+
+
+def test_steps_of_the_busy_loop_pass_through_the_method_that_kervan_counts(tree: Path) -> None:
+    loop = definition(tree, "v1/engine/core.py", "EngineCoreProc", "run_busy_loop")
+    assert "_process_engine_step" in set(attributes_of(loop, "self"))
+
+
+def test_a_stop_request_ends_the_busy_loop(tree: Path) -> None:
+    assert "REQUESTED" in members(definition(tree, "v1/engine/core.py", "EngineShutdownState"))
+    source = ast.unparse(definition(tree, "v1/engine/core.py", "EngineCoreProc"))
+    assert "EngineShutdownState.REQUESTED" in source
+
+
+# ---- the structs on the wire
+
+
+@pytest.mark.parametrize(
+    ("struct", "names"),
+    [
+        (
+            "EngineCoreRequest",
+            [
+                "request_id",
+                "prompt_token_ids",
+                "mm_features",
+                "sampling_params",
+                "pooling_params",
+                "arrival_time",
+                "lora_request",
+                "cache_salt",
+                "data_parallel_rank",
+                "client_index",
+                "resumable",
+            ],
+        ),
+        ("EngineCoreOutput", ["request_id", "new_token_ids", "finish_reason", "prefill_stats"]),
+        (
+            "EngineCoreOutputs",
+            ["engine_index", "outputs", "scheduler_stats", "timestamp", "utility_output", "finished_requests"],
+        ),
+        ("UtilityOutput", ["call_id", "failure_message", "result"]),
+    ],
+)
+def test_struct_fields(tree: Path, struct: str, names: list[str]) -> None:
+    class_ = definition(tree, "v1/engine/__init__.py", struct)
+    assert set(names) <= set(fields(class_))
+    assert "msgspec.Struct" in [ast.unparse(base) for base in class_.bases]
+
+
+@pytest.mark.parametrize(
+    ("enumeration", "names"),
+    [("EngineCoreRequestType", ["ADD", "ABORT", "UTILITY", "WAKEUP"]), ("FinishReason", ["ERROR"])],
+)
+def test_enumerations(tree: Path, enumeration: str, names: list[str]) -> None:
+    assert set(names) <= set(members(definition(tree, "v1/engine/__init__.py", enumeration)))
+
+
+def test_request_kinds_are_one_byte_so_that_kervans_words_differ(tree: Path) -> None:
+    kinds = definition(tree, "v1/engine/__init__.py", "EngineCoreRequestType")
+    values = [ast.literal_eval(node.value) for node in kinds.body if isinstance(node, ast.Assign)]
+    assert values
+    assert all(isinstance(value, bytes) and len(value) == 1 for value in values)
+
+
+def test_a_utility_call_is_index_id_method_and_arguments(tree: Path) -> None:
+    source = ast.unparse(definition(tree, "v1/engine/core.py", "EngineCoreProc", "_handle_client_request"))
+    assert "client_idx, call_id, method_name, args = request" in source.replace("(", "").replace(")", "")
+
+
+def test_the_scheduler_reports_the_load_that_kervan_shows(tree: Path) -> None:
+    stats = fields(definition(tree, "v1/metrics/stats.py", "SchedulerStats"))
+    assert {"num_running_reqs", "num_waiting_reqs", "kv_cache_usage"} <= set(stats)
+
+
+# ---- the frontend (kervan.fleet.vllm.engine_client, .versions, .limits)
+
+
+def test_the_engine_client_is_made_by_keyword_where_kervan_takes_over(tree: Path) -> None:
+    make = definition(tree, "v1/engine/core_client.py", "EngineCoreClient", "make_async_mp_client")
+    assert "staticmethod" in [ast.unparse(decorator) for decorator in make.decorator_list]
+    init = definition(tree, "v1/engine/async_llm.py", "AsyncLLM", "__init__")
+    calls = [
+        call
+        for call in ast.walk(init)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "EngineCoreClient.make_async_mp_client"
+    ]
+    assert len(calls) == 1
+    assert calls[0].args == []
+    keywords = {keyword.arg for keyword in calls[0].keywords}
+    assert "vllm_config" in keywords
+    assert keywords <= set(parameters(make)) | {"renderer"}
+
+
+# Elastic expert parallelism and fault tolerance are vLLM's own ways to change an engine; a fleet has others.
+UNSUPPORTED = {"scale_elastic_ep", "prepare_elastic_ep", "commit_elastic_ep", "handle_fault", "get_status"}
+
+
+def test_the_fleet_answers_all_that_async_llm_asks_its_engine_core(tree: Path) -> None:
+    asked = set(attributes_of(parsed(tree / "vllm" / "v1/engine/async_llm.py"), "self.engine_core"))
+    assert {"add_request_async", "abort_requests_async", "resources"} <= asked
+    client = next(
+        node
+        for node in parsed(ADAPTER / "engine_client.py").body
+        if isinstance(node, ast.ClassDef) and node.name == "FleetEngineClient"
+    )
+    methods = {node.name for node in client.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    init = next(node for node in client.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    answered = methods | attributes_set(init)
+    assert {name for name in asked - answered - UNSUPPORTED if not name.endswith("_async")} == set()
+
+
+def test_the_output_handler_reads_outputs_through_the_client(tree: Path) -> None:
+    source = (tree / "vllm" / "v1/engine/async_llm.py").read_text()
+    assert "engine_core.get_output_async()" in source
+
+
+def test_resources_are_read_for_engine_dead_only(tree: Path) -> None:
+    module = parsed(tree / "vllm" / "v1/engine/async_llm.py")
+    assert set(attributes_of(module, "self.engine_core.resources")) == {"engine_dead"}
+
+
+def test_sampling_parameters_are_verified_where_kervan_adds_its_limits(tree: Path) -> None:
+    verify = definition(tree, "sampling_params.py", "SamplingParams", "_verify_args")
+    assert parameters(verify) == ["self"]
+    post_init = definition(tree, "sampling_params.py", "SamplingParams", "__post_init__")
+    assert "_verify_args" in set(attributes_of(post_init, "self"))
+    definition(tree, "exceptions.py", "VLLMValidationError")
+
+
+def first_file(tree: Path, *files: str) -> str:
+    found = [file for file in files if (tree / "vllm" / file).exists()]
+    assert found, f"none of {files} exists"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "function", "names"),
+    [
+        (
+            ("entrypoints/launchers/app.py", "entrypoints/openai/api_server.py"),
+            "build_app",
+            ["args", "supported_tasks", "model_config"],
+        ),
+        (
+            ("entrypoints/launchers/api_server/app_state.py", "entrypoints/openai/api_server.py"),
+            "init_app_state",
+            ["engine_client", "state", "args", "supported_tasks"],
+        ),
+        (
+            ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py"),
+            "make_arg_parser",
+            ["parser"],
+        ),
+        (
+            ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py"),
+            "validate_parsed_serve_args",
+            ["args"],
+        ),
+    ],
+)
+def test_openai_app_functions(tree: Path, files: tuple[str, ...], function: str, names: list[str]) -> None:
+    assert parameters(definition(tree, first_file(tree, *files), function)) == names
+
+
+def test_async_llm_is_made_from_a_config(tree: Path) -> None:
+    make = definition(tree, "v1/engine/async_llm.py", "AsyncLLM", "from_vllm_config")
+    assert {"vllm_config", "usage_context", "enable_log_requests", "disable_log_stats"} <= set(parameters(make))
+    definition(tree, "v1/engine/async_llm.py", "AsyncLLM", "get_supported_tasks")
+
+
+# ---- the adapter itself, imported over each tree
+
+
+def probe(model: str) -> dict[str, Any]:
+    """Runs in a process of its own, over one vLLM; its source is sent there. Returns what the tests look at."""
+    import msgspec
+
+    from kervan.errors import ConfigError
+    from kervan.facts.fleet import FleetConfig
+    from kervan.fleet.vllm import codec as codecs
+    from kervan.fleet.vllm import engine_client, frontend, limits, replica, versions
+    from vllm.exceptions import VLLMValidationError
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    codec = codecs.VllmCodec()
+    seen: dict[str, Any] = {"engine_version": codec.engine_version, "stock_methods": [], "overrides": []}
+
+    def request(sampling: Any, **more: Any) -> Any:
+        return EngineCoreRequest(
+            request_id="r",
+            prompt_token_ids=[1, 2, 3],
+            mm_features=None,
+            sampling_params=sampling,
+            pooling_params=None if sampling is not None else PoolingParams(task="embed"),
+            arrival_time=1.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+            **more,
+        )
+
+    def arrives(stream: Any) -> dict[str, Any]:
+        kind, *frames = codec.encode_add(stream)
+        assert kind == EngineCoreRequestType.ADD.value
+        got = MsgpackDecoder(EngineCoreRequest).decode([bytes(frame) for frame in frames])
+        sampling = got.sampling_params
+        return {
+            "request_id": got.request_id,
+            "prompt": got.prompt_token_ids,
+            "max_tokens": sampling and sampling.max_tokens,
+            "min_tokens": sampling and sampling.min_tokens,
+            "temperature": sampling and sampling.temperature,
+            "stop_token_ids": sampling and sampling.stop_token_ids,
+        }
+
+    def moved(generated: list[int], **sampling: Any) -> dict[str, Any]:
+        params = SamplingParams(**sampling) if sampling else None
+        stream = codec.describe(request(params))
+        stream.generated, stream.epoch, stream.wire_id = generated, 1, "r~1"
+        after = arrives(stream)
+        original = stream.request.sampling_params
+        assert stream.request.prompt_token_ids == [1, 2, 3]
+        assert original is None or original.max_tokens == sampling["max_tokens"]
+        return after
+
+    base = {"max_tokens": 10, "min_tokens": 4, "temperature": 0.0, "stop_token_ids": [99]}
+    first = codec.describe(request(SamplingParams(**base)))
+    first.wire_id = "r"
+    seen["described"] = [first.request_id, first.prompt_tokens, first.max_output_tokens, first.is_movable]
+    seen["resumable_is_movable"] = codec.describe(request(SamplingParams(**base), resumable=True)).is_movable
+    seen["first"] = arrives(first)
+    seen["moved_after_3"] = moved([7, 8, 9], **base)
+    seen["moved_after_6"] = moved([7, 8, 9, 7, 8, 9], **base)
+    seen["moved_before_a_token"] = moved([], **base)
+    seen["moved_pooling"] = moved([])
+
+    kind, *frames = codec.encode_abort(["r", "r~1"])
+    seen["abort"] = [kind == EngineCoreRequestType.ABORT.value, MsgpackDecoder().decode([bytes(f) for f in frames])]
+    kind, *frames = codec.encode_utility(5, "add_lora", (1, "x"))
+    seen["utility"] = [kind == EngineCoreRequestType.UTILITY.value, MsgpackDecoder().decode([bytes(f) for f in frames])]
+
+    step = EngineCoreOutputs(outputs=[EngineCoreOutput(request_id="r~1", new_token_ids=[4, 5])], timestamp=2.5)
+    got = codec.decode([bytes(frame) for frame in MsgpackEncoder().encode(step)])
+    codec.restore(got.outputs[0], first)
+    restored = got.outputs[0]
+    seen["step"] = [restored.request_id, list(restored.new_token_ids), got.timestamp, got.utility_output is None]
+    seen["restored_prefill_stats"] = restored.prefill_stats
+    failure = codec.failure("r")
+    seen["failure"] = [failure.outputs[0].request_id, failure.outputs[0].finish_reason.name]
+
+    seen["runner_limits"] = versions.runner_limits()
+    limits.install()
+    limits.install()
+    refused = {}
+    for name, params in {
+        "n": {"n": 129},
+        "top_k": {"top_k": 2**31},
+        "seed": {"seed": 2**63},
+        "logit_bias": {"logit_bias": dict.fromkeys(range(100_000), 1.0)},
+        "ok": {"n": 2, "top_k": 5, "seed": 1, "logit_bias": {1: 1.0}},
+    }.items():
+        try:
+            SamplingParams(**params)
+        except VLLMValidationError as error:
+            refused[name] = str(error)
+    seen["refused"] = refused
+
+    config = FleetConfig(model=model, engine_args={"max_model_len": "4k", "enforce_eager": True, "max_num_seqs": 8})
+    args = versions.parse_args(config.engine_argv)
+    seen["parsed"] = [args.model, args.tensor_parallel_size, args.max_model_len, args.enforce_eager, args.max_num_seqs]
+    try:
+        versions.parse_args([*config.engine_argv, "--max-num-seqs", "many"])
+    except ConfigError as error:
+        seen["parse_error"] = str(error)
+
+    seen["struct_is_positional"] = EngineCoreRequest.__struct_config__.array_like
+    seen["engine_client"] = engine_client.FleetEngineClient.__name__
+    seen["frontend"] = frontend.OpenAIFrontend.__name__
+    seen["core_bases"] = [base.__name__ for base in replica.FleetEngineCore.__mro__]
+    assert msgspec.json.encode(seen)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `probe` saw over `tree`."""
+    directory = tmp_path_factory.mktemp("probe")
+    result = directory / "seen.json"
+    script = directory / "probe.py"
+    head = "from __future__ import annotations\nimport json, pathlib, sys\nfrom typing import Any\n"
+    tail = "\npathlib.Path(sys.argv[1]).write_text(json.dumps(probe(sys.argv[2])))\n"
+    script.write_text(head + inspect.getsource(probe) + tail)
+    paths = [str(tree), str(Path(kervan.__file__).parent.parent)]
+    done = subprocess.run(
+        [sys.executable, str(script), str(result), str(directory)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=IMPORT_TIMEOUT_S,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    loaded: dict[str, Any] = json.loads(result.read_text())
+    return loaded
+
+
+def test_the_adapter_loads_over_this_release(seen: dict[str, Any], tree: Path) -> None:
+    assert seen["engine_version"] == release(tree)
+    assert seen["core_bases"][:3] == ["FleetEngineCore", "EngineCoreProc", "EngineCore"]
+    assert (seen["engine_client"], seen["frontend"]) == ("FleetEngineClient", "OpenAIFrontend")
+
+
+def test_structs_are_positional_so_one_fleet_needs_one_release(seen: dict[str, Any]) -> None:
+    assert seen["struct_is_positional"] is True
+
+
+def test_a_request_arrives_as_it_was_sent(seen: dict[str, Any]) -> None:
+    assert seen["described"] == ["r", 3, 10, True]
+    assert seen["first"] == {
+        "request_id": "r",
+        "prompt": [1, 2, 3],
+        "max_tokens": 10,
+        "min_tokens": 4,
+        "temperature": 0.0,
+        "stop_token_ids": [99],
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "prompt", "max_tokens", "min_tokens"),
+    [
+        pytest.param("moved_after_3", [1, 2, 3, 7, 8, 9], 10 - 3, 4 - 3, id="after 3 tokens"),
+        pytest.param("moved_after_6", [1, 2, 3, 7, 8, 9, 7, 8, 9], 10 - 6, 0, id="after min_tokens"),
+        pytest.param("moved_before_a_token", [1, 2, 3], 10, 4, id="before a token"),
+        pytest.param("moved_pooling", [1, 2, 3], None, None, id="pooling: nothing generated"),
+    ],
+)
+def test_a_moved_request_goes_on_after_its_tokens(
+    seen: dict[str, Any], case: str, prompt: list[int], max_tokens: int | None, min_tokens: int | None
+) -> None:
+    got = seen[case]
+    assert got["request_id"] == "r~1"
+    assert (got["prompt"], got["max_tokens"], got["min_tokens"]) == (prompt, max_tokens, min_tokens)
+    if max_tokens is not None:
+        assert (got["temperature"], got["stop_token_ids"]) == (0.0, [99])
+
+
+def test_a_streaming_input_is_not_movable(seen: dict[str, Any]) -> None:
+    assert seen["resumable_is_movable"] is False
+
+
+def test_aborts_and_utility_calls_arrive(seen: dict[str, Any]) -> None:
+    assert seen["abort"] == [True, ["r", "r~1"]]
+    assert seen["utility"] == [True, [0, 5, "add_lora", [1, "x"]]]
+
+
+def test_outputs_of_a_step_are_read_and_restored(seen: dict[str, Any]) -> None:
+    assert seen["step"] == ["r", [4, 5], 2.5, True]
+    assert seen["restored_prefill_stats"] is None
+
+
+def test_a_given_up_stream_ends_with_an_error(seen: dict[str, Any]) -> None:
+    assert seen["failure"] == ["r", "ERROR"]
+
+
+def test_requests_that_would_kill_an_engine_are_refused_as_bad_requests(seen: dict[str, Any]) -> None:
+    refused = seen["refused"]
+    assert "ok" not in refused
+    assert "ask for at most 128 at once" in refused["n"]
+    assert "top_k=2147483648 is outside the 32-bit range" in refused["top_k"]
+    assert "outside the 64-bit range" in refused["seed"]
+    limit = seen["runner_limits"].get("logit_bias")
+    assert ("logit_bias" in refused) is (limit is not None)
+    if limit is not None:
+        assert f"takes at most {limit}" in refused["logit_bias"]
+
+
+def test_runner_limits_are_found_where_the_runner_has_them(seen: dict[str, Any]) -> None:
+    assert all(isinstance(limit, int) and limit > 0 for limit in seen["runner_limits"].values())
+    if seen["engine_version"].startswith("0.24."):
+        assert seen["runner_limits"]["logit_bias"] == 1024
+
+
+def test_vllm_reads_the_arguments_that_kervan_writes(seen: dict[str, Any]) -> None:
+    _, tp, max_model_len, enforce_eager, max_num_seqs = seen["parsed"]
+    assert (tp, max_model_len, enforce_eager, max_num_seqs) == (1, 4000, True, 8)
+
+
+def test_a_value_that_vllm_refuses_is_a_config_error(seen: dict[str, Any]) -> None:
+    assert "vLLM refuses its arguments: argument --max-num-seqs" in seen["parse_error"]

@@ -1,0 +1,269 @@
+"""What `kervan` says when something is wrong that needs no Ray to know."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kervan import __version__, cli
+from kervan.serve import cluster
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty memory of fleets, and no way to start or reach a cluster."""
+
+    def reached(*_: Any, **__: Any) -> None:
+        raise AssertionError("this error must come before a cluster is touched")
+
+    monkeypatch.setenv("KERVAN_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("KERVAN_API_KEY", raising=False)
+    monkeypatch.setattr(cluster, "start_local_ray", reached)
+    monkeypatch.setattr(cluster, "connect", reached)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory that passes for a model of 14 heads and 2 layers."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    return directory
+
+
+class Kervan:
+    """Runs the command line in this process, as `kervan` and `python -m kervan` do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def run(self, *arguments: object) -> tuple[int, str, str]:
+        """Exit status, stdout, stderr."""
+        self._monkeypatch.setattr(sys, "argv", ["kervan", *map(str, arguments)])
+        self._capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        else:
+            code = 0
+        captured = self._capsys.readouterr()
+        return int(code), captured.out, captured.err
+
+    def fails(self, *arguments: object) -> str:
+        """The one line of a failure."""
+        code, out, err = self.run(*arguments)
+        assert code == 1, err
+        assert out == ""
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert err.startswith("error: ")
+        return err.strip()
+
+
+@pytest.fixture
+def kervan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kervan:
+    return Kervan(monkeypatch, capsys)
+
+
+# ---- up: the model
+
+
+def test_no_model(kervan: Kervan) -> None:
+    assert "give MODEL, a Hugging Face id or a local directory" in kervan.fails("up")
+    assert "give MODEL" in kervan.fails("up", "")
+
+
+def test_a_missing_model_directory(kervan: Kervan, tmp_path: Path) -> None:
+    error = kervan.fails("up", tmp_path / "none")
+    assert str(tmp_path / "none") in error
+    assert "check the path, or give an id such as" in error
+
+
+@pytest.mark.parametrize(
+    ("config", "fix"),
+    [
+        pytest.param(None, "give a directory in Hugging Face format", id="missing"),
+        pytest.param("{not json", "fetch the model again", id="invalid JSON"),
+        pytest.param("[]", "fetch the model again", id="no object"),
+        pytest.param("{}", "copy them from the model's page", id="no fields"),
+        pytest.param('{"model_type": "llama"}', "lacks architectures; copy them", id="one field missing"),
+    ],
+)
+def test_a_bad_model_directory(kervan: Kervan, tmp_path: Path, config: str | None, fix: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert fix in kervan.fails("up", tmp_path)
+
+
+# ---- up: options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        pytest.param(["--engine-arg", "max_model_length=4"], "did you mean max_model_len", id="misspelt engine arg"),
+        pytest.param(["--engine-arg", "qqqq=4"], "vllm serve --help=all", id="unknown engine arg"),
+        pytest.param(["--engine-arg", "tensor_parallel_size=2"], "use --tp", id="engine arg owned"),
+        pytest.param(["--engine-arg", "tensor-parallel-size=2"], "use --tp", id="engine arg owned, hyphens"),
+        pytest.param(["--engine-arg", "port=9000"], "use --port", id="port owned"),
+        pytest.param(["--engine-arg", "foo"], "write for example --engine-arg max_model_len=4096", id="no equals sign"),
+        pytest.param(["--engine-arg", "hf_overrides={a:1}"], "quote it for the shell", id="broken JSON"),
+        pytest.param(["--env", "FOO"], "--env 'FOO' has no key=value form", id="env without equals sign"),
+        pytest.param(["--tp", "4"], "use 1, 2, 7 or 14 (--tp)", id="tp does not divide the heads"),
+        pytest.param(["--tp", "0"], "outside 1..64", id="tp 0"),
+        pytest.param(["--pp", "3"], "use at most --pp 2", id="pp exceeds the layers"),
+        pytest.param(["--replicas", "-1"], "replicas=-1 is outside 0..4096", id="negative replicas"),
+        pytest.param(["--port", "99999"], "port=99999 is outside 1..65535", id="port too large"),
+        pytest.param(["--name", "My Fleet"], "use 1 to 40 lower-case letters, digits and hyphens", id="name"),
+        pytest.param(["--host", "203.0.113.7"], "use 127.0.0.1, or 0.0.0.0 for all (--host)", id="host elsewhere"),
+    ],
+)  # fmt: skip
+def test_wrong_options(kervan: Kervan, model: Path, options: list[str], words: str) -> None:
+    assert words in kervan.fails("up", model, *options)
+
+
+def test_a_port_in_use(kervan: Kervan, model: Path) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as a gateway has it
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        error = kervan.fails("up", model, "--port", port)
+    assert f"port {port} of 127.0.0.1 cannot be used" in error
+    assert "choose another, for example --port" in error
+
+
+# ---- up: config files
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("replica: 2", "has unknown setting 'replica'; did you mean 'replicas'?", id="misspelt key"),
+        pytest.param("port: '8000'", "give a whole number", id="wrong type"),
+        pytest.param("engine_args: {max_model_length: 4}", "did you mean max_model_len", id="misspelt engine arg"),
+        pytest.param("engine_args: {pipeline_parallel_size: 2}", "use --pp", id="engine arg owned"),
+        pytest.param("tp: [", "cannot be read", id="broken YAML"),
+        pytest.param("words", "write lines such as 'tp: 2'", id="no mapping"),
+    ],
+)
+def test_a_wrong_config_file(kervan: Kervan, model: Path, tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(text)
+    error = kervan.fails("up", model, "--config", path)
+    assert words in error
+
+
+def test_a_missing_config_file(kervan: Kervan, model: Path, tmp_path: Path) -> None:
+    error = kervan.fails("up", model, "--config", tmp_path / "none.yaml")
+    assert "none.yaml does not exist; check the path given to --config" in error
+
+
+def test_options_win_over_the_file(kervan: Kervan, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(f'model = "{model}"\ntp = 4\n[engine_args]\nmax_model_length = 4\n')
+    assert "'max_model_length'" in kervan.fails("up", "--config", path)
+    path.write_text(f'model = "{model}"\ntp = 4\n')
+    assert "tp=4 does not divide" in kervan.fails("up", "--config", path)
+    assert "tp=3 does not divide" in kervan.fails("up", "--config", path, "--tp", 3)
+
+
+# ---- fleets that are not there
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["status"], ["status", "--json"], ["down"], ["scale", "2"], ["status", "--name", "chat"], ["down", "--name", "chat"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_unknown_fleet(kervan: Kervan, arguments: list[str]) -> None:
+    name = "chat" if "chat" in arguments else "default"
+    error = kervan.fails(*arguments)
+    assert f"no fleet '{name}' was started from this machine" in error
+    assert "start one: kervan up MODEL" in error
+
+
+def test_an_unknown_name_lists_the_known_ones(kervan: Kervan) -> None:
+    cluster.remember(cluster.Remembered("chat", "127.0.0.1:6379", "http://127.0.0.1:8000"))
+    cluster.remember(cluster.Remembered("code", "127.0.0.1:6379", "http://127.0.0.1:8001"))
+    assert "fleets started here: chat, code (--name)" in kervan.fails("status")
+
+
+# ---- usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["up", "m", "--no-such-option"],
+        ["up", "m", "--tp", "two"],
+        ["up", "m", "--ingress", "nginx"],
+        ["up", "m", "another"],
+        ["scale"],
+        ["scale", "two"],
+        ["scale", "--", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(kervan: Kervan, arguments: list[str]) -> None:
+    code, out, err = kervan.run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error: " in err
+    assert "Traceback" not in err
+
+
+def test_no_command_shows_the_commands(kervan: Kervan) -> None:
+    code, out, err = kervan.run()
+    assert code == 2
+    assert all(name in out + err for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(kervan: Kervan, name: str) -> None:
+    code, out, err = kervan.run(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: ")
+    assert len([line for line in out.splitlines() if line.strip().startswith("--")]) <= 16
+
+
+def test_the_version(kervan: Kervan) -> None:
+    assert kervan.run("--version") == (0, f"kervan, version {__version__}\n", "")
+
+
+def test_debug_shows_the_traceback(kervan: Kervan, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="check the path"):
+        kervan.run("--debug", "up", tmp_path / "none")
+
+
+def test_a_real_process_says_it_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kervan", "up", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: model ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,132 @@
+import pytest
+
+from kervan.fleet.directory import (
+    EXPIRY_S,
+    MAX_FAILURES,
+    Directory,
+    GatewayEntry,
+    ReplicaEntry,
+    ReplicaState,
+    Snapshot,
+    StartFailure,
+)
+
+
+class Clock:
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def directory(clock: Clock) -> Directory:
+    return Directory(clock)
+
+
+def replica(replica_id: str, state: ReplicaState = "ready", address: str = "tcp://h:1", **more: object) -> ReplicaEntry:
+    return ReplicaEntry(id=replica_id, pool="on-demand", node="h", pid=1, state=state, address=address, **more)
+
+
+def gateway(gateway_id: str, *, is_ready: bool = True) -> GatewayEntry:
+    return GatewayEntry(gateway_id, "h", 2, "http://h:8000", "http://h:9001", is_ready)
+
+
+def test_a_snapshot_lists_entries_in_order_of_id(directory: Directory) -> None:
+    for name in ("c", "a", "b"):
+        directory.beat_replica(replica(name))
+        directory.beat_gateway(gateway(name))
+    snapshot = directory.snapshot()
+    assert [entry.id for entry in snapshot.replicas] == ["a", "b", "c"]
+    assert [entry.id for entry in snapshot.gateways] == ["a", "b", "c"]
+
+
+def test_an_entry_lives_as_long_as_its_beats(directory: Directory, clock: Clock) -> None:
+    directory.beat_replica(replica("a"))
+    directory.beat_replica(replica("b"))
+    directory.beat_gateway(gateway("g"))
+    clock.now_s += EXPIRY_S
+    directory.beat_replica(replica("b"))
+    assert [entry.id for entry in directory.snapshot().replicas] == ["a", "b"]  # exactly at the limit: still there
+    before = directory.version
+    clock.now_s += 0.1
+    snapshot = directory.snapshot()
+    assert [entry.id for entry in snapshot.replicas] == ["b"]
+    assert snapshot.gateways == []
+    assert snapshot.version == before + 2
+
+
+@pytest.mark.parametrize(
+    ("second", "is_change"),
+    [
+        pytest.param(replica("a"), False, id="the same"),
+        pytest.param(replica("a", running=9, waiting=3, kv_cache_usage=0.5), False, id="load only"),
+        pytest.param(replica("a", "draining"), True, id="state"),
+        pytest.param(replica("a", address="tcp://h:2"), True, id="address"),
+        pytest.param(replica("b"), True, id="a new one"),
+    ],
+)
+def test_the_version_grows_with_what_gateways_follow(
+    directory: Directory, second: ReplicaEntry, is_change: bool
+) -> None:
+    directory.beat_replica(replica("a"))
+    before = directory.version
+    directory.beat_replica(second)
+    assert (directory.version > before) is is_change
+    assert second in directory.snapshot().replicas
+
+
+def test_the_version_grows_with_a_gateways_readiness(directory: Directory) -> None:
+    directory.beat_gateway(gateway("g", is_ready=False))
+    before = directory.version
+    directory.beat_gateway(gateway("g", is_ready=False))
+    assert directory.version == before
+    directory.beat_gateway(gateway("g"))
+    assert directory.version == before + 1
+
+
+def test_goodbye_removes_at_once_and_only_once(directory: Directory) -> None:
+    directory.beat_replica(replica("a"))
+    directory.beat_gateway(gateway("g"))
+    before = directory.version
+    for name in ("a", "g", "a", "never seen"):
+        directory.remove(name)
+    assert directory.snapshot() == Snapshot(before + 2, [], [], [])
+
+
+def test_failures_are_kept_up_to_a_bound_newest_last(directory: Directory) -> None:
+    for i in range(MAX_FAILURES + 5):
+        directory.fail(StartFailure("a", "ConfigError", f"failure {i}"))
+    failures = directory.snapshot().failures
+    assert [failure.message for failure in failures] == [f"failure {i}" for i in range(5, MAX_FAILURES + 5)]
+
+
+def test_a_new_directory_fills_from_the_next_beats(clock: Clock) -> None:
+    entries = [replica("a"), replica("b", "draining")]
+    old, new = Directory(clock), Directory(clock)
+    for entry in entries:
+        old.beat_replica(entry)
+        new.beat_replica(entry)
+    assert new.snapshot().replicas == old.snapshot().replicas == entries
+
+
+@pytest.mark.parametrize(
+    ("state", "address", "is_reachable"),
+    [
+        ("starting", "", False),
+        ("starting", "tcp://h:1", False),
+        ("ready", "tcp://h:1", True),
+        ("ready", "", False),
+        ("draining", "tcp://h:1", True),
+        ("unhealthy", "tcp://h:1", False),
+    ],
+)
+def test_reachable_means_address_and_a_state_that_answers(
+    state: ReplicaState, address: str, is_reachable: bool
+) -> None:
+    assert replica("a", state, address).is_reachable is is_reachable

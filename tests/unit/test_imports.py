@@ -1,0 +1,122 @@
+"""What each part may import: the direction between packages, and what stays unloaded."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kervan
+
+PACKAGE = Path(kervan.__file__).parent
+HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
+
+# (part, parts of kervan it must not import): arrows point from what is used to what uses it.
+#   errors <- facts, policy <- fleet <- gateway <- serve <- cli
+FORBIDDEN = [
+    ("errors.py", ("facts", "policy", "fleet", "gateway", "serve", "cli", "demo")),
+    ("facts", ("policy", "fleet", "gateway", "serve", "cli", "demo")),
+    ("policy", ("facts", "fleet", "gateway", "serve", "cli", "demo")),
+    ("fleet", ("gateway", "serve", "cli", "demo")),
+    ("gateway", ("serve", "cli", "demo")),
+    ("serve", ("cli", "demo")),
+    ("demo", ("fleet", "gateway", "serve", "cli")),
+]
+# (library, the only parts that may import it)
+CONFINED = [
+    ("ray", ("serve/",)),
+    ("vllm", ("fleet/vllm/",)),
+    ("zmq", ("fleet/",)),
+    ("click", ("cli/",)),
+    ("rich", ("cli/",)),
+    ("torch", ("demo/",)),
+]
+
+
+def source_files(part: str = "") -> list[Path]:
+    path = PACKAGE / part
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of all imports of a file, at the top and inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("part", "forbidden"), FORBIDDEN, ids=[part for part, _ in FORBIDDEN])
+def test_imports_point_one_way(part: str, forbidden: tuple[str, ...]) -> None:
+    files = source_files(part)
+    assert files
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in files
+        for name in imported(path)
+        if any(f"{name}.".startswith(f"kervan.{other}.") for other in forbidden)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("library", "allowed"), CONFINED, ids=[library for library, _ in CONFINED])
+def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -> None:
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in source_files()
+        for name in imported(path)
+        if name.partition(".")[0] == library
+    }
+    assert users, f"nothing imports {library} any more"
+    assert [user for user in users if not user.startswith(allowed)] == []
+
+
+def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
+    for part in ("errors.py", "facts", "policy"):
+        for path in source_files(part):
+            assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy libraries that a fresh interpreter has loaded after `code`."""
+    script = f"import json, sys\n{code}\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("library", ["ray", "vllm", "zmq"])
+def test_this_environment_has_what_must_stay_unloaded(library: str) -> None:
+    assert importlib.util.find_spec(library) is not None
+
+
+def test_pure_packages_load_nothing_heavy() -> None:
+    modules = ["kervan", "kervan.errors"]
+    for part in ("facts", "policy"):
+        modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
+    assert len(modules) > 6
+    assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["up", "--help"], ["scale", "--help"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import runpy
+sys.argv = ["kervan", *{arguments!r}]
+try:
+    runpy.run_module("kervan", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert loaded_by(code) == set()
+
+
+def test_the_package_names_its_public_things_sorted() -> None:
+    assert kervan.__all__ == sorted(kervan.__all__)
+    assert all(hasattr(kervan, name) for name in kervan.__all__)
