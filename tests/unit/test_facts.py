@@ -132,7 +132,7 @@ def test_engine_values_are_read_only_where_vllm_could_not(text: str, value: Any)
 
 
 def test_broken_json_names_the_likely_cause() -> None:
-    with pytest.raises(ConfigError, match="not valid JSON .*; quote it for the shell"):
+    with pytest.raises(ConfigError, match=r"not valid JSON .*; quote it for the shell"):
         fleet.parse_engine_value("{a: 1}")
 
 
@@ -261,7 +261,9 @@ def test_a_hub_id_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "~/none", "none", "a/b/c", "-x/y", "a b/c"])
-def test_what_is_neither_directory_nor_id_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_neither_directory_nor_id_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"check the path, or give an id such as Qwen/Qwen3-8B"):
         model.resolve(name)

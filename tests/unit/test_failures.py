@@ -22,7 +22,8 @@ class OutOfMemoryError(RuntimeError):
         pytest.param(
             ValueError(
                 "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the "
-                "engine (this flag also controls CPU memory reservation on the CPU backend, despite its name). " + SEE_DOCS
+                "engine (this flag also controls CPU memory reservation on the CPU backend, despite its name). "
+                + SEE_DOCS
             ),
             CapacityError,
             "VLLM_CPU_KVCACHE_SPACE=GiB",
@@ -185,7 +186,7 @@ def test_a_cause_that_was_not_chained_on_purpose_is_found_too() -> None:
         try:
             raise ValueError("Free memory on device cuda:0 (1.0/2.0 GiB) on startup is less than desired")
         finally:
-            raise RuntimeError("while cleaning up")  # noqa: B012
+            raise RuntimeError("while cleaning up")
     except RuntimeError as error:
         assert isinstance(explain(error), CapacityError)
 

@@ -1,6 +1,7 @@
 """A fleet as one Serve application: gateways over a pool of engine replicas."""
 
 import hashlib
+import json
 from typing import Any
 
 from ray import serve
@@ -8,7 +9,7 @@ from ray.serve.config import HTTPOptions
 
 from kervan.facts.fleet import FleetConfig
 from kervan.serve.engine import EngineReplica
-from kervan.serve.gateway import GatewayReplica
+from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica
 
 POOL = "on-demand"
 HEALTH_CHECK_PERIOD_S = 1.0
@@ -26,9 +27,8 @@ def build(config: FleetConfig, *, num_gateways: int, accelerator: str | None) ->
     `accelerator`: Ray's resource name for the GPU kind of the cluster (`accelerator_type:H200`), None on CPU.
     Replica counts are no part of the version, so that scaling restarts nothing.
     """
-    stored = config.to_json()
-    unscaled = {**_without_counts(config), "accelerator": accelerator}
-    version = hashlib.sha256(repr(sorted(unscaled.items())).encode()).hexdigest()[:12]
+    unscaled = _without_counts(config)
+    version = hashlib.sha256(f"{unscaled} {accelerator}".encode()).hexdigest()[:12]
     common: dict[str, Any] = {
         "version": version,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
@@ -44,7 +44,8 @@ def build(config: FleetConfig, *, num_gateways: int, accelerator: str | None) ->
         ray_actor_options={"num_cpus": 0, "num_gpus": config.gpus_per_replica if accelerator else 0},
         **common,
     )
-    gateways = serve.deployment(GatewayReplica).options(
+    gateway: Any = GatewayReplica if config.ingress == "direct" else serve.ingress()(IngressGatewayReplica)
+    gateways = serve.deployment(gateway).options(
         name="gateway",
         num_replicas=num_gateways,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 5.0,
@@ -52,30 +53,19 @@ def build(config: FleetConfig, *, num_gateways: int, accelerator: str | None) ->
         ray_actor_options={"num_cpus": 0, "resources": {accelerator: 0.001} if accelerator else {}},
         **common,
     )
-    # The stored config is the first one's, without counts, for the same reason as the version.
-    return gateways.bind(_config_without_counts(stored), engines.bind(_config_without_counts(stored), POOL))
+    return gateways.bind(unscaled, engines.bind(unscaled, POOL))
 
 
-def _without_counts(config: FleetConfig) -> dict[str, Any]:
-    import json
-
-    settings: dict[str, Any] = json.loads(config.to_json())
+def _without_counts(config: FleetConfig) -> str:
+    settings = json.loads(config.to_json())
     del settings["replicas"], settings["gateways"]
-    return {key: repr(value) for key, value in settings.items()}
+    return json.dumps(settings, sort_keys=True)
 
 
-def _config_without_counts(stored: str) -> str:
-    import json
-
-    settings = json.loads(stored)
-    settings.pop("replicas")
-    settings.pop("gateways")
-    return json.dumps(settings)
-
-
-def deploy(app: Any, fleet_name: str) -> None:
+def deploy(app: Any, config: FleetConfig) -> None:
     """Hand the application to Serve; returns before it runs."""
-    target = serve.RunTarget(target=app, name=app_name(fleet_name), route_prefix=None)
+    route = None if config.ingress == "direct" else "/"
+    target = serve.RunTarget(target=app, name=app_name(config.name), route_prefix=route)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class LocalRay(msgspec.Struct, frozen=True):
     pid: int
     temp_dir: str
     token: str
+    has_haproxy: bool = False
 
     @property
     def is_alive(self) -> bool:
@@ -81,7 +82,7 @@ class StartingRay:
             self.process.stdin.flush()
 
 
-def start_local_ray(env: Mapping[str, str]) -> StartingRay:
+def start_local_ray(*, has_haproxy: bool) -> StartingRay:
     """Start Ray on this machine, guarded by a token of its own.
 
     Raises: EngineError when Ray does not come up.
@@ -96,7 +97,7 @@ def start_local_ray(env: Mapping[str, str]) -> StartingRay:
         stderr=log,
         text=True,
         start_new_session=True,
-        env={**os.environ, **_ray_environment(token), **env},
+        env={**os.environ, **_ray_environment(token, has_haproxy=has_haproxy)},
     )
     log.close()
     try:
@@ -106,7 +107,7 @@ def start_local_ray(env: Mapping[str, str]) -> StartingRay:
             raise EngineError(
                 f"Ray did not start: {' '.join(words) or 'it said nothing'}; is ray[serve] installed whole?"
             )
-        local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token)
+        local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token, has_haproxy)
     except BaseException:
         end_processes([process.pid])
         shutil.rmtree(temp_dir, ignore_errors=True)
@@ -116,12 +117,10 @@ def start_local_ray(env: Mapping[str, str]) -> StartingRay:
     return StartingRay(local, process)
 
 
-def _ray_environment(token: str | None) -> dict[str, str]:
-    """Ray's environment; a cluster that the user runs keeps the user's own authentication settings."""
-    env = {"RAY_USAGE_STATS_ENABLED": "0"}
-    if token is not None:
-        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    return env
+def _ray_environment(token: str, *, has_haproxy: bool) -> dict[str, str]:
+    """Environment of all processes of a local Ray, and of its drivers."""
+    env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    return env | ({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if has_haproxy else {})
 
 
 def stop_local_ray(local: LocalRay) -> None:
@@ -166,8 +165,10 @@ def connect(address: str) -> None:
     Raises: FleetError when there is none at `address`.
     """
     local = find_local_ray()
-    # Before ray is imported: it reads these once.
-    os.environ.update(_ray_environment(local.token if local is not None and local.address == address else None))
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if local is not None and local.address == address:  # another cluster keeps the user's own settings
+        # Before ray is imported: it reads these once.
+        os.environ.update(_ray_environment(local.token, has_haproxy=local.has_haproxy))
     import ray
 
     try:

@@ -147,7 +147,7 @@ class Startup:
         gateways = num_gateways(config)
         app.start_serve(config)
         self.progress(f"starting {_plural(config.replicas, 'replica')} and {_plural(gateways, 'gateway')}")
-        app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), config.name)
+        app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), config)
         status = wait_until_ready(config, self._directory, gateways, self.progress)
         cluster.remember(cluster.Remembered(config.name, address, status.url))
         return status
@@ -156,11 +156,17 @@ class Startup:
         if self._address is not None:
             cluster.connect(self._address)
             return self._address
+        needs_haproxy = self.config.ingress == "serve"
         local = cluster.find_local_ray()
         if local is None:
             self.progress("starting Ray on this machine")
-            self._started_ray = cluster.start_local_ray(_ray_environment(self.config))
+            self._started_ray = cluster.start_local_ray(has_haproxy=needs_haproxy)
             local = self._started_ray.local
+        elif needs_haproxy and not local.has_haproxy:
+            raise FleetError(
+                "the Ray that runs on this machine was started without HAProxy; "
+                "end its fleets first (kervan down), or use --ingress direct"
+            )
         cluster.connect(local.address)
         return local.address
 
@@ -177,12 +183,6 @@ class Startup:
         elif self._directory is not None:
             with contextlib.suppress(Exception):
                 _end_fleet(self.config.name)
-
-
-def _ray_environment(config: FleetConfig) -> dict[str, str]:
-    if config.ingress == "direct":
-        return {}
-    return {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 
 
 @contextlib.contextmanager
@@ -309,7 +309,7 @@ def scale(name: str, replicas: int, address: str | None = None, progress: Progre
 
     ray.get(handle.set_config.remote(config.to_json()))
     gateways = num_gateways(config)
-    app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), name)
+    app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), config)
     return wait_until_ready(config, handle, gateways, progress)
 
 

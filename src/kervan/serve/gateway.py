@@ -26,7 +26,7 @@ ANY_HOSTS = {"0.0.0.0", "::"}
 
 
 class GatewayReplica:
-    """Runs the gateway on a uvloop loop of its own thread, away from Ray's loops."""
+    """Answers clients itself, on a uvloop loop of its own thread, away from Ray's loops."""
 
     def __init__(self, config_json: str, engines: Any = None) -> None:
         self._config = config = FleetConfig.from_json(config_json)
@@ -54,8 +54,11 @@ class GatewayReplica:
         self._gateway: Gateway
         self._loop: asyncio.AbstractEventLoop
         self._is_leaving = False
-        started = threading.Event()
         self._start_error: BaseException | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        started = threading.Event()
         threading.Thread(target=self._run, args=(started,), daemon=True, name="gateway").start()
         started.wait()
         if self._start_error is not None:
@@ -66,11 +69,8 @@ class GatewayReplica:
         import uvloop
 
         async def main() -> None:
-            self._loop = asyncio.get_running_loop()
-            self._stopped = asyncio.Event()
             try:
-                self._gateway = Gateway(self._gateway_config)
-                await self._gateway.start(serve_http=self._config.ingress == "direct")
+                await self._start_gateway(serve_http=True)
             except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
                 self._start_error = error
                 return
@@ -79,6 +79,12 @@ class GatewayReplica:
             await asyncio.gather(self._follow(), self._beat_forever(), self._stopped.wait())
 
         uvloop.run(main())
+
+    async def _start_gateway(self, *, serve_http: bool) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        self._gateway = Gateway(self._gateway_config)
+        await self._gateway.start(serve_http=serve_http)
 
     def _report(self, error: BaseException) -> None:
         kind = type(error).__name__
@@ -126,3 +132,15 @@ class GatewayReplica:
             await self._directory.remove.remote(self._gateway_config.gateway_id)
         await self._in_gateway(self._gateway.stop())
         self._loop.call_soon_threadsafe(self._stopped.set)
+
+
+class IngressGatewayReplica(GatewayReplica):
+    """Lets Serve's HAProxy bring the requests, and so runs on the loop on which Serve calls the app."""
+
+    def _begin(self) -> None:
+        """Serve asks for the app next."""
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        await self._start_gateway(serve_http=False)
+        self._jobs = [asyncio.create_task(job) for job in (self._follow(), self._beat_forever())]
+        return self._gateway.shell

@@ -37,8 +37,8 @@ class OpenAIFrontend:
     @classmethod
     async def start(cls, fleet: FleetClient, argv: Sequence[str]) -> "OpenAIFrontend":
         """Raises: ConfigError when vLLM refuses `argv`."""
-        limits.install()
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
+        limits.install(config)
         link = await fleet.wait_for_link()
         with injected(fleet, link.facts):
             engine = AsyncLLM.from_vllm_config(

@@ -1,11 +1,13 @@
 """Requests that vLLM accepts but that would kill an engine: refused at the gateway instead."""
 
 import functools
-from collections.abc import Sized
+import json
+from collections.abc import Iterator, Sized
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from kervan.fleet.vllm import versions
 
@@ -13,6 +15,15 @@ INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 # Each of the n sequences is a request of its own; vLLM's own bound (16,384) lets one request fill a fleet.
 MAX_N = 128
+# A grammar's compilation has no time limit in the engine, and stops every other one there. Ours (xgrammar 0.2.8, one
+# core): 30 enum strings of 2,000 characters 10 s and more, 900 nested `(...){0,99}` without end, within these bounds
+# at most about 2 s.
+MAX_GRAMMAR_CHARS = 32 * 1024
+MAX_PATTERN_CHARS = 8 * 1024
+MAX_CHOICE_CHARS = 512
+MAX_DEPTH = 50
+# Up to this size it is worth a compilation here, of milliseconds, to learn that a recursive grammar has no sentence.
+MAX_PROBED_CHARS = 4 * 1024
 
 
 def violation(params: SamplingParams, entry_limits: dict[str, int]) -> tuple[str, str, Any] | None:
@@ -36,17 +47,128 @@ def violation(params: SamplingParams, entry_limits: dict[str, int]) -> tuple[str
     return None
 
 
-def install() -> None:
+def grammar_violation(wanted: StructuredOutputsParams) -> str | None:
+    """Why a grammar is refused for its size, or None. Cheap: nothing is compiled."""
+    text = _text(wanted)
+    if len(text) > MAX_GRAMMAR_CHARS:
+        return f"the grammar or schema has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are taken"
+    for kind, part in _parts(wanted):
+        if kind == "choice":
+            if len(part) > MAX_CHOICE_CHARS:
+                return f"a choice has {len(part)} characters; at most {MAX_CHOICE_CHARS} are taken"
+            continue
+        if len(part) > MAX_PATTERN_CHARS:
+            return f"the {kind} has {len(part)} characters; at most {MAX_PATTERN_CHARS} are taken"
+        if (depth := _depth(part)) > MAX_DEPTH:
+            return f"the {kind} nests {depth} parentheses deep; at most {MAX_DEPTH} are taken"
+    return None
+
+
+def _text(wanted: StructuredOutputsParams) -> str:
+    value = wanted.json or wanted.regex or wanted.choice or wanted.grammar or wanted.structural_tag or ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _parts(wanted: StructuredOutputsParams) -> Iterator[tuple[str, str]]:
+    """The regular expressions, grammars and choices in it, with what they are."""
+    if wanted.regex:
+        yield "regex", wanted.regex
+    if wanted.grammar:
+        yield "grammar", wanted.grammar
+    for choice in wanted.choice or ():
+        yield "choice", choice
+    todo: list[Any] = [wanted.json, wanted.structural_tag]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                continue  # vLLM has a 400 of its own for it
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if isinstance(inner, dict | list):
+                    todo.append(inner)
+                elif key == "pattern" and isinstance(inner, str):
+                    yield "pattern", inner
+                elif key == "const" and isinstance(inner, str):
+                    yield "choice", inner
+            names = value.get("enum")
+            yield from (("choice", name) for name in (names if isinstance(names, list) else ()) if isinstance(name, str))
+        elif isinstance(value, list):
+            todo += [inner for inner in value if isinstance(inner, dict | list)]
+
+
+def _depth(text: str) -> int:
+    deepest = depth = 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def xgrammar_refusal(params: SamplingParams) -> str | None:
+    """Why xgrammar cannot compile what `params` wants, or None.
+
+    With backend "auto", vLLM turns to a second library for what the first refuses, but an engine keeps the library of
+    its first structured request for good: the same request would be answered or fail with 500, by luck of the replica.
+    """
+    from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+    try:
+        validate_xgrammar_grammar(params)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return " ".join(str(error).split())[:500]
+    wanted = params.structured_outputs
+    assert wanted is not None
+    text = _text(wanted)
+    may_recurse = bool(wanted.grammar) or (bool(wanted.json) and '"$ref"' in text)
+    if may_recurse and len(text) <= MAX_PROBED_CHARS and not _has_sentence(text, is_json=bool(wanted.json)):
+        return "the grammar is satisfied by no text at all: its root refers to itself without an end"
+    return None
+
+
+def _has_sentence(text: str, *, is_json: bool) -> bool:
+    """Whether a first character is allowed, found with a vocabulary of the 256 bytes: costs milliseconds."""
+    import xgrammar
+    from vllm.v1.structured_output.utils import grammar_is_likely_lark
+
+    if not is_json and grammar_is_likely_lark(text):
+        return True
+    parse = xgrammar.Grammar.from_json_schema if is_json else xgrammar.Grammar.from_ebnf
+    vocabulary = [bytes([i]) for i in range(256)] + [b"</s>"]
+    info = xgrammar.TokenizerInfo(vocabulary, xgrammar.VocabType.RAW, stop_token_ids=[256])
+    compiled = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False).compile_grammar(parse(text))
+    allowed = xgrammar.allocate_token_bitmask(1, len(vocabulary))
+    xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(allowed, 0)
+    return bool(allowed.any())
+
+
+def install(config: VllmConfig) -> None:
     """Check these limits wherever this process makes `SamplingParams`: before an answer starts, so as 400."""
     if getattr(SamplingParams._verify_args, "is_kervan", False):
         return
+    from vllm.platforms import current_platform
+
     entry_limits = versions.runner_limits()
+    is_xgrammar = config.structured_outputs_config.backend in ("auto", "xgrammar")
+    # vLLM 0.32's CPU kernels of adapters mistake prompt positions for requests, and the engine dies.
+    breaks_prompt_logprobs = config.lora_config is not None and current_platform.is_cpu()
     verify = SamplingParams._verify_args
 
     @functools.wraps(verify)
     def verify_with_limits(self: SamplingParams) -> None:
         verify(self)
         broken = violation(self, entry_limits)
+        if broken is None and breaks_prompt_logprobs and self.prompt_logprobs is not None:
+            message = "prompt_logprobs (also: echo with logprobs) kill a CPU engine with enable_lora; leave them out"
+            broken = message, "prompt_logprobs", self.prompt_logprobs
+        if broken is None and self.structured_outputs is not None:
+            refusal = grammar_violation(self.structured_outputs)
+            if refusal is None and is_xgrammar:
+                refusal = xgrammar_refusal(self)
+            if refusal is not None:
+                broken = refusal, "structured_outputs", None
         if broken is not None:
             message, parameter, value = broken
             raise VLLMValidationError(message, parameter=parameter, value=value)
