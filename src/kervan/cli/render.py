@@ -50,3 +50,5 @@ def print_status(status: FleetStatus) -> None:
     for g in status.snapshot.gateways:
         gateways.add_row(g.id, g.node, str(g.pid), "[green]ready[/]" if g.is_ready else f"[yellow]{g.reason}[/]")
     console.print(gateways)
+    for failure in status.snapshot.failures[-3:]:
+        console.print(f"[red]failed start[/] {failure.who}: {failure.message}", soft_wrap=True)

@@ -54,6 +54,7 @@ class StartFailure(msgspec.Struct, frozen=True):
     kind: str
     message: str
     log_path: str = ""
+    number: int = 0  # given by the directory: 1, 2, ...
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -73,6 +74,7 @@ class Directory:
         self._replicas: dict[str, tuple[ReplicaEntry, float]] = {}
         self._gateways: dict[str, tuple[GatewayEntry, float]] = {}
         self._failures: list[StartFailure] = []
+        self._num_failures = 0
         self.version = 0
 
     def beat_replica(self, entry: ReplicaEntry) -> None:
@@ -93,7 +95,9 @@ class Directory:
             self.version += 1
 
     def fail(self, failure: StartFailure) -> None:
-        self._failures = [*self._failures, failure][-MAX_FAILURES:]
+        self._num_failures += 1
+        numbered = msgspec.structs.replace(failure, number=self._num_failures)
+        self._failures = [*self._failures, numbered][-MAX_FAILURES:]
         self.version += 1
 
     def expire(self) -> None:

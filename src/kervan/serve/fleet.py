@@ -62,6 +62,9 @@ class FleetStatus:
                 {"id": g.id, "pid": g.pid, "node": g.node, "ready": g.is_ready, "reason": g.reason}
                 for g in self.snapshot.gateways
             ],
+            "failed_starts": [
+                {"who": f.who, "kind": f.kind, "message": f.message, "log": f.log_path} for f in self.snapshot.failures
+            ],
         }
 
 
@@ -205,16 +208,19 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def wait_until_ready(config: FleetConfig, handle: Any, gateways: int, progress: Progress) -> FleetStatus:
-    """Wait for all replicas and gateways; the first failed start ends the wait.
+def wait_until_ready(
+    config: FleetConfig, handle: Any, gateways: int, progress: Progress, *, after_failure: int = 0
+) -> FleetStatus:
+    """Wait for all replicas and gateways; the first failed start with a number above `after_failure` ends the wait.
 
     Raises: the KervanError that a replica or gateway reported.
     """
     told = ""
     while True:
         snapshot = _snapshot(handle)
-        if snapshot.failures:
-            raise _raised(snapshot.failures[0])
+        for failure in snapshot.failures:
+            if failure.number > after_failure:
+                raise _raised(failure)
         ready = sum(r.state == "ready" for r in snapshot.replicas)
         answering = sum(g.is_ready for g in snapshot.gateways)
         words = f"{ready}/{config.replicas} replicas and {answering}/{gateways} gateways ready"
@@ -310,7 +316,8 @@ def scale(name: str, replicas: int, address: str | None = None, progress: Progre
     ray.get(handle.set_config.remote(config.to_json()))
     gateways = num_gateways(config)
     app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), config)
-    return wait_until_ready(config, handle, gateways, progress)
+    known = snapshot.failures[-1].number if snapshot.failures else 0
+    return wait_until_ready(config, handle, gateways, progress, after_failure=known)
 
 
 def down(name: str, address: str | None = None) -> Literal["stopped", "stopped with Ray"]:

@@ -48,7 +48,13 @@ def violation(params: SamplingParams, entry_limits: dict[str, int]) -> tuple[str
 
 
 def grammar_violation(wanted: StructuredOutputsParams) -> str | None:
-    """Why a grammar is refused for its size, or None. Cheap: nothing is compiled."""
+    """Why a grammar is refused for its size or emptiness, or None. Cheap: nothing is compiled."""
+    for name in ("json", "grammar", "choice", "structural_tag"):  # an empty regex is one: it takes the empty text
+        value = getattr(wanted, name)
+        if value is not None and (value == [] or (isinstance(value, str) and not value.strip())):
+            return f"{name} is empty; leave it out, or give it a value"
+    if wanted.json_object is False:
+        return "json_object is false; leave it out, or set it to true"
     text = _text(wanted)
     if len(text) > MAX_GRAMMAR_CHARS:
         return f"the grammar or schema has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are taken"
@@ -93,8 +99,8 @@ def _parts(wanted: StructuredOutputsParams) -> Iterator[tuple[str, str]]:
                     yield "pattern", inner
                 elif key == "const" and isinstance(inner, str):
                     yield "choice", inner
-            names = value.get("enum")
-            yield from (("choice", name) for name in (names if isinstance(names, list) else ()) if isinstance(name, str))
+            if isinstance(names := value.get("enum"), list):
+                yield from (("choice", name) for name in names if isinstance(name, str))
         elif isinstance(value, list):
             todo += [inner for inner in value if isinstance(inner, dict | list)]
 
@@ -144,16 +150,19 @@ def _has_sentence(text: str, *, is_json: bool) -> bool:
     return bool(allowed.any())
 
 
-def install(config: VllmConfig) -> None:
-    """Check these limits wherever this process makes `SamplingParams`: before an answer starts, so as 400."""
+def install(config: VllmConfig | None = None) -> None:
+    """Check these limits wherever this process makes `SamplingParams`: before an answer starts, so as 400.
+
+    Without the engine's `config` the limits that depend on it are left out.
+    """
     if getattr(SamplingParams._verify_args, "is_kervan", False):
         return
     from vllm.platforms import current_platform
 
     entry_limits = versions.runner_limits()
-    is_xgrammar = config.structured_outputs_config.backend in ("auto", "xgrammar")
+    is_xgrammar = config is not None and config.structured_outputs_config.backend in ("auto", "xgrammar")
     # vLLM 0.32's CPU kernels of adapters mistake prompt positions for requests, and the engine dies.
-    breaks_prompt_logprobs = config.lora_config is not None and current_platform.is_cpu()
+    breaks_prompt_logprobs = config is not None and config.lora_config is not None and current_platform.is_cpu()
     verify = SamplingParams._verify_args
 
     @functools.wraps(verify)
