@@ -575,6 +575,26 @@ async def test_a_member_that_is_no_longer_listed_keeps_its_streams(bench: Bench)
     await bench.finished("s", "t")
 
 
+async def test_a_client_that_closes_moves_nothing() -> None:
+    bench = Bench(FleetClient(ToyCodec(), secret=SECRET))
+    try:
+        a, b = await bench.start("a"), await bench.start("b")
+        a.is_silent_to_calls = b.is_silent_to_calls = True
+        await bench.add("s")
+        await bench.add("t")
+        await bench.placed(a, "s")
+        await bench.placed(b, "t")
+        call = asyncio.create_task(bench.client.call("sleep", ()))
+        await until(lambda: a.calls and b.calls)
+        await bench.client.close()
+        with pytest.raises(EngineError, match="was lost: closed"):
+            await call
+        assert bench.client.links == []
+        assert (bench.client.counts.moved, bench.client.counts.lost_replicas, bench.endings) == (0, 0, {})
+    finally:
+        await bench.close()
+
+
 # ---- held streams
 
 
@@ -738,6 +758,24 @@ async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench:
     assert bench.client.counts.lost_replicas == 2
 
 
+async def test_a_token_acquits_of_earlier_deaths_only(bench: Bench) -> None:
+    """Both gave a token on the first replica and none on the second: suspects, which a third tries one by one."""
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.add("t")
+    await bench.placed(a, "s", "t")
+    await bench.steps(a, 1)
+    await bench.kill(a)
+    b = await bench.start("b")
+    await bench.placed(b, "s~1", "t~1")
+    await bench.kill(b)
+    c = await bench.start("c")
+    await bench.placed(c, "s~2")
+    await bench.steps(c, 1)
+    await bench.placed(c, "s~2", "t~2")
+    await bench.finished("s", "t")
+
+
 async def test_a_suspect_does_not_keep_others_away(bench: Bench) -> None:
     a, b = await bench.start("a"), await bench.start("b")
     await bench.add("suspect", max_tokens=50)
@@ -848,6 +886,13 @@ async def test_a_call_waits_for_the_first_replica(bench: Bench) -> None:
     call = asyncio.create_task(bench.client.call("get_supported_tasks", ()))
     await bench.start("a")
     assert await call == ["a did get_supported_tasks"]
+
+
+async def test_a_call_after_the_fleet_was_lost_waits_for_the_next_replica(bench: Bench) -> None:
+    await bench.kill(await bench.start("a"))
+    call = asyncio.create_task(bench.client.call("is_sleeping", ()))
+    await bench.start("b")
+    assert await call == ["b did is_sleeping"]
 
 
 async def test_a_failed_call_names_the_replica(bench: Bench) -> None:

@@ -158,6 +158,7 @@ class FleetClient:
         self._call_ids = itertools.count(1)
         self._completed_per_s = 0.0
         self._rate_at_s = time.monotonic()
+        self._is_closing = False
         self._expiry_task = asyncio.create_task(self._expire_held())
 
     # ---- what a gateway asks
@@ -209,6 +210,7 @@ class FleetClient:
 
     async def close(self) -> None:
         """End all links; streams are not finished."""
+        self._is_closing = True
         tasks = [*self._link_tasks.values(), self._expiry_task]
         for task in tasks:
             task.cancel()
@@ -532,6 +534,8 @@ class FleetClient:
         link.monitor.close()
         link.input.close(0)
         link.output.close(0)
+        if self._is_closing:
+            return
         self.counts.lost_replicas += 1
         streams = list(link.streams.values())
         logger.warning("replica %s is lost (%s) with %d streams", link.replica_id, reason, len(streams))
@@ -545,7 +549,8 @@ class FleetClient:
         stream.strikes = verdict.strikes
         if verdict.action == "give_up" or not stream.is_movable:
             self.counts.given_up += 1
-            self._give_up(stream, verdict.reason)
+            reason = verdict.reason if stream.is_movable else "its replica was lost and it cannot move"
+            self._give_up(stream, reason)
             return
         stream.epoch += 1
         self.counts.moved += 1

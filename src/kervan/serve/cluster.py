@@ -119,7 +119,13 @@ def start_local_ray(*, has_haproxy: bool) -> StartingRay:
 
 def _ray_environment(token: str, *, has_haproxy: bool) -> dict[str, str]:
     """Environment of all processes of a local Ray, and of its drivers."""
-    env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    env = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        # Ray's workers give way to everything else (nice 15); here they are the server itself.
+        "RAY_worker_niceness": "0",
+    }
     return env | ({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if has_haproxy else {})
 
 

@@ -27,7 +27,8 @@ class VllmCodec:
             request=request,
             prompt_tokens=len(request.prompt_token_ids or ()),
             max_output_tokens=(sampling.max_tokens or 0) if sampling is not None else 0,
-            is_movable=not request.resumable,
+            # A prompt of embeddings cannot take token ids behind it; a streaming input lives in its replica.
+            is_movable=not request.resumable and request.prompt_embeds is None,
         )
 
     def encode_add(self, stream: Stream) -> Sequence[Any]:

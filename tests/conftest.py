@@ -1,0 +1,83 @@
+"""For all tests: cheap ones first and destructive ones last; at the end nothing that they started is alive."""
+
+import os
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARK = "KERVAN_TEST_SESSION"
+REPOSITORY = Path(__file__).parent.parent
+LEAVE_S = 20.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "destructive: kills parts of the shared fleet; runs last")
+    # Short, because Ray puts Unix sockets under it (107 characters at most), and ours, so that strays are found.
+    config.stash[SCRATCH] = Path(tempfile.mkdtemp(prefix="kt-", dir="/tmp"))
+    os.environ[MARK] = uuid.uuid4().hex
+
+
+SCRATCH = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-randomly has shuffled
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def cost(item: pytest.Item) -> tuple[bool, bool]:
+        return "integration" in item.path.parts, item.get_closest_marker("destructive") is not None
+
+    items.sort(key=cost)
+
+
+@pytest.fixture(scope="session")
+def scratch(request: pytest.FixtureRequest) -> Path:
+    """A short directory of this session; started processes work in it."""
+    return request.config.stash[SCRATCH]
+
+
+def strays(scratch: Path) -> list[str]:
+    """Processes that this session started, directly or not, and that are still alive.
+
+    They have the mark in their environment. Ray's workers overwrite theirs with a title; they work in `scratch`.
+    """
+    mark, found = f"{MARK}={os.environ[MARK]}".encode(), []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        if process.pid == os.getpid() or process.info["status"] == psutil.STATUS_ZOMBIE:
+            continue
+        try:
+            is_ours = mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            is_ours = is_ours or Path(process.cwd()).is_relative_to(scratch)
+        except (OSError, psutil.Error):
+            continue
+        command = " ".join(process.info["cmdline"] or ())
+        if is_ours and any(word in command for word in ("ray", "vllm", "kervan")):
+            found.append(f"{process.pid}: {command[:150]}")
+    return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    scratch = session.config.stash[SCRATCH]
+    deadline_s = time.monotonic() + LEAVE_S
+    while (left := strays(scratch)) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    files = sorted(path.name for path in scratch.glob("kervan-ray-*"))
+    if left or files:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        lines = ["left behind by the tests:", *left, *(f"{scratch}/{name}" for name in files)]
+        if reporter is not None:
+            reporter.write_line("\n" + "\n".join(lines), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        _remove(scratch)
+    else:
+        print(f"\nlogs of the tests' fleets: {scratch}")
+
+
+def _remove(directory: Path) -> None:
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)

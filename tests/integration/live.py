@@ -1,0 +1,249 @@
+"""A running fleet as its users see it: the `kervan` command, HTTP, process ids. And streams that tell how they went."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+# Starts take a minute on two idle cores; several minutes mean that the machine is shared, not that it hangs.
+START_S = 420.0
+REQUEST_S = 60.0
+SMALL = ("dtype=float32", "enforce_eager=true")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def eventually(check: Callable[[], Any], what: str, timeout_s: float, every_s: float = 0.3) -> Any:
+    """The first true value of `check`, asked again until the deadline; AssertionError then."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        value = check()
+        if value:
+            return value
+        assert time.monotonic() < deadline_s, f"after {timeout_s:.0f} s still not: {what}"
+        time.sleep(every_s)
+
+
+async def eventually_async(check: Callable[[], Any], what: str, timeout_s: float, every_s: float = 0.1) -> Any:
+    """As `eventually`, while the loop goes on."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        value = await asyncio.to_thread(check)
+        if value:
+            return value
+        assert time.monotonic() < deadline_s, f"after {timeout_s:.0f} s still not: {what}"
+        await asyncio.sleep(every_s)
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+@dataclass(frozen=True)
+class Home:
+    """One place where `kervan` remembers fleets; all commands run in it, with all files under `scratch`."""
+
+    scratch: Path
+    name: str = "home"
+
+    @property
+    def path(self) -> Path:
+        return self.scratch / self.name
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "KERVAN_API_KEY"))}
+        return {**kept, "KERVAN_HOME": str(self.path), "TMPDIR": str(self.scratch)}
+
+    def command(self, *args: str) -> dict[str, Any]:
+        """Keywords for subprocess that run `kervan args`."""
+        return {
+            "args": [sys.executable, "-m", "kervan", *args],
+            "env": self.environment,
+            "cwd": self.scratch,
+            "text": True,
+            "stdin": subprocess.DEVNULL,
+            "stderr": subprocess.PIPE,
+        }
+
+    def kervan(self, *args: str, timeout_s: float = START_S) -> "subprocess.CompletedProcess[str]":
+        """`kervan args`, ended."""
+        return subprocess.run(
+            **self.command(*args), stdout=subprocess.PIPE, timeout=timeout_s, check=False
+        )
+
+    def ray_directories(self) -> list[Path]:
+        return sorted(self.scratch.glob("kervan-ray-*"))
+
+    def fleets(self) -> list[str]:
+        return sorted(path.stem for path in (self.path / "fleets").glob("*.json"))
+
+    def up(self, model: Path, name: str, engine_args: Sequence[str], *options: str) -> "Fleet":
+        """A fleet that is ready."""
+        port = free_port()
+        words = [word for arg in engine_args for word in ("--engine-arg", arg)]
+        done = self.kervan(
+            *("up", str(model), "--name", name, "--detach", "--json", "--port", str(port), *words, *options),
+            *("--env", "VLLM_CPU_KVCACHE_SPACE=1"),
+        )
+        assert done.returncode == 0, f"kervan up failed:\n{done.stderr}{done.stdout}"
+        return Fleet(self, name, json.loads(done.stdout)["url"], port)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A fleet that was started from `home`."""
+
+    home: Home
+    name: str
+    url: str
+    port: int
+
+    def status(self) -> dict[str, Any]:
+        """`kervan status --json`."""
+        done = self.home.kervan("status", "--name", self.name, "--json", timeout_s=120)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def pids(self) -> list[int]:
+        """Of the replicas that are ready."""
+        return [replica["pid"] for replica in self.status()["replicas"] if replica["state"] == "ready"]
+
+    def gateway_pids(self) -> dict[str, int]:
+        return {gateway["id"]: gateway["pid"] for gateway in self.status()["gateways"]}
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, **{"timeout": REQUEST_S, **options})
+
+    def get(self, path: str) -> httpx.Response:
+        """GET over a connection of its own; asked again where a gateway died with the connection."""
+        for _ in range(20):
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(self.url + path, timeout=REQUEST_S)
+            time.sleep(0.1)
+        return httpx.get(self.url + path, timeout=REQUEST_S)
+
+    def metrics(self) -> dict[str, list[tuple[dict[str, str], float]]]:
+        """The metrics page: samples by name."""
+        page = self.get("/metrics").text
+        samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                samples.setdefault(sample.name, []).append((sample.labels, sample.value))
+        return samples
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of a metric over all its samples with these labels."""
+        return sum(value for found, value in self.metrics().get(name, ()) if labels.items() <= found.items())
+
+    def is_whole(self, replicas: int = 2, gateways: int = 2) -> bool:
+        """Whether so many replicas and gateways are ready, and every gateway is linked to every replica."""
+        pages = self.metrics()
+        links = [value for _, value in pages.get("kervan_links", ())]
+        states = {labels["state"]: value for labels, value in pages.get("kervan_replicas", ())}
+        if links != [replicas] * gateways or states.get("ready") != replicas or sum(states.values()) != replicas:
+            return False
+        status = self.status()
+        here = [*status["replicas"], *status["gateways"]]
+        return (
+            len(status["replicas"]) == replicas
+            and len(status["gateways"]) == gateways
+            and all(is_alive(part["pid"]) for part in here)
+            and all(gateway["ready"] for gateway in status["gateways"])
+            and all(replica["state"] == "ready" for replica in status["replicas"])
+        )
+
+    def wait_until_whole(self, replicas: int = 2, gateways: int = 2) -> None:
+        what = f"{replicas} replicas and {gateways} gateways ready"
+        eventually(lambda: self.is_whole(replicas, gateways), what, START_S, every_s=0.5)
+
+    def is_idle(self) -> bool:
+        """Whether no replica works, waits, or holds KV cache for anyone."""
+        return self.total("kervan_streams_open") == self.total("kervan_replica_running") == 0 == self.total(
+            "kervan_replica_waiting"
+        )
+
+
+@dataclass
+class Take:
+    """One stream as its client saw it."""
+
+    text: str = ""
+    num_pieces: int = 0
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    is_done: bool = False
+    error: str = ""
+    began: asyncio.Event = field(default_factory=asyncio.Event)
+    at_s: list[float] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.is_done and not self.error and self.finish_reason is not None
+
+
+async def events(response: httpx.Response) -> AsyncIterator[Any]:
+    """The JSON of server-sent events; None for [DONE]."""
+    async for line in response.aiter_lines():
+        if line.startswith("data:"):
+            data = line[5:].strip()
+            yield None if data == "[DONE]" else json.loads(data)
+
+
+async def take_chat(client: httpx.AsyncClient, take: Take, body: dict[str, Any]) -> Take:
+    """Stream one chat answer into `take`; every failure ends in `take.error`."""
+    body = {"stream": True, "stream_options": {"include_usage": True}, **body}
+    try:
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                take.error = f"{response.status_code}: {(await response.aread())!r}"
+                return take
+            async for event in events(response):
+                if event is None:
+                    take.is_done = True
+                elif "error" in event:
+                    take.error = str(event["error"])
+                else:
+                    take.usage = event.get("usage") or take.usage
+                    for choice in event["choices"]:
+                        if piece := choice["delta"].get("content"):
+                            take.text += piece
+                            take.num_pieces += 1
+                            take.at_s.append(time.monotonic())
+                            take.began.set()
+                        take.finish_reason = choice["finish_reason"] or take.finish_reason
+    except httpx.HTTPError as error:
+        take.error = repr(error)
+    finally:
+        take.began.set()
+    return take
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process gets no CPU inside the block; killed on the way out, because a stopped one cannot end itself."""
+    process = psutil.Process(pid)
+    process.suspend()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
