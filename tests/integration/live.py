@@ -85,9 +85,7 @@ class Home:
 
     def kervan(self, *args: str, timeout_s: float = START_S) -> "subprocess.CompletedProcess[str]":
         """`kervan args`, ended."""
-        return subprocess.run(
-            **self.command(*args), stdout=subprocess.PIPE, timeout=timeout_s, check=False
-        )
+        return subprocess.run(**self.command(*args), stdout=subprocess.PIPE, timeout=timeout_s, check=False)
 
     def ray_directories(self) -> list[Path]:
         return sorted(self.scratch.glob("kervan-ray-*"))
@@ -177,8 +175,11 @@ class Fleet:
 
     def is_idle(self) -> bool:
         """Whether no replica works, waits, or holds KV cache for anyone."""
-        return self.total("kervan_streams_open") == self.total("kervan_replica_running") == 0 == self.total(
-            "kervan_replica_waiting"
+        return (
+            self.total("kervan_streams_open")
+            == self.total("kervan_replica_running")
+            == 0
+            == self.total("kervan_replica_waiting")
         )
 
 

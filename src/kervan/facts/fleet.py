@@ -120,6 +120,8 @@ class FleetConfig:
 
 def _argument(key: str, value: Any) -> list[str]:
     flag = "--" + key.replace("_", "-")
+    if value is None:  # YAML's null: vLLM's own default
+        return []
     if isinstance(value, bool):
         return [flag] if value else ["--no-" + key.replace("_", "-")]
     if isinstance(value, Mapping):

@@ -16,10 +16,14 @@ def resolve(model: str) -> str:
 
     Raises: ConfigError when it is neither.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a name too long, a null byte
+        raise ConfigError(f"model {model[:80]!r} is no usable path ({error}); check the path") from error
+    if is_directory:
         return str(path.resolve())
-    if path.is_file():
+    if is_file:
         if path.suffix == ".gguf":
             return str(path.resolve())
         raise ConfigError(f"model {model!r} is a file; give the directory that holds its config.json: {path.parent}")

@@ -104,6 +104,7 @@ class Link:
     outstanding_tokens: int = 0
     pong: wire.Pong = NO_LOAD
     num_suspects: int = 0
+    pong_s: float = 0.0
 
     @property
     def replica_id(self) -> str:
@@ -187,7 +188,8 @@ class FleetClient:
 
     async def wait_for_link(self) -> Link:
         """The first live link, as soon as there is one."""
-        await self._link_up.wait()
+        while not self._links:
+            await self._link_up.wait()
         return next(iter(self._links.values()))
 
     def set_members(self, members: Iterable[Member]) -> None:
@@ -271,7 +273,10 @@ class FleetClient:
         link.outstanding_tokens += stream.cost_tokens
         link.num_suspects += stream.is_suspect
         link.streams[stream.wire_id] = stream
+        stream.placed_s = time.monotonic()
         await link.input.send_multipart(self.codec.encode_add(stream), copy=False)
+        if stream.is_suspect:  # should the replica die, its answer tells that it was alive until then
+            await self._send_ping(link)
 
     async def _place_held(self) -> None:
         for _ in range(len(self._held)):
@@ -323,7 +328,7 @@ class FleetClient:
 
         Raises: EngineError when a replica reports a failure or is lost meanwhile.
         """
-        await self._link_up.wait()
+        await self.wait_for_link()
         return await asyncio.gather(*(self._call_one(link, method, args) for link in self.links))
 
     async def _call_one(self, link: Link, method: str, args: tuple[Any, ...]) -> Any:
@@ -348,6 +353,10 @@ class FleetClient:
                 continue
             except TimeoutError:
                 await asyncio.sleep(RECONNECT_PERIOD_S)
+                continue
+            except (zmq.ZMQError, msgspec.MsgspecError, ValueError) as error:
+                logger.error("what answers at %s is no replica: %r", member.address, error)
+                await asyncio.sleep(10 * RECONNECT_PERIOD_S)
                 continue
             self.refusals.pop(member.replica_id, None)
             self._links[member.replica_id] = link
@@ -469,7 +478,7 @@ class FleetClient:
         stream.cost_tokens -= queued
         link.outstanding_tokens -= queued
         if stream.is_suspect:
-            stream.strikes = 0
+            stream.strikes = stream.unseen_losses = 0
             link.num_suspects -= 1
             if self._held:
                 asyncio.get_running_loop().create_task(self._place_held())
@@ -485,13 +494,16 @@ class FleetClient:
         await recv_monitor_message(link.monitor)
         return "its connection broke"
 
+    @staticmethod
+    async def _send_ping(link: Link) -> None:
+        await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(wire.Ping(link.outstanding_tokens))])
+
     async def _ping(self, link: Link) -> str:
         """Keep the lease; follow the replica's load and whether it drains."""
 
         async def send() -> None:
             while True:
-                ping = wire.Ping(link.outstanding_tokens)
-                await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(ping)])
+                await self._send_ping(link)
                 await asyncio.sleep(wire.PING_PERIOD_S)
 
         sender = asyncio.create_task(send())
@@ -502,6 +514,7 @@ class FleetClient:
                     continue
                 was_draining = link.pong.is_draining
                 link.pong = msgspec.msgpack.decode(payload, type=wire.Pong)
+                link.pong_s = time.monotonic()
                 if link.pong.is_draining and not was_draining:
                     logger.info("replica %s drains", link.replica_id)
                     await self._leave_draining()
@@ -544,9 +557,14 @@ class FleetClient:
         await self._place_held()
 
     async def _judge(self, stream: Stream, link: Link) -> None:
-        verdict = quarantine.decide(strikes=stream.strikes, gave_token=stream.gave_token)
+        verdict = quarantine.decide(
+            strikes=stream.strikes,
+            unseen_losses=stream.unseen_losses,
+            gave_token=stream.gave_token,
+            was_alive=link.pong_s > stream.placed_s,
+        )
         self._unplace(stream, link)
-        stream.strikes = verdict.strikes
+        stream.strikes, stream.unseen_losses = verdict.strikes, verdict.unseen_losses
         if verdict.action == "give_up" or not stream.is_movable:
             self.counts.given_up += 1
             reason = verdict.reason if stream.is_movable else "its replica was lost and it cannot move"

@@ -25,6 +25,8 @@ class Stream:
     cost_tokens: int = 0
     gave_token: bool = False
     strikes: int = 0
+    unseen_losses: int = 0
+    placed_s: float = 0.0
     held_since_s: float | None = None
 
     @property

@@ -49,6 +49,8 @@ IDLE_SUFFIXES = (
     "/load_lora_adapter",
     "/unload_lora_adapter",
 )
+# A body with fewer cannot nest deeply enough to exhaust a JSON parser, whose limit is about 1,000 levels.
+PLAIN_BRACKETS = 500
 # vLLM 0.24 answers 500 to a body that is JSON but no object; 0.32 answers 400.
 OBJECT_PATHS = WORK_PATHS | {"/tokenize", "/detokenize"}
 
@@ -314,11 +316,18 @@ def makes_work(path: str) -> bool:
 
 
 def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:
-    """What vLLM would answer with 500; for all other faults of a body it has a 400 of its own.
+    """What vLLM would answer with 500, or without an OpenAI-style body; for all other faults it has a 400 of its own.
 
-    A JSON body that is no object (0.24), a nesting bomb at /invocations, structured_outputs that is no object.
+    A JSON body that is no object (0.24), a nesting bomb, bytes that are not UTF-8, structured_outputs that is no
+    object.
     """
-    is_plain = body.startswith(b"{") and path != "/invocations" and b'"structured_outputs"' not in body
+    is_plain = (
+        body.startswith(b"{")
+        and path != "/invocations"
+        and b'"structured_outputs"' not in body
+        and body.count(b"{") + body.count(b"[") < PLAIN_BRACKETS
+        and _is_utf8(body)
+    )
     if is_plain or not body or not (path in OBJECT_PATHS or path.startswith(WORK_PREFIXES)):
         return None
     if b"json" not in header(scope, b"content-type").lower():
@@ -335,6 +344,14 @@ def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:
             f'structured_outputs is a JSON {type(outputs).__name__}; send an object, such as {{"choice": ["a", "b"]}}'
         )
     return None
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 async def _refuse(

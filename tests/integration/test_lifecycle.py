@@ -1,0 +1,144 @@
+"""Fleets that start, cannot start, or are stopped on the way; and what they leave, which is nothing."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live import SMALL, START_S, Fleet, Home, eventually, free_port
+from prometheus_client.parser import text_string_to_metric_families
+
+import conftest  # the session's own
+from kervan.demo import PAIRS
+
+QUESTION, ANSWER = next(iter(PAIRS.items()))
+
+
+def arguments(*words: str) -> list[str]:
+    return [word for assignment in (*SMALL, *words) for word in ("--engine-arg", assignment)]
+
+
+def assert_refused(done: "subprocess.CompletedProcess[str]", *words: str) -> None:
+    """One line that begins with "error:", holds `words`, and is all besides progress; exit status 1."""
+    said = [line for line in done.stderr.splitlines() if not re.match(r"\[ *[0-9.]+ s\] |INFO ", line)]
+    assert done.returncode == 1, done.stderr
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in said[0]
+    assert done.stdout == ""
+
+
+def test_name_in_use(fleet: Fleet, home: Home, models: Any) -> None:
+    done = home.kervan("up", str(models.demo), "--name", fleet.name, "--port", str(free_port()), "--detach")
+    assert_refused(done, "already up", "--name", "kervan down")
+    assert fleet.get("/health/ready").status_code == 200
+
+
+def test_port_in_use(fleet: Fleet, home: Home, models: Any) -> None:
+    done = home.kervan("up", str(models.demo), "--name", "other", "--port", str(fleet.port), "--detach")
+    assert_refused(done, f"port {fleet.port}", "--port")
+    assert home.fleets() == [fleet.name]
+
+
+def test_unknown_fleet(fleet: Fleet, home: Home) -> None:
+    for command in (("status",), ("scale", "1"), ("down",)):
+        assert_refused(home.kervan(*command, "--name", "nobody"), "nobody", fleet.name)
+
+
+def test_missing_model(home: Home, tmp_path: Path) -> None:
+    assert_refused(home.kervan("up", str(tmp_path / "nothing"), "--port", str(free_port())), "nothing")
+    (tmp_path / "config.json").write_text("{}")
+    assert_refused(home.kervan("up", str(tmp_path), "--port", str(free_port())), "config.json")
+
+
+def test_too_little_memory_for_the_cache(fleet: Fleet, home: Home, models: Any) -> None:
+    """Known only after the engine has loaded the model; the attempt is undone, and the fleet beside it lives."""
+    done = home.kervan(
+        *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach"),
+        *arguments("max_model_len=2048", "kv_cache_memory_bytes=1000000"),
+    )
+    assert_refused(done, "max_model_len")
+    assert home.fleets() == [fleet.name]
+    assert_refused(home.kervan("status", "--name", "poor"), "no fleet 'poor'")
+    eventually(lambda: not processes_of("poor"), "no process of the fleet is left", 20)
+    assert fleet.get("/health/ready").status_code == 200
+
+
+def processes_of(fleet_name: str) -> list[str]:
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        if f"kervan-{fleet_name}:" in command:
+            found.append(command)
+    return found
+
+
+def test_ctrl_c_during_start(scratch: Path, models: Any) -> None:
+    home = Home(scratch, "interrupted")
+    known, alive_before = home.ray_directories(), set(conftest.strays(scratch))
+    words = home.command("up", str(models.demo), "--port", str(free_port()), *arguments("max_model_len=512"))
+    with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stderr is not None
+        os.set_blocking(process.stderr.fileno(), True)
+        deadline_s, said = time.monotonic() + START_S, ""
+        while "replicas and" not in said and "0/1 replicas" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+            assert time.monotonic() < deadline_s, said
+        eventually(lambda: list((home.path / "logs").glob("default-*.log")), "an engine is starting", 60)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, said + rest
+    assert rest.splitlines()[-1] == "stopped"
+    assert home.fleets() == []
+    assert not (home.path / "local_ray.json").exists()
+    assert home.ray_directories() == known
+    eventually(lambda: set(conftest.strays(scratch)) <= alive_before, "no process is left", 20)
+    assert_refused(home.kervan("status"), "kervan up")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_metrics(fleet: Fleet, stream: bool) -> None:
+    """One valid page for the whole fleet, whose counters agree with what was asked and answered."""
+    before = {name: fleet.total(name) for name in ("vllm:generation_tokens_total", "vllm:request_success_total")}
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 9, "ignore_eos": True, "stream": stream}
+    for _ in range(6):  # over connections of their own, so over both gateways
+        with fleet.client() as client:
+            assert client.post("/v1/completions", json=body).status_code == 200
+    eventually(
+        lambda: fleet.total("vllm:request_success_total") == before["vllm:request_success_total"] + 6,
+        "six requests are counted",
+        10,
+    )
+    assert fleet.total("vllm:generation_tokens_total") == before["vllm:generation_tokens_total"] + 54
+    page = fleet.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = [family.name for family in text_string_to_metric_families(page.text)]
+    assert len(families) == len(set(families))
+    samples = fleet.metrics()
+    gateways = {labels["gateway"] for labels, _ in samples["vllm:request_success_total"]}
+    assert gateways == set(fleet.gateway_pids())
+    replicas = {labels["replica"] for labels, _ in samples["kervan_replica_running"]}
+    assert replicas == {replica["id"] for replica in fleet.status()["replicas"]}
+    assert fleet.total("kervan_replicas", state="ready") == 2
+    assert "vllm:time_to_first_token_seconds_bucket" in samples
+
+
+def test_status_is_what_scripts_rely_on(fleet: Fleet, models: Any) -> None:
+    status = fleet.status()
+    assert status["url"] == fleet.url
+    assert status["model"] == str(models.demo)
+    assert status["layout"] == {"tp": 1, "pp": 1}
+    keys = {"id", "pool", "node", "pid", "state", "running", "waiting", "kv_cache_usage", "draining"}
+    for replica in status["replicas"]:
+        assert keys <= set(replica)
+    for gateway in status["gateways"]:
+        assert {"id", "pid"} <= set(gateway)
