@@ -1,9 +1,11 @@
 """For all tests: cheap ones first and destructive ones last; at the end nothing that they started is alive."""
 
 import os
+import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -38,7 +40,13 @@ def scratch(request: pytest.FixtureRequest) -> Path:
     return request.config.stash[SCRATCH]
 
 
-def strays(scratch: Path) -> list[str]:
+@pytest.fixture(scope="session")
+def strays(scratch: Path) -> Callable[[], list[str]]:
+    """Asks for the processes that this session started and that are still alive."""
+    return lambda: _strays(scratch)
+
+
+def _strays(scratch: Path) -> list[str]:
     """Processes that this session started, directly or not, and that are still alive.
 
     They have the mark in their environment. Ray's workers overwrite theirs with a title; they work in `scratch`.
@@ -62,7 +70,7 @@ def strays(scratch: Path) -> list[str]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     scratch = session.config.stash[SCRATCH]
     deadline_s = time.monotonic() + LEAVE_S
-    while (left := strays(scratch)) and time.monotonic() < deadline_s:
+    while (left := _strays(scratch)) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     files = sorted(path.name for path in scratch.glob("kervan-ray-*"))
     if left or files:
@@ -72,12 +80,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             reporter.write_line("\n" + "\n".join(lines), red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        _remove(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
     else:
         print(f"\nlogs of the tests' fleets: {scratch}")
-
-
-def _remove(directory: Path) -> None:
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)

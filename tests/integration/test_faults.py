@@ -47,8 +47,13 @@ def body(question: str, num_tokens: int = LONG) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-async def undisturbed(fleet: Fleet) -> Undisturbed:
+def undisturbed(fleet: Fleet) -> Undisturbed:
     fleet.wait_until_whole()
+    return asyncio.run(run_undisturbed(fleet))
+
+
+async def run_undisturbed(fleet: Fleet) -> Undisturbed:
+    """The questions whose texts leave no doubt, answered by a fleet at peace."""
 
     async def one(client: httpx.AsyncClient, question: str) -> tuple[str, str, float, int]:
         asked = {**body(question), "logprobs": True, "top_logprobs": 2}
@@ -88,8 +93,9 @@ class Load:
             if not take.is_whole:
                 broken.append(f"{gateway}: not whole after {take.num_pieces} pieces: {take.error}")
             elif take.text != expected.texts[question]:
-                same = os.path.commonprefix([take.text, expected.texts[question]])
-                broken.append(f"{gateway}: differs after {len(same)} of {len(expected.texts[question])} characters")
+                wanted = expected.texts[question]
+                same = next((i for i, (a, b) in enumerate(zip(take.text, wanted, strict=False)) if a != b), "its end")
+                broken.append(f"{gateway}: {len(take.text)} of {len(wanted)} characters, differs after {same}")
             elif counts != (expected.prompt_tokens[question], LONG) or take.finish_reason != "length":
                 broken.append(f"{gateway}: {take.finish_reason}, usage {usage}")
         assert broken == []

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 from live import SMALL, START_S, Fleet, Home, eventually, free_port
 from prometheus_client.parser import text_string_to_metric_families
 
-import conftest  # the session's own
 from kervan.demo import PAIRS
 
 QUESTION, ANSWER = next(iter(PAIRS.items()))
@@ -80,9 +80,9 @@ def processes_of(fleet_name: str) -> list[str]:
     return found
 
 
-def test_ctrl_c_during_start(scratch: Path, models: Any) -> None:
+def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], list[str]]) -> None:
     home = Home(scratch, "interrupted")
-    known, alive_before = home.ray_directories(), set(conftest.strays(scratch))
+    known, alive_before = home.ray_directories(), set(strays())
     words = home.command("up", str(models.demo), "--port", str(free_port()), *arguments("max_model_len=512"))
     with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr is not None
@@ -101,7 +101,7 @@ def test_ctrl_c_during_start(scratch: Path, models: Any) -> None:
     assert home.fleets() == []
     assert not (home.path / "local_ray.json").exists()
     assert home.ray_directories() == known
-    eventually(lambda: set(conftest.strays(scratch)) <= alive_before, "no process is left", 20)
+    eventually(lambda: set(strays()) <= alive_before, "no process is left", 20)
     assert_refused(home.kervan("status"), "kervan up")
 
 

@@ -9,7 +9,9 @@ from kervan.policy import quarantine
         pytest.param(0, 0, True, True, "move", 0, 0, id="gave a token: innocent"),
         pytest.param(1, 3, True, True, "move", 0, 0, id="gave a token since: acquitted"),
         pytest.param(0, 0, False, True, "try_alone", 1, 0, id="first loss without a token"),
-        pytest.param(0, 0, False, False, "try_alone", 1, 0, id="first loss, replica perhaps dead before: only a suspect"),
+        pytest.param(
+            0, 0, False, False, "try_alone", 1, 0, id="first loss, replica perhaps dead before: only a suspect"
+        ),
         pytest.param(1, 0, False, True, "give_up", 2, 0, id="second loss, alone: convicted"),
         pytest.param(1, 0, False, False, "try_alone", 1, 1, id="second loss, replica perhaps dead before: tried again"),
         pytest.param(1, 3, False, False, "try_alone", 1, 4, id="fourth such loss"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from typing import Any
 
 from ray import serve
@@ -69,8 +70,14 @@ def deploy(app: Any, config: FleetConfig) -> None:
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
+def _quiet() -> None:
+    """Serve's driver-side log repeats what kervan says; importing Serve sets its level."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
 def start_serve(config: FleetConfig) -> None:
     """Start Serve's controller; with direct ingress, no proxy."""
+    _quiet()
     if config.ingress == "direct":
         serve.start(proxy_location="Disabled")
     else:
@@ -79,4 +86,5 @@ def start_serve(config: FleetConfig) -> None:
 
 def delete(fleet_name: str) -> None:
     """End the application: gateways and replicas drain, then leave."""
+    _quiet()
     serve.delete(app_name(fleet_name))

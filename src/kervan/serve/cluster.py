@@ -171,7 +171,7 @@ def connect(address: str) -> None:
     Raises: FleetError when there is none at `address`.
     """
     local = find_local_ray()
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if local is not None and local.address == address:  # another cluster keeps the user's own settings
         # Before ray is imported: it reads these once.
         os.environ.update(_ray_environment(local.token, has_haproxy=local.has_haproxy))
