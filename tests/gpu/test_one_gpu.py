@@ -38,8 +38,9 @@ def gpu_memory_mib() -> int:
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
 
 
-def kervan(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "kervan", *arguments], capture_output=True, text=True, **options)
+def kervan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kervan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def up_command(model: Path) -> list[str]:
