@@ -120,6 +120,7 @@ class Gateway:
                 http="httptools",
                 ws="auto",
                 lifespan="off",
+                interface="asgi3",  # uvicorn takes a bound method for ASGI 2
                 access_log=False,
                 log_level="warning",
                 timeout_keep_alive=60,
