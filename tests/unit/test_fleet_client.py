@@ -18,9 +18,11 @@ import zmq.asyncio
 
 from kervan.errors import EngineError
 from kervan.fleet import client as client_module
+from kervan.fleet import link as link_module
 from kervan.fleet import wire
-from kervan.fleet.client import FleetClient, Link, Member
+from kervan.fleet.client import FleetClient
 from kervan.fleet.journal import Stream
+from kervan.fleet.link import Link, Member
 
 SECRET = "s3cret"
 VERSION = "toy-1"
@@ -76,7 +78,7 @@ class Outputs(msgspec.Struct):
 
 
 class ToyCodec:
-    """Implements `kervan.fleet.client.Codec`."""
+    """Implements `kervan.fleet.codec.Codec`."""
 
     def __init__(self, engine_version: str = VERSION):
         self.engine_version = engine_version
@@ -834,7 +836,7 @@ async def test_a_refusal_is_forgotten_when_the_replica_accepts(bench: Bench) -> 
 
 
 async def test_an_address_where_nobody_answers_harms_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "HANDSHAKE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_S", 0.05)
     gone = ToyReplica("gone")
     gone.kill()
     bench.client.set_members([gone.member])

@@ -18,9 +18,9 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import zmq
@@ -29,99 +29,15 @@ from zmq.utils.monitor import recv_monitor_message
 
 from kervan.errors import EngineError
 from kervan.fleet import wire
+from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.journal import Stream
+from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
 from kervan.policy import quarantine, routing
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_S = 5.0
 RECONNECT_PERIOD_S = 0.5
 RATE_WINDOW_S = 10.0
-NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
-
-
-class Output(Protocol):
-    """One stream's part of an engine step."""
-
-    request_id: str
-    new_token_ids: list[int]
-    finish_reason: Any
-
-
-class Outputs(Protocol):
-    """What an engine step gave for one gateway."""
-
-    outputs: list[Any]
-    scheduler_stats: Any
-    utility_output: Any
-    timestamp: float
-
-
-class Codec(Protocol):
-    """Turns an engine's requests and outputs into frames and back."""
-
-    engine_version: str
-
-    def describe(self, request: Any) -> Stream:
-        """A new journal entry for `request`."""
-
-    def encode_add(self, stream: Stream) -> Sequence[Any]:
-        """Frames that place `stream` under its wire id, resuming after its generated tokens."""
-
-    def encode_abort(self, wire_ids: list[str]) -> Sequence[Any]: ...
-
-    def encode_utility(self, call_id: int, method: str, args: tuple[Any, ...]) -> Sequence[Any]: ...
-
-    def decode(self, frames: Sequence[Any]) -> Outputs: ...
-
-    def restore(self, output: Any, stream: Stream) -> None:
-        """Give a moved stream's output the id, and only the statistics, that its client expects."""
-
-    def failure(self, request_id: str) -> Outputs:
-        """An output that ends `request_id` with an error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A replica as the directory lists it."""
-
-    replica_id: str
-    address: str
-
-
-@dataclass(slots=True, eq=False)
-class Link:
-    """A live connection to one replica."""
-
-    member: Member
-    input: zmq.asyncio.Socket
-    output: zmq.asyncio.Socket
-    monitor: zmq.asyncio.Socket
-    facts: wire.EngineFacts
-    clock_skew_s: float
-    streams: dict[str, Stream] = field(default_factory=dict)
-    calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
-    outstanding_tokens: int = 0
-    pong: wire.Pong = NO_LOAD
-    num_suspects: int = 0
-    pong_s: float = 0.0
-
-    @property
-    def replica_id(self) -> str:
-        return self.member.replica_id
-
-    @property
-    def load(self) -> routing.ReplicaLoad:
-        return routing.ReplicaLoad(
-            self.replica_id,
-            self.outstanding_tokens + self.pong.other_tokens,
-            self.pong.is_draining,
-            self.num_suspects > 0,
-        )
-
-
-class LinkRefusedError(EngineError):
-    """The replica named a reason not to serve this gateway."""
 
 
 @dataclass(slots=True)
@@ -147,7 +63,7 @@ class FleetClient:
         self.outputs: asyncio.Queue[Outputs] = asyncio.Queue()
         self.counts = Counts()
         self.refusals: dict[str, str] = {}
-        self._secret = secret
+        self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, self.gateway_id, secret)
         self._hold_timeout_s = hold_timeout_s
         self._context = zmq.asyncio.Context()
         self._members: dict[str, Member] = {}
@@ -344,7 +260,7 @@ class FleetClient:
         """Link to a member, again and again, for as long as it is listed."""
         while self._members.get(member.replica_id) == member:
             try:
-                link = await self._open(member)
+                link = await open_link(self._context, member, self._hello)
             except LinkRefusedError as error:
                 if self.refusals.get(member.replica_id) != str(error):
                     logger.error("replica %s refuses this gateway: %s", member.replica_id, error)
@@ -380,45 +296,6 @@ class FleetClient:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _socket(self, address: str, identity: bytes) -> zmq.asyncio.Socket:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, identity)
-        wire.configure(socket)
-        socket.connect(address)
-        return socket
-
-    async def _open(self, member: Member) -> Link:
-        identity = uuid.uuid4().bytes
-        input_socket = self._socket(member.address, identity)
-        output_socket: zmq.asyncio.Socket | None = None
-        monitor = input_socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        try:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                sent_s = time.monotonic()
-                hello = wire.Hello(wire.PROTOCOL, self.codec.engine_version, self.gateway_id, self._secret)
-                await input_socket.send_multipart([wire.HELLO, msgspec.msgpack.encode(hello)])
-                kind, payload = await input_socket.recv_multipart()
-                received_s = time.monotonic()
-                if kind == wire.REFUSED:
-                    raise LinkRefusedError(payload.decode())
-                welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
-                output_socket = self._socket(welcome.output_address, identity)
-                await output_socket.send(wire.SUBSCRIBE)
-                while await output_socket.recv() != wire.SUBSCRIBED:
-                    pass
-        except BaseException:
-            monitor.close()
-            input_socket.close(0)
-            if output_socket is not None:
-                output_socket.close(0)
-            raise
-        # Half the round trip bounds the error; on one host both clocks are the same and the skew is zero.
-        skew_s = (sent_s + received_s) / 2 - welcome.monotonic_s
-        if abs(skew_s) <= received_s - sent_s:
-            skew_s = 0.0
-        logger.info("linked to replica %s at %s", member.replica_id, member.address)
-        return Link(member, input_socket, output_socket, monitor, welcome.facts, skew_s)
 
     async def _pump(self, link: Link) -> str:
         """Deliver outputs until the engine says that it is dead."""
@@ -544,9 +421,7 @@ class FleetClient:
         for future in link.calls.values():
             if not future.done():
                 future.set_exception(EngineError(f"replica {link.replica_id} was lost: {reason}"))
-        link.monitor.close()
-        link.input.close(0)
-        link.output.close(0)
+        link.close()
         if self._is_closing:
             return
         self.counts.lost_replicas += 1

@@ -17,8 +17,9 @@ from typing import Any
 import uvicorn
 
 from kervan.errors import ConfigError
-from kervan.fleet.client import FleetClient, Member
+from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
+from kervan.fleet.link import Member
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.shell import GatewayShell, Shed

@@ -13,7 +13,7 @@ from kervan.fleet.vllm import versions
 
 
 class VllmCodec:
-    """Implements `kervan.fleet.client.Codec` for one vLLM version."""
+    """Implements `kervan.fleet.codec.Codec` for one vLLM version."""
 
     def __init__(self) -> None:
         self.engine_version = versions.engine_version()

@@ -1,0 +1,47 @@
+"""What the fleet client needs to know of an engine's messages."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from kervan.fleet.journal import Stream
+
+
+class Output(Protocol):
+    """One stream's part of an engine step."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: Any
+
+
+class Outputs(Protocol):
+    """What an engine step gave for one gateway."""
+
+    outputs: list[Any]
+    scheduler_stats: Any
+    utility_output: Any
+    timestamp: float
+
+
+class Codec(Protocol):
+    """Turns an engine's requests and outputs into frames and back."""
+
+    engine_version: str
+
+    def describe(self, request: Any) -> Stream:
+        """A new journal entry for `request`."""
+
+    def encode_add(self, stream: Stream) -> Sequence[Any]:
+        """Frames that place `stream` under its wire id, resuming after its generated tokens."""
+
+    def encode_abort(self, wire_ids: list[str]) -> Sequence[Any]: ...
+
+    def encode_utility(self, call_id: int, method: str, args: tuple[Any, ...]) -> Sequence[Any]: ...
+
+    def decode(self, frames: Sequence[Any]) -> Outputs: ...
+
+    def restore(self, output: Any, stream: Stream) -> None:
+        """Give a moved stream's output the id, and only the statistics, that its client expects."""
+
+    def failure(self, request_id: str) -> Outputs:
+        """An output that ends `request_id` with an error."""

@@ -1,0 +1,114 @@
+"""One gateway's connection to one replica: the handshake, and what is known of the replica since."""
+
+import asyncio
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from kervan.errors import EngineError
+from kervan.fleet import wire
+from kervan.fleet.journal import Stream
+from kervan.policy import routing
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A replica as the directory lists it."""
+
+    replica_id: str
+    address: str
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """A live connection to one replica."""
+
+    member: Member
+    input: zmq.asyncio.Socket
+    output: zmq.asyncio.Socket
+    monitor: zmq.asyncio.Socket
+    facts: wire.EngineFacts
+    clock_skew_s: float
+    streams: dict[str, Stream] = field(default_factory=dict)
+    calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
+    outstanding_tokens: int = 0
+    pong: wire.Pong = NO_LOAD
+    num_suspects: int = 0
+    pong_s: float = 0.0
+
+    @property
+    def replica_id(self) -> str:
+        return self.member.replica_id
+
+    @property
+    def load(self) -> routing.ReplicaLoad:
+        return routing.ReplicaLoad(
+            self.replica_id,
+            self.outstanding_tokens + self.pong.other_tokens,
+            self.pong.is_draining,
+            self.num_suspects > 0,
+        )
+
+    def close(self) -> None:
+        self.monitor.close()
+        self.input.close(0)
+        self.output.close(0)
+
+
+class LinkRefusedError(EngineError):
+    """The replica named a reason not to serve this gateway."""
+
+
+async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.Hello) -> Link:
+    """A link over which requests may be sent.
+
+    Raises: TimeoutError without an answer in `HANDSHAKE_TIMEOUT_S`; LinkRefusedError.
+    """
+    identity = uuid.uuid4().bytes
+    input_socket = _connect(context, member.address, identity)
+    output_socket: zmq.asyncio.Socket | None = None
+    monitor = input_socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    try:
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            sent_s = time.monotonic()
+            await input_socket.send_multipart([wire.HELLO, msgspec.msgpack.encode(hello)])
+            kind, payload = await input_socket.recv_multipart()
+            received_s = time.monotonic()
+            if kind == wire.REFUSED:
+                raise LinkRefusedError(payload.decode())
+            welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
+            output_socket = _connect(context, welcome.output_address, identity)
+            await output_socket.send(wire.SUBSCRIBE)
+            while await output_socket.recv() != wire.SUBSCRIBED:
+                pass
+    except BaseException:
+        monitor.close()
+        input_socket.close(0)
+        if output_socket is not None:
+            output_socket.close(0)
+        raise
+    # Half the round trip bounds the error; on one host both clocks are the same and the skew is zero.
+    skew_s = (sent_s + received_s) / 2 - welcome.monotonic_s
+    if abs(skew_s) <= received_s - sent_s:
+        skew_s = 0.0
+    logger.info("linked to replica %s at %s", member.replica_id, member.address)
+    return Link(member, input_socket, output_socket, monitor, welcome.facts, skew_s)
+
+
+def _connect(context: zmq.asyncio.Context, address: str, identity: bytes) -> zmq.asyncio.Socket:
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, identity)
+    wire.configure(socket)
+    socket.connect(address)
+    return socket
