@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytest_plugins = ["shared_fleet"]
+
 MARK = "KERVAN_TEST_SESSION"
 REPOSITORY = Path(__file__).parent.parent
 LEAVE_S = 20.0
@@ -29,8 +31,12 @@ SCRATCH = pytest.StashKey[Path]()
 @pytest.hookimpl(trylast=True)  # after pytest-randomly has shuffled
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def cost(item: pytest.Item) -> tuple[bool, bool]:
-        return "integration" in item.path.parts, item.get_closest_marker("destructive") is not None
+        return item.get_closest_marker("fleet") is not None, item.get_closest_marker("destructive") is not None
 
+    for item in items:
+        if item.get_closest_marker("fleet"):
+            # The first such test pays for the model and the fleet, and a killed replica takes a minute to come back.
+            item.add_marker(pytest.mark.timeout(1200))
     items.sort(key=cost)
 
 
