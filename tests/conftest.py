@@ -85,7 +85,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if reporter is not None:
             reporter.write_line("\n" + "\n".join(lines), red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or not any(scratch.iterdir()):
         shutil.rmtree(scratch, ignore_errors=True)
     else:
         print(f"\nlogs of the tests' fleets: {scratch}")

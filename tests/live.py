@@ -100,6 +100,8 @@ class Home:
         done = self.kervan(
             *("up", str(model), "--name", name, "--detach", "--json", "--port", str(port), *words, *options),
             *("--env", "VLLM_CPU_KVCACHE_SPACE=1"),
+            # Left alone, vLLM binds every engine of a small machine to core 0; the tests run up to three.
+            *("--env", "VLLM_CPU_OMP_THREADS_BIND=nobind", "--env", "OMP_NUM_THREADS=1"),
         )
         assert done.returncode == 0, f"kervan up failed:\n{done.stderr}{done.stdout}"
         return Fleet(self, name, json.loads(done.stdout)["url"], port)

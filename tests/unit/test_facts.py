@@ -342,3 +342,22 @@ def test_layouts_that_do_not_fit_the_model(fields: dict[str, Any] | None, tp: in
     with pytest.raises(ConfigError) as caught:
         model.check_layout(fields, tp=tp, pp=pp)
     assert str(caught.value) == error
+
+
+@pytest.mark.parametrize(
+    ("replicas", "env", "expected"),
+    [
+        pytest.param(1, {}, {}, id="one engine may have vLLM's own binding"),
+        pytest.param(2, {}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "4"}, id="8 cores / 2"),
+        pytest.param(9, {}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}, id="at least one"),
+        pytest.param(2, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, id="the user's"),
+    ],
+)
+def test_cpu_replicas_share_the_cores(
+    replicas: int, env: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kervan.serve.fleet import on_cpu
+
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    config = FleetConfig(model="m", replicas=replicas, env=env)
+    assert on_cpu(config, cores=8).env == expected

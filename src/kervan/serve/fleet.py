@@ -79,6 +79,17 @@ def validate(config: FleetConfig) -> FleetConfig:
     return config
 
 
+def on_cpu(config: FleetConfig, cores: int) -> FleetConfig:
+    """The config for a machine without GPUs: its replicas share the cores, unless the user says how.
+
+    Left alone, each vLLM engine binds its threads to the same first cores.
+    """
+    if config.replicas < 2 or "VLLM_CPU_OMP_THREADS_BIND" in {**os.environ, **config.env}:
+        return config
+    share = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores // config.replicas))}
+    return dataclasses.replace(config, env={**share, **config.env})
+
+
 def check_port(host: str, port: int) -> None:
     """Raises: ConfigError when something listens on the port already, or the host is not this machine.
 
@@ -140,12 +151,13 @@ class Startup:
         address = self._reach_ray()
         from kervan.serve import app, directory
 
-        config = self.config
+        nodes = cluster.gpus_by_node()
+        config = self.config = self.config if nodes else on_cpu(self.config, os.cpu_count() or 1)
         if config.name in directory.names():
             raise FleetError(
                 f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
             )
-        cluster.check_capacity(config, cluster.gpus_by_node())
+        cluster.check_capacity(config, nodes)
         self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
         gateways = num_gateways(config)
         app.start_serve(config)
