@@ -96,7 +96,7 @@ class GatewayReplica:
         version = -1
         while not self._stopped.is_set():
             try:
-                snapshot = directories.read(await self._directory.wait.remote(version, 5.0))
+                snapshot = directories.read(await self._directory.wait.remote(version, BEAT_PERIOD_S))
             except ray.exceptions.RayError as error:
                 logger.warning("the directory does not answer: %s", error)
                 await asyncio.sleep(BEAT_PERIOD_S)
