@@ -165,8 +165,9 @@ async def test_replica_hangs(whole_fleet: Fleet, undisturbed: Undisturbed) -> No
 async def test_all_replicas_killed(whole_fleet: Fleet, undisturbed: Undisturbed) -> None:
     """Open streams wait for a replica; meanwhile the fleet lives, is not ready, and says why."""
     fleet = whole_fleet
+    pids = fleet.pids()  # before the load: asking takes seconds, and streams must still be open
     async with under_load(fleet, undisturbed, 8) as load:
-        for pid in fleet.pids():
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
         ready = await eventually_async(
             lambda: (page := fleet.get("/health/ready")).status_code == 503 and page, "not ready", NOTICE_S

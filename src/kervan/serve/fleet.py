@@ -362,10 +362,15 @@ def down(name: str, address: str | None = None) -> Literal["stopped", "stopped w
 
 
 def _end_fleet(name: str) -> None:
+    """End the application, then the directory, without which the fleet is no longer listed."""
     import ray
 
     from kervan.serve import app, directory
 
-    app.delete(name)
-    with contextlib.suppress(FleetError):
-        ray.kill(directory.find(name))
+    try:
+        app.delete(name)
+    except TimeoutError:
+        pass  # a replica that is still starting outlasts Serve's patience; Serve goes on ending it
+    finally:
+        with contextlib.suppress(FleetError):
+            ray.kill(directory.find(name))
