@@ -15,7 +15,7 @@ NAMESPACE = "kervan"
 _PREFIX = "directory-"
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, lifetime="detached")
+@ray.remote(num_cpus=0, max_restarts=-1, lifetime="detached")
 class DirectoryActor:
     """One per fleet. Holds the fleet's config and secret too, so that a restart brings them back."""
 
