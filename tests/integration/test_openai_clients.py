@@ -60,8 +60,16 @@ def test_streamed_chat(client: OpenAI, question: str) -> None:
     assert "".join(pieces) == PAIRS[question]
     assert finish_reasons == ["stop"]
     assert usage is not None
-    # How many pieces is a matter of speed: vLLM joins tokens that the client has not fetched yet.
     assert usage.completion_tokens >= len(pieces) >= 1
+
+
+def test_stream_comes_in_pieces(client: OpenAI) -> None:
+    """Seconds of generation; how many pieces is a matter of speed: vLLM joins tokens that are not fetched yet."""
+    chunks = client.completions.create(
+        model=MODEL, prompt="hello", max_tokens=1000, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices and chunk.choices[0].text]
+    assert len(pieces) >= 10
 
 
 def test_conversation_goes_on(client: OpenAI) -> None:

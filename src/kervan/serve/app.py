@@ -5,9 +5,12 @@ import json
 import logging
 from typing import Any
 
+import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
 
+from kervan.errors import FleetError
 from kervan.facts.fleet import FleetConfig
 from kervan.serve.engine import EngineReplica
 from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica
@@ -76,12 +79,28 @@ def _quiet() -> None:
 
 
 def start_serve(config: FleetConfig) -> None:
-    """Start Serve's controller; with direct ingress, no proxy."""
+    """Start Serve's controller, unless it runs; with direct ingress, without a proxy.
+
+    Raises: FleetError when Serve runs already and its proxies do not listen where the fleet wants them.
+    """
     _quiet()
-    if config.ingress == "direct":
-        serve.start(proxy_location="Disabled")
-    else:
-        serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=config.host, port=config.port))
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is None:
+        if config.ingress == "direct":
+            serve.start(proxy_location="Disabled")
+        else:
+            serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=config.host, port=config.port))
+    elif config.ingress == "serve":  # Serve keeps the proxies of its first start
+        if ray.get(running._controller.get_proxy_location.remote()) in (None, ProxyLocation.Disabled):
+            raise FleetError(
+                "--ingress serve needs Serve's proxies, and Serve was started on this cluster without them; "
+                "use --ingress direct, or `serve shutdown` on the cluster first"
+            )
+        if running.http_config.port != config.port:
+            raise FleetError(
+                f"Serve listens on port {running.http_config.port} of this cluster already, not on {config.port}; "
+                f"use --port {running.http_config.port}, or --ingress direct"
+            )
 
 
 def delete(fleet_name: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from kervan.facts.fleet import FleetConfig
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 def home() -> Path:
@@ -172,6 +174,7 @@ def connect(address: str) -> None:
 
     Raises: FleetError when there is none at `address`.
     """
+    check_address(address)
     local = find_local_ray()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if local is not None and local.address == address:  # another cluster keeps the user's own settings
@@ -189,7 +192,26 @@ def connect(address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise FleetError(
-            f"no Ray cluster answers at {address} ({_first_line(error)}); "
+            f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, and RAY_AUTH_TOKEN if the "
+            "cluster has a token; or leave --address out to start Ray on this machine"
+        ) from error
+
+
+def check_address(address: str) -> None:
+    """Find out in seconds that nothing listens at `address`; Ray itself takes minutes.
+
+    Raises: FleetError.
+    """
+    if address == "auto":
+        return
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit() or "/" in host:
+        raise FleetError(f"--address {address!r} is no HOST:PORT; give that of the cluster's head, like 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise FleetError(
+            f"no Ray cluster answers at {address} ({error}); "
             "check --address, or leave it out to start Ray on this machine"
         ) from error
 

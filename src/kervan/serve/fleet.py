@@ -158,6 +158,8 @@ class Startup:
                 f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
             )
         cluster.check_capacity(config, nodes)
+        if config.ingress == "serve":
+            _check_entry_is_free()
         self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
         gateways = num_gateways(config)
         app.start_serve(config)
@@ -168,10 +170,15 @@ class Startup:
         return status
 
     def _reach_ray(self) -> str:
+        needs_haproxy = self.config.ingress == "serve"
         if self._address is not None:
+            if needs_haproxy and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+                raise FleetError(
+                    "--ingress serve needs HAProxy on the cluster: RAY_SERVE_ENABLE_HA_PROXY=1 in the environment of "
+                    "Ray on all nodes and of kervan up; or use --ingress direct"
+                )
             cluster.connect(self._address)
             return self._address
-        needs_haproxy = self.config.ingress == "serve"
         local = cluster.find_local_ray()
         if local is None:
             self.progress("starting Ray on this machine")
@@ -198,6 +205,18 @@ class Startup:
         elif self._directory is not None:
             with contextlib.suppress(Exception):
                 _end_fleet(self.config.name)
+
+
+def _check_entry_is_free() -> None:
+    """Serve has one entry for a whole cluster, and a fleet needs all of its paths."""
+    from kervan.serve import directory
+
+    for name in directory.names():
+        other = _stored_config(directory.find(name))
+        if other.ingress == "serve":
+            raise FleetError(
+                f"fleet {name!r} has the one entry of Serve on this cluster (port {other.port}); use --ingress direct"
+            )
 
 
 @contextlib.contextmanager
