@@ -1,8 +1,10 @@
 """Fleets that are not on kervan's own Ray, or not behind their own ports: a running cluster, and Serve's HAProxy."""
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from live import SMALL, Fleet, Home, Take, eventually, free_port, take_chat
 
@@ -50,15 +53,38 @@ def cluster(scratch: Path) -> Iterator[tuple[RayHome, str]]:
         "RAY_worker_niceness": "0",
     }
     home = RayHome(scratch, "guest", tuple(settings.items()))
-    said = ray(
-        home,
-        *("start", "--head", "--port=0", "--include-dashboard=false", "--disable-usage-stats"),
-        *("--object-store-memory=100000000", f"--temp-dir={scratch}/r"),
-    )
-    found = re.search(r"--address='([^']+)'", said)
-    assert found, said
-    yield home, found[1]
-    ray(home, "stop", "--grace-period", "20")
+    port, place = free_port(), scratch / "r"
+    program = Path(sys.executable).with_name("ray")
+    words = [f"--port={port}", "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={place}"]
+    with (scratch / "cluster.log").open("w") as log:
+        head = subprocess.Popen(
+            [program, "start", "--head", "--block", *words],
+            env=home.environment,
+            cwd=scratch,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        eventually(lambda: is_listening(port) or head.poll() is not None, "the cluster listens", 60)
+        yield home, f"127.0.0.1:{port}"
+    finally:  # not by `ray stop`, which ends every Ray of this machine
+        parts = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        parts += [p for p in psutil.process_iter(["cmdline"]) if str(place) in " ".join(p.info["cmdline"] or ())]
+        head.terminate()
+        _, alive = psutil.wait_procs(parts, timeout=20)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        head.wait(10)
+
+
+def is_listening(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        return True
+    return False
 
 
 async def test_running_cluster(cluster: tuple[RayHome, str], models: Any) -> None:

@@ -135,6 +135,8 @@ class ToyReplica:
         self.other_tokens = 0
         self.obeys_aborts = True
         self.last_ping: wire.Ping | None = None
+        self.num_outputs = 0
+        self.num_to_lose = 0
         self._sessions: set[bytes] = set()
         self._subscribed: set[bytes] = set()
         self._context = zmq.asyncio.Context()
@@ -179,7 +181,10 @@ class ToyReplica:
         refusal = wire.refusal(hello, engine_version=self.engine_version, secret=self.secret)
         if refusal is not None:
             return wire.REFUSED, refusal.encode()
-        self._sessions.add(identity)
+        self._sessions = {identity}  # one client, so one count of outputs; a new session starts it again
+        self._subscribed.clear()
+        self.running.clear()
+        self.num_outputs = 0
         facts = wire.EngineFacts(max_model_len=4096, num_gpu_blocks=100, block_size=16, max_num_seqs=8)
         welcome = wire.Welcome(
             self.replica_id, self.engine_version, self._output_address, time.monotonic() + self.clock_ahead_s, facts
@@ -193,7 +198,8 @@ class ToyReplica:
             await self._output.send_multipart([identity, wire.SUBSCRIBED])
 
     def _pong(self) -> bytes:
-        return msgspec.msgpack.encode(wire.Pong(len(self.running), 0, 0.0, self.other_tokens, self.is_draining))
+        load = wire.Pong(len(self.running), 0, 0.0, self.other_tokens, self.is_draining, self.num_outputs)
+        return msgspec.msgpack.encode(load)
 
     async def _call(self, call_id: int, method: str, args: list[Any]) -> None:
         self.calls.append((method, tuple(args)))
@@ -207,8 +213,22 @@ class ToyReplica:
 
     async def _emit(self, outputs: Outputs) -> None:
         outputs.timestamp = time.monotonic() + self.clock_ahead_s
+        self.num_outputs += 1
+        if self.num_to_lose:  # as a ROUTER does while a connection is broken
+            self.num_to_lose -= 1
+            return
+        number = wire.encode_number(self.num_outputs)
         for identity in self._subscribed:
-            await self._output.send_multipart([identity, msgspec.msgpack.encode(outputs)])
+            await self._output.send_multipart([identity, number, msgspec.msgpack.encode(outputs)])
+
+    def break_output_connection(self) -> None:
+        """The connection ends and a new one can be made to the same address."""
+        self._tasks.pop(1).cancel()
+        self._output.close(0)
+        self._output = self._context.socket(zmq.ROUTER)
+        wire.configure(self._output)
+        self._output.bind(self._output_address)
+        self._tasks.insert(1, asyncio.create_task(self._serve_output()))
 
     async def step(self, num_steps: int = 1) -> None:
         """One token for each running stream per step, in one message; poison kills the replica instead."""
@@ -505,6 +525,29 @@ async def test_an_engine_that_says_it_is_dead_is_left_at_once(bench: Bench) -> N
     a.kill()
     await bench.lost(a)
     await bench.finished("s")
+
+
+@pytest.mark.parametrize("fault", ["connection", "middle", "tail"])
+async def test_lost_outputs_are_noticed_and_their_streams_move(
+    bench: Bench, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ROUTER drops what it cannot route without a word, for example while a connection breaks and comes back."""
+    monkeypatch.setattr(wire, "OUTPUT_TIMEOUT_S", 0.2)
+    a = await bench.start("a")
+    await bench.add("r1", max_tokens=12)
+    await bench.placed(a, "r1")
+    await bench.steps(a, 3)
+    link = bench.link(a)
+    if fault == "connection":
+        a.break_output_connection()
+    else:
+        a.num_to_lose = 1
+        await a.step()
+        if fault == "middle":
+            await a.step()
+    await until(lambda: bench.client.links and bench.link(a) is not link, "the link is made again")
+    await bench.finished("r1")
+    assert bench.client.counts.moved == 1
 
 
 async def test_a_stream_survives_one_replica_after_another(bench: Bench) -> None:
@@ -903,6 +946,7 @@ async def test_a_failed_call_names_the_replica(bench: Bench) -> None:
     b.call_failure = "no such adapter"
     with pytest.raises(EngineError, match="replica b: no such adapter"):
         await bench.client.call("add_lora", (7,))
+    await until(lambda: not any(link.calls for link in bench.client.links), "the other replica has answered")
 
 
 async def test_a_call_to_a_replica_that_dies_meanwhile_fails(bench: Bench) -> None:

@@ -305,7 +305,11 @@ class FleetClient:
             frames = await receive(copy=False)
             if len(frames) == 1 and frames[0].bytes == wire.ENGINE_DEAD:
                 return "the engine died"
-            outputs = decode(frames)
+            number = wire.decode_number(frames[0].bytes)
+            if number != link.num_outputs + 1:
+                return f"output {link.num_outputs + 1} was lost, {number} came"
+            link.num_outputs, link.output_s = number, time.monotonic()
+            outputs = decode(frames[1:])
             if outputs.utility_output is not None:
                 self._answer(link, outputs.utility_output)
                 continue
@@ -368,7 +372,12 @@ class FleetClient:
 
     @staticmethod
     async def _watch(link: Link) -> str:
-        await recv_monitor_message(link.monitor)
+        watches = [asyncio.ensure_future(recv_monitor_message(monitor)) for monitor in link.monitors]
+        try:
+            await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for watch in watches:
+                watch.cancel()
         return "its connection broke"
 
     @staticmethod
@@ -376,7 +385,7 @@ class FleetClient:
         await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(wire.Ping(link.outstanding_tokens))])
 
     async def _ping(self, link: Link) -> str:
-        """Keep the lease; follow the replica's load and whether it drains."""
+        """Keep the lease; follow the replica's load and whether it drains; miss outputs that were sent."""
 
         async def send() -> None:
             while True:
@@ -391,7 +400,11 @@ class FleetClient:
                     continue
                 was_draining = link.pong.is_draining
                 link.pong = msgspec.msgpack.decode(payload, type=wire.Pong)
-                link.pong_s = time.monotonic()
+                now_s = link.pong_s = time.monotonic()
+                if link.pong.num_outputs <= link.num_outputs:
+                    link.output_s = now_s
+                elif now_s - link.output_s > wire.OUTPUT_TIMEOUT_S:
+                    return f"{link.pong.num_outputs} outputs were sent and {link.num_outputs} came"
                 if link.pong.is_draining and not was_draining:
                     logger.info("replica %s drains", link.replica_id)
                     await self._leave_draining()

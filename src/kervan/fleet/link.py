@@ -37,7 +37,7 @@ class Link:
     member: Member
     input: zmq.asyncio.Socket
     output: zmq.asyncio.Socket
-    monitor: zmq.asyncio.Socket
+    monitors: tuple[zmq.asyncio.Socket, ...]
     facts: wire.EngineFacts
     clock_skew_s: float
     streams: dict[str, Stream] = field(default_factory=dict)
@@ -46,6 +46,8 @@ class Link:
     pong: wire.Pong = NO_LOAD
     num_suspects: int = 0
     pong_s: float = 0.0
+    num_outputs: int = 0  # received
+    output_s: float = 0.0  # when the last one was received, or nothing was missing
 
     @property
     def replica_id(self) -> str:
@@ -61,7 +63,8 @@ class Link:
         )
 
     def close(self) -> None:
-        self.monitor.close()
+        for monitor in self.monitors:
+            monitor.close()
         self.input.close(0)
         self.output.close(0)
 
@@ -78,7 +81,7 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
     identity = uuid.uuid4().bytes
     input_socket = _connect(context, member.address, identity)
     output_socket: zmq.asyncio.Socket | None = None
-    monitor = input_socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    monitors = [input_socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)]
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
             sent_s = time.monotonic()
@@ -89,11 +92,13 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
                 raise LinkRefusedError(payload.decode())
             welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
             output_socket = _connect(context, welcome.output_address, identity)
+            monitors.append(output_socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
             await output_socket.send(wire.SUBSCRIBE)
             while await output_socket.recv() != wire.SUBSCRIBED:
                 pass
     except BaseException:
-        monitor.close()
+        for monitor in monitors:
+            monitor.close()
         input_socket.close(0)
         if output_socket is not None:
             output_socket.close(0)
@@ -103,7 +108,7 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
     if abs(skew_s) <= received_s - sent_s:
         skew_s = 0.0
     logger.info("linked to replica %s at %s", member.replica_id, member.address)
-    return Link(member, input_socket, output_socket, monitor, welcome.facts, skew_s)
+    return Link(member, input_socket, output_socket, tuple(monitors), welcome.facts, skew_s, output_s=time.monotonic())
 
 
 def _connect(context: zmq.asyncio.Context, address: str, identity: bytes) -> zmq.asyncio.Socket:

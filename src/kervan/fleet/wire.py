@@ -7,11 +7,13 @@ types, the words below are kervan's. Output frames are vLLM's encoded outputs, o
     gateway -> replica input    HELLO(Hello)   PING(Ping)   vLLM ADD / ABORT / UTILITY
     replica input -> gateway    WELCOME(Welcome) or REFUSED(text)   PONG(Pong)
     gateway -> replica output   SUBSCRIBE
-    replica output -> gateway   SUBSCRIBED   outputs, one message per engine step   ENGINE_CORE_DEAD
+    replica output -> gateway   SUBSCRIBED   number, outputs: one message per engine step   ENGINE_CORE_DEAD
 
 A session may send requests once both WELCOME and SUBSCRIBED have come: a ROUTER drops silently what it cannot
 route, so outputs must not start before the output socket knows the session. Queues are unbounded for the same
-reason. vLLM's structs are positional, so gateway and replica must run the same vLLM version: HELLO says both.
+reason. Should a connection break and come back by itself, what was sent meanwhile is gone: so output messages are
+numbered from 1 in each session, and PONG says how many there were. vLLM's structs are positional, so gateway and
+replica must run the same vLLM version: HELLO says both.
 """
 
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import msgspec
 import zmq
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 HELLO = b"HELLO"
 WELCOME = b"WELCOME"
@@ -33,6 +35,8 @@ ENGINE_DEAD = b"ENGINE_CORE_DEAD"  # vLLM's word
 PING_PERIOD_S = 0.5
 # A gateway that is silent for this long is dead: its requests are aborted.
 LEASE_S = 10.0
+# Outputs that the replica has sent and that have not come for this long are lost.
+OUTPUT_TIMEOUT_S = 3.0
 HEARTBEAT_PERIOD_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2000
 
@@ -72,13 +76,26 @@ class Ping(msgspec.Struct, frozen=True):
 
 
 class Pong(msgspec.Struct, frozen=True):
-    """Load of the replica; `other_tokens`: outstanding tokens that other gateways sent here."""
+    """Load of the replica; `other_tokens`: outstanding tokens that other gateways sent here.
+
+    `num_outputs`: output messages sent to this session so far.
+    """
 
     running: int
     waiting: int
     kv_cache_usage: float
     other_tokens: int
     is_draining: bool
+    num_outputs: int = 0
+
+
+def encode_number(number: int) -> bytes:
+    """The number of an output message as a frame."""
+    return number.to_bytes(8, "big")
+
+
+def decode_number(frame: bytes) -> int:
+    return int.from_bytes(frame, "big")
 
 
 def refusal(hello: Hello, *, engine_version: str, secret: str) -> str | None:

@@ -54,6 +54,7 @@ class Session:
     gateway_id: str
     last_seen_s: float
     outstanding_tokens: int = 0
+    num_outputs: int = 0
     is_over: bool = False
 
 
@@ -201,7 +202,8 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
     def _pong(self, index: int) -> bytes:
         running, waiting, kv_cache_usage = self.load
         others = sum(s.outstanding_tokens for i, s in enumerate(self.sessions) if i != index and not s.is_over)
-        return msgspec.msgpack.encode(wire.Pong(running, waiting, kv_cache_usage, others, self.is_draining))
+        sent = self.sessions[index].num_outputs
+        return msgspec.msgpack.encode(wire.Pong(running, waiting, kv_cache_usage, others, self.is_draining, sent))
 
     def _end_expired_sessions(self, now_s: float) -> None:
         for index, session in enumerate(self.sessions):
@@ -241,7 +243,10 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             if index == CANARY_INDEX:
                 self.canary_outputs.put(outputs)
             elif 0 <= index < len(self.sessions) and not self.sessions[index].is_over:
-                router.send_multipart([self.sessions[index].identity, *encoder.encode(outputs)], copy=False)
+                session = self.sessions[index]
+                number = wire.encode_number(session.num_outputs + 1)
+                router.send_multipart([session.identity, number, *encoder.encode(outputs)], copy=False)
+                session.num_outputs += 1  # after sending: PONG must not promise what is still to be sent
 
     @staticmethod
     def _await_subscription(router: zmq.Socket[bytes], identity: bytes, subscribed: set[bytes]) -> None:
