@@ -83,7 +83,10 @@ def processes_of(fleet_name: str) -> list[str]:
 def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], list[str]]) -> None:
     home = Home(scratch, "interrupted")
     known, alive_before = home.ray_directories(), set(strays())
-    words = home.command("up", str(models.demo), "--port", str(free_port()), *arguments("max_model_len=512"))
+    words = home.command(
+        *("up", str(models.demo), "--port", str(free_port()), *arguments("max_model_len=512")),
+        *("--env", "VLLM_CPU_KVCACHE_SPACE=1"),  # without it vLLM wants nearly all of the machine's memory
+    )
     with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr is not None
         os.set_blocking(process.stderr.fileno(), True)

@@ -221,13 +221,18 @@ class ToyReplica:
         for identity in self._subscribed:
             await self._output.send_multipart([identity, number, msgspec.msgpack.encode(outputs)])
 
-    def break_output_connection(self) -> None:
+    async def break_output_connection(self) -> None:
         """The connection ends and a new one can be made to the same address."""
         self._tasks.pop(1).cancel()
         self._output.close(0)
         self._output = self._context.socket(zmq.ROUTER)
         wire.configure(self._output)
-        self._output.bind(self._output_address)
+        while True:
+            try:
+                self._output.bind(self._output_address)
+                break
+            except zmq.ZMQError:  # ZMQ closes the old socket in a thread of its own
+                await asyncio.sleep(0.001)
         self._tasks.insert(1, asyncio.create_task(self._serve_output()))
 
     async def step(self, num_steps: int = 1) -> None:
@@ -539,7 +544,7 @@ async def test_lost_outputs_are_noticed_and_their_streams_move(
     await bench.steps(a, 3)
     link = bench.link(a)
     if fault == "connection":
-        a.break_output_connection()
+        await a.break_output_connection()
     else:
         a.num_to_lose = 1
         await a.step()
@@ -760,6 +765,8 @@ async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_f
     await first.step()
     await bench.lost(first)
     await until(lambda: "poison~1" in second.running)
+    link = bench.link(second)
+    await until(lambda: link.pong_s > link.streams["poison~1"].placed_s, "the second one was alive with it")
     await second.step()
     await bench.lost(second)
     await bench.ended("poison")

@@ -18,7 +18,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_PERIOD_S = 0.5
 RATE_WINDOW_S = 10.0
+SETTLE_S = 0.01
 
 
 @dataclass(slots=True)
@@ -282,6 +283,7 @@ class FleetClient:
                 await self._place_held()
                 await self._leave_draining()
                 reason = await self._first_of(self._pump(link), self._watch(link), self._ping(link))
+                await self._read_rest(link)
             finally:
                 await self._lose(link, reason)
             await asyncio.sleep(RECONNECT_PERIOD_S)
@@ -300,20 +302,37 @@ class FleetClient:
     async def _pump(self, link: Link) -> str:
         """Deliver outputs until the engine says that it is dead."""
         receive = link.output.recv_multipart
-        decode = self.codec.decode
         while True:
-            frames = await receive(copy=False)
-            if len(frames) == 1 and frames[0].bytes == wire.ENGINE_DEAD:
-                return "the engine died"
-            number = wire.decode_number(frames[0].bytes)
-            if number != link.num_outputs + 1:
-                return f"output {link.num_outputs + 1} was lost, {number} came"
-            link.num_outputs, link.output_s = number, time.monotonic()
-            outputs = decode(frames[1:])
-            if outputs.utility_output is not None:
-                self._answer(link, outputs.utility_output)
-                continue
+            ending = self._take(link, await receive(copy=False))
+            if ending is not None:
+                return ending
+
+    def _take(self, link: Link, frames: Sequence[zmq.Frame]) -> str | None:
+        """Deliver one output message; why the link is over, if it is."""
+        if len(frames) == 1 and frames[0].bytes == wire.ENGINE_DEAD:
+            return "the engine died"
+        number = wire.decode_number(frames[0].bytes)
+        if number != link.num_outputs + 1:
+            return f"output {link.num_outputs + 1} was lost, {number} came"
+        link.num_outputs, link.output_s = number, time.monotonic()
+        outputs = self.codec.decode(frames[1:])
+        if outputs.utility_output is not None:
+            self._answer(link, outputs.utility_output)
+        else:
             self._deliver(link, outputs)
+        return None
+
+    async def _read_rest(self, link: Link) -> None:
+        """Take what came before the link ended: tokens need not be computed again, and signs of life count."""
+        await asyncio.sleep(SETTLE_S)  # the other connection's last bytes may come a moment after the first one broke
+        with contextlib.suppress(zmq.Again):
+            while self._take(link, await link.output.recv_multipart(zmq.NOBLOCK, copy=False)) is None:
+                pass
+        with contextlib.suppress(zmq.Again):
+            while True:
+                kind, payload = await link.input.recv_multipart(zmq.NOBLOCK)
+                if kind == wire.PONG:
+                    link.pong, link.pong_s = msgspec.msgpack.decode(payload, type=wire.Pong), time.monotonic()
 
     @staticmethod
     def _answer(link: Link, answer: Any) -> None:

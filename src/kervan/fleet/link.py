@@ -63,10 +63,8 @@ class Link:
         )
 
     def close(self) -> None:
-        for monitor in self.monitors:
-            monitor.close()
-        self.input.close(0)
-        self.output.close(0)
+        for socket, monitor in zip((self.input, self.output), self.monitors, strict=True):
+            _close(socket, monitor)
 
 
 class LinkRefusedError(EngineError):
@@ -79,9 +77,8 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
     Raises: TimeoutError without an answer in `HANDSHAKE_TIMEOUT_S`; LinkRefusedError.
     """
     identity = uuid.uuid4().bytes
-    input_socket = _connect(context, member.address, identity)
-    output_socket: zmq.asyncio.Socket | None = None
-    monitors = [input_socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)]
+    opened = [_connect(context, member.address, identity)]
+    input_socket = opened[0][0]
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
             sent_s = time.monotonic()
@@ -91,29 +88,42 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
             if kind == wire.REFUSED:
                 raise LinkRefusedError(payload.decode())
             welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
-            output_socket = _connect(context, welcome.output_address, identity)
-            monitors.append(output_socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
+            opened.append(_connect(context, welcome.output_address, identity))
+            output_socket = opened[1][0]
             await output_socket.send(wire.SUBSCRIBE)
             while await output_socket.recv() != wire.SUBSCRIBED:
                 pass
     except BaseException:
-        for monitor in monitors:
-            monitor.close()
-        input_socket.close(0)
-        if output_socket is not None:
-            output_socket.close(0)
+        for socket, monitor in opened:
+            _close(socket, monitor)
         raise
     # Half the round trip bounds the error; on one host both clocks are the same and the skew is zero.
     skew_s = (sent_s + received_s) / 2 - welcome.monotonic_s
     if abs(skew_s) <= received_s - sent_s:
         skew_s = 0.0
     logger.info("linked to replica %s at %s", member.replica_id, member.address)
-    return Link(member, input_socket, output_socket, tuple(monitors), welcome.facts, skew_s, output_s=time.monotonic())
+    monitors = tuple(monitor for _, monitor in opened)
+    return Link(member, input_socket, output_socket, monitors, welcome.facts, skew_s, output_s=time.monotonic())
 
 
-def _connect(context: zmq.asyncio.Context, address: str, identity: bytes) -> zmq.asyncio.Socket:
+def _connect(
+    context: zmq.asyncio.Context, address: str, identity: bytes
+) -> tuple[zmq.asyncio.Socket, zmq.asyncio.Socket]:
+    """A connecting socket, and the one that tells when its connection breaks."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity)
     wire.configure(socket)
+    monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     socket.connect(address)
-    return socket
+    return socket, monitor
+
+
+def _close(socket: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
+    """Close both without stopping the I/O thread.
+
+    ZMQ's I/O thread writes events to the monitor and waits until they are taken. With the monitor closed and the
+    events still on, the next event blocks that thread for good, and with it all sockets of the context.
+    """
+    socket.disable_monitor()
+    monitor.close()
+    socket.close(0)
