@@ -796,7 +796,11 @@ async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench:
     spares = iter("defg")
     while not all(name in bench.endings for name in names):
         for replica in [r for r in bench.replicas.values() if r.is_alive]:
-            assert bench.client.num_streams == 0 or sum(s.is_suspect for s in bench.link(replica).streams.values()) <= 1
+            link = bench.link(replica)
+            suspects = [stream for stream in link.streams.values() if stream.is_suspect]
+            assert len(suspects) <= 1
+            for stream in suspects:  # a death that follows too fast for a sign of life is judged as less
+                await until(lambda s=stream, k=link: k.pong_s > s.placed_s or not s.is_suspect)  # type: ignore[misc]
             await replica.step()
             if not replica.is_alive:
                 await bench.lost(replica)
