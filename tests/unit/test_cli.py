@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kervan import __version__, cli
+from kervan.cli import bench
 from kervan.serve import cluster
 
 LLAMA = {
@@ -243,7 +244,14 @@ def test_every_command_has_help(kervan: Kervan, name: str) -> None:
     code, out, err = kervan.run(name, "--help")
     assert (code, err) == (0, "")
     assert out.startswith("Usage: ")
-    assert len([line for line in out.splitlines() if line.strip().startswith("--")]) <= 16
+    for section in out.split("\n\n"):  # more than a screen can show would need sections, as bench has
+        assert len([line for line in section.splitlines() if line.strip().startswith("-")]) <= 16
+
+
+def test_the_sections_of_bench_have_all_its_options() -> None:
+    listed = " ".join(bench.SECTIONS.values()).split()
+    known = [parameter.opts[-1] for parameter in bench.bench.params if parameter.param_type_name == "option"]
+    assert sorted(listed) == sorted([*known, "--help"])
 
 
 def test_the_version(kervan: Kervan) -> None:

@@ -13,18 +13,20 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
+BOTTOM = ("errors.py", "units.py", "stats.py")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
-#   errors <- facts, policy <- fleet <- gateway <- serve <- cli
+#   errors, units, stats <- facts, policy <- fleet, bench <- gateway <- serve <- cli
 FORBIDDEN = [
-    ("errors.py", ("facts", "policy", "fleet", "gateway", "serve", "cli", "demo")),
-    ("facts", ("policy", "fleet", "gateway", "serve", "cli", "demo")),
-    ("policy", ("facts", "fleet", "gateway", "serve", "cli", "demo")),
-    ("fleet", ("gateway", "serve", "cli", "demo")),
-    ("gateway", ("serve", "cli", "demo")),
-    ("serve", ("cli", "demo")),
-    ("demo", ("fleet", "gateway", "serve", "cli")),
+    *((part, ("facts", "policy", "fleet", "bench", "gateway", "serve", "cli", "demo")) for part in BOTTOM),
+    ("facts", ("policy", "fleet", "bench", "gateway", "serve", "cli", "demo")),
+    ("policy", ("facts", "fleet", "bench", "gateway", "serve", "cli", "demo")),
+    ("fleet", ("bench", "gateway", "serve", "cli", "demo")),
+    ("bench", ("fleet", "gateway", "serve", "cli", "demo")),
+    ("gateway", ("bench", "serve", "cli", "demo")),
+    ("serve", ("bench", "cli", "demo")),
+    ("demo", ("fleet", "bench", "gateway", "serve", "cli")),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
@@ -34,6 +36,7 @@ CONFINED = [
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("demo/",)),
+    ("plotly", ("bench/report.py",)),
 ]
 
 
@@ -78,7 +81,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in ("errors.py", "facts", "policy"):
+    for part in (*BOTTOM, "facts", "policy", "bench"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -97,14 +100,14 @@ def test_this_environment_has_what_must_stay_unloaded(library: str) -> None:
 
 
 def test_pure_packages_load_nothing_heavy() -> None:
-    modules = ["kervan", "kervan.errors"]
-    for part in ("facts", "policy"):
+    modules = ["kervan", "kervan.errors", "kervan.units", "kervan.stats", "kervan.cli.bench_view", "kervan.cli.render"]
+    for part in ("facts", "policy", "bench"):
         modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
     assert len(modules) > 6
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["up", "--help"], ["scale", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["up", "--help"], ["bench", "--help"]], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import runpy

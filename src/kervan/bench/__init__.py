@@ -1,0 +1,1 @@
+"""The load tester: `kervan.bench.run` measures a server, the rest is what it is made of."""

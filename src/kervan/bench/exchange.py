@@ -1,0 +1,202 @@
+"""One request and its streamed answer, as the client saw it."""
+
+import msgspec
+
+from kervan.bench.events import Chunk, EventParser, carries_token, decode, is_reasoning
+
+MAX_ERROR_BYTES = 500
+MAX_BODY_BYTES = 64 * 1024  # kept of an answer that is no stream
+
+
+class Exchange:
+    """A listener of a channel. When it has ended, `error` is None or the kind of failure, with `message`.
+
+    Kinds: `http_STATUS`, `no_stream` (200, but no events), `garbage` (no HTTP, or events that are no JSON),
+    `server_error` (an error event), `truncated` (the answer stopped before its end), `wrong_length` (another number of
+    tokens than asked for with `ignore_eos`), `duplicated` (more pieces than tokens, or an end that came twice),
+    `empty` (no token at all), `timeout`, `refused` (no connection), `closed` (dropped before any answer).
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "body",
+        "chunk_tokens",
+        "closing_s",
+        "done",
+        "end_s",
+        "error",
+        "events",
+        "exact_tokens",
+        "finished",
+        "first_answer_s",
+        "first_s",
+        "gaps",
+        "index",
+        "is_reused",
+        "last_s",
+        "message",
+        "num_chunks",
+        "on_ended",
+        "output_tokens",
+        "per_choice_last_s",
+        "prompt_tokens",
+        "sent_s",
+        "status",
+        "text",
+        "usage_tokens_seen",
+    )  # fmt: skip
+
+    def __init__(self, index: int, arrival_s: float, exact_tokens: int | None, *, keeps_text: bool = False) -> None:
+        self.index = index
+        self.arrival_s = arrival_s
+        self.exact_tokens = exact_tokens  # the output tokens that a whole answer has, if known
+        self.sent_s = arrival_s
+        self.status = 0
+        self.events = EventParser()
+        self.first_s: float | None = None
+        self.first_answer_s: float | None = None
+        self.last_s = 0.0
+        self.end_s = 0.0
+        self.gaps: list[float] = []  # between chunks that carry tokens, per choice
+        self.chunk_tokens: list[int] = []  # of the chunk that ended each gap; only with usage in every chunk
+        self.per_choice_last_s: dict[int, float] = {}
+        self.usage_tokens_seen = 0
+        self.num_chunks = 0
+        self.closing_s: float | None = None  # a chunk with a finish reason and nothing else
+        self.output_tokens: int | None = None
+        self.prompt_tokens: int | None = None
+        self.finished: set[int] = set()
+        self.done = False
+        self.error: str | None = None
+        self.message = ""
+        self.body = b""
+        self.text: list[str] | None = [] if keeps_text else None
+        self.is_reused = False
+        self.on_ended: object = None
+
+    # ---- as a listener
+
+    def on_status(self, status: int, headers: dict[str, str]) -> None:
+        self.status = status
+        if status != 200:
+            self.message = f"status {status}" + (f", location {headers['location']}" if "location" in headers else "")
+        if status == 200 and "event-stream" not in headers.get("content-type", ""):
+            self.fail("no_stream", f"200 with content-type {headers.get('content-type', 'none')!r}")
+
+    def on_body(self, piece: bytes, at_s: float) -> None:
+        if self.status != 200 or self.error == "no_stream":
+            if len(self.body) < MAX_BODY_BYTES:
+                self.body += piece
+            return
+        for event in self.events.feed(piece):
+            if event == b"[DONE]":
+                if self.done:
+                    self.fail("duplicated", "[DONE] came twice")
+                self.done = True
+                continue
+            try:
+                chunk = decode(event)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                self.fail("garbage", f"{error} in {event[:200]!r}")
+                continue
+            self._on_chunk(chunk, event, at_s)
+
+    def _on_chunk(self, chunk: Chunk, event: bytes, at_s: float) -> None:
+        if chunk.error is not None:
+            self.fail("server_error", event.decode(errors="replace"))
+            return
+        if chunk.usage is not None:
+            self.prompt_tokens = chunk.usage.prompt_tokens
+            if chunk.usage.completion_tokens is not None:
+                self.output_tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            if choice.index in self.finished:
+                self.fail("duplicated", f"choice {choice.index} went on after its finish_reason")
+            if carries_token(choice):
+                self._on_token(choice.index, at_s, len(choice.token_ids or ()))
+                if self.first_answer_s is None and not is_reasoning(choice):
+                    self.first_answer_s = at_s
+            elif choice.finish_reason is not None:
+                self.closing_s = at_s
+            if self.text is not None:
+                self.text.append(choice.text or (choice.delta.content if choice.delta else None) or "")
+            if choice.finish_reason is not None:
+                self.finished.add(choice.index)
+
+    def _on_token(self, choice: int, at_s: float, num_tokens: int) -> None:
+        if not num_tokens and self.output_tokens is not None:  # usage in every chunk
+            num_tokens = self.output_tokens - self.usage_tokens_seen
+        if self.output_tokens is not None:
+            self.usage_tokens_seen = self.output_tokens
+        before = self.per_choice_last_s.get(choice)
+        if self.first_s is None:
+            self.first_s = at_s
+        if before is not None:
+            self.gaps.append(at_s - before)
+            if num_tokens > 0:
+                self.chunk_tokens.append(num_tokens)
+        self.per_choice_last_s[choice] = self.last_s = at_s
+        self.num_chunks += 1
+
+    def on_end(self, at_s: float, fault: str | None) -> None:
+        self.end_s = at_s
+        self._settle(fault)
+        if self.on_ended is not None:
+            self.on_ended(self)  # type: ignore[operator]
+
+    # ---- the verdict
+
+    def fail(self, kind: str, message: str) -> None:
+        """The first failure counts."""
+        if self.error is None:
+            self.error, self.message = kind, message[:MAX_ERROR_BYTES]
+
+    def _settle(self, fault: str | None) -> None:
+        if self.status == 0:
+            self.fail("garbage" if fault and fault.startswith("no HTTP") else "closed", fault or "no answer")
+        elif self.status != 200:
+            self.fail(f"http_{self.status}", self.body.decode(errors="replace").strip() or self.message)
+        elif self.error == "no_stream":
+            self.message += ": " + self.body[:200].decode(errors="replace")
+        elif fault is not None:
+            self.fail("garbage" if fault.startswith("no HTTP") else "truncated", f"{fault}, {self.num_chunks} chunks")
+        elif not self.done and not self.finished:
+            self.fail("truncated", f"the answer ended after {self.num_chunks} chunks without an end")
+        if self.error is not None:
+            return
+        tokens = self.output_tokens
+        if tokens is None:
+            tokens = self.output_tokens = self.num_chunks  # the best there is; reported as such
+        elif self.closing_s is not None and self.num_chunks < tokens and len(self.finished) == 1:
+            self._on_token(next(iter(self.finished)), self.closing_s, 0)  # an end-of-text token that has no text
+        if self.num_chunks > tokens:
+            self.fail("duplicated", f"{self.num_chunks} chunks with tokens, and usage says {tokens} tokens")
+        if self.first_s is None:
+            self.fail("empty", "the answer has no token")
+        elif self.exact_tokens is not None and tokens != self.exact_tokens:
+            self.fail("wrong_length", f"{tokens} output tokens, {self.exact_tokens} asked for")
+
+    # ---- times of a whole answer, in seconds
+
+    @property
+    def ttft_s(self) -> float:
+        """From sending to the first token."""
+        assert self.first_s is not None
+        return self.first_s - self.sent_s
+
+    @property
+    def ttft_from_arrival_s(self) -> float:
+        """From the moment the request should have been sent."""
+        assert self.first_s is not None
+        return self.first_s - self.arrival_s
+
+    @property
+    def e2e_s(self) -> float:
+        """From the moment the request should have been sent to the last token."""
+        return max(self.last_s, self.first_s or 0.0) - self.arrival_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first; None of one token."""
+        assert self.first_s is not None and self.output_tokens is not None
+        return (self.last_s - self.first_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None

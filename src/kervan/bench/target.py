@@ -1,0 +1,269 @@
+"""What is found out about a server before it is loaded: its model, and prompts whose length it agrees with."""
+
+import json
+import random
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from kervan.bench.exchange import Exchange
+from kervan.bench.load import Api, Load, Target
+from kervan.bench.prompts import Alphabet, check_api, encode, read_prompts
+from kervan.errors import ConfigError
+
+DEFAULT_VOCAB = 1000  # every language model has as many tokens
+CONTROL_TIMEOUT_S = 15.0
+PROBE_TIMEOUT_S = 60.0
+NUM_WORDS = 256
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+
+
+class RequestError(Exception):
+    """A control request that gave no JSON; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a server said of itself. `model_root`: where it has the model from; `answered`: a first request worked."""
+
+    models: tuple[str, ...] = ()
+    model_root: str = ""
+    max_model_len: int | None = None
+    version: str = ""
+    answered: bool = False
+    complaint: str = ""
+
+
+def parse_url(text: str) -> str:
+    """A base URL without `/v1` and slash at the end.
+
+    Raises: ConfigError.
+    """
+    url = text if "//" in text else f"http://{text}"
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query or parts.fragment:
+        raise ConfigError(f"{text!r} is no server's URL; write one like http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _open(target: Target, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+    headers = dict(target.headers) | ({"Content-Type": "application/json"} if body is not None else {})
+    request = urllib.request.Request(target.url + path, data=body, headers=headers)
+    context = None
+    if target.url.startswith("https") and not target.verify_tls:
+        context = ssl._create_unverified_context()
+    return urllib.request.urlopen(request, timeout=timeout_s, context=context)
+
+
+def get_text(target: Target, path: str) -> str:
+    """The body of a GET.
+
+    Raises: RequestError.
+    """
+    try:
+        with _open(target, path) as response:
+            return str(response.read(64 * 2**20).decode(errors="replace"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"GET {path}: {error}") from error
+
+
+def call(target: Target, path: str, body: Any) -> Any:
+    """The JSON answer to a POST.
+
+    Raises: RequestError.
+    """
+    try:
+        with _open(target, path, encode(body)) as response:
+            return json.loads(response.read())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"POST {path}: {error}") from error
+
+
+def stream_once(target: Target, body: dict[str, Any], timeout_s: float = PROBE_TIMEOUT_S) -> Exchange:
+    """One streamed request, simply; never raises for what the server does."""
+    exchange = Exchange(0, time.time(), None)
+    full = {"model": target.model, "stream": True, "stream_options": {"include_usage": True}, **body}
+    fault: str | None = None
+    try:
+        with _open(target, PATHS[target.api], encode(full | target.sampling), timeout_s) as response:
+            exchange.on_status(response.status, {k.lower(): v for k, v in response.headers.items()})
+            while piece := response.read1(65536):
+                exchange.on_body(piece, time.time())
+    except urllib.error.HTTPError as error:
+        exchange.on_status(error.code, {})
+        exchange.on_body(error.read(2000), time.time())
+    except (OSError, ValueError) as error:
+        fault = str(error)
+    exchange.on_end(time.time(), fault)
+    return exchange
+
+
+def first_look(
+    url: str,
+    *,
+    model: str | None,
+    api: Api,
+    headers: Iterable[tuple[str, str]],
+    sampling: dict[str, Any],
+    verify_tls: bool,
+) -> tuple[Target, Probe]:
+    """The target with its model's name, and what the server says of itself; a silent server gives an empty probe.
+
+    Raises: ConfigError when the server has several models, none of them asked for.
+    """
+    target = Target(
+        url=parse_url(url), model=model or "", api=api, headers=tuple(headers), sampling=sampling, verify_tls=verify_tls
+    )
+    try:
+        found = json.loads(get_text(target, "/v1/models"))["data"]
+        models = tuple(str(entry["id"]) for entry in found)
+    except (RequestError, ValueError, KeyError, TypeError) as error:
+        return target, Probe(complaint=str(error))
+    if model is None and len(models) != 1:
+        roots = [m for m, entry in zip(models, found, strict=True) if not entry.get("parent")]
+        if len(roots) != 1:
+            raise ConfigError(f"{target.url} serves {len(models)} models: {', '.join(models[:8])}; choose with --model")
+        model = roots[0]
+    chosen = model or models[0]
+    entry: dict[str, Any] = next((e for e in found if e["id"] == chosen), {})
+    try:
+        version = str(json.loads(get_text(target, "/version"))["version"])
+    except (RequestError, ValueError, KeyError, TypeError):
+        version = ""
+    probe = Probe(models, str(entry.get("root") or ""), entry.get("max_model_len"), version)
+    return replace(target, model=chosen), probe
+
+
+def find_alphabet(target: Target, load: Load, probe: Probe, tokenizer: str | None) -> tuple[Alphabet, Probe]:
+    """What prompts for this server are made of, checked with one to three small requests.
+
+    A server that does not answer gets token ids, so that a run can count how it fails.
+
+    Raises: ConfigError when exact lengths are impossible: texts are needed and no tokenizer is known.
+    """
+    if load.prompts:
+        rows = read_prompts(Path(load.prompts))
+        check_api(rows, target.api)
+        return Alphabet(vocab_size=DEFAULT_VOCAB), replace(probe, answered=True)
+    if target.api == "completions" and tokenizer is None:
+        vocab = _vocab_size(probe.model_root) or DEFAULT_VOCAB
+        first = min(10, vocab - 1)
+        exchange = stream_once(target, {"prompt": [first] * 16, "max_tokens": 1})
+        if exchange.error is None:
+            counted = exchange.prompt_tokens
+            complaint = "" if counted in (None, 16) else f"for 16 token ids the server counted {counted} prompt tokens"
+            return Alphabet(vocab_size=vocab), replace(probe, answered=True, complaint=complaint)
+        if exchange.error not in ("http_400", "http_422"):
+            return Alphabet(vocab_size=vocab), replace(probe, complaint=f"{exchange.error}: {exchange.message}")
+    words = _local_words(tokenizer) if tokenizer else _served_words(target, probe)
+    if not words:
+        if probe.complaint and target.api == "chat":  # nothing answers: any text will do to count the failures
+            return Alphabet(words=(" a",)), probe
+        raise ConfigError(
+            f"{target.url} takes no token ids here and has no /tokenize; give --tokenizer DIR, so that prompts have "
+            "exact lengths"
+        )
+    counts = []
+    for number in (48, 96):
+        text = "".join(random.Random(number).choices(words, k=number))
+        content: dict[str, Any] = {"prompt": text}
+        if target.api == "chat":
+            content = {"messages": [{"role": "user", "content": text}]}
+        exchange = stream_once(target, {**content, "max_tokens": 1})
+        if exchange.error is not None:
+            return Alphabet(words=words), replace(probe, complaint=f"{exchange.error}: {exchange.message}")
+        if exchange.prompt_tokens is None:
+            return Alphabet(words=words), replace(probe, answered=True, complaint="no usage: prompt lengths unchecked")
+        counts.append(exchange.prompt_tokens - number)
+    if counts[0] != counts[1]:
+        raise ConfigError(
+            f"{tokenizer or target.url}: 48 words made {48 + counts[0]} tokens and 96 made {96 + counts[1]}, so this "
+            "is not the server's tokenizer; give --tokenizer the model's directory"
+        )
+    return Alphabet(words=words, extra_tokens=counts[0]), replace(probe, answered=True)
+
+
+def _vocab_size(model_root: str) -> int | None:
+    """From the model's config, when the server runs on this machine from a local directory."""
+    try:
+        config = json.loads((Path(model_root) / "config.json").read_text())
+        return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _local_words(tokenizer: str) -> tuple[str, ...]:
+    """Single-token words of a tokenizer: a directory with tokenizer.json, that file, or a Hugging Face id."""
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise ConfigError("--tokenizer needs the package tokenizers: pip install 'kervan[bench]'") from error
+    path = Path(tokenizer)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        loaded = Tokenizer.from_file(str(file)) if file.is_file() else Tokenizer.from_pretrained(tokenizer)
+    except Exception as error:  # the Rust side raises plain Exception
+        raise ConfigError(
+            f"tokenizer {tokenizer!r}: {str(error).splitlines()[0][:200]}; give a directory with tokenizer.json"
+        ) from error
+    ids = random.Random(0).sample(range(loaded.get_vocab_size()), loaded.get_vocab_size())
+
+    def encode_text(text: str) -> list[int]:
+        return list(loaded.encode(text, add_special_tokens=False).ids)
+
+    return _words((_as_text(loaded.id_to_token(i)) for i in ids), encode_text)
+
+
+def _as_text(token: str | None) -> str:
+    """Byte-level and SentencePiece tokens mark the space before a word with a letter of their own."""
+    return (token or "").replace("\u0120", " ").replace("\u2581", " ")
+
+
+def _words(candidates: Iterable[str], encode_text: Any) -> tuple[str, ...]:
+    """The first words that stay one token each when joined."""
+    found = []
+    for word in candidates:
+        if len(word) > 2 and word[0] == " " and word[1:].isascii() and word[1:].isalpha() and word[1:].islower():
+            found.append(word)
+        if len(found) == 4 * NUM_WORDS:
+            break
+    kept = [word for word in found if len(encode_text(word * 3)) == 3][:NUM_WORDS]
+    while kept and len(encode_text("".join(kept))) != len(kept):
+        kept = kept[: len(kept) // 2]  # rare merges over a word's end
+    return tuple(kept)
+
+
+def _served_words(target: Target, probe: Probe) -> tuple[str, ...]:
+    """The same by the server's own /tokenize and /detokenize (vLLM has them), or its model's local files."""
+    if probe.model_root and (Path(probe.model_root) / "tokenizer.json").is_file():
+        words = _local_words(probe.model_root)
+        if words:
+            return words
+
+    def encode_text(text: str) -> Sequence[int]:
+        body = {"model": target.model, "prompt": text, "add_special_tokens": False}
+        tokens: Sequence[int] = call(target, "/tokenize", body)["tokens"]
+        return tokens
+
+    try:
+        texts: list[str] = []
+        for number in range(DEFAULT_VOCAB):
+            if len(texts) >= NUM_WORDS // 2:
+                break
+            token = call(target, "/detokenize", {"model": target.model, "tokens": [300 + number]})["prompt"]
+            word = token if token.startswith(" ") else f" {token}"
+            if word[1:].isascii() and word[1:].isalpha() and word[1:].islower() and len(word) > 2:
+                texts.append(word)
+        return _words(texts, encode_text)
+    except (RequestError, KeyError, TypeError):
+        return ()

@@ -1,0 +1,223 @@
+"""How `kervan bench` looks: a live line while it runs, tables when it is done."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live as RichLive
+from rich.table import Table
+from rich.text import Text
+
+from kervan.bench.compare import LOWER_IS_BETTER, Ratio
+from kervan.bench.drive import OnProgress
+from kervan.bench.load import Load
+from kervan.bench.result import Result
+from kervan.bench.run import FoundRate, Live
+from kervan.bench.sketch import Sketch
+from kervan.bench.worker import Progress
+from kervan.units import format_duration
+
+SHOWN = ("p50", "p90", "p99", "p999")
+NAMES = {
+    "ttft_s": "TTFT from sending",
+    "ttft_from_arrival_s": "TTFT from arrival",
+    "answer_s": "answer begins after",
+    "gap_s": "gap between chunks",
+    "token_gap_s": "gap per token",
+    "tpot_s": "TPOT",
+    "e2e_s": "end to end",
+    "late_s": "sent late by",
+}
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+@contextmanager
+def live(load: Load, *, is_shown: bool) -> Iterator[OnProgress | None]:
+    """A function for `on_progress`, and the view it feeds; None where there is no terminal to show it on."""
+    if not is_shown:
+        yield None
+        return
+    state = Live()
+    recent = [Sketch(), Sketch()]
+    with RichLive(console=Console(stderr=True), refresh_per_second=4, transient=True) as shown:
+
+        def update(elapsed_s: float, reports: list[Progress]) -> None:
+            state.update(elapsed_s, reports)
+            for report in reports:
+                recent[0].merge(report.ttft)
+                recent[1].merge(report.gap)
+                report.ttft, report.gap = Sketch(), Sketch()
+            shown.update(_live_view(load, state, recent))
+
+        yield update
+
+
+def _live_view(load: Load, state: Live, recent: list[Sketch]) -> Table:
+    view = Table.grid(padding=(0, 2))
+    end = f"/{load.num_requests}" if load.num_requests else ""
+    time = f"{state.elapsed_s:.0f}" + (f"/{load.duration_s:.0f}" if load.duration_s else "") + " s"
+    errors = Text(f"{state.errors} errors", style="red" if state.errors else "dim")
+    view.add_row(
+        time, f"{state.ok}{end} done", f"{state.in_flight} in flight", f"{state.tokens_per_s:,.0f} tok/s", errors
+    )
+    top = max(state.history, default=0.0)
+    if top:
+        view.add_row(Text("".join(BARS[round(rate / top * 8)] for rate in state.history[-60:]), style="cyan"))
+    words = []
+    for name, sketch in zip(("TTFT", "gap"), recent, strict=True):
+        p50, p99 = sketch.quantiles((0.5, 0.99))
+        if p50 is not None and p99 is not None:
+            words.append(f"{name} p50 {format_duration(p50)}, p99 {format_duration(p99)}")
+    view.add_row(*words)
+    return view
+
+
+def print_result(result: Result) -> None:
+    """The final tables."""
+    found = result.to_dict()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    requests = found["requests"]
+    load = result.load
+    how = f"{load.streams} streams" if load.streams is not None else f"{load.process} arrivals"
+    if load.trace:
+        how = f"trace {load.trace}"
+    console.print(
+        f"[bold]{result.target.model or result.target.url}[/bold]  {result.target.url}  {how}", soft_wrap=True
+    )
+    ok, errors = requests["ok"], requests["errors"]
+    line = f"{ok} requests whole, {errors} failed, {found['duration_s']:.1f} s"
+    if requests["unfinished"]:
+        line += f", {requests['unfinished']} cut off by Ctrl-C"
+    console.print(line)
+    console.print(
+        f"{found['out_tok_s']:,.1f} output tok/s   {found['req_s']:.2f} requests/s   "
+        f"{found['streams_achieved']:.1f} streams on average"
+        + (f"   goodput {found['goodput_req_s']:.2f} requests/s ({found['slo']})" if found["slo"] else "")
+    )
+    console.print()
+    if ok:
+        console.print(_table(found))
+        _print_facts(console, result, found)
+    for kind, count in requests["by_error"].items():
+        said = next(iter(requests["messages"].get(kind, ())), "")
+        console.print(f"[red]{count} x {kind}[/red]  {said[:300]}", soft_wrap=True)
+    for effect in result.effects():
+        _print_effect(console, effect)
+    if result.outcome.was_interrupted:
+        console.print("[yellow]ended by Ctrl-C: what is above is what was measured until then[/yellow]")
+    for doubt in found["doubts"]:
+        console.print(f"[red]not valid:[/red] {doubt}", soft_wrap=True)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table("", box=None, pad_edge=False, header_style="dim")
+    for column in (*SHOWN, "max"):
+        table.add_column(column.replace("p999", "p99.9"), justify="right")
+    table.add_column("95% interval of p50, p99", justify="right", style="dim")
+    for metric, name in NAMES.items():
+        values = found[metric]
+        if not values["count"] or (metric == "answer_s" and values["p50"] == found["ttft_s"]["p50"]):
+            continue
+        if metric in ("late_s", "ttft_from_arrival_s") and found["late_s"]["p999"] < 0.0005:
+            continue  # a closed loop is never late
+        if metric == "token_gap_s" and values["p50"] == found["gap_s"]["p50"]:
+            continue
+        cells = [format_duration(values[q]) for q in (*SHOWN, "max")]
+        intervals = []
+        for q in ("p50", "p99"):
+            interval = values["ci95"][q]
+            intervals.append("-" if interval is None else " - ".join(format_duration(v) for v in interval))
+        table.add_row(name, *cells, ",  ".join(intervals))
+    return table
+
+
+def _print_facts(console: Console, result: Result, found: dict[str, Any]) -> None:
+    stalls, client, floor = found["stalls"], found["client"], found["client_floor"]
+    console.print()
+    console.print(
+        f"stalls: {stalls['count']} gaps of {format_duration(stalls['threshold_s'])} or more in {stalls['streams']} "
+        f"streams; longest gap {format_duration(stalls['longest_gap_s'])}"
+    )
+    words = f"client: {client['processes']} process{'es' if client['processes'] > 1 else ''}"
+    if client["cpu_us_per_token"] is not None:
+        words += (
+            f", {client['cpu_us_per_token']:.0f} us of CPU per token, {100 * client['busiest_share']:.0f}% of a core"
+        )
+    words += f", time stamps by the {client['clock']}"
+    if floor is not None:
+        words += f"; its floor: TTFT {format_duration(floor['ttft_s'])}, gap {format_duration(floor['gap_s'])}"
+    console.print(words, soft_wrap=True)
+    reconciliation = result.reconciliation
+    colour = {"agrees": "green", "disagrees": "red", "unavailable": "dim"}[reconciliation.status]
+    console.print(
+        f"server's metrics: [{colour}]{reconciliation.status}[/{colour}] {reconciliation.reason}", soft_wrap=True
+    )
+    for row in reconciliation.comparisons:
+        if not row.agrees:
+            console.print(f"  [red]{row.what}: client {row.client:g}, server {row.server:g}[/red]")
+    if found["requests"]["wrong_input_tokens"]:
+        console.print(
+            f"[yellow]{found['requests']['wrong_input_tokens']} prompts have another length for the server[/]"
+        )
+    if found["requests"]["without_usage"]:
+        console.print("[yellow]no usage in the answers: a chunk was counted as a token[/]")
+
+
+def _print_effect(console: Console, effect: Any) -> None:
+    after = "not recovered" if effect.recovered_after_s is None else f"recovered after {effect.recovered_after_s:.1f} s"
+    console.print(
+        f"at {effect.at_s:.1f} s: {effect.command}  (exit {effect.exit_code})\n"
+        f"  {effect.tokens_per_s_before:,.0f} tok/s before, lowest {effect.tokens_per_s_lowest:,.0f} "
+        f"({100 * effect.dip:.0f}% down), {after}, longest gap {format_duration(effect.longest_gap_s)}, "
+        f"{effect.errors} errors",
+        soft_wrap=True,
+    )
+
+
+def print_rate(answer: FoundRate) -> None:
+    """The trials of a search, and its answer."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    table = Table("requests/s", box=None, pad_edge=False, header_style="dim")
+    for column in ("SLO", "good", "of", "95% interval", "TTFT p99 from arrival", "TPOT p99", "tok/s"):
+        table.add_column(column, justify="right")
+    for trial, result in zip(answer.trials, answer.results, strict=True):
+        low, high = trial.interval
+        times = (result.quantile("ttft_from_arrival_s", 0.99), result.quantile("tpot_s", 0.99))
+        table.add_row(
+            f"{trial.rate:.3g}",
+            "[green]kept[/]" if trial.keeps else "[red]broken[/]",
+            str(trial.good),
+            str(trial.ended),
+            f"{100 * low:.0f}% - {100 * high:.0f}%",
+            *("-" if t is None else format_duration(t) for t in times),
+            f"{result.out_tok_s:,.0f}",
+        )
+    console.print(table)
+    console.print()
+    share = f"{100 * answer.attain:g}% of requests within {answer.slo}"
+    if not answer.keeps_up_to:
+        console.print(f"[red]no rate that was tried keeps {share}[/]")
+    elif answer.breaks_from is None:
+        console.print(f"{answer.keeps_up_to:.3g} requests/s keep {share}; nothing that was tried breaks it")
+    else:
+        console.print(f"[bold]{answer.keeps_up_to:.3g} requests/s[/bold] keep {share}; {answer.breaks_from:.3g} do not")
+    for doubt in {doubt for result in answer.results for doubt in result.doubts()}:
+        console.print(f"[red]not valid:[/red] {doubt}", soft_wrap=True)
+
+
+def print_ratios(name: str, found: list[Ratio], num_pairs: int, failed: int) -> None:
+    """A against B."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(
+        f"[bold]{name}[/bold], {num_pairs} pairs" + (f", {failed} with failed requests left out" if failed else "")
+    )
+    table = Table("", "A", "B", "A / B", "95% interval", box=None, pad_edge=False, header_style="dim")
+    for ratio in found:
+        low, high = ratio.interval
+        is_time = ratio.name in LOWER_IS_BETTER
+        values = (ratio.a_median, ratio.b_median)
+        words = [format_duration(v) if is_time else f"{v:,.1f}" for v in values]
+        table.add_row(ratio.name, *words, f"{ratio.median:.3f}", f"{low:.3f} - {high:.3f}")
+    console.print(table)

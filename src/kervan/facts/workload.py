@@ -1,0 +1,220 @@
+"""What clients ask for: lengths, arrivals seen in real traces, and the service level they expect."""
+
+import csv
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from kervan.errors import ConfigError
+from kervan.units import parse_duration_s
+
+BLOCK_TOKENS = 512  # of one prefix hash in Mooncake's traces
+MAX_TOKENS = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slo:
+    """Bounds, in seconds, that a request must keep to count as good; None is no bound.
+
+    `ttft_s` counts from the intended arrival, so that a late client or a full server cannot hide behind the queue.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def is_met(self, *, ttft_s: float, tpot_s: float, e2e_s: float) -> bool:
+        """Whether all bounds are kept; a bound itself is kept."""
+        found = ((ttft_s, self.ttft_s), (tpot_s, self.tpot_s), (e2e_s, self.e2e_s))
+        return all(bound is None or value <= bound for value, bound in found)
+
+    def __str__(self) -> str:
+        bounds = ((name, getattr(self, f"{name}_s")) for name in ("ttft", "tpot", "e2e"))
+        return ",".join(f"{name}={bound:g}s" for name, bound in bounds if bound is not None)
+
+
+def parse_slo(text: str) -> Slo:
+    """`"ttft=1s,tpot=50ms,e2e=20s"`, any of the three.
+
+    Raises: ConfigError.
+    """
+    bounds: dict[str, float] = {}
+    for item in text.split(","):
+        key, separator, value = item.partition("=")
+        key = key.strip()
+        if not separator or key not in ("ttft", "tpot", "e2e"):
+            raise ConfigError(f"SLO {item!r} is none of ttft=, tpot=, e2e=; write for example ttft=1s,tpot=50ms")
+        if f"{key}_s" in bounds:
+            raise ConfigError(f"SLO {text!r} gives {key} twice")
+        bounds[f"{key}_s"] = parse_duration_s(value, f"SLO {key}")
+        if bounds[f"{key}_s"] <= 0:
+            raise ConfigError(f"SLO {key}={value.strip()} can never be met; give a duration above 0")
+    return Slo(**bounds)
+
+
+# ---- lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A distribution of token counts, each within [`minimum`, `maximum`]; `text` is how the user wrote it."""
+
+    text: str
+    mean: float
+    minimum: int
+    maximum: int
+    _draw: Callable[[random.Random], float] = dataclasses.field(compare=False, repr=False)
+
+    def sample(self, rng: random.Random) -> int:
+        """One length."""
+        return min(self.maximum, max(self.minimum, round(self._draw(rng))))
+
+
+LENGTHS_HELP = "64, 32..512, lognormal:median=200,sigma=1,max=4096, normal:mean=200,std=50 or 128@0.7,1024@0.3"
+
+
+def parse_lengths(text: str, subject: str = "length") -> Lengths:
+    """Token counts from one of four forms:
+
+    `64` always; `32..512` uniform, ends included; `lognormal:median=200,sigma=1` or `normal:mean=200,std=50`, with
+    optional `min=` and `max=`; `128@0.7,1024@0.3` with weights. `mean` of a clipped normal or lognormal is estimated
+    from 20,000 seeded draws.
+
+    Raises: ConfigError, which names `subject`.
+    """
+    text = text.strip()
+    try:
+        return _lengths(text)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f" ({error})" if isinstance(error, _LengthsError) else ""
+        raise ConfigError(f"{subject} {text!r} is no number of tokens{reason}; write {LENGTHS_HELP}") from error
+
+
+class _LengthsError(ValueError):
+    pass
+
+
+def _lengths(text: str) -> Lengths:
+    if ".." in text:
+        low, high = (int(part) for part in text.split(".."))
+        if low > high:
+            raise _LengthsError(f"{low} is above {high}")
+        return _checked(Lengths(text, (low + high) / 2, low, high, lambda rng: rng.randint(low, high)))
+    if "@" in text:
+        pairs = [part.split("@") for part in text.split(",")]
+        lengths, weights = [int(length) for length, _ in pairs], [float(weight) for _, weight in pairs]
+        if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise _LengthsError("weights must be 0 or more, not all 0")
+        mean = sum(n * w for n, w in zip(lengths, weights, strict=True)) / sum(weights)
+        return _checked(Lengths(text, mean, min(lengths), max(lengths), lambda rng: rng.choices(lengths, weights)[0]))
+    kind, separator, rest = text.partition(":")
+    if not separator:
+        return _checked(Lengths(text, int(text), int(text), int(text), lambda _: int(text)))
+    numbers = {key.strip(): float(value) for key, _, value in (part.partition("=") for part in rest.split(","))}
+    low, high = int(numbers.pop("min", 1)), int(numbers.pop("max", MAX_TOKENS))
+    draw: Callable[[random.Random], float]
+    if kind == "lognormal":
+        mu, sigma = math.log(numbers.pop("median")), numbers.pop("sigma")
+        draw = lambda rng: rng.lognormvariate(mu, sigma)  # noqa: E731
+    elif kind == "normal":
+        center, std = numbers.pop("mean"), numbers.pop("std")
+        draw = lambda rng: rng.gauss(center, std)  # noqa: E731
+    else:
+        raise _LengthsError(f"{kind!r} is neither normal nor lognormal")
+    if numbers:
+        raise _LengthsError(f"{kind} has no {', '.join(numbers)}")
+    rough = _checked(Lengths(text, 0.0, low, high, draw))
+    rng = random.Random(0)
+    return dataclasses.replace(rough, mean=sum(rough.sample(rng) for _ in range(20_000)) / 20_000)
+
+
+def _checked(lengths: Lengths) -> Lengths:
+    if not 1 <= lengths.minimum <= lengths.maximum <= MAX_TOKENS:
+        raise _LengthsError(f"lengths must be in 1..{MAX_TOKENS}")
+    return lengths
+
+
+# ---- traces
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """One request of a trace. `at_s` counts from the first row.
+
+    `hash_ids`: one number per block of 512 prompt tokens, the last one shorter; equal numbers are equal blocks.
+    """
+
+    at_s: float
+    input_tokens: int
+    output_tokens: int
+    hash_ids: tuple[int, ...] = ()
+
+
+def read_trace(path: Path) -> Iterator[TraceRow]:
+    """The rows of an Azure LLM inference trace (CSV) or a Mooncake trace (JSONL), in order of time.
+
+    Raises: ConfigError, with the line, for a missing file, an unknown format or a broken row.
+    Source: https://github.com/Azure/AzurePublicDataset, https://github.com/kvcache-ai/Mooncake.
+    """
+    try:
+        with path.open(newline="") as file:
+            head = file.readline()
+            file.seek(0)
+            if head.lstrip("\ufeff").startswith("TIMESTAMP,"):
+                yield from _ordered(path, _azure(path, file))
+            elif head.startswith("{"):
+                yield from _ordered(path, _mooncake(path, file))
+            else:
+                raise ConfigError(
+                    f"trace {path} begins with {head[:40]!r}; known are Azure's CSV (TIMESTAMP,ContextTokens,"
+                    f"GeneratedTokens) and Mooncake's JSONL (timestamp, input_length, output_length, hash_ids)"
+                )
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"trace {path} cannot be read: {error}") from error
+
+
+def _ordered(path: Path, rows: Iterator[TraceRow]) -> Iterator[TraceRow]:
+    before, first = -math.inf, None
+    number = 0
+    for number, row in enumerate(rows, 1):
+        first = row.at_s if first is None else first
+        if row.at_s < before:
+            raise ConfigError(f"trace {path}, row {number}: {before - row.at_s:.3f} s before the row above; sort it")
+        if row.input_tokens < 1 or row.output_tokens < 0:
+            tokens = f"{row.input_tokens} input, {row.output_tokens} output tokens"
+            raise ConfigError(f"trace {path}, row {number}: {tokens}; at least 1 and 0")
+        before = row.at_s
+        yield dataclasses.replace(row, at_s=row.at_s - first)
+    if not number:
+        raise ConfigError(f"trace {path} has no rows")
+
+
+def _azure(path: Path, lines: Iterator[str]) -> Iterator[TraceRow]:
+    for number, row in enumerate(csv.DictReader(lines), 2):
+        try:
+            # Seven decimals; Python's datetime takes six.
+            whole, _, fraction = row["TIMESTAMP"].partition(".")
+            at_s = datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{fraction or 0}")
+            yield TraceRow(at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise ConfigError(f"trace {path}, line {number}: {error!r}") from error
+
+
+def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[TraceRow]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            hashes = tuple(int(h) for h in row.get("hash_ids", ()))
+            tokens = int(row["input_length"])
+            if hashes and len(hashes) != math.ceil(tokens / BLOCK_TOKENS):
+                raise ValueError(f"{len(hashes)} hash_ids for {tokens} tokens in blocks of {BLOCK_TOKENS}")
+            yield TraceRow(float(row["timestamp"]) / 1000, tokens, int(row["output_length"]), hashes)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"trace {path}, line {number}: {error!r}") from error

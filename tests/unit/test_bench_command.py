@@ -1,0 +1,155 @@
+"""`kervan bench` from the command line against a server of this process, and what it writes."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kervan.bench import compare, records
+from kervan.bench.pacer import Pacer, Schedule
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A server with known times that also answers GET, badly: it has no models and no metrics."""
+    started: list[Any] = []
+    ready = threading.Event()
+
+    def serve() -> None:
+        async def main() -> None:
+            pacer = Pacer(Schedule(ttft_s=0.02, tick_s=0.005, tokens=6))
+            ended = asyncio.Event()
+            started.extend([pacer.port, asyncio.get_running_loop(), ended])
+            ready.set()
+            ticking = asyncio.create_task(pacer.tick_forever())
+            await ended.wait()
+            ticking.cancel()
+            pacer.close()
+
+        asyncio.run(main())
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    ready.wait()
+    yield f"http://127.0.0.1:{started[0]}"
+    started[1].call_soon_threadsafe(started[2].set)
+    thread.join(5)
+
+
+def bench(*words: str, timeout_s: float = 90) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "kervan", "bench", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def test_json_record_and_report(server: str, tmp_path: Path) -> None:
+    done = bench(
+        *(server, "--streams", "3", "--num-requests", "9", "--osl", "6", "--model", "m", "--slo", "ttft=5s", "--json"),
+        *("--at", "0.02s echo struck", "--record", str(tmp_path / "r"), "--html", str(tmp_path / "r.html")),
+        *("--api-key", "secret-key"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["requests"] | {"messages": 0} == {
+        "ok": 9, "errors": 0, "truncated": 0, "duplicated": 0, "unfinished": 0, "by_error": {}, "messages": 0,
+        "reconnected": 0, "wrong_input_tokens": 9, "without_usage": 0,
+    }  # fmt: skip
+    assert (found["output_tokens"], found["gap_s"]["count"]) == (54, 45)
+    for name in ("ttft_s", "ttft_from_arrival_s", "gap_s", "tpot_s", "e2e_s"):
+        assert found[name]["p50"] <= found[name]["p90"] <= found[name]["p99"] <= found[name]["p999"]
+    assert found["goodput_req_s"] == pytest.approx(found["req_s"])
+    assert found["client_floor"]["cpu_us_per_token"] > 0
+    assert found["client_floor"]["ttft_s"] >= 0
+    assert found["reconciliation"]["status"] == "unavailable"
+    assert found["faults"][0]["output"] == "struck"
+    assert 0 < found["streams_achieved"] <= 3
+
+    (path,) = (tmp_path / "r").glob("bench-*.json")
+    record = json.loads(path.read_text())
+    assert record["result"] == found
+    assert record["load"]["streams"] == 3
+    assert sum(record["timeline"]["tokens"]) == pytest.approx(54)
+    assert "secret-key" not in path.read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert "secret-key" not in page
+    assert "http" not in page.split("<main>")[0].split("<script>")[0]  # nothing to load from elsewhere
+    assert "echo struck" in page
+    assert "Plotly.newPlot" in page
+
+
+def test_sweep_and_tables(server: str, tmp_path: Path) -> None:
+    done = bench(
+        *(server, "--streams", "1,2", "--num-requests", "4", "--osl", "6", "--model", "m", "--no-calibration"),
+        *("--html", str(tmp_path / "r.html")),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 requests whole, 0 failed") == 2
+    assert "Throughput against latency" in (tmp_path / "r.html").read_text()
+
+
+def test_nothing_succeeds() -> None:
+    done = bench("http://127.0.0.1:9", "--num-requests", "3", "--model", "m", "--no-calibration", "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["valid"] is False
+    assert found["requests"]["by_error"] == {"refused": 3}
+
+
+def test_against_itself(server: str) -> None:
+    done = bench(
+        *(server, "--against", server, "--pairs", "2", "--streams", "2", "--num-requests", "4", "--osl", "6"),
+        *("--no-calibration", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["comparisons"]
+    assert (row["pairs"], row["pairs_with_errors"]) == (2, 0)
+    ratio = row["ratios"]["out_tok_s"]
+    assert ratio["ci95"][0] <= ratio["ratio"] <= ratio["ci95"][1]
+    assert len(ratio["pairs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["nowhere:x"], "no server's URL"),
+        (["http://127.0.0.1:9", "--rate", "0"], "rate 0 is not above 0"),
+        (["http://127.0.0.1:9", "--streams", "many"], "1,16,64"),
+        (["http://127.0.0.1:9", "--streams", "2", "--rate", "2"], "kinds of arrivals"),
+        (["http://127.0.0.1:9", "--at", "soon"], "--at"),
+        (["http://127.0.0.1:9", "--find-rate"], "needs an --slo"),
+        (["http://127.0.0.1:9", "--trace", "/nothing.csv"], "/nothing.csv"),
+        (["http://127.0.0.1:9", "--header", "nonsense"], "Name: value"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_wrong_words(words: list[str], reason: str) -> None:
+    done = bench(*words, "--no-calibration")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert reason in last
+    assert "Traceback" not in done.stderr
+
+
+def test_secrets_stay_out_of_records() -> None:
+    words = ["bench", "--api-key", "k1", "--api-key=k2", "--header", "Authorization: Bearer k3", "--seed", "4"]
+    shown = " ".join(records.hide_secrets(words))
+    assert not any(key in shown for key in ("k1", "k2", "k3"))
+    assert shown.endswith("--seed 4")
+
+
+def test_pairs_alternate() -> None:
+    assert list(compare.order(3)) == [(0, ("a", "b")), (1, ("b", "a")), (2, ("a", "b"))]
+
+
+def test_a_surely_slower_server_is_told() -> None:
+    slow = compare.Ratio("out_tok_s", (0.90, 0.91, 0.89, 0.92), 9, 10, (-1, -1, -1, -1))
+    unsure = compare.Ratio("out_tok_s", (0.80, 1.02, 0.97, 1.1), 9, 10, (-1, -1, -1, -1))
+    assert compare.worst_shortfall([slow], 0.95) is slow
+    assert compare.worst_shortfall([slow], 0.85) is None
+    assert compare.worst_shortfall([unsure], 0.95) is None

@@ -1,0 +1,149 @@
+"""Counts of many exchanges, merged over processes; and what a fault did to the rate."""
+
+import random
+
+import pytest
+
+from kervan.bench import faults
+from kervan.bench.drive import Event
+from kervan.bench.exchange import Exchange
+from kervan.bench.reconcile import Counters, compare, read_counters
+from kervan.bench.tally import MAX_BUCKETS, NUM_BLOCKS, Tally, Timeline, block_of, merge_all
+from kervan.facts.workload import Slo
+
+HEADERS = {"content-type": "text/event-stream"}
+
+
+def exchange(
+    sent_s: float, gaps: list[float], *, ttft_s: float = 0.1, late_s: float = 0.0, prompt: int = 7, is_cut: bool = False
+) -> Exchange:
+    """One token, then one after each gap; `is_cut`: the connection breaks at the end."""
+    found = Exchange(0, sent_s - late_s, None if is_cut else len(gaps) + 1)
+    found.sent_s = sent_s
+    found.on_status(200, HEADERS)
+    at_s = sent_s + ttft_s
+    for number, gap_s in enumerate([0.0, *gaps]):
+        at_s += gap_s
+        reason = '"length"' if number == len(gaps) and not is_cut else "null"
+        found.on_body(b'data: {"choices": [{"text": "a", "finish_reason": %s}]}\n\n' % reason.encode(), at_s)
+    if not is_cut:
+        counts = b'{"prompt_tokens": %d, "completion_tokens": %d}' % (prompt, len(gaps) + 1)
+        found.on_body(b'data: {"choices": [], "usage": ' + counts + b"}\n\ndata: [DONE]\n\n", at_s)
+    found.on_end(at_s, "the connection closed" if is_cut else None)
+    return found
+
+
+def add(tally: Tally, found: Exchange, **more: object) -> None:
+    tally.add(found, **{"block": 0, "input_tokens": 7, "has_kernel_time": True, **more})  # type: ignore[arg-type]
+
+
+def test_counts() -> None:
+    tally = Tally(1000.0, Slo(ttft_s=0.25), stall_s=2.0)
+    add(tally, exchange(1000.0, [0.5, 2.5]))
+    add(tally, exchange(1001.0, [0.5], late_s=0.2))
+    add(tally, exchange(1001.0, [], prompt=9))
+    add(tally, exchange(1002.0, [1.0], is_cut=True))
+    assert (tally.ok, tally.good, tally.errors) == (3, 2, {"truncated": 1})
+    assert (tally.output_tokens, tally.input_tokens, tally.failed_output_tokens) == (6, 23, 2)
+    assert (tally.wrong_input_tokens, tally.stalls, tally.stalled_streams) == (1, 1, 1)
+    assert tally.longest_gap_s == pytest.approx(2.5)
+    assert tally.duration_s == pytest.approx(3.1)
+    assert tally.busy_s == pytest.approx(3.1 + 0.6 + 0.1 + 1.1)
+    assert tally.whole("ttft_s").count == 3
+    assert tally.whole("gap_s").count == 3
+    assert tally.whole("tpot_s").quantile(1) == pytest.approx(1.5)
+    assert tally.whole("ttft_from_arrival_s").quantile(1) == pytest.approx(0.3)
+    assert sum(cell.tokens for cell in tally.timeline.cells.values()) == 6
+    assert sum(cell.errors for cell in tally.timeline.cells.values()) == 1
+
+
+def test_merging_processes_is_as_one_process() -> None:
+    rng = random.Random(4)
+    one, parts = Tally(1000.0), [Tally(1000.0) for _ in range(3)]
+    for number in range(200):
+        found = exchange(
+            1000 + number * 0.7, [rng.random() for _ in range(rng.randrange(6))], is_cut=rng.random() < 0.2
+        )
+        for tally in (one, parts[number % 3]):
+            add(tally, found, block=number * NUM_BLOCKS // 200)
+    merged = merge_all(parts)
+    for name in ("ok", "errors", "output_tokens", "num_chunks", "longest_gap_s", "duration_s"):
+        assert getattr(merged, name) == getattr(one, name)
+    for metric in ("ttft_s", "gap_s", "e2e_s"):
+        assert merged.whole(metric).quantiles((0.1, 0.9)) == one.whole(metric).quantiles((0.1, 0.9))
+    assert merged.timeline.width_s == one.timeline.width_s
+    assert merged.timeline.cells.keys() == one.timeline.cells.keys()
+    assert sum(c.tokens for c in merged.timeline.cells.values()) == pytest.approx(one.output_tokens)
+
+
+def test_a_timeline_of_any_length_has_few_cells() -> None:
+    timeline = Timeline()
+    for second in range(36_000):
+        timeline.at(second).tokens += 1
+    assert len(timeline.cells) <= MAX_BUCKETS
+    assert sum(cell.tokens for cell in timeline.cells.values()) == 36_000
+    later = Timeline()
+    later.at(1.0).tokens += 5
+    later.merge(timeline)
+    assert later.width_s == timeline.width_s
+    assert sum(cell.tokens for cell in later.cells.values()) == 36_005
+
+
+def test_blocks_are_stretches() -> None:
+    assert [block_of(job, 64, 0, None) for job in (0, 1, 2, 63)] == [0, 0, 1, 31]
+    assert [block_of(0, None, at, 32.0) for at in (0, 1.5, 31.9)] == [0, 1, 31]
+
+
+def rates(*tokens_per_s: float) -> Timeline:
+    timeline = Timeline(width_s=0.5)
+    for number, rate in enumerate(tokens_per_s):
+        timeline.at(number / 2).tokens = rate / 2
+    return timeline
+
+
+def test_the_effect_of_a_fault() -> None:
+    timeline = rates(0, 50, *[100] * 8, 20, 20, 20, 60, 95, *[100] * 10)
+    timeline.cells[11].gap_max_s, timeline.cells[11].errors = 1.75, 2
+    (effect,) = faults.effects(timeline, [Event(5.0, "kill", 0)], 12.5)
+    assert effect.tokens_per_s_before == pytest.approx(100)
+    assert effect.tokens_per_s_lowest == pytest.approx(20)
+    assert effect.dip == pytest.approx(0.8)
+    assert effect.recovered_after_s == pytest.approx(1.5)
+    assert (effect.longest_gap_s, effect.errors) == (1.75, 2)
+
+
+def test_a_fault_without_effect_and_one_without_end() -> None:
+    quiet, lasting = faults.effects(rates(*[100] * 20, *[10] * 10), [Event(4.0, "a"), Event(10.0, "b")], 15.0)
+    assert (quiet.dip, quiet.recovered_after_s) == (pytest.approx(0), 0.0)
+    assert lasting.recovered_after_s is None
+
+
+PAGE = """# HELP vllm:generation_tokens_total x
+vllm:generation_tokens_total{engine="0",model_name="m"} 120.0
+vllm:generation_tokens_total{engine="1",model_name="m"} 30.0
+vllm:prompt_tokens_total{engine="0"} 7e1
+vllm:request_success_total{finished_reason="stop"} 3
+vllm:request_success_total{finished_reason="length"} 4
+vllm:time_to_first_token_seconds_sum{a="b"} 1.5
+vllm:time_to_first_token_seconds_count{a="b"} 7
+vllm:time_to_first_token_seconds_bucket{le="0.1"} 5
+"""
+
+
+def test_counters_of_a_page() -> None:
+    assert read_counters(PAGE) == Counters(7, 150, 70, 1.5, 7)
+    assert read_counters(PAGE.replace("vllm:", "ray_vllm_")) == Counters(7, 150, 70, 1.5, 7)
+    assert read_counters("up 1\n") is None
+    assert Counters(7, 150, 70, 1.5, 7).minus(Counters(1, 50, 10, 0.5, 1)) == Counters(6, 100, 60, 1.0, 6)
+
+
+def test_reconciliation() -> None:
+    tally = Tally(1000.0)
+    for number in range(10):
+        add(tally, exchange(1000.0 + number, [0.1, 0.1]))
+    assert compare(tally, Counters(10, 30, 70, 1.0, 10)).status == "agrees"
+    for wrong in (Counters(11, 30, 70, 1, 10), Counters(10, 31, 70, 1, 10), Counters(10, 30, 70, 0.5, 10)):
+        assert compare(tally, wrong).status == "disagrees"
+    add(tally, exchange(1020.0, [0.1], is_cut=True))
+    assert compare(tally, Counters(11, 33, 77, 1, 10)).status == "agrees"  # the server may have finished it
+    assert compare(tally, Counters(12, 33, 77, 1, 10)).status == "disagrees"
