@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -81,6 +82,8 @@ class Home:
             "text": True,
             "stdin": subprocess.DEVNULL,
             "stderr": subprocess.PIPE,
+            # A test run in the background of a script ignores SIGINT, and so would its children.
+            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         }
 
     def kervan(self, *args: str, timeout_s: float = START_S) -> "subprocess.CompletedProcess[str]":
