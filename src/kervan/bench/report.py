@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -116,7 +117,7 @@ def _verdict(runs: Sequence[Shown]) -> str:
             f"{format_duration(worst['gap_s'])} to a gap."
         )
     else:
-        checks.append("The client was not calibrated.")
+        checks.append("Nothing tells what the client itself added.")
     if all(status == "agrees" for status in compared):
         checks.append("The server's own counters agree with the client's.")
     elif "disagrees" in compared:
@@ -124,12 +125,13 @@ def _verdict(runs: Sequence[Shown]) -> str:
     else:
         checks.append("The server's own counters could not be read.")
     bad = bool(doubts) or "disagrees" in compared
-    head = "Not valid" if doubts else "Doubtful" if bad else "Valid"
+    head, kind = ("Valid", "verdict") if floors else ("Not calibrated", "verdict open")
+    if bad:
+        head, kind = "Not valid" if doubts else "Doubtful", "verdict bad"
     listed = "".join(
         f"<li>{html.escape(doubt if len(runs) == 1 else f'{name}: {doubt}')}</li>" for name, doubt in doubts
     )
     text = html.escape(" ".join(checks))
-    kind = "verdict bad" if bad else "verdict"
     reasons = f"<ul>{listed}</ul>" if listed else ""
     return f'<div class="{kind}"><b>{head}.</b> {text}{reasons}</div>'
 
@@ -169,15 +171,16 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: t
         style = ' style="text-align:left"' if number in text_columns else ""
         return f"<th{style}>{html.escape(text)}</th>"
 
-    titles = "".join(title(i, h) for i, h in enumerate(head))
-    return f'<div class="wide"><table><tr>{titles}</tr>{"".join(row(cells) for cells in rows)}</table></div>'
+    titles = f"<tr>{''.join(title(i, h) for i, h in enumerate(head))}</tr>" if any(head) else ""
+    return f'<div class="wide"><table>{titles}{"".join(row(cells) for cells in rows)}</table></div>'
 
 
 def _distributions(result: dict[str, Any]) -> str:
     rows = []
     for metric in METRICS:
         found = result[metric]
-        if not found["count"]:
+        twin = {"answer_s": "ttft_s", "token_gap_s": "gap_s", "ttft_from_arrival_s": "ttft_s"}.get(metric)
+        if not found["count"] or (twin and all(found[q] == result[twin][q] for q in ("p50", "p99", "max"))):
             continue
         interval = found["ci95"]["p99"]
         rows.append(
@@ -246,7 +249,7 @@ def _sweep_table(runs: Sequence[Shown]) -> str:
             ]
         )
     head = ["", "tok/s", "requests/s", "TTFT p50", "p99", "TPOT p50", "p99", "good requests/s", "failed"]
-    return "<p></p>" + _rows(head, rows)
+    return _rows(head, rows)
 
 
 def _definitions() -> str:
@@ -308,14 +311,17 @@ def _layout(**more: Any) -> dict[str, Any]:
 
 
 def _cdf(runs: Sequence[Shown]) -> dict[str, Any]:
-    data = []
+    data: list[dict[str, Any]] = []
+    starts = []
     for number, run in enumerate(runs):
-        for place, metric in enumerate(CURVES):
+        for place, metric in enumerate(CURVES if len(runs) == 1 else CURVES[:2]):
             points = run.sketches[metric].cdf()
             if not points:
                 continue
             step = max(1, len(points) // _CURVE_POINTS)
-            points = points[::step] + points[-1:]
+            points = [(points[0][0], 0.0), *points[::step], points[-1]]
+            if len(runs) == 1 or metric == "ttft_s":
+                starts.append(run.sketches[metric].quantile(0.02) or 0.0)
             colour = COLOURS[(place if len(runs) == 1 else number) % len(COLOURS)]
             name = LABELS[metric] if len(runs) == 1 else f"{LABELS[metric]}, {run.name}"
             data.append(
@@ -329,8 +335,11 @@ def _cdf(runs: Sequence[Shown]) -> dict[str, Any]:
                     "hovertemplate": "%{y:.1f}% up to %{x:.4g} ms<extra>" + name + "</extra>",
                 }
             )
+    longest_s = max((trace["x"][-1] for trace in data), default=1.0) / 1e3
+    shortest_s = max(min(starts, default=0.0), longest_s / 2000, 1e-6)  # gaps of nothing would squeeze all else
+    edges = [math.log10(1e3 * shortest_s / 1.5), math.log10(1e3 * longest_s * 1.2)]
     layout = _layout(
-        xaxis={"type": "log", "title": {"text": "milliseconds (logarithmic)"}},
+        xaxis={"type": "log", "title": {"text": "milliseconds (logarithmic)"}, "range": edges},
         yaxis={"title": {"text": "percent"}, "range": [0, 101]},
     )
     return {"data": data, "layout": layout}
@@ -442,7 +451,7 @@ def _sweep(runs: Sequence[Shown]) -> dict[str, Any]:
     for trace in data[1:]:
         trace["mode"] = "lines+markers"
     layout = _layout(
-        xaxis={"title": {"text": "output tokens/s"}, "rangemode": "tozero"},
-        yaxis={"title": {"text": "milliseconds (logarithmic)"}, "type": "log"},
+        xaxis={"title": {"text": "output tokens/s"}, "range": [-0.04 * max(x), 1.08 * max(x)]},
+        yaxis={"title": {"text": "milliseconds (logarithmic)"}, "type": "log", "dtick": "D2"},
     )
     return {"data": data, "layout": layout}
