@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kervan.bench import compare, records
@@ -134,6 +135,33 @@ def test_wrong_words(words: list[str], reason: str) -> None:
     assert last.startswith("error: ")
     assert reason in last
     assert "Traceback" not in done.stderr
+
+
+SERVER = """
+import asyncio, sys
+from kervan.bench.pacer import Pacer, Schedule
+import kervan.bench.pacer as pacer, socket
+
+async def main():
+    create = socket.create_server
+    socket.create_server = lambda address, **more: create(("127.0.0.1", int(sys.argv[1])), **more)
+    await Pacer(Schedule(0.02, 0.005, 6)).tick_forever()
+
+asyncio.run(main())
+"""
+
+
+def test_a_server_that_it_starts_itself_is_ended(tmp_path: Path) -> None:
+    path = tmp_path / "server.py"
+    path.write_text(SERVER)
+    command = f"{sys.executable} {path} {{port}}"
+    done = bench(command, "--num-requests", "3", "--osl", "6", "--model", "m", "--no-calibration", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["requests"]["ok"] == 3
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or ())]
+    broken = bench("echo no such model; exit 3 # {port}", "--num-requests", "3")
+    assert broken.returncode == 1
+    assert broken.stderr.splitlines()[-1].endswith("exited 3: no such model")
 
 
 def test_secrets_stay_out_of_records() -> None:

@@ -83,23 +83,39 @@ class Sectioned(click.Command):
 def bench(url: str, **given: Any) -> None:
     """Load the OpenAI-compatible server at URL and measure it.
 
-    Exit status 1 if no request succeeded; with --strict also if the numbers cannot be trusted.
+    URL may be a command that starts one, with {port} in it; it is ended afterwards. Exit status 1 if no request
+    succeeded; with --strict also if the numbers cannot be trusted.
     """
-    from kervan.bench import records, run
-    from kervan.cli import bench_view, render
+    from kervan.bench import servers
+    from kervan.cli import render
 
     loads, api = _loads(given)
-    slo = _slo(given["slo_text"])
-    actions = [_action(text) for text in given["actions"]]
+    read = {
+        "slo": _slo(given["slo_text"]),
+        "actions": [_action(text) for text in given["actions"]],
+        "headers": _headers(given),
+        "sampling": _sampling(given["sampling"]),
+    }
     say = render.progress_lines()
+    with servers.reach(url, say) as reached:
+        status = _measure(reached, loads, api, say, given | read)
+    sys.exit(status)
+
+
+def _measure(url: str, loads: list[Any], api: Any, say: Any, given: dict[str, Any]) -> int:
+    """Measure a server that runs; the exit status."""
+    from kervan.bench import records, run, servers
+    from kervan.cli import bench_view, render
+
+    slo, actions = given["slo"], given["actions"]
     say(f"looking at {url}")
     prepared = run.prepare(
         url,
         loads[0],
         model=given["model"],
         api=api,
-        headers=_headers(given),
-        sampling=_sampling(given["sampling"]),
+        headers=given["headers"],
+        sampling=given["sampling"],
         verify_tls=not given["insecure"],
         tokenizer=given["tokenizer"],
     )
@@ -107,9 +123,10 @@ def bench(url: str, **given: Any) -> None:
         say(prepared.probe.complaint)
     client = run.Client(processes=given["processes"], calibrates=not given["no_calibration"])
     if given["find_rate"]:
-        sys.exit(_find_rate(prepared, loads[0], slo, client, say, given))
+        return _find_rate(prepared, loads[0], slo, client, say, given)
     if given["against"] is not None:
-        sys.exit(_compare(prepared, loads, slo, client, say, given))
+        with servers.reach(given["against"], say) as against:
+            return _compare(prepared, against, loads, slo, client, say, given)
     results = []
     for load in loads:
         with bench_view.live(load, is_shown=sys.stderr.isatty()) as on_progress:
@@ -135,9 +152,8 @@ def bench(url: str, **given: Any) -> None:
         report.write(given["html"], runs)
         say(f"report: {given['html']}")
     if not all(result.tally.ok for result in results):
-        sys.exit(1)
-    if given["strict"] and any(r.doubts() or r.reconciliation.status == "disagrees" for r in results):
-        sys.exit(1)
+        return 1
+    return int(given["strict"] and any(r.doubts() or r.reconciliation.status == "disagrees" for r in results))
 
 
 def _record(content: dict[str, Any], say: Any, given: dict[str, Any]) -> None:
@@ -166,7 +182,9 @@ def _find_rate(prepared: Any, load: Any, slo: Any, client: Any, say: Any, given:
     return 0 if answer.keeps_up_to > 0 else 1
 
 
-def _compare(prepared: Any, loads: list[Any], slo: Any, client: Any, say: Any, given: dict[str, Any]) -> int:
+def _compare(
+    prepared: Any, against: str, loads: list[Any], slo: Any, client: Any, say: Any, given: dict[str, Any]
+) -> int:
     """Pairs of runs of two servers; the exit status."""
     import dataclasses
 

@@ -1,0 +1,80 @@
+"""Servers that a benchmark starts itself, from a command line."""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kervan.errors import FleetError
+
+START_TIMEOUT_S = 900.0
+STOP_TIMEOUT_S = 60.0
+PLACE = "{port}"
+
+
+@contextmanager
+def reach(where: str, say: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+    """The URL of a server: `where` itself, or, if it is a command with `{port}` in it, of the server it starts.
+
+    The command runs in a shell. Its server is ready when `/v1/models` or `/health` answers 200, and is ended, with all
+    that it started, on leaving.
+
+    Raises: FleetError, with the end of its output, when it exits or is not ready in 15 minutes.
+    """
+    if PLACE not in where:
+        yield where
+        return
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    command = where.replace(PLACE, str(port))
+    with tempfile.TemporaryDirectory(prefix="kervan-bench-") as folder:
+        log = Path(folder) / "server.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+        try:
+            say(f"starting: {command}")
+            begin_s = time.monotonic()
+            url = f"http://127.0.0.1:{port}"
+            while not _answers(url):
+                if (code := process.poll()) is not None:
+                    raise FleetError(f"`{command}` exited {code}: {_tail(log)}")
+                if time.monotonic() - begin_s > START_TIMEOUT_S:
+                    raise FleetError(f"`{command}` is not ready after {START_TIMEOUT_S:.0f} s: {_tail(log)}")
+                time.sleep(0.25)
+            say(f"ready after {time.monotonic() - begin_s:.0f} s")
+            yield url
+        finally:
+            _end(process)
+
+
+def _answers(url: str) -> bool:
+    for path in ("/v1/models", "/health"):
+        with suppress(OSError, ValueError), urllib.request.urlopen(url + path, timeout=5) as response:
+            if response.status == 200:
+                return True
+    return False
+
+
+def _tail(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-3:])[-600:] or "it said nothing"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the whole process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_TIMEOUT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

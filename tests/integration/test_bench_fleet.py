@@ -1,0 +1,59 @@
+"""`kervan bench` on a fleet of real vLLM replicas: exact counts, and the same as the server's own."""
+
+import json
+from typing import Any
+
+import pytest
+from live import Fleet, Home, eventually
+
+
+def bench(home: Home, fleet: Fleet, *words: str) -> dict[str, Any]:
+    done = home.kervan("bench", fleet.url, "--model", "tiny", "--no-calibration", "--json", "--strict", *words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_counts_are_exact_and_those_of_the_server(whole_fleet: Fleet, home: Home, api: str) -> None:
+    eventually(whole_fleet.is_idle, "nobody else counts", 30)
+    words = ("--streams", "4", "--num-requests", "12", "--isl", "50..90", "--osl", "5..40", "--api", api)
+    found = bench(home, whole_fleet, *words)
+    requests = found["requests"]
+    assert (requests["ok"], requests["errors"], requests["wrong_input_tokens"]) == (12, 0, 0)
+    rows = found["reconciliation"]["rows"]
+    assert found["reconciliation"]["status"] == "agrees"
+    assert rows["output tokens"]["client"] == rows["output tokens"]["server"] == found["output_tokens"]
+    assert rows["input tokens"]["client"] == rows["input tokens"]["server"] == found["input_tokens"]
+    assert 12 * 50 <= found["input_tokens"] <= 12 * 90
+
+
+def test_an_answer_that_ends_by_itself_is_whole(whole_fleet: Fleet, home: Home) -> None:
+    found = bench(
+        home,
+        whole_fleet,
+        "--num-requests",
+        "3",
+        "--api",
+        "chat",
+        "--stop-at-eos",
+        "--osl",
+        "400",
+        "--set",
+        "temperature=0",
+    )
+    assert (found["requests"]["ok"], found["requests"]["errors"]) == (3, 0)
+    assert found["reconciliation"]["status"] == "agrees"
+
+
+@pytest.mark.destructive
+def test_a_replica_killed_during_the_load_costs_no_request(whole_fleet: Fleet, home: Home) -> None:
+    victim = whole_fleet.pids()[0]
+    found = bench(
+        home, whole_fleet, "--streams", "8", "--num-requests", "48", "--osl", "60", "--at", f"2s kill -9 {victim}"
+    )
+    assert (found["requests"]["ok"], found["requests"]["errors"]) == (48, 0)
+    (effect,) = found["faults"]
+    assert effect["exit_code"] == 0
+    assert effect["errors"] == 0
+    whole_fleet.wait_until_whole()
