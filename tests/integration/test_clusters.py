@@ -90,6 +90,7 @@ def is_listening(port: int) -> bool:
 async def test_running_cluster(cluster: tuple[RayHome, str], models: Any) -> None:
     """Guests on a cluster, one behind Serve's entry, one on its own port: up, an answer, down; the cluster stays."""
     home, address = cluster
+    known = home.ray_directories()
     arguments = (*SMALL, "max_model_len=512", "served_model_name=tiny")
     behind = home.up(models.demo, "behind", arguments, "--address", address, "--ingress", "serve")
     assert behind.url == f"http://127.0.0.1:{behind.port}"
@@ -108,7 +109,7 @@ async def test_running_cluster(cluster: tuple[RayHome, str], models: Any) -> Non
         assert (done.returncode, done.stdout) == (0, f"{fleet.name}: stopped\n"), done.stderr
     eventually(lambda: refuses(beside), "the port is free", 60)
     assert_refused_entry(home, models, address, f"Serve listens on port {behind.port} of this cluster already")
-    assert home.fleets() == home.ray_directories() == []
+    assert (home.fleets(), home.ray_directories()) == ([], known)
     assert "Resources" in ray(home, "status", "--address", address)
 
 

@@ -218,8 +218,10 @@ async def test_scale_down_and_up(whole_fleet: Fleet, undisturbed: Undisturbed) -
     fleet = whole_fleet
     before = set(fleet.pids())
     moved = fleet.total("kervan_streams_moved_total")
-    async with under_load(fleet, undisturbed) as load:
-        down = await asyncio.to_thread(fleet.home.kervan, "scale", "1", "--name", fleet.name)
+    # The command needs seconds to reach the cluster, on its way while the streams begin.
+    scaling = asyncio.create_task(asyncio.to_thread(fleet.home.kervan, "scale", "1", "--name", fleet.name))
+    async with under_load(fleet, undisturbed, 2 * NUM_STREAMS) as load:
+        down = await scaling
         assert down.returncode == 0, down.stderr
         await load.finish()
     load.assert_whole(undisturbed)
