@@ -7,8 +7,9 @@ import pytest
 from live import Fleet, Home, eventually
 
 
-def bench(home: Home, fleet: Fleet, *words: str) -> dict[str, Any]:
-    done = home.kervan("bench", fleet.url, "--model", "tiny", "--no-calibration", "--json", "--strict", *words)
+def bench(home: Home, fleet: Fleet, *words: str, is_strict: bool = True) -> dict[str, Any]:
+    strict = ["--strict"] if is_strict else []  # vLLM's metrics miss prompts that a dying replica took along
+    done = home.kervan("bench", fleet.url, "--model", "tiny", "--no-calibration", "--json", *strict, *words)
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -50,7 +51,17 @@ def test_an_answer_that_ends_by_itself_is_whole(whole_fleet: Fleet, home: Home) 
 def test_a_replica_killed_during_the_load_costs_no_request(whole_fleet: Fleet, home: Home) -> None:
     victim = whole_fleet.pids()[0]
     found = bench(
-        home, whole_fleet, "--streams", "8", "--num-requests", "48", "--osl", "60", "--at", f"2s kill -9 {victim}"
+        home,
+        whole_fleet,
+        "--streams",
+        "8",
+        "--num-requests",
+        "48",
+        "--osl",
+        "60",
+        "--at",
+        f"2s kill -9 {victim}",
+        is_strict=False,
     )
     assert (found["requests"]["ok"], found["requests"]["errors"]) == (48, 0)
     (effect,) = found["faults"]

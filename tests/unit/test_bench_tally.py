@@ -142,7 +142,7 @@ def test_reconciliation() -> None:
     for number in range(10):
         add(tally, exchange(1000.0 + number, [0.1, 0.1]))
     assert compare(tally, Counters(10, 30, 70, 1.0, 10)).status == "agrees"
-    for wrong in (Counters(11, 30, 70, 1, 10), Counters(10, 31, 70, 1, 10), Counters(10, 30, 70, 0.5, 10)):
+    for wrong in (Counters(11, 30, 70, 1, 10), Counters(10, 31, 70, 1, 10), Counters(10, 30, 70, 5.0, 10)):
         assert compare(tally, wrong).status == "disagrees"
     add(tally, exchange(1020.0, [0.1], is_cut=True))
     assert compare(tally, Counters(11, 33, 77, 1, 10)).status == "agrees"  # the server may have finished it
