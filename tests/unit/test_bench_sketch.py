@@ -1,10 +1,11 @@
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kervan.bench.sketch import RELATIVE_ERROR, Sketch, merged, quantile_intervals
+from kervan.bench.sketch import RELATIVE_ERROR, Sketch, binned, merged, quantile_intervals
 
 VALUES = st.lists(st.floats(1e-6, 1e4), min_size=1, max_size=300)
 
@@ -22,6 +23,14 @@ def test_quantiles_are_within_the_relative_error(values: list[float], q: float) 
     exact = sorted(values)[math.ceil(q * (len(values) - 1))]
     found = filled(values).quantile(q)
     assert found == pytest.approx(exact, rel=1.001 * RELATIVE_ERROR)
+
+
+@given(st.lists(st.floats(0, 1e4), max_size=300))
+def test_counting_many_at_once_is_as_counting_each(values: list[float]) -> None:
+    one, many = filled(values), Sketch()
+    many.add_counts(binned(np.array(values)))
+    assert (many.bins, many.count, many.largest, many.zeros) == (one.bins, one.count, one.largest, one.zeros)
+    assert many.total == pytest.approx(one.total, abs=1e-4)
 
 
 @given(VALUES, VALUES)

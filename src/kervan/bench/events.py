@@ -18,17 +18,13 @@ class EventParser:
         self._data: list[bytes] = []
         self._had_cr = False
 
+    @property
+    def is_between_events(self) -> bool:
+        """Whether the next piece begins a line, and an event."""
+        return not (self._tail or self._data or self._had_cr)
+
     def feed(self, piece: bytes) -> list[bytes]:
         """The data of each event that became complete."""
-        # Nearly always a piece is one event as written by the server.
-        if not self._tail and not self._data and piece[:6] == b"data: " and piece[-2:] == b"\n\n":
-            body = piece[6:-2]
-            if b"\n" not in body and b"\r" not in body:
-                self._had_cr = False
-                return [body]
-        return self._feed_lines(piece)
-
-    def _feed_lines(self, piece: bytes) -> list[bytes]:
         if self._had_cr and piece[:1] == b"\n":
             piece = piece[1:]  # the second half of a CRLF
         if not piece:
@@ -47,12 +43,12 @@ class EventParser:
         return events
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
 
-class Delta(msgspec.Struct):
+class Delta(msgspec.Struct, gc=False):
     role: str | None = None
     content: str | None = None
     reasoning: str | None = None
@@ -61,7 +57,7 @@ class Delta(msgspec.Struct):
     tool_calls: list[msgspec.Raw] | None = None
 
 
-class Choice(msgspec.Struct):
+class Choice(msgspec.Struct, gc=False):
     index: int = 0
     text: str | None = None
     delta: Delta | None = None
@@ -69,7 +65,7 @@ class Choice(msgspec.Struct):
     token_ids: list[int] | None = None
 
 
-class Chunk(msgspec.Struct):
+class Chunk(msgspec.Struct, gc=False):
     """One streamed object of /v1/completions or /v1/chat/completions, as far as a load tester needs it."""
 
     choices: list[Choice] = []
@@ -78,11 +74,17 @@ class Chunk(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(Chunk).decode
+_decode_all = msgspec.json.Decoder(list[Chunk]).decode
 
 
 def decode(data: bytes) -> Chunk:
     """Raises: ValueError when `data` is no such object."""
     return _decode(data)
+
+
+def decode_all(data: bytes) -> list[Chunk]:
+    """As `decode`, of a JSON array."""
+    return _decode_all(data)
 
 
 def carries_token(choice: Choice) -> bool:

@@ -1,16 +1,23 @@
 """What a run has measured: counts, distributions and a timeline, in constant memory, mergeable over processes."""
 
+import itertools
 import math
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from kervan.bench.exchange import Exchange
-from kervan.bench.sketch import Sketch, merged
+from kervan.bench.sketch import Sketch, binned, merged
 from kervan.facts.workload import Slo
 
 NUM_BLOCKS = 32
 FIRST_BUCKET_S = 0.125
 MAX_BUCKETS = 600
+PENDING_GAPS = 4096
+Floats = npt.NDArray[np.float64]
 NUM_FIRST_ERRORS = 3  # messages kept of each kind
 
 METRICS = {
@@ -67,6 +74,19 @@ class Timeline:
             cell = self.cells[number] = Cell()
         return cell
 
+    def add_tokens(self, at_s: Floats, gaps_s: Floats) -> None:
+        """Count a token at each of the moments, with the gap before it; both have shape [tokens], in any order."""
+        self.at(float(at_s.max()))  # makes the width such that all have a cell
+        numbers = (np.maximum(at_s, 0.0) / self.width_s).astype(np.int64)
+        first = int(numbers.min())
+        tokens = np.bincount(numbers - first)
+        longest_s = np.zeros(len(tokens))
+        np.maximum.at(longest_s, numbers - first, gaps_s)
+        for number in tokens.nonzero()[0].tolist():
+            cell = self.cells.get(first + number) or self.cells.setdefault(first + number, Cell())
+            cell.tokens += int(tokens[number])
+            cell.gap_max_s = max(cell.gap_max_s, float(longest_s[number]))
+
     def _coarsen(self, width_s: float) -> None:
         factor = round(width_s / self.width_s)
         cells: dict[int, Cell] = {}
@@ -121,10 +141,25 @@ class Tally:
     last_end_s: float = 0.0
     busy_s: float = 0.0  # summed time of requests in flight
     with_kernel_time: int = 0
-    blocks: list[dict[str, Sketch]] = field(
+    fresh_gap: Sketch = field(default_factory=Sketch)  # whoever shows a live view takes it, and puts a new one
+    _blocks: list[dict[str, Sketch]] = field(
         default_factory=lambda: [{name: Sketch() for name in METRICS} for _ in range(NUM_BLOCKS)]
     )
-    timeline: Timeline = field(default_factory=Timeline)
+    _timeline: Timeline = field(default_factory=Timeline)
+    # Gaps of chunks with one token each wait here, because counting thousands at once costs a fraction for each.
+    _pending: list["array[float]"] = field(default_factory=lambda: [array("d") for _ in range(NUM_BLOCKS)])
+    _pending_at_s: "array[float]" = field(default_factory=lambda: array("d"))
+    _pending_gaps_s: "array[float]" = field(default_factory=lambda: array("d"))
+
+    @property
+    def blocks(self) -> list[dict[str, Sketch]]:
+        self.settle()
+        return self._blocks
+
+    @property
+    def timeline(self) -> Timeline:
+        self.settle()
+        return self._timeline
 
     @property
     def num_errors(self) -> int:
@@ -136,16 +171,17 @@ class Tally:
         known = self.messages.setdefault(kind, [])
         if len(known) < NUM_FIRST_ERRORS and message not in known:
             known.append(message)
-        self.timeline.at(at_s - self.start_s).errors += 1
+        self._timeline.at(at_s - self.start_s).errors += 1
 
     def add(self, exchange: Exchange, *, block: int, input_tokens: int | None, has_kernel_time: bool) -> None:
         """Count an exchange that has ended."""
         self.first_send_s = min(self.first_send_s, exchange.sent_s)
         self.last_end_s = max(self.last_end_s, exchange.end_s)
         self.busy_s += exchange.end_s - exchange.sent_s
-        self.timeline.at(exchange.sent_s - self.start_s).started += 1
+        self._timeline.at(exchange.sent_s - self.start_s).started += 1
         self.num_chunks += exchange.num_chunks
-        sketches = self.blocks[min(max(block, 0), NUM_BLOCKS - 1)]
+        block = min(max(block, 0), NUM_BLOCKS - 1)
+        sketches = self._blocks[block]
         sketches["late_s"].add(max(0.0, exchange.sent_s - exchange.arrival_s))
         if exchange.error is not None:
             self.failed_output_tokens += exchange.num_chunks
@@ -169,18 +205,43 @@ class Tally:
             sketches["tpot_s"].add(tpot_s)
         is_good = self.slo.is_met(ttft_s=arrival_ttft_s, tpot_s=tpot_s or 0.0, e2e_s=exchange.e2e_s)
         self.good += is_good
-        self._add_gaps(exchange, sketches)
-        cell = self.timeline.at(exchange.end_s - self.start_s)
+        if exchange.num_chunks == exchange.output_tokens and len(exchange.per_choice_last_s) == 1:
+            self._add_single_tokens(exchange, block)
+        else:
+            self._add_gaps(exchange, sketches)
+        cell = self._timeline.at(exchange.end_s - self.start_s)
         cell.ok += 1
         cell.good += is_good
-        cell = self.timeline.at(exchange.first_s - self.start_s)
+        cell = self._timeline.at(exchange.first_s - self.start_s)
         cell.ttft_sum_s += ttft_s
         cell.ttft_max_s = max(cell.ttft_max_s, ttft_s)
 
-    def _add_gaps(self, exchange: Exchange, sketches: dict[str, Sketch]) -> None:
+    def _add_single_tokens(self, exchange: Exchange, block: int) -> None:
+        """Count the gaps of one choice whose chunks have one token each: the case in which speed matters."""
         gaps = exchange.gaps
-        assert exchange.output_tokens is not None
+        assert exchange.first_s is not None
+        first_s = exchange.first_s - self.start_s
+        self._timeline.at(first_s).tokens += 1
+        if not gaps:
+            return
+        pending = self._pending[block]
+        pending.extend(gaps)
+        if len(pending) >= PENDING_GAPS:
+            self._settle_block(block)
+        self._pending_gaps_s.extend(gaps)
+        moments_s = itertools.accumulate(gaps, initial=first_s)
+        next(moments_s)
+        self._pending_at_s.extend(moments_s)
+        if len(self._pending_at_s) >= PENDING_GAPS:
+            self._settle_timeline()
+        self._add_longest(gaps)
+
+    def _add_gaps(self, exchange: Exchange, sketches: dict[str, Sketch]) -> None:
+        """Count gaps between chunks of any number of tokens, of any number of choices."""
+        gaps = exchange.gaps
+        assert exchange.first_s is not None and exchange.output_tokens is not None
         sketches["gap_s"].extend(gaps)
+        self.fresh_gap.extend(gaps)
         if len(exchange.chunk_tokens) == len(gaps):
             for gap_s, num_tokens in zip(gaps, exchange.chunk_tokens, strict=True):
                 sketches["token_gap_s"].add(gap_s / num_tokens, num_tokens)
@@ -190,24 +251,42 @@ class Tally:
             mean_tokens = exchange.output_tokens / max(1, exchange.num_chunks)
             sketches["token_gap_s"].extend(gap_s / mean_tokens for gap_s in gaps)
             self.estimated_token_gaps += len(gaps)
-        assert exchange.first_s is not None
         at_s = exchange.first_s - self.start_s
         num_choices = max(1, len(exchange.per_choice_last_s))  # their gaps overlap: the timeline takes their mean pace
         share = exchange.output_tokens / max(1, exchange.num_chunks)
-        at = self.timeline.at
-        cell = at(at_s)
-        cell.tokens += share
+        self._timeline.at(at_s).tokens += share
         for gap_s in gaps:
             at_s += gap_s / num_choices
-            cell = at(at_s)
+            cell = self._timeline.at(at_s)
             cell.tokens += share
-            if gap_s > cell.gap_max_s:  # noqa: PLR1730 - once per token, and max() costs three times as much
-                cell.gap_max_s = gap_s
+            cell.gap_max_s = max(cell.gap_max_s, gap_s)
+        self._add_longest(gaps)
+
+    def _add_longest(self, gaps: list[float]) -> None:
         longest_s = max(gaps, default=0.0)
         if longest_s >= self.stall_s:
             self.stalls += sum(gap_s >= self.stall_s for gap_s in gaps)
             self.stalled_streams += 1
         self.longest_gap_s = max(self.longest_gap_s, longest_s)
+
+    def settle(self) -> None:
+        """Count what is pending."""
+        for block in range(NUM_BLOCKS):
+            self._settle_block(block)
+        self._settle_timeline()
+
+    def _settle_block(self, block: int) -> None:
+        pending = self._pending[block]
+        if pending:
+            counts = binned(np.array(pending))
+            for sketch in (self._blocks[block]["gap_s"], self._blocks[block]["token_gap_s"], self.fresh_gap):
+                sketch.add_counts(counts)
+            self._pending[block] = array("d")
+
+    def _settle_timeline(self) -> None:
+        if self._pending_at_s:
+            self._timeline.add_tokens(np.array(self._pending_at_s), np.array(self._pending_gaps_s))
+            self._pending_at_s, self._pending_gaps_s = array("d"), array("d")
 
     def merge(self, other: "Tally") -> None:
         """Count everything that `other` has counted; both have the same start."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import math
 import signal
 import ssl
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kervan.bench import eventloop, pacer
-from kervan.bench.channel import READ_BYTES, Channel
+from kervan.bench.channel import MAX_NAP_S, MIN_NAP_S, Channel, Poller
 from kervan.bench.events import Chunk
 from kervan.bench.exchange import Exchange
 from kervan.bench.load import Load, Target
@@ -30,6 +31,7 @@ REPORT_PERIOD_S = 0.5
 SWEEP_PERIOD_S = 0.25
 LAG_PERIOD_S = 0.05
 PREPARED_JOBS = 2048
+MIN_NAP_STREAMS = 16  # with fewer, reads seldom come together
 LATE_ENOUGH_S = 0.002  # time before the next arrival in which a request may be built
 _now = time.time
 
@@ -141,7 +143,7 @@ class Driver:
         self._host_header = parts.netloc.rpartition("@")[2]
         self._path = parts.path.rstrip("/") + PATHS[share.target.api]
         self._prompts = Prompts(share.load, share.target, share.alphabet)
-        self._buffer = bytearray(READ_BYTES)
+        self._poller = Poller()
         self._idle: list[Channel] = []
         self._flying: dict[Exchange, Channel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -209,6 +211,7 @@ class Driver:
             watch.cancel()
             for channel in self._idle:
                 channel.close()
+            self._poller.close()
 
     def end(self) -> None:
         """Send nothing more and count what is in flight as unfinished."""
@@ -323,10 +326,23 @@ class Driver:
         self.tally.add(exchange, block=block, input_tokens=ask.input_tokens, has_kernel_time=channel.has_kernel_time)
         if exchange.error is None:
             self.fresh.ttft.add(exchange.ttft_s)
-            self.fresh.gap.extend(exchange.gaps)
         if channel.is_open:
             self._idle.append(channel)
         return exchange
+
+    def _nap_s(self, now_s: float) -> float:
+        """How long reads may wait for each other: while streams are many and slow.
+
+        Judged by the stream that has run the longest: a nap is at most 1% of its time, so the next request is not sent
+        late, and 10% of its gaps, so that two of its tokens seldom come in one read.
+        """
+        if len(self._flying) < MIN_NAP_STREAMS:
+            return 0.0
+        exchange, channel = next(iter(self._flying.items()))
+        channel.settle()
+        mean_gap_s = sum(exchange.gaps) / len(exchange.gaps) if exchange.gaps else math.inf
+        nap_s = min(MAX_NAP_S, (now_s - exchange.sent_s) / 100, mean_gap_s / 10)
+        return nap_s if nap_s >= MIN_NAP_S else 0.0
 
     def _new_exchange(self, number: int, arrival_s: float, ask: Ask) -> Exchange:
         if self.floor is None:
@@ -344,7 +360,7 @@ class Driver:
     async def _open(self) -> Channel:
         channel = Channel(self._host, self._port, self._tls)
         async with asyncio.timeout(min(30.0, self._load.timeout_s)):
-            await channel.open(self._buffer)
+            await channel.open(self._poller)
         return channel
 
     async def _watch(self) -> None:
@@ -355,12 +371,16 @@ class Driver:
             await asyncio.sleep(LAG_PERIOD_S)
             after_s = self._loop.time()
             self.lag.add(max(0.0, after_s - before_s - LAG_PERIOD_S))
+            self._poller.nap_s = self._nap_s(_now())
             if after_s - last_sweep_s < SWEEP_PERIOD_S:
                 continue
             last_sweep_s = after_s
             now_s = _now()
             for exchange, channel in list(self._flying.items()):
-                if now_s - exchange.sent_s > self._load.timeout_s:
+                if now_s - exchange.sent_s <= self._load.timeout_s:
+                    continue
+                channel.settle()
+                if channel.is_open:
                     channel.close()
                     exchange.fail("timeout", f"not ended after {self._load.timeout_s:g} s")
                     exchange.on_end(now_s, None)
@@ -370,6 +390,10 @@ class Driver:
         found, self.fresh = self.fresh, Progress(self.share.worker)
         found.ok, found.good, found.errors = self.tally.ok, self.tally.good, self.tally.num_errors
         found.in_flight = len(self._flying)
+        self.tally.settle()
+        found.gap, self.tally.fresh_gap = self.tally.fresh_gap, Sketch()
+        for channel in self._flying.values():
+            channel.settle()
         found.tokens = self._ended_chunks + sum(exchange.num_chunks for exchange in self._flying)
         return found
 
@@ -411,6 +435,7 @@ async def _serve(share: Share, link: Connection, loop_name: str) -> None:
     await driver.connect_first()
     gc.collect()
     gc.freeze()  # the prebuilt requests are no garbage: keep collections short
+    gc.set_threshold(50_000)  # and few: what a token leaves behind has no cycles
     link.send("ready")
     command = await loop.run_in_executor(None, link.recv)
     if command[0] == "stop":
