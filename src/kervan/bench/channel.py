@@ -76,13 +76,13 @@ class Poller:
             self._epoll = None
 
     def _on_ready(self) -> None:
-        self._read()
+        self.read()
         if self.nap_s and self._epoll is not None:
             self._loop.remove_reader(self._epoll.fileno())
             self._loop.call_later(self.nap_s, self._on_time)
 
     def _on_time(self) -> None:
-        self._read()
+        self.read()
         if self._epoll is None:
             return
         if self.nap_s:
@@ -90,7 +90,8 @@ class Poller:
         else:
             self._loop.add_reader(self._epoll.fileno(), self._on_ready)
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Call back for each socket that can be read now."""
         if self._epoll is None:
             return
         callbacks = self._callbacks
