@@ -33,6 +33,11 @@ from overhead import hardware, output_of, record_path, versions
 HERE = Path(__file__).resolve().parent
 ISL = OSL = 64
 MAX_LATE_MS = 2.0
+# `vllm bench serve` without the `vllm` command, which the CPU wheel does not start.
+VLLM_BENCH_SERVE = (
+    "from vllm.benchmarks import serve; from vllm.utils.argparse_utils import FlexibleArgumentParser; "
+    "parser = FlexibleArgumentParser(); serve.add_cli_args(parser); serve.main(parser.parse_args())"
+)
 MAX_TOKENS_PER_S = 32_000  # above it the server needs a core and more, and is late itself
 
 
@@ -81,17 +86,8 @@ def kervan_tool() -> Tool:
 
 def vllm_tool(python: str, tokenizer: str) -> Tool:
     def command(url: str, streams: int, requests: int, out: Path) -> list[str]:
-        words = [python, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai", "--base-url", url]
-        words += [
-            "--endpoint",
-            "/v1/completions",
-            "--model",
-            "truth",
-            "--tokenizer",
-            tokenizer,
-            "--dataset-name",
-            "random",
-        ]
+        words = [python, "-c", VLLM_BENCH_SERVE, "--backend", "openai", "--base-url", url, "--model", "truth"]
+        words += ["--endpoint", "/v1/completions", "--tokenizer", tokenizer, "--dataset-name", "random"]
         words += ["--random-input-len", str(ISL), "--random-output-len", str(OSL), "--num-prompts", str(requests)]
         words += ["--max-concurrency", str(streams), "--ignore-eos", "--save-result", "--result-dir", str(out)]
         return [*words, "--result-filename", "vllm.json", "--percentile-metrics", "ttft,itl", "--disable-tqdm"]
@@ -105,9 +101,11 @@ def vllm_tool(python: str, tokenizer: str) -> Tool:
 
 def guidellm_tool(program: str, tokenizer: str) -> Tool:
     def command(url: str, streams: int, requests: int, out: Path) -> list[str]:
-        words = [program, "benchmark", "run", "--target", url, "--profile", "concurrent", "--rate", str(streams)]
-        words += ["--data", f"prompt_tokens={ISL},output_tokens={OSL}", "--max-requests", str(requests)]
-        return [*words, "--processor", tokenizer, "--model", "truth", "--output-dir", str(out), "--outputs", "json"]
+        words = [program, "run", "--backend", f"kind=openai_http,target={url},model=truth", "--tokenizer"]
+        words += [f"kind=huggingface_auto,model={tokenizer}", "--profile", f"kind=concurrent,streams={streams}"]
+        words += ["--data", f"kind=synthetic_text,prompt_tokens={ISL},output_tokens={OSL}"]
+        words += ["--constraint", f"kind=max_requests,count={requests}", "--disable-progress"]
+        return [*words, "--output", f"kind=json,path={out / 'guidellm.json'}"]
 
     def read(_: str, out: Path) -> Seen:
         (path,) = out.glob("*.json")
