@@ -33,7 +33,7 @@ python3 benchmarks/shape_model.py benchmarks/models/llama3-8b/config.json "$mode
 case $part in
   overhead) runs=(--concurrency 1,64,256 --requests-per-stream 8,3,2 --pairs 5) ;;
   # One request per stream takes the naive service 64 x 256 / 195 tok/s = 84 s.
-  naive) runs=(--concurrency 64 --requests-per-stream 3 --pairs 0 --naive --naive-pairs 2) ;;
+  naive) runs=(--concurrency 64 --requests-per-stream 3 --against naive --naive-pairs 2) ;;
 esac
 
 # 600 s in all: start 90-150 s, pairs until 500 s, stop 10-30 s; a hard stop in time to still clean up.

@@ -1,12 +1,14 @@
 """A baseline, not an example: the service as people first write it.
 
 The handler is `async` and calls the synchronous `LLM.generate` in it. The event loop stands still until the answer is
-whole, so requests run one after another, at the speed of one stream, whatever the GPU could do. Nothing is streamed.
+whole, so requests run one after another, at the speed of one stream, whatever the GPU could do. Nothing is streamed:
+the answer is one event of OpenAI's format, so that the same client measures it.
 
     python benchmarks/naive_service.py --model DIR --port 8000 --engine-arg max_model_len=2048
 """
 
 import argparse
+import json
 
 from servers import parse_engine_args
 
@@ -20,13 +22,13 @@ def main() -> None:
     args = parser.parse_args()
 
     import uvicorn
-    from fastapi import FastAPI, HTTPException
+    from fastapi import FastAPI
+    from fastapi.responses import Response
     from pydantic import BaseModel
     from vllm import LLM, SamplingParams
 
-    class GenerateRequest(BaseModel):
-        prompt: str | None = None
-        prompt_token_ids: list[int] | None = None
+    class CompletionRequest(BaseModel):
+        prompt: str | list[int]
         max_tokens: int = 16
         temperature: float = 1.0
         ignore_eos: bool = False
@@ -34,23 +36,22 @@ def main() -> None:
     llm = LLM(model=args.model, **parse_engine_args(args.engine_arg))
     app = FastAPI()
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        return {"object": "list", "data": [{"id": args.model, "object": "model"}]}
 
-    @app.post("/generate")
-    async def generate(request: GenerateRequest) -> dict[str, str | int]:
-        if request.prompt_token_ids is not None:
-            prompt: object = {"prompt_token_ids": request.prompt_token_ids}
-        elif request.prompt is not None:
-            prompt = request.prompt
-        else:
-            raise HTTPException(422, "give prompt or prompt_token_ids")
+    @app.post("/v1/completions")
+    async def complete(request: CompletionRequest) -> Response:
+        prompt = request.prompt if isinstance(request.prompt, str) else {"prompt_token_ids": request.prompt}
         sampling = SamplingParams(
             max_tokens=request.max_tokens, temperature=request.temperature, ignore_eos=request.ignore_eos
         )
         [output] = llm.generate([prompt], sampling, use_tqdm=False)  # blocks the event loop: the point of this file
-        return {"text": output.outputs[0].text, "tokens": len(output.outputs[0].token_ids)}
+        [answer] = output.outputs
+        usage = {"prompt_tokens": len(output.prompt_token_ids or ()), "completion_tokens": len(answer.token_ids)}
+        choice = {"index": 0, "text": answer.text, "finish_reason": answer.finish_reason}
+        events = [json.dumps({"choices": [choice]}), json.dumps({"choices": [], "usage": usage}), "[DONE]"]
+        return Response("".join(f"data: {event}\n\n" for event in events), media_type="text/event-stream")
 
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 

@@ -1,6 +1,7 @@
-"""kervan with one replica against bare vLLM's server, same arguments, one interleaved run.
+"""kervan with one replica against bare vLLM's server, Ray Serve LLM or a naive service: same arguments, interleaved.
 
-Both servers stay up; only one is loaded at a time, and an idle one costs next to nothing. Each pair loads both with
+kervan stays up and the others come one after the other; only one server is loaded at a time, and an idle one costs
+next to nothing. Each pair loads both with
 the same prompts, in turn first (A B, B A, ...), and gives one ratio; pairs go round the concurrencies, so that slow
 drift of the host falls on all alike. Raw results, versions and the command go into a record; the table is printed last.
 
@@ -11,6 +12,7 @@ README.md has the definitions.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -31,6 +33,13 @@ from typing import Any
 import psutil
 import servers
 from servers import HERE, Meter, Server
+
+from kervan.bench import calibrate, run
+from kervan.bench.calibrate import Floor
+from kervan.bench.load import Load
+from kervan.bench.result import Result
+from kervan.bench.run import measure, prepare
+from kervan.errors import KervanError
 
 Record = dict[str, Any]
 Run = dict[str, Any]
@@ -55,27 +64,56 @@ class Deadline:
         return self._end is None or time.monotonic() + seconds <= self._end
 
 
-def load(
-    server: Server,
-    level: Level,
-    args: argparse.Namespace,
-    *,
-    seed: int,
-    requests: int,
-    osl: int,
-    generate: bool = False,
-) -> Run:
-    """One run of load.py in its own process: its result, and what the server's processes used meanwhile."""
-    command = [sys.executable, str(HERE / "load.py"), server.url, "--model", server.model]
-    command += ["--concurrency", str(level.concurrency), "--requests", str(requests), "--isl", str(args.isl)]
-    command += ["--osl", str(osl), "--seed", str(seed), "--vocab", str(args.vocab)]
-    command += ["--mode", "generate" if generate else "completions"]
-    meter = Meter(server)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    usage = meter.read()
-    if not done.stdout.startswith("{"):
-        raise servers.ServerError(f"load.py exited {done.returncode} without a result: {shlex.join(command)}")
-    return {"side": server.name, "load": json.loads(done.stdout), "usage": asdict(usage)}
+class Client:
+    """kervan bench, with one floor per concurrency."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self.floors: dict[int, Floor] = {}
+
+    def load(self, server: Server, level: Level, *, seed: int, requests: int, osl: int) -> Run:
+        """One run: its figures, and what the server's processes used meanwhile.
+
+        Raises: servers.ServerError when the client cannot go on.
+        """
+        settings = Load(
+            streams=level.concurrency, num_requests=requests, isl=str(self._args.isl), osl=str(osl), seed=seed
+        )
+        try:
+            if level.concurrency not in self.floors:
+                self.floors[level.concurrency] = calibrate.choose(level.concurrency)
+            prepared = prepare(server.url, settings, model=server.model)
+            meter = Meter(server)
+            client = run.Client(reconciles=False)
+            result = measure(prepared, settings, client=client, floor=self.floors[level.concurrency])
+        except KervanError as error:
+            raise servers.ServerError(f"kervan bench on {server.name}: {error}") from error
+        return {"side": server.name, "load": figures(result), "usage": asdict(meter.read())}
+
+
+def figures(result: Result) -> Record:
+    """What is compared, and what casts doubt on it."""
+    tally = result.tally
+    messages = [text for kind in tally.errors for text in tally.messages[kind]]
+    quantiles = {
+        f"{name}_{word}_s": result.quantile(f"{name}_s", q)
+        for name in ("ttft", "tpot", "e2e")
+        for word, q in (("p50", 0.5), ("p99", 0.99))
+    }
+    return {
+        "out_tok_s": result.out_tok_s,
+        **quantiles,
+        "longest_gap_s": tally.longest_gap_s,
+        "output_tokens": tally.output_tokens,
+        "tokens_per_chunk": tally.output_tokens / tally.num_chunks if tally.num_chunks else None,
+        "duration_s": tally.duration_s,
+        "streams_achieved": result.streams_achieved,
+        "errors": dict(tally.errors),
+        "first_error": messages[0] if messages else None,
+        "client_cpu_s": result.outcome.cpu_s,
+        "client_processes": result.outcome.num_processes,
+        "doubts": result.doubts(),
+    }
 
 
 def run_pairs(
@@ -83,6 +121,7 @@ def run_pairs(
     other: Server,
     levels: Sequence[Level],
     args: argparse.Namespace,
+    client: Client,
     *,
     deadline: Deadline,
     on_pair: Callable[[list[Run]], None],
@@ -99,21 +138,20 @@ def run_pairs(
                 print(f"deadline: no pair {pair + 1} at {level.concurrency} streams", flush=True)
                 continue
             sides = [other, kervan] if pair % 2 == 0 else [kervan, other]
-            if pair == 0 and other.name == "bare":  # connections, caches, lazy imports; the naive service is too slow
+            if pair == 0 and other.name != "naive":  # connections, caches, lazy imports; the naive service is too slow
                 for side in sides:
-                    load(side, level, args, seed=10_000_000, requests=level.concurrency, osl=min(args.osl, 8))
+                    client.load(side, level, seed=10_000_000, requests=level.concurrency, osl=min(args.osl, 8))
             start = time.monotonic()
             runs: list[Run] = []
             for side in sides:
                 seed = args.seed + 1000 * pair + level.concurrency  # same prompts on both sides, new ones in each pair
-                generate = side.name == "naive"
-                requests = requests_of(side, level)
-                run = load(side, level, args, seed=seed, requests=requests, osl=args.osl, generate=generate)
-                runs.append(run | {"against": other.name, "pair": pair, "concurrency": level.concurrency})
-                result = run["load"]
-                errors = f"  ERRORS {result['errors']} {result['first_error']}" if result["errors"] else ""
+                found = client.load(side, level, seed=seed, requests=requests_of(side, level), osl=args.osl)
+                runs.append(found | {"against": other.name, "pair": pair, "concurrency": level.concurrency})
+                result = found["load"]
+                errors = "".join(f"  ? {doubt}" for doubt in result["doubts"])
+                errors += f"  ERRORS {result['errors']} {result['first_error']}" if result["errors"] else ""
                 rate = f"{result['out_tok_s']:9.1f} tok/s  TTFT p50 {_ms(result['ttft_p50_s'])} ms"
-                print(f"pair {pair + 1} at {level.concurrency:>3}  {side.name:<6} {rate}{errors}", flush=True)
+                print(f"pair {pair + 1} at {level.concurrency:>3}  {side.name:<14} {rate}{errors}", flush=True)
             pair_s[level.concurrency] = time.monotonic() - start
             on_pair(runs)
 
@@ -314,7 +352,7 @@ def levels_of(args: argparse.Namespace) -> list[Level]:
     ]
 
 
-def measure(args: argparse.Namespace, on_pair: Callable[[list[Run]], None]) -> None:
+def compare(args: argparse.Namespace, on_pair: Callable[[list[Run]], None]) -> None:
     """Start the servers, run all pairs, stop the servers."""
     deadline = Deadline(args.deadline_s)
     engine_args = servers.parse_engine_args(args.engine_arg)
@@ -331,19 +369,20 @@ def measure(args: argparse.Namespace, on_pair: Callable[[list[Run]], None]) -> N
         return found
 
     begin = time.monotonic()
+    client = Client(args)
     with servers.kervan_fleet(args.model, engine_args, **fleet, **start) as kervan:
-        if args.pairs:
-            with servers.bare_vllm(args.model, engine_args, **start) as bare:
-                sides = ready(kervan, bare)
-                run_pairs(sides[0], sides[1], levels, args, deadline=deadline, on_pair=on_pair)
-        if args.naive:
+        for name in args.against:
             begin = time.monotonic()
-            with servers.naive_service(args.model, engine_args, **start) as naive:
-                sides = ready(kervan, naive)
+            with OPPONENTS[name](args.model, engine_args, **start) as other:
+                sides = ready(kervan, other)
+                print(f"-- against {name}", flush=True)
+                if name != "naive":
+                    run_pairs(sides[0], sides[1], levels, args, client, deadline=deadline, on_pair=on_pair)
+                    continue
                 c = args.naive_streams
                 level = Level(c, next((lv.requests for lv in levels if lv.concurrency == c), 2 * c), args.naive_pairs)
                 run_pairs(
-                    *(sides[0], sides[1], [level], args),
+                    *(sides[0], sides[1], [level], args, client),
                     deadline=deadline,
                     on_pair=on_pair,
                     # It takes requests one by one, so more than one per stream would change its time, not its rate.
@@ -351,9 +390,24 @@ def measure(args: argparse.Namespace, on_pair: Callable[[list[Run]], None]) -> N
                 )
 
 
+OPPONENTS: dict[str, Callable[..., Any]] = {
+    "bare": servers.bare_vllm,
+    "naive": servers.naive_service,
+    "ray-llm": functools.partial(servers.ray_llm, is_direct=False),
+    "ray-llm-direct": functools.partial(servers.ray_llm, is_direct=True),
+}
+
+
 def arguments() -> argparse.Namespace:
     def integers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
+
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        unknown = [name for name in found if name not in OPPONENTS]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(OPPONENTS)}")
+        return found
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model directory or id")
@@ -362,18 +416,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=integers, default=[1, 16, 64, 256], metavar="N,N,..")
     parser.add_argument("--isl", type=int, default=64)
     parser.add_argument("--osl", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=5, help="at most 3 at one stream; 0 leaves bare vLLM out")
+    parser.add_argument("--against", type=names, default=["bare"], metavar="A,B,..", help=", ".join(OPPONENTS))
+    parser.add_argument("--pairs", type=int, default=5, help="at most 3 at one stream")
     parser.add_argument(
         "--requests-per-stream", type=integers, default=[4], metavar="N[,N..]", help="one, or per concurrency"
     )
     parser.add_argument("--min-requests", type=int, default=8)
-    parser.add_argument(
-        "--vocab", type=int, help="prompt ids are below this; default: vocab_size of the model's config"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gateways", type=int)
     parser.add_argument("--ingress", choices=["direct", "serve"])
-    parser.add_argument("--naive", action="store_true", help="then compare with naive_service.py")
     parser.add_argument("--naive-streams", type=int, default=64)
     parser.add_argument("--naive-pairs", type=int, default=2)
     parser.add_argument("--deadline-s", type=float, help="start no pair that would end later than this after the start")
@@ -385,11 +436,6 @@ def arguments() -> argparse.Namespace:
     if args.only_table is None:
         if args.model is None:
             parser.error("--model is needed")
-        if args.vocab is None:
-            config = Path(args.model) / "config.json"
-            if not config.is_file():
-                parser.error(f"{config} does not exist: give --vocab")
-            args.vocab = int(json.loads(config.read_text())["vocab_size"])
         try:
             args.log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="kervan-bench-"))
             levels_of(args)
@@ -431,7 +477,7 @@ def main() -> int:
 
     print(f"logs: {args.log_dir}", flush=True)
     try:
-        measure(args, on_pair)
+        compare(args, on_pair)
     except (servers.ServerError, psutil.Error, OSError, KeyboardInterrupt, SystemExit) as error:
         record["ended"] = f"{type(error).__name__}: {error}"
         if record["runs"]:

@@ -1,7 +1,7 @@
 """Start, watch and stop the servers that the benchmarks compare, each as a subprocess with its log in a file.
 
-Entering `bare_vllm`, `kervan_fleet` or `naive_service` starts it and returns at once; `Starting.wait` gives the
-`Server` when it answers, so several start side by side. Leaving the context stops it and everything it started.
+Entering `bare_vllm`, `kervan_fleet`, `ray_llm` or `naive_service` starts it and returns at once; `Starting.wait` gives
+the `Server` when it answers, so several start side by side. Leaving the context stops it and everything it started.
 """
 
 import json
@@ -146,12 +146,55 @@ def naive_service(
 
     def connect(starting: Starting) -> Server:
         url = f"http://127.0.0.1:{port}"
-        _wait_for_json(starting, f"{url}/health")
+        _wait_for_json(starting, f"{url}/v1/models")
         pid = starting.process.pid
         engine = tuple(p.pid for p in psutil.Process(pid).children() if "EngineCore" in _title(p))
         return Server("naive", url, model, (pid,), engine)
 
     with _subprocess("naive", command, log_dir=log_dir, env=env, timeout_s=timeout_s, connect=connect) as starting:
+        yield starting
+
+
+@contextmanager
+def ray_llm(
+    model: str,
+    engine_args: EngineArgs,
+    *,
+    is_direct: bool,
+    log_dir: Path,
+    env: Mapping[str, str],
+    timeout_s: float = 300.0,
+) -> Iterator[Starting]:
+    """`ray_llm_service.py`: Ray Serve LLM, with direct streaming behind HAProxy or as it comes.
+
+    What answers HTTP and feeds the engine (proxy, ingress, LLM server) is front, as bare vLLM's API server is.
+    """
+    port = free_port()
+    name = "ray-llm-direct" if is_direct else "ray-llm"
+    command = [sys.executable, str(HERE / "ray_llm_service.py"), "--model", model, "--port", str(port)]
+    for key, value in engine_args.items():
+        command += ["--engine-arg", f"{key}={_text(value)}"]
+    switches = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"} if is_direct else {}
+
+    def connect(starting: Starting) -> Server:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + starting.timeout_s
+        while "ready" not in starting.log.read_text(errors="replace").splitlines():
+            if (code := starting.process.poll()) is not None:
+                raise starting.fail(f"exited {code}")
+            if time.monotonic() > deadline:
+                raise starting.fail(f"not ready within {starting.timeout_s} s")
+            time.sleep(0.25)
+        served = _wait_for_json(starting, f"{url}/v1/models")["data"][0]["id"]
+        mine = {p.pid: _title(p) for p in psutil.Process(starting.process.pid).children(recursive=True)}
+        front = tuple(pid for pid, title in mine.items() if re.search(r"ray::(Serve|Proxy|HAProxy)|haproxy", title))
+        front = tuple(pid for pid in front if "Controller" not in mine[pid])
+        engine = tuple(pid for pid, title in mine.items() if "EngineCore" in title)
+        control = (starting.process.pid, *(p.pid for p in psutil.Process(starting.process.pid).children()))
+        return Server(name, url, served, front, engine, control)
+
+    places: dict[str, Any] = {"log_dir": log_dir, "env": {**env, **switches}, "timeout_s": timeout_s}
+    with _subprocess(name, command, **places, connect=connect) as starting:
         yield starting
 
 

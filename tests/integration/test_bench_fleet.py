@@ -47,6 +47,14 @@ def test_an_answer_that_ends_by_itself_is_whole(whole_fleet: Fleet, home: Home) 
     assert found["reconciliation"]["status"] == "agrees"
 
 
+def test_conversations_contain_what_was_answered(whole_fleet: Fleet, home: Home) -> None:
+    words = ("--streams", "2", "--num-requests", "6", "--turns", "3", "--isl", "60", "--osl", "10", "--api", "chat")
+    eventually(whole_fleet.is_idle, "nobody else counts", 30)
+    found = bench(home, whole_fleet, *words)
+    assert (found["requests"]["ok"], found["output_tokens"]) == (6, 60)
+    assert found["input_tokens"] > 6 * 60  # later turns carry the earlier ones
+
+
 @pytest.mark.destructive
 def test_a_replica_killed_during_the_load_costs_no_request(whole_fleet: Fleet, home: Home) -> None:
     victim = whole_fleet.pids()[0]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -151,10 +152,14 @@ asyncio.run(main())
 """
 
 
-def test_a_server_that_it_starts_itself_is_ended(tmp_path: Path) -> None:
+def test_servers_that_it_starts_itself_are_ended(tmp_path: Path) -> None:
     path = tmp_path / "server.py"
     path.write_text(SERVER)
     command = f"{sys.executable} {path} {{port}}"
+    words = ("--pairs", "1", "--num-requests", "2", "--osl", "6", "--model", "m", "--no-calibration", "--json")
+    both = bench(command, "--against", command, *words)
+    assert both.returncode == 0, both.stderr
+    assert json.loads(both.stdout)["comparisons"][0]["pairs"] == 1
     done = bench(command, "--num-requests", "3", "--osl", "6", "--model", "m", "--no-calibration", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["requests"]["ok"] == 3
@@ -162,6 +167,67 @@ def test_a_server_that_it_starts_itself_is_ended(tmp_path: Path) -> None:
     broken = bench("echo no such model; exit 3 # {port}", "--num-requests", "3")
     assert broken.returncode == 1
     assert broken.stderr.splitlines()[-1].endswith("exited 3: no such model")
+
+
+ONE_AT_A_TIME = """
+import asyncio, sys
+TOKEN = b'data: {"choices": [{"text": " a", "finish_reason": "length"}]}\\n\\n'
+END = b'data: {"choices": [], "usage": {"prompt_tokens": 8, "completion_tokens": 1}}\\n\\ndata: [DONE]\\n\\n'
+HEAD = b"HTTP/1.1 200 OK\\r\\nContent-Type: text/event-stream\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(TOKEN + END)
+
+async def main():
+    turn = asyncio.Lock()
+    async def serve(reader, writer):
+        while head := await reader.readuntil(b"\\r\\n\\r\\n"):
+            length = head.lower().partition(b"content-length: ")[2].partition(b"\\r")[0]
+            await reader.readexactly(int(length or 0))
+            async with turn:
+                await asyncio.sleep(0.01)
+            writer.write(HEAD + TOKEN + END)
+    await (await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))).serve_forever()
+
+asyncio.run(main())
+"""
+
+
+def test_no_rate_above_the_servers_capacity_keeps_the_slo(tmp_path: Path) -> None:
+    """A server that takes 10 ms for each request, one after the other: 100 requests/s are too many, whatever the SLO."""
+    path = tmp_path / "server.py"
+    path.write_text(ONE_AT_A_TIME)
+    words = ("--find-rate", "--rate", "25", "--slo", "ttft=150ms", "--isl", "8", "--osl", "1", "--model", "m")
+    done = bench(f"{sys.executable} {path} {{port}}", *words, "--trial-time", "3s", "--json", timeout_s=150)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 0 < found["keeps_up_to"] < 100
+    assert found["keeps_up_to"] < found["breaks_from"]
+    assert {trial["keeps"] for trial in found["trials"]} == {True, False}
+
+
+def test_ctrl_c_gives_what_was_measured(server: str) -> None:
+    command = [sys.executable, "-m", "kervan", "bench", server, "--streams", "2", "--duration", "10min", "--osl", "6"]
+    process = subprocess.Popen(
+        [*command, "--model", "m", "--no-calibration", "--json", "--at", "0.5s echo half a second in"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background test run ignores it
+    )
+    assert process.stderr is not None
+    told = next(line for line in process.stderr if "half a second" in line)
+    assert told
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=30)
+    found = json.loads(out)
+    assert (process.returncode, found["interrupted"], found["requests"]["errors"]) == (130, True, 0), error
+    assert found["requests"]["ok"] > 0
+
+
+def test_several_processes_share_the_load(server: str) -> None:
+    words = (server, "--streams", "5", "--num-requests", "17", "--osl", "6", "--model", "m", "--no-calibration")
+    done = bench(*words, "--processes", "3", "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["requests"]["ok"], found["client"]["processes"]) == (0, 17, 3)
+    assert (found["output_tokens"], found["ttft_s"]["count"], found["gap_s"]["count"]) == (102, 17, 85)
 
 
 def test_secrets_stay_out_of_records() -> None:

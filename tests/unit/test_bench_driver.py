@@ -107,6 +107,47 @@ async def test_a_whole_load() -> None:
     assert sorted(map(key, bodies[:10])) == sorted(map(key, bodies[10:]))
 
 
+async def cuts_oddly(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
+    """The same answer in each way that HTTP and events allow."""
+    first, *middle, last, usage, done = answer(json.loads(body)["max_tokens"], len(json.loads(body)["prompt"]))
+    size = b"%X" % len(first)
+    pieces = [HEAD[:30], HEAD[30:] + size[:1], size[1:] + b";name=value\r\n" + first + b"\r", b"\n"]
+    for piece in middle:
+        pieces += [chunked(piece[:20]), chunked(piece[20:-1]), chunked(piece[-1:])]
+    whole = chunked(last.replace(b"\n", b"\r\n")) + chunked(usage + done)
+    pieces += [whole[:-3], whole[-3:], b"0\r\n", b"Trailer: x\r\n", b"\r\n"]
+    for piece in pieces:
+        writer.write(piece)
+        await writer.drain()
+        await asyncio.sleep(0.001)
+
+
+async def test_an_answer_cut_oddly() -> None:
+    async with serving(cuts_oddly) as url:
+        tally = await run(url, num_requests=6, osl="8")
+    assert (tally.ok, tally.errors, tally.wrong_input_tokens, tally.reconnected) == (6, {}, 0, 0)
+    assert (tally.output_tokens, tally.whole("gap_s").count) == (48, 42)
+
+
+async def paced(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
+    writer.write(HEAD)
+    for piece in answer(json.loads(body)["max_tokens"], len(json.loads(body)["prompt"])):
+        writer.write(chunked(piece))
+        await writer.drain()
+        await asyncio.sleep(0.012)
+    writer.write(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("has_epoll", [True, False])
+async def test_many_streams_whose_reads_wait_for_each_other(has_epoll: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_epoll:
+        monkeypatch.delattr("select.epoll")
+    async with serving(paced) as url:
+        tally = await run(url, streams=40, num_requests=120, osl="16", timeout_s=20.0)
+    assert (tally.ok, tally.errors) == (120, {})
+    assert (tally.output_tokens, tally.whole("gap_s").count) == (1920, 1800)
+
+
 async def fails(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
     writer.write(b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\noops")
 

@@ -183,6 +183,48 @@ def test_any_bytes_end_in_a_verdict(pieces: list[bytes]) -> None:
     assert exchange.error is not None
 
 
+PIECES = [
+    event(text("a")),
+    event(text("b", token_ids=[1])),
+    event(text("c", index=1)),
+    event(text("d", usage={"completion_tokens": 2})),
+    event(delta(content="e")),
+    event(delta(reasoning="f")),
+    event(text("")) + event(text("g")),
+    event(text("h"))[:9],
+    event(text("h"))[9:],
+    b'data: {"choices": []},{"choices": []}\n\n',
+    b"data: {]\n\n",
+    b'data: {"choices": [],\ndata: "usage": null}\n\n',
+    b": ping\n\n",
+    event(text("i", "stop")),
+    event(DONE),
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12), st.lists(st.integers(1, 4), min_size=12, max_size=12))
+def test_pieces_looked_at_together_are_as_one_by_one(pieces: list[bytes], sizes: list[int]) -> None:
+    def played(*, together: bool) -> Exchange:
+        exchange = Exchange(0, 0.0, None)
+        exchange.on_status(200, HEADERS)
+        times = list(map(float, range(1, len(pieces) + 1)))
+        start = 0
+        for size in sizes:
+            part = slice(start, start + size)
+            if together:
+                exchange.on_bodies(pieces[part], times[part])
+            else:
+                for piece, at_s in zip(pieces[part], times[part], strict=True):
+                    exchange.on_body(piece, at_s)
+            start += size
+        exchange.on_end(100.0, None)
+        return exchange
+
+    one, many = played(together=False), played(together=True)
+    for name in ("error", "message", "gaps", "chunk_tokens", "num_chunks", "first_s", "first_answer_s", "last_s"):
+        assert getattr(one, name) == getattr(many, name)
+
+
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_all_line_ends(end: bytes) -> None:
     parser = EventParser()

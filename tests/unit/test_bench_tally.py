@@ -76,6 +76,27 @@ def test_merging_processes_is_as_one_process() -> None:
     assert sum(c.tokens for c in merged.timeline.cells.values()) == pytest.approx(one.output_tokens)
 
 
+def test_gaps_counted_in_bulk_are_as_counted_one_by_one() -> None:
+    rng = random.Random(5)
+    bulk, singly = Tally(1000.0), Tally(1000.0)
+    for number in range(300):
+        gaps = [rng.expovariate(20) for _ in range(rng.randrange(60))]
+        found = exchange(1000 + number * 0.3, gaps)
+        add(bulk, found, block=number % NUM_BLOCKS)
+        found.per_choice_last_s[1] = 0.0  # with two choices, each gap is counted by itself
+        found.gaps = [2 * gap_s for gap_s in gaps]  # and the timeline takes half of it
+        add(singly, found, block=number % NUM_BLOCKS)
+    cells, one_by_one = bulk.timeline.cells, singly.timeline.cells
+    assert cells.keys() == one_by_one.keys()
+    assert [cell.tokens for cell in cells.values()] == pytest.approx([one_by_one[n].tokens for n in cells])
+    assert [2 * cell.gap_max_s for cell in cells.values()] == pytest.approx([one_by_one[n].gap_max_s for n in cells])
+    for metric in ("gap_s", "token_gap_s"):
+        for q in (0.1, 0.5, 0.9, 1):
+            assert 2 * bulk.whole(metric).quantile(q) == pytest.approx(singly.whole(metric).quantile(q), rel=0.02)
+    assert bulk.whole("gap_s").count == singly.whole("gap_s").count
+    assert bulk.fresh_gap.count == singly.fresh_gap.count == bulk.whole("gap_s").count
+
+
 def test_a_timeline_of_any_length_has_few_cells() -> None:
     timeline = Timeline()
     for second in range(36_000):

@@ -18,6 +18,7 @@ from kervan.facts.workload import Slo
 
 Say = Callable[[str], None]
 METRICS_WAIT_S = 5.0
+MIN_TRIAL_SHARE = 8 / 60  # of the time that a trial may take: no verdict before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +207,7 @@ def find_rate(
     max_s: float = 60.0,
     say: Say = lambda _: None,
 ) -> FoundRate:
-    """The highest rate of `load` at which a share `attain` of the requests keeps `slo`. Takes minutes.
+    """The highest rate of `load` at which a share `attain` of the requests keeps `slo`. Takes up to 16 times `max_s`.
 
     Raises: ConfigError, FleetError.
     """
@@ -215,7 +216,7 @@ def find_rate(
     client = replace(client, calibrates=False, reconciles=False)
     interrupted = False
     while not interrupted and (rate := search.next_rate()) is not None:
-        trial = Trial(rate, target=attain, max_s=max_s)
+        trial = Trial(rate, target=attain, min_s=max_s * MIN_TRIAL_SHARE, max_s=max_s)
         state: list[tuple[str, int, int]] = []
 
         def judge(elapsed_s: float, reports: list[worker.Progress], trial: Trial = trial, state: Any = state) -> bool:

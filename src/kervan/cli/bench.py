@@ -15,7 +15,7 @@ SECTIONS = {
     "--duration --max-streams",
     "Prompts": "--isl --osl --prefix --turns --think-time --prompts --tokenizer --seed",
     "Requests": "--api --model --set --stop-at-eos --per-chunk-usage --header --api-key --insecure --timeout",
-    "Measuring": "--slo --stall --find-rate --attain --against --pairs --fail-below --at --processes --no-calibration",
+    "Measuring": "--slo --stall --find-rate --attain --trial-time --against --pairs --fail-below --at --processes --no-calibration",
     "Output": "--strict --json --record --html --help",
 }
 ARRIVALS = ["poisson", "gamma", "constant"]
@@ -72,6 +72,7 @@ class Sectioned(click.Command):
     "--find-rate", is_flag=True, help="Search the highest rate that keeps the SLO; --rate is where it begins."
 )
 @click.option("--attain", type=float, default=0.95, show_default=True, help="Share of requests that must keep the SLO.")
+@click.option("--trial-time", default="1min", show_default=True, help="Of each rate, at most.")
 @click.option("--against", metavar="URL", help="A second server: pairs of runs, in the order A B B A, and their ratio.")
 @click.option("--pairs", type=int, default=4, show_default=True, help="With --against.")
 @click.option("--fail-below", type=float, help="With --against: exit 1 if the ratio of tokens/s is surely below this.")
@@ -167,11 +168,13 @@ def _find_rate(prepared: Any, load: Any, slo: Any, client: Any, say: Any, given:
     """Search the highest rate; the exit status."""
     from kervan.bench import run
     from kervan.cli import bench_view, render
+    from kervan.units import parse_duration_s
 
     start_rate = load.stages[0].start_rate if load.stages else 1.0
     answer = run.find_rate(
-        prepared, load, slo=slo, attain=given["attain"], start_rate=start_rate, client=client, say=say
-    )
+        prepared, load, slo=slo, attain=given["attain"], start_rate=start_rate, client=client,
+        max_s=parse_duration_s(given["trial_time"], "--trial-time"), say=say,
+    )  # fmt: skip
     found = answer.to_dict()
     _record({"target": {"url": prepared.target.url, "model": prepared.target.model}, "load": load.to_dict(), **found},
             say, given)  # fmt: skip
@@ -192,7 +195,7 @@ def _compare(
     from kervan.cli import bench_view, render
 
     other = run.prepare(
-        given["against"], loads[0], api=prepared.target.api, headers=prepared.target.headers,
+        against, loads[0], api=prepared.target.api, headers=prepared.target.headers,
         sampling=prepared.target.sampling, verify_tls=prepared.target.verify_tls, tokenizer=given["tokenizer"],
     )  # fmt: skip
     sides = {"a": prepared, "b": other}
