@@ -23,10 +23,9 @@ import httptools
 SO_TIMESTAMPNS = 35  # asm-generic/socket.h; Python has no name for it
 READ_BYTES = 4096
 MIN_NAP_S, MAX_NAP_S = 0.001, 0.005
-MAX_WAITING = 32  # reads of a stream that are looked at together
+MAX_WAITING = 64  # reads of a stream that are looked at together
 TIMESTAMP_BYTES = 32  # room for a control message with a time
 TIMESPEC = struct.Struct("qq")
-_timespec = TIMESPEC.unpack
 _now = time.time  # the kernel stamps with the real-time clock
 
 
@@ -122,7 +121,7 @@ class Channel:
     _poller: Poller | None = None
     _is_between_chunks: bool = False  # of a chunked body, as far as the parser has been told
     _waiting: list[bytes] = field(default_factory=list)
-    _waiting_at_s: list[float] = field(default_factory=list)
+    _stamps: list[bytes] = field(default_factory=list)
     _recvmsg: Any = None
 
     async def open(self, poller: Poller) -> None:
@@ -188,7 +187,7 @@ class Channel:
     def close(self) -> None:
         """Drop the connection; nothing is told to a listener any more."""
         self._listener = None
-        self._waiting, self._waiting_at_s = [], []
+        self._waiting, self._stamps = [], []
         self.is_open = False
         if self._socket is not None and self._poller is not None:
             self._poller.remove(self._socket)
@@ -222,41 +221,40 @@ class Channel:
             self.settle()
             self._fail(f"the connection closed: {error.strerror or error}")
             return
-        if stamps:  # no other kind of control message has been asked for
-            seconds, nanoseconds = _timespec(stamps[0][2])
-            at_s = seconds + nanoseconds * 1e-9
-        else:
-            at_s = _now()
         # A chunk that ends in an empty line is an event and not the end of the answer, so nobody waits for it: it
         # is looked at together with others of its stream, which costs half, as what they touch is in the cache then.
-        if self._is_between_chunks and len(self._waiting) < MAX_WAITING and data.endswith(b"\n\n\r\n"):
+        if self._is_between_chunks and stamps and data.endswith(b"\n\n\r\n") and len(self._waiting) < MAX_WAITING:
             self._waiting.append(data)
-            self._waiting_at_s.append(at_s)
+            self._stamps.append(stamps[0][2])
             return
         self.settle()
         if data:
-            self.received(data, at_s)
+            self.received(data, _seconds(stamps[0][2]) if stamps else _now())
         else:
             self._on_eof()
 
     def settle(self) -> None:
         """Look at what has been read and waits."""
-        waiting, waiting_at_s = self._waiting, self._waiting_at_s
-        if not waiting:
+        if not self._waiting:
             return
-        self._waiting, self._waiting_at_s = [], []
-        pieces = []
-        for data in waiting:
-            piece = _whole_chunk(data)
-            if piece is None:
-                break
-            pieces.append(piece)
-        else:
-            if self._listener is not None:
-                self._listener.on_bodies(pieces, waiting_at_s)
-            return
-        for data, at_s in zip(waiting, waiting_at_s, strict=True):
-            self.received(data, at_s)
+        waiting, stamps = self._waiting, self._stamps
+        self._waiting, self._stamps = [], []
+        pieces: list[bytes] = []
+        times_s: list[float] = []
+        for data, stamp in zip(waiting, stamps, strict=True):
+            piece = _whole_chunk(data) if self._is_between_chunks else None
+            if piece is not None:
+                pieces.append(piece)
+                times_s.append(_seconds(stamp))
+            else:
+                self._give(pieces, times_s)
+                pieces, times_s = [], []
+                self.received(data, _seconds(stamp))
+        self._give(pieces, times_s)
+
+    def _give(self, pieces: list[bytes], times_s: list[float]) -> None:
+        if pieces and self._listener is not None:
+            self._listener.on_bodies(pieces, times_s)
 
     def received(self, data: bytes, at_s: float) -> None:
         if self._listener is None:
@@ -322,6 +320,11 @@ class Channel:
         else:
             self.close()
         listener.on_end(self._at_s, None)
+
+
+def _seconds(stamp: bytes) -> float:
+    seconds, nanoseconds = TIMESPEC.unpack(stamp)
+    return float(seconds + nanoseconds * 1e-9)
 
 
 def _whole_chunk(data: bytes) -> bytes | None:

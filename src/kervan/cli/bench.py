@@ -15,7 +15,8 @@ SECTIONS = {
     "--duration --max-streams",
     "Prompts": "--isl --osl --prefix --turns --think-time --prompts --tokenizer --seed",
     "Requests": "--api --model --set --stop-at-eos --per-chunk-usage --header --api-key --insecure --timeout",
-    "Measuring": "--slo --stall --find-rate --attain --trial-time --against --pairs --fail-below --at --processes --no-calibration",
+    "Measuring": "--slo --stall --find-rate --attain --trial-time --against --pairs --fail-below --at --processes "
+    "--no-calibration",
     "Output": "--strict --json --record --html --help",
 }
 ARRIVALS = ["poisson", "gamma", "constant"]
