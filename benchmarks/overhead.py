@@ -373,6 +373,8 @@ def compare(args: argparse.Namespace, on_pair: Callable[[list[Run]], None]) -> N
     with servers.kervan_fleet(args.model, engine_args, **fleet, **start) as kervan:
         for name in args.against:
             begin = time.monotonic()
+            if name.startswith("ray-llm"):
+                ready(kervan)  # two Rays that start at once on few cores time out
             with OPPONENTS[name](args.model, engine_args, **start) as other:
                 sides = ready(kervan, other)
                 print(f"-- against {name}", flush=True)

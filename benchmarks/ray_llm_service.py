@@ -28,15 +28,17 @@ def main() -> None:
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # short: Ray keeps sockets in it
-        ray.init(address="local", include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        # Logical CPUs only say what may be placed; on a small machine the defaults leave no room for the ingress.
+        ray.init(address="local", num_cpus=16, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ray.init sets a handler of its own
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": args.port})
             config = LLMConfig(
                 model_loading_config={"model_id": args.model, "model_source": args.model},
                 deployment_config={"num_replicas": 1},
                 engine_kwargs=parse_engine_args(args.engine_arg),
+                accelerator_config={"kind": "gpu" if ray.cluster_resources().get("GPU") else "cpu"},
             )
             serve.run(build_openai_app({"llm_configs": [config]}), name="default", route_prefix="/")
             print("ready", flush=True)

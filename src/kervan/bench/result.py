@@ -18,6 +18,7 @@ from kervan.units import format_duration
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 MAX_FLOOR_SHARE = 0.05
+NO_FLOOR_S = 50e-6  # nothing to see: a server that sends several chunks at once has gaps of 0, and that is true
 MAX_BUSY = 0.9
 MAX_CLOCK_STEP_S = 0.001
 
@@ -96,7 +97,7 @@ class Result:
         found = []
         for metric, floor_s in (("ttft_s", self.floor.ttft_s), ("gap_s", self.floor.gap_s)):
             measured_s = self.quantile(metric, 0.5)
-            if measured_s is not None and floor_s > MAX_FLOOR_SHARE * measured_s:
+            if measured_s is not None and floor_s > max(NO_FLOOR_S, MAX_FLOOR_SHARE * measured_s):
                 ratio = floor_s / max(measured_s, 1e-9) / MAX_FLOOR_SHARE
                 found.append(
                     f"the client's own {metric.removesuffix('_s').upper()} floor, {format_duration(floor_s)}, is over "
