@@ -178,8 +178,8 @@ def measure(tool: Tool, program: Path, streams: int, requests: int, gap_ms: floa
         after, wall_s = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - begin_s
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         row: dict[str, Any] = {
-            "tool": tool.name, "streams": streams, "requests": requests, "command": shlex.join(command),
-            "true_ttft_ms": args.ttft_ms, "true_gap_ms": gap_ms, "wall_s": wall_s,
+            "tool": tool.name, "streams": streams, "requests": requests,
+            "command": plain(shlex.join(command), args, folder), "true_ttft_ms": args.ttft_ms, "true_gap_ms": gap_ms, "wall_s": wall_s,
         }  # fmt: skip
         try:
             row["seen"] = tool.read(done.stdout, out).__dict__
@@ -189,6 +189,15 @@ def measure(tool: Tool, program: Path, streams: int, requests: int, gap_ms: floa
     writes = row["server"]["writes"]
     row["cpu_us_per_token"] = 1e6 * cpu_s / writes if writes else None
     return row
+
+
+def plain(command: str, args: argparse.Namespace, folder: str = "") -> str:
+    """A command without the places that only this machine has."""
+    places = {args.vllm: "VLLM_PYTHON", args.guidellm: "guidellm", args.aiperf: "aiperf", args.tokenizer: "TOKENIZER"}
+    for path, word in {**places, folder: "OUT", sys.executable: "python"}.items():
+        if path:
+            command = command.replace(path, word)
+    return command
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -278,7 +287,7 @@ def main() -> int:
     record = {
         "what": "truth",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/truth.py", *sys.argv[1:]]),
+        "command": plain(shlex.join(["python", "benchmarks/truth.py", *sys.argv[1:]]), args),
         "hardware": hardware(),
         "versions": known,
         "rows": rows,

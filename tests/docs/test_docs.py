@@ -296,6 +296,21 @@ def test_numbers_are_those_of_the_record(record: str, heads: list[str], cells: l
         assert written == rounded, head
 
 
+def test_the_table_of_tools_is_that_of_the_record() -> None:
+    text = (ROOT / "docs/bench.md").read_text()
+    match = re.search(r"^<!-- truth: (\S+) -->\n((?:\|.*\n)+)", text, re.M)
+    assert match is not None
+    found = json.loads((ROOT / match[1]).read_text())["rows"]
+    heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[2].splitlines()]
+    for streams, *cells in lines:
+        for tool, cell in zip(heads[1:], cells, strict=True):
+            name = tool.removesuffix(" bench") if tool == "kervan bench" else tool
+            seen = [
+                row["seen"]["ttft_p50_ms"] for row in found if (row["tool"], row["streams"]) == (name, int(streams))
+            ]
+            assert cell == f"{min(seen):.1f} - {max(seen):.1f}", (tool, streams)
+
+
 def test_versions_and_hardware_are_those_of_the_records() -> None:
     text = (ROOT / "README.md").read_text()
     match = re.search(r"^<!-- versions: (.+?) -->\n(.+?)\n\n", text, re.M | re.S)
