@@ -178,8 +178,8 @@ def measure(tool: Tool, program: Path, streams: int, requests: int, gap_ms: floa
         after, wall_s = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - begin_s
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         row: dict[str, Any] = {
-            "tool": tool.name, "streams": streams, "requests": requests,
-            "command": plain(shlex.join(command), args, folder), "true_ttft_ms": args.ttft_ms, "true_gap_ms": gap_ms, "wall_s": wall_s,
+            "tool": tool.name, "streams": streams, "requests": requests, "wall_s": wall_s,
+            "true_ttft_ms": args.ttft_ms, "true_gap_ms": gap_ms, "command": plain(shlex.join(command), args, folder),
         }  # fmt: skip
         try:
             row["seen"] = tool.read(done.stdout, out).__dict__
