@@ -245,6 +245,23 @@ def _memory(side: str, part: str) -> Getter:
     return values
 
 
+def _of(side: str, key: str) -> Getter:
+    return lambda level: [1e3 * level[side][key]]
+
+
+def _against(name: str) -> dict[str, Getter]:
+    """Columns that compare kervan with one of several servers."""
+    return {
+        "its tok/s": _speed(name),
+        **{f"its {key[:4].upper()}, ms": _of(name, key) for key in ("ttft_p50_s", "tpot_p50_s")},
+        **{f"kervan {key[:4].upper()}, ms": _of("kervan", key) for key in ("ttft_p50_s", "tpot_p50_s")},
+        "kervan CPU": _cpu("kervan", "front"),
+        "its CPU": _cpu(name, "front"),
+    }
+
+
+OPPONENTS = {"vLLM": "bare", "Ray Serve LLM": "ray-llm", "the same, direct": "ray-llm-direct"}
+
 # Head of a README column -> the values of its cell, in their order.
 COLUMNS: dict[str, Getter] = {
     "streams": lambda level: [level["concurrency"]],
@@ -286,10 +303,15 @@ def test_the_readme_has_numbers() -> None:
 @pytest.mark.parametrize(("record", "heads", "cells"), measured())
 def test_numbers_are_those_of_the_record(record: str, heads: list[str], cells: list[str]) -> None:
     summary = json.loads((ROOT / record).read_text())["summary"]
-    level = next(level for level in summary if level["concurrency"] == int(cells[0]))
+    named = OPPONENTS[cells[heads.index("against")]] if "against" in heads else summary[0]["against"]
+    level = next(row for row in summary if (row["concurrency"], row["against"]) == (int(cells[0]), named))
     assert level["pairs_with_errors"] == 0
     columns = COLUMNS | (MEMORY_COLUMNS if "each kervan gateway" in heads else {})
+    if "against" in heads:
+        columns |= _against(named)
     for head, cell in zip(heads, cells, strict=True):
+        if head == "against":
+            continue
         written = re.findall(r"-?\d+(?:\.\d+)?", cell)
         real = columns[head](level)
         rounded = [f"{v:.{len(w.partition('.')[2])}f}" for v, w in zip(real, written, strict=True)]
