@@ -43,6 +43,14 @@ def test_a_growing_backlog_breaks_the_slo_though_what_ended_was_good() -> None:
     assert run_trial(Trial(20.0), 1.0, backlog=0.02)[0] == "keeps"
 
 
+def test_no_yes_before_requests_have_come_and_gone_several_times() -> None:
+    """At 20 requests/s and 80 in flight a request takes 4 s: nothing is steady before 20 s."""
+    trial = Trial(20.0)
+    verdicts = {s: trial.verdict(good=20 * s, ended=20 * s, in_flight=80, elapsed_s=s) for s in range(1, 22)}
+    assert verdicts[19] == "open"
+    assert verdicts[20] == "keeps"
+
+
 def test_a_server_that_answers_nothing_breaks_it() -> None:
     assert Trial(5.0).verdict(good=0, ended=0, in_flight=300, elapsed_s=60) == "breaks"
     assert Trial(5.0).verdict(good=0, ended=0, in_flight=30, elapsed_s=6) == "open"

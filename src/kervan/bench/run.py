@@ -168,6 +168,11 @@ class FoundRate:
     results: tuple[Result, ...]
     was_interrupted: bool
 
+    def doubts(self) -> list[str]:
+        """Why trials cannot be believed. That nothing ended in one which broke the SLO is no reason."""
+        found = [doubt for result in self.results if result.tally.ok for doubt in result.doubts()]
+        return list(dict.fromkeys(found))
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON and records."""
         trials = [
@@ -182,7 +187,6 @@ class FoundRate:
                 "ttft_from_arrival_p99_s": result.quantile("ttft_from_arrival_s", 0.99),
                 "tpot_p99_s": result.quantile("tpot_s", 0.99),
                 "errors": dict(result.tally.errors),
-                "doubts": result.doubts(),
             }
             for trial, result in zip(self.trials, self.results, strict=True)
         ]
@@ -192,6 +196,7 @@ class FoundRate:
             "keeps_up_to": self.keeps_up_to,
             "breaks_from": self.breaks_from,
             "interrupted": self.was_interrupted,
+            "doubts": self.doubts(),
             "trials": trials,
         }
 
@@ -217,13 +222,13 @@ def find_rate(
     interrupted = False
     while not interrupted and (rate := search.next_rate()) is not None:
         trial = Trial(rate, target=attain, min_s=max_s * MIN_TRIAL_SHARE, max_s=max_s)
-        state: list[tuple[str, int, int]] = []
+        state: list[tuple[str, int, int, float]] = []
 
         def judge(elapsed_s: float, reports: list[worker.Progress], trial: Trial = trial, state: Any = state) -> bool:
             good, ended = sum(r.good for r in reports), sum(r.ok + r.errors for r in reports)
             in_flight = sum(r.in_flight for r in reports)
             verdict = trial.verdict(good=good, ended=ended, in_flight=in_flight, elapsed_s=elapsed_s)
-            state.append((verdict, good, ended))
+            state.append((verdict, good, ended, elapsed_s))
             return verdict != "open"
 
         one = replace(load, streams=None, stages=steady(rate), num_requests=None, duration_s=4 * max_s)
@@ -232,11 +237,11 @@ def find_rate(
         interrupted = result.outcome.was_interrupted
         if interrupted or not state:
             break
-        verdict, good, ended = next((s for s in state if s[0] != "open"), state[-1])
+        verdict, good, ended, elapsed_s = next((s for s in state if s[0] != "open"), state[-1])
         results.append(result)
         search.trials.append(Tried(rate, verdict == "keeps", good, ended))
         word = "keeps" if verdict == "keeps" else "breaks"
-        say(f"{rate:.3g} requests/s {word} the SLO: {good} of {ended} good after {result.tally.duration_s:.0f} s")
+        say(f"{rate:.3g} requests/s {word} the SLO: {good} of {ended} good after {elapsed_s:.0f} s")
     return FoundRate(
         slo, attain, search.keeps_up_to, search.breaks_from, tuple(search.trials), tuple(results), interrupted
     )

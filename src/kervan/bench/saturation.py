@@ -16,6 +16,7 @@ MIN_REQUESTS = 40
 _ACCEPT = math.log((1 - 0.05) / 0.05)
 BACKLOG_SHARE = 0.25
 BACKLOG_MIN = 8
+STEADY_ANSWERS = 5  # times that a request takes, after which a load counts as steady
 
 
 @dataclass(slots=True)
@@ -24,7 +25,7 @@ class Trial:
 
     The two hypotheses are `target` and `target - margin`; between them either answer is right.
     Source: Wald 1945, "Sequential tests of statistical hypotheses". Requests of one moment depend on each other, so
-    an early answer needs `min_s` seconds and 40 requests besides.
+    an early answer needs `min_s` seconds and 40 requests besides, and an early yes a load that has been steady.
     """
 
     rate: float
@@ -45,7 +46,9 @@ class Trial:
             score = self._score(good, ended)
             if score <= -_ACCEPT:
                 return "breaks"
-            if score >= _ACCEPT and not self._is_behind(in_flight, elapsed_s):
+            # What is in flight at the rate is the time that a request takes (Little's law).
+            is_steady = elapsed_s >= STEADY_ANSWERS * in_flight / self.rate
+            if score >= _ACCEPT and is_steady and not self._is_behind(in_flight, elapsed_s):
                 return "keeps"
         if elapsed_s < self.max_s:
             return "open"

@@ -80,7 +80,9 @@ def print_result(result: Result) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     requests = found["requests"]
     load = result.load
-    how = f"{load.streams} streams" if load.streams is not None else f"{load.process} arrivals"
+    how = f"{load.process} arrivals"
+    if load.streams is not None:
+        how = "1 stream" if load.streams == 1 else f"{load.streams} streams"
     if load.trace:
         how = f"trace {load.trace}"
     console.print(
@@ -203,7 +205,7 @@ def print_rate(answer: FoundRate) -> None:
         console.print(f"{answer.keeps_up_to:.3g} requests/s keep {share}; nothing that was tried breaks it")
     else:
         console.print(f"[bold]{answer.keeps_up_to:.3g} requests/s[/bold] keep {share}; {answer.breaks_from:.3g} do not")
-    for doubt in {doubt for result in answer.results for doubt in result.doubts()}:
+    for doubt in answer.doubts():
         console.print(f"[red]not valid:[/red] {doubt}", soft_wrap=True)
 
 
