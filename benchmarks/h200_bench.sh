@@ -24,5 +24,5 @@ report=()
 if python3 -c 'import plotly' 2>/dev/null; then report=(--html "$out/report.html"); fi
 {
   bench 200 --streams 1,16,64,256 --duration 15s --slo ttft=2s,tpot=50ms "${report[@]}"
-  bench 240 --find-rate --rate 8 --slo ttft=2s,tpot=50ms --trial-time 15s
+  bench 240 --find-rate --rate 8 --slo ttft=2s,tpot=50ms --trial-time 24s
 } 2>&1 | tee "$out/bench.txt"
