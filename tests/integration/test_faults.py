@@ -59,6 +59,7 @@ async def run_undisturbed(fleet: Fleet) -> Undisturbed:
     async def one(client: httpx.AsyncClient, question: str) -> tuple[str, str, float, int]:
         asked = {**body(question), "logprobs": True, "top_logprobs": 2}
         told = (await client.post("/v1/chat/completions", json=asked)).json()
+        assert "choices" in told, told
         choice = told["choices"][0]
         tops = [token["top_logprobs"] for token in choice["logprobs"]["content"]]
         margin = min(first["logprob"] - second["logprob"] for first, second in tops)
