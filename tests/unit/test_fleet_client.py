@@ -23,6 +23,7 @@ from kervan.fleet import wire
 from kervan.fleet.client import FleetClient
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, Member
+from kervan.policy import quarantine
 
 SECRET = "s3cret"
 VERSION = "toy-1"
@@ -411,6 +412,7 @@ async def make_bench(**settings: Any) -> AsyncIterator[Bench]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "RECONNECT_PERIOD_S", 0.01)
     monkeypatch.setattr(wire, "PING_PERIOD_S", 0.02)
+    monkeypatch.setattr(quarantine, "RETURN_WAIT_S", 0.2)
 
 
 @pytest.fixture
@@ -830,6 +832,75 @@ async def test_a_token_acquits_of_earlier_deaths_only(bench: Bench) -> None:
     await bench.steps(c, 1)
     await bench.placed(c, "s~2", "t~2")
     await bench.finished("s", "t")
+
+
+async def silence(bench: Bench, replica: ToyReplica) -> None:
+    """The link to a replica that lives, and was heard of since its last stream came, breaks; then it is back."""
+    link = bench.link(replica)
+    await until(lambda: any(link.pong_s > s.placed_s for s in link.streams.values()))
+    await replica.break_output_connection()
+    await until(lambda: any(k.replica_id == replica.replica_id and k is not link for k in bench.client.links))
+
+
+async def test_replicas_that_come_back_convict_nobody(bench: Bench) -> None:
+    """As when the whole machine stands still for seconds, twice: nobody died, so no request is a killer."""
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.add("t")
+    await bench.placed(a, "s", "t")
+    for _ in range(3):
+        await silence(bench, a)
+    await bench.finished("s", "t")
+    assert bench.client.counts.given_up == 0
+
+
+async def test_a_verdict_waits_for_the_return_of_a_replica(bench: Bench) -> None:
+    """One replica falls silent, the next dies; the first one's return clears the stream of both."""
+    a = await bench.start("a")
+    await bench.add("s")
+    link = bench.link(a)
+    await until(lambda: any(link.pong_s > s.placed_s for s in link.streams.values()))
+    bench.client.set_members([])
+    await a.break_output_connection()
+    await until(lambda: not bench.client.links)
+    b = bench.replicas["b"] = ToyReplica("b")
+    bench.client.set_members([b.member])
+    await bench.placed(b, "s~1")
+    link = bench.link(b)
+    await until(lambda: any(link.pong_s > s.placed_s for s in link.streams.values()))
+    b.kill()
+    await until(lambda: not bench.client.links and bench.client.num_held == 1)
+    bench.follow()
+    await bench.placed(a, "s~2")
+    await bench.finished("s")
+    assert bench.client.counts.given_up == 0
+
+
+async def test_a_stream_can_be_aborted_while_its_verdict_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "RETURN_WAIT_S", 3600.0)
+    await bench.add("s")
+    for name in "ab":
+        replica = await bench.start(name)
+        link = bench.link(replica)
+        await until(lambda k=link: any(k.pong_s > s.placed_s for s in k.streams.values()))  # type: ignore[misc]
+        await bench.kill(replica)
+    await until(lambda: bench.client.num_held == 1)
+    await bench.client.abort(["s"])
+    assert bench.client.num_held == 0
+
+
+async def test_a_stream_that_silences_its_replica_again_and_again_is_given_up(bench: Bench) -> None:
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.placed(a, "s")
+    for _ in range(quarantine.MAX_UNSEEN_LOSSES):
+        await silence(bench, a)
+    link = bench.link(a)
+    await until(lambda: bench.failed("s") or link.streams)
+    if not bench.failed("s"):
+        await a.break_output_connection()
+    await bench.ended("s")
+    assert bench.failed("s")
 
 
 async def test_a_suspect_does_not_keep_others_away(bench: Bench) -> None:

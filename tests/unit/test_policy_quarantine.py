@@ -16,6 +16,8 @@ from kervan.policy import quarantine
         pytest.param(1, 0, False, False, "try_alone", 1, 1, id="second loss, replica perhaps dead before: tried again"),
         pytest.param(1, 3, False, False, "try_alone", 1, 4, id="fourth such loss"),
         pytest.param(1, 4, False, False, "give_up", 1, 5, id="fifth such loss: enough"),
+        pytest.param(0, 1, False, True, "try_alone", 1, 1, id="its last replica came back: a strike as if the first"),
+        pytest.param(0, 5, False, True, "give_up", 1, 5, id="five came back: enough"),
     ],
 )
 def test_verdicts(

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 RECONNECT_PERIOD_S = 0.5
 RATE_WINDOW_S = 10.0
 SETTLE_S = 0.01
+ENGINE_DIED = "the engine died"
 
 
 @dataclass(slots=True)
@@ -72,6 +73,7 @@ class FleetClient:
         self._link_tasks: dict[Member, asyncio.Task[None]] = {}
         self._streams: dict[str, Stream] = {}
         self._held: deque[Stream] = deque()
+        self._num_awaiting = 0
         self._link_up = asyncio.Event()
         self._call_ids = itertools.count(1)
         self._completed_per_s = 0.0
@@ -91,7 +93,7 @@ class FleetClient:
 
     @property
     def num_held(self) -> int:
-        return len(self._held)
+        return len(self._held) + self._num_awaiting
 
     @property
     def capacity_streams(self) -> int:
@@ -211,6 +213,7 @@ class FleetClient:
         link = self._links.get(stream.replica_id or "")
         was_suspect = stream.is_suspect
         self._unplace(stream, link)
+        self._end_wait(stream)
         self._streams.pop(stream.request_id, None)
         if stream.held_since_s is not None:
             with contextlib.suppress(ValueError):
@@ -280,6 +283,7 @@ class FleetClient:
             self._link_up.set()
             reason = "closed"
             try:
+                await self._acquit(link)
                 await self._place_held()
                 await self._leave_draining()
                 reason = await self._first_of(self._pump(link), self._watch(link), self._ping(link))
@@ -310,7 +314,7 @@ class FleetClient:
     def _take(self, link: Link, frames: Sequence[zmq.Frame]) -> str | None:
         """Deliver one output message; why the link is over, if it is."""
         if len(frames) == 1 and frames[0].bytes == wire.ENGINE_DEAD:
-            return "the engine died"
+            return ENGINE_DIED
         number = wire.decode_number(frames[0].bytes)
         if number != link.num_outputs + 1:
             return f"output {link.num_outputs + 1} was lost, {number} came"
@@ -378,7 +382,8 @@ class FleetClient:
         stream.cost_tokens -= queued
         link.outstanding_tokens -= queued
         if stream.is_suspect:
-            stream.strikes = stream.unseen_losses = 0
+            stream.struck.clear()
+            stream.unseen_losses = 0
             link.num_suspects -= 1
             if self._held:
                 asyncio.get_running_loop().create_task(self._place_held())
@@ -460,23 +465,60 @@ class FleetClient:
         streams = list(link.streams.values())
         logger.warning("replica %s is lost (%s) with %d streams", link.replica_id, reason, len(streams))
         for stream in streams:
-            await self._judge(stream, link)
+            await self._judge(stream, link, reason)
         await self._place_held()
 
-    async def _judge(self, stream: Stream, link: Link) -> None:
+    async def _judge(self, stream: Stream, link: Link, reason: str) -> None:
         verdict = quarantine.decide(
-            strikes=stream.strikes,
+            strikes=len(stream.struck),
             unseen_losses=stream.unseen_losses,
             gave_token=stream.gave_token,
             was_alive=link.pong_s > stream.placed_s,
         )
         self._unplace(stream, link)
-        stream.strikes, stream.unseen_losses = verdict.strikes, verdict.unseen_losses
-        if verdict.action == "give_up" or not stream.is_movable:
-            self.counts.given_up += 1
-            reason = verdict.reason if stream.is_movable else "its replica was lost and it cannot move"
-            self._give_up(stream, reason)
+        if verdict.strikes > len(stream.struck):
+            stream.struck.append(link.replica_id)
+        elif not verdict.strikes:
+            stream.struck.clear()
+        stream.unseen_losses = verdict.unseen_losses
+        if not stream.is_movable:
+            self._convict(stream, "its replica was lost and it cannot move")
+            return
+        if verdict.action == "give_up":
+            if reason == ENGINE_DIED or verdict.strikes < quarantine.MAX_STRIKES:
+                self._convict(stream, verdict.reason)
+            else:
+                stream.awaits_verdict = True
+                self._num_awaiting += 1
+                loop = asyncio.get_running_loop()
+                loop.call_later(quarantine.RETURN_WAIT_S, self._pass_verdict, stream, stream.epoch, verdict.reason)
             return
         stream.epoch += 1
         self.counts.moved += 1
         await self._place(stream)
+
+    def _convict(self, stream: Stream, why: str) -> None:
+        self.counts.given_up += 1
+        self._give_up(stream, why)
+
+    def _pass_verdict(self, stream: Stream, epoch: int, why: str) -> None:
+        """Give up a stream whose replicas have not come back."""
+        if stream.awaits_verdict and stream.epoch == epoch and not self._is_closing:
+            self._convict(stream, why)
+
+    def _end_wait(self, stream: Stream) -> None:
+        self._num_awaiting -= stream.awaits_verdict
+        stream.awaits_verdict = False
+
+    async def _acquit(self, link: Link) -> None:
+        """A lost replica is back: it was silent, not dead, so no stream has killed it."""
+        for stream in list(self._streams.values()):
+            if link.replica_id not in stream.struck:
+                continue
+            stream.struck.remove(link.replica_id)
+            stream.unseen_losses += 1
+            if stream.awaits_verdict:
+                self._end_wait(stream)
+                stream.epoch += 1
+                self.counts.moved += 1
+                await self._place(stream)

@@ -24,15 +24,16 @@ class Stream:
     replica_id: str | None = None
     cost_tokens: int = 0
     gave_token: bool = False
-    strikes: int = 0
+    struck: list[str] = field(default_factory=list)  # replicas lost before it gave a token
     unseen_losses: int = 0
+    awaits_verdict: bool = False
     placed_s: float = 0.0
     held_since_s: float | None = None
 
     @property
     def is_suspect(self) -> bool:
         """Whether its last replica was lost before it gave a token."""
-        return self.strikes > 0
+        return bool(self.struck) or self.unseen_losses > 0
 
     @property
     def remaining_output_tokens(self) -> int:
