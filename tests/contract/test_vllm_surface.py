@@ -165,7 +165,7 @@ def test_the_engine_has_the_queues_that_kervans_socket_threads_use(tree: Path) -
 
 
 def test_the_engine_starts_both_socket_threads_and_waits_for_the_input_only(tree: Path) -> None:
-    """`_greet` waits for the output socket itself."""
+    """`_begin_session` waits for the output socket itself."""
     init = definition(tree, "v1/engine/core.py", "EngineCoreProc", "__init__")
     targets = [
         ast.unparse(keyword.value)

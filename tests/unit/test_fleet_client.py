@@ -83,6 +83,7 @@ class ToyCodec:
 
     def __init__(self, engine_version: str = VERSION):
         self.engine_version = engine_version
+        self.layouts: dict[str, list[str]] = {}
 
     def describe(self, request: Request) -> Stream:
         return Stream(

@@ -17,22 +17,23 @@ BOTTOM = ("errors.py", "units.py", "stats.py")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
-#   errors, units, stats <- facts, policy <- fleet, bench <- gateway <- serve <- cli
+#   errors, units, stats <- facts, policy <- fleet, bench <- twin, gateway <- serve <- cli
 FORBIDDEN = [
-    *((part, ("facts", "policy", "fleet", "bench", "gateway", "serve", "cli", "demo")) for part in BOTTOM),
-    ("facts", ("policy", "fleet", "bench", "gateway", "serve", "cli", "demo")),
-    ("policy", ("facts", "fleet", "bench", "gateway", "serve", "cli", "demo")),
-    ("fleet", ("bench", "gateway", "serve", "cli", "demo")),
-    ("bench", ("fleet", "gateway", "serve", "cli", "demo")),
-    ("gateway", ("bench", "serve", "cli", "demo")),
+    *((part, ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "cli", "demo")) for part in BOTTOM),
+    ("facts", ("policy", "fleet", "twin", "bench", "gateway", "serve", "cli", "demo")),
+    ("policy", ("facts", "fleet", "twin", "bench", "gateway", "serve", "cli", "demo")),
+    ("fleet", ("twin", "bench", "gateway", "serve", "cli", "demo")),
+    ("twin", ("policy", "bench", "gateway", "serve", "cli", "demo")),
+    ("bench", ("fleet", "twin", "gateway", "serve", "cli", "demo")),
+    ("gateway", ("twin", "bench", "serve", "cli", "demo")),
     ("serve", ("bench", "cli", "demo")),
-    ("demo", ("fleet", "bench", "gateway", "serve", "cli")),
+    ("demo", ("fleet", "twin", "bench", "gateway", "serve", "cli")),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/",)),
     ("vllm", ("fleet/vllm/",)),
-    ("zmq", ("fleet/",)),
+    ("zmq", ("fleet/", "twin/")),
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("demo/",)),

@@ -16,6 +16,10 @@ from kervan.facts import fleet as facts
 @click.argument("model", required=False)
 @click.option("--tp", type=int, help="GPUs that share each layer (tensor parallel). [default: 1]")
 @click.option("--pp", type=int, help="Groups of GPUs that hold consecutive layers (pipeline parallel). [default: 1]")
+@click.option("--ep", type=int, help="GPUs that share out each layer's experts: 1 or tp. [default: 1]")
+@click.option("--engine", type=click.Choice(["vllm", "twin"]), help="twin: simulated replicas, without a GPU.")
+@click.option("--gpu", help="The GPU that a twin stands for, like H200.")
+@click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")
 @click.option("--replicas", type=int, help="Engine replicas, each on tp*pp GPUs. [default: 1]")
 @click.option("--gateways", type=int, help="HTTP gateways. [default: one per 8 cores, at most 4]")
 @click.option("--host", help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
@@ -80,8 +84,10 @@ def _config(path: Path | None, given: dict[str, Any]) -> facts.FleetConfig:
     pairs = [facts.parse_assignment(text, "--engine-arg") for text in given.pop("engine_args")]
     engine_args = {key.replace("-", "_"): facts.parse_engine_value(value) for key, value in pairs}
     env = dict(facts.parse_assignment(text, "--env") for text in given.pop("env"))
-    for key, extra in (("engine_args", engine_args), ("env", env)):
+    twin = dict(facts.parse_assignment(text, "--twin") for text in given.pop("twin"))
+    for key, extra in (("engine_args", engine_args), ("env", env), ("twin", twin)):
         before = settings.get(key) or {}
-        settings[key] = {**before, **extra} if isinstance(before, dict) else before
+        if extra or before:
+            settings[key] = {**before, **extra} if isinstance(before, dict) else before
     settings |= {key: value for key, value in given.items() if value is not None}
     return facts.from_mapping(settings, f"config file {path}" if path else "kervan up")

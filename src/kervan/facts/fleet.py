@@ -15,6 +15,7 @@ import yaml
 from kervan.errors import ConfigError
 
 Ingress = Literal["direct", "serve"]
+Engine = Literal["vllm", "twin"]
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 # Engine arguments that kervan decides, and what to use in their place.
@@ -22,6 +23,7 @@ OWNED_ENGINE_ARGS = {
     "model": "the MODEL argument",
     "tensor_parallel_size": "--tp",
     "pipeline_parallel_size": "--pp",
+    "enable_expert_parallel": "--ep",
     "host": "--host",
     "port": "--port",
     "api_key": "--api-key",
@@ -53,18 +55,24 @@ class FleetConfig:
     """One fleet; the words of `kervan up`, of its config file, and of recipes.
 
     `engine_args` has vLLM's own names and values. `gateways` 0 means one per 8 CPU cores, at most 4. `env` goes to
-    the engine and gateway processes.
+    the engine and gateway processes. `ep`: GPUs over which each layer's experts are spread, 1 or `tp`. `engine`
+    "twin": simulated replicas, as if on `gpu`, with `twin` in place of what follows from model and GPU
+    (`kervan.twin.settings`).
     """
 
     model: str
     name: str = "default"
     tp: int = 1
     pp: int = 1
+    ep: int = 1
     replicas: int = 1
     gateways: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
     ingress: Ingress = "direct"
+    engine: Engine = "vllm"
+    gpu: str = ""
+    twin: Mapping[str, Any] = field(default_factory=dict)
     api_keys: tuple[str, ...] = ()
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +89,7 @@ class FleetConfig:
         for key, low, high in (
             ("tp", 1, 64),
             ("pp", 1, 64),
+            ("ep", 1, 64),
             ("replicas", 0, 4096),
             ("gateways", 0, 64),
             ("port", 1, 65535),
@@ -92,6 +101,15 @@ class FleetConfig:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise ConfigError(f"{key}={value} is outside {low}..{high}; give a value in that range")
+        if self.ep not in (1, self.tp):
+            raise ConfigError(
+                f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or --ep {self.tp}"
+            )
+        if self.engine == "twin" and not self.gpu:
+            raise ConfigError("a twin needs to know which GPU it stands for; give for example --gpu H200")
+        if self.engine == "vllm" and (self.gpu or self.twin):
+            what = "--gpu" if self.gpu else "--twin"
+            raise ConfigError(f"{what} is for simulated replicas; add --engine twin, or leave it out")
         for key in self.engine_args:
             if key in OWNED_ENGINE_ARGS:
                 raise ConfigError(f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}")
@@ -105,7 +123,12 @@ class FleetConfig:
         """The fleet's arguments for vLLM's own server parser, the same for gateways and replicas."""
         # A multi-modal sender cache assumes one receiver; a fleet has many (vLLM then sends hashes without data).
         args: dict[str, Any] = {"mm_processor_cache_gb": 0, **self.engine_args}
-        args |= {"model": self.model, "tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
+        args["model"] = self.model
+        if self.engine == "twin":  # only gateways read this, and they have no layout
+            return tuple(word for key, value in args.items() for word in _argument(key, value))
+        args |= {"tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
+        if self.ep > 1:
+            args["enable_expert_parallel"] = True
         if self.gpus_per_replica > 1:
             args["distributed_executor_backend"] = "mp"
         return tuple(word for key, value in args.items() for word in _argument(key, value))

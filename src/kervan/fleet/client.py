@@ -65,7 +65,7 @@ class FleetClient:
         self.outputs: asyncio.Queue[Outputs] = asyncio.Queue()
         self.counts = Counts()
         self.refusals: dict[str, str] = {}
-        self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, self.gateway_id, secret)
+        self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, self.gateway_id, secret, codec.layouts)
         self._hold_timeout_s = hold_timeout_s
         self._context = zmq.asyncio.Context()
         self._members: dict[str, Member] = {}

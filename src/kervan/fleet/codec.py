@@ -27,6 +27,7 @@ class Codec(Protocol):
     """Turns an engine's requests and outputs into frames and back."""
 
     engine_version: str
+    layouts: dict[str, list[str]]  # of `wire.Hello`
 
     def describe(self, request: Any) -> Stream:
         """A new journal entry for `request`."""

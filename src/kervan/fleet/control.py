@@ -13,6 +13,7 @@ import msgspec
 
 from kervan.fleet.wire import EngineFacts
 
+FaultKind = Literal["slow", "hang", "crash", "kv-pressure", "none"]
 FailureKind = Literal["ConfigError", "CapacityError", "EngineError"]
 
 
@@ -25,10 +26,22 @@ class EngineSpec(msgspec.Struct, frozen=True):
     secret: str
 
 
-class Command(msgspec.Struct, frozen=True):
-    """`drain`: take no new work; `stop`: end now."""
+class Fault(msgspec.Struct, frozen=True):
+    """What a twin is told to suffer from.
 
-    command: Literal["drain", "stop"]
+    `slow`: steps take `amount` times as long. `hang`: no further step. `crash`: the process dies after `amount` more
+    tokens. `kv-pressure`: the share `amount` of the KV pool is gone. `none`: whole again.
+    """
+
+    kind: FaultKind
+    amount: float = 0.0
+
+
+class Command(msgspec.Struct, frozen=True):
+    """`drain`: take no new work; `stop`: end now; `fault`: only twins obey."""
+
+    command: Literal["drain", "stop", "fault"]
+    fault: Fault | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -40,13 +53,14 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Sent every second. `num_steps`: engine steps since start."""
+    """Sent every second. `num_steps`: engine steps since start. `note`: shown beside the state."""
 
     running: int
     waiting: int
     kv_cache_usage: float
     num_steps: int
     has_work: bool
+    note: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -13,23 +13,24 @@ from pathlib import Path
 
 import msgspec
 
-from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready, Report
+from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
 
 VLLM_ENGINE = "kervan.fleet.vllm.replica"
+TWIN_ENGINE = "kervan.twin.replica"
 
 
 class EngineProcess:
     """One engine replica in a process group of its own.
 
-    `env` is its whole environment (None: this process's). `ready`, `load` and `failure` hold the latest reports;
-    `on_change` is called from a thread after each.
+    `spec` is what `module` reads first; `env` is its whole environment (None: this process's). `ready`, `load` and
+    `failure` hold the latest reports; `on_change` is called from a thread after each.
     """
 
     def __init__(
         self,
-        spec: EngineSpec,
+        spec: msgspec.Struct,
         *,
         log_path: Path,
         env: Mapping[str, str] | None = None,

@@ -51,12 +51,17 @@ class EngineFacts(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """A gateway introduces a session."""
+    """A gateway introduces a session.
+
+    `layouts`: fields of vLLM's positional structs, in order, by the struct's name. A twin has no vLLM and reads them
+    here; an engine has its own.
+    """
 
     protocol: int
     engine_version: str
     gateway_id: str
     secret: str
+    layouts: dict[str, list[str]] = {}
 
 
 class Welcome(msgspec.Struct, frozen=True):

@@ -45,7 +45,7 @@ def build(config: FleetConfig, *, num_gateways: int, accelerator: str | None) ->
         name=POOL,
         num_replicas=config.replicas,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
-        ray_actor_options={"num_cpus": 0, "num_gpus": config.gpus_per_replica if accelerator else 0},
+        ray_actor_options={"num_cpus": 0, "num_gpus": gpus_per_actor(config, accelerator)},
         **common,
     )
     gateway: Any = GatewayReplica if config.ingress == "direct" else serve.ingress()(IngressGatewayReplica)
@@ -58,6 +58,11 @@ def build(config: FleetConfig, *, num_gateways: int, accelerator: str | None) ->
         **common,
     )
     return gateways.bind(unscaled, engines.bind(unscaled, POOL))
+
+
+def gpus_per_actor(config: FleetConfig, accelerator: str | None) -> float:
+    """GPUs that Ray sets aside for one engine replica."""
+    return config.gpus_per_replica if accelerator and config.engine == "vllm" else 0
 
 
 def _without_counts(config: FleetConfig) -> str:

@@ -253,6 +253,8 @@ def check_capacity(config: FleetConfig, nodes: Sequence[NodeGpus], *, held_gpus:
 
     Raises: CapacityError.
     """
+    if config.engine == "twin":
+        return
     if not nodes:
         if config.gpus_per_replica > (cores := os.cpu_count() or 1):
             raise CapacityError(

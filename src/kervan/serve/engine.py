@@ -15,9 +15,11 @@ from kervan.errors import EngineError
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.control import EngineSpec
 from kervan.fleet.directory import ReplicaEntry, ReplicaState, StartFailure
-from kervan.fleet.process import EngineProcess
+from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import directory as directories
 from kervan.serve.cluster import home
+from kervan.twin import settings as twins
+from kervan.twin.replica import TwinSpec
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +56,12 @@ class EngineReplica:
         self._directory = directories.find(self._config.name)
         _, secret = ray.get(self._directory.fleet.remote())
         log_path = new_log(f"{self._config.name}-{self._id}")
+        spec, module = _spec(self._config, self._id, self._node, secret)
         self._process = EngineProcess(
-            EngineSpec(self._id, list(self._config.engine_argv), self._node, secret),
+            spec,
             log_path=log_path,
             env=engine_environment(self._config),
+            module=module,
             on_change=self._on_change,
         )
         threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
@@ -87,6 +91,8 @@ class EngineReplica:
         reason = self._reason
         if self._state == "starting":
             reason = f"for {time.monotonic() - self._since_s:.0f} s"
+        elif self._state == "ready":
+            reason = load.note
         return ReplicaEntry(
             id=self._id,
             pool=self._pool,
@@ -138,6 +144,13 @@ class EngineReplica:
         await asyncio.to_thread(process.stop, STOP_TIMEOUT_S)
         self._state = "unhealthy"
         ray.get(self._directory.remove.remote(self._id))
+
+
+def _spec(config: FleetConfig, replica_id: str, host: str, secret: str) -> tuple[msgspec.Struct, str]:
+    """The first message to an engine process, and the module it runs."""
+    if config.engine == "twin":
+        return TwinSpec(replica_id, host, secret, twins.settings(config)), TWIN_ENGINE
+    return EngineSpec(replica_id, list(config.engine_argv), host, secret), VLLM_ENGINE
 
 
 def engine_environment(config: FleetConfig) -> dict[str, str]:

@@ -19,6 +19,7 @@ from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import Snapshot, StartFailure
 from kervan.fleet.vllm import argument_names
 from kervan.serve import cluster
+from kervan.twin import settings as twins
 
 Progress = Callable[[str], None]
 POLL_S = 0.2
@@ -40,7 +41,8 @@ class FleetStatus:
             "name": self.name,
             "url": self.url,
             "model": self.config.model,
-            "layout": {"tp": self.config.tp, "pp": self.config.pp},
+            "layout": {"tp": self.config.tp, "pp": self.config.pp, "ep": self.config.ep},
+            "engine": self.config.engine,
             "target_replicas": self.config.replicas,
             "replicas": [
                 {
@@ -75,7 +77,9 @@ def validate(config: FleetConfig) -> FleetConfig:
     """
     config = dataclasses.replace(config, model=models.resolve(config.model))
     argument_names.check(config.engine_args)
-    models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp)
+    models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
+    if config.engine == "twin":
+        twins.settings(config)
     return config
 
 
@@ -84,7 +88,7 @@ def on_cpu(config: FleetConfig, cores: int) -> FleetConfig:
 
     Left alone, each vLLM engine binds its threads to the same first cores.
     """
-    if config.replicas < 2 or "VLLM_CPU_OMP_THREADS_BIND" in {**os.environ, **config.env}:
+    if config.engine == "twin" or config.replicas < 2 or "VLLM_CPU_OMP_THREADS_BIND" in {**os.environ, **config.env}:
         return config
     share = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores // config.replicas))}
     return dataclasses.replace(config, env={**share, **config.env})

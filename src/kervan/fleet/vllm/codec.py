@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, FinishReason
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineCoreRequestType,
+    FinishReason,
+    UtilityOutput,
+)
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kervan.fleet.journal import Stream
@@ -17,6 +24,10 @@ class VllmCodec:
 
     def __init__(self) -> None:
         self.engine_version = versions.engine_version()
+        self.layouts = {
+            struct.__name__: list(struct.__struct_fields__)
+            for struct in (EngineCoreRequest, EngineCoreOutput, EngineCoreOutputs, UtilityOutput)
+        }
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
 

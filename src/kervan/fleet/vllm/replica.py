@@ -34,6 +34,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready
+from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.vllm import failures, versions
 
 logger = logging.getLogger(__name__)
@@ -44,18 +45,6 @@ CANARY_TIMEOUT_S = 600.0  # the first step may still compile kernels
 LOAD_PERIOD_S = 1.0
 POLL_MS = 100
 GPU_MEMORY_WAIT_S = 60.0
-
-
-@dataclass(slots=True)
-class Session:
-    """One gateway's connection; its place in the list of sessions is vLLM's client index."""
-
-    identity: bytes
-    gateway_id: str
-    last_seen_s: float
-    outstanding_tokens: int = 0
-    num_outputs: int = 0
-    is_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +59,13 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, spec: EngineSpec):
         self.spec = spec
-        self.sessions: list[Session] = []
-        self.session_of: dict[bytes, int] = {}
+        self.sessions = Sessions(
+            replica_id=spec.replica_id,
+            secret=spec.secret,
+            engine_version=versions.engine_version(),
+            begin=self._begin_session,
+            end=self._end_session,
+        )
         self.is_draining = False
         self.num_steps = 0
         self.load = (0, 0, 0.0)
@@ -133,12 +127,11 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
                 self._handle(router, session_identity.bytes, kind.bytes, frames, add_decoder, decoder)
             if self.is_draining and not was_draining:
                 was_draining = True
-                for index, session in enumerate(self.sessions):
-                    if not session.is_over:
-                        router.send_multipart([session.identity, wire.PONG, self._pong(index)])
+                for session in self.sessions.live:
+                    router.send_multipart([session.identity, wire.PONG, self._pong(session)])
             if (now_s := time.monotonic()) - lease_check_s > 1.0:
                 lease_check_s = now_s
-                self._end_expired_sessions(now_s)
+                self.sessions.end_expired()
 
     def _handle(
         self,
@@ -150,16 +143,14 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         decoder: MsgpackDecoder,
     ) -> None:
         if kind == wire.HELLO:
-            router.send_multipart([identity, *self._greet(identity, frames[0].bytes)])
+            router.send_multipart([identity, *self.sessions.greet(identity, frames[0].bytes)])
             return
-        index = self.session_of.get(identity)
+        index = self.sessions.seen(identity)
         if index is None:
-            return  # never introduced itself, or its lease ended
-        session = self.sessions[index]
-        session.last_seen_s = time.monotonic()
+            return
         if kind == wire.PING:
-            session.outstanding_tokens = msgspec.msgpack.decode(frames[0].bytes, type=wire.Ping).outstanding_tokens
-            router.send_multipart([identity, wire.PONG, self._pong(index)])
+            self.sessions.ping(index, frames[0].bytes)
+            router.send_multipart([identity, wire.PONG, self._pong(self.sessions.all[index])])
             return
         request_type = EngineCoreRequestType(kind)
         if request_type == EngineCoreRequestType.ADD:
@@ -179,46 +170,20 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             self.aborts_queue.put_nowait(message)
         self.input_queue.put_nowait((request_type, message))
 
-    def _greet(self, identity: bytes, payload: bytes) -> tuple[bytes, bytes]:
-        try:
-            hello = msgspec.msgpack.decode(payload, type=wire.Hello)
-        except msgspec.MsgspecError as error:
-            return wire.REFUSED, f"unreadable HELLO ({error})".encode()
-        version = versions.engine_version()
-        refusal = wire.refusal(hello, engine_version=version, secret=self.spec.secret)
-        if refusal is not None:
-            logger.warning("refused gateway %s: %s", hello.gateway_id, refusal)
-            return wire.REFUSED, refusal.encode()
-        for index, session in enumerate(self.sessions):  # a gateway that comes again has left its old requests
-            if session.gateway_id == hello.gateway_id and not session.is_over:
-                self._end_session(index, "its gateway came again")
-        self.session_of[identity] = len(self.sessions)
-        self.sessions.append(Session(identity, hello.gateway_id, time.monotonic()))
-        self.output_queue.put_nowait(_Subscribe(identity))
+    def _begin_session(self, index: int) -> tuple[str, wire.EngineFacts]:
+        self.output_queue.put_nowait(_Subscribe(self.sessions.all[index].identity))
         self._output_bound.wait()
-        welcome = wire.Welcome(self.spec.replica_id, version, self.output_address, time.monotonic(), self.facts)
-        return wire.WELCOME, msgspec.msgpack.encode(welcome)
+        return self.output_address, self.facts
 
-    def _pong(self, index: int) -> bytes:
-        running, waiting, kv_cache_usage = self.load
-        others = sum(s.outstanding_tokens for i, s in enumerate(self.sessions) if i != index and not s.is_over)
-        sent = self.sessions[index].num_outputs
-        return msgspec.msgpack.encode(wire.Pong(running, waiting, kv_cache_usage, others, self.is_draining, sent))
+    def _pong(self, session: Session) -> bytes:
+        return self.sessions.pong(session, self.load, is_draining=self.is_draining)
 
-    def _end_expired_sessions(self, now_s: float) -> None:
-        for index, session in enumerate(self.sessions):
-            if not session.is_over and now_s - session.last_seen_s > wire.LEASE_S:
-                self._end_session(index, f"no sign of life for {wire.LEASE_S:.0f} s")
-
-    def _end_session(self, index: int, why: str) -> None:
-        session = self.sessions[index]
-        session.is_over = True
-        self.session_of.pop(session.identity, None)
+    def _end_session(self, index: int) -> int:
         abandoned = [r.request_id for r in list(self.scheduler.requests.values()) if r.client_index == index]
-        logger.warning("gateway %s: %s; %d requests aborted", session.gateway_id, why, len(abandoned))
         if abandoned:
             self.aborts_queue.put_nowait(abandoned)
             self.input_queue.put_nowait((EngineCoreRequestType.ABORT, abandoned))
+        return len(abandoned)
 
     # ---- output thread
 
@@ -233,7 +198,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
                 self._await_subscription(router, item.identity, subscribed)
                 continue
             if item == EngineCoreProc.ENGINE_CORE_DEAD:
-                for session in self.sessions:
+                for session in self.sessions.live:
                     router.send_multipart([session.identity, item])
                 time.sleep(0.3)  # linger is 0: let the words leave before the process does
                 return
@@ -242,8 +207,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
                 self.load = (stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage)
             if index == CANARY_INDEX:
                 self.canary_outputs.put(outputs)
-            elif 0 <= index < len(self.sessions) and not self.sessions[index].is_over:
-                session = self.sessions[index]
+            elif 0 <= index < len(self.sessions.all) and not (session := self.sessions.all[index]).is_over:
                 number = wire.encode_number(session.num_outputs + 1)
                 router.send_multipart([session.identity, number, *encoder.encode(outputs)], copy=False)
                 session.num_outputs += 1  # after sending: PONG must not promise what is still to be sent

@@ -1,0 +1,113 @@
+"""The gateways that are connected to one replica: handshake, lease, load. The replica's end of `kervan.fleet.wire`."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from kervan.fleet import wire
+
+logger = logging.getLogger(__name__)
+
+
+class RefusalError(Exception):
+    """Why a replica cannot serve a gateway that knows the secret."""
+
+
+@dataclass(slots=True)
+class Session:
+    """One gateway's connection."""
+
+    identity: bytes
+    gateway_id: str
+    last_seen_s: float
+    hello: wire.Hello
+    outstanding_tokens: int = 0
+    num_outputs: int = 0
+    is_over: bool = False
+
+
+class Sessions:
+    """Sessions by index (their place in `all`) and by identity.
+
+    `begin` is called with a new session's index and tells where its outputs come from, and what the engine is, or
+    raises RefusalError; `end`
+    with the index of a session that is over: it aborts the session's requests and tells how many there were.
+    `engine_version` None: gateways of any version are welcome.
+    """
+
+    def __init__(
+        self,
+        *,
+        replica_id: str,
+        secret: str,
+        engine_version: str | None,
+        begin: Callable[[int], tuple[str, wire.EngineFacts]],
+        end: Callable[[int], int],
+    ):
+        self.all: list[Session] = []
+        self._replica_id = replica_id
+        self._secret = secret
+        self._engine_version = engine_version
+        self._begin = begin
+        self._end = end
+        self._live: dict[bytes, int] = {}
+
+    @property
+    def live(self) -> list[Session]:
+        """The sessions that are not over."""
+        return [self.all[index] for index in self._live.values()]
+
+    def seen(self, identity: bytes) -> int | None:
+        """The index of a session that gave a sign of life; None if it never said HELLO, or its lease has ended."""
+        index = self._live.get(identity)
+        if index is not None:
+            self.all[index].last_seen_s = time.monotonic()
+        return index
+
+    def greet(self, identity: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        """The answer to HELLO: WELCOME or REFUSED, with its payload."""
+        try:
+            hello = msgspec.msgpack.decode(payload, type=wire.Hello)
+        except msgspec.MsgspecError as error:
+            return wire.REFUSED, f"unreadable HELLO ({error})".encode()
+        version = self._engine_version or hello.engine_version
+        refusal = wire.refusal(hello, engine_version=version, secret=self._secret)
+        if refusal is not None:
+            logger.warning("refused gateway %s: %s", hello.gateway_id, refusal)
+            return wire.REFUSED, refusal.encode()
+        for session in self.live:
+            if session.gateway_id == hello.gateway_id:
+                self._close(session, "its gateway came again")
+        self._live[identity] = len(self.all)
+        self.all.append(Session(identity, hello.gateway_id, time.monotonic(), hello))
+        try:
+            output_address, facts = self._begin(len(self.all) - 1)
+        except RefusalError as error:
+            self.all.pop()
+            del self._live[identity]
+            return wire.REFUSED, str(error).encode()
+        welcome = wire.Welcome(self._replica_id, version, output_address, time.monotonic(), facts)
+        return wire.WELCOME, msgspec.msgpack.encode(welcome)
+
+    def ping(self, index: int, payload: bytes) -> None:
+        self.all[index].outstanding_tokens = msgspec.msgpack.decode(payload, type=wire.Ping).outstanding_tokens
+
+    def pong(self, session: Session, load: tuple[int, int, float], *, is_draining: bool) -> bytes:
+        """PONG's payload. `load`: running, waiting, KV cache use (0 to 1)."""
+        others = sum(other.outstanding_tokens for other in self.live if other is not session)
+        return msgspec.msgpack.encode(wire.Pong(*load, others, is_draining, session.num_outputs))
+
+    def end_expired(self) -> None:
+        """End the sessions whose gateway was silent for the length of a lease."""
+        oldest_s = time.monotonic() - wire.LEASE_S
+        for session in self.live:
+            if session.last_seen_s < oldest_s:
+                self._close(session, f"no sign of life for {wire.LEASE_S:.0f} s")
+
+    def _close(self, session: Session, why: str) -> None:
+        session.is_over = True
+        num_aborted = self._end(self._live.pop(session.identity))
+        logger.warning("gateway %s: %s; %d requests aborted", session.gateway_id, why, num_aborted)

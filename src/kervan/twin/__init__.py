@@ -1,0 +1,1 @@
+"""Simulated engine replicas that speak the replica protocol in real time."""

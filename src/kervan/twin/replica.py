@@ -1,0 +1,255 @@
+"""`python -m kervan.twin.replica FD`: a twin in a process of its own. FD is this end of the control line.
+
+One thread does all: it takes what gateways send, and wakes when the step in progress should end. It imports neither
+vLLM nor torch, so that dozens fit on a laptop.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from kervan.fleet import wire
+from kervan.fleet.control import Command, ControlEnd, Failed, Fault, Load, Ready
+from kervan.fleet.sessions import Session, Sessions
+from kervan.twin.engine import Output, Step, TwinEngine, TwinSettings
+from kervan.twin.wire import ABORT, ADD, UTILITY, GatewayWire, read_ids
+
+logger = logging.getLogger(__name__)
+
+LOAD_PERIOD_S = 1.0
+# A step that ends late is made up for by shorter waits; what is later than this is lost, and told.
+MAX_LATE_S = 0.05
+MAX_MESSAGES = 64  # taken before the step in progress is looked at again
+ENGINE_VERSION = "twin"
+
+
+class TwinSpec(msgspec.Struct, frozen=True):
+    """The first message to a twin."""
+
+    replica_id: str
+    host: str
+    secret: str
+    settings: TwinSettings
+
+
+class TwinReplica:
+    """Sessions and sockets around a `TwinEngine`; `tick` does what is due and waits at most a second."""
+
+    def __init__(self, spec: TwinSpec, report: Callable[[msgspec.Struct], None]):
+        self.spec = spec
+        self.engine = TwinEngine(spec.settings.timing, spec.settings.limits)
+        self.is_draining = False
+        self.fault = Fault("none")
+        self._report = report
+        self._commands: deque[Command] = deque()
+        self._wires: list[GatewayWire] = []
+        self._step: Step | None = None
+        self._step_ends_s = 0.0
+        self._num_steps = 0
+        self._num_tokens = 0
+        self._crash_at: float | None = None
+        self._lost_s = 0.0
+        self._reported_s = time.monotonic()
+        self._lost_share = 0.0
+        self.sessions = Sessions(
+            replica_id=spec.replica_id,
+            secret=spec.secret,
+            engine_version=None,
+            begin=self._begin_session,
+            end=self._end_session,
+        )
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._input, self.address = self._bind()
+        self._output, self._output_address = self._bind()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        self._poller = zmq.Poller()
+        for place in (self._input, self._output, self._wake_read):
+            self._poller.register(place, zmq.POLLIN)
+
+    def _bind(self) -> tuple[zmq.Socket[bytes], str]:
+        router = self._context.socket(zmq.ROUTER)
+        wire.configure(router)
+        is_v6 = ":" in self.spec.host
+        if is_v6:
+            router.setsockopt(zmq.IPV6, 1)
+        router.bind(f"tcp://{f'[{self.spec.host}]' if is_v6 else self.spec.host}:0")
+        return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    @property
+    def facts(self) -> wire.EngineFacts:
+        limits = self.engine.limits
+        return wire.EngineFacts(limits.max_model_len, limits.num_blocks, limits.block_size, limits.max_num_seqs)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def obey(self, command: Command) -> None:
+        """Hand over a command, from any thread."""
+        self._commands.append(command)
+        os.write(self._wake_write, b"!")
+
+    # ---- one round
+
+    def tick(self) -> None:
+        """Wait for something to do, at most a second, and do it."""
+        now_s = time.monotonic()
+        if self._step is None:
+            self._start_step(now_s)
+        due_s = self._reported_s + LOAD_PERIOD_S
+        if self._step is not None:
+            due_s = min(due_s, self._step_ends_s)
+        wait_s = max(0.0, due_s - now_s)
+        ready = dict(self._poller.poll(int(wait_s * 1000)))
+        if not ready and self._step is not None:  # the poller counts whole milliseconds
+            time.sleep(max(0.0, min(due_s - time.monotonic(), 1e-3)))
+        if self._wake_read in ready:
+            os.read(self._wake_read, 4096)
+            while self._commands:
+                self._obey(self._commands.popleft())
+        if self._output in ready:
+            identity, *_ = self._output.recv_multipart()
+            self._output.send_multipart([identity, wire.SUBSCRIBED])
+        if self._input in ready:
+            self._take_messages()
+        now_s = time.monotonic()
+        if self._step is not None and now_s >= self._step_ends_s:
+            self._end_step(now_s)
+        if now_s - self._reported_s >= LOAD_PERIOD_S:
+            self._report_load(now_s)
+            self.sessions.end_expired()
+
+    def _start_step(self, now_s: float) -> None:
+        if self.fault.kind == "hang" or not self.engine.has_work:
+            return
+        self._step = self.engine.start_step(now_s)
+        if self._step is None:
+            return
+        slowness = self.fault.amount if self.fault.kind == "slow" else 1.0
+        late_s = max(0.0, now_s - self._step_ends_s) if self._step_ends_s else 0.0
+        self._lost_s += max(0.0, late_s - MAX_LATE_S)
+        begin_s = now_s - min(late_s, MAX_LATE_S)
+        self._step_ends_s = begin_s + self._step.duration_s * slowness / self.spec.settings.speed
+
+    def _end_step(self, now_s: float) -> None:
+        assert self._step is not None
+        outputs = self.engine.end_step(self._step)
+        self._step = None
+        self._num_steps += 1
+        self._num_tokens += len(outputs)
+        by_client: dict[int, list[Output]] = {}
+        for output in outputs:
+            by_client.setdefault(output.client, []).append(output)
+        for client, own in by_client.items():
+            self._send(client, self._wires[client].outputs(own, now_s))
+        if self._crash_at is not None and self._num_tokens >= self._crash_at:
+            logger.error("crashes after %d tokens, as told", self._num_tokens)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not self.engine.has_work:
+            self._step_ends_s = 0.0
+
+    def _send(self, client: int, message: bytes) -> None:
+        session = self.sessions.all[client]
+        if not session.is_over:
+            number = wire.encode_number(session.num_outputs + 1)
+            self._output.send_multipart([session.identity, number, message])
+            session.num_outputs += 1
+
+    @property
+    def _load(self) -> tuple[int, int, float]:
+        engine = self.engine
+        return engine.num_running, engine.num_waiting, round(engine.kv_cache_usage, 4)
+
+    def _report_load(self, now_s: float) -> None:
+        self._lost_share = self._lost_s / (now_s - self._reported_s)
+        self._lost_s, self._reported_s = 0.0, now_s
+        notes = []
+        if self._lost_share > 0.05:
+            notes.append(f"this machine is too slow for it: {100 * self._lost_share:.0f}% of its time is lost")
+        if self.fault.kind != "none":
+            notes.append(f"told to suffer: {self.fault.kind} {self.fault.amount:g}")
+        self._report(Load(*self._load, self._num_steps, self.engine.has_work, "; ".join(notes)))
+
+    # ---- what others want
+
+    def _obey(self, command: Command) -> None:
+        if command.command == "drain":
+            self.is_draining = True
+            for session in self.sessions.live:
+                self._input.send_multipart([session.identity, wire.PONG, self._pong(session)])
+        elif command.fault is not None:
+            self.fault = command.fault
+            logger.warning("told to suffer: %s %g", self.fault.kind, self.fault.amount)
+            self.engine.reserve(self.fault.amount if self.fault.kind == "kv-pressure" else 0.0)
+            self._crash_at = self._num_tokens + self.fault.amount if self.fault.kind == "crash" else None
+
+    def _take_messages(self) -> None:
+        for _ in range(MAX_MESSAGES):
+            try:
+                identity, kind, *frames = self._input.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if kind == wire.HELLO:
+                self._input.send_multipart([identity, *self.sessions.greet(identity, frames[0])])
+                continue
+            client = self.sessions.seen(identity)
+            if client is None:
+                continue
+            if kind == wire.PING:
+                self.sessions.ping(client, frames[0])
+                self._input.send_multipart([identity, wire.PONG, self._pong(self.sessions.all[client])])
+            elif kind == ADD:
+                self.engine.add(self._wires[client].read_ask(frames[0], client), time.monotonic())
+            elif kind == ABORT:
+                self.engine.abort(read_ids(frames[0]))
+            elif kind == UTILITY:
+                self._send(client, self._wires[client].utility(frames[0], time.monotonic()))
+
+    def _begin_session(self, index: int) -> tuple[str, wire.EngineFacts]:
+        self._wires.append(GatewayWire(self.sessions.all[index].hello.layouts))
+        return self._output_address, self.facts
+
+    def _end_session(self, index: int) -> int:
+        abandoned = self.engine.clients_of(index)
+        self.engine.abort(abandoned)
+        return len(abandoned)
+
+    def _pong(self, session: Session) -> bytes:
+        return self.sessions.pong(session, self._load, is_draining=self.is_draining)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = ControlEnd(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        spec = msgspec.json.decode(control.receive(), type=TwinSpec)
+        twin = TwinReplica(spec, control.send)
+    except (msgspec.MsgspecError, zmq.ZMQError) as error:
+        control.send(Failed("EngineError", f"the twin did not start: {error}"))
+        sys.exit(1)
+
+    def on_command(line: bytes) -> None:
+        command = msgspec.json.decode(line, type=Command)
+        if command.command == "stop":
+            os._exit(0)
+        twin.obey(command)
+
+    control.follow(on_command, lambda: os._exit(0))
+    control.send(Ready(twin.address, twin.facts, ENGINE_VERSION))
+    while True:
+        twin.tick()
+
+
+if __name__ == "__main__":
+    main()

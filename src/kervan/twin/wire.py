@@ -1,0 +1,127 @@
+"""vLLM's messages without vLLM: positions of fields come from the gateway's HELLO, and the rest is msgpack.
+
+vLLM's structs are arrays on the wire and leave out what stands at its default at their end, so a twin reads and writes
+a few fields and need not know the others. `SamplingParams` is a map without its defaults; the three defaults below
+are vLLM's (a contract test compares them).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from kervan.fleet.sessions import RefusalError
+from kervan.twin.engine import Ask, Output
+
+ADD, ABORT, UTILITY = b"\x00", b"\x01", b"\x03"
+FINISH = {"stop": 0, "length": 1}
+QUEUED, SCHEDULED = 1, 2  # vLLM's EngineCoreEventType
+
+MAX_TOKENS_DEFAULT, MIN_TOKENS_DEFAULT, IGNORE_EOS_DEFAULT = 16, 0, False
+
+# What a twin says to vLLM's utility calls; None to those that are not listed.
+UTILITY_ANSWERS: dict[str, Any] = {
+    "get_supported_tasks": ["generate"],
+    "is_sleeping": False,
+    "is_scheduler_paused": False,
+    "add_lora": True,
+    "remove_lora": True,
+    "pin_lora": True,
+    "list_loras": [],
+    "reset_prefix_cache": True,
+}
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
+
+class LayoutError(RefusalError):
+    """The gateway's layouts lack a field that a twin needs."""
+
+
+class GatewayWire:
+    """Reads requests of one gateway and writes outputs for it.
+
+    Raises: LayoutError.
+    """
+
+    def __init__(self, layouts: dict[str, list[str]]):
+        request = _positions(layouts, "EngineCoreRequest")
+        self._id, self._prompt, self._sampling = (
+            _need(request, name) for name in ("request_id", "prompt_token_ids", "sampling_params")
+        )
+        output = _positions(layouts, "EngineCoreOutput")
+        if (_need(output, "request_id"), _need(output, "new_token_ids")) != (0, 1):
+            raise LayoutError("EngineCoreOutput does not begin with request_id, new_token_ids")
+        self._finish, self._stop = _need(output, "finish_reason"), _need(output, "stop_reason")
+        self._events, self._prefill = _need(output, "events"), output.get("prefill_stats")
+        outputs = _positions(layouts, "EngineCoreOutputs")
+        self._outputs, self._time = _need(outputs, "outputs"), _need(outputs, "timestamp")
+        self._utility = _need(outputs, "utility_output")
+        self._head: list[Any] = [0] + [None] * self._utility  # engine_index, then what stands at its default
+
+    def read_ask(self, frame: bytes | memoryview, client: int) -> Ask:
+        """The request in an ADD.
+
+        Raises: msgspec.MsgspecError, LookupError, TypeError for what is no request.
+        """
+        fields = _decode(frame)
+        sampling = fields[self._sampling] or {}
+        max_tokens = sampling.get("max_tokens", MAX_TOKENS_DEFAULT)
+        return Ask(
+            id=fields[self._id],
+            client=client,
+            prompt=fields[self._prompt],
+            max_tokens=max_tokens if max_tokens is not None else 2**31,
+            min_tokens=sampling.get("min_tokens", MIN_TOKENS_DEFAULT),
+            ignore_eos=sampling.get("ignore_eos", IGNORE_EOS_DEFAULT),
+            stop_tokens=frozenset(sampling.get("stop_token_ids") or ()),
+        )
+
+    def outputs(self, outputs: Sequence[Output], now_s: float) -> bytes:
+        """EngineCoreOutputs with one token for each."""
+        rows: list[list[Any]] = []
+        for output in outputs:
+            row: list[Any] = [output.id, [output.token]]
+            if output.finish is not None:
+                row += [None] * (self._stop - 1)
+                row[self._finish] = FINISH[output.finish]
+                row[self._stop] = output.stop_token
+            first = output.first
+            if first is not None:
+                last = max(self._events, self._prefill or 0)
+                row += [None] * (last + 1 - len(row))
+                row[self._events] = [
+                    {"type": QUEUED, "timestamp": first.queued_s},
+                    {"type": SCHEDULED, "timestamp": first.scheduled_s},
+                ]
+                if self._prefill is not None:
+                    tokens = first.prompt_tokens
+                    row[self._prefill] = {"num_prompt_tokens": tokens, "num_computed_tokens": tokens}
+            rows.append(row)
+        message = self._head[: self._time + 1]
+        message[self._outputs], message[self._time] = rows, now_s
+        return _encode(message)
+
+    def utility(self, frame: bytes | memoryview, now_s: float) -> bytes:
+        """The answer to a UTILITY, as EngineCoreOutputs."""
+        _, call_id, method, *_ = _decode(frame)
+        message = list(self._head)
+        message[self._outputs], message[self._time] = [], now_s
+        message[self._utility] = [call_id, None, [None, UTILITY_ANSWERS.get(method)]]
+        return _encode(message)
+
+
+def read_ids(frame: bytes | memoryview) -> list[str]:
+    """The request ids of an ABORT."""
+    ids: list[str] = _decode(frame)
+    return ids
+
+
+def _positions(layouts: dict[str, list[str]], struct: str) -> dict[str, int]:
+    return {name: index for index, name in enumerate(layouts.get(struct, ()))}
+
+
+def _need(positions: dict[str, int], name: str) -> int:
+    if name not in positions:
+        raise LayoutError(f"the gateway does not say where {name} is; install one kervan version on all nodes")
+    return positions[name]
