@@ -12,6 +12,7 @@ COMMANDS = {
     "down": "End a fleet.",
     "status": "Show a fleet.",
     "scale": "Change the number of replicas.",
+    "fault": "Let a simulated replica suffer.",
     "bench": "Measure a server under load.",
     "demo": "See it run on this machine, without a GPU.",
 }

@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
+from kervan.fleet.control import Command, ControlEnd, Failed, Fault, Load, Ready, Report
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
 
@@ -106,6 +107,10 @@ class EngineProcess:
         """Announce to all gateways that this replica leaves."""
         self._command("drain")
 
+    def suffer(self, fault: Fault) -> None:
+        """Let a twin suffer; an engine takes no notice."""
+        self._command("fault", fault)
+
     def stop(self, timeout_s: float) -> None:
         """End the engine: asked first, killed after `timeout_s`."""
         self._command("stop")
@@ -117,9 +122,9 @@ class EngineProcess:
         self._kill_group()
         self.ended.wait(10.0)
 
-    def _command(self, word: str) -> None:
+    def _command(self, word: Literal["drain", "stop", "fault"], fault: Fault | None = None) -> None:
         with contextlib.suppress(OSError):
-            self._control.send(msgspec.convert({"command": word}, Command))
+            self._control.send(Command(word, fault))
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -23,6 +23,7 @@ class DirectoryActor:
         self._config_json = config_json
         self._secret = secret
         self._directory = Directory(time.monotonic)
+        self._orders: dict[str, list[bytes]] = {}
         self._changed = asyncio.Event()
 
     def _touch(self, before: int) -> None:
@@ -37,10 +38,17 @@ class DirectoryActor:
     async def set_config(self, config_json: str) -> None:
         self._config_json = config_json
 
-    async def beat_replica(self, entry: bytes) -> None:
+    async def beat_replica(self, entry: bytes) -> list[bytes]:
+        """Take a beat; what has been ordered of the replica since the last one."""
         before = self._directory.version
-        self._directory.beat_replica(msgspec.msgpack.decode(entry, type=ReplicaEntry))
+        read = msgspec.msgpack.decode(entry, type=ReplicaEntry)
+        self._directory.beat_replica(read)
         self._touch(before)
+        return self._orders.pop(read.id, [])
+
+    async def order(self, replica_id: str, fault: bytes) -> None:
+        """Let a replica do something at its next beat, within about a second."""
+        self._orders.setdefault(replica_id, []).append(fault)
 
     async def beat_gateway(self, entry: bytes) -> None:
         before = self._directory.version
@@ -49,6 +57,7 @@ class DirectoryActor:
 
     async def remove(self, entry_id: str) -> None:
         before = self._directory.version
+        self._orders.pop(entry_id, None)
         self._directory.remove(entry_id)
         self._touch(before)
 

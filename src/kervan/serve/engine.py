@@ -1,19 +1,21 @@
 """One engine replica as a Ray Serve replica: it starts, watches and ends the engine process."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import ray
 
 from kervan.errors import EngineError
 from kervan.facts.fleet import FleetConfig
-from kervan.fleet.control import EngineSpec
+from kervan.fleet.control import EngineSpec, Fault
 from kervan.fleet.directory import ReplicaEntry, ReplicaState, StartFailure
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import directory as directories
@@ -24,6 +26,7 @@ from kervan.twin.replica import TwinSpec
 logger = logging.getLogger(__name__)
 
 BEAT_PERIOD_S = 1.0
+BEAT_TIMEOUT_S = 2.0
 DRAIN_POLL_S = 0.1
 # Gateways hear of a drain within a ping period; before that an idle-looking replica may still get work.
 DRAIN_NOTICE_S = 1.0
@@ -108,14 +111,18 @@ class EngineReplica:
             log_path=str(self._process.log_path),
         )
 
-    def _beat(self, *, wait: bool = False) -> None:
+    def _beat(self, *, wait: bool = False) -> Any:
         sent = self._directory.beat_replica.remote(msgspec.msgpack.encode(self._entry()))
         if wait:
-            ray.wait([sent], timeout=2.0)
+            ray.wait([sent], timeout=BEAT_TIMEOUT_S)
+        return sent
 
     def _beat_forever(self) -> None:
         while not self._is_leaving or self._state == "draining":
-            self._beat()
+            with contextlib.suppress(ray.exceptions.RayError):  # a directory that is away changes nothing
+                orders = ray.get(self._beat(), timeout=BEAT_TIMEOUT_S)
+                for order in orders:
+                    self._process.suffer(msgspec.msgpack.decode(order, type=Fault))
             time.sleep(BEAT_PERIOD_S)
 
     def check_health(self) -> None:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from kervan import errors
 from kervan.errors import ConfigError, EngineError, FleetError, KervanError
 from kervan.facts import model as models
 from kervan.facts.fleet import FleetConfig
+from kervan.fleet.control import Fault
 from kervan.fleet.directory import Snapshot, StartFailure
 from kervan.fleet.vllm import argument_names
 from kervan.serve import cluster
@@ -353,6 +356,22 @@ def scale(name: str, replicas: int, address: str | None = None, progress: Progre
     app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), config)
     known = snapshot.failures[-1].number if snapshot.failures else 0
     return wait_until_ready(config, handle, gateways, progress, after_failure=known)
+
+
+def suffer(name: str, replica_id: str, fault: Fault, address: str | None = None) -> None:
+    """Let a twin suffer from a fault, within about a second.
+
+    Raises: FleetError when the fleet has no such replica, or it is no twin.
+    """
+    handle = attach(name, address)
+    import ray
+
+    if _stored_config(handle).engine != "twin":
+        raise FleetError(f"the replicas of fleet {name!r} are real engines; faults are for --engine twin, or use kill")
+    ids = [r.id for r in _snapshot(handle).replicas]
+    if replica_id not in ids:
+        raise FleetError(f"fleet {name!r} has no replica {replica_id!r}; it has {', '.join(ids) or 'none'}")
+    ray.get(handle.order.remote(replica_id, msgspec.msgpack.encode(fault)), timeout=DIRECTORY_TIMEOUT_S)
 
 
 def down(name: str, address: str | None = None) -> Literal["stopped", "stopped with Ray"]:

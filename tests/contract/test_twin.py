@@ -1,0 +1,198 @@
+"""A twin's process against vLLM's own message classes, over real sockets: what an engine would be asked, and says."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kervan.fleet.client import FleetClient
+from kervan.fleet.control import Fault
+from kervan.fleet.link import Member
+from kervan.fleet.process import TWIN_ENGINE, EngineProcess
+from kervan.twin import wire as twin_wire
+from kervan.twin.engine import Limits, StepTiming, TwinSettings, answer
+from kervan.twin.replica import TwinSpec
+
+SECRET = "s3cret"
+DEADLINE_S = 30.0
+LIMITS = Limits(num_blocks=1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, last_token=899)
+FAST = StepTiming(base_s=1e-3, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
+
+
+async def until(condition: Callable[[], Any], what: str = "") -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, what or "the condition never came true"
+        await asyncio.sleep(0.005)
+
+
+class Bench:
+    """Twins in processes, and a fleet client as a gateway has it."""
+
+    def __init__(self, directory: Path) -> None:
+        from kervan.fleet.vllm.codec import VllmCodec
+
+        self.directory = directory
+        self.twins: dict[str, EngineProcess] = {}
+        self.client = FleetClient(VllmCodec(), secret=SECRET)
+        self.outputs: dict[str, list[Any]] = {}
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        while True:
+            outputs = await self.client.outputs.get()
+            for output in outputs.outputs:
+                self.outputs.setdefault(output.request_id, []).append(output)
+
+    async def start(self, name: str, timing: StepTiming = FAST, limits: Limits = LIMITS) -> EngineProcess:
+        spec = TwinSpec(name, "127.0.0.1", SECRET, TwinSettings(timing, limits))
+        twin = self.twins[name] = EngineProcess(spec, log_path=self.directory / f"{name}.log", module=TWIN_ENGINE)
+        await until(lambda: twin.ready)
+        self.follow()
+        await until(lambda: any(link.replica_id == name for link in self.client.links))
+        return twin
+
+    def follow(self) -> None:
+        live = {name: twin for name, twin in self.twins.items() if not twin.ended.is_set()}
+        self.client.set_members(Member(name, twin.ready.address) for name, twin in live.items() if twin.ready)
+
+    async def add(self, request_id: str, prompt: list[int], max_tokens: int | None = 20, **sampling: Any) -> None:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        await self.client.add(
+            EngineCoreRequest(
+                request_id=request_id,
+                prompt_token_ids=prompt,
+                mm_features=None,
+                sampling_params=SamplingParams(max_tokens=max_tokens, **({"ignore_eos": True} | sampling)),
+                pooling_params=None,
+                arrival_time=time.time(),
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for output in self.outputs.get(request_id, ()) for token in output.new_token_ids]
+
+    def is_over(self, request_id: str) -> bool:
+        return bool(self.outputs.get(request_id)) and self.outputs[request_id][-1].finish_reason is not None
+
+    async def ended(self, *request_ids: str) -> None:
+        await until(lambda: all(self.is_over(i) for i in request_ids), f"{request_ids} did not all end")
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await self.client.close()
+        for twin in self.twins.values():
+            twin.kill()
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    await bench.close()
+
+
+def test_the_defaults_that_vllm_leaves_out() -> None:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreEventType, EngineCoreRequestType, FinishReason
+
+    default = SamplingParams()
+    assert (default.max_tokens, default.min_tokens, default.ignore_eos) == (
+        twin_wire.MAX_TOKENS_DEFAULT,
+        twin_wire.MIN_TOKENS_DEFAULT,
+        twin_wire.IGNORE_EOS_DEFAULT,
+    )
+    kinds = [EngineCoreRequestType.ADD, EngineCoreRequestType.ABORT, EngineCoreRequestType.UTILITY]
+    assert [kind.value for kind in kinds] == [twin_wire.ADD, twin_wire.ABORT, twin_wire.UTILITY]
+    assert {str(FinishReason(value)): value for value in twin_wire.FINISH.values()} == twin_wire.FINISH
+    assert (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED) == (twin_wire.QUEUED, twin_wire.SCHEDULED)
+
+
+async def test_answers_their_ends_and_their_first_tokens(bench: Bench) -> None:
+    await bench.start("a")
+    prompt = list(range(700))
+    whole = answer(prompt, 20, LIMITS)
+    await bench.add("length", prompt)
+    await bench.add("default", prompt, twin_wire.MAX_TOKENS_DEFAULT)
+    await bench.add("stop", prompt, stop_token_ids=[whole[4]])
+    await bench.add("late stop", prompt, stop_token_ids=[whole[4]], min_tokens=7)
+    await bench.ended("length", "default", "stop", "late stop")
+    assert bench.tokens("length") == bench.tokens("late stop") == whole
+    assert bench.tokens("default") == whole[:16]
+    assert bench.tokens("stop") == whole[:5]
+    assert [str(bench.outputs[name][-1].finish_reason) for name in ("length", "stop")] == ["length", "stop"]
+    assert bench.outputs["stop"][-1].stop_reason == whole[4]
+    first, second, *_ = bench.outputs["length"]
+    assert first.prefill_stats.num_prompt_tokens == 700
+    queued, scheduled = first.events
+    assert queued.timestamp <= scheduled.timestamp <= time.monotonic()
+    assert (second.prefill_stats, second.events, second.finish_reason) == (None, None, None)
+
+
+async def test_utility_calls_are_answered(bench: Bench) -> None:
+    await bench.start("a")
+    assert await bench.client.call("get_supported_tasks", ()) == [["generate"]]
+    assert await bench.client.call("is_sleeping", ()) == [False]
+    assert await bench.client.call("anything_else", (1, "x")) == [None]
+
+
+async def test_answers_survive_kills_drains_and_crashes(bench: Bench) -> None:
+    """40 answers on three twins: one is killed, one drains, one is told to crash; every token is checked."""
+    timing = StepTiming(base_s=5e-3, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
+    for name in "abc":
+        await bench.start(name, timing)
+    prompts = {f"s{i}": [i, *range(i + 3)] for i in range(40)}
+    for name, prompt in prompts.items():
+        await bench.add(name, prompt, 200)
+    await until(lambda: all(len(bench.tokens(name)) > 20 for name in prompts))
+    bench.twins["a"].kill()
+    await bench.start("d", timing)
+    bench.twins["b"].drain()
+    await until(lambda: bench.client.counts.moved >= 15)
+    bench.twins["c"].suffer(Fault("crash", 100))
+    await until(bench.twins["c"].ended.is_set)
+    bench.follow()
+    await bench.ended(*prompts)
+    assert {name: bench.tokens(name) for name in prompts} == {
+        name: answer(prompt, 200, LIMITS) for name, prompt in prompts.items()
+    }
+    assert bench.client.counts.given_up == 0
+
+
+async def test_faults_show_in_load_and_end(bench: Bench) -> None:
+    twin = await bench.start("a")
+    await bench.add("s", [1, 2, 3], 4000)
+    await until(lambda: len(bench.tokens("s")) > 10)
+    twin.suffer(Fault("hang"))
+    await until(lambda: "told to suffer: hang" in twin.load.note)
+    steps = twin.load.num_steps
+    await until(lambda: time.monotonic() - twin._last_report_s < 0.5)
+    await asyncio.sleep(1.5)
+    assert (twin.load.num_steps, twin.load.has_work) == (steps, True)
+    assert not twin.health(stall_timeout_s=1.0).is_healthy
+    twin.suffer(Fault("kv-pressure", 0.5))
+    await until(lambda: twin.load.kv_cache_usage >= 0.5)
+    twin.suffer(Fault("none"))
+    await until(lambda: twin.load.note == "" and twin.load.num_steps > steps)
+    await bench.client.abort(["s"])
+    await until(lambda: not twin.load.has_work)
+
+
+async def test_a_gateway_without_layouts_is_refused(bench: Bench) -> None:
+    await bench.start("a")
+    bench.client.codec.layouts = {}
+    stranger = FleetClient(bench.client.codec, secret=SECRET)
+    stranger.set_members([Member("a", bench.twins["a"].ready.address)])  # type: ignore[union-attr]
+    await until(lambda: stranger.refusals)
+    assert "install one kervan version" in stranger.refusals["a"]
+    await stranger.close()
+    await bench.add("s", [1, 2, 3])
+    await bench.ended("s")

@@ -1,0 +1,223 @@
+"""The twin's scheduler against hand-worked steps, and properties over random loads."""
+
+import random
+import zlib
+from collections import Counter
+
+import pytest
+
+from kervan.twin.engine import Ask, Limits, Output, StepTiming, TwinEngine, answer, extend, next_token
+
+TIMING = StepTiming(base_s=1.0, prefill_token_s=0.1, sequence_s=0.01, context_token_s=0.001)
+LIMITS = Limits(num_blocks=8, block_size=4, max_num_seqs=2, max_num_batched_tokens=10, max_model_len=32)
+
+
+def engine(**changes: int) -> TwinEngine:
+    settings = {field: getattr(LIMITS, field) for field in LIMITS.__slots__} | changes
+    return TwinEngine(TIMING, Limits(**settings))
+
+
+def ask(name: str, num_prompt: int, max_tokens: int = 3, **more: object) -> Ask:
+    return Ask(id=name, client=0, prompt=range(num_prompt), max_tokens=max_tokens, ignore_eos=True, **more)  # type: ignore[arg-type]
+
+
+def run(twin: TwinEngine, num_steps: int = 10_000) -> dict[str, list[Output]]:
+    """Step until there is no work; outputs by request."""
+    given: dict[str, list[Output]] = {}
+    for _ in range(num_steps):
+        step = twin.start_step()
+        if step is None:
+            break
+        for output in twin.end_step(step):
+            given.setdefault(output.id, []).append(output)
+        twin.check_integrity()
+    return given
+
+
+def test_a_prefill_and_its_decodes_take_what_the_timing_says() -> None:
+    """Prompt of 6: step 1 computes 6 tokens, reads 6. Step 2 computes 1, reads 7: 1 + 0.01 + 0.007."""
+    twin = engine()
+    twin.add(ask("a", 6))
+    first = twin.start_step()
+    assert first is not None
+    assert first.duration_s == pytest.approx(1 + 6 * 0.1 + 0.01 + 6 * 0.001)
+    twin.end_step(first)
+    second = twin.start_step()
+    assert second is not None
+    assert second.duration_s == pytest.approx(1 + 0.01 + 7 * 0.001)
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_running_answers() -> None:
+    """Budget 10: `a` decodes (1 token), so `b`'s 15 take steps of 9 and 6 tokens; its first token comes with the second."""
+    twin = engine()
+    twin.add(ask("a", 2, max_tokens=9))
+    run(twin, 1)
+    twin.add(ask("b", 15))
+    chunks = []
+    for _ in range(2):
+        step = twin.start_step()
+        assert step is not None
+        chunks.append(step.prefill_tokens)
+        outputs = twin.end_step(step)
+    assert chunks == [9, 6]
+    assert [output.id for output in outputs] == ["a", "b"]
+
+
+def test_no_more_sequences_than_the_batch_holds() -> None:
+    twin = engine()
+    for name in "abc":
+        twin.add(ask(name, 2))
+    step = twin.start_step()
+    assert step is not None
+    assert (twin.num_running, twin.num_waiting) == (2, 1)
+    twin.end_step(step)
+    assert set(run(twin)) == set("abc")
+
+
+def test_without_free_blocks_a_request_waits() -> None:
+    """8 blocks of 4: `a`'s 10 + 9 tokens are computed in 4 steps; 7 blocks at 26 tokens leave one, `b` needs two."""
+    twin = engine(max_num_seqs=8, max_num_batched_tokens=32)
+    twin.add(ask("a", 25, max_tokens=7))
+    twin.add(ask("b", 5))
+    step = twin.start_step()
+    assert step is not None
+    assert (twin.num_running, twin.num_waiting) == (1, 1)
+    assert twin.kv_cache_usage == 7 / 8
+    twin.end_step(step)
+    assert {name: len(outputs) for name, outputs in run(twin).items()} == {"a": 6, "b": 3}
+
+
+def test_a_full_pool_preempts_the_youngest_and_its_answer_is_the_same() -> None:
+    """Two prompts of 14 tokens (4 blocks each) fill the pool; at 17 tokens `a` needs a fifth block: `b` goes back."""
+    twin = engine(max_num_batched_tokens=32)
+    for name in "ab":
+        twin.add(ask(name, 14, max_tokens=10))
+    given = run(twin)
+    assert twin.num_preempted == 1
+    assert [output.token for output in given["b"]] == answer(range(14), 10, LIMITS)
+    assert [len(given[name]) for name in "ab"] == [10, 10]
+
+
+def test_reserved_blocks_preempt_and_come_back() -> None:
+    twin = engine(max_model_len=16, max_num_batched_tokens=32)
+    for name in "ab":
+        twin.add(ask(name, 12, max_tokens=4))
+    run(twin, 1)
+    twin.reserve(0.5)
+    twin.check_integrity()
+    assert (twin.num_running, twin.kv_cache_usage) == (1, 1 - 1 / 8)
+    twin.reserve(1.0)  # a request of full length must still fit: 4 blocks of 8 stay
+    assert twin.num_running == 1
+    assert set(run(twin)) == {"a", "b"}
+    assert twin.kv_cache_usage == 0.5
+    twin.reserve(0)
+    assert twin.kv_cache_usage == 0
+
+
+@pytest.mark.parametrize("num_given", range(10))
+def test_a_moved_answer_goes_on_as_if_it_had_stayed(num_given: int) -> None:
+    """Prompt + the tokens so far on another twin: the rest is the rest."""
+    whole = answer([5, 6, 7], 10, LIMITS)
+    assert answer([5, 6, 7, *whole[:num_given]], 10 - num_given, LIMITS) == whole[num_given:]
+
+
+def test_a_lost_a_doubled_and_a_changed_token_show_in_what_follows() -> None:
+    whole = answer(range(20), 60, LIMITS)
+    for damaged in (whole[:9] + whole[10:11], whole[:10] + whole[9:10], [*whole[:9], whole[9] + 1]):
+        after = answer([*range(20), *damaged], 3, LIMITS)
+        assert after not in ([*whole[i : i + 3]] for i in range(60))
+
+
+def test_tokens_stay_in_range_and_cover_it() -> None:
+    limits = Limits(num_blocks=1, first_token=7, last_token=16)
+    seen = Counter(next_token(zlib.crc32(bytes([i % 256, i // 256])), limits) for i in range(10_000))
+    assert set(seen) == set(range(7, 17))
+    assert min(seen.values()) > 800
+
+
+def test_answers_that_end_by_themselves_have_the_mean_length_asked_for() -> None:
+    twin = TwinEngine(TIMING, Limits(num_blocks=10_000, mean_answer_tokens=50, max_num_seqs=400, max_model_len=1024))
+    for i in range(400):
+        twin.add(Ask(id=str(i), client=0, prompt=[i], max_tokens=900))
+    given = run(twin)
+    assert all(outputs[-1].finish == "stop" and outputs[-1].token == 1000 for outputs in given.values())
+    mean = sum(map(len, given.values())) / 400
+    assert 50 * 0.85 < mean < 50 * 1.15  # three standard errors of a geometric mean: 50 / sqrt(400) * 3 = 7.5
+
+
+def test_stop_tokens_min_tokens_and_the_context_end_an_answer() -> None:
+    tokens = answer(range(4), 12, LIMITS)
+    twin = engine(max_num_seqs=3)
+    stop = frozenset({tokens[2], tokens[6]})
+    twin.add(ask("early", 4, max_tokens=12, stop_tokens=stop))
+    twin.add(ask("late", 4, max_tokens=12, stop_tokens=stop, min_tokens=3))
+    twin.add(Ask(id="full", client=0, prompt=range(27), max_tokens=99, ignore_eos=True))
+    given = run(twin)
+    assert [output.token for output in given["early"]] == tokens[:3]
+    assert (given["early"][-1].finish, given["early"][-1].stop_token) == ("stop", tokens[2])
+    assert [output.token for output in given["late"]] == tokens[:7]
+    assert (len(given["full"]), given["full"][-1].finish) == (32 - 27, "length")
+
+
+def test_the_first_token_tells_when_it_was_queued_and_scheduled() -> None:
+    twin = engine()
+    twin.add(ask("a", 2), now_s=5.0)
+    step = twin.start_step(7.0)
+    assert step is not None
+    (output,) = twin.end_step(step)
+    assert output.first is not None
+    assert (output.first.prompt_tokens, output.first.queued_s, output.first.scheduled_s) == (2, 5.0, 7.0)
+
+
+def test_aborts_during_a_step() -> None:
+    twin = engine()
+    for name in "ab":
+        twin.add(ask(name, 4))
+    step = twin.start_step()
+    assert step is not None
+    twin.abort(["a", "unknown"])
+    assert [output.id for output in twin.end_step(step)] == ["b"]
+    twin.check_integrity()
+    twin.abort(["b"])
+    assert not twin.has_work
+    assert twin.kv_cache_usage == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) -> None:
+    rng = random.Random(seed)
+    limits = Limits(
+        num_blocks=rng.randint(16, 40), block_size=4, max_num_seqs=rng.randint(1, 9),
+        max_num_batched_tokens=rng.randint(1, 40), max_model_len=64,
+    )  # fmt: skip
+    twin = TwinEngine(TIMING, limits)
+    prompts: dict[str, list[int]] = {}
+    given: dict[str, list[int]] = {}
+    aborted = set()
+    for i in range(300):
+        if i < 150 and rng.random() < 0.3:
+            name = str(i)
+            prompts[name] = [rng.randrange(1000) for _ in range(rng.randint(1, 40))]
+            twin.add(Ask(id=name, client=0, prompt=prompts[name], max_tokens=rng.randint(1, 20), ignore_eos=True))
+        if rng.random() < 0.05 and prompts:
+            name = rng.choice(list(prompts))
+            if twin.clients_of(0) and name in twin.clients_of(0):
+                aborted.add(name)
+            twin.abort([name])
+        if rng.random() < 0.05:
+            twin.reserve(rng.choice([0, 0.3, 0.9]))
+        step = twin.start_step()
+        if step is None:
+            continue
+        assert sum(num for _, num in step.work) <= limits.max_num_batched_tokens
+        assert len(step.work) <= limits.max_num_seqs
+        for output in twin.end_step(step):
+            given.setdefault(output.id, []).append(output.token)
+        twin.check_integrity()
+    while (step := twin.start_step()) is not None:
+        for output in twin.end_step(step):
+            given.setdefault(output.id, []).append(output.token)
+    assert not twin.has_work
+    for name in set(prompts) - aborted:
+        assert given[name] == answer(prompts[name], len(given[name]), limits)
+    assert extend(extend(0, [1, 2]), [3]) == extend(0, [1, 2, 3])
