@@ -219,13 +219,13 @@ async def test_scale_down_and_up(whole_fleet: Fleet, undisturbed: Undisturbed) -
     fleet = whole_fleet
     before = set(fleet.pids())
     moved = fleet.total("kervan_streams_moved_total")
-    # The command needs seconds to reach the cluster, on its way while the streams begin.
     scaling = asyncio.create_task(asyncio.to_thread(fleet.home.kervan, "scale", "1", "--name", fleet.name))
-    async with under_load(fleet, undisturbed, 2 * NUM_STREAMS) as load:
-        down = await scaling
-        assert down.returncode == 0, down.stderr
-        await load.finish()
-    load.assert_whole(undisturbed)
+    while not scaling.done():  # the command needs seconds, or many, to reach the cluster: there are streams when it does
+        async with under_load(fleet, undisturbed, 2 * NUM_STREAMS) as load:
+            await load.finish()
+        load.assert_whole(undisturbed)
+    down = await scaling
+    assert down.returncode == 0, down.stderr
     assert fleet.total("kervan_streams_moved_total") > moved
     (kept,) = fleet.pids()
     assert kept in before
