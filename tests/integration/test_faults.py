@@ -220,7 +220,9 @@ async def test_scale_down_and_up(whole_fleet: Fleet, undisturbed: Undisturbed) -
     before = set(fleet.pids())
     moved = fleet.total("kervan_streams_moved_total")
     scaling = asyncio.create_task(asyncio.to_thread(fleet.home.kervan, "scale", "1", "--name", fleet.name))
-    while not scaling.done():  # the command needs seconds, or many, to reach the cluster: there are streams when it does
+    while (
+        not scaling.done()
+    ):  # the command needs seconds, or many, to reach the cluster: there are streams when it does
         async with under_load(fleet, undisturbed, 2 * NUM_STREAMS) as load:
             await load.finish()
         load.assert_whole(undisturbed)

@@ -37,19 +37,26 @@ from kervan.facts import fleet as facts
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same words.")
 @options.name
 @options.address
+@click.option("--yes", is_flag=True, help="Change a running fleet also where replicas must stop before others start.")
 @click.option("--detach", is_flag=True, help="Return when the fleet is ready.")
 @options.as_json
-def up(config_path: Path | None, address: str | None, detach: bool, as_json: bool, **given: Any) -> None:
+def up(config_path: Path | None, address: str | None, yes: bool, detach: bool, as_json: bool, **given: Any) -> None:
     """Serve MODEL: a Hugging Face id or a local directory.
 
-    Returns, or prints its URL, when every replica has produced a token. Options win over --config.
+    Returns, or prints its URL, when every replica has produced a token. Options win over --config. If the fleet runs
+    already, it takes on the settings that are given and keeps the others: new replicas are ready before old ones leave.
     """
     from kervan.cli import render
-    from kervan.serve.fleet import Startup
+    from kervan.serve.fleet import Startup, is_up
 
-    config = _config(config_path, given)
-    startup = Startup(config, address, render.progress_lines())
+    words = _words(config_path, given)
+    source = f"config file {config_path}" if config_path else "kervan up"
     signal.signal(signal.SIGTERM, _interrupt)
+    if is_up(words["name"], address):
+        _change(words, source, address, is_confirmed=yes, as_json=as_json)
+        return
+    config = facts.from_mapping(words, source)
+    startup = Startup(config, address, render.progress_lines())
     status = startup.run()
     if as_json:
         render.print_json(status.to_dict())
@@ -72,11 +79,33 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _config(path: Path | None, given: dict[str, Any]) -> facts.FleetConfig:
+def _change(words: dict[str, Any], source: str, address: str | None, *, is_confirmed: bool, as_json: bool) -> None:
+    """Bring new settings into a fleet that runs."""
+    from kervan.cli import render
+    from kervan.errors import FleetError
+    from kervan.serve.fleet import RunningFleet
+
+    say = render.progress_lines()
+    fleet = RunningFleet(words["name"], address, say)
+    change = fleet.plan(words, source)
+    if not change.lines:
+        say(f"fleet {words['name']!r} is up with these settings")
+    for line in change.lines:
+        say(line)
+    if change.warning and not is_confirmed:
+        raise FleetError(f"{change.warning}; add --yes to go on")
+    status = fleet.apply(change)
+    if as_json:
+        render.print_json(status.to_dict())
+    else:
+        render.print_status(status)
+
+
+def _words(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """File settings, overridden by the options that were given."""
     settings = facts.load_file(path) if path is not None else {}
     name = given.pop("name")
-    if name != "default" or "name" not in settings:
+    if name != "default" or not isinstance(settings.get("name"), str):
         settings["name"] = name
     keys = given.pop("api_keys") or tuple(filter(None, [os.environ.get("KERVAN_API_KEY")]))
     if keys:
@@ -90,4 +119,4 @@ def _config(path: Path | None, given: dict[str, Any]) -> facts.FleetConfig:
         if extra or before:
             settings[key] = {**before, **extra} if isinstance(before, dict) else before
     settings |= {key: value for key, value in given.items() if value is not None}
-    return facts.from_mapping(settings, f"config file {path}" if path else "kervan up")
+    return settings

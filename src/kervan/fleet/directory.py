@@ -15,7 +15,10 @@ ReplicaState = Literal["starting", "ready", "draining", "unhealthy"]
 
 
 class ReplicaEntry(msgspec.Struct, frozen=True):
-    """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one)."""
+    """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one).
+
+    `version` tells replicas of one setting from those of another, as in a gateway's entry.
+    """
 
     id: str
     pool: str
@@ -29,6 +32,7 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     kv_cache_usage: float = 0.0
     reason: str = ""
     log_path: str = ""
+    version: str = ""
 
     @property
     def is_reachable(self) -> bool:
@@ -45,6 +49,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     internal_url: str
     is_ready: bool
     reason: str = ""
+    version: str = ""
 
 
 class StartFailure(msgspec.Struct, frozen=True):

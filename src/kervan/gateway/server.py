@@ -28,6 +28,8 @@ from kervan.policy import admission
 logger = logging.getLogger(__name__)
 
 PEER_TIMEOUT_S = 2.0
+LEAVE_S = 1.5  # uvicorn takes up changed headers within a second
+ACCEPT_S = 0.1
 # vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
 REPLACED_GAUGES = frozenset(
     {
@@ -41,7 +43,10 @@ REPLACED_GAUGES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """What a gateway needs to start. `engine_argv`: arguments of vLLM's own server parser."""
+    """What a gateway needs to start. `engine_argv`: arguments of vLLM's own server parser.
+
+    `opens_when_attached`: open the port only when vLLM's app answers; otherwise at once, with 503 until then.
+    """
 
     gateway_id: str
     node: str
@@ -55,6 +60,7 @@ class GatewayConfig:
     max_queued_streams: int = 1024
     hold_timeout_s: float = 300.0
     stop_timeout_s: float = 60.0
+    opens_when_attached: bool = False
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -89,6 +95,8 @@ class Gateway:
         self._attached = asyncio.Event()
         self._servers: list[uvicorn.Server] = []
         self._tasks: list[asyncio.Task[Any]] = []
+        self._attaching: asyncio.Task[None]
+        self._public: socket.socket | None = None
         self._internal_port = 0
         self.shell = GatewayShell(self, config.api_keys)
 
@@ -110,9 +118,13 @@ class Gateway:
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
         self._serve(self._internal_app, internal)
-        if serve_http:
-            self._serve(self.shell, listen(self.config.host, self.config.port))
-        self._tasks.append(asyncio.create_task(self._attach()))
+        if serve_http and not self.config.opens_when_attached:
+            self._open()
+        self._attaching = asyncio.create_task(self._attach(opens=serve_http and self.config.opens_when_attached))
+
+    def _open(self) -> None:
+        self._public = listen(self.config.host, self.config.port)
+        self._serve(self.shell, self._public)
 
     def _serve(self, app: ASGIApp, sock: socket.socket) -> None:
         server = uvicorn.Server(
@@ -131,30 +143,46 @@ class Gateway:
         self._servers.append(server)
         self._tasks.append(asyncio.create_task(server.serve(sockets=[sock])))
 
-    async def _attach(self) -> None:
+    async def _attach(self, *, opens: bool) -> None:
         from kervan.fleet.vllm.frontend import OpenAIFrontend
 
         try:
             self.frontend = await OpenAIFrontend.start(self.fleet, self.config.engine_argv)
+            self.shell.attach(self.frontend.app)
+            if opens:
+                self._open()
         except Exception as error:
             self.failure = error
             raise
-        self.shell.attach(self.frontend.app)
         self._attached.set()
 
     async def wait_attached(self) -> None:
         """Return once vLLM's app answers; raises what stopped it."""
-        await asyncio.shield(self._tasks[-1])
+        await asyncio.shield(self._attaching)
 
     async def stop(self) -> None:
         """Stop accepting, let open requests end (at most `stop_timeout_s`), then leave."""
+        if self._public is not None:
+            await self._send_clients_away(self._public)
         for server in self._servers:
             server.should_exit = True
         self._servers.clear()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._attaching.cancel()
+        await asyncio.gather(*self._tasks, self._attaching, return_exceptions=True)
         if self.frontend is not None:
             await self.frontend.close()
         await self.fleet.close()
+
+    async def _send_clients_away(self, listening: socket.socket) -> None:
+        """Busy connections end with their next answer, new ones go to other gateways, before anything is closed.
+
+        A listening socket that closes takes along the connections that the kernel has made and nobody has accepted.
+        """
+        for server in self._servers:
+            server.config.encoded_headers.append((b"connection", b"close"))
+        await asyncio.sleep(LEAVE_S)
+        listening.listen(0)
+        await asyncio.sleep(ACCEPT_S)
 
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""

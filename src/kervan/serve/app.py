@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica
 POOL = "on-demand"
 HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
+SURGE_PERCENT = 25
 UNLIMITED = 1_000_000_000  # kervan's gateways carry the requests; Serve counts none
 
 
@@ -25,16 +27,44 @@ def app_name(fleet_name: str) -> str:
     return f"kervan-{fleet_name}"
 
 
-def build(config: FleetConfig, *, num_gateways: int, accelerator: str | None) -> Any:
+# What replicas and gateways are made of; a change of anything else replaces none of them.
+GATEWAY_WORDS = (
+    "engine_args", "env", "host", "port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
+    "drain_timeout_s", "engine",
+)  # fmt: skip
+REPLICA_WORDS = (
+    "model", "tp", "pp", "ep", "engine", "gpu", "twin", "engine_args", "env", "stall_timeout_s", "drain_timeout_s",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Of the replicas and gateways that a config makes."""
+
+    replicas: str
+    gateways: str
+
+
+def versions(config: FleetConfig) -> Versions:
+    settings = json.loads(config.to_json())
+
+    def digest(words: tuple[str, ...]) -> str:
+        chosen = {word: settings[word] for word in words}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+
+    return Versions(digest(REPLICA_WORDS), digest(GATEWAY_WORDS))
+
+
+def build(config: FleetConfig, *, accelerator: str | None, surges: bool = True) -> Any:
     """The Serve application of a fleet.
 
     `accelerator`: Ray's resource name for the GPU kind of the cluster (`accelerator_type:H200`), None on CPU.
-    Replica counts are no part of the version, so that scaling restarts nothing.
+    `surges`: when replicas are replaced, new ones are ready before old ones drain, a quarter of them at a time; without
+    it, a fifth of them (at least one) is stopped first.
     """
-    unscaled = _without_counts(config)
-    version = hashlib.sha256(f"{unscaled} {accelerator}".encode()).hexdigest()[:12]
+    made = versions(config)
+    stored = config.to_json()
     common: dict[str, Any] = {
-        "version": version,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": 0.5,
@@ -46,29 +76,27 @@ def build(config: FleetConfig, *, num_gateways: int, accelerator: str | None) ->
         num_replicas=config.replicas,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
         ray_actor_options={"num_cpus": 0, "num_gpus": gpus_per_actor(config, accelerator)},
+        version=made.replicas,
+        max_surge_percent=SURGE_PERCENT if surges else 0,
         **common,
     )
     gateway: Any = GatewayReplica if config.ingress == "direct" else serve.ingress()(IngressGatewayReplica)
     gateways = serve.deployment(gateway).options(
         name="gateway",
-        num_replicas=num_gateways,
-        graceful_shutdown_timeout_s=config.drain_timeout_s + 5.0,
+        num_replicas=config.gateways,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + 10.0,
         # vLLM's frontend needs the platform of the engines, so gateways live where such GPUs are.
         ray_actor_options={"num_cpus": 0, "resources": {accelerator: 0.001} if accelerator else {}},
+        version=made.gateways,
+        max_surge_percent=100,
         **common,
     )
-    return gateways.bind(unscaled, engines.bind(unscaled, POOL))
+    return gateways.bind(stored, made.gateways, engines.bind(stored, POOL, made.replicas))
 
 
 def gpus_per_actor(config: FleetConfig, accelerator: str | None) -> float:
     """GPUs that Ray sets aside for one engine replica."""
     return config.gpus_per_replica if accelerator and config.engine == "vllm" else 0
-
-
-def _without_counts(config: FleetConfig) -> str:
-    settings = json.loads(config.to_json())
-    del settings["replicas"], settings["gateways"]
-    return json.dumps(settings, sort_keys=True)
 
 
 def deploy(app: Any, config: FleetConfig) -> None:

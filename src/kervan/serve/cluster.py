@@ -279,6 +279,13 @@ def check_capacity(config: FleetConfig, nodes: Sequence[NodeGpus], *, held_gpus:
         )
 
 
+def has_room(config: FleetConfig, nodes: Sequence[NodeGpus]) -> bool:
+    """Whether one more replica can be placed. Without GPUs nothing is counted."""
+    if config.engine == "twin" or not nodes:
+        return True
+    return any(node.free + 1e-6 >= config.gpus_per_replica for node in nodes)
+
+
 # ---- fleets started from here
 
 

@@ -47,9 +47,10 @@ def new_log(name: str) -> Path:
 class EngineReplica:
     """Serve calls `__init__` (returns when the engine has produced a token), `check_health`, and `__del__`."""
 
-    def __init__(self, config_json: str, pool: str) -> None:
+    def __init__(self, config_json: str, pool: str, version: str) -> None:
         self._config = FleetConfig.from_json(config_json)
         self._pool = pool
+        self._version = version
         self._id = f"{pool}-{uuid.uuid4().hex[:6]}"
         self._node = ray.util.get_node_ip_address()
         self._state: ReplicaState = "starting"
@@ -109,6 +110,7 @@ class EngineReplica:
             kv_cache_usage=load.kv_cache_usage,
             reason=reason,
             log_path=str(self._process.log_path),
+            version=self._version,
         )
 
     def _beat(self, *, wait: bool = False) -> Any:

@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import msgspec
 from kervan import errors
 from kervan.errors import ConfigError, EngineError, FleetError, KervanError
 from kervan.facts import model as models
-from kervan.facts.fleet import FleetConfig
+from kervan.facts.fleet import FleetConfig, from_mapping
 from kervan.fleet.control import Fault
 from kervan.fleet.directory import Snapshot, StartFailure
 from kervan.fleet.vllm import argument_names
@@ -167,12 +168,12 @@ class Startup:
         cluster.check_capacity(config, nodes)
         if config.ingress == "serve":
             _check_entry_is_free()
+        config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
         self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
-        gateways = num_gateways(config)
         app.start_serve(config)
-        self.progress(f"starting {_plural(config.replicas, 'replica')} and {_plural(gateways, 'gateway')}")
-        app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), config)
-        status = wait_until_ready(config, self._directory, gateways, self.progress)
+        self.progress(f"starting {_plural(config.replicas, 'replica')} and {_plural(config.gateways, 'gateway')}")
+        app.deploy(app.build(config, accelerator=_accelerator()), config)
+        status = wait_until_ready(config, self._directory, self.progress)
         cluster.remember(cluster.Remembered(config.name, address, status.url))
         return status
 
@@ -246,29 +247,33 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def wait_until_ready(
-    config: FleetConfig, handle: Any, gateways: int, progress: Progress, *, after_failure: int = 0
-) -> FleetStatus:
-    """Wait for all replicas and gateways; the first failed start with a number above `after_failure` ends the wait.
+def wait_until_ready(config: FleetConfig, handle: Any, progress: Progress, *, after_failure: int = 0) -> FleetStatus:
+    """Wait for all replicas and gateways of this config, and until those of an earlier one are gone.
 
-    Raises: the KervanError that a replica or gateway reported.
+    Raises: the KervanError that a replica or gateway reported with a number above `after_failure`.
     """
+    from kervan.serve import app
+
+    made = app.versions(config)
     told = ""
     while True:
         snapshot = _snapshot(handle)
         for failure in snapshot.failures:
             if failure.number > after_failure:
                 raise _raised(failure)
-        ready = sum(r.state == "ready" for r in snapshot.replicas)
-        answering = sum(g.is_ready for g in snapshot.gateways)
-        words = f"{ready}/{config.replicas} replicas and {answering}/{gateways} gateways ready"
+        ready = sum(r.state == "ready" and r.version == made.replicas for r in snapshot.replicas)
+        answering = sum(g.is_ready and g.version == made.gateways for g in snapshot.gateways)
+        present = sum(g.version == made.gateways for g in snapshot.gateways)
+        words = f"{ready}/{config.replicas} replicas and {answering}/{config.gateways} gateways ready"
+        old = len(snapshot.replicas) - sum(r.version == made.replicas for r in snapshot.replicas)
+        old_gateways = len(snapshot.gateways) - present
+        if old or old_gateways:
+            words += f", {_plural(old, 'replica')} and {_plural(old_gateways, 'gateway')} to go"
         if words != told:
             told = words
             progress(words)
-        done = len(snapshot.replicas) == ready == config.replicas
-        if done and answering == gateways == len(snapshot.gateways):
-            return _status(config, snapshot)
-        if config.replicas == 0 and len(snapshot.gateways) == gateways:
+        is_settled = len(snapshot.replicas) == ready == config.replicas and len(snapshot.gateways) == config.gateways
+        if is_settled and not old_gateways and (answering == present or config.replicas == 0):
             return _status(config, snapshot)
         time.sleep(POLL_S)
 
@@ -337,25 +342,140 @@ def _stored_config(handle: Any) -> FleetConfig:
     return FleetConfig.from_json(stored)
 
 
-def scale(name: str, replicas: int, address: str | None = None, progress: Progress = lambda _: None) -> FleetStatus:
-    """Change the number of replicas; returns when they are there, or gone.
+# What a running fleet cannot change, and why.
+FIXED = {
+    "model": "streams cannot move to another model; start a second fleet (--name), or kervan down first",
+    "engine": "streams cannot move between engines and twins; start a second fleet (--name), or kervan down first",
+    "ingress": "it belongs to Serve's start; kervan down first",
+    "name": "it is how the fleet is found; kervan down first",
+}
+HIDDEN = frozenset({"api_keys"})  # told as changed, without the values
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of a running fleet. `lines`: what differs. `warning`: what it costs, if there is a choice."""
+
+    before: FleetConfig
+    after: FleetConfig
+    surges: bool
+    lines: tuple[str, ...]
+    warning: str = ""
+
+
+class RunningFleet:
+    """A fleet that is up, to be changed."""
+
+    def __init__(self, name: str, address: str | None, progress: Progress):
+        """Raises: FleetError when there is no such fleet."""
+        self.progress = progress
+        self._handle = attach(name, address)
+        self._config = _stored_config(self._handle)
+
+    def plan(self, words: Mapping[str, Any], source: str) -> Change:
+        """What it takes to bring in `words`; what they do not name stays. Nothing is changed yet.
+
+        Raises: ConfigError; CapacityError; FleetError for what a running fleet cannot change.
+        """
+        before = self._config
+        merged = json.loads(before.to_json())
+        for key, value in words.items():
+            is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
+            merged[key] = {**merged[key], **value} if is_mapping else value
+        after = validate(from_mapping(merged, source))
+        if words.get("gateways") == 0:
+            after = dataclasses.replace(after, gateways=num_gateways(after))
+        old, new = json.loads(before.to_json()), json.loads(after.to_json())
+        for key, why in FIXED.items():
+            if old[key] != new[key]:
+                raise FleetError(
+                    f"{key} of fleet {before.name!r} is {old[key]!r} and cannot become {new[key]!r}: {why}"
+                )
+        if (before.host, before.port) != (after.host, after.port):
+            check_port(after.host, after.port)
+        nodes = cluster.gpus_by_node()
+        live = sum(r.state in ("starting", "ready") for r in _snapshot(self._handle).replicas)
+        same_size = before.gpus_per_replica == after.gpus_per_replica
+        held = live * before.gpus_per_replica
+        cluster.check_capacity(after, nodes, held_gpus=held)
+        surges, warning = True, ""
+        if _replaces_replicas(before, after) and after.replicas and not cluster.has_room(after, nodes):
+            surges = False
+            size = after.gpus_per_replica
+            warning = (
+                f"no node has {size} free GPUs for a new replica beside the old ones, so "
+                f"{max(1, after.replicas // 5)} of {after.replicas} replicas will stop before a new one starts; "
+                + (
+                    "streams move to the others"
+                    if after.replicas > 1 and same_size
+                    else "streams wait until it is ready, as long as a start takes"
+                )
+            )
+        return Change(before, after, surges, tuple(_differences(old, new)), warning)
+
+    def apply(self, change: Change) -> FleetStatus:
+        """Carry it out; returns when all new replicas and gateways are ready and the old ones are gone.
+
+        Raises: the KervanError of a start that failed; the fleet goes on as before then.
+        """
+        import ray
+
+        from kervan.serve import app
+
+        snapshot = _snapshot(self._handle)
+        known = snapshot.failures[-1].number if snapshot.failures else 0
+        accelerator = _accelerator()
+        ray.get(self._handle.set_config.remote(change.after.to_json()))
+        app.deploy(app.build(change.after, accelerator=accelerator, surges=change.surges), change.after)
+        try:
+            return wait_until_ready(change.after, self._handle, self.progress, after_failure=known)
+        except KervanError as error:
+            self.progress("it failed; going back")
+            ray.get(self._handle.set_config.remote(change.before.to_json()))
+            app.deploy(app.build(change.before, accelerator=accelerator, surges=change.surges), change.before)
+            raise type(error)(f"{error} (the fleet goes on as before)") from error
+
+
+def _replaces_replicas(before: FleetConfig, after: FleetConfig) -> bool:
+    from kervan.serve import app
+
+    return app.versions(before).replicas != app.versions(after).replicas
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{path}{key}.")
+        elif before != after:
+            yield f"{path}{key} changes" if key in HIDDEN else f"{path}{key}: {before} -> {after}"
+
+
+def is_up(name: str, address: str | None) -> bool:
+    """Whether a fleet of this name runs where `kervan up` would start it."""
+    if address is None and (cluster.find_local_ray() is None or cluster.recall(name) is None):
+        return False
+    try:
+        attach(name, address)
+    except FleetError:
+        return False
+    return True
+
+
+def scale(
+    name: str,
+    replicas: int | None = None,
+    gateways: int | None = None,
+    address: str | None = None,
+    progress: Progress = lambda _: None,
+) -> FleetStatus:
+    """Change the number of replicas or gateways; returns when they are there, or gone.
 
     Raises: CapacityError when they do not fit; the fleet is as before then.
     """
-    handle = attach(name, address)
-    import ray
-
-    config = dataclasses.replace(_stored_config(handle), replicas=replicas)
-    snapshot = _snapshot(handle)
-    held = sum(r.state in ("starting", "ready") for r in snapshot.replicas) * config.gpus_per_replica
-    cluster.check_capacity(config, cluster.gpus_by_node(), held_gpus=held)
-    from kervan.serve import app
-
-    ray.get(handle.set_config.remote(config.to_json()))
-    gateways = num_gateways(config)
-    app.deploy(app.build(config, num_gateways=gateways, accelerator=_accelerator()), config)
-    known = snapshot.failures[-1].number if snapshot.failures else 0
-    return wait_until_ready(config, handle, gateways, progress, after_failure=known)
+    fleet = RunningFleet(name, address, progress)
+    words = {"replicas": replicas, "gateways": gateways}
+    return fleet.apply(fleet.plan({key: n for key, n in words.items() if n is not None}, "kervan scale"))
 
 
 def suffer(name: str, replica_id: str, fault: Fault, address: str | None = None) -> None:

@@ -28,14 +28,16 @@ ANY_HOSTS = {"0.0.0.0", "::"}
 class GatewayReplica:
     """Answers clients itself, on a uvloop loop of its own thread, away from Ray's loops."""
 
-    def __init__(self, config_json: str, engines: Any = None) -> None:
+    def __init__(self, config_json: str, version: str, engines: Any = None) -> None:
         self._config = config = FleetConfig.from_json(config_json)
+        self._version = version
         os.environ.update(config.env)
         # A gateway holds no GPU; vLLM must still see which kind this node has.
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             del os.environ["CUDA_VISIBLE_DEVICES"]
         self._directory = directories.find(config.name)
         _, secret = ray.get(self._directory.fleet.remote())
+        others = directories.read(ray.get(self._directory.snapshot.remote())).gateways
         node = ray.util.get_node_ip_address()
         self._gateway_config = GatewayConfig(
             gateway_id=f"gw-{uuid.uuid4().hex[:6]}",
@@ -50,6 +52,8 @@ class GatewayReplica:
             max_queued_streams=config.max_queued_streams,
             hold_timeout_s=config.hold_timeout_s,
             stop_timeout_s=config.drain_timeout_s,
+            # Gateways share the port: clients must not meet this one before it can answer, if others can.
+            opens_when_attached=any(other.is_ready for other in others),
         )
         self._gateway: Gateway
         self._loop: asyncio.AbstractEventLoop
@@ -108,7 +112,8 @@ class GatewayReplica:
     async def _beat_forever(self) -> None:
         while not self._stopped.is_set():
             if not self._is_leaving:
-                self._directory.beat_gateway.remote(msgspec.msgpack.encode(self._gateway.entry()))
+                entry = msgspec.structs.replace(self._gateway.entry(), version=self._version)
+                self._directory.beat_gateway.remote(msgspec.msgpack.encode(entry))
             if self._gateway.failure is not None:
                 self._report(self._gateway.failure)
                 return
