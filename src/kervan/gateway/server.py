@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 PEER_TIMEOUT_S = 2.0
 LEAVE_S = 1.5  # uvicorn takes up changed headers within a second
-ACCEPT_S = 0.1
+FIRST_REQUEST_S = 1.0
 # vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
 REPLACED_GAUGES = frozenset(
     {
@@ -96,7 +96,7 @@ class Gateway:
         self._servers: list[uvicorn.Server] = []
         self._tasks: list[asyncio.Task[Any]] = []
         self._attaching: asyncio.Task[None]
-        self._public: socket.socket | None = None
+        self._public: tuple[uvicorn.Server, socket.socket] | None = None
         self._internal_port = 0
         self.shell = GatewayShell(self, config.api_keys)
 
@@ -123,10 +123,10 @@ class Gateway:
         self._attaching = asyncio.create_task(self._attach(opens=serve_http and self.config.opens_when_attached))
 
     def _open(self) -> None:
-        self._public = listen(self.config.host, self.config.port)
-        self._serve(self.shell, self._public)
+        listening = listen(self.config.host, self.config.port)
+        self._public = self._serve(self.shell, listening), listening
 
-    def _serve(self, app: ASGIApp, sock: socket.socket) -> None:
+    def _serve(self, app: ASGIApp, sock: socket.socket) -> uvicorn.Server:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -142,6 +142,7 @@ class Gateway:
         )
         self._servers.append(server)
         self._tasks.append(asyncio.create_task(server.serve(sockets=[sock])))
+        return server
 
     async def _attach(self, *, opens: bool) -> None:
         from kervan.fleet.vllm.frontend import OpenAIFrontend
@@ -163,7 +164,7 @@ class Gateway:
     async def stop(self) -> None:
         """Stop accepting, let open requests end (at most `stop_timeout_s`), then leave."""
         if self._public is not None:
-            await self._send_clients_away(self._public)
+            await send_clients_away(*self._public)
         for server in self._servers:
             server.should_exit = True
         self._servers.clear()
@@ -172,17 +173,6 @@ class Gateway:
         if self.frontend is not None:
             await self.frontend.close()
         await self.fleet.close()
-
-    async def _send_clients_away(self, listening: socket.socket) -> None:
-        """Busy connections end with their next answer, new ones go to other gateways, before anything is closed.
-
-        A listening socket that closes takes along the connections that the kernel has made and nobody has accepted.
-        """
-        for server in self._servers:
-            server.config.encoded_headers.append((b"connection", b"close"))
-        await asyncio.sleep(LEAVE_S)
-        listening.listen(0)
-        await asyncio.sleep(ACCEPT_S)
 
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
@@ -283,6 +273,39 @@ class Gateway:
         ):
             lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n")
         return lines
+
+
+async def send_clients_away(server: uvicorn.Server, listening: socket.socket) -> None:
+    """Stop listening without breaking a connection: their next answers tell clients to connect anew, elsewhere.
+
+    The kernel resets what it has connected and nobody has accepted when a socket closes; so a second handle to it is
+    accepted from until the last moment. What was accepted may still send its first request.
+    """
+    server.config.encoded_headers.append((b"connection", b"close"))
+    await asyncio.sleep(LEAVE_S)
+    last = listening.dup()
+    last.setblocking(False)
+    for listener in server.servers:
+        listener.close()
+    await asyncio.sleep(0.01)  # the loop closes its handle in its next rounds
+    listening.close()
+    accepted = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            accepted.append(last.accept()[0])
+    last.close()
+    config, loop = server.config, asyncio.get_running_loop()
+
+    def protocol() -> asyncio.Protocol:
+        made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
+            config=config, server_state=server.server_state, app_state=server.lifespan.state
+        )
+        return made
+
+    for connection in accepted:
+        connection.setblocking(False)
+        await loop.connect_accepted_socket(protocol, connection)
+    await asyncio.sleep(FIRST_REQUEST_S)
 
 
 def _bracket(host: str) -> str:

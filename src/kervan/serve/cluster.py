@@ -170,7 +170,7 @@ def end_processes(pids: Sequence[int]) -> None:
 
 
 def connect(address: str) -> None:
-    """Join a running Ray cluster as a driver.
+    """Join a running Ray cluster as a driver; once is enough.
 
     Raises: FleetError when there is none at `address`.
     """
@@ -182,6 +182,8 @@ def connect(address: str) -> None:
         os.environ.update(_ray_environment(local.token, has_haproxy=local.has_haproxy))
     import ray
 
+    if ray.is_initialized() and ray.get_runtime_context().gcs_address == address:
+        return
     try:
         ray.init(
             address=address,
