@@ -8,14 +8,21 @@ from kervan.cli import options
 @click.command()
 @options.name
 @options.address
+@click.option("--why", "with_why", is_flag=True, help="Say in a sentence each why what is not ready is not.")
 @options.as_json
-def status(name: str, address: str | None, as_json: bool) -> None:
+def status(name: str, address: str | None, with_why: bool, as_json: bool) -> None:
     """Show a fleet: its replicas, their load, its gateways."""
     from kervan.cli import render
     from kervan.serve import fleet
 
-    found = fleet.status(name, address)
-    if as_json:
-        render.print_json(found.to_dict())
+    sentences = None
+    if with_why:
+        found, sentences = fleet.why(name, address)
     else:
-        render.print_status(found)
+        found = fleet.status(name, address)
+    if as_json:
+        render.print_json(found.to_dict() | ({} if sentences is None else {"why": sentences}))
+        return
+    render.print_status(found)
+    if sentences is not None:
+        print("\n".join(sentences) or "all is as it should be")

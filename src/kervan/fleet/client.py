@@ -15,6 +15,7 @@ import functools
 import itertools
 import logging
 import math
+import statistics
 import time
 import uuid
 from collections import deque
@@ -30,6 +31,7 @@ from zmq.utils.monitor import recv_monitor_message
 from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.codec import Codec, Outputs
+from kervan.fleet.directory import Traffic
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
 from kervan.policy import quarantine, routing
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 RECONNECT_PERIOD_S = 0.5
 RATE_WINDOW_S = 10.0
 SETTLE_S = 0.01
+MAX_TTFTS = 1000  # kept between two looks at the traffic
 ENGINE_DIED = "the engine died"
 
 
@@ -77,7 +80,7 @@ class FleetClient:
         self._link_up = asyncio.Event()
         self._call_ids = itertools.count(1)
         self._completed_per_s = 0.0
-        self._rate_at_s = time.monotonic()
+        self._rate_at_s = self._traffic_s = time.monotonic()
         self._is_closing = False
         self._expiry_task = asyncio.create_task(self._expire_held())
 
@@ -104,6 +107,18 @@ class FleetClient:
     def completed_per_s(self) -> float:
         """Completed streams per second, averaged over about 10 s."""
         return self._completed_per_s * math.exp((self._rate_at_s - time.monotonic()) / RATE_WINDOW_S)
+
+    def traffic(self) -> dict[str, Traffic]:
+        """What came from each replica since the last call, by its id."""
+        now_s = time.monotonic()
+        elapsed_s, self._traffic_s = now_s - self._traffic_s, now_s
+        told = {}
+        for link in self._links.values():
+            ttft_s = statistics.median(link.ttfts_s) if link.ttfts_s else None
+            told[link.replica_id] = Traffic(round(link.num_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0, ttft_s)
+            link.num_tokens = 0
+            link.ttfts_s.clear()
+        return told
 
     async def wait_for_link(self) -> Link:
         """The first live link, as soon as there is one."""
@@ -359,6 +374,7 @@ class FleetClient:
             num_new = len(output.new_token_ids)
             if num_new:
                 stream.generated += output.new_token_ids
+                link.num_tokens += num_new
                 if not stream.gave_token:
                     self._first_token(link, stream)
                 # At least 1 stays charged while the stream runs: it still holds a place in the batch.
@@ -378,6 +394,8 @@ class FleetClient:
 
     def _first_token(self, link: Link, stream: Stream) -> None:
         stream.gave_token = True
+        if len(link.ttfts_s) < MAX_TTFTS:
+            link.ttfts_s.append(time.monotonic() - stream.placed_s)
         queued = min(stream.cost_tokens - 1, stream.prompt_tokens)
         stream.cost_tokens -= queued
         link.outstanding_tokens -= queued

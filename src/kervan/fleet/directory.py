@@ -39,6 +39,13 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
         return bool(self.address) and self.state in ("ready", "draining")
 
 
+class Traffic(msgspec.Struct, frozen=True):
+    """What a gateway saw of a replica in the last second. `ttft_s`: median from placing to the first token, or None."""
+
+    tokens_per_s: float
+    ttft_s: float | None
+
+
 class GatewayEntry(msgspec.Struct, frozen=True):
     """One gateway. `url` is public; `internal_url` reaches this very gateway, not its neighbours on the port."""
 
@@ -50,6 +57,10 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     is_ready: bool
     reason: str = ""
     version: str = ""
+    streams: int = 0
+    held: int = 0
+    moved: int = 0
+    traffic: dict[str, Traffic] = {}
 
 
 class StartFailure(msgspec.Struct, frozen=True):
@@ -69,6 +80,11 @@ class Snapshot(msgspec.Struct, frozen=True):
     replicas: list[ReplicaEntry]
     gateways: list[GatewayEntry]
     failures: list[StartFailure]
+
+
+def _lasting(entry: GatewayEntry) -> tuple[str | bool, ...]:
+    """What others must hear of at once when it changes."""
+    return entry.url, entry.internal_url, entry.is_ready, entry.reason, entry.version
 
 
 class Directory:
@@ -91,7 +107,7 @@ class Directory:
     def beat_gateway(self, entry: GatewayEntry) -> None:
         known = self._gateways.get(entry.id)
         self._gateways[entry.id] = (entry, self._now())
-        if known is None or known[0] != entry:
+        if known is None or _lasting(known[0]) != _lasting(entry):
             self.version += 1
 
     def remove(self, entry_id: str) -> None:

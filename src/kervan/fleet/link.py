@@ -46,6 +46,8 @@ class Link:
     pong: wire.Pong = NO_LOAD
     num_suspects: int = 0
     pong_s: float = 0.0
+    num_tokens: int = 0
+    ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
     num_outputs: int = 0  # received
     output_s: float = 0.0  # when the last one was received, or nothing was missing
 

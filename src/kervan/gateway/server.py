@@ -190,6 +190,10 @@ class Gateway:
             internal_url=f"http://{_bracket(self.config.internal_host)}:{self._internal_port}",
             is_ready=reason is None,
             reason=reason or "",
+            streams=self.fleet.num_streams,
+            held=self.fleet.num_held,
+            moved=self.fleet.counts.moved,
+            traffic=self.fleet.traffic(),
         )
 
     # ---- what the shell asks

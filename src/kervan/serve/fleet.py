@@ -23,6 +23,7 @@ from kervan.fleet.control import Fault
 from kervan.fleet.directory import Snapshot, StartFailure
 from kervan.fleet.vllm import argument_names
 from kervan.serve import cluster
+from kervan.serve.why import explain
 from kervan.twin import settings as twins
 
 Progress = Callable[[str], None]
@@ -331,8 +332,27 @@ def attach(name: str, address: str | None) -> Any:
 
 def status(name: str, address: str | None = None) -> FleetStatus:
     """The fleet as its directory sees it now."""
-    handle = attach(name, address)
-    return _status(_stored_config(handle), _snapshot(handle))
+    return Watch(name, address).look()
+
+
+class Watch:
+    """Looks at a fleet again and again."""
+
+    def __init__(self, name: str, address: str | None = None):
+        """Raises: FleetError when there is no such fleet."""
+        self._handle = attach(name, address)
+
+    def look(self) -> FleetStatus:
+        return _status(_stored_config(self._handle), _snapshot(self._handle))
+
+
+def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
+    """The fleet, and a sentence for each thing in it that is not as it should be."""
+    import ray
+
+    found = Watch(name, address).look()
+    dead = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
+    return found, explain(found.config, found.snapshot, cluster.gpus_by_node(), dead)
 
 
 def _stored_config(handle: Any) -> FleetConfig:

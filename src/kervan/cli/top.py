@@ -1,0 +1,135 @@
+"""`kervan top`: a fleet, live in the terminal."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kervan.cli import options
+from kervan.cli.render import STATE_STYLE, print_json
+from kervan.fleet.directory import Snapshot
+from kervan.serve.fleet import FleetStatus, Watch
+from kervan.units import format_duration
+
+MAX_EVENTS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTraffic:
+    """Of one replica, over all gateways. `ttft_s`: mean of the gateways' medians, weighted by nothing."""
+
+    tokens_per_s: float
+    ttft_s: float | None
+
+
+def traffic(snapshot: Snapshot, replica_id: str) -> ReplicaTraffic:
+    """What the gateways tell of a replica."""
+    told = [gateway.traffic[replica_id] for gateway in snapshot.gateways if replica_id in gateway.traffic]
+    ttfts_s = [one.ttft_s for one in told if one.ttft_s is not None]
+    return ReplicaTraffic(sum(one.tokens_per_s for one in told), sum(ttfts_s) / len(ttfts_s) if ttfts_s else None)
+
+
+def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
+    """What happened between two looks, one line each."""
+    for kind, old, new in (
+        ("replica", {r.id: r.state for r in before.replicas}, {r.id: r.state for r in after.replicas}),
+        (
+            "gateway",
+            {g.id: "ready" if g.is_ready else "starting" for g in before.gateways},
+            {g.id: "ready" if g.is_ready else "starting" for g in after.gateways},
+        ),
+    ):
+        for name in sorted({*old, *new}):
+            if name not in new:
+                yield f"{kind} {name} is gone (was {old[name]})"
+            elif name not in old:
+                yield f"{kind} {name} appeared: {new[name]}"
+            elif old[name] != new[name]:
+                yield f"{kind} {name}: {old[name]} -> {new[name]}"
+    moved = {g.id: g.moved for g in before.gateways}
+    for gateway in after.gateways:
+        if gateway.id in moved and gateway.moved > moved[gateway.id]:
+            count = gateway.moved - moved[gateway.id]
+            yield f"gateway {gateway.id} moved {count} stream{'s' if count > 1 else ''}"
+    known = {failure.number for failure in before.failures}
+    for failure in after.failures:
+        if failure.number not in known:
+            yield f"{failure.who} did not start: {failure.message}"
+
+
+def view(status: FleetStatus, lines: list[str]) -> RenderableType:
+    """The screen: head, replicas, gateways, latest events."""
+    snapshot, config = status.snapshot, status.config
+    total = sum(one.tokens_per_s for gateway in snapshot.gateways for one in gateway.traffic.values())
+    streams, held = sum(g.streams for g in snapshot.gateways), sum(g.held for g in snapshot.gateways)
+    head = Text.assemble(
+        (status.name, "bold"),
+        f"  {status.url or '(no gateway yet)'}  {config.model}  tp {config.tp}, pp {config.pp}   "
+        f"{streams} streams, {held} held, {total:,.0f} tok/s",
+    )
+    replicas = Table("replica", "pool", "node", "state", box=None, pad_edge=False, header_style="dim")
+    for column in ("running", "waiting", "KV use", "tok/s", "TTFT"):
+        replicas.add_column(column, justify="right")
+    for r in snapshot.replicas:
+        seen = traffic(snapshot, r.id)
+        replicas.add_row(
+            r.id, r.pool, r.node, Text.assemble((r.state, STATE_STYLE[r.state]), f" {r.reason}" if r.reason else ""),
+            str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%", f"{seen.tokens_per_s:,.0f}",
+            "-" if seen.ttft_s is None else format_duration(seen.ttft_s),
+        )  # fmt: skip
+    gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
+    for column in ("streams", "held", "moved", "tok/s"):
+        gateways.add_column(column, justify="right")
+    for g in snapshot.gateways:
+        state = Text("ready", "green") if g.is_ready else Text(g.reason or "starting", "yellow")
+        rate = sum(one.tokens_per_s for one in g.traffic.values())
+        gateways.add_row(g.id, g.node, str(g.pid), state, str(g.streams), str(g.held), str(g.moved), f"{rate:,.0f}")
+    return Group(head, Text(), replicas, Text(), gateways, Text(), *(Text(line, "dim") for line in lines))
+
+
+def to_dict(status: FleetStatus) -> dict[str, object]:
+    """`kervan status --json` with traffic."""
+    found = status.to_dict()
+    for replica in found["replicas"]:
+        seen = traffic(status.snapshot, replica["id"])
+        replica |= {"tokens_per_s": round(seen.tokens_per_s, 1), "ttft_s": seen.ttft_s}
+    for shown, gateway in zip(found["gateways"], status.snapshot.gateways, strict=True):
+        shown |= {"streams": gateway.streams, "held": gateway.held, "moved": gateway.moved}
+    return found
+
+
+@click.command()
+@options.name
+@options.address
+@click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="Seconds.")
+@click.option("--once", is_flag=True, help="Print one screen and end; so it is without a terminal.")
+@options.as_json
+def top(name: str, address: str | None, every_s: float, once: bool, as_json: bool) -> None:
+    """Watch a fleet: load, tokens/s and TTFT of each replica, gateways, events. Ctrl-C ends it.
+
+    Numbers are of the last second. TTFT is from the moment a gateway placed a request on the replica.
+    """
+    watch = Watch(name, address)
+    if as_json:
+        print_json(to_dict(watch.look()))
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    status = watch.look()
+    if once or not console.is_terminal:
+        console.print(view(status, []))
+        return
+    told: deque[str] = deque(maxlen=MAX_EVENTS)
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            room = max(0, console.height - len(status.snapshot.replicas) - len(status.snapshot.gateways) - 7)
+            live.update(view(status, list(told)[-room:] if room else []), refresh=True)
+            time.sleep(every_s)
+            before, status = status, watch.look()
+            told += [f"{time.strftime('%X')} {line}" for line in events(before.snapshot, status.snapshot)]

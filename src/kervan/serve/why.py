@@ -1,0 +1,50 @@
+"""Why a fleet is not as it should be, one sentence for each thing. Pure."""
+
+from collections.abc import Sequence
+
+from kervan.facts.fleet import FleetConfig
+from kervan.fleet.directory import Snapshot
+from kervan.serve.cluster import NodeGpus
+
+
+def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeGpus], dead_nodes: Sequence[str]) -> list[str]:
+    """Sentences, the most important first; none for a fleet that is whole.
+
+    `nodes`: alive nodes with GPUs. `dead_nodes`: addresses of nodes that Ray has lost.
+    """
+    told = []
+    present = len(snapshot.replicas)
+    if present < config.replicas:
+        told.append(_missing(config, config.replicas - present, nodes))
+    for replica in snapshot.replicas:
+        if replica.state == "starting":
+            told.append(
+                f"replica {replica.id} is starting {replica.reason} on {replica.node}; its log: {replica.log_path}"
+            )
+        elif replica.state == "draining":
+            told.append(f"replica {replica.id} drains: its streams move, then it ends")
+        elif replica.state == "unhealthy":
+            told.append(f"replica {replica.id} is unhealthy: {replica.reason or 'no reason was told'}; it is replaced")
+        elif replica.reason:
+            told.append(f"replica {replica.id}: {replica.reason}")
+    if len(snapshot.gateways) < config.gateways:
+        told.append(
+            f"{config.gateways - len(snapshot.gateways)} of {config.gateways} gateways are missing; Serve starts them"
+        )
+    told += [f"gateway {g.id} is not ready: {g.reason}" for g in snapshot.gateways if not g.is_ready]
+    told += [f"node {node} is dead; what was on it is started elsewhere" for node in dead_nodes]
+    if present < config.replicas:
+        told += [f"{f.who} could not start: {f.message}" for f in snapshot.failures[-3:]]
+    return told
+
+
+def _missing(config: FleetConfig, count: int, nodes: Sequence[NodeGpus]) -> str:
+    what = f"{count} replica{'s' if count > 1 else ''}"
+    need = config.gpus_per_replica
+    if config.engine == "twin" or not nodes:
+        return f"{what} of {config.replicas} not there yet: Ray is starting the process"
+    gpus = f"{need} GPU{'s' if need > 1 else ''}" + (" on one node" if need > 1 else "")
+    if any(node.free + 1e-6 >= need for node in nodes):
+        return f"{what} of {config.replicas} not there yet: Ray is placing, there is a node with {gpus} free"
+    free = ", ".join(f"node {node.node} has {node.free:g} free of {node.total}" for node in nodes)
+    return f"{what} of {config.replicas} wait for {gpus}: {free}; add a node, or kervan scale {config.replicas - count}"

@@ -1,0 +1,126 @@
+"""What `kervan status --why` and `kervan top` say of a fleet, from what its directory holds."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kervan.cli import top
+from kervan.facts.fleet import FleetConfig
+from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot, StartFailure, Traffic
+from kervan.serve.cluster import NodeGpus
+from kervan.serve.fleet import FleetStatus
+from kervan.serve.why import explain
+
+CONFIG = FleetConfig(model="org/model", replicas=2, gateways=1, tp=4)
+
+
+def replica(name: str, state: Any = "ready", **more: Any) -> ReplicaEntry:
+    return ReplicaEntry(**{"id": name, "pool": "on-demand", "node": "10.0.0.1", "pid": 7, "state": state} | more)
+
+
+def gateway(name: str = "gw", **more: Any) -> GatewayEntry:
+    given = {"id": name, "node": "10.0.0.1", "pid": 8, "url": "http://h:1", "internal_url": "", "is_ready": True} | more
+    return GatewayEntry(**given)
+
+
+def snapshot(*entries: Any, failures: tuple[StartFailure, ...] = ()) -> Snapshot:
+    return Snapshot(
+        1,
+        [e for e in entries if isinstance(e, ReplicaEntry)],
+        [e for e in entries if isinstance(e, GatewayEntry)],
+        list(failures),
+    )
+
+
+def node(name: str, free: float, total: int = 8) -> NodeGpus:
+    return NodeGpus(name, total, free, "accelerator_type:H200")
+
+
+WHOLE = (replica("a"), replica("b"), gateway())
+
+
+@pytest.mark.parametrize(
+    ("entries", "nodes", "sentence"),
+    [
+        pytest.param(
+            (replica("a"), gateway()), [node("n1", 3), node("n2", 0)],
+            "1 replica of 2 wait for 4 GPUs on one node: node n1 has 3 free of 8, node n2 has 0 free of 8; "
+            "add a node, or kervan scale 1", id="no room",
+        ),
+        pytest.param((replica("a"), gateway()), [node("n1", 4)], "there is a node with 4 GPUs on one node free",
+                     id="being placed"),
+        pytest.param((replica("a"), gateway()), [], "Ray is starting the process", id="CPU"),
+        pytest.param((replica("a"), replica("b", "starting", reason="for 9 s", log_path="/l"), gateway()), [],
+                     "replica b is starting for 9 s on 10.0.0.1; its log: /l", id="starting"),
+        pytest.param((replica("a"), replica("b", "unhealthy", reason="no step for 60 s"), gateway()), [],
+                     "replica b is unhealthy: no step for 60 s; it is replaced", id="unhealthy"),
+        pytest.param((replica("a"), replica("b", "draining"), gateway()), [], "replica b drains", id="draining"),
+        pytest.param((replica("a"), replica("b", reason="too slow"), gateway()), [], "replica b: too slow", id="note"),
+        pytest.param((replica("a"), replica("b")), [], "1 of 1 gateways are missing", id="no gateway"),
+        pytest.param((replica("a"), replica("b"), gateway(is_ready=False, reason="the gateway is starting")), [],
+                     "gateway gw is not ready: the gateway is starting", id="gateway starting"),
+    ],
+)  # fmt: skip
+def test_one_sentence_for_each_thing(entries: tuple[Any, ...], nodes: list[NodeGpus], sentence: str) -> None:
+    (told,) = explain(CONFIG, snapshot(*entries), nodes, [])
+    assert sentence in told
+
+
+def test_a_whole_fleet_needs_no_words() -> None:
+    assert explain(CONFIG, snapshot(*WHOLE), [node("n", 0)], []) == []
+
+
+def test_lost_nodes_and_failed_starts_are_named() -> None:
+    failed = StartFailure("c", "CapacityError", "out of memory; use --tp 8")
+    told = explain(CONFIG, snapshot(replica("a"), gateway(), failures=(failed,)), [node("n", 8)], ["10.0.0.9"])
+    assert told[1:] == [
+        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+        "c could not start: out of memory; use --tp 8",
+    ]
+
+
+BUSY = (
+    replica("a", running=3, waiting=1, kv_cache_usage=0.25),
+    replica("b", "draining"),
+    gateway("g1", streams=3, moved=2, traffic={"a": Traffic(100.0, 0.2), "b": Traffic(5.0, None)}),
+    gateway("g2", streams=1, held=1, traffic={"a": Traffic(50.0, 0.4)}),
+)
+
+
+def test_traffic_is_summed_over_gateways() -> None:
+    assert top.traffic(snapshot(*BUSY), "a") == top.ReplicaTraffic(150.0, pytest.approx(0.3))
+    assert top.traffic(snapshot(*BUSY), "b") == top.ReplicaTraffic(5.0, None)
+    assert top.traffic(snapshot(*BUSY), "unknown") == top.ReplicaTraffic(0, None)
+
+
+def test_the_screen() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(top.view(FleetStatus("chat", "http://h:1", CONFIG, snapshot(*BUSY)), ["12:00:00 something"]))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert lines[0][:2] == ["chat", "http://h:1"]
+    assert lines[0][-6:] == ["4", "streams,", "1", "held,", "155", "tok/s"]
+    rows = {line[0]: line for line in lines if line}
+    assert rows["a"][4:] == ["3", "1", "25.0%", "150", "300", "ms"]
+    assert rows["b"][3:] == ["draining", "0", "0", "0.0%", "5", "-"]
+    assert rows["g1"][-4:] == ["3", "0", "2", "105"]
+    assert lines[-1] == ["12:00:00", "something"]
+
+
+def test_events_between_two_looks() -> None:
+    before = snapshot(replica("a"), replica("b", "starting"), replica("c"), gateway("g1", moved=2))
+    failed = StartFailure("d", "EngineError", "broke", number=1)
+    after = snapshot(
+        replica("a"), replica("b"), replica("d", "starting"), gateway("g1", moved=5), gateway("g2", is_ready=False),
+        failures=(failed,),
+    )  # fmt: skip
+    assert list(top.events(before, after)) == [
+        "replica b: starting -> ready",
+        "replica c is gone (was ready)",
+        "replica d appeared: starting",
+        "gateway g2 appeared: starting",
+        "gateway g1 moved 3 streams",
+        "d did not start: broke",
+    ]
+    assert list(top.events(after, after)) == []
