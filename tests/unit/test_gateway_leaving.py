@@ -12,10 +12,17 @@ import uvloop
 from kervan.gateway.server import listen, send_clients_away
 
 NUM_CLIENTS = 24
+BODY_BYTES = 300
+HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % BODY_BYTES
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    await asyncio.sleep(0.002)
+    body = b""
+    while len(body) < BODY_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body += message["body"]
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
@@ -33,10 +40,16 @@ async def ask_for_ever(port: int, *, keeps: bool, failed: list[str], count: list
         try:
             if writer is None:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n" + (b"" if keeps else b"connection: close\r\n") + b"\r\n")
+            writer.write(HEAD if keeps else HEAD.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+            await asyncio.sleep(0)  # the body comes in a segment of its own, as from many clients
+            writer.write(b"b" * BODY_BYTES)
             assert reader is not None
             head = await reader.readuntil(b"\r\n\r\n")
             body = await reader.readexactly(2)
+        except asyncio.CancelledError:
+            if writer is not None:
+                writer.close()
+            raise
         except (OSError, asyncio.IncompleteReadError) as error:
             failed.append(repr(error))
             writer = None

@@ -56,6 +56,10 @@ class Counts:
     late_outputs: int = 0
 
 
+class ReplicaLostError(EngineError):
+    """A replica was lost before it answered a call."""
+
+
 class FleetClient:
     """Speaks to every replica of a fleet; the engine-core client of vLLM is built on it.
 
@@ -259,12 +263,20 @@ class FleetClient:
     # ---- utility calls
 
     async def call(self, method: str, args: tuple[Any, ...]) -> list[Any]:
-        """The answers of all live replicas to an engine method; waits for a first replica.
+        """The answers of all live replicas to an engine method; one that is lost meanwhile needs not answer.
 
-        Raises: EngineError when a replica reports a failure or is lost meanwhile.
+        Waits for a first replica, also when all were lost. Raises: EngineError when a replica reports a failure.
         """
-        await self.wait_for_link()
-        return await asyncio.gather(*(self._call_one(link, method, args) for link in self.links))
+        while True:
+            await self.wait_for_link()
+            asked = [self._call_one(link, method, args) for link in self.links]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLostError):
+                    raise answer
+            told = [answer for answer in answers if not isinstance(answer, ReplicaLostError)]
+            if told:
+                return told
 
     async def _call_one(self, link: Link, method: str, args: tuple[Any, ...]) -> Any:
         call_id = next(self._call_ids)
@@ -475,7 +487,7 @@ class FleetClient:
             self._link_up.clear()
         for future in link.calls.values():
             if not future.done():
-                future.set_exception(EngineError(f"replica {link.replica_id} was lost: {reason}"))
+                future.set_exception(ReplicaLostError(f"replica {link.replica_id} was lost: {reason}"))
         link.close()
         if self._is_closing:
             return

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from kervan.policy import admission
 logger = logging.getLogger(__name__)
 
 PEER_TIMEOUT_S = 2.0
-LEAVE_S = 1.5  # uvicorn takes up changed headers within a second
-FIRST_REQUEST_S = 1.0
+LEAVE_S = 1.0
+FIRST_REQUEST_S = 10.0
 # vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
 REPLACED_GAUGES = frozenset(
     {
@@ -285,7 +286,9 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket) ->
     The kernel resets what it has connected and nobody has accepted when a socket closes; so a second handle to it is
     accepted from until the last moment. What was accepted may still send its first request.
     """
-    server.config.encoded_headers.append((b"connection", b"close"))
+    goodbye = (b"connection", b"close")
+    server.server_state.default_headers.append(goodbye)
+    server.config.encoded_headers.append(goodbye)  # uvicorn makes the default ones from these, once in a second
     await asyncio.sleep(LEAVE_S)
     last = listening.dup()
     last.setblocking(False)
@@ -309,7 +312,12 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket) ->
     for connection in accepted:
         connection.setblocking(False)
         await loop.connect_accepted_socket(protocol, connection)
-    await asyncio.sleep(FIRST_REQUEST_S)
+    # A busy loop may run late: what counts is not the time but that no connection is left without its first request.
+    deadline_s = time.monotonic() + FIRST_REQUEST_S
+    while time.monotonic() < deadline_s:
+        await asyncio.sleep(0.1)
+        if all(getattr(connection, "cycle", connection) is not None for connection in server.server_state.connections):
+            break
 
 
 def _bracket(host: str) -> str:

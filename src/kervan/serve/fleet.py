@@ -348,9 +348,9 @@ class Watch:
 
 def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
     """The fleet, and a sentence for each thing in it that is not as it should be."""
-    import ray
-
     found = Watch(name, address).look()
+    import ray  # it reads its token when it is imported, and `Watch` knows the token
+
     dead = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
     return found, explain(found.config, found.snapshot, cluster.gpus_by_node(), dead)
 
