@@ -12,6 +12,7 @@ import uvloop
 from kervan.gateway.server import listen, send_clients_away
 
 NUM_CLIENTS = 24
+SLOW_S = 1.5  # longer than clients have to leave
 BODY_BYTES = 300
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % BODY_BYTES
 
@@ -24,6 +25,8 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
             return
         body += message["body"]
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    if body.startswith(b"s"):
+        await asyncio.sleep(SLOW_S)
     await send({"type": "http.response.body", "body": b"ok"})
 
 
@@ -42,7 +45,8 @@ async def ask_for_ever(port: int, *, keeps: bool, failed: list[str], count: list
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(HEAD if keeps else HEAD.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
             await asyncio.sleep(0)  # the body comes in a segment of its own, as from many clients
-            writer.write(b"b" * BODY_BYTES)
+            is_slow = count[0] % 100 == 30
+            writer.write((b"s" if is_slow else b"b") * BODY_BYTES)
             assert reader is not None
             head = await reader.readuntil(b"\r\n\r\n")
             body = await reader.readexactly(2)
@@ -77,7 +81,7 @@ async def leave_and_return(keeps: bool) -> tuple[list[str], list[int]]:
     for _ in range(3):
         await asyncio.sleep(0.2)
         server, task, sock = serving.pop(0)
-        await send_clients_away(server, sock)
+        await send_clients_away(server, sock, timeout_s=30.0)
         server.should_exit = True
         await task
         again = listen("127.0.0.1", port)

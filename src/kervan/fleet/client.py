@@ -77,6 +77,7 @@ class FleetClient:
         self._context = zmq.asyncio.Context()
         self._members: dict[str, Member] = {}
         self._links: dict[str, Link] = {}
+        self._loads: list[routing.ReplicaLoad] = []
         self._link_tasks: dict[Member, asyncio.Task[None]] = {}
         self._streams: dict[str, Stream] = {}
         self._held: deque[Stream] = deque()
@@ -193,7 +194,7 @@ class FleetClient:
                 await link.input.send_multipart(self.codec.encode_abort(wire_ids), copy=False)
 
     async def _place(self, stream: Stream) -> None:
-        placement = routing.decide((link.load for link in self._links.values()), is_suspect=stream.is_suspect)
+        placement = routing.decide(self._loads, is_suspect=stream.is_suspect)
         if placement.replica_id is None:
             if stream.held_since_s is None:
                 stream.held_since_s = time.monotonic()
@@ -208,8 +209,8 @@ class FleetClient:
         stream.cost_tokens = routing.cost_tokens(
             stream.prompt_tokens + len(stream.generated), stream.remaining_output_tokens
         )
-        link.outstanding_tokens += stream.cost_tokens
-        link.num_suspects += stream.is_suspect
+        link.load.outstanding_tokens += stream.cost_tokens
+        link.load.num_suspects += stream.is_suspect
         link.streams[stream.wire_id] = stream
         stream.placed_s = time.monotonic()
         await link.input.send_multipart(self.codec.encode_add(stream), copy=False)
@@ -224,8 +225,8 @@ class FleetClient:
 
     def _unplace(self, stream: Stream, link: Link | None) -> None:
         if link is not None and link.streams.pop(stream.wire_id, None) is not None:
-            link.outstanding_tokens -= stream.cost_tokens
-            link.num_suspects -= stream.is_suspect
+            link.load.outstanding_tokens -= stream.cost_tokens
+            link.load.num_suspects -= stream.is_suspect
         stream.replica_id = None
 
     def _forget(self, stream: Stream) -> None:
@@ -277,6 +278,8 @@ class FleetClient:
             told = [answer for answer in answers if not isinstance(answer, ReplicaLostError)]
             if told:
                 return told
+            if self._is_closing:
+                raise EngineError(f"the gateway ended before a replica answered {method}")
 
     async def _call_one(self, link: Link, method: str, args: tuple[Any, ...]) -> Any:
         call_id = next(self._call_ids)
@@ -307,6 +310,7 @@ class FleetClient:
                 continue
             self.refusals.pop(member.replica_id, None)
             self._links[member.replica_id] = link
+            self._sort_loads()
             self._link_up.set()
             reason = "closed"
             try:
@@ -318,6 +322,10 @@ class FleetClient:
             finally:
                 await self._lose(link, reason)
             await asyncio.sleep(RECONNECT_PERIOD_S)
+
+    def _sort_loads(self) -> None:
+        """By id, so that ties go the same way everywhere."""
+        self._loads = sorted((link.load for link in self._links.values()), key=lambda load: load.replica_id)
 
     @staticmethod
     async def _first_of(*jobs: Awaitable[str]) -> str:
@@ -363,7 +371,7 @@ class FleetClient:
             while True:
                 kind, payload = await link.input.recv_multipart(zmq.NOBLOCK)
                 if kind == wire.PONG:
-                    link.pong, link.pong_s = msgspec.msgpack.decode(payload, type=wire.Pong), time.monotonic()
+                    link.hear(msgspec.msgpack.decode(payload, type=wire.Pong))
 
     @staticmethod
     def _answer(link: Link, answer: Any) -> None:
@@ -377,7 +385,7 @@ class FleetClient:
 
     def _deliver(self, link: Link, outputs: Outputs) -> None:
         kept = []
-        streams = link.streams
+        streams, load = link.streams, link.load
         for output in outputs.outputs:
             stream = streams.get(output.request_id)
             if stream is None:
@@ -392,7 +400,7 @@ class FleetClient:
                 # At least 1 stays charged while the stream runs: it still holds a place in the batch.
                 paid = min(num_new, stream.cost_tokens - 1)
                 stream.cost_tokens -= paid
-                link.outstanding_tokens -= paid
+                load.outstanding_tokens -= paid
             if stream.epoch:
                 self.codec.restore(output, stream)
             if output.finish_reason is not None:
@@ -410,11 +418,11 @@ class FleetClient:
             link.ttfts_s.append(time.monotonic() - stream.placed_s)
         queued = min(stream.cost_tokens - 1, stream.prompt_tokens)
         stream.cost_tokens -= queued
-        link.outstanding_tokens -= queued
+        link.load.outstanding_tokens -= queued
         if stream.is_suspect:
             stream.struck.clear()
             stream.unseen_losses = 0
-            link.num_suspects -= 1
+            link.load.num_suspects -= 1
             if self._held:
                 asyncio.get_running_loop().create_task(self._place_held())
 
@@ -453,8 +461,8 @@ class FleetClient:
                 if kind != wire.PONG:
                     continue
                 was_draining = link.pong.is_draining
-                link.pong = msgspec.msgpack.decode(payload, type=wire.Pong)
-                now_s = link.pong_s = time.monotonic()
+                link.hear(msgspec.msgpack.decode(payload, type=wire.Pong))
+                now_s = link.pong_s
                 if link.pong.num_outputs <= link.num_outputs:
                     link.output_s = now_s
                 elif now_s - link.output_s > wire.OUTPUT_TIMEOUT_S:
@@ -483,6 +491,7 @@ class FleetClient:
     async def _lose(self, link: Link, reason: str) -> None:
         if self._links.get(link.replica_id) is link:
             del self._links[link.replica_id]
+            self._sort_loads()
         if not self._links:
             self._link_up.clear()
         for future in link.calls.values():

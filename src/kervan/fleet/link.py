@@ -40,11 +40,10 @@ class Link:
     monitors: tuple[zmq.asyncio.Socket, ...]
     facts: wire.EngineFacts
     clock_skew_s: float
+    load: routing.ReplicaLoad
     streams: dict[str, Stream] = field(default_factory=dict)
     calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
-    outstanding_tokens: int = 0
     pong: wire.Pong = NO_LOAD
-    num_suspects: int = 0
     pong_s: float = 0.0
     num_tokens: int = 0
     ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
@@ -56,13 +55,15 @@ class Link:
         return self.member.replica_id
 
     @property
-    def load(self) -> routing.ReplicaLoad:
-        return routing.ReplicaLoad(
-            self.replica_id,
-            self.outstanding_tokens + self.pong.other_tokens,
-            self.pong.is_draining,
-            self.num_suspects > 0,
-        )
+    def outstanding_tokens(self) -> int:
+        """Those of this gateway; `load` has those of others too."""
+        return self.load.outstanding_tokens - self.pong.other_tokens
+
+    def hear(self, pong: wire.Pong) -> None:
+        """Take a sign of life."""
+        self.load.outstanding_tokens += pong.other_tokens - self.pong.other_tokens
+        self.load.is_draining = pong.is_draining
+        self.pong, self.pong_s = pong, time.monotonic()
 
     def close(self) -> None:
         for socket, monitor in zip((self.input, self.output), self.monitors, strict=True):
@@ -105,7 +106,8 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
         skew_s = 0.0
     logger.info("linked to replica %s at %s", member.replica_id, member.address)
     monitors = tuple(monitor for _, monitor in opened)
-    return Link(member, input_socket, output_socket, monitors, welcome.facts, skew_s, output_s=time.monotonic())
+    load = routing.ReplicaLoad(member.replica_id, 0)
+    return Link(member, input_socket, output_socket, monitors, welcome.facts, skew_s, load, output_s=time.monotonic())
 
 
 def _connect(

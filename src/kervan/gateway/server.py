@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 PEER_TIMEOUT_S = 2.0
 LEAVE_S = 1.0
+IDLE_S = 2.0
 FIRST_REQUEST_S = 10.0
+LAST_S = 3
 # vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
 REPLACED_GAUGES = frozenset(
     {
@@ -62,6 +64,7 @@ class GatewayConfig:
     hold_timeout_s: float = 300.0
     stop_timeout_s: float = 60.0
     opens_when_attached: bool = False
+    is_twin: bool = False
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -138,7 +141,7 @@ class Gateway:
                 access_log=False,
                 log_level="warning",
                 timeout_keep_alive=60,
-                timeout_graceful_shutdown=int(self.config.stop_timeout_s),
+                timeout_graceful_shutdown=LAST_S,  # `stop` has waited already
             )
         )
         self._servers.append(server)
@@ -149,7 +152,7 @@ class Gateway:
         from kervan.fleet.vllm.frontend import OpenAIFrontend
 
         try:
-            self.frontend = await OpenAIFrontend.start(self.fleet, self.config.engine_argv)
+            self.frontend = await OpenAIFrontend.start(self.fleet, self.config.engine_argv, is_twin=self.config.is_twin)
             self.shell.attach(self.frontend.app)
             if opens:
                 self._open()
@@ -165,7 +168,7 @@ class Gateway:
     async def stop(self) -> None:
         """Stop accepting, let open requests end (at most `stop_timeout_s`), then leave."""
         if self._public is not None:
-            await send_clients_away(*self._public)
+            await send_clients_away(*self._public, timeout_s=self.config.stop_timeout_s)
         for server in self._servers:
             server.should_exit = True
         self._servers.clear()
@@ -280,12 +283,17 @@ class Gateway:
         return lines
 
 
-async def send_clients_away(server: uvicorn.Server, listening: socket.socket) -> None:
-    """Stop listening without breaking a connection: their next answers tell clients to connect anew, elsewhere.
+async def send_clients_away(server: uvicorn.Server, listening: socket.socket, *, timeout_s: float) -> None:
+    """Stop listening without breaking a connection; returns when all are gone or idle, at the latest after `timeout_s`.
+
+    Answers tell clients to connect anew, elsewhere. One whose answer began before that will ask again on the same
+    connection as soon as it ends: it gets one more answer, and is told then.
 
     The kernel resets what it has connected and nobody has accepted when a socket closes; so a second handle to it is
-    accepted from until the last moment. What was accepted may still send its first request.
+    accepted from until the last moment (`net.ipv4.tcp_migrate_req=1` closes the gap of microseconds that is left: the
+    kernel then hands such connections to the other gateways). What was accepted may still send its first request.
     """
+    deadline_s = time.monotonic() + timeout_s
     goodbye = (b"connection", b"close")
     server.server_state.default_headers.append(goodbye)
     server.config.encoded_headers.append(goodbye)  # uvicorn makes the default ones from these, once in a second
@@ -297,6 +305,7 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket) ->
     await asyncio.sleep(0.01)  # the loop closes its handle in its next rounds
     listening.close()
     accepted = []
+    os.sched_yield()  # a fresh time slice, so that nothing else runs between the last accept and the close
     with contextlib.suppress(BlockingIOError):
         while True:
             accepted.append(last.accept()[0])
@@ -312,12 +321,19 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket) ->
     for connection in accepted:
         connection.setblocking(False)
         await loop.connect_accepted_socket(protocol, connection)
-    # A busy loop may run late: what counts is not the time but that no connection is left without its first request.
-    deadline_s = time.monotonic() + FIRST_REQUEST_S
-    while time.monotonic() < deadline_s:
-        await asyncio.sleep(0.1)
-        if all(getattr(connection, "cycle", connection) is not None for connection in server.server_state.connections):
+    idle_since_s: dict[tuple[int, int], float] = {}
+    while (now_s := time.monotonic()) < deadline_s:
+        is_busy = False
+        for client in list(server.server_state.connections):
+            cycle = getattr(client, "cycle", client)  # a request and its answer; None before the first
+            if cycle is not None and not getattr(cycle, "response_complete", False):
+                is_busy = True
+                continue
+            since_s = idle_since_s.setdefault((id(client), id(cycle)), now_s)
+            is_busy |= now_s - since_s < (FIRST_REQUEST_S if cycle is None else IDLE_S)
+        if not is_busy:
             break
+        await asyncio.sleep(0.1)
 
 
 def _bracket(host: str) -> str:

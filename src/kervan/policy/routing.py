@@ -1,21 +1,28 @@
 """Which replica takes the next stream: the one with the fewest outstanding tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 # A request without `max_tokens` may run to the end of the context. Charging all of it would let one such
 # request outweigh hundreds of short ones, so the remaining output is capped for routing (only).
 OUTPUT_CAP_TOKENS = 1024
 
 
-@dataclass(frozen=True, slots=True)
+_tokens = attrgetter("outstanding_tokens")
+
+
+@dataclass(slots=True)
 class ReplicaLoad:
-    """What routing sees of one live replica. Token counts are outstanding: queued prompt + remaining output."""
+    """What routing sees of one live replica. Token counts are outstanding: queued prompt + remaining output.
+
+    Kept up to date in place by its owner: making one for each replica at each placement would cost more than deciding.
+    """
 
     replica_id: str
     outstanding_tokens: int
     is_draining: bool = False
-    has_suspect: bool = False
+    num_suspects: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +38,21 @@ def cost_tokens(prompt_tokens: int, remaining_output_tokens: int) -> int:
     return max(1, prompt_tokens + min(remaining_output_tokens, OUTPUT_CAP_TOKENS))
 
 
-def decide(replicas: Iterable[ReplicaLoad], *, is_suspect: bool = False) -> Placement:
-    """The replica with the fewest outstanding tokens; ties go to the smallest id.
+def decide(replicas: Sequence[ReplicaLoad], *, is_suspect: bool = False) -> Placement:
+    """The replica with the fewest outstanding tokens; of several, the first.
 
     A suspect (its last replica died before it gave a token) is tried alone: only a replica that hosts no
     other suspect takes it, so that a second death convicts one stream and not its neighbours.
     """
-    best: ReplicaLoad | None = None
-    live = 0
-    for replica in replicas:
-        if replica.is_draining:
-            continue
-        live += 1
-        if is_suspect and replica.has_suspect:
-            continue
-        if best is None or (replica.outstanding_tokens, replica.replica_id) < (
-            best.outstanding_tokens,
-            best.replica_id,
-        ):
-            best = replica
-    if best is not None:
-        return Placement(best.replica_id, f"fewest outstanding tokens ({best.outstanding_tokens}) of {live}")
-    if live:
-        return Placement(None, f"each of {live} replicas already tries a suspect")
-    return Placement(None, "no live replica that is not draining")
+    best = min(replicas, key=_tokens, default=None)
+    if best is None or best.is_draining or (is_suspect and best.num_suspects):
+        live = [replica for replica in replicas if not replica.is_draining]
+        able = [replica for replica in live if not (is_suspect and replica.num_suspects)]
+        best = min(able, key=_tokens, default=None)
+        if best is None:
+            if live:
+                return Placement(None, f"each of {len(live)} replicas already tries a suspect")
+            return Placement(None, "no live replica that is not draining")
+    return Placement(
+        best.replica_id, f"fewest outstanding tokens ({best.outstanding_tokens}) of {len(replicas)} replicas"
+    )

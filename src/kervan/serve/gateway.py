@@ -52,6 +52,7 @@ class GatewayReplica:
             max_queued_streams=config.max_queued_streams,
             hold_timeout_s=config.hold_timeout_s,
             stop_timeout_s=config.drain_timeout_s,
+            is_twin=config.engine == "twin",
             # Gateways share the port: clients must not meet this one before it can answer, if others can.
             opens_when_attached=any(other.is_ready for other in others),
         )

@@ -35,10 +35,10 @@ class OpenAIFrontend:
         return str(names[0] if names else self.args.model)
 
     @classmethod
-    async def start(cls, fleet: FleetClient, argv: Sequence[str]) -> "OpenAIFrontend":
+    async def start(cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool = False) -> "OpenAIFrontend":
         """Raises: ConfigError when vLLM refuses `argv`."""
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
-        limits.install(config)
+        limits.install(config, is_twin=is_twin)
         link = await fleet.wait_for_link()
         with injected(fleet, link.facts):
             engine = AsyncLLM.from_vllm_config(

@@ -151,7 +151,16 @@ def _has_sentence(text: str, *, is_json: bool) -> bool:
     return bool(allowed.any())
 
 
-def install(config: VllmConfig | None = None) -> None:
+def twin_violation(params: SamplingParams) -> tuple[str, str, Any] | None:
+    """(message, parameter, value) of what a simulated replica cannot answer, or None."""
+    for name in ("logprobs", "prompt_logprobs", "structured_outputs"):
+        value = getattr(params, name)
+        if value is not None:
+            return f"the replicas are simulated: their tokens have no {name}; leave it out", name, None
+    return None
+
+
+def install(config: VllmConfig | None = None, *, is_twin: bool = False) -> None:
     """Check these limits wherever this process makes `SamplingParams`: before an answer starts, so as 400.
 
     Without the engine's `config` the limits that depend on it are left out.
@@ -169,7 +178,7 @@ def install(config: VllmConfig | None = None) -> None:
     @functools.wraps(verify)
     def verify_with_limits(self: SamplingParams) -> None:
         verify(self)
-        broken = violation(self, entry_limits)
+        broken = violation(self, entry_limits) or (twin_violation(self) if is_twin else None)
         if broken is None and breaks_prompt_logprobs and self.prompt_logprobs is not None:
             message = "prompt_logprobs (also: echo with logprobs) kill a CPU engine with enable_lora; leave them out"
             broken = message, "prompt_logprobs", self.prompt_logprobs
