@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from kervan.facts.fault import Fault
 from kervan.fleet.client import FleetClient
-from kervan.fleet.control import Fault
 from kervan.fleet.link import Member
 from kervan.fleet.process import TWIN_ENGINE, EngineProcess
 from kervan.twin import wire as twin_wire

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -157,7 +159,7 @@ async def test_a_change_that_cannot_start_changes_nothing(twins: Fleet, models: 
         (("up", "--twin", "speed=fast"), "is no number"),
         (("up", "--gpu", "L5"), "no GPU 'L5' is known"),
         (("up", str(models.embedding)), "streams cannot move to another model"),
-        (("up", "--engine", "vllm", "--gpu", ""), "cannot become 'vllm'"),
+        (("up", "--engine", "vllm"), "cannot become 'vllm'"),
     ):
         refused = await asyncio.to_thread(twins.home.kervan, *words, "--name", "twins")
         assert refused.returncode == 1
@@ -183,6 +185,50 @@ async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> Non
         assert f"replica {pressed}: told to suffer: kv-pressure 0.9" in why
         await kervan(twins, "fault", pressed, "none")
     assert twins.total("kervan_streams_given_up_total") == 0
+
+
+CALLER = """
+import asyncio, json, sys
+from kervan.serve import cluster
+cluster.connect(cluster.find_local_ray().address)
+import ray
+
+@ray.remote(num_cpus=0)
+class Caller:
+    async def call(self, prompt, model):
+        import kervan
+        fleet = kervan.get_fleet("twins")
+        whole = await fleet.generate(prompt, model="twin", max_tokens=30, ignore_eos=True)
+        pieces = [p async for p in fleet.generate(prompt, model="twin", max_tokens=30, ignore_eos=True)]
+        chat = await fleet.chat([{"role": "user", "content": "Hi"}], model="twin", max_tokens=5)
+        try:
+            await fleet.generate(prompt, model="twin", max_tokens=0)
+            refused = ""
+        except kervan.errors.ConfigError as error:
+            refused = str(error)
+        async for _ in fleet.generate(prompt, model="twin", max_tokens=2000, ignore_eos=True):
+            break
+        await fleet.close()
+        return whole.text, whole.completion_tokens, "".join(p.text for p in pieces), chat.completion_tokens, refused
+
+print(json.dumps(ray.get(Caller.remote().call.remote(json.loads(sys.argv[1]), "twin"))))
+"""
+
+
+def test_other_code_on_the_cluster_calls_it_without_http(twins: Fleet, models: Models) -> None:
+    prompt = [5, 6, 7, 8]
+    done = subprocess.run(
+        [sys.executable, "-c", CALLER, json.dumps(prompt)],
+        env=twins.home.environment, cwd=twins.home.scratch, capture_output=True, text=True, timeout=START_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text, num_tokens, streamed, chatted, refused = json.loads(done.stdout.splitlines()[-1])
+    with twins.client() as client:
+        body = {"model": "twin", "prompt": prompt, "max_tokens": 30, "ignore_eos": True}
+        over_http = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert (text, streamed, num_tokens, chatted) == (over_http, over_http, 30, 5)
+    assert "max_tokens" in refused
+    eventually(twins.is_idle, "the stream that was left is aborted", 30)
 
 
 def test_faults_of_unknown_replicas_are_refused(twins: Fleet) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from kervan.cli import options
 from kervan.errors import ConfigError
 from kervan.facts.workload import LENGTHS_HELP
 
@@ -22,18 +23,7 @@ SECTIONS = {
 ARRIVALS = ["poisson", "gamma", "constant"]
 
 
-class Sectioned(click.Command):
-    """Its help has the options in sections."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        by_name = {parameter.opts[-1]: parameter for parameter in self.get_params(ctx)}
-        for title, names in SECTIONS.items():
-            rows = [by_name[name].get_help_record(ctx) for name in names.split()]
-            with formatter.section(title):
-                formatter.write_dl([row for row in rows if row is not None])
-
-
-@click.command(cls=Sectioned)
+@click.command(cls=options.sectioned(SECTIONS))
 @click.argument("url")
 @click.option("--streams", help="Closed loop: each stream asks again when it is answered; 1,16,64 is a sweep.")
 @click.option("--rate", help="Open loop: requests/s, whether or not the server keeps up; 1,2,4 is a sweep.")

@@ -11,8 +11,15 @@ import click
 from kervan.cli import options
 from kervan.facts import fleet as facts
 
+SECTIONS = {
+    "Layout": "--tp --pp --ep --replicas --gateways",
+    "Engine": "--engine-arg --env --engine --gpu --twin",
+    "Clients": "--host --port --api-key --ingress",
+    "Fleet": "--config --name --address --yes --detach --json --help",
+}
 
-@click.command()
+
+@click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model", required=False)
 @click.option("--tp", type=int, help="GPUs that share each layer (tensor parallel). [default: 1]")
 @click.option("--pp", type=int, help="Groups of GPUs that hold consecutive layers (pipeline parallel). [default: 1]")

@@ -11,9 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from kervan.facts.fault import Fault
 from kervan.fleet.wire import EngineFacts
 
-FaultKind = Literal["slow", "hang", "crash", "kv-pressure", "none"]
 FailureKind = Literal["ConfigError", "CapacityError", "EngineError"]
 
 
@@ -24,17 +24,6 @@ class EngineSpec(msgspec.Struct, frozen=True):
     engine_argv: list[str]
     host: str
     secret: str
-
-
-class Fault(msgspec.Struct, frozen=True):
-    """What a twin is told to suffer from.
-
-    `slow`: steps take `amount` times as long. `hang`: no further step. `crash`: the process dies after `amount` more
-    tokens. `kv-pressure`: the share `amount` of the KV pool is gone. `none`: whole again.
-    """
-
-    kind: FaultKind
-    amount: float = 0.0
 
 
 class Command(msgspec.Struct, frozen=True):

@@ -14,7 +14,8 @@ from typing import Literal
 
 import msgspec
 
-from kervan.fleet.control import Command, ControlEnd, Failed, Fault, Load, Ready, Report
+from kervan.facts.fault import Fault
+from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
 

@@ -14,8 +14,9 @@ import msgspec
 import ray
 
 from kervan.errors import EngineError
+from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
-from kervan.fleet.control import EngineSpec, Fault
+from kervan.fleet.control import EngineSpec
 from kervan.fleet.directory import ReplicaEntry, ReplicaState, StartFailure
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import directory as directories

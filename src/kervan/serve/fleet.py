@@ -18,8 +18,8 @@ import msgspec
 from kervan import errors
 from kervan.errors import ConfigError, EngineError, FleetError, KervanError
 from kervan.facts import model as models
+from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig, from_mapping
-from kervan.fleet.control import Fault
 from kervan.fleet.directory import Snapshot, StartFailure
 from kervan.fleet.vllm import argument_names
 from kervan.serve import cluster
@@ -399,6 +399,14 @@ class RunningFleet:
         """
         before = self._config
         merged = json.loads(before.to_json())
+        for key, why in FIXED.items():
+            wanted = words.get(key, merged[key])
+            if key == "model" and isinstance(wanted, str):
+                wanted = models.resolve(wanted)
+            if wanted != merged[key]:
+                raise FleetError(
+                    f"{key} of fleet {before.name!r} is {merged[key]!r} and cannot become {wanted!r}: {why}"
+                )
         for key, value in words.items():
             is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
             merged[key] = {**merged[key], **value} if is_mapping else value
@@ -406,11 +414,6 @@ class RunningFleet:
         if words.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
         old, new = json.loads(before.to_json()), json.loads(after.to_json())
-        for key, why in FIXED.items():
-            if old[key] != new[key]:
-                raise FleetError(
-                    f"{key} of fleet {before.name!r} is {old[key]!r} and cannot become {new[key]!r}: {why}"
-                )
         if (before.host, before.port) != (after.host, after.port):
             check_port(after.host, after.port)
         nodes = cluster.gpus_by_node()

@@ -16,8 +16,9 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from kervan.facts.fault import Fault
 from kervan.fleet import wire
-from kervan.fleet.control import Command, ControlEnd, Failed, Fault, Load, Ready
+from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready
 from kervan.fleet.sessions import Session, Sessions
 from kervan.twin.engine import Output, Step, TwinEngine, TwinSettings
 from kervan.twin.wire import ABORT, ADD, UTILITY, GatewayWire, read_ids
