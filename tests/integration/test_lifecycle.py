@@ -35,7 +35,10 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", *words: str) -> Non
 
 def test_name_in_use(fleet: Fleet, home: Home, models: Any) -> None:
     done = home.kervan("up", str(models.demo), "--name", fleet.name, "--port", str(free_port()), "--detach")
-    assert_refused(done, "already up", "--name", "kervan down")
+    assert_refused(done, f"nothing will answer at 127.0.0.1:{fleet.port} any more", "--yes")
+    other = home.kervan("up", str(models.embedding), "--name", fleet.name, "--detach")
+    assert_refused(other, "cannot become", "--name", "kervan down")
+    assert fleet.get("/health/ready").status_code == 200
     assert fleet.get("/health/ready").status_code == 200
 
 

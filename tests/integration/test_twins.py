@@ -231,6 +231,37 @@ def test_other_code_on_the_cluster_calls_it_without_http(twins: Fleet, models: M
     eventually(twins.is_idle, "the stream that was left is aborted", 30)
 
 
+KILLER = """
+import sys
+from kervan.serve import cluster
+cluster.connect(cluster.find_local_ray().address)
+import ray
+
+name, namespace = sys.argv[1:]
+actor = ray.get_actor(name, namespace=namespace)
+ray.kill(actor, no_restart=False)
+"""
+
+
+def kill_actor(fleet: Fleet, name: str, namespace: str) -> None:
+    """An actor that Ray restarts dies."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, name, namespace],
+        env=fleet.home.environment, cwd=fleet.home.scratch, capture_output=True, text=True, timeout=START_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+async def test_the_directory_dies(twins: Fleet, models: Models) -> None:
+    """It carries no tokens; Ray restarts it, and it knows the latest settings again."""
+    await kervan(twins, "scale", "2")
+    async with load(twins, models):
+        await asyncio.to_thread(kill_actor, twins, "directory-twins", "kervan")
+        await asyncio.to_thread(twins.wait_until_whole, 2, 1)
+        assert twins.status()["target_replicas"] == 2
+    await kervan(twins, "scale", "3")
+
+
 def test_faults_of_unknown_replicas_are_refused(twins: Fleet) -> None:
     refused = twins.home.kervan("fault", "nobody", "hang", "--name", "twins")
     assert (refused.returncode, "has no replica 'nobody'; it has" in refused.stderr) == (1, True)

@@ -44,7 +44,7 @@ SECTIONS = {
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same words.")
 @options.name
 @options.address
-@click.option("--yes", is_flag=True, help="Change a running fleet also where replicas must stop before others start.")
+@click.option("--yes", is_flag=True, help="Change a running fleet also where that costs its clients something.")
 @click.option("--detach", is_flag=True, help="Return when the fleet is ready.")
 @options.as_json
 def up(config_path: Path | None, address: str | None, yes: bool, detach: bool, as_json: bool, **given: Any) -> None:

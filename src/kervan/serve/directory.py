@@ -7,20 +7,31 @@ from typing import Any
 
 import msgspec
 import ray
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from kervan.errors import FleetError
 from kervan.fleet.directory import Directory, GatewayEntry, ReplicaEntry, Snapshot, StartFailure
 
 NAMESPACE = "kervan"
 _PREFIX = "directory-"
+_STORE = b"kervan"
+
+
+def _key(name: str) -> bytes:
+    return f"config of fleet {name}".encode()
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, lifetime="detached")
 class DirectoryActor:
-    """One per fleet. Holds the fleet's config and secret too, so that a restart brings them back."""
+    """One per fleet. Holds the fleet's config and secret too.
 
-    def __init__(self, config_json: str, secret: str) -> None:
-        self._config_json = config_json
+    Ray restarts it with the arguments of its first start; a config that has changed since comes from Ray's own store.
+    """
+
+    def __init__(self, name: str, config_json: str, secret: str) -> None:
+        self._key = _key(name)
+        stored = _internal_kv_get(self._key, namespace=_STORE)
+        self._config_json = stored.decode() if stored is not None else config_json
         self._secret = secret
         self._directory = Directory(time.monotonic)
         self._orders: dict[str, list[bytes]] = {}
@@ -36,6 +47,7 @@ class DirectoryActor:
         return self._config_json, self._secret
 
     async def set_config(self, config_json: str) -> None:
+        _internal_kv_put(self._key, config_json.encode(), overwrite=True, namespace=_STORE)
         self._config_json = config_json
 
     async def beat_replica(self, entry: bytes) -> list[bytes]:
@@ -80,7 +92,13 @@ class DirectoryActor:
 def create(name: str, config_json: str, secret: str) -> Any:
     """A new directory for fleet `name`."""
     actor: Any = DirectoryActor  # Ray's decorator changed its type
-    return actor.options(name=_PREFIX + name, namespace=NAMESPACE).remote(config_json, secret)
+    forget(name)
+    return actor.options(name=_PREFIX + name, namespace=NAMESPACE).remote(name, config_json, secret)
+
+
+def forget(name: str) -> None:
+    """Forget the stored config of a fleet that is no more."""
+    _internal_kv_del(_key(name), namespace=_STORE)
 
 
 def find(name: str) -> Any:

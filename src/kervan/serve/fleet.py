@@ -414,18 +414,20 @@ class RunningFleet:
         if words.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
         old, new = json.loads(before.to_json()), json.loads(after.to_json())
+        warnings = []
         if (before.host, before.port) != (after.host, after.port):
             check_port(after.host, after.port)
+            warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
         nodes = cluster.gpus_by_node()
         live = sum(r.state in ("starting", "ready") for r in _snapshot(self._handle).replicas)
         same_size = before.gpus_per_replica == after.gpus_per_replica
         held = live * before.gpus_per_replica
         cluster.check_capacity(after, nodes, held_gpus=held)
-        surges, warning = True, ""
+        surges = True
         if _replaces_replicas(before, after) and after.replicas and not cluster.has_room(after, nodes):
             surges = False
             size = after.gpus_per_replica
-            warning = (
+            warnings.append(
                 f"no node has {size} free GPUs for a new replica beside the old ones, so "
                 f"{max(1, after.replicas // 5)} of {after.replicas} replicas will stop before a new one starts; "
                 + (
@@ -434,7 +436,7 @@ class RunningFleet:
                     else "streams wait until it is ready, as long as a start takes"
                 )
             )
-        return Change(before, after, surges, tuple(_differences(old, new)), warning)
+        return Change(before, after, surges, tuple(_differences(old, new)), "; ".join(warnings))
 
     def apply(self, change: Change) -> FleetStatus:
         """Carry it out; returns when all new replicas and gateways are ready and the old ones are gone.
@@ -559,3 +561,4 @@ def _end_fleet(name: str) -> None:
     finally:
         with contextlib.suppress(FleetError):
             ray.kill(directory.find(name))
+            directory.forget(name)

@@ -66,6 +66,12 @@ class GatewayReplica:
         started = threading.Event()
         threading.Thread(target=self._run, args=(started,), daemon=True, name="gateway").start()
         started.wait()
+        if self._start_error is None and self._gateway_config.opens_when_attached:
+            # Serve ends an old gateway as soon as this returns.
+            try:
+                asyncio.run_coroutine_threadsafe(self._gateway.wait_attached(), self._loop).result()
+            except Exception as error:  # noqa: BLE001 - whatever stopped vLLM's app is reported, in one line
+                self._start_error = error
         if self._start_error is not None:
             self._report(self._start_error)
             raise FleetError(f"gateway: {self._start_error}")
