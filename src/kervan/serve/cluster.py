@@ -170,7 +170,7 @@ def end_processes(pids: Sequence[int]) -> None:
 
 
 def connect(address: str) -> None:
-    """Join a running Ray cluster as a driver; once is enough.
+    """Join a running Ray cluster as a driver. A process joins one; further calls change nothing.
 
     Raises: FleetError when there is none at `address`.
     """
@@ -182,7 +182,7 @@ def connect(address: str) -> None:
         os.environ.update(_ray_environment(local.token, has_haproxy=local.has_haproxy))
     import ray
 
-    if ray.is_initialized() and ray.get_runtime_context().gcs_address == address:
+    if ray.is_initialized():
         return
     try:
         ray.init(
