@@ -134,6 +134,33 @@ async def under_load(
             await asyncio.gather(*load.tasks, return_exceptions=True)
 
 
+@asynccontextmanager
+async def steady_load(fleet: Fleet, expected: Undisturbed) -> AsyncIterator[None]:
+    """Streams all the time, each client's next as soon as its last is whole; all with the undisturbed text."""
+    is_over = False
+    broken: list[str] = []
+
+    async def ask_again(question: str) -> None:
+        async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S, verify=False) as client:
+            while not is_over:
+                take = await take_chat(client, Take(), body(question))
+                if not take.is_whole or take.text != expected.texts[question]:
+                    broken.append(f"{take.finish_reason} after {take.num_pieces} pieces: {take.error}")
+
+    questions = [list(expected.texts)[i % len(expected.texts)] for i in range(NUM_STREAMS)]
+    tasks = [asyncio.create_task(ask_again(question)) for question in questions]
+    try:
+        await asyncio.sleep(2.0)  # so that they are under way
+        yield
+        is_over = True
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert broken == []
+
+
 async def test_replica_killed(whole_fleet: Fleet, undisturbed: Undisturbed) -> None:
     fleet = whole_fleet
     victim, survivor = fleet.pids()
@@ -219,14 +246,9 @@ async def test_scale_down_and_up(whole_fleet: Fleet, undisturbed: Undisturbed) -
     fleet = whole_fleet
     before = set(fleet.pids())
     moved = fleet.total("kervan_streams_moved_total")
-    scaling = asyncio.create_task(asyncio.to_thread(fleet.home.kervan, "scale", "1", "--name", fleet.name))
-    while (
-        not scaling.done()
-    ):  # the command needs seconds, or many, to reach the cluster: there are streams when it does
-        async with under_load(fleet, undisturbed, 2 * NUM_STREAMS) as load:
-            await load.finish()
-        load.assert_whole(undisturbed)
-    down = await scaling
+    # The command needs seconds, or many, to reach the cluster: there are streams whenever it does.
+    async with steady_load(fleet, undisturbed):
+        down = await asyncio.to_thread(fleet.home.kervan, "scale", "1", "--name", fleet.name)
     assert down.returncode == 0, down.stderr
     assert fleet.total("kervan_streams_moved_total") > moved
     (kept,) = fleet.pids()
