@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -236,7 +237,9 @@ def main() -> None:
         for run in runs:
             show(run)
     if args.record is not None:
-        print(records.write(args.record, records.record(f"twins-{args.what}", {"runs": runs})))
+        command = shlex.join(["python", "benchmarks/twins.py", *sys.argv[1:]])
+        made = {**records.record(f"twins-{args.what}", {"runs": runs}), "command": command}
+        print(records.write(args.record, made))
 
 
 if __name__ == "__main__":

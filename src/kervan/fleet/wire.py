@@ -117,6 +117,17 @@ def refusal(hello: Hello, *, engine_version: str, secret: str) -> str | None:
     return None
 
 
+def bind(context: zmq.Context[zmq.Socket[bytes]], host: str) -> tuple[zmq.Socket[bytes], str]:
+    """A ROUTER on a free port of `host`, and its address."""
+    router = context.socket(zmq.ROUTER)
+    configure(router)
+    if ":" in host:
+        router.setsockopt(zmq.IPV6, 1)
+        host = f"[{host}]"
+    router.bind(f"tcp://{host}:0")
+    return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
 def configure(socket: zmq.Socket[Any]) -> None:
     """Unbounded queues, no linger, and heartbeats that find a dead host in seconds."""
     socket.setsockopt(zmq.SNDHWM, 0)

@@ -68,22 +68,13 @@ class TwinReplica:
             end=self._end_session,
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._input, self.address = self._bind()
-        self._output, self._output_address = self._bind()
+        self._input, self.address = wire.bind(self._context, spec.host)
+        self._output, self._output_address = wire.bind(self._context, spec.host)
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         self._poller = zmq.Poller()
         for place in (self._input, self._output, self._wake_read):
             self._poller.register(place, zmq.POLLIN)
-
-    def _bind(self) -> tuple[zmq.Socket[bytes], str]:
-        router = self._context.socket(zmq.ROUTER)
-        wire.configure(router)
-        is_v6 = ":" in self.spec.host
-        if is_v6:
-            router.setsockopt(zmq.IPV6, 1)
-        router.bind(f"tcp://{f'[{self.spec.host}]' if is_v6 else self.spec.host}:0")
-        return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @property
     def facts(self) -> wire.EngineFacts:

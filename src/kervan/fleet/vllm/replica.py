@@ -101,15 +101,6 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             max_num_seqs=config.scheduler_config.max_num_seqs,
         )
 
-    def _bind(self, context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], str]:
-        router = context.socket(zmq.ROUTER)
-        wire.configure(router)
-        if ":" in self.spec.host:
-            router.setsockopt(zmq.IPV6, 1)
-        host = f"[{self.spec.host}]" if ":" in self.spec.host else self.spec.host
-        router.bind(f"tcp://{host}:0")
-        return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
-
     # ---- input thread
 
     def process_input_sockets(
@@ -117,7 +108,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
     ) -> None:
         add_decoder = MsgpackDecoder(EngineCoreRequest)
         decoder = MsgpackDecoder()
-        router, self.address = self._bind(zmq.Context())
+        router, self.address = wire.bind(zmq.Context(), self.spec.host)
         ready_event.set()
         was_draining = False
         lease_check_s = time.monotonic()
@@ -189,7 +180,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
 
     def process_output_sockets(self, output_paths: Any, coord_output_path: Any, engine_index: int) -> None:
         encoder = MsgpackEncoder()
-        router, self.output_address = self._bind(zmq.Context())
+        router, self.output_address = wire.bind(zmq.Context(), self.spec.host)
         self._output_bound.set()
         subscribed: set[bytes] = set()
         while True:
