@@ -84,7 +84,7 @@ def test_the_layout_is_part_of_vllms_arguments(tp: int, pp: int, has_executor: b
     argv = " ".join(config.engine_argv)
     assert f"--model org/m --tensor-parallel-size {tp} --pipeline-parallel-size {pp}" in argv
     assert ("--distributed-executor-backend mp" in argv) is has_executor
-    assert config.gpus_per_replica == tp * pp
+    assert config.world_size == tp * pp
 
 
 def test_the_sender_cache_for_images_is_off_unless_asked_for() -> None:

@@ -9,8 +9,8 @@ from rich.console import Console
 from kervan.cli import top
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot, StartFailure, Traffic
-from kervan.serve.cluster import NodeGpus
 from kervan.serve.fleet import FleetStatus
+from kervan.serve.placement import NodeDevices
 from kervan.serve.why import explain
 
 CONFIG = FleetConfig(model="org/model", replicas=2, gateways=1, tp=4)
@@ -34,8 +34,8 @@ def snapshot(*entries: Any, failures: tuple[StartFailure, ...] = ()) -> Snapshot
     )
 
 
-def node(name: str, free: float, total: int = 8) -> NodeGpus:
-    return NodeGpus(name, total, free, "accelerator_type:H200")
+def node(name: str, free: float, total: int = 8) -> NodeDevices:
+    return NodeDevices(name, total, free, "accelerator_type:H200")
 
 
 WHOLE = (replica("a"), replica("b"), gateway())
@@ -49,7 +49,7 @@ WHOLE = (replica("a"), replica("b"), gateway())
             "1 replica of 2 wait for 4 GPUs on one node: node n1 has 3 free of 8, node n2 has 0 free of 8; "
             "add a node, or kervan scale 1", id="no room",
         ),
-        pytest.param((replica("a"), gateway()), [node("n1", 4)], "there is a node with 4 GPUs on one node free",
+        pytest.param((replica("a"), gateway()), [node("n1", 4)], "there is room for 4 GPUs on one node",
                      id="being placed"),
         pytest.param((replica("a"), gateway()), [], "Ray is starting the process", id="CPU"),
         pytest.param((replica("a"), replica("b", "starting", reason="for 9 s", log_path="/l"), gateway()), [],
@@ -63,7 +63,7 @@ WHOLE = (replica("a"), replica("b"), gateway())
                      "gateway gw is not ready: the gateway is starting", id="gateway starting"),
     ],
 )  # fmt: skip
-def test_one_sentence_for_each_thing(entries: tuple[Any, ...], nodes: list[NodeGpus], sentence: str) -> None:
+def test_one_sentence_for_each_thing(entries: tuple[Any, ...], nodes: list[NodeDevices], sentence: str) -> None:
     (told,) = explain(CONFIG, snapshot(*entries), nodes, [])
     assert sentence in told
 

@@ -36,6 +36,7 @@ def print_status(status: FleetStatus) -> None:
     console.print(
         f"[bold]{status.name}[/bold]  {status.url or '(no gateway yet)'}  {config.model}  "
         f"tp {config.tp}, pp {config.pp}, {config.replicas} replicas"
+        + (f" on {config.nodes_per_replica} nodes each" if config.nodes_per_replica > 1 else "")
     )
     replicas = Table("replica", "pool", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
     for column in ("running", "waiting", "KV use"):
@@ -43,7 +44,14 @@ def print_status(status: FleetStatus) -> None:
     for r in status.snapshot.replicas:
         state = f"[{STATE_STYLE[r.state]}]{r.state}[/]" + (f" {r.reason}" if r.reason else "")
         replicas.add_row(
-            r.id, r.pool, r.node, str(r.pid), state, str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%"
+            r.id,
+            r.pool,
+            " ".join(r.nodes or [r.node]),
+            str(r.pid),
+            state,
+            str(r.running),
+            str(r.waiting),
+            f"{100 * r.kv_cache_usage:.1f}%",
         )
     console.print(replicas)
     gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")

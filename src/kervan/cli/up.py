@@ -12,7 +12,7 @@ from kervan.cli import options
 from kervan.facts import fleet as facts
 
 SECTIONS = {
-    "Layout": "--tp --pp --ep --replicas --gateways",
+    "Layout": "--tp --pp --ep --replicas --gateways --nodes-per-replica --gpus-per-replica",
     "Engine": "--engine-arg --env --engine --gpu --twin",
     "Clients": "--host --port --api-key --ingress",
     "Fleet": "--config --name --address --yes --detach --json --help",
@@ -24,6 +24,8 @@ SECTIONS = {
 @click.option("--tp", type=int, help="GPUs that share each layer (tensor parallel). [default: 1]")
 @click.option("--pp", type=int, help="Groups of GPUs that hold consecutive layers (pipeline parallel). [default: 1]")
 @click.option("--ep", type=int, help="GPUs that share out each layer's experts: 1 or tp. [default: 1]")
+@click.option("--nodes-per-replica", type=int, help="Nodes that share a replica's --pp stages. [default: fewest]")
+@click.option("--gpus-per-replica", type=float, help="Share of one GPU for a small model, like 0.5. [default: tp*pp]")
 @click.option("--engine", type=click.Choice(["vllm", "twin"]), help="twin: simulated replicas, without a GPU.")
 @click.option("--gpu", help="The GPU that a twin stands for, like H200.")
 @click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")

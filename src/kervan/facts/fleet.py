@@ -18,6 +18,10 @@ Ingress = Literal["direct", "serve"]
 Engine = Literal["vllm", "twin"]
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
+# vLLM's default share of a GPU's memory (0.24 to 0.32), and the arguments that decide it.
+GPU_MEMORY_UTILIZATION = 0.92
+MEMORY_ARGS = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})
+
 # Engine arguments that kervan decides, and what to use in their place.
 OWNED_ENGINE_ARGS = {
     "model": "the MODEL argument",
@@ -55,7 +59,9 @@ class FleetConfig:
     """One fleet; the words of `kervan up`, of its config file, and of recipes.
 
     `engine_args` has vLLM's own names and values. `gateways` 0 means one per 8 CPU cores, at most 4. `env` goes to
-    the engine and gateway processes. `ep`: GPUs over which each layer's experts are spread, 1 or `tp`. `engine`
+    the engine and gateway processes. `ep`: GPUs over which each layer's experts are spread, 1 or `tp`.
+    `nodes_per_replica`: nodes over which the pipeline stages of a replica are spread, 0 for as few as can hold them.
+    `gpus_per_replica`: a share of one GPU, like 0.5, for a model that needs no more; 0 for `tp*pp` whole ones. `engine`
     "twin": simulated replicas, as if on `gpu`, with `twin` in place of what follows from model and GPU
     (`kervan.twin.settings`).
     """
@@ -65,6 +71,8 @@ class FleetConfig:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    nodes_per_replica: int = 0
+    gpus_per_replica: float = 0.0
     replicas: int = 1
     gateways: int = 0
     host: str = "127.0.0.1"
@@ -90,6 +98,8 @@ class FleetConfig:
             ("tp", 1, 64),
             ("pp", 1, 64),
             ("ep", 1, 64),
+            ("nodes_per_replica", 0, 64),
+            ("gpus_per_replica", 0, 64 * 64),
             ("replicas", 0, 4096),
             ("gateways", 0, 64),
             ("port", 1, 65535),
@@ -105,6 +115,17 @@ class FleetConfig:
             raise ConfigError(
                 f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or --ep {self.tp}"
             )
+        if self.nodes_per_replica and self.pp % self.nodes_per_replica:
+            raise ConfigError(
+                f"nodes_per_replica={self.nodes_per_replica} does not divide pp={self.pp}: a stage is whole on one "
+                f"node, because the tp={self.tp} that share its layers talk twice a layer; "
+                f"use --pp {self.nodes_per_replica}, or leave --nodes-per-replica out"
+            )
+        if self.gpus_per_replica not in (0, self.world_size) and not (self.gpus_per_replica < 1 == self.world_size):
+            raise ConfigError(
+                f"gpus_per_replica={self.gpus_per_replica:g} with tp*pp={self.world_size}: only a replica on one GPU "
+                "can take a share of it; give a share below 1 with --tp 1 --pp 1, or leave --gpus-per-replica out"
+            )
         if self.engine == "twin" and not self.gpu:
             raise ConfigError("a twin needs to know which GPU it stands for; give for example --gpu H200")
         if self.engine == "vllm" and (self.gpu or self.twin):
@@ -115,8 +136,14 @@ class FleetConfig:
                 raise ConfigError(f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}")
 
     @property
-    def gpus_per_replica(self) -> int:
+    def world_size(self) -> int:
+        """Workers of one replica, each on a GPU (or, without GPUs, on CPU cores)."""
         return self.tp * self.pp
+
+    @property
+    def gpu_share(self) -> float:
+        """The share of a GPU that each worker may use, 0 to 1."""
+        return self.gpus_per_replica if 0 < self.gpus_per_replica < 1 else 1.0
 
     @property
     def engine_argv(self) -> tuple[str, ...]:
@@ -129,8 +156,10 @@ class FleetConfig:
         args |= {"tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
         if self.ep > 1:
             args["enable_expert_parallel"] = True
-        if self.gpus_per_replica > 1:
+        if self.world_size > 1:
             args["distributed_executor_backend"] = "mp"
+        if self.gpu_share < 1 and not args.keys() & MEMORY_ARGS:
+            args["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
         return tuple(word for key, value in args.items() for word in _argument(key, value))
 
     def to_json(self) -> str:

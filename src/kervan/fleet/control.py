@@ -17,13 +17,31 @@ from kervan.fleet.wire import EngineFacts
 FailureKind = Literal["ConfigError", "CapacityError", "EngineError"]
 
 
+class Placement(msgspec.Struct, frozen=True):
+    """Where a replica's workers live when it has more than one node: bundles of a Ray placement group.
+
+    `bundles`: their indices in the order of the pipeline stages, each `workers_per_bundle` workers on one node, the
+    engine's own node first. `ray_address`: of the cluster's GCS.
+    """
+
+    group_id: str
+    ray_address: str
+    bundles: list[int]
+    workers_per_bundle: int
+
+
 class EngineSpec(msgspec.Struct, frozen=True):
-    """The first message to an engine process. `engine_argv`: arguments of vLLM's own server parser."""
+    """The first message to an engine process. `engine_argv`: arguments of vLLM's own server parser.
+
+    `placement` None: all workers are processes of this node. `shares_gpu`: other engines may use the same GPU.
+    """
 
     replica_id: str
     engine_argv: list[str]
     host: str
     secret: str
+    placement: Placement | None = None
+    shares_gpu: bool = False
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -34,11 +52,12 @@ class Command(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine has produced a token and accepts gateways at `address`."""
+    """The engine has produced a token and accepts gateways at `address`. `start_s`: seconds of its start's phases."""
 
     address: str
     facts: EngineFacts
     engine_version: str
+    start_s: dict[str, float] = {}
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):

@@ -17,7 +17,8 @@ ReplicaState = Literal["starting", "ready", "draining", "unhealthy"]
 class ReplicaEntry(msgspec.Struct, frozen=True):
     """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one).
 
-    `version` tells replicas of one setting from those of another, as in a gateway's entry.
+    `nodes`: all of its nodes, when it has more than `node`. `start_s`: seconds of its start by part. `version` tells
+    replicas of one setting from those of another, as in a gateway's entry.
     """
 
     id: str
@@ -33,6 +34,8 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     reason: str = ""
     log_path: str = ""
     version: str = ""
+    nodes: list[str] = []
+    start_s: dict[str, float] = {}
 
     @property
     def is_reachable(self) -> bool:

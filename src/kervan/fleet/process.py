@@ -16,6 +16,7 @@ import msgspec
 
 from kervan.facts.fault import Fault
 from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
+from kervan.fleet.vllm import start_parts
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
 
@@ -27,7 +28,8 @@ class EngineProcess:
     """One engine replica in a process group of its own.
 
     `spec` is what `module` reads first; `env` is its whole environment (None: this process's). `ready`, `load` and
-    `failure` hold the latest reports; `on_change` is called from a thread after each.
+    `failure` hold the latest reports, `start_s` the seconds of a start by part; `on_change` is called from a thread
+    after each report.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class EngineProcess:
         self.spec = spec
         self.log_path = log_path
         self.ready: Ready | None = None
+        self.start_s: dict[str, float] = {}
         self.load = Load(0, 0, 0.0, 0, False)
         self.failure: Failed | None = None
         self._on_change = on_change
@@ -70,6 +73,7 @@ class EngineProcess:
         report = msgspec.json.decode(line, type=Report)
         self._last_report_s = time.monotonic()
         if isinstance(report, Ready):
+            self.start_s = start_parts.split(report.start_s, self.log_path.read_text(errors="replace"))
             self.ready = report
         elif isinstance(report, Failed):
             self.failure = report

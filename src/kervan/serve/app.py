@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,10 @@ from ray.serve.context import _get_global_client
 
 from kervan.errors import FleetError
 from kervan.facts.fleet import FleetConfig
+from kervan.serve import placement
 from kervan.serve.engine import EngineReplica
 from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica
+from kervan.serve.placement import NodeDevices
 
 POOL = "on-demand"
 HEALTH_CHECK_PERIOD_S = 1.0
@@ -33,7 +36,8 @@ GATEWAY_WORDS = (
     "drain_timeout_s", "engine",
 )  # fmt: skip
 REPLICA_WORDS = (
-    "model", "tp", "pp", "ep", "engine", "gpu", "twin", "engine_args", "env", "stall_timeout_s", "drain_timeout_s",
+    "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",
+    "stall_timeout_s", "drain_timeout_s",
 )  # fmt: skip
 
 
@@ -55,10 +59,9 @@ def versions(config: FleetConfig) -> Versions:
     return Versions(digest(REPLICA_WORDS), digest(GATEWAY_WORDS))
 
 
-def build(config: FleetConfig, *, accelerator: str | None, surges: bool = True) -> Any:
-    """The Serve application of a fleet.
+def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = True) -> Any:
+    """The Serve application of a fleet on a cluster of `nodes`.
 
-    `accelerator`: Ray's resource name for the GPU kind of the cluster (`accelerator_type:H200`), None on CPU.
     `surges`: when replicas are replaced, new ones are ready before old ones drain, a quarter of them at a time; without
     it, a fifth of them (at least one) is stopped first.
     """
@@ -75,18 +78,19 @@ def build(config: FleetConfig, *, accelerator: str | None, surges: bool = True) 
         name=POOL,
         num_replicas=config.replicas,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
-        ray_actor_options={"num_cpus": 0, "num_gpus": gpus_per_actor(config, accelerator)},
+        **_place(config, nodes),
         version=made.replicas,
         max_surge_percent=SURGE_PERCENT if surges else 0,
         **common,
     )
+    kind = next((node.accelerator for node in nodes if node.accelerator), None)
     gateway: Any = GatewayReplica if config.ingress == "direct" else serve.ingress()(IngressGatewayReplica)
     gateways = serve.deployment(gateway).options(
         name="gateway",
         num_replicas=config.gateways,
         graceful_shutdown_timeout_s=config.drain_timeout_s + 10.0,
         # vLLM's frontend needs the platform of the engines, so gateways live where such GPUs are.
-        ray_actor_options={"num_cpus": 0, "resources": {accelerator: 0.001} if accelerator else {}},
+        ray_actor_options={"num_cpus": 0, "resources": {kind: 0.001} if kind else {}},
         version=made.gateways,
         max_surge_percent=100,
         **common,
@@ -94,9 +98,17 @@ def build(config: FleetConfig, *, accelerator: str | None, surges: bool = True) 
     return gateways.bind(stored, made.gateways, engines.bind(stored, POOL, made.replicas))
 
 
-def gpus_per_actor(config: FleetConfig, accelerator: str | None) -> float:
-    """GPUs that Ray sets aside for one engine replica."""
-    return config.gpus_per_replica if accelerator and config.engine == "vllm" else 0
+def _place(config: FleetConfig, nodes: Sequence[NodeDevices]) -> dict[str, Any]:
+    """What Ray sets aside for one engine replica: GPUs of one node, or a bundle on each of several nodes."""
+    if config.nodes_per_replica > 1:
+        bundle = {nodes[0].device: placement.devices_per_node(config)}
+        return {
+            "ray_actor_options": {"num_cpus": 0},
+            "placement_group_bundles": [bundle] * config.nodes_per_replica,
+            "placement_group_strategy": "STRICT_SPREAD",
+        }
+    gpus = config.world_size * config.gpu_share if placement.is_counted(config, nodes) else 0
+    return {"ray_actor_options": {"num_cpus": 0, "num_gpus": gpus}}
 
 
 def deploy(app: Any, config: FleetConfig) -> None:

@@ -1,4 +1,4 @@
-"""The Ray cluster a fleet lives on: started here, or joined; and what fits on it."""
+"""The Ray cluster a fleet lives on: started here, or joined; and what it has."""
 
 import contextlib
 import json
@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import psutil
 
-from kervan.errors import CapacityError, EngineError, FleetError
-from kervan.facts.fleet import FleetConfig
+from kervan.errors import EngineError, FleetError
+from kervan.serve.placement import NodeDevices
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
@@ -222,70 +222,22 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-@dataclass(frozen=True, slots=True)
-class NodeGpus:
-    """GPUs of one alive node: all, and not taken by others."""
-
-    node: str
-    total: int
-    free: float
-    accelerator: str | None
-
-
-def gpus_by_node() -> list[NodeGpus]:
-    """What Ray says of its alive nodes that have GPUs."""
+def devices_by_node() -> list[NodeDevices]:
+    """What Ray says of its alive nodes: those with GPUs, or in a cluster without any, all with their CPU cores."""
     import ray
 
     available = ray._private.state.available_resources_per_node()
-    found = []
+    found: dict[Literal["GPU", "CPU"], list[NodeDevices]] = {"GPU": [], "CPU": []}
     for node in ray.nodes():
         resources: dict[str, Any] = node["Resources"]
-        if not node["Alive"] or not resources.get("GPU"):
+        if not node["Alive"]:
             continue
         kind = next((name for name in resources if name.startswith("accelerator_type:")), None)
-        free = available.get(node["NodeID"], {}).get("GPU", 0.0)
-        found.append(NodeGpus(node["NodeManagerAddress"], int(resources["GPU"]), free, kind))
-    return found
-
-
-def check_capacity(config: FleetConfig, nodes: Sequence[NodeGpus], *, held_gpus: int = 0) -> None:
-    """Refuse what cannot be placed, with the arithmetic. No node with a GPU means CPU, where nothing is counted.
-
-    `held_gpus`: GPUs that this fleet already has.
-
-    Raises: CapacityError.
-    """
-    if config.engine == "twin":
-        return
-    if not nodes:
-        if config.gpus_per_replica > (cores := os.cpu_count() or 1):
-            raise CapacityError(
-                f"tp*pp={config.gpus_per_replica} CPU workers on one node; this machine has {cores} cores and no GPU; "
-                f"use --tp 1 --pp 1"
-            )
-        return
-    need = config.gpus_per_replica
-    largest = max(nodes, key=lambda node: node.total)
-    if need > largest.total:
-        raise CapacityError(
-            f"tp*pp={config.tp}*{config.pp}={need} GPUs on one node; the largest node has {largest.total} "
-            f"({largest.node}); use --tp and --pp with a product of at most {largest.total}"
-        )
-    places = sum(int((node.free + 1e-6) // need) for node in nodes) + held_gpus // need
-    if config.replicas > places:
-        free = ", ".join(f"{node.node}: {node.free:g} of {node.total}" for node in nodes)
-        raise CapacityError(
-            f"{config.replicas} replicas of tp*pp={need} GPUs need {config.replicas * need} GPUs, whole replicas on "
-            f"one node; free are {free}; room for {places}: use --replicas {places}"
-            + ("" if places else ", after another fleet has made room")
-        )
-
-
-def has_room(config: FleetConfig, nodes: Sequence[NodeGpus]) -> bool:
-    """Whether one more replica can be placed. Without GPUs nothing is counted."""
-    if config.engine == "twin" or not nodes:
-        return True
-    return any(node.free + 1e-6 >= config.gpus_per_replica for node in nodes)
+        for device, nodes in found.items():
+            if total := int(resources.get(device, 0)):
+                free = available.get(node["NodeID"], {}).get(device, 0.0)
+                nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, device))
+    return found["GPU"] or found["CPU"]
 
 
 # ---- fleets started from here

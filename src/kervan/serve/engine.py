@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 import ray
+from ray.util import placement_group_table
 
 from kervan.errors import EngineError
 from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
-from kervan.fleet.control import EngineSpec
+from kervan.fleet.control import EngineSpec, Placement
 from kervan.fleet.directory import ReplicaEntry, ReplicaState, StartFailure
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import directory as directories
@@ -61,7 +62,9 @@ class EngineReplica:
         self._directory = directories.find(self._config.name)
         _, secret = ray.get(self._directory.fleet.remote())
         log_path = new_log(f"{self._config.name}-{self._id}")
-        spec, module = _spec(self._config, self._id, self._node, secret)
+        group = _placement(self._config)
+        self._nodes = _nodes(group) if group is not None else []
+        spec, module = _spec(self._config, self._id, self._node, secret, group)
         self._process = EngineProcess(
             spec,
             log_path=log_path,
@@ -112,6 +115,8 @@ class EngineReplica:
             reason=reason,
             log_path=str(self._process.log_path),
             version=self._version,
+            nodes=self._nodes,
+            start_s=self._process.start_s,
         )
 
     def _beat(self, *, wait: bool = False) -> Any:
@@ -156,15 +161,39 @@ class EngineReplica:
         ray.get(self._directory.remove.remote(self._id))
 
 
-def _spec(config: FleetConfig, replica_id: str, host: str, secret: str) -> tuple[msgspec.Struct, str]:
+def _spec(
+    config: FleetConfig, replica_id: str, host: str, secret: str, placement: Placement | None
+) -> tuple[msgspec.Struct, str]:
     """The first message to an engine process, and the module it runs."""
     if config.engine == "twin":
         return TwinSpec(replica_id, host, secret, twins.settings(config)), TWIN_ENGINE
-    return EngineSpec(replica_id, list(config.engine_argv), host, secret), VLLM_ENGINE
+    shares_gpu = config.gpu_share < 1
+    return EngineSpec(replica_id, list(config.engine_argv), host, secret, placement, shares_gpu), VLLM_ENGINE
+
+
+def _placement(config: FleetConfig) -> Placement | None:
+    """The bundles that Serve has reserved for this replica, this node's first; None when it has one node."""
+    group = ray.util.get_current_placement_group()
+    if group is None or config.nodes_per_replica < 2:
+        return None
+    context = ray.get_runtime_context()
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    bundles = sorted(node_of, key=lambda bundle: (node_of[bundle] != context.get_node_id(), bundle))
+    return Placement(group.id.hex(), context.gcs_address, bundles, config.world_size // config.nodes_per_replica)
+
+
+def _nodes(placement: Placement) -> list[str]:
+    """The addresses of the nodes of the stages, in their order."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    group = ray.util.get_current_placement_group()
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    return [addresses[node_of[bundle]] for bundle in placement.bundles]
 
 
 def engine_environment(config: FleetConfig) -> dict[str, str]:
     """The whole environment of an engine process: this actor's, less what Ray set for its own, and the user's."""
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    if env.get("CUDA_VISIBLE_DEVICES") == "":  # Ray's way to say that this actor itself has no GPU
+        del env["CUDA_VISIBLE_DEVICES"]
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     return {**env, **config.env}

@@ -22,7 +22,7 @@ from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig, from_mapping
 from kervan.fleet.directory import Snapshot, StartFailure
 from kervan.fleet.vllm import argument_names
-from kervan.serve import cluster
+from kervan.serve import cluster, placement
 from kervan.serve.why import explain
 from kervan.twin import settings as twins
 
@@ -46,7 +46,12 @@ class FleetStatus:
             "name": self.name,
             "url": self.url,
             "model": self.config.model,
-            "layout": {"tp": self.config.tp, "pp": self.config.pp, "ep": self.config.ep},
+            "layout": {
+                "tp": self.config.tp,
+                "pp": self.config.pp,
+                "ep": self.config.ep,
+                "nodes_per_replica": self.config.nodes_per_replica,
+            },
             "engine": self.config.engine,
             "target_replicas": self.config.replicas,
             "replicas": [
@@ -54,6 +59,7 @@ class FleetStatus:
                     "id": r.id,
                     "pool": r.pool,
                     "node": r.node,
+                    "nodes": r.nodes or [r.node],
                     "pid": r.pid,
                     "state": r.state,
                     "running": r.running,
@@ -62,6 +68,7 @@ class FleetStatus:
                     "draining": r.state == "draining",
                     "reason": r.reason,
                     "log": r.log_path,
+                    "start_s": r.start_s,
                 }
                 for r in self.snapshot.replicas
             ],
@@ -126,11 +133,6 @@ def num_gateways(config: FleetConfig) -> int:
     return config.gateways or min(4, max(1, (os.cpu_count() or 1) // 8))
 
 
-def _accelerator() -> str | None:
-    nodes = cluster.gpus_by_node()
-    return next((node.accelerator or "GPU" for node in nodes), None)
-
-
 class Startup:
     """A fleet on its way up; `cancel` undoes whatever has been started."""
 
@@ -160,21 +162,25 @@ class Startup:
         address = self._reach_ray()
         from kervan.serve import app, directory
 
-        nodes = cluster.gpus_by_node()
-        config = self.config = self.config if nodes else on_cpu(self.config, os.cpu_count() or 1)
+        nodes = cluster.devices_by_node()
+        if not placement.has_gpus(nodes):
+            self.config = on_cpu(self.config, os.cpu_count() or 1)
+        config = self.config = placement.spread(self.config, nodes)
         if config.name in directory.names():
             raise FleetError(
                 f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
             )
-        cluster.check_capacity(config, nodes)
+        placement.check(config, nodes)
         if config.ingress == "serve":
             _check_entry_is_free()
         config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
         self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
         app.start_serve(config)
         self.progress(f"starting {_plural(config.replicas, 'replica')} and {_plural(config.gateways, 'gateway')}")
-        app.deploy(app.build(config, accelerator=_accelerator()), config)
+        app.deploy(app.build(config, nodes), config)
         status = wait_until_ready(config, self._directory, self.progress)
+        if parts := slowest_start(status.snapshot):
+            self.progress(f"the slowest engine took {parts}")
         cluster.remember(cluster.Remembered(config.name, address, status.url))
         return status
 
@@ -279,6 +285,16 @@ def wait_until_ready(config: FleetConfig, handle: Any, progress: Progress, *, af
         time.sleep(POLL_S)
 
 
+def slowest_start(snapshot: Snapshot) -> str:
+    """The seconds and the parts of the longest start among the replicas; empty without any."""
+    starts = [r.start_s for r in snapshot.replicas if r.start_s]
+    if not starts:
+        return ""
+    parts = max(starts, key=lambda start: sum(start.values()))
+    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
+    return f"{sum(parts.values()):.1f} s: {told}"
+
+
 def _raised(failure: StartFailure) -> KervanError:
     known: type[KervanError] = getattr(errors, failure.kind, EngineError)
     where = f" (log: {failure.log_path})" if failure.log_path and Path(failure.log_path).exists() else ""
@@ -352,7 +368,7 @@ def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
     import ray  # it reads its token when it is imported, and `Watch` knows the token
 
     dead = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
-    return found, explain(found.config, found.snapshot, cluster.gpus_by_node(), dead)
+    return found, explain(found.config, found.snapshot, cluster.devices_by_node(), dead)
 
 
 def _stored_config(handle: Any) -> FleetConfig:
@@ -410,25 +426,26 @@ class RunningFleet:
         for key, value in words.items():
             is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
             merged[key] = {**merged[key], **value} if is_mapping else value
+        if not words.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
+            merged |= {key: words.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
         after = validate(from_mapping(merged, source))
         if words.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
-        old, new = json.loads(before.to_json()), json.loads(after.to_json())
+        nodes = cluster.devices_by_node()
+        after = placement.spread(after, nodes)
         warnings = []
         if (before.host, before.port) != (after.host, after.port):
             check_port(after.host, after.port)
             warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
-        nodes = cluster.gpus_by_node()
         live = sum(r.state in ("starting", "ready") for r in _snapshot(self._handle).replicas)
-        same_size = before.gpus_per_replica == after.gpus_per_replica
-        held = live * before.gpus_per_replica
-        cluster.check_capacity(after, nodes, held_gpus=held)
+        same_size = before.world_size == after.world_size
+        held = live * before.world_size * before.gpu_share
+        placement.check(after, nodes, held=held)
         surges = True
-        if _replaces_replicas(before, after) and after.replicas and not cluster.has_room(after, nodes):
+        if _replaces_replicas(before, after) and after.replicas and not placement.has_room(after, nodes):
             surges = False
-            size = after.gpus_per_replica
             warnings.append(
-                f"no node has {size} free GPUs for a new replica beside the old ones, so "
+                f"there is no room for {placement.demand(after, nodes)} beside the old replicas, so "
                 f"{max(1, after.replicas // 5)} of {after.replicas} replicas will stop before a new one starts; "
                 + (
                     "streams move to the others"
@@ -436,7 +453,13 @@ class RunningFleet:
                     else "streams wait until it is ready, as long as a start takes"
                 )
             )
-        return Change(before, after, surges, tuple(_differences(old, new)), "; ".join(warnings))
+        return Change(
+            before,
+            after,
+            surges,
+            tuple(_differences(json.loads(before.to_json()), json.loads(after.to_json()))),
+            "; ".join(warnings),
+        )
 
     def apply(self, change: Change) -> FleetStatus:
         """Carry it out; returns when all new replicas and gateways are ready and the old ones are gone.
@@ -449,15 +472,15 @@ class RunningFleet:
 
         snapshot = _snapshot(self._handle)
         known = snapshot.failures[-1].number if snapshot.failures else 0
-        accelerator = _accelerator()
+        nodes = cluster.devices_by_node()
         ray.get(self._handle.set_config.remote(change.after.to_json()))
-        app.deploy(app.build(change.after, accelerator=accelerator, surges=change.surges), change.after)
+        app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
         try:
             return wait_until_ready(change.after, self._handle, self.progress, after_failure=known)
         except KervanError as error:
             self.progress("it failed; going back")
             ray.get(self._handle.set_config.remote(change.before.to_json()))
-            app.deploy(app.build(change.before, accelerator=accelerator, surges=change.surges), change.before)
+            app.deploy(app.build(change.before, nodes, surges=change.surges), change.before)
             raise type(error)(f"{error} (the fleet goes on as before)") from error
 
 

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import Snapshot
-from kervan.serve.cluster import NodeGpus
+from kervan.serve import placement
+from kervan.serve.placement import NodeDevices
 
 
-def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeGpus], dead_nodes: Sequence[str]) -> list[str]:
+def explain(
+    config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices], dead_nodes: Sequence[str]
+) -> list[str]:
     """Sentences, the most important first; none for a fleet that is whole.
 
-    `nodes`: alive nodes with GPUs. `dead_nodes`: addresses of nodes that Ray has lost.
+    `nodes`: alive nodes with their devices. `dead_nodes`: addresses of nodes that Ray has lost.
     """
     told = []
     present = len(snapshot.replicas)
@@ -38,13 +41,14 @@ def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeGpus], 
     return told
 
 
-def _missing(config: FleetConfig, count: int, nodes: Sequence[NodeGpus]) -> str:
+def _missing(config: FleetConfig, count: int, nodes: Sequence[NodeDevices]) -> str:
     what = f"{count} replica{'s' if count > 1 else ''}"
-    need = config.gpus_per_replica
-    if config.engine == "twin" or not nodes:
+    if not placement.is_counted(config, nodes):
         return f"{what} of {config.replicas} not there yet: Ray is starting the process"
-    gpus = f"{need} GPU{'s' if need > 1 else ''}" + (" on one node" if need > 1 else "")
-    if any(node.free + 1e-6 >= need for node in nodes):
-        return f"{what} of {config.replicas} not there yet: Ray is placing, there is a node with {gpus} free"
+    demand = placement.demand(config, nodes)
+    if placement.has_room(config, nodes):
+        return f"{what} of {config.replicas} not there yet: Ray is placing, there is room for {demand}"
     free = ", ".join(f"node {node.node} has {node.free:g} free of {node.total}" for node in nodes)
-    return f"{what} of {config.replicas} wait for {gpus}: {free}; add a node, or kervan scale {config.replicas - count}"
+    return (
+        f"{what} of {config.replicas} wait for {demand}: {free}; add a node, or kervan scale {config.replicas - count}"
+    )

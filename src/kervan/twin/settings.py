@@ -80,9 +80,9 @@ def _sizes(config: FleetConfig, shape: models.Shape, gpu: hardware.Gpu, given: M
     is_large = gpu.memory_gib >= LARGE_GPU_GIB
     max_model_len = argument("max_model_len", shape.max_model_len)
     block_size = int(given.get("block_size", BLOCK_SIZE))
-    weights_gib = shape.parameters * shape.bytes_per_parameter / 2**30 / config.gpus_per_replica
+    weights_gib = shape.parameters * shape.bytes_per_parameter / 2**30 / config.world_size
     free_gib = gpu.memory_gib * MEMORY_SHARE - weights_gib - WORKSPACE_GIB
-    kv_tokens = given["kv_tokens"] or free_gib * 2**30 * config.gpus_per_replica / shape.kv_bytes_per_token
+    kv_tokens = given["kv_tokens"] or free_gib * 2**30 * config.world_size / shape.kv_bytes_per_token
     if kv_tokens < max_model_len and "num_blocks" not in given:
         raise CapacityError(
             f"{weights_gib:.1f} GiB of weights per GPU leave {max(0.0, free_gib):.1f} GiB of a {gpu.name}'s "
@@ -107,7 +107,7 @@ def _times(config: FleetConfig, shape: models.Shape, gpu: hardware.Gpu) -> dict[
     weights_s = shape.active_parameters * shape.bytes_per_parameter / bandwidth
     return {
         "base_s": STEP_OVERHEAD_S + weights_s + layers_s + (config.pp - 1) * STAGE_S,
-        "prefill_token_s": 2 * shape.active_parameters / (gpu.bf16_flops * FLOPS_SHARE * config.gpus_per_replica),
+        "prefill_token_s": 2 * shape.active_parameters / (gpu.bf16_flops * FLOPS_SHARE * config.world_size),
         "sequence_s": SEQUENCE_S,
         "context_token_s": shape.kv_bytes_per_token / bandwidth,
     }

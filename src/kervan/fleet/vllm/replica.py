@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import psutil
 import zmq
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -35,7 +36,7 @@ from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready
 from kervan.fleet.sessions import Session, Sessions
-from kervan.fleet.vllm import failures, versions
+from kervan.fleet.vllm import failures, gpu_memory, versions
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,15 @@ CANARY_TOKENS = 2
 CANARY_TIMEOUT_S = 600.0  # the first step may still compile kernels
 LOAD_PERIOD_S = 1.0
 POLL_MS = 100
-GPU_MEMORY_WAIT_S = 60.0
+
+
+def executor_class(vllm_config: VllmConfig, spec: EngineSpec) -> Any:
+    """vLLM's class: of worker processes of this node, or of Ray actors on several."""
+    if spec.placement is None:
+        return Executor.get_class(vllm_config)
+    from kervan.fleet.vllm.stages import StagesExecutor
+
+    return StagesExecutor
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             vllm_config=vllm_config,
             local_client=True,
             handshake_address="",
-            executor_class=Executor.get_class(vllm_config),
+            executor_class=executor_class(vllm_config, spec),
             log_stats=True,
             engine_index=0,
         )
@@ -256,33 +265,6 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
-def _wait_for_gpu_memory(utilization: float) -> None:
-    """Wait until the visible GPUs have the share of memory that vLLM will ask for.
-
-    The worker of a killed engine holds its memory for seconds; starting before it is gone fails for good. When the
-    memory does not come free in time, vLLM's own error tells by whom it is held.
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cuda():
-        return
-    from vllm.third_party import pynvml
-
-    pynvml.nvmlInit()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    deadline_s = time.monotonic() + GPU_MEMORY_WAIT_S
-    for name in names:
-        by_index = name.isdigit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
-        while time.monotonic() < deadline_s:
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            if memory.free >= utilization * memory.total:
-                break
-            time.sleep(0.5)
-    pynvml.nvmlShutdown()
-
-
 def _report_load(core: FleetEngineCore, control: ControlEnd) -> None:
     while True:
         running, waiting, kv_cache_usage = core.load
@@ -298,18 +280,33 @@ def _end_process_group() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _announce(core: FleetEngineCore, control: ControlEnd) -> None:
+class _Phases:
+    """Seconds of the phases of this process's start."""
+
+    def __init__(self) -> None:
+        self.seconds = {"imports": time.time() - psutil.Process().create_time()}
+        self._since_s = time.monotonic()
+
+    def end(self, name: str) -> None:
+        now_s = time.monotonic()
+        self.seconds[name] = now_s - self._since_s
+        self._since_s = now_s
+
+
+def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases) -> None:
     try:
         core.run_canary()
     except EngineError as error:
         control.send(Failed("EngineError", str(error)))
         return
     threading.Thread(target=_report_load, args=(core, control), daemon=True, name="load").start()
-    control.send(Ready(core.address, core.facts, versions.engine_version()))
+    phases.end("canary")
+    control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds))
 
 
 def run(control: ControlEnd) -> int:
     """Serve until told to stop; the exit status."""
+    phases = _Phases()
     spec = msgspec.json.decode(control.receive(), type=EngineSpec)
     core: FleetEngineCore | None = None
 
@@ -325,22 +322,33 @@ def run(control: ControlEnd) -> int:
 
     control.follow(on_command, _end_process_group)
     try:
-        args = AsyncEngineArgs.from_cli_args(versions.parse_args(spec.engine_argv))
+        # Gateways start no workers and read "mp" here; the last word wins in vLLM's parser.
+        argv = [*spec.engine_argv, *(["--distributed-executor-backend", "ray"] if spec.placement is not None else [])]
+        args = AsyncEngineArgs.from_cli_args(versions.parse_args(argv))
         vllm_config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        _wait_for_gpu_memory(vllm_config.cache_config.gpu_memory_utilization)
-        core = FleetEngineCore(vllm_config, spec)
+        if spec.placement is not None:
+            from kervan.fleet.vllm import stages  # and Ray with it
+
+            stages.join(spec.placement, vllm_config)
+        phases.end("config")
+        with gpu_memory.taking(vllm_config, is_shared=spec.shares_gpu, is_here=spec.placement is None):
+            core = FleetEngineCore(vllm_config, spec)
+        phases.end("engine")
     except BaseException as error:  # whatever stops the start is reported, in one line, to the starter
         logger.exception("engine start failed")
         explained = failures.explain(error)
         control.send(Failed(failures.kind(explained), str(explained)))
         return 1
-    threading.Thread(target=_announce, args=(core, control), daemon=True, name="canary").start()
+    threading.Thread(target=_announce, args=(core, control, phases), daemon=True, name="canary").start()
     try:
         core.run_busy_loop()
     except SystemExit:
         return 0
-    except BaseException:
+    except BaseException as error:
         logger.exception("engine died")
+        with contextlib.suppress(OSError):
+            explained = failures.explain(error)
+            control.send(Failed(failures.kind(explained), str(explained)))
         core._send_engine_dead()
         return 1
     finally:

@@ -1,0 +1,127 @@
+"""Where the replicas of a fleet fit: whole pipeline stages on whole nodes. Pure."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kervan.errors import CapacityError
+from kervan.facts.fleet import FleetConfig
+
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDevices:
+    """GPUs of an alive node, or its CPU cores in a cluster without GPUs: all, and not taken by others.
+
+    `accelerator`: Ray's resource name for the kind of GPU, like `accelerator_type:H200`, if Ray knows it.
+    """
+
+    node: str
+    total: int
+    free: float
+    accelerator: str | None = None
+    device: Literal["GPU", "CPU"] = "GPU"
+
+
+def has_gpus(nodes: Sequence[NodeDevices]) -> bool:
+    return any(node.device == "GPU" for node in nodes)
+
+
+def devices_per_node(config: FleetConfig) -> float:
+    """What one replica takes of each of its nodes."""
+    if config.world_size > 1:
+        return config.world_size // max(1, config.nodes_per_replica)
+    # Replicas that take 0.4 of a GPU each are two to a GPU, as those that take 0.5.
+    return 1 / math.floor(1 / config.gpus_per_replica + ROUNDING) if config.gpus_per_replica else 1
+
+
+def spread(config: FleetConfig, nodes: Sequence[NodeDevices]) -> FleetConfig:
+    """The config with `nodes_per_replica` decided: the given number, or as few nodes as can hold a replica.
+
+    Tensor-parallel groups are never cut: they meet twice in every layer. Only a node's size counts here, not what is
+    free.
+
+    Raises: CapacityError when no number of nodes will do.
+    """
+    if config.engine == "twin" or not nodes:
+        return dataclasses.replace(config, nodes_per_replica=1)
+    sizes = sorted((node.total for node in nodes), reverse=True)
+    stages = f"tp*pp={config.tp}*{config.pp}={config.world_size} {_plural(nodes, config.world_size)}"
+    for count in [config.nodes_per_replica] if config.nodes_per_replica else range(1, config.pp + 1):
+        each = config.world_size // count
+        if config.pp % count == 0 and len([size for size in sizes if size >= each]) >= count:
+            return dataclasses.replace(config, nodes_per_replica=count)
+    largest = max(nodes, key=lambda node: node.total)
+    if config.tp > largest.total:
+        fix = f"use --tp {max(1, largest.total)}" + (" and a larger --pp" if has_gpus(nodes) else " --pp 1")
+        raise CapacityError(
+            f"{stages}: the tp={config.tp} that share each layer must be on one node; "
+            f"the largest node has {largest.total} ({largest.node}); {fix}"
+        )
+    have = ", ".join(f"{node.node}: {node.total}" for node in nodes)
+    if config.nodes_per_replica:
+        each = config.world_size // config.nodes_per_replica
+        raise CapacityError(
+            f"{stages} on {config.nodes_per_replica} nodes need {each} on each; the cluster has {have}; "
+            "leave --nodes-per-replica out"
+        )
+    raise CapacityError(
+        f"{stages}, stages of {config.tp} whole on a node; the cluster has {have}; "
+        f"use --tp and --pp with a smaller product, or add nodes"
+    )
+
+
+def places(config: FleetConfig, nodes: Sequence[NodeDevices]) -> int:
+    """How many more replicas can be placed. Without GPUs only replicas over several nodes are counted."""
+    slots = [int((node.free + ROUNDING) // devices_per_node(config)) for node in nodes]
+    count = max(1, config.nodes_per_replica)
+    found = sum(slots) // count
+    while found and sum(min(slot, found) for slot in slots) < found * count:  # a replica takes each node once
+        found -= 1
+    return found
+
+
+def is_counted(config: FleetConfig, nodes: Sequence[NodeDevices]) -> bool:
+    """Whether Ray sets anything aside for a replica: GPUs, or CPU cores on several nodes."""
+    return config.engine != "twin" and bool(nodes) and (has_gpus(nodes) or config.nodes_per_replica > 1)
+
+
+def check(config: FleetConfig, nodes: Sequence[NodeDevices], *, held: float = 0) -> None:
+    """Refuse what cannot be placed now, with the arithmetic. `held`: devices that this fleet already has.
+
+    Raises: CapacityError.
+    """
+    if not is_counted(config, nodes):
+        return
+    need = devices_per_node(config)
+    count = max(1, config.nodes_per_replica)
+    room = places(config, nodes) + int((held + ROUNDING) // (need * count))
+    if config.replicas <= room:
+        return
+    free = ", ".join(f"{node.node}: {node.free:g} of {node.total}" for node in nodes)
+    raise CapacityError(
+        f"{config.replicas} replicas, each with {demand(config, nodes)}, do not fit; free are {free}; "
+        f"room for {room}: use --replicas {room}" + ("" if room else ", after another fleet has made room")
+    )
+
+
+def has_room(config: FleetConfig, nodes: Sequence[NodeDevices]) -> bool:
+    """Whether one more replica can be placed."""
+    return not is_counted(config, nodes) or places(config, nodes) > 0
+
+
+def demand(config: FleetConfig, nodes: Sequence[NodeDevices]) -> str:
+    """What one replica needs: "4 GPUs on one node", "4 GPUs on each of 2 nodes"."""
+    need, count = devices_per_node(config), max(1, config.nodes_per_replica)
+    words = f"{need:g} {_plural(nodes, need)}"
+    if count > 1:
+        return f"{words} on each of {count} nodes"
+    return words + (" on one node" if need > 1 else "")
+
+
+def _plural(nodes: Sequence[NodeDevices], count: float) -> str:
+    word = "GPU" if has_gpus(nodes) else "CPU core"
+    return f"{word}s" if count > 1 else word
