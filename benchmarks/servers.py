@@ -209,14 +209,18 @@ def kervan_fleet(
     gateways: int | None = None,
     ingress: str | None = None,
     up_args: Sequence[str] = (),
+    process_env: Mapping[str, str] | None = None,
     timeout_s: float = 300.0,
 ) -> Iterator[Starting]:
-    """`kervan up` of this checkout's kervan; `kervan down` at the end, and what that leaves is killed."""
+    """`kervan up` of this checkout's kervan; `kervan down` at the end, and what that leaves is killed.
+
+    `env` goes to the fleet (`--env`) and to the commands, `process_env` only to the commands.
+    """
     port = free_port()
     name = f"bench-{os.getpid()}"
     kervan = [sys.executable, "-m", "kervan"]
     src = str(HERE.parent / "src")
-    own = {"PYTHONPATH": os.pathsep.join(p for p in (src, os.environ.get("PYTHONPATH")) if p)}
+    own = {"PYTHONPATH": os.pathsep.join(p for p in (src, os.environ.get("PYTHONPATH")) if p), **(process_env or {})}
     command = [*kervan, "up", model, "--detach", "--name", name, "--port", str(port), "--replicas", str(replicas)]
     if gateways is not None:
         command += ["--gateways", str(gateways)]
@@ -268,7 +272,7 @@ def kervan_fleet(
             yield starting
         finally:
             if starting.process.poll() is None:
-                _stop_group(starting.process)
+                stop_group(starting.process)
             with (log_dir / "kervan-down.log").open("wb") as log, suppress(subprocess.TimeoutExpired):
                 down = [*kervan, "down", "--name", name]
                 subprocess.run(down, env={**os.environ, **own, **env}, stdout=log, stderr=log, timeout=60, check=False)
@@ -301,10 +305,10 @@ def _subprocess(
         yield Starting(name, process, log, timeout_s, connect)
     finally:
         if not leaves_daemons or process.poll() is None:  # what `kervan up` left running is for `kervan down`
-            _stop_group(process)
+            stop_group(process)
 
 
-def _stop_group(process: subprocess.Popen[bytes], grace_s: float = 30.0) -> None:
+def stop_group(process: subprocess.Popen[bytes], grace_s: float = 30.0) -> None:
     """SIGTERM to the group, SIGKILL after `grace_s`; returns when the group and all descendants are gone."""
     descendants = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     with suppress(ProcessLookupError):
