@@ -6,8 +6,8 @@
     python benchmarks/layouts.py stages     # 70B: a pipeline stage on each of two Ray nodes, each with half of the GPUs
     python benchmarks/layouts.py experts    # MoE of 30B: TP over all GPUs, then the running fleet changed to TP and EP
 
-Rows are printed as they come, the table last; all go into a record (--record DIR). A layout that fails is told in its
-row and the others go on. --model and --streams make a small try on CPU possible.
+Rows are printed as they come, the table last; a record (--record DIR) is written anew after each row, so one that is
+cut short keeps what it has. --model and --streams make a small try on CPU possible.
 """
 
 import argparse
@@ -49,11 +49,17 @@ class Bench:
         self._floors: dict[int, Floor] = {}
         self._begin_s = time.monotonic()
         self._seed = 0
+        settings = {"isl": args.isl, "osl": args.osl, "streams": args.streams, "engine": args.engine_arg}
+        self._record = records.record(f"layouts-{args.what}", {"settings": settings, "rows": self.rows})
+        self._record["command"] = shlex.join(["python", "benchmarks/layouts.py", args.what])
+        self._path: Path | None = args.record
 
     def keep(self, row: Row) -> None:
         row = {"at_s": round(time.monotonic() - self._begin_s, 1), **row}
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+        if self._path is not None:
+            self._path = records.write(self._path, self._record)
 
     def load(self, what: str, url: str, streams: int, *, rounds: int = 1) -> None:
         """`rounds` runs of three requests per stream (at most 512), after one short one."""
@@ -282,7 +288,6 @@ def main() -> None:
     args = parser.parse_args()
     args.num_gpus = overhead.hardware()["num_gpus"]
     log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="layouts-"))
-    bench = Bench(args, log_dir)
     with tempfile.TemporaryDirectory() as place:
         model = args.model
         if model is None:
@@ -295,19 +300,12 @@ def main() -> None:
                 "enable_prefix_caching=false",
                 *args.engine_arg,
             ]
+        bench = Bench(args, log_dir)
         try:
             SCENARIOS[args.what](bench, model)
         except servers.ServerError as error:
             bench.keep({"what": args.what, "failed": str(error)[-1500:]})
         finally:
-            if args.record is not None and bench.rows:
-                command = shlex.join(["python", "benchmarks/layouts.py", args.what])
-                found = {
-                    **records.record(f"layouts-{args.what}", {"rows": bench.rows}),
-                    "command": command,
-                    "settings": {"isl": args.isl, "osl": args.osl, "streams": args.streams, "engine": args.engine_arg},
-                }
-                print(records.write(args.record, found))
             print(table(bench.rows), flush=True)
 
 
