@@ -17,7 +17,7 @@ from kervan.twin.engine import Limits, StepTiming, TwinSettings, answer
 from kervan.twin.replica import TwinSpec
 
 SECRET = "s3cret"
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 LIMITS = Limits(num_blocks=1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, last_token=899)
 FAST = StepTiming(base_s=1e-3, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
 

@@ -384,7 +384,7 @@ class Bench:
         assert self.client.num_streams == 0
         assert self.client.num_held == 0
         for link in self.client.links:
-            assert (link.replica_id, link.outstanding_tokens, link.load.num_suspects) == (link.replica_id, 0, 0)
+            assert (link.replica_id, link.load.own_tokens, link.load.num_suspects) == (link.replica_id, 0, 0)
             assert link.streams == {}
             assert link.calls == {}
         assert all(len(endings) == 1 for endings in self.endings.values())
@@ -430,7 +430,7 @@ async def test_a_stream_is_placed_answered_and_forgotten(bench: Bench) -> None:
     await bench.add("s", prompt=[5, 6], max_tokens=4)
     await bench.placed(a, "s")
     assert bench.client.num_streams == 1
-    assert bench.link(a).outstanding_tokens == 6  # 2 prompt + 4 output
+    assert bench.link(a).load.own_tokens == 6  # 2 prompt + 4 output
     await bench.finished("s")
     assert a.added == [Request("s", [5, 6, *bench.expected["s"]], 0)]
     assert a.aborted == []
@@ -440,10 +440,10 @@ async def test_outstanding_tokens_fall_with_the_prompt_and_with_each_token(bench
     a = await bench.start("a")
     await bench.add("s", prompt=[1] * 100, max_tokens=10)
     await bench.placed(a, "s")
-    seen = [bench.link(a).outstanding_tokens]
+    seen = [bench.link(a).load.own_tokens]
     for _ in range(3):
         await bench.steps(a, 1)
-        seen.append(bench.link(a).outstanding_tokens)
+        seen.append(bench.link(a).load.own_tokens)
     assert seen == [110, 9, 8, 7]
     await bench.finished("s")
 
@@ -704,7 +704,7 @@ async def test_a_draining_replicas_streams_move_and_are_aborted_there(bench: Ben
     await a.drain()
     await bench.placed(b, "s~1")
     await until(lambda: a.aborted == ["s"])
-    assert bench.link(a).outstanding_tokens == 0
+    assert bench.link(a).load.own_tokens == 0
     await bench.add("t")
     await bench.placed(b, "s~1", "t")
     await bench.finished("s", "t")
@@ -982,11 +982,11 @@ async def test_an_abort_frees_the_replica(bench: Bench) -> None:
     await bench.placed(a, "s", "t")
     await bench.steps(a, 2)
     await bench.client.abort(["s", "never seen"])
-    assert bench.link(a).outstanding_tokens == 4  # t's: 6 tokens, 2 given
+    assert bench.link(a).load.own_tokens == 4  # t's: 6 tokens, 2 given
     await until(lambda: a.aborted == ["s"])
     await bench.finished("t")
     assert "s" not in bench.endings
-    assert bench.client.links[0].outstanding_tokens == 0
+    assert bench.client.links[0].load.own_tokens == 0
 
 
 async def test_a_moved_stream_is_aborted_by_the_id_its_replica_knows(bench: Bench) -> None:

@@ -1,3 +1,7 @@
+import heapq
+import random
+import statistics
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,3 +68,72 @@ def test_the_least_loaded_that_may_take_it_takes_it(loads: list[ReplicaLoad], is
 def test_cost_of_a_stream(prompt_tokens: int, remaining_output_tokens: int, cost_tokens: int) -> None:
     assert OUTPUT_CAP_TOKENS == 1024
     assert routing.cost_tokens(prompt_tokens, remaining_output_tokens) == cost_tokens
+
+
+def test_a_gateway_expects_the_others_to_do_as_it_does_until_it_hears_of_them() -> None:
+    load = ReplicaLoad("a", 0)
+    load.add(100)
+    assert (load.own_tokens, load.outstanding_tokens) == (100, 100)  # alone: exact
+    load.hear(other_tokens=900, num_gateways=4)
+    assert load.outstanding_tokens == 1000
+    load.add(50)
+    assert (load.own_tokens, load.outstanding_tokens) == (150, 1200)  # the other three: 150 more
+    load.add(-150)
+    assert (load.own_tokens, load.outstanding_tokens) == (0, 600)
+    load.hear(other_tokens=0, num_gateways=1)
+    assert load.outstanding_tokens == 0
+
+
+def mean_difference(num_gateways: int, num_replicas: int, streams_each: int, *, seed: int) -> float:
+    """Streams between the fullest and the emptiest replica, over a minute of a closed loop of equal requests.
+
+    Gateways hear of each other every half second; a request takes 3.5 s on an evenly loaded replica, of which 0.3 s
+    are its prompt, and longer on a fuller one.
+    """
+    rng = random.Random(seed)
+    prompt, output, period_s = 1024, 256, 0.5
+    loads = [[ReplicaLoad(f"r{r}", 0) for r in range(num_replicas)] for _ in range(num_gateways)]
+    told = [[0] * num_replicas for _ in range(num_gateways)]
+    running = [0] * num_replicas
+    events: list[tuple[float, int, str, tuple[int, ...]]] = []
+
+    def plan(at_s: float, what: str, *about: int) -> None:
+        heapq.heappush(events, (at_s, rng.getrandbits(60), what, about))
+
+    for stream in range(num_replicas * streams_each):
+        plan(rng.uniform(0, 0.05), "begin", stream)
+    for g in range(num_gateways):
+        for r in range(num_replicas):
+            plan(rng.uniform(0, period_s), "ping", g, r)
+    plan(5.0, "look")
+    differences = []
+    while events[0][0] < 60:
+        now_s, _, what, about = heapq.heappop(events)
+        if what == "begin":
+            g = about[0] % num_gateways
+            r = int(str(routing.decide(loads[g]).replica_id)[1:])
+            loads[g][r].add(prompt + output)
+            running[r] += 1
+            plan(now_s + 0.3, "first token", g, r)
+            plan(now_s + 3.5 * (running[r] / streams_each) ** 0.4 * rng.uniform(0.97, 1.03), "end", about[0], r)
+        elif what == "first token":
+            loads[about[0]][about[1]].add(-prompt)
+        elif what == "end":
+            loads[about[0] % num_gateways][about[1]].add(-output)
+            running[about[1]] -= 1
+            plan(now_s, "begin", about[0])
+        elif what == "ping":
+            g, r = about
+            told[g][r] = loads[g][r].own_tokens
+            loads[g][r].hear(sum(told[other][r] for other in range(num_gateways) if other != g), num_gateways)
+            plan(now_s + period_s, "ping", g, r)
+        else:
+            differences.append(max(running) - min(running))
+            plan(now_s + 0.1, "look")
+    return statistics.mean(differences)
+
+
+@pytest.mark.parametrize(("num_gateways", "num_replicas", "at_most"), [(1, 2, 2), (2, 4, 4), (4, 2, 3), (4, 4, 5)])
+def test_gateways_do_not_rush_to_the_same_replica(num_gateways: int, num_replicas: int, at_most: float) -> None:
+    found = [mean_difference(num_gateways, num_replicas, 64, seed=seed) for seed in range(3)]
+    assert max(found) < at_most

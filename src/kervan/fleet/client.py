@@ -209,7 +209,7 @@ class FleetClient:
         stream.cost_tokens = routing.cost_tokens(
             stream.prompt_tokens + len(stream.generated), stream.remaining_output_tokens
         )
-        link.load.outstanding_tokens += stream.cost_tokens
+        link.load.add(stream.cost_tokens)
         link.load.num_suspects += stream.is_suspect
         link.streams[stream.wire_id] = stream
         stream.placed_s = time.monotonic()
@@ -225,7 +225,7 @@ class FleetClient:
 
     def _unplace(self, stream: Stream, link: Link | None) -> None:
         if link is not None and link.streams.pop(stream.wire_id, None) is not None:
-            link.load.outstanding_tokens -= stream.cost_tokens
+            link.load.add(-stream.cost_tokens)
             link.load.num_suspects -= stream.is_suspect
         stream.replica_id = None
 
@@ -400,7 +400,7 @@ class FleetClient:
                 # At least 1 stays charged while the stream runs: it still holds a place in the batch.
                 paid = min(num_new, stream.cost_tokens - 1)
                 stream.cost_tokens -= paid
-                load.outstanding_tokens -= paid
+                load.add(-paid)
             if stream.epoch:
                 self.codec.restore(output, stream)
             if output.finish_reason is not None:
@@ -418,7 +418,7 @@ class FleetClient:
             link.ttfts_s.append(time.monotonic() - stream.placed_s)
         queued = min(stream.cost_tokens - 1, stream.prompt_tokens)
         stream.cost_tokens -= queued
-        link.load.outstanding_tokens -= queued
+        link.load.add(-queued)
         if stream.is_suspect:
             stream.struck.clear()
             stream.unseen_losses = 0
@@ -444,7 +444,7 @@ class FleetClient:
 
     @staticmethod
     async def _send_ping(link: Link) -> None:
-        await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(wire.Ping(link.outstanding_tokens))])
+        await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(wire.Ping(link.load.own_tokens))])
 
     async def _ping(self, link: Link) -> str:
         """Keep the lease; follow the replica's load and whether it drains; miss outputs that were sent."""

@@ -54,14 +54,9 @@ class Link:
     def replica_id(self) -> str:
         return self.member.replica_id
 
-    @property
-    def outstanding_tokens(self) -> int:
-        """Those of this gateway; `load` has those of others too."""
-        return self.load.outstanding_tokens - self.pong.other_tokens
-
     def hear(self, pong: wire.Pong) -> None:
         """Take a sign of life."""
-        self.load.outstanding_tokens += pong.other_tokens - self.pong.other_tokens
+        self.load.hear(pong.other_tokens, pong.num_gateways)
         self.load.is_draining = pong.is_draining
         self.pong, self.pong_s = pong, time.monotonic()
 

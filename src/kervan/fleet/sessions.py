@@ -97,8 +97,10 @@ class Sessions:
 
     def pong(self, session: Session, load: tuple[int, int, float], *, is_draining: bool) -> bytes:
         """PONG's payload. `load`: running, waiting, KV cache use (0 to 1)."""
-        others = sum(other.outstanding_tokens for other in self.live if other is not session)
-        return msgspec.msgpack.encode(wire.Pong(*load, others, is_draining, session.num_outputs))
+        live = self.live
+        others = sum(other.outstanding_tokens for other in live if other is not session)
+        pong = wire.Pong(*load, others, is_draining, session.num_outputs, num_gateways=len(live))
+        return msgspec.msgpack.encode(pong)
 
     def end_expired(self) -> None:
         """End the sessions whose gateway was silent for the length of a lease."""

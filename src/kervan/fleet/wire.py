@@ -83,7 +83,8 @@ class Ping(msgspec.Struct, frozen=True):
 class Pong(msgspec.Struct, frozen=True):
     """Load of the replica; `other_tokens`: outstanding tokens that other gateways sent here.
 
-    `num_outputs`: output messages sent to this session so far.
+    `num_gateways`: those with a live session here, at least 1. `num_outputs`: output messages sent to this session so
+    far.
     """
 
     running: int
@@ -92,6 +93,7 @@ class Pong(msgspec.Struct, frozen=True):
     other_tokens: int
     is_draining: bool
     num_outputs: int = 0
+    num_gateways: int = 1
 
 
 def encode_number(number: int) -> bytes:
