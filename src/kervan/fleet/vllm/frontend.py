@@ -39,6 +39,7 @@ class OpenAIFrontend:
         """Raises: ConfigError when vLLM refuses `argv`."""
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
         limits.install(config, is_twin=is_twin)
+        await asyncio.to_thread(versions.app_modules)  # now, while the replicas start
         link = await fleet.wait_for_link()
         with injected(fleet, link.facts):
             engine = AsyncLLM.from_vllm_config(

@@ -65,10 +65,17 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     return args
 
 
+def app_modules() -> tuple[ModuleType, ModuleType]:
+    """vLLM's modules that build its app and the app's state; seconds to import."""
+    return (
+        _first("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
+        _first("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server"),
+    )
+
+
 async def build_openai_app(engine: Any, args: Namespace) -> Any:
     """vLLM's OpenAI FastAPI app over `engine`, with its state filled in."""
-    app_module = _first("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server")
-    state_module = _first("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server")
+    app_module, state_module = app_modules()
     tasks = await engine.get_supported_tasks()
     app = app_module.build_app(args, tasks, engine.model_config)
     await state_module.init_app_state(engine, app.state, args, tasks)
