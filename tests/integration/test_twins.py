@@ -110,6 +110,25 @@ async def load(fleet: Fleet, models: Models) -> AsyncIterator[Load]:
     assert running.num_whole >= NUM_STREAMS
 
 
+@asynccontextmanager
+async def knocks(fleet: Fleet) -> AsyncIterator[None]:
+    """A new connection five times a second within the block; each is answered."""
+
+    async def knock() -> None:
+        while True:
+            async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S, verify=False) as client:
+                assert (await client.get("/health/ready")).status_code == 200
+            await asyncio.sleep(0.2)
+
+    knocking = asyncio.create_task(knock())
+    try:
+        yield
+        assert not knocking.done(), knocking.exception()
+    finally:
+        knocking.cancel()
+        await asyncio.gather(knocking, return_exceptions=True)
+
+
 async def kervan(fleet: Fleet, *words: str) -> str:
     done = await asyncio.to_thread(fleet.home.kervan, *words, "--name", fleet.name)
     assert done.returncode == 0, done.stderr
@@ -260,6 +279,33 @@ async def test_the_directory_dies(twins: Fleet, models: Models) -> None:
         await asyncio.to_thread(twins.wait_until_whole, 2, 1)
         assert twins.status()["target_replicas"] == 2
     await kervan(twins, "scale", "3")
+
+
+async def test_the_serve_controller_dies(twins: Fleet, models: Models) -> None:
+    """Ray restarts it; it finds its replicas and gateways again and stops none, and looks after them as before."""
+    await asyncio.to_thread(twins.wait_until_whole, 3, 1)
+    gateways = twins.gateway_pids()
+    crashed = twins.status()["replicas"][0]["id"]
+    async with load(twins, models), knocks(twins):
+        await asyncio.to_thread(kill_actor, twins, "SERVE_CONTROLLER_ACTOR", "serve")
+        await kervan(twins, "fault", crashed, "crash", "20")
+
+        def is_gone() -> bool:
+            return crashed not in {replica["id"] for replica in twins.status()["replicas"]}
+
+        await asyncio.to_thread(eventually, is_gone, "the crashed twin is gone", START_S)
+        await asyncio.to_thread(twins.wait_until_whole, 3, 1)
+        await kervan(twins, "scale", "2")
+        assert twins.gateway_pids() == gateways
+    await kervan(twins, "scale", "3")
+
+
+def test_a_gateway_says_where_its_log_is(twins: Fleet) -> None:
+    log = Path(twins.status()["gateways"][0]["log"])
+    assert log.parent == twins.home.path / "logs"
+    said = log.read_text()
+    assert "kervan.fleet.link: linked to replica" in said
+    assert "max model len 2048" in said  # vLLM's words
 
 
 def test_faults_of_unknown_replicas_are_refused(twins: Fleet) -> None:

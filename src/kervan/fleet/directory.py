@@ -61,6 +61,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     held: int = 0
     moved: int = 0
     traffic: dict[str, Traffic] = {}
+    log_path: str = ""
 
 
 class StartFailure(msgspec.Struct, frozen=True):

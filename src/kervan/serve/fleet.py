@@ -66,7 +66,7 @@ class FleetStatus:
                 for r in self.snapshot.replicas
             ],
             "gateways": [
-                {"id": g.id, "pid": g.pid, "node": g.node, "ready": g.is_ready, "reason": g.reason}
+                {"id": g.id, "pid": g.pid, "node": g.node, "ready": g.is_ready, "reason": g.reason, "log": g.log_path}
                 for g in self.snapshot.gateways
             ],
             "failed_starts": [
