@@ -4,14 +4,13 @@
     python benchmarks/soak.py --fleet NAME --changes 8          # a fleet of twins that runs, on this machine's Ray
 
 A change is another number of replicas (1 to 4), or, every tenth time, one gateway more and then one less. After every
-`--every` changes the fleet is brought to the same size again and looked at: processes by role, and for each long-lived
-process its sockets, threads and memory (PSS). Every token of every stream is checked.
+`--every` changes the fleet is brought to the same size again, the load pauses, and it is looked at: processes by role,
+and for each long-lived process its sockets, threads and memory (PSS). Every token of every stream is checked.
 """
 
 import argparse
 import asyncio
 import collections
-import gc
 import json
 import os
 import random
@@ -90,7 +89,7 @@ class Load(threading.Thread):
         self.limits = settings(config).limits
         self.num_whole = 0
         self.broken: list[str] = []
-        self.is_over = False
+        self.is_over = self.is_paused = False
 
     def run(self) -> None:
         async def main() -> None:
@@ -101,6 +100,9 @@ class Load(threading.Thread):
     async def _client(self, seed: int) -> None:
         rng = random.Random(seed)
         while not self.is_over:
+            if self.is_paused:
+                await asyncio.sleep(0.1)
+                continue
             prompt = [rng.randint(self.limits.first_token, self.limits.last_token) for _ in range(rng.randint(4, 60))]
             num_tokens = rng.randint(20, 200)
             try:
@@ -155,8 +157,8 @@ def soak(name: str, changes: int, every: int, num_clients: int, seed: int) -> di
 
     def rest_and_look(number: int) -> None:
         change(*rest)
+        load.is_paused = True
         time.sleep(REST_S)
-        gc.collect()
         looks.append({"changes": number, **look(config)})
         print(
             f"{number} changes, {load.num_whole} streams, {len(load.broken)} broken: {summary(looks[-1])}", flush=True
