@@ -5,7 +5,7 @@
 
 A change is another number of replicas (1 to 4), or, every tenth time, one gateway more and then one less. After every
 `--every` changes the fleet is brought to the same size again, the load pauses, and it is looked at: processes by role,
-and for each long-lived process its sockets, threads and memory (PSS). Every token of every stream is checked.
+and for each long-lived process its sockets, threads and memory (USS, PSS). Every token of every stream is checked.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def look(config: FleetConfig) -> dict[str, Any]:
             name = role(process)
             counts[name] += 1
             if name in WATCHED:
+                memory = process.memory_full_info()
                 held.append(
                     {
                         "role": name,
@@ -72,7 +73,8 @@ def look(config: FleetConfig) -> dict[str, Any]:
                         "sockets": len(process.net_connections(kind="all")),
                         "files": process.num_fds(),
                         "threads": process.num_threads(),
-                        "pss_mib": round(process.memory_full_info().pss / 2**20, 1),
+                        "uss_mib": round(memory.uss / 2**20, 1),  # its own; PSS also tells how many share the rest
+                        "pss_mib": round(memory.pss / 2**20, 1),
                     }
                 )
         except psutil.NoSuchProcess:
@@ -163,6 +165,7 @@ def soak(name: str, changes: int, every: int, num_clients: int, seed: int) -> di
         print(
             f"{number} changes, {load.num_whole} streams, {len(load.broken)} broken: {summary(looks[-1])}", flush=True
         )
+        load.is_paused = False
 
     try:
         rest_and_look(0)
@@ -188,7 +191,7 @@ def soak(name: str, changes: int, every: int, num_clients: int, seed: int) -> di
 
 def summary(looked: dict[str, Any]) -> str:
     held = ", ".join(
-        f"{h['role']} {h['sockets']} sockets {h['threads']} threads {h['pss_mib']:.0f} MiB" for h in looked["held"]
+        f"{h['role']} {h['sockets']} sockets {h['threads']} threads {h['uss_mib']:.0f} MiB" for h in looked["held"]
     )
     return f"{looked['processes']}; {held}"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from live import START_S, Fleet, Home, eventually
-from shared_fleet import Models
+from shared_fleet import REPOSITORY, Models
 from twin_load import kervan, kill_actor, knocks, load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
@@ -181,6 +181,35 @@ def test_a_gateway_says_where_its_log_is(twins: Fleet) -> None:
     said = log.read_text()
     assert "kervan.fleet.link: linked to replica" in said
     assert "max model len 2048" in said  # vLLM's words
+
+
+def test_changes_leave_nothing_behind(twins: Fleet) -> None:
+    """Eight changes and back: as many processes as before, and the gateway and the directory hold no more than before.
+
+    `benchmarks/soak.py` does 200, and has a record.
+    """
+    twins.wait_until_whole(3, 1)
+    found = twins.home.scratch / "soak.json"
+    words = ("--fleet", "twins", "--changes", "8", "--every", "8", "--clients", "2", "--json", str(found))
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "benchmarks" / "soak.py", *words],
+        env=twins.home.environment, cwd=twins.home.scratch, capture_output=True, text=True, timeout=START_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(found.read_bytes())
+    assert (result["broken"], result["streams"] > 0) == ([], True)
+    before, after = result["looks"]
+    ours = ("twin", "replica actor", "gateway", "directory", "serve controller")
+    assert (
+        [after["processes"][role] for role in ours] == [before["processes"][role] for role in ours] == [3, 3, 1, 1, 1]
+    )
+    for role in ("gateway", "directory"):
+        then, now = (next(h for h in look["held"] if h["role"] == role) for look in (before, after))
+        assert now["pid"] == then["pid"]
+        # One left behind by each change would be eight; Ray keeps a few connections and threads as it likes.
+        assert now["sockets"] <= then["sockets"] + 5
+        assert now["threads"] <= then["threads"] + 5
+        assert now["uss_mib"] <= then["uss_mib"] + 50
 
 
 def test_faults_of_unknown_replicas_are_refused(twins: Fleet) -> None:
