@@ -2,27 +2,19 @@
 
 import asyncio
 import json
-import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from live import START_S, Fleet, Home, eventually
-from shared_fleet import Models
-
-from kervan.facts.fleet import FleetConfig
-from kervan.twin.engine import answer
-from kervan.twin.settings import settings
+from shared_fleet import REPOSITORY, Models
+from twin_load import kervan, kill_actor, knocks, load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
-NUM_STREAMS = 16
 STALL_S = 4.0
 
 
@@ -37,83 +29,6 @@ def twins(home: Home, models: Models, scratch: Path) -> Iterator[Fleet]:
     running = home.up(models.demo, "twins", name, "--config", str(config), "--replicas", "3", "--gateways", "1")
     yield running
     assert home.kervan("down", "--name", "twins").returncode == 0
-
-
-@dataclass
-class Load:
-    """Streams one after the other on `NUM_STREAMS` clients. `broken` tells what was not as it should be."""
-
-    url: str
-    model: Path
-    num_whole: int = 0
-    broken: list[str] = field(default_factory=list)
-    is_over: bool = False
-
-    def __post_init__(self) -> None:
-        self.limits = settings(FleetConfig(model=str(self.model), engine="twin", gpu="H200")).limits
-
-    async def client(self, seed: int) -> None:
-        rng = random.Random(seed)
-        async with httpx.AsyncClient(base_url=self.url, timeout=START_S, verify=False) as client:
-            while not self.is_over:
-                prompt = [
-                    rng.randint(self.limits.first_token, self.limits.last_token) for _ in range(rng.randint(4, 60))
-                ]
-                num_tokens = rng.randint(20, 200)
-                try:
-                    tokens, finish = await self.stream(client, prompt, num_tokens)
-                except httpx.HTTPError as error:
-                    self.broken.append(repr(error))
-                    continue
-                if tokens == answer(prompt, num_tokens, self.limits) and finish == "length":
-                    self.num_whole += 1
-                else:
-                    self.broken.append(f"{len(tokens)} of {num_tokens} tokens, {finish}")
-
-    @staticmethod
-    async def stream(client: httpx.AsyncClient, prompt: list[int], num_tokens: int) -> tuple[list[int], str | None]:
-        body = {"model": "twin", "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "stream": True,
-                "return_token_ids": True}  # fmt: skip
-        tokens: list[int] = []
-        finish = None
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                return [], f"{response.status_code}: {(await response.aread())!r}"
-            rest = b""
-            async for part in response.aiter_bytes():  # `aiter_lines` would also cut at U+2028, which twins say
-                *lines, rest = (rest + part).split(b"\n")
-                for line in lines:
-                    if line.startswith(b"data: {"):
-                        event = json.loads(line[6:])
-                        if "error" in event:
-                            return tokens, str(event["error"])
-                        for choice in event["choices"]:
-                            tokens += choice.get("token_ids") or []
-                            finish = choice["finish_reason"] or finish
-        return tokens, finish
-
-
-@asynccontextmanager
-async def load(fleet: Fleet, models: Models) -> AsyncIterator[Load]:
-    """Streams all the time within the block; whole, every one, at its end."""
-    running = Load(fleet.url, models.demo)
-    clients = [asyncio.create_task(running.client(seed)) for seed in range(NUM_STREAMS)]
-    try:
-        yield running
-        running.is_over = True
-        await asyncio.gather(*clients)
-    finally:
-        for client in clients:
-            client.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
-    assert running.broken == []
-    assert running.num_whole >= NUM_STREAMS
-
-
-async def kervan(fleet: Fleet, *words: str) -> str:
-    done = await asyncio.to_thread(fleet.home.kervan, *words, "--name", fleet.name)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_fleet_of_twins_is_shown_as_it_is(twins: Fleet) -> None:
@@ -231,27 +146,6 @@ def test_other_code_on_the_cluster_calls_it_without_http(twins: Fleet, models: M
     eventually(twins.is_idle, "the stream that was left is aborted", 30)
 
 
-KILLER = """
-import sys
-from kervan.serve import cluster
-cluster.connect(cluster.find_local_ray().address)
-import ray
-
-name, namespace = sys.argv[1:]
-actor = ray.get_actor(name, namespace=namespace)
-ray.kill(actor, no_restart=False)
-"""
-
-
-def kill_actor(fleet: Fleet, name: str, namespace: str) -> None:
-    """An actor that Ray restarts dies."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, name, namespace],
-        env=fleet.home.environment, cwd=fleet.home.scratch, capture_output=True, text=True, timeout=START_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
 async def test_the_directory_dies(twins: Fleet, models: Models) -> None:
     """It carries no tokens; Ray restarts it, and it knows the latest settings again."""
     await kervan(twins, "scale", "2")
@@ -260,6 +154,62 @@ async def test_the_directory_dies(twins: Fleet, models: Models) -> None:
         await asyncio.to_thread(twins.wait_until_whole, 2, 1)
         assert twins.status()["target_replicas"] == 2
     await kervan(twins, "scale", "3")
+
+
+async def test_the_serve_controller_dies(twins: Fleet, models: Models) -> None:
+    """Ray restarts it; it finds its replicas and gateways again and stops none, and looks after them as before."""
+    await asyncio.to_thread(twins.wait_until_whole, 3, 1)
+    gateways = twins.gateway_pids()
+    crashed = twins.status()["replicas"][0]["id"]
+    async with load(twins, models), knocks(twins):
+        await asyncio.to_thread(kill_actor, twins, "SERVE_CONTROLLER_ACTOR", "serve")
+        await kervan(twins, "fault", crashed, "crash", "20")
+
+        def is_gone() -> bool:
+            return crashed not in {replica["id"] for replica in twins.status()["replicas"]}
+
+        await asyncio.to_thread(eventually, is_gone, "the crashed twin is gone", START_S)
+        await asyncio.to_thread(twins.wait_until_whole, 3, 1)
+        await kervan(twins, "scale", "2")
+        assert twins.gateway_pids() == gateways
+    await kervan(twins, "scale", "3")
+
+
+def test_a_gateway_says_where_its_log_is(twins: Fleet) -> None:
+    log = Path(twins.status()["gateways"][0]["log"])
+    assert log.parent == twins.home.path / "logs"
+    said = log.read_text()
+    assert "kervan.fleet.link: linked to replica" in said
+    assert "max model len 2048" in said  # vLLM's words
+
+
+def test_changes_leave_nothing_behind(twins: Fleet) -> None:
+    """Eight changes and back: as many processes as before, and the gateway and the directory hold no more than before.
+
+    `benchmarks/soak.py` does 200, and has a record.
+    """
+    twins.wait_until_whole(3, 1)
+    found = twins.home.scratch / "soak.json"
+    words = ("--fleet", "twins", "--changes", "8", "--every", "8", "--clients", "2", "--json", str(found))
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "benchmarks" / "soak.py", *words],
+        env=twins.home.environment, cwd=twins.home.scratch, capture_output=True, text=True, timeout=START_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(found.read_bytes())
+    assert (result["broken"], result["streams"] > 0) == ([], True)
+    before, after = result["looks"]
+    ours = ("twin", "replica actor", "gateway", "directory", "serve controller")
+    assert (
+        [after["processes"][role] for role in ours] == [before["processes"][role] for role in ours] == [3, 3, 1, 1, 1]
+    )
+    for role in ("gateway", "directory"):
+        then, now = (next(h for h in look["held"] if h["role"] == role) for look in (before, after))
+        assert now["pid"] == then["pid"]
+        # One left behind by each change would be eight; Ray keeps a few connections and threads as it likes.
+        assert now["sockets"] <= then["sockets"] + 5
+        assert now["threads"] <= then["threads"] + 5
+        assert now["uss_mib"] <= then["uss_mib"] + 50
 
 
 def test_faults_of_unknown_replicas_are_refused(twins: Fleet) -> None:

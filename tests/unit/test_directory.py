@@ -3,6 +3,7 @@ import pytest
 from kervan.fleet.directory import (
     EXPIRY_S,
     MAX_FAILURES,
+    SILENT_S,
     Directory,
     GatewayEntry,
     ReplicaEntry,
@@ -44,6 +45,19 @@ def test_a_snapshot_lists_entries_in_order_of_id(directory: Directory) -> None:
     snapshot = directory.snapshot()
     assert [entry.id for entry in snapshot.replicas] == ["a", "b", "c"]
     assert [entry.id for entry in snapshot.gateways] == ["a", "b", "c"]
+
+
+def test_an_entry_whose_beats_are_late_says_so(directory: Directory, clock: Clock) -> None:
+    directory.beat_replica(replica("a", reason="too slow"))
+    directory.beat_gateway(gateway("g"))
+    clock.now_s += SILENT_S
+    assert [entry.reason for entry in directory.snapshot().replicas] == ["too slow"]
+    clock.now_s += 1.0
+    snapshot = directory.snapshot()
+    assert snapshot.replicas[0].reason == "too slow, no sign of life for 4 s"
+    assert snapshot.gateways[0].reason == "no sign of life for 4 s"
+    directory.beat_gateway(gateway("g"))
+    assert directory.snapshot().gateways[0].reason == ""
 
 
 def test_an_entry_lives_as_long_as_its_beats(directory: Directory, clock: Clock) -> None:

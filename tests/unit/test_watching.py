@@ -81,6 +81,31 @@ def test_lost_nodes_and_failed_starts_are_named() -> None:
     ]
 
 
+def test_a_node_lost_long_ago_is_no_news() -> None:
+    """Ray lists dead nodes for good, those that an autoscaler took away too."""
+    assert explain(CONFIG, snapshot(*WHOLE), [node("n", 0)], ["10.0.0.9"]) == []
+    suffering = (replica("a", reason="too slow"), replica("b"), gateway())
+    assert explain(CONFIG, snapshot(*suffering), [], ["10.0.0.9"]) == ["replica a: too slow"]
+
+
+def test_a_lost_node_is_named_while_what_was_on_it_is_still_listed() -> None:
+    late = {"node": "10.0.0.9", "reason": "no sign of life for 5 s"}
+    told = explain(CONFIG, snapshot(replica("a"), replica("b", **late), gateway(**late)), [], ["10.0.0.9"])
+    assert told == [
+        "replica b: no sign of life for 5 s",
+        "gateway gw: no sign of life for 5 s",
+        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+    ]
+
+
+def test_what_does_not_fit_since_a_node_was_lost_is_explained() -> None:
+    told = explain(CONFIG, snapshot(replica("a"), gateway()), [node("n1", 0, 4)], ["10.0.0.9"])
+    assert told == [
+        "1 replica of 2 wait for 4 GPUs on one node: node n1 has 0 free of 4; add a node, or kervan scale 1",
+        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+    ]
+
+
 BUSY = (
     replica("a", running=3, waiting=1, kv_cache_usage=0.25),
     replica("b", "draining"),

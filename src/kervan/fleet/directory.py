@@ -4,11 +4,12 @@ Losing it harms nothing: gateways keep the links they have, and the next beats f
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 EXPIRY_S = 10.0
+SILENT_S = 3.0  # three beats late
 MAX_FAILURES = 20
 
 ReplicaState = Literal["starting", "ready", "draining", "unhealthy"]
@@ -64,6 +65,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     held: int = 0
     moved: int = 0
     traffic: dict[str, Traffic] = {}
+    log_path: str = ""
 
 
 class StartFailure(msgspec.Struct, frozen=True):
@@ -83,6 +85,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     replicas: list[ReplicaEntry]
     gateways: list[GatewayEntry]
     failures: list[StartFailure]
+
+
+Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
 
 
 def _lasting(entry: GatewayEntry) -> tuple[str | bool, ...]:
@@ -132,10 +137,17 @@ class Directory:
                 self.remove(entry_id)
 
     def snapshot(self) -> Snapshot:
+        """All entries by id; the reason of one that is late says so."""
         self.expire()
-        return Snapshot(
-            self.version,
-            sorted((entry for entry, _ in self._replicas.values()), key=lambda entry: entry.id),
-            sorted((entry for entry, _ in self._gateways.values()), key=lambda entry: entry.id),
-            list(self._failures),
-        )
+        return Snapshot(self.version, self._told(self._replicas), self._told(self._gateways), list(self._failures))
+
+    def _told(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
+        now_s = self._now()
+        told = []
+        for _, (entry, at_s) in sorted(entries.items()):
+            if now_s - at_s <= SILENT_S:
+                told.append(entry)
+                continue
+            late = f"no sign of life for {now_s - at_s:.0f} s"
+            told.append(msgspec.structs.replace(entry, reason=f"{entry.reason}, {late}" if entry.reason else late))
+        return told

@@ -21,6 +21,7 @@ from kervan.errors import ConfigError
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 from kervan.fleet.link import Member
+from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.shell import GatewayShell, Shed
@@ -111,7 +112,8 @@ class Gateway:
 
         Raises: ConfigError when the port is taken.
         """
-        from kervan.fleet.vllm.frontend import VllmCodec  # vLLM takes seconds to import
+        with kept_handlers():
+            from kervan.fleet.vllm.frontend import VllmCodec  # vLLM takes seconds to import
 
         self.fleet = FleetClient(
             VllmCodec(),
@@ -139,6 +141,7 @@ class Gateway:
                 lifespan="off",
                 interface="asgi3",  # uvicorn takes a bound method for ASGI 2
                 access_log=False,
+                log_config=None,  # uvicorn's own would close the handlers of all others
                 log_level="warning",
                 timeout_keep_alive=60,
                 timeout_graceful_shutdown=LAST_S,  # `stop` has waited already

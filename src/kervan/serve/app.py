@@ -113,6 +113,7 @@ def _place(config: FleetConfig, nodes: Sequence[NodeDevices]) -> dict[str, Any]:
 
 def deploy(app: Any, config: FleetConfig) -> None:
     """Hand the application to Serve; returns before it runs."""
+    _quiet()
     route = None if config.ingress == "direct" else "/"
     target = serve.RunTarget(target=app, name=app_name(config.name), route_prefix=route)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)

@@ -192,6 +192,8 @@ def connect(address: str) -> None:
             logging_level=logging.ERROR,
             configure_logging=False,
         )
+        # Ray prints to a driver's output that a node died; the output is the command's, and may be JSON.
+        ray._private.worker._worker_logs_enabled = False
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise FleetError(
             f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, and RAY_AUTH_TOKEN if the "
@@ -238,6 +240,15 @@ def devices_by_node() -> list[NodeDevices]:
                 free = available.get(node["NodeID"], {}).get(device, 0.0)
                 nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, device))
     return found["GPU"] or found["CPU"]
+
+
+def dead_nodes() -> list[str]:
+    """Addresses of nodes that Ray has lost, and where none is alive again."""
+    import ray
+
+    nodes = ray.nodes()
+    alive = {node["NodeManagerAddress"] for node in nodes if node["Alive"]}
+    return sorted({node["NodeManagerAddress"] for node in nodes} - alive)
 
 
 # ---- fleets started from here

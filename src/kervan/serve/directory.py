@@ -21,11 +21,12 @@ def _key(name: str) -> bytes:
     return f"config of fleet {name}".encode()
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, lifetime="detached")
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, lifetime="detached")
 class DirectoryActor:
     """One per fleet. Holds the fleet's config and secret too.
 
     Ray restarts it with the arguments of its first start; a config that has changed since comes from Ray's own store.
+    Who calls it meanwhile waits for it.
     """
 
     def __init__(self, name: str, config_json: str, secret: str) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -28,6 +29,7 @@ from kervan.twin import settings as twins
 
 Progress = Callable[[str], None]
 POLL_S = 0.2
+PATIENCE_S = 15.0
 DIRECTORY_TIMEOUT_S = 30.0
 
 
@@ -73,7 +75,7 @@ class FleetStatus:
                 for r in self.snapshot.replicas
             ],
             "gateways": [
-                {"id": g.id, "pid": g.pid, "node": g.node, "ready": g.is_ready, "reason": g.reason}
+                {"id": g.id, "pid": g.pid, "node": g.node, "ready": g.is_ready, "reason": g.reason, "log": g.log_path}
                 for g in self.snapshot.gateways
             ],
             "failed_starts": [
@@ -257,14 +259,23 @@ def _plural(count: int, noun: str) -> str:
 def wait_until_ready(config: FleetConfig, handle: Any, progress: Progress, *, after_failure: int = 0) -> FleetStatus:
     """Wait for all replicas and gateways of this config, and until those of an earlier one are gone.
 
+    Waits as long as it takes; tells why when nothing has changed for `PATIENCE_S`.
+
     Raises: the KervanError that a replica or gateway reported with a number above `after_failure`.
     """
-    from kervan.serve import app
+    from kervan.serve import app, directory
 
     made = app.versions(config)
     told = ""
+    changed_s, explained = time.monotonic(), set[str]()
     while True:
-        snapshot = _snapshot(handle)
+        try:
+            snapshot = _snapshot(handle)
+        except FleetError as error:
+            directory.find(config.name)  # raises when it is gone for good; else what was asked for is under way
+            progress(str(error))
+            time.sleep(POLL_S)
+            continue
         for failure in snapshot.failures:
             if failure.number > after_failure:
                 raise _raised(failure)
@@ -277,8 +288,14 @@ def wait_until_ready(config: FleetConfig, handle: Any, progress: Progress, *, af
         if old or old_gateways:
             words += f", {_plural(old, 'replica')} and {_plural(old_gateways, 'gateway')} to go"
         if words != told:
-            told = words
+            told, changed_s = words, time.monotonic()
             progress(words)
+        elif time.monotonic() - changed_s > PATIENCE_S:
+            changed_s = time.monotonic()
+            for reason in _reasons(config, snapshot):
+                if (kind := re.sub(r"\d+ s\b", "", reason)) not in explained:  # not again with another time
+                    explained.add(kind)
+                    progress(reason)
         is_settled = len(snapshot.replicas) == ready == config.replicas and len(snapshot.gateways) == config.gateways
         if is_settled and not old_gateways and (answering == present or config.replicas == 0):
             return _status(config, snapshot)
@@ -365,10 +382,11 @@ class Watch:
 def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
     """The fleet, and a sentence for each thing in it that is not as it should be."""
     found = Watch(name, address).look()
-    import ray  # it reads its token when it is imported, and `Watch` knows the token
+    return found, _reasons(found.config, found.snapshot)
 
-    dead = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
-    return found, explain(found.config, found.snapshot, cluster.devices_by_node(), dead)
+
+def _reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:
+    return explain(config, snapshot, cluster.devices_by_node(), cluster.dead_nodes())
 
 
 def _stored_config(handle: Any) -> FleetConfig:

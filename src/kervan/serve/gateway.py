@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,12 +18,23 @@ from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import StartFailure
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.serve import directory as directories
+from kervan.serve.engine import new_log
 
 logger = logging.getLogger(__name__)
 
 BEAT_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
 ANY_HOSTS = {"0.0.0.0", "::"}
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def _log_to(path: Path) -> None:
+    """All that this process writes goes to `path`: kervan's logs, vLLM's, Serve's, and the last words of a crash."""
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    logging.basicConfig(format=LOG_FORMAT)
+    logging.getLogger("kervan").setLevel(logging.INFO)
 
 
 class GatewayReplica:
@@ -35,12 +47,15 @@ class GatewayReplica:
         # A gateway holds no GPU; vLLM must still see which kind this node has.
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             del os.environ["CUDA_VISIBLE_DEVICES"]
+        gateway_id = f"gw-{uuid.uuid4().hex[:6]}"
+        self._log_path = new_log(f"{config.name}-{gateway_id}")
+        _log_to(self._log_path)
         self._directory = directories.find(config.name)
         _, secret = ray.get(self._directory.fleet.remote())
         others = directories.read(ray.get(self._directory.snapshot.remote())).gateways
         node = ray.util.get_node_ip_address()
         self._gateway_config = GatewayConfig(
-            gateway_id=f"gw-{uuid.uuid4().hex[:6]}",
+            gateway_id=gateway_id,
             node=node,
             engine_argv=config.engine_argv,
             secret=secret,
@@ -99,7 +114,7 @@ class GatewayReplica:
 
     def _report(self, error: BaseException) -> None:
         kind = type(error).__name__
-        failure = StartFailure(self._gateway_config.gateway_id, kind, " ".join(str(error).split()))
+        failure = StartFailure(self._gateway_config.gateway_id, kind, " ".join(str(error).split()), str(self._log_path))
         ray.get(self._directory.fail.remote(msgspec.msgpack.encode(failure)))
 
     async def _follow(self) -> None:
@@ -119,7 +134,9 @@ class GatewayReplica:
     async def _beat_forever(self) -> None:
         while not self._stopped.is_set():
             if not self._is_leaving:
-                entry = msgspec.structs.replace(self._gateway.entry(), version=self._version)
+                entry = msgspec.structs.replace(
+                    self._gateway.entry(), version=self._version, log_path=str(self._log_path)
+                )
                 self._directory.beat_gateway.remote(msgspec.msgpack.encode(entry))
             if self._gateway.failure is not None:
                 self._report(self._gateway.failure)

@@ -13,6 +13,7 @@ from kervan.errors import FleetError
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.client import FleetClient
 from kervan.fleet.link import Member
+from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp
 from kervan.gateway.local import Call
 from kervan.serve import directory as directories
@@ -67,7 +68,8 @@ class FleetHandle:
         os.environ.update(config.env)
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # vLLM must see which kind of GPU this node has
             del os.environ["CUDA_VISIBLE_DEVICES"]
-        from kervan.fleet.vllm.frontend import OpenAIFrontend, VllmCodec
+        with kept_handlers():
+            from kervan.fleet.vllm.frontend import OpenAIFrontend, VllmCodec
 
         name = f"py-{uuid.uuid4().hex[:6]}"
         self._fleet = FleetClient(VllmCodec(), secret=secret, hold_timeout_s=config.hold_timeout_s, gateway_id=name)

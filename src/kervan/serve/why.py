@@ -13,7 +13,8 @@ def explain(
 ) -> list[str]:
     """Sentences, the most important first; none for a fleet that is whole.
 
-    `nodes`: alive nodes with their devices. `dead_nodes`: addresses of nodes that Ray has lost.
+    `nodes`: alive nodes with their devices. `dead_nodes`: addresses of nodes that Ray has lost and that are not back. Ray
+    remembers them for long, so they are told only while something is missing.
     """
     told = []
     present = len(snapshot.replicas)
@@ -34,8 +35,15 @@ def explain(
         told.append(
             f"{config.gateways - len(snapshot.gateways)} of {config.gateways} gateways are missing; Serve starts them"
         )
-    told += [f"gateway {g.id} is not ready: {g.reason}" for g in snapshot.gateways if not g.is_ready]
-    told += [f"node {node} is dead; what was on it is started elsewhere" for node in dead_nodes]
+    told += [
+        f"gateway {g.id}: {g.reason}" if g.is_ready else f"gateway {g.id} is not ready: {g.reason}"
+        for g in snapshot.gateways
+        if g.reason
+    ]
+    nodes_used = {replica.node for replica in snapshot.replicas} | {gateway.node for gateway in snapshot.gateways}
+    is_short = present < config.replicas or len(snapshot.gateways) < config.gateways
+    if is_short or not nodes_used.isdisjoint(dead_nodes):
+        told += [f"node {node} is dead; what was on it is started elsewhere" for node in dead_nodes]
     if present < config.replicas:
         told += [f"{f.who} could not start: {f.message}" for f in snapshot.failures[-3:]]
     return told

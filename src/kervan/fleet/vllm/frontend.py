@@ -15,6 +15,7 @@ from kervan.fleet.client import FleetClient
 from kervan.fleet.vllm import limits, versions
 from kervan.fleet.vllm.codec import VllmCodec
 from kervan.fleet.vllm.engine_client import injected
+from kervan.fleet.vllm.logs import kept_handlers
 
 __all__ = ["OpenAIFrontend", "VllmCodec"]
 
@@ -41,7 +42,7 @@ class OpenAIFrontend:
         limits.install(config, is_twin=is_twin)
         await asyncio.to_thread(versions.app_modules)  # now, while the replicas start
         link = await fleet.wait_for_link()
-        with injected(fleet, link.facts):
+        with injected(fleet, link.facts), kept_handlers():
             engine = AsyncLLM.from_vllm_config(
                 vllm_config=config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
@@ -66,4 +67,6 @@ class OpenAIFrontend:
 def _configure(argv: Sequence[str]) -> tuple[Namespace, AsyncEngineArgs, Any]:
     args = versions.parse_args(argv)
     engine_args = AsyncEngineArgs.from_cli_args(args)
-    return args, engine_args, engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    with kept_handlers():
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    return args, engine_args, config

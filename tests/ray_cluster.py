@@ -1,0 +1,113 @@
+"""A Ray cluster as its owner starts it, with `ray start`; its nodes are on this machine, each with its own address."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from live import Home, eventually, free_port
+
+SETTINGS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "owner-" * 8,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+}
+
+
+@dataclass(frozen=True)
+class RayHome(Home):
+    """A place whose commands know a Ray cluster's token and settings, as its owner's shell would."""
+
+    ray_environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**super().environment, **dict(self.ray_environment)}
+
+
+def is_listening(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        return True
+    return False
+
+
+class RayCluster:
+    """Nodes, by the name given to them."""
+
+    def __init__(self, scratch: Path, name: str, more: Mapping[str, str] | None = None):
+        self.home = RayHome(scratch, name, tuple({**SETTINGS, **(more or {})}.items()))
+        self.port = free_port()
+        self.place = scratch / f"r-{name[:4]}"
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start_head(self, *options: str) -> None:
+        words = ("--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self.place}")
+        head = self._start("head", *words, *options)
+        eventually(lambda: is_listening(self.port) or head.poll() is not None, "the cluster listens", 60)
+
+    def start_node(self, ip: str, *options: str) -> None:
+        """A further node; it has joined when `ray status` says so."""
+        self._start(ip, f"--address={self.address}", f"--node-ip-address={ip}", *options)
+
+    def _start(self, name: str, *words: str) -> "subprocess.Popen[bytes]":
+        program = Path(sys.executable).with_name("ray")
+        with (self.home.scratch / f"{self.home.name}-{name}.log").open("w") as log:
+            self._nodes[name] = subprocess.Popen(
+                [program, "start", "--block", "--object-store-memory=100000000", *words],
+                env=self.home.environment,
+                cwd=self.home.scratch,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self._nodes[name]
+
+    def kill_node(self, ip: str) -> None:
+        """All processes of a node end at once, as when its power fails."""
+        node = self._nodes.pop(ip)
+        parts = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        assert any("raylet" in part.name() for part in parts)
+        for part in parts:
+            with contextlib.suppress(psutil.Error):
+                part.kill()
+        node.wait(10)
+
+    def ray(self, *words: str) -> str:
+        """`ray words`, ended well."""
+        program = Path(sys.executable).with_name("ray")
+        done = subprocess.run(
+            [program, *words],
+            env=self.home.environment, cwd=self.home.scratch, check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout + done.stderr
+
+    def close(self) -> None:
+        """End all nodes; not by `ray stop`, which ends every Ray of this machine."""
+        parts = []
+        for node in self._nodes.values():
+            with contextlib.suppress(psutil.Error):
+                parts += [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(self.place) in word for word in process.info["cmdline"] or ()) and process.pid != os.getpid():
+                parts.append(process)
+        for node in self._nodes.values():
+            node.terminate()
+        _, alive = psutil.wait_procs(parts, timeout=20)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for node in self._nodes.values():
+            node.wait(10)
