@@ -6,6 +6,7 @@ directory snapshots.
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import os
 import socket
@@ -21,10 +22,13 @@ from kervan.errors import ConfigError
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 from kervan.fleet.link import Member
-from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
+from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer, error_body, header
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
+from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, relay_key
+from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy import admission
+from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ class GatewayConfig:
     """What a gateway needs to start. `engine_argv`: arguments of vLLM's own server parser.
 
     `opens_when_attached`: open the port only when vLLM's app answers; otherwise at once, with 503 until then.
+    `shared_port`: other fleets may be on the port too; `fleet_name` and `models` (the names in the fleet's settings)
+    tell this one from them.
     """
 
     gateway_id: str
@@ -65,6 +71,9 @@ class GatewayConfig:
     stop_timeout_s: float = 60.0
     opens_when_attached: bool = False
     is_twin: bool = False
+    shared_port: bool = False
+    fleet_name: str = "default"
+    models: tuple[str, ...] = ()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -101,8 +110,11 @@ class Gateway:
         self._tasks: list[asyncio.Task[Any]] = []
         self._attaching: asyncio.Task[None]
         self._public: tuple[uvicorn.Server, socket.socket] | None = None
+        self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self.shell = GatewayShell(self, config.api_keys)
+        self.shared_port = SharedPort(self.shell, self._port_fleet, config.node) if config.shared_port else None
+        self._relay_key = relay_key(config.secret)
 
     # ---- lifecycle
 
@@ -121,14 +133,14 @@ class Gateway:
         )
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
-        self._serve(self._internal_app, internal)
+        self._internal = self._serve(self._internal_app, internal), internal
         if serve_http and not self.config.opens_when_attached:
             self._open()
         self._attaching = asyncio.create_task(self._attach(opens=serve_http and self.config.opens_when_attached))
 
     def _open(self) -> None:
         listening = listen(self.config.host, self.config.port)
-        self._public = self._serve(self.shell, listening), listening
+        self._public = self._serve(self.shared_port or self.shell, listening), listening
 
     def _serve(self, app: ASGIApp, sock: socket.socket) -> uvicorn.Server:
         server = uvicorn.Server(
@@ -167,13 +179,16 @@ class Gateway:
 
     async def stop(self) -> None:
         """Stop accepting, let open requests end (at most `stop_timeout_s`), then leave."""
-        if self._public is not None:
-            await send_clients_away(*self._public, timeout_s=self.config.stop_timeout_s)
+        # Other fleets' gateways are clients too.
+        doors = [door for door in (self._public, self._internal if self.shared_port else None) if door is not None]
+        await asyncio.gather(*(send_clients_away(*door, timeout_s=self.config.stop_timeout_s) for door in doors))
         for server in self._servers:
             server.should_exit = True
         self._servers.clear()
         self._attaching.cancel()
         await asyncio.gather(*self._tasks, self._attaching, return_exceptions=True)
+        if self.shared_port is not None:
+            self.shared_port.close()
         if self.frontend is not None:
             await self.frontend.close()
         await self.fleet.close()
@@ -198,7 +213,14 @@ class Gateway:
             held=self.fleet.num_held,
             moved=self.fleet.counts.moved,
             traffic=self.fleet.traffic(),
+            models=self.frontend.model_names if self.frontend is not None else (),
+            neighbours=self.shared_port.neighbours if self.shared_port is not None else (),
         )
+
+    def _port_fleet(self) -> PortFleet:
+        told = self.frontend.model_names if self.frontend is not None else ()
+        models = tuple(dict.fromkeys([*self.config.models, *told]))
+        return PortFleet(self.config.fleet_name, models, bool(self.config.api_keys))
 
     # ---- what the shell asks
 
@@ -251,10 +273,20 @@ class Gateway:
         texts |= {peer.id: page for peer, page in zip(peers, pages, strict=True) if page is not None}
         return merge_pages(texts, fleet_gauges=FLEET_GAUGES | {"kervan_replicas"}).encode()
 
-    # ---- pages of this gateway alone
+    # ---- for other gateways
 
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        """The page of this gateway alone; on a shared port also what other fleets' gateways pass on, straight to the
+        shell, so that nothing is passed on twice."""
+        if scope["type"] != "http":
+            return
+        if self.shared_port is not None and (key := header(scope, RELAY_HEADER)):
+            if hmac.compare_digest(key, self._relay_key):
+                kept = [pair for pair in scope["headers"] if pair[0] != RELAY_HEADER]
+                await self.shell({**scope, "headers": kept}, receive, send)
+            else:
+                await answer(send, MISDIRECTED, error_body(MISDIRECTED, "another fleet's gateway is here"))
+        else:
             await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
     def _local_page(self) -> str:

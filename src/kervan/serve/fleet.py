@@ -155,10 +155,11 @@ class Startup:
 
     def _run(self) -> FleetStatus:
         self.config = validate(self.config)
-        if self._address is None:
+        is_here = self._address is None
+        if is_here and cluster.find_local_ray() is None:
             check_port(self.config.host, self.config.port)
         address = self._reach_ray()
-        from kervan.serve import app, directory
+        from kervan.serve import app, directory, shared_port
 
         nodes = cluster.gpus_by_node()
         config = self.config = self.config if nodes else on_cpu(self.config, os.cpu_count() or 1)
@@ -166,6 +167,8 @@ class Startup:
             raise FleetError(
                 f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
             )
+        if not shared_port.check(config, [other for other, _ in shared_port.fleets()]) and is_here:
+            check_port(config.host, config.port)
         cluster.check_capacity(config, nodes)
         if config.ingress == "serve":
             _check_entry_is_free()
@@ -175,6 +178,7 @@ class Startup:
         self.progress(f"starting {_plural(config.replicas, 'replica')} and {_plural(config.gateways, 'gateway')}")
         app.deploy(app.build(config, accelerator=_accelerator()), config)
         status = wait_until_ready(config, self._directory, self.progress)
+        shared_port.wait_until_known(config, self.progress)
         cluster.remember(cluster.Remembered(config.name, address, status.url))
         return status
 
@@ -415,8 +419,10 @@ class RunningFleet:
             after = dataclasses.replace(after, gateways=num_gateways(after))
         old, new = json.loads(before.to_json()), json.loads(after.to_json())
         warnings = []
+        neighbours = _check_neighbours(before, after)
         if (before.host, before.port) != (after.host, after.port):
-            check_port(after.host, after.port)
+            if not neighbours:
+                check_port(after.host, after.port)
             warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
         nodes = cluster.gpus_by_node()
         live = sum(r.state in ("starting", "ready") for r in _snapshot(self._handle).replicas)
@@ -445,7 +451,7 @@ class RunningFleet:
         """
         import ray
 
-        from kervan.serve import app
+        from kervan.serve import app, shared_port
 
         snapshot = _snapshot(self._handle)
         known = snapshot.failures[-1].number if snapshot.failures else 0
@@ -453,12 +459,27 @@ class RunningFleet:
         ray.get(self._handle.set_config.remote(change.after.to_json()))
         app.deploy(app.build(change.after, accelerator=accelerator, surges=change.surges), change.after)
         try:
-            return wait_until_ready(change.after, self._handle, self.progress, after_failure=known)
+            status = wait_until_ready(change.after, self._handle, self.progress, after_failure=known)
         except KervanError as error:
             self.progress("it failed; going back")
             ray.get(self._handle.set_config.remote(change.before.to_json()))
             app.deploy(app.build(change.before, accelerator=accelerator, surges=change.surges), change.before)
             raise type(error)(f"{error} (the fleet goes on as before)") from error
+        shared_port.wait_until_known(change.after, self.progress)
+        return status
+
+
+def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConfig]:
+    """The fleets with which the changed one will share its port.
+
+    Raises: ConfigError when they cannot; a change that does not touch on that is not looked at.
+    """
+    from kervan.serve import shared_port
+
+    words = ("host", "port", "shared_port", "engine_args")
+    if all(getattr(before, word) == getattr(after, word) for word in words):
+        return []
+    return shared_port.check(after, [other for other, _ in shared_port.fleets()])
 
 
 def _replaces_replicas(before: FleetConfig, after: FleetConfig) -> bool:
