@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from kervan.gateway.asgi import Message, Receive, Scope, Send
+from kervan.gateway.asgi import Message, Receive, Scope, Send, header
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,11 @@ _NOT_ASKED = frozenset(
      b"trailer", b"transfer-encoding", b"upgrade", RELAY_HEADER}
 )  # fmt: skip
 _NOT_ANSWERED = frozenset({b"connection", b"date", b"keep-alive", b"server", b"trailer", b"transfer-encoding"})
+
+
+def is_relayed(scope: Scope) -> bool:
+    """Whether a request says that a gateway has passed it on. Only the internal port may ask."""
+    return bool(header(scope, RELAY_HEADER))
 
 
 class RelayFailedError(Exception):

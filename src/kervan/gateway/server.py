@@ -6,7 +6,6 @@ directory snapshots.
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import socket
@@ -22,9 +21,9 @@ from kervan.errors import ConfigError
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 from kervan.fleet.link import Member
-from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer, error_body, header
+from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
-from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, relay_key
+from kervan.gateway.relay import is_relayed, relay_key
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy import admission
@@ -113,8 +112,9 @@ class Gateway:
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self.shell = GatewayShell(self, config.api_keys)
-        self.shared_port = SharedPort(self.shell, self._port_fleet, config.node) if config.shared_port else None
-        self._relay_key = relay_key(config.secret)
+        self.shared_port: SharedPort | None = None
+        if config.shared_port:
+            self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, relay_key(config.secret))
 
     # ---- lifecycle
 
@@ -276,18 +276,12 @@ class Gateway:
     # ---- for other gateways
 
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The page of this gateway alone; on a shared port also what other fleets' gateways pass on, straight to the
-        shell, so that nothing is passed on twice."""
-        if scope["type"] != "http":
-            return
-        if self.shared_port is not None and (key := header(scope, RELAY_HEADER)):
-            if hmac.compare_digest(key, self._relay_key):
-                kept = [pair for pair in scope["headers"] if pair[0] != RELAY_HEADER]
-                await self.shell({**scope, "headers": kept}, receive, send)
+        """The page of this gateway alone; on a shared port also what other fleets' gateways pass on."""
+        if scope["type"] == "http":
+            if self.shared_port is not None and is_relayed(scope):
+                await self.shared_port.answer_relayed(scope, receive, send)
             else:
-                await answer(send, MISDIRECTED, error_body(MISDIRECTED, "another fleet's gateway is here"))
-        else:
-            await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+                await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
     def _local_page(self) -> str:
         own = [*self._counters(), *_fleet_gauges(self._model_label(), self._snapshot.replicas)]

@@ -5,6 +5,7 @@ what to do with each request. Stands before the shell; a fleet that has its port
 """
 
 import asyncio
+import hmac
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -14,8 +15,8 @@ from urllib.parse import parse_qs
 import msgspec
 
 from kervan.fleet.directory import GatewayEntry
-from kervan.gateway.asgi import Collected, Message, Receive, Scope, Send, answer, error_body, replay
-from kervan.gateway.relay import Relay, RelayFailedError
+from kervan.gateway.asgi import Collected, Message, Receive, Scope, Send, answer, error_body, header, replay
+from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
 from kervan.gateway.shell import BODY_METHODS, OPEN_PATHS, RETRY_NOT_READY_S, STATUS_PATH, GatewayShell, unavailable
 from kervan.policy import model_routing
 from kervan.policy.model_routing import Candidate, PortFleet
@@ -68,13 +69,15 @@ _models_decoder = msgspec.json.Decoder(_ModelList)
 class SharedPort:
     """ASGI app: `shell` for this fleet's requests, a gateway of their fleet for the others.
 
-    `own` tells this fleet's name and models as they are now; `node` is this gateway's.
+    `own` tells this fleet's name and models as they are now; `node` is this gateway's; `key` is what other gateways
+    must know (`relay_key`).
     """
 
-    def __init__(self, shell: GatewayShell, own: Callable[[], PortFleet], node: str) -> None:
+    def __init__(self, shell: GatewayShell, own: Callable[[], PortFleet], node: str, key: bytes) -> None:
         self._shell = shell
         self._own = own
         self._node = node
+        self._key = key
         self._relay = Relay()
         self._neighbours: dict[str, Neighbour] = {}
         self._turns = itertools.count()
@@ -99,6 +102,14 @@ class SharedPort:
             await send({"type": "websocket.close", "code": 1008, "reason": reason})
         else:
             await self._http(scope, receive, send)
+
+    async def answer_relayed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request that another gateway has passed on: straight to the shell, so that it is passed on only once."""
+        if hmac.compare_digest(header(scope, RELAY_HEADER), self._key):
+            kept = [pair for pair in scope["headers"] if pair[0] != RELAY_HEADER]
+            await self._shell({**scope, "headers": kept}, receive, send)
+        else:
+            await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here is not of the fleet asked for"))
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
