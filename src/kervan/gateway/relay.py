@@ -192,7 +192,7 @@ class _Connection(asyncio.Protocol):
                 return True
 
     def close(self) -> None:
-        self._transport.close()
+        self._transport.abort()
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -216,7 +216,7 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self._is_lost = True
-            self._transport.close()
+            self._transport.abort()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:

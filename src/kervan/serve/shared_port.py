@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -27,18 +27,22 @@ ANY_HOSTS = {"0.0.0.0", "::"}
 
 
 def served_names(config: FleetConfig) -> tuple[str, ...]:
-    """The names by which clients may ask for the fleet's model and the adapters of its settings."""
+    """The names by which clients may ask for the fleet's model and the adapters of its settings.
+
+    What vLLM will refuse as an adapter has no name here.
+    """
     given = config.engine_args.get("served_model_name") or [config.model]
     names = list(given) if isinstance(given, list | tuple) else [given]
     adapters = config.engine_args.get("lora_modules") or []
-    for adapter in [adapters] if isinstance(adapters, str | dict) else adapters:
+    for adapter in adapters if isinstance(adapters, list | tuple) else [adapters]:
+        read = adapter
         if isinstance(adapter, str) and adapter.startswith("{"):
             with contextlib.suppress(msgspec.DecodeError):
-                names.append(msgspec.json.decode(adapter)["name"])
-        elif isinstance(adapter, str):
-            names.append(adapter.partition("=")[0])
-        elif "name" in adapter:
-            names.append(adapter["name"])
+                read = msgspec.json.decode(adapter)
+        if isinstance(read, Mapping) and "name" in read:
+            names.append(read["name"])
+        elif isinstance(read, str) and "=" in read:
+            names.append(read.partition("=")[0])
     return tuple(dict.fromkeys(map(str, names)))
 
 
