@@ -1,6 +1,6 @@
 """What it costs to pass a request on between fleets that share a port: CPU time of the gateway in between. CPU only.
 
-    python benchmarks/shared_port.py --streams 1,64 --record DIR
+    python benchmarks/shared_port.py --streams 64 --record DIR
 
 A source streams chunks of the size of a chat chunk, each stream one every `--pause` seconds; the client reads them from
 the source itself (`direct`), and through a gateway's `SharedPort` (`relayed`). Both servers are uvicorn on uvloop.
@@ -122,7 +122,7 @@ def measure(servers: dict[str, Server], load: Any, count: int) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", default="1,64")
+    parser.add_argument("--streams", default="64")
     parser.add_argument("--chunks", type=int, default=400, help="of each stream")
     parser.add_argument("--pause", type=float, default=0.02, help="seconds between the chunks of a stream")
     parser.add_argument("--requests", type=int, default=2000, help="short ones, one after the other")
