@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live import Fleet, Home, eventually, free_port
+from live import Fleet, Home, eventually, eventually_async, free_port
 from shared_fleet import Models
-from test_twins import NUM_STREAMS, kervan, load
+from test_twins import NUM_STREAMS, kervan, kill_actor, load
 
 from kervan.facts.fleet import FleetConfig
 from kervan.twin.engine import answer
@@ -197,6 +197,19 @@ async def test_a_fleet_changes_under_load_and_nobody_notices(alpha: Fleet, beta:
         assert min(of_alpha.num_whole, of_beta.num_whole) > NUM_STREAMS
     (after,) = alpha.gateway_pids()
     assert after != before
+
+
+async def test_a_directory_dies_and_no_request_for_its_fleet_is_refused(
+    alpha: Fleet, beta: Fleet, models: Models
+) -> None:
+    """A new directory knows no gateway before the first beats; the other fleets' gateways go on asking those they know."""
+    async with load(alpha, models, "beta", KEY) as of_beta:
+        for _ in range(3):
+            await asyncio.to_thread(kill_actor, beta, "directory-beta", "kervan")
+            num_whole = of_beta.num_whole
+            await eventually_async(
+                lambda before=num_whole: of_beta.num_whole > before + NUM_STREAMS, "more streams", 60
+            )
 
 
 def refusal(home: Home, models: Models, *options: str) -> str:

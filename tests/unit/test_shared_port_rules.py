@@ -6,7 +6,8 @@ import pytest
 
 from kervan.errors import ConfigError
 from kervan.facts.fleet import FleetConfig
-from kervan.serve.shared_port import check, meet, served_names
+from kervan.fleet.directory import GatewayEntry, Snapshot
+from kervan.serve.shared_port import Neighbourhood, check, meet, served_names
 
 
 def fleet(name: str, **more: Any) -> FleetConfig:
@@ -73,3 +74,34 @@ def test_who_may_not_share_hears_what_to_do(own: dict[str, Any], other: dict[str
 def test_addresses_that_meet(one: tuple[str, int], two: tuple[str, int], do_meet: bool) -> None:
     a, b = (fleet(name, host=host, port=port) for name, (host, port) in (("a", one), ("b", two)))
     assert meet(a, b) is meet(b, a) is do_meet
+
+
+def gateway(name: str) -> GatewayEntry:
+    return GatewayEntry(name, "h", 1, "", f"http://h/{name}", True)
+
+
+def told(neighbourhood: Neighbourhood, other: FleetConfig, *names: str, secret: str = "s") -> dict[str, list[str]]:
+    """What is known after a directory has told of its fleet with these gateways."""
+    neighbourhood.take((other.to_json(), secret), Snapshot(1, [], [gateway(name) for name in names], []))
+    return {known.name: [g.id for g in known.gateways] for known in neighbourhood.listed()}
+
+
+def test_a_neighbour_is_known_as_its_directory_tells() -> None:
+    hood, other = Neighbourhood(fleet("a")), fleet("b", api_keys=("k",), engine_args={"lora_modules": ["sql=/p"]})
+    assert told(hood, other) == {"b": []}
+    assert told(hood, other, "g1", "g2") == {"b": ["g1", "g2"]}
+    assert told(hood, other, "g2") == {"b": ["g2"]}
+    (known,) = hood.listed()
+    assert (known.models, known.has_keys) == (("org/b", "sql"), True)
+    assert told(hood, fleet("c", port=9000), "g3") == {"b": ["g2"]}
+    assert told(hood, fleet("d", shared_port=False), "g4") == {"b": ["g2"]}
+    assert told(hood, fleet("b", port=9000), "g2") == {}  # it has moved to another port
+
+
+def test_a_restarted_directory_hides_no_gateway() -> None:
+    """It knows none before the next beats."""
+    hood, other = Neighbourhood(fleet("a")), fleet("b")
+    told(hood, other, "g1", "g2")
+    assert told(hood, other) == {"b": ["g1", "g2"]}
+    assert told(hood, other, "g2") == {"b": ["g2"]}
+    assert told(hood, other, secret="another") == {"b": []}  # a new fleet of this name

@@ -101,8 +101,8 @@ class Neighbourhood:
             with contextlib.suppress(FleetError, ray.exceptions.RayError):
                 handle = directories.find(name)
                 fleet, raw = ray.get([handle.fleet.remote(), handle.snapshot.remote()], timeout=ANSWER_S)
-                self._take(fleet, directories.read(raw))
-        return self._listed()
+                self.take(fleet, directories.read(raw))
+        return self.listed()
 
     async def follow(self, tell: Callable[[list[Neighbour]], None]) -> None:
         """Call `tell` at each change, until cancelled."""
@@ -125,7 +125,7 @@ class Neighbourhood:
             if name in self._followers:
                 self._followers.pop(name).cancel()
         if gone:
-            tell(self._listed())
+            tell(self.listed())
 
     async def _follow_one(self, name: str, tell: Callable[[list[Neighbour]], None]) -> None:
         """Until its directory does not answer; a restarted or new one of this name is found by the next look."""
@@ -135,22 +135,24 @@ class Neighbourhood:
             while True:
                 snapshot = directories.read(await handle.wait.remote(version, WAIT_S))
                 if snapshot.version != version:
-                    self._take(await handle.fleet.remote(), snapshot)
-                    tell(self._listed())
+                    self.take(await handle.fleet.remote(), snapshot)
+                    tell(self.listed())
                 version = snapshot.version
                 await asyncio.sleep(0.05)
 
-    def _take(self, fleet: tuple[str, str], snapshot: Snapshot) -> None:
+    def take(self, fleet: tuple[str, str], snapshot: Snapshot) -> None:
+        """What a directory tells: its fleet's settings as JSON, the secret, and who is there."""
         stored, secret = fleet
         other = FleetConfig.from_json(stored)
+        known = self._known.pop(other.name, None)
         if not other.shared_port or (other.host, other.port) != (self._config.host, self._config.port):
-            self._known.pop(other.name, None)
             return
-        self._known[other.name] = Neighbour(
-            other.name, served_names(other), bool(other.api_keys), relay_key(secret), tuple(snapshot.gateways)
-        )
+        key, gateways = relay_key(secret), tuple(snapshot.gateways)
+        if not gateways and known is not None and known.relay_key == key:
+            gateways = known.gateways  # a directory that Ray has restarted knows none before the next beats
+        self._known[other.name] = Neighbour(other.name, served_names(other), bool(other.api_keys), key, gateways)
 
-    def _listed(self) -> list[Neighbour]:
+    def listed(self) -> list[Neighbour]:
         return [self._known[name] for name in sorted(self._known)]
 
 
