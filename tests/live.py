@@ -96,9 +96,9 @@ class Home:
     def fleets(self) -> list[str]:
         return sorted(path.stem for path in (self.path / "fleets").glob("*.json"))
 
-    def up(self, model: Path, name: str, engine_args: Sequence[str], *options: str) -> "Fleet":
+    def up(self, model: Path, name: str, engine_args: Sequence[str], *options: str, port: int | None = None) -> "Fleet":
         """A fleet that is ready."""
-        port = free_port()
+        port = free_port() if port is None else port
         words = [word for arg in engine_args for word in ("--engine-arg", arg)]
         done = self.kervan(
             *("up", str(model), "--name", name, "--detach", "--json", "--port", str(port), *words, *options),

@@ -30,6 +30,8 @@ class Load:
 
     url: str
     model: Path
+    name: str = "twin"
+    api_key: str = "none"
     num_whole: int = 0
     broken: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
@@ -41,7 +43,8 @@ class Load:
 
     async def client(self, seed: int) -> None:
         rng = random.Random(seed)
-        async with httpx.AsyncClient(base_url=self.url, timeout=START_S, verify=False) as client:
+        headers = {"authorization": f"Bearer {self.api_key}"}
+        async with httpx.AsyncClient(base_url=self.url, timeout=START_S, verify=False, headers=headers) as client:
             while not self.is_over:
                 prompt = [
                     rng.randint(self.limits.first_token, self.limits.last_token) for _ in range(rng.randint(4, 60))
@@ -57,9 +60,10 @@ class Load:
                 else:
                     self.broken.append(f"{len(tokens)} of {num_tokens} tokens, {finish}")
 
-    @staticmethod
-    async def stream(client: httpx.AsyncClient, prompt: list[int], num_tokens: int) -> tuple[list[int], str | None]:
-        body = {"model": "twin", "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "stream": True,
+    async def stream(
+        self, client: httpx.AsyncClient, prompt: list[int], num_tokens: int
+    ) -> tuple[list[int], str | None]:
+        body = {"model": self.name, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "stream": True,
                 "return_token_ids": True}  # fmt: skip
         tokens: list[int] = []
         finish = None
@@ -81,9 +85,11 @@ class Load:
 
 
 @asynccontextmanager
-async def load(fleet: Fleet, models: Models, *, may_be_cut: bool = False) -> AsyncIterator[Load]:
-    """Streams all the time within the block; whole, every one, at its end."""
-    running = Load(fleet.url, models.demo, may_be_cut=may_be_cut)
+async def load(
+    fleet: Fleet, models: Models, name: str = "twin", api_key: str = "none", *, may_be_cut: bool = False
+) -> AsyncIterator[Load]:
+    """Streams of the model `name` all the time within the block; whole, every one, at its end."""
+    running = Load(fleet.url, models.demo, name, api_key, may_be_cut=may_be_cut)
     clients = [asyncio.create_task(running.client(seed)) for seed in range(NUM_STREAMS)]
     try:
         yield running

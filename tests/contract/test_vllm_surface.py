@@ -374,6 +374,14 @@ def test_openai_app_functions(tree: Path, files: tuple[str, ...], function: str,
     assert parameters(definition(tree, first_file(tree, *files), function)) == names
 
 
+def test_the_app_knows_the_names_of_its_models(tree: Path) -> None:
+    models = first_file(tree, "entrypoints/openai/models/serving.py", "entrypoints/openai/serving_models.py")
+    made = definition(tree, models, "OpenAIServingModels", "__init__")
+    assert {"base_model_paths", "lora_requests"} <= set(attributes_of(made, "self"))
+    state = first_file(tree, "entrypoints/launchers/api_server/app_state.py", "entrypoints/openai/api_server.py")
+    assert "openai_serving_models" in set(attributes_of(definition(tree, state, "init_app_state"), "state"))
+
+
 def test_async_llm_is_made_from_a_config(tree: Path) -> None:
     make = definition(tree, "v1/engine/async_llm.py", "AsyncLLM", "from_vllm_config")
     assert {"vllm_config", "usage_context", "enable_log_requests", "disable_log_stats"} <= set(parameters(make))

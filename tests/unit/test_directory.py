@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from kervan.fleet.directory import (
@@ -101,6 +102,15 @@ def test_the_version_grows_with_a_gateways_readiness(directory: Directory) -> No
     directory.beat_gateway(gateway("g", is_ready=False))
     assert directory.version == before
     directory.beat_gateway(gateway("g"))
+    assert directory.version == before + 1
+
+
+def test_the_version_grows_with_what_a_gateway_can_be_asked_for(directory: Directory) -> None:
+    directory.beat_gateway(gateway("g"))
+    before = directory.version
+    directory.beat_gateway(msgspec.structs.replace(gateway("g"), neighbours=("b",)))
+    assert directory.version == before
+    directory.beat_gateway(msgspec.structs.replace(gateway("g"), models=("llama", "sql")))
     assert directory.version == before + 1
 
 

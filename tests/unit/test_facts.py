@@ -196,6 +196,9 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         ({"model": "m", "tp": "2"}, "tp='2' is str; give a whole number"),
         ({"model": "m", "tp": 2.0}, "tp=2.0 is float; give a whole number"),
         ({"model": "m", "tp": True}, "tp=True is bool; give a whole number"),
+        ({"model": "m", "shared_port": "yes"}, "shared_port='yes' is str; give true or false"),
+        ({"model": "m", "shared_port": 1}, "shared_port=1 is int; give true or false"),
+        ({"model": "m", "shared_port": True, "ingress": "serve"}, "use it with --ingress direct"),
         ({"model": "m", "hold_timeout_s": "1m"}, "is str; give a number"),
         ({"model": "m", "api_keys": "k"}, "is str; give a list"),
         ({"model": "m", "api_keys": [1]}, "is list; give a list"),
@@ -209,6 +212,10 @@ def test_wrong_settings_name_the_fix(settings: dict[str, Any], words: str) -> No
     with pytest.raises(ConfigError) as caught:
         fleet.from_mapping(settings, "config file f.yaml")
     assert words in str(caught.value)
+
+
+def test_truth_is_read_as_such() -> None:
+    assert fleet.from_mapping({"model": "m", "shared_port": True}, "f").shared_port is True
 
 
 def test_whole_numbers_serve_as_seconds() -> None:

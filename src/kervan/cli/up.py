@@ -14,7 +14,7 @@ from kervan.facts import fleet as facts
 SECTIONS = {
     "Layout": "--tp --pp --ep --replicas --gateways --nodes-per-replica --gpus-per-replica",
     "Engine": "--engine-arg --env --engine --gpu --twin",
-    "Clients": "--host --port --api-key --ingress",
+    "Clients": "--host --port --shared-port --api-key --ingress",
     "Fleet": "--config --name --address --yes --detach --json --help",
 }
 
@@ -33,6 +33,9 @@ SECTIONS = {
 @click.option("--gateways", type=int, help="HTTP gateways. [default: one per 8 cores, at most 4]")
 @click.option("--host", help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on. [default: 8000]")
+@click.option(
+    "--shared-port/--own-port", "shared_port", default=None, help="Other fleets may be on the port too. [default: own]"
+)
 @click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
 @click.option(
     "--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's own argument; repeatable."

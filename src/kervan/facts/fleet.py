@@ -63,7 +63,7 @@ class FleetConfig:
     `nodes_per_replica`: nodes over which the pipeline stages of a replica are spread, 0 for as few as can hold them.
     `gpus_per_replica`: a share of one GPU, like 0.5, for a model that needs no more; 0 for `tp*pp` whole ones. `engine`
     "twin": simulated replicas, as if on `gpu`, with `twin` in place of what follows from model and GPU
-    (`kervan.twin.settings`).
+    (`kervan.twin.settings`). `shared_port`: other fleets of the cluster may be on the port too, if they say so as well.
     """
 
     model: str
@@ -77,6 +77,7 @@ class FleetConfig:
     gateways: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
+    shared_port: bool = False
     ingress: Ingress = "direct"
     engine: Engine = "vllm"
     gpu: str = ""
@@ -131,6 +132,8 @@ class FleetConfig:
         if self.engine == "vllm" and (self.gpu or self.twin):
             what = "--gpu" if self.gpu else "--twin"
             raise ConfigError(f"{what} is for simulated replicas; add --engine twin, or leave it out")
+        if self.shared_port and self.ingress == "serve":
+            raise ConfigError("--shared-port is for gateways that listen themselves; use it with --ingress direct")
         for key in self.engine_args:
             if key in OWNED_ENGINE_ARGS:
                 raise ConfigError(f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}")
@@ -251,6 +254,8 @@ def _typed(key: str, value: Any, hint: Any, source: str) -> Any:
         raise ConfigError(f"{source}: {key}={value!r} is not one of {', '.join(get_args(hint))}")
     if hint is str and isinstance(value, str):
         return value
+    if hint is bool and isinstance(value, bool):
+        return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -261,7 +266,7 @@ def _typed(key: str, value: Any, hint: Any, source: str) -> Any:
         if key == "env":
             return {str(k): str(v) for k, v in value.items()}
         return {str(k).replace("-", "_"): v for k, v in value.items()}
-    expected = {int: "a whole number", float: "a number", str: "text"}.get(
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
         hint, "a list" if origin is tuple else "a mapping"
     )
     raise ConfigError(f"{source}: {key}={value!r} is {type(value).__name__}; give {expected}")

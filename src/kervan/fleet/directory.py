@@ -51,7 +51,10 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 class GatewayEntry(msgspec.Struct, frozen=True):
-    """One gateway. `url` is public; `internal_url` reaches this very gateway, not its neighbours on the port."""
+    """One gateway. `url` is public; `internal_url` reaches this very gateway, not its neighbours on the port.
+
+    `models`: names by which clients may ask it. `neighbours`: other fleets on its port to which it passes requests on.
+    """
 
     id: str
     node: str
@@ -66,6 +69,8 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     moved: int = 0
     traffic: dict[str, Traffic] = {}
     log_path: str = ""
+    models: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
 
 
 class StartFailure(msgspec.Struct, frozen=True):
@@ -90,9 +95,9 @@ class Snapshot(msgspec.Struct, frozen=True):
 Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
 
 
-def _lasting(entry: GatewayEntry) -> tuple[str | bool, ...]:
+def _lasting(entry: GatewayEntry) -> tuple[object, ...]:
     """What others must hear of at once when it changes."""
-    return entry.url, entry.internal_url, entry.is_ready, entry.reason, entry.version
+    return entry.url, entry.internal_url, entry.is_ready, entry.reason, entry.version, entry.models
 
 
 class Directory:

@@ -13,14 +13,17 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
 
 JSON = b"application/json"
+BODY_HEADERS = frozenset({b"content-type", b"content-length"})
 
 # vLLM's names for the same statuses, so that one client-side check covers both.
 _TYPES = {
     400: "BadRequestError",
     401: "authentication_error",
+    404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    421: "MisdirectedRequestError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -66,3 +69,29 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return message
 
     return replayed
+
+
+class Collected:
+    """An answer held back until it is whole; `send` takes its messages."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status, self.headers = message["status"], list(message.get("headers", ()))
+        else:
+            self.body += message.get("body", b"")
+
+    async def forward(self, send: Send, body: bytes | None = None) -> None:
+        """Send it on, as it is or with another JSON body."""
+        if not self.status:
+            raise RuntimeError("the app ended without an answer")
+        headers = self.headers
+        if body is not None:
+            kept = [pair for pair in headers if pair[0].lower() not in BODY_HEADERS]
+            headers = [*kept, (b"content-type", JSON), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body if body is None else body})

@@ -24,8 +24,11 @@ from kervan.fleet.link import Member
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
+from kervan.gateway.relay import is_relayed, relay_key
+from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy import admission
+from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ class GatewayConfig:
     """What a gateway needs to start. `engine_argv`: arguments of vLLM's own server parser.
 
     `opens_when_attached`: open the port only when vLLM's app answers; otherwise at once, with 503 until then.
+    `shared_port`: other fleets may be on the port too; `fleet_name` and `models` (the names in the fleet's settings)
+    tell this one from them.
     """
 
     gateway_id: str
@@ -66,6 +71,9 @@ class GatewayConfig:
     stop_timeout_s: float = 60.0
     opens_when_attached: bool = False
     is_twin: bool = False
+    shared_port: bool = False
+    fleet_name: str = "default"
+    models: tuple[str, ...] = ()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -102,8 +110,12 @@ class Gateway:
         self._tasks: list[asyncio.Task[Any]] = []
         self._attaching: asyncio.Task[None]
         self._public: tuple[uvicorn.Server, socket.socket] | None = None
+        self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self.shell = GatewayShell(self, config.api_keys)
+        self.shared_port: SharedPort | None = None
+        if config.shared_port:
+            self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, relay_key(config.secret))
 
     # ---- lifecycle
 
@@ -123,14 +135,14 @@ class Gateway:
         )
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
-        self._serve(self._internal_app, internal)
+        self._internal = self._serve(self._internal_app, internal), internal
         if serve_http and not self.config.opens_when_attached:
             self._open()
         self._attaching = asyncio.create_task(self._attach(opens=serve_http and self.config.opens_when_attached))
 
     def _open(self) -> None:
         listening = listen(self.config.host, self.config.port)
-        self._public = self._serve(self.shell, listening), listening
+        self._public = self._serve(self.shared_port or self.shell, listening), listening
 
     def _serve(self, app: ASGIApp, sock: socket.socket) -> uvicorn.Server:
         server = uvicorn.Server(
@@ -170,13 +182,16 @@ class Gateway:
 
     async def stop(self) -> None:
         """Stop accepting, let open requests end (at most `stop_timeout_s`), then leave."""
-        if self._public is not None:
-            await send_clients_away(*self._public, timeout_s=self.config.stop_timeout_s)
+        # Other fleets' gateways are clients too.
+        doors = [door for door in (self._public, self._internal if self.shared_port else None) if door is not None]
+        await asyncio.gather(*(send_clients_away(*door, timeout_s=self.config.stop_timeout_s) for door in doors))
         for server in self._servers:
             server.should_exit = True
         self._servers.clear()
         self._attaching.cancel()
         await asyncio.gather(*self._tasks, self._attaching, return_exceptions=True)
+        if self.shared_port is not None:
+            self.shared_port.close()
         if self.frontend is not None:
             await self.frontend.close()
         await self.fleet.close()
@@ -201,7 +216,14 @@ class Gateway:
             held=self.fleet.num_held,
             moved=self.fleet.counts.moved,
             traffic=self.fleet.traffic(),
+            models=self.frontend.model_names if self.frontend is not None else (),
+            neighbours=self.shared_port.neighbours if self.shared_port is not None else (),
         )
+
+    def _port_fleet(self) -> PortFleet:
+        told = self.frontend.model_names if self.frontend is not None else ()
+        models = tuple(dict.fromkeys([*self.config.models, *told]))
+        return PortFleet(self.config.fleet_name, models, bool(self.config.api_keys))
 
     # ---- what the shell asks
 
@@ -254,11 +276,15 @@ class Gateway:
         texts |= {peer.id: page for peer, page in zip(peers, pages, strict=True) if page is not None}
         return merge_pages(texts, fleet_gauges=FLEET_GAUGES | {"kervan_replicas"}).encode()
 
-    # ---- pages of this gateway alone
+    # ---- for other gateways
 
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The page of this gateway alone; on a shared port also what other fleets' gateways pass on."""
         if scope["type"] == "http":
-            await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+            if self.shared_port is not None and is_relayed(scope):
+                await self.shared_port.answer_relayed(scope, receive, send)
+            else:
+                await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
     def _local_page(self) -> str:
         own = [*self._counters(), *_fleet_gauges(self._model_label(), self._snapshot.replicas)]

@@ -163,18 +163,18 @@ class GatewayShell:
     async def _forward(self, path: str, method: str, scope: Scope, receive: Receive, send: Send) -> None:
         body = b""
         if method in BODY_METHODS:
-            read = await self._read_body(scope, receive, send)
+            read = await self.read_body(scope, receive, send)
             if read is None:
                 return
             body = read
             receive = replay(body, receive)
         inner = self.inner
         if inner is None:
-            await _unavailable(send, self._not_ready() or "the gateway is starting", RETRY_NOT_READY_S)
+            await unavailable(send, self._not_ready() or "the gateway is starting", RETRY_NOT_READY_S)
             return
         if method == "POST":
             if makes_work(path) and (shed := self.view.admit()) is not None:
-                await _unavailable(send, shed.reason, shed.retry_after_s)
+                await unavailable(send, shed.reason, shed.retry_after_s)
                 return
             if path in SIMPLE_PATHS:
                 await SIMPLE_PATHS[path](inner, scope, receive, send, model=self.view.model_name(), body=body)
@@ -219,7 +219,7 @@ class GatewayShell:
             found |= hmac.compare_digest(digest, known)
         return found
 
-    async def _read_body(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
+    async def read_body(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
         """The whole body; None when the client left or has been refused (413, 408)."""
         limit = self.max_body_bytes
         announced = header(scope, b"content-length")
@@ -379,7 +379,8 @@ async def _refuse_method(path: str, method: str, allowed: str, receive: Receive,
     await _refuse(405, message, method, receive, send, headers=[(b"allow", allowed.encode())])
 
 
-async def _unavailable(send: Send, reason: str, retry_after_s: int) -> None:
+async def unavailable(send: Send, reason: str, retry_after_s: int) -> None:
+    """Answer 503 with Retry-After."""
     message = f"{reason}; try again in {retry_after_s} s"
     await answer(send, 503, error_body(503, message), headers=[(b"retry-after", b"%d" % retry_after_s)])
 

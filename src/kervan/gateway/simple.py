@@ -4,19 +4,31 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kervan.gateway.asgi import JSON, ASGIApp, Message, Receive, Scope, Send, answer, error_body, replay
+from kervan.gateway.asgi import (
+    BODY_HEADERS,
+    JSON,
+    ASGIApp,
+    Collected,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer,
+    error_body,
+    replay,
+)
 
 T = TypeVar("T")
 
 MAX_TOKENS = 1 << 20  # above every context length; vLLM compares with the model's own
 TEMPERATURE = (0.0, 2.0)
-_BODY_HEADERS = frozenset({b"content-type", b"content-length"})
 
 
 class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Body of POST /generate."""
 
     prompt: str
+    model: str | None = None
     max_tokens: int = 16
     temperature: float | None = None
     top_p: float | None = None
@@ -27,6 +39,7 @@ class ChatRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
     """Body of POST /chat. Messages go to vLLM as they came."""
 
     messages: list[msgspec.Raw]
+    model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     stream: bool = False
@@ -76,7 +89,7 @@ async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *
         await answer(send, 400, error_body(400, str(exc), exc.param))
         return
     fields = {"model": model, "max_tokens": request.max_tokens} | msgspec.to_builtins(request)
-    reply = _Collected()
+    reply = Collected()
     call = _Call(scope, receive, "/v1/completions", msgspec.json.encode(fields))
     await inner(call.scope, call.receive, reply.send)
     if call.is_gone:
@@ -100,7 +113,7 @@ async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, mo
     except _FieldError as exc:
         await answer(send, 400, error_body(400, str(exc), exc.param))
         return
-    fields: dict[str, Any] = {"model": model, "messages": request.messages}
+    fields: dict[str, Any] = {"model": request.model or model, "messages": request.messages}
     if request.max_tokens is not None:
         fields["max_tokens"] = request.max_tokens
     if request.temperature is not None:
@@ -111,7 +124,7 @@ async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, mo
     if request.stream:
         await inner(call.scope, call.receive, _ChatEvents(send).send)
         return
-    reply = _Collected()
+    reply = Collected()
     await inner(call.scope, call.receive, reply.send)
     if call.is_gone:
         return
@@ -128,7 +141,7 @@ class _Call:
     """One request of ours to vLLM's app: what the client sent, with another path and body."""
 
     def __init__(self, scope: Scope, receive: Receive, path: str, body: bytes) -> None:
-        kept = [pair for pair in scope["headers"] if pair[0] not in _BODY_HEADERS]
+        kept = [pair for pair in scope["headers"] if pair[0] not in BODY_HEADERS]
         headers = [*kept, (b"content-type", JSON), (b"content-length", b"%d" % len(body))]
         self.scope: Scope = {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
         self.is_gone = False
@@ -139,32 +152,6 @@ class _Call:
         if message["type"] == "http.disconnect":
             self.is_gone = True
         return message
-
-
-class _Collected:
-    """An answer of vLLM's app, held back until it is whole."""
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.body = b""
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status, self.headers = message["status"], list(message.get("headers", ()))
-        else:
-            self.body += message.get("body", b"")
-
-    async def forward(self, send: Send, body: bytes | None = None) -> None:
-        """Send it on, as it is or with another JSON body."""
-        if not self.status:
-            raise RuntimeError("vLLM's app ended without an answer")
-        headers = self.headers
-        if body is not None:
-            kept = [pair for pair in headers if pair[0].lower() not in _BODY_HEADERS]
-            headers = [*kept, (b"content-type", JSON), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body if body is None else body})
 
 
 class _ChatEvents:

@@ -32,7 +32,7 @@ def app_name(fleet_name: str) -> str:
 
 # What replicas and gateways are made of; a change of anything else replaces none of them.
 GATEWAY_WORDS = (
-    "engine_args", "env", "host", "port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
+    "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
     "drain_timeout_s", "engine",
 )  # fmt: skip
 REPLICA_WORDS = (

@@ -50,6 +50,9 @@ class DirectoryActor:
     async def set_config(self, config_json: str) -> None:
         _internal_kv_put(self._key, config_json.encode(), overwrite=True, namespace=_STORE)
         self._config_json = config_json
+        before = self._directory.version
+        self._directory.version += 1  # fleets on the same port look at the config again
+        self._touch(before)
 
     async def beat_replica(self, entry: bytes) -> list[bytes]:
         """Take a beat; what has been ordered of the replica since the last one."""

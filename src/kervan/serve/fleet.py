@@ -159,10 +159,11 @@ class Startup:
 
     def _run(self) -> FleetStatus:
         self.config = validate(self.config)
-        if self._address is None:
+        is_here = self._address is None
+        if is_here and cluster.find_local_ray() is None:
             check_port(self.config.host, self.config.port)
         address = self._reach_ray()
-        from kervan.serve import app, directory
+        from kervan.serve import app, directory, shared_port
 
         nodes = cluster.devices_by_node()
         if not placement.has_gpus(nodes):
@@ -172,6 +173,8 @@ class Startup:
             raise FleetError(
                 f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
             )
+        if not shared_port.check(config, [other for other, _ in shared_port.fleets()]) and is_here:
+            check_port(config.host, config.port)
         placement.check(config, nodes)
         if config.ingress == "serve":
             _check_entry_is_free()
@@ -181,6 +184,7 @@ class Startup:
         self.progress(f"starting {_plural(config.replicas, 'replica')} and {_plural(config.gateways, 'gateway')}")
         app.deploy(app.build(config, nodes), config)
         status = wait_until_ready(config, self._directory, self.progress)
+        shared_port.wait_until_known(config, self.progress)
         if parts := slowest_start(status.snapshot):
             self.progress(f"the slowest engine took {parts}")
         cluster.remember(cluster.Remembered(config.name, address, status.url))
@@ -452,8 +456,10 @@ class RunningFleet:
         nodes = cluster.devices_by_node()
         after = placement.spread(after, nodes)
         warnings = []
+        neighbours = _check_neighbours(before, after)
         if (before.host, before.port) != (after.host, after.port):
-            check_port(after.host, after.port)
+            if not neighbours:
+                check_port(after.host, after.port)
             warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
         live = sum(r.state in ("starting", "ready") for r in _snapshot(self._handle).replicas)
         same_size = before.world_size == after.world_size
@@ -486,7 +492,7 @@ class RunningFleet:
         """
         import ray
 
-        from kervan.serve import app
+        from kervan.serve import app, shared_port
 
         snapshot = _snapshot(self._handle)
         known = snapshot.failures[-1].number if snapshot.failures else 0
@@ -494,12 +500,27 @@ class RunningFleet:
         ray.get(self._handle.set_config.remote(change.after.to_json()))
         app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
         try:
-            return wait_until_ready(change.after, self._handle, self.progress, after_failure=known)
+            status = wait_until_ready(change.after, self._handle, self.progress, after_failure=known)
         except KervanError as error:
             self.progress("it failed; going back")
             ray.get(self._handle.set_config.remote(change.before.to_json()))
             app.deploy(app.build(change.before, nodes, surges=change.surges), change.before)
             raise type(error)(f"{error} (the fleet goes on as before)") from error
+        shared_port.wait_until_known(change.after, self.progress)
+        return status
+
+
+def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConfig]:
+    """The fleets with which the changed one will share its port.
+
+    Raises: ConfigError when they cannot; a change that does not touch on that is not looked at.
+    """
+    from kervan.serve import shared_port
+
+    words = ("host", "port", "shared_port", "engine_args")
+    if all(getattr(before, word) == getattr(after, word) for word in words):
+        return []
+    return shared_port.check(after, [other for other, _ in shared_port.fleets()])
 
 
 def _replaces_replicas(before: FleetConfig, after: FleetConfig) -> bool:

@@ -19,12 +19,12 @@ from kervan.fleet.directory import StartFailure
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.serve import directory as directories
 from kervan.serve.engine import new_log
+from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
 
 logger = logging.getLogger(__name__)
 
 BEAT_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
-ANY_HOSTS = {"0.0.0.0", "::"}
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -53,6 +53,10 @@ class GatewayReplica:
         self._directory = directories.find(config.name)
         _, secret = ray.get(self._directory.fleet.remote())
         others = directories.read(ray.get(self._directory.snapshot.remote())).gateways
+        self._neighbourhood = Neighbourhood(config)
+        # Known before the port is open: a request for another fleet may be the first.
+        self._neighbours = self._neighbourhood.look() if config.shared_port else []
+        others += [gateway for neighbour in self._neighbours for gateway in neighbour.gateways]
         node = ray.util.get_node_ip_address()
         self._gateway_config = GatewayConfig(
             gateway_id=gateway_id,
@@ -70,6 +74,9 @@ class GatewayReplica:
             is_twin=config.engine == "twin",
             # Gateways share the port: clients must not meet this one before it can answer, if others can.
             opens_when_attached=any(other.is_ready for other in others),
+            shared_port=config.shared_port,
+            fleet_name=config.name,
+            models=served_names(config),
         )
         self._gateway: Gateway
         self._loop: asyncio.AbstractEventLoop
@@ -102,7 +109,9 @@ class GatewayReplica:
                 return
             finally:
                 started.set()
+            following = asyncio.create_task(self._follow_neighbours())
             await asyncio.gather(self._follow(), self._beat_forever(), self._stopped.wait())
+            following.cancel()
 
         uvloop.run(main())
 
@@ -110,6 +119,8 @@ class GatewayReplica:
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._gateway = Gateway(self._gateway_config)
+        if self._gateway.shared_port is not None:
+            self._gateway.shared_port.update(self._neighbours)
         await self._gateway.start(serve_http=serve_http)
 
     def _report(self, error: BaseException) -> None:
@@ -130,6 +141,11 @@ class GatewayReplica:
             version = snapshot.version
             self._gateway.update(snapshot)
             await asyncio.sleep(0.05)
+
+    async def _follow_neighbours(self) -> None:
+        """Tell the gateway of the other fleets on its port."""
+        if self._gateway.shared_port is not None:
+            await self._neighbourhood.follow(self._gateway.shared_port.update)
 
     async def _beat_forever(self) -> None:
         while not self._stopped.is_set():

@@ -13,8 +13,8 @@ def explain(
 ) -> list[str]:
     """Sentences, the most important first; none for a fleet that is whole.
 
-    `nodes`: alive nodes with their devices. `dead_nodes`: addresses of nodes that Ray has lost and that are not back. Ray
-    remembers them for long, so they are told only while something is missing.
+    `nodes`: alive nodes with their devices. `dead_nodes`: addresses of nodes that Ray has lost and that are not back.
+    Ray remembers them for long, so they are told only while something is missing.
     """
     told = []
     present = len(snapshot.replicas)

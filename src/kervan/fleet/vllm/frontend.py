@@ -35,6 +35,12 @@ class OpenAIFrontend:
         names = self.args.served_model_name
         return str(names[0] if names else self.args.model)
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All names by which clients may ask now: the model's own, and its adapters'."""
+        models = self.app.state.openai_serving_models
+        return tuple(dict.fromkeys([*(path.name for path in models.base_model_paths), *models.lora_requests]))
+
     @classmethod
     async def start(cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool = False) -> "OpenAIFrontend":
         """Raises: ConfigError when vLLM refuses `argv`."""

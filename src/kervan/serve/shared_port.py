@@ -1,0 +1,184 @@
+"""Fleets of one cluster on one port: which may be there together, and how their gateways learn of each other."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import ray
+
+from kervan.errors import ConfigError, FleetError
+from kervan.facts.fleet import FleetConfig
+from kervan.fleet.directory import Snapshot
+from kervan.gateway.relay import relay_key
+from kervan.gateway.shared_port import Neighbour
+from kervan.serve import directory as directories
+
+logger = logging.getLogger(__name__)
+
+LOOK_PERIOD_S = 1.0
+WAIT_S = 10.0
+ANSWER_S = 10.0
+KNOWN_TIMEOUT_S = 20.0
+ANY_HOSTS = {"0.0.0.0", "::"}
+
+
+def served_names(config: FleetConfig) -> tuple[str, ...]:
+    """The names by which clients may ask for the fleet's model and the adapters of its settings.
+
+    What vLLM will refuse as an adapter has no name here.
+    """
+    given = config.engine_args.get("served_model_name") or [config.model]
+    names = list(given) if isinstance(given, list | tuple) else [given]
+    adapters = config.engine_args.get("lora_modules") or []
+    for adapter in adapters if isinstance(adapters, list | tuple) else [adapters]:
+        read = adapter
+        if isinstance(adapter, str) and adapter.startswith("{"):
+            with contextlib.suppress(msgspec.DecodeError):
+                read = msgspec.json.decode(adapter)
+        if isinstance(read, Mapping) and "name" in read:
+            names.append(read["name"])
+        elif isinstance(read, str) and "=" in read:
+            names.append(read.partition("=")[0])
+    return tuple(dict.fromkeys(map(str, names)))
+
+
+def meet(config: FleetConfig, other: FleetConfig) -> bool:
+    """Whether both listen at one address."""
+    is_same_host = config.host == other.host or not ANY_HOSTS.isdisjoint((config.host, other.host))
+    return config.name != other.name and config.port == other.port and is_same_host
+
+
+def check(config: FleetConfig, others: Sequence[FleetConfig]) -> list[FleetConfig]:
+    """Those of the `others` that will share the port with `config`.
+
+    Raises: ConfigError when one of them keeps the port to itself, or has a model of the same name.
+    """
+    found = [other for other in others if meet(config, other)]
+    for other in found:
+        place = f"port {config.port} of {config.host}"
+        if config.ingress == "serve" or other.ingress == "serve":
+            raise ConfigError(
+                f"{place} is taken by fleet {other.name!r}, and --ingress serve shares none; choose another --port"
+            )
+        if not config.shared_port:
+            raise ConfigError(
+                f"{place} is taken by fleet {other.name!r}; add --shared-port to answer there together, told apart by "
+                f"the requests' model; or choose another --port"
+            )
+        if not other.shared_port:
+            raise ConfigError(
+                f"fleet {other.name!r} has {place} to itself; let it share first, which loses no request: "
+                f"kervan up --name {other.name} --shared-port"
+            )
+        if config.host != other.host:
+            raise ConfigError(
+                f"fleet {other.name!r} shares port {other.port} of {other.host}; give --host {other.host}"
+            )
+        both = sorted(set(served_names(config)) & set(served_names(other)))
+        if both:
+            raise ConfigError(
+                f"fleet {other.name!r} answers for model {both[0]!r} on {place} already; give this one another name: "
+                "--engine-arg served_model_name=NAME"
+            )
+    return found
+
+
+class Neighbourhood:
+    """The other fleets on this fleet's port, as their directories tell."""
+
+    def __init__(self, config: FleetConfig) -> None:
+        self._config = config
+        self._known: dict[str, Neighbour] = {}
+        self._followers: dict[str, asyncio.Task[None]] = {}
+
+    def look(self) -> list[Neighbour]:
+        """Ask all directories now; blocks."""
+        for name in set(directories.names()) - {self._config.name}:
+            with contextlib.suppress(FleetError, ray.exceptions.RayError):
+                handle = directories.find(name)
+                fleet, raw = ray.get([handle.fleet.remote(), handle.snapshot.remote()], timeout=ANSWER_S)
+                self.take(fleet, directories.read(raw))
+        return self.listed()
+
+    async def follow(self, tell: Callable[[list[Neighbour]], None]) -> None:
+        """Call `tell` at each change, until cancelled."""
+        try:
+            while True:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    self._follow_each(await asyncio.to_thread(directories.names), tell)
+                await asyncio.sleep(LOOK_PERIOD_S)
+        finally:
+            for follower in self._followers.values():
+                follower.cancel()
+
+    def _follow_each(self, names: Sequence[str], tell: Callable[[list[Neighbour]], None]) -> None:
+        for name in set(names) - {self._config.name}:
+            if name not in self._followers or self._followers[name].done():
+                self._followers[name] = asyncio.create_task(self._follow_one(name, tell))
+        gone = (self._followers.keys() | self._known.keys()) - set(names)
+        for name in gone:
+            self._known.pop(name, None)
+            if name in self._followers:
+                self._followers.pop(name).cancel()
+        if gone:
+            tell(self.listed())
+
+    async def _follow_one(self, name: str, tell: Callable[[list[Neighbour]], None]) -> None:
+        """Until its directory does not answer; a restarted or new one of this name is found by the next look."""
+        version = -1
+        with contextlib.suppress(FleetError, ray.exceptions.RayError):
+            handle: Any = await asyncio.to_thread(directories.find, name)
+            while True:
+                snapshot = directories.read(await handle.wait.remote(version, WAIT_S))
+                if snapshot.version != version:
+                    self.take(await handle.fleet.remote(), snapshot)
+                    tell(self.listed())
+                version = snapshot.version
+                await asyncio.sleep(0.05)
+
+    def take(self, fleet: tuple[str, str], snapshot: Snapshot) -> None:
+        """What a directory tells: its fleet's settings as JSON, the secret, and who is there."""
+        stored, secret = fleet
+        other = FleetConfig.from_json(stored)
+        known = self._known.pop(other.name, None)
+        if not other.shared_port or (other.host, other.port) != (self._config.host, self._config.port):
+            return
+        key, gateways = relay_key(secret), tuple(snapshot.gateways)
+        if not gateways and known is not None and known.relay_key == key:
+            gateways = known.gateways  # a directory that Ray has restarted knows none before the next beats
+        self._known[other.name] = Neighbour(other.name, served_names(other), bool(other.api_keys), key, gateways)
+
+    def listed(self) -> list[Neighbour]:
+        return [self._known[name] for name in sorted(self._known)]
+
+
+def fleets() -> list[tuple[FleetConfig, Snapshot]]:
+    """All fleets of the cluster as their directories know them; one whose directory does not answer is left out."""
+    found = []
+    for name in directories.names():
+        with contextlib.suppress(FleetError, ray.exceptions.RayError):
+            handle = directories.find(name)
+            (stored, _), raw = ray.get([handle.fleet.remote(), handle.snapshot.remote()], timeout=ANSWER_S)
+            found.append((FleetConfig.from_json(stored), directories.read(raw)))
+    return found
+
+
+def wait_until_known(config: FleetConfig, progress: Callable[[str], None]) -> None:
+    """Wait until the gateways of the other fleets on the port pass requests on to this one.
+
+    Goes on after a while: a gateway that does not say so by then is on its way out.
+    """
+    deadline_s = time.monotonic() + KNOWN_TIMEOUT_S
+    while config.shared_port:
+        others = [snapshot.gateways for other, snapshot in fleets() if meet(config, other)]
+        strangers = [g.id for gateways in others for g in gateways if config.name not in g.neighbours]
+        if not strangers:
+            return
+        if time.monotonic() > deadline_s:
+            progress(f"gateways of other fleets that do not know this one yet: {', '.join(strangers)}")
+            return
+        time.sleep(0.2)
