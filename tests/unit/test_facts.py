@@ -363,7 +363,7 @@ def test_layouts_that_do_not_fit_the_model(fields: dict[str, Any] | None, tp: in
 def test_cpu_replicas_share_the_cores(
     replicas: int, env: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kervan.serve.fleet import on_cpu
+    from kervan.serve.start import on_cpu
 
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     config = FleetConfig(model="m", replicas=replicas, env=env)

@@ -14,11 +14,11 @@ from kervan.cli import options
 def scale(replicas: int | None, gateways: int | None, name: str, address: str | None, as_json: bool) -> None:
     """Run REPLICAS engine replicas; returns when they are ready, or gone."""
     from kervan.cli import render
-    from kervan.serve import fleet
+    from kervan.serve.changes import scale as change
 
     if replicas is None and gateways is None:
         raise click.UsageError("give REPLICAS, --gateways, or both")
-    result = fleet.scale(name, replicas, gateways, address, render.progress_lines(is_quiet=as_json))
+    result = change(name, replicas, gateways, address, render.progress_lines(is_quiet=as_json))
     if as_json:
         render.print_json(result.to_dict())
     else:

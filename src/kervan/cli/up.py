@@ -59,7 +59,8 @@ def up(config_path: Path | None, address: str | None, yes: bool, detach: bool, a
     already, it takes on the settings that are given and keeps the others: new replicas are ready before old ones leave.
     """
     from kervan.cli import render
-    from kervan.serve.fleet import Startup, is_up
+    from kervan.serve.fleet import is_up
+    from kervan.serve.start import Startup
 
     words = _words(config_path, given)
     source = f"config file {config_path}" if config_path else "kervan up"
@@ -95,7 +96,7 @@ def _change(words: dict[str, Any], source: str, address: str | None, *, is_confi
     """Bring new settings into a fleet that runs."""
     from kervan.cli import render
     from kervan.errors import FleetError
-    from kervan.serve.fleet import RunningFleet
+    from kervan.serve.changes import RunningFleet
 
     say = render.progress_lines()
     fleet = RunningFleet(words["name"], address, say)

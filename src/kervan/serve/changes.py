@@ -1,0 +1,167 @@
+"""Changing a fleet that is up: what `kervan up` on a running fleet and `kervan scale` call."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kervan.errors import FleetError, KervanError
+from kervan.facts import model as models
+from kervan.facts.fleet import FleetConfig, from_mapping
+from kervan.serve import cluster, placement
+from kervan.serve.fleet import FleetStatus, Progress, attach, snapshot_of, stored_config, wait_until_ready
+from kervan.serve.start import check_port, num_gateways, validate
+
+# What a running fleet cannot change, and why.
+FIXED = {
+    "model": "streams cannot move to another model; start a second fleet (--name), or kervan down first",
+    "engine": "streams cannot move between engines and twins; start a second fleet (--name), or kervan down first",
+    "ingress": "it belongs to Serve's start; kervan down first",
+    "name": "it is how the fleet is found; kervan down first",
+}
+HIDDEN = frozenset({"api_keys"})  # told as changed, without the values
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of a running fleet. `lines`: what differs. `warning`: what it costs, if there is a choice."""
+
+    before: FleetConfig
+    after: FleetConfig
+    surges: bool
+    lines: tuple[str, ...]
+    warning: str = ""
+
+
+class RunningFleet:
+    """A fleet that is up, to be changed."""
+
+    def __init__(self, name: str, address: str | None, progress: Progress):
+        """Raises: FleetError when there is no such fleet."""
+        self.progress = progress
+        self._handle = attach(name, address)
+        self._config = stored_config(self._handle)
+
+    def plan(self, words: Mapping[str, Any], source: str) -> Change:
+        """What it takes to bring in `words`; what they do not name stays. Nothing is changed yet.
+
+        Raises: ConfigError; CapacityError; FleetError for what a running fleet cannot change.
+        """
+        before = self._config
+        merged = json.loads(before.to_json())
+        for key, why in FIXED.items():
+            wanted = words.get(key, merged[key])
+            if key == "model" and isinstance(wanted, str):
+                wanted = models.resolve(wanted)
+            if wanted != merged[key]:
+                raise FleetError(
+                    f"{key} of fleet {before.name!r} is {merged[key]!r} and cannot become {wanted!r}: {why}"
+                )
+        for key, value in words.items():
+            is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
+            merged[key] = {**merged[key], **value} if is_mapping else value
+        if not words.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
+            merged |= {key: words.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
+        after = validate(from_mapping(merged, source))
+        if words.get("gateways") == 0:
+            after = dataclasses.replace(after, gateways=num_gateways(after))
+        nodes = cluster.devices_by_node()
+        after = placement.spread(after, nodes)
+        warnings = []
+        neighbours = _check_neighbours(before, after)
+        if (before.host, before.port) != (after.host, after.port):
+            if not neighbours:
+                check_port(after.host, after.port)
+            warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
+        live = sum(r.state in ("starting", "ready") for r in snapshot_of(self._handle).replicas)
+        same_size = before.world_size == after.world_size
+        held = live * before.world_size * before.gpu_share
+        placement.check(after, nodes, held=held)
+        surges = True
+        if _replaces_replicas(before, after) and after.replicas and not placement.has_room(after, nodes):
+            surges = False
+            warnings.append(
+                f"there is no room for {placement.demand(after, nodes)} beside the old replicas, so "
+                f"{max(1, after.replicas // 5)} of {after.replicas} replicas will stop before a new one starts; "
+                + (
+                    "streams move to the others"
+                    if after.replicas > 1 and same_size
+                    else "streams wait until it is ready, as long as a start takes"
+                )
+            )
+        return Change(
+            before,
+            after,
+            surges,
+            tuple(_differences(json.loads(before.to_json()), json.loads(after.to_json()))),
+            "; ".join(warnings),
+        )
+
+    def apply(self, change: Change) -> FleetStatus:
+        """Carry it out; returns when all new replicas and gateways are ready and the old ones are gone.
+
+        Raises: the KervanError of a start that failed; the fleet goes on as before then.
+        """
+        import ray
+
+        from kervan.serve import app, shared_port
+
+        snapshot = snapshot_of(self._handle)
+        known = snapshot.failures[-1].number if snapshot.failures else 0
+        nodes = cluster.devices_by_node()
+        ray.get(self._handle.set_config.remote(change.after.to_json()))
+        app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
+        try:
+            status = wait_until_ready(change.after, self._handle, self.progress, after_failure=known)
+        except KervanError as error:
+            self.progress("it failed; going back")
+            ray.get(self._handle.set_config.remote(change.before.to_json()))
+            app.deploy(app.build(change.before, nodes, surges=change.surges), change.before)
+            raise type(error)(f"{error} (the fleet goes on as before)") from error
+        shared_port.wait_until_known(change.after, self.progress)
+        return status
+
+
+def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConfig]:
+    """The fleets with which the changed one will share its port.
+
+    Raises: ConfigError when they cannot; a change that does not touch on that is not looked at.
+    """
+    from kervan.serve import shared_port
+
+    words = ("host", "port", "shared_port", "engine_args")
+    if all(getattr(before, word) == getattr(after, word) for word in words):
+        return []
+    return shared_port.check(after, [other for other, _ in shared_port.fleets()])
+
+
+def _replaces_replicas(before: FleetConfig, after: FleetConfig) -> bool:
+    from kervan.serve import app
+
+    return app.versions(before).replicas != app.versions(after).replicas
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{path}{key}.")
+        elif before != after:
+            yield f"{path}{key} changes" if key in HIDDEN else f"{path}{key}: {before} -> {after}"
+
+
+def scale(
+    name: str,
+    replicas: int | None = None,
+    gateways: int | None = None,
+    address: str | None = None,
+    progress: Progress = lambda _: None,
+) -> FleetStatus:
+    """Change the number of replicas or gateways; returns when they are there, or gone.
+
+    Raises: CapacityError when they do not fit; the fleet is as before then.
+    """
+    fleet = RunningFleet(name, address, progress)
+    words = {"replicas": replicas, "gateways": gateways}
+    return fleet.apply(fleet.plan({key: n for key, n in words.items() if n is not None}, "kervan scale"))

@@ -1,0 +1,197 @@
+"""Bringing a fleet up: what `kervan up` calls."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import secrets
+import socket
+from typing import Any
+
+from kervan.errors import ConfigError, FleetError
+from kervan.facts import model as models
+from kervan.facts.fleet import FleetConfig
+from kervan.fleet.vllm import argument_names
+from kervan.serve import cluster, placement
+from kervan.serve.fleet import (
+    FleetStatus,
+    Progress,
+    end_fleet,
+    plural,
+    slowest_start,
+    stored_config,
+    wait_until_ready,
+)
+from kervan.twin import settings as twins
+
+
+def validate(config: FleetConfig) -> FleetConfig:
+    """The config with its model resolved, after every check that needs no cluster.
+
+    Raises: ConfigError.
+    """
+    config = dataclasses.replace(config, model=models.resolve(config.model))
+    argument_names.check(config.engine_args)
+    models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
+    if config.engine == "twin":
+        twins.settings(config)
+    return config
+
+
+def on_cpu(config: FleetConfig, cores: int) -> FleetConfig:
+    """The config for a machine without GPUs: its replicas share the cores, unless the user says how.
+
+    Left alone, each vLLM engine binds its threads to the same first cores.
+    """
+    if config.engine == "twin" or config.replicas < 2 or "VLLM_CPU_OMP_THREADS_BIND" in {**os.environ, **config.env}:
+        return config
+    share = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores // config.replicas))}
+    return dataclasses.replace(config, env={**share, **config.env})
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises: ConfigError when something listens on the port already, or the host is not this machine.
+
+    Gateways share their port (SO_REUSEPORT), so two fleets of one user could share it without an error.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise ConfigError(
+                    f"host {host!r} is no address of this machine ({error.strerror}); "
+                    "use 127.0.0.1, or 0.0.0.0 for all (--host)"
+                ) from error
+            other = port + 1 if 1024 <= port < 65535 else 8000
+            raise ConfigError(
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another, for example --port {other}"
+            ) from error
+
+
+def num_gateways(config: FleetConfig) -> int:
+    """The configured number, or one per 8 cores of this machine, 1 to 4."""
+    return config.gateways or min(4, max(1, (os.cpu_count() or 1) // 8))
+
+
+class Startup:
+    """A fleet on its way up; `cancel` undoes whatever has been started."""
+
+    def __init__(self, config: FleetConfig, address: str | None, progress: Progress):
+        self.config = config
+        self.progress = progress
+        self._address = address
+        self._started_ray: cluster.StartingRay | None = None
+        self._directory: Any = None
+
+    def run(self) -> FleetStatus:
+        """Start the fleet and wait until every replica has given a token.
+
+        Raises: ConfigError, CapacityError, EngineError, FleetError. Undone on every exception, Ctrl-C too.
+        """
+        try:
+            return self._run()
+        except BaseException:
+            with _uninterrupted():
+                self.cancel()
+            raise
+
+    def _run(self) -> FleetStatus:
+        self.config = validate(self.config)
+        is_here = self._address is None
+        if is_here and cluster.find_local_ray() is None:
+            check_port(self.config.host, self.config.port)
+        address = self._reach_ray()
+        from kervan.serve import app, directory, shared_port
+
+        nodes = cluster.devices_by_node()
+        if not placement.has_gpus(nodes):
+            self.config = on_cpu(self.config, os.cpu_count() or 1)
+        config = self.config = placement.spread(self.config, nodes)
+        if config.name in directory.names():
+            raise FleetError(
+                f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
+            )
+        if not shared_port.check(config, [other for other, _ in shared_port.fleets()]) and is_here:
+            check_port(config.host, config.port)
+        placement.check(config, nodes)
+        if config.ingress == "serve":
+            _check_entry_is_free()
+        config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
+        self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
+        app.start_serve(config)
+        self.progress(f"starting {plural(config.replicas, 'replica')} and {plural(config.gateways, 'gateway')}")
+        app.deploy(app.build(config, nodes), config)
+        status = wait_until_ready(config, self._directory, self.progress)
+        shared_port.wait_until_known(config, self.progress)
+        if parts := slowest_start(status.snapshot):
+            self.progress(f"the slowest engine took {parts}")
+        cluster.remember(cluster.Remembered(config.name, address, status.url))
+        return status
+
+    def _reach_ray(self) -> str:
+        needs_haproxy = self.config.ingress == "serve"
+        if self._address is not None:
+            if needs_haproxy and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+                raise FleetError(
+                    "--ingress serve needs HAProxy on the cluster: RAY_SERVE_ENABLE_HA_PROXY=1 in the environment of "
+                    "Ray on all nodes and of kervan up; or use --ingress direct"
+                )
+            cluster.connect(self._address)
+            return self._address
+        local = cluster.find_local_ray()
+        if local is None:
+            self.progress("starting Ray on this machine")
+            self._started_ray = cluster.start_local_ray(has_haproxy=needs_haproxy)
+            local = self._started_ray.local
+        elif needs_haproxy and not local.has_haproxy:
+            raise FleetError(
+                "the Ray that runs on this machine was started without HAProxy; "
+                "end its fleets first (kervan down), or use --ingress direct"
+            )
+        cluster.connect(local.address)
+        return local.address
+
+    def keep(self) -> None:
+        """Let the fleet outlive this process."""
+        if self._started_ray is not None:
+            self._started_ray.keep()
+
+    def cancel(self) -> None:
+        """End what has been started."""
+        if self._started_ray is not None:
+            cluster.stop_local_ray(self._started_ray.local)
+            cluster.forget(self.config.name)
+        elif self._directory is not None:
+            with contextlib.suppress(Exception):
+                end_fleet(self.config.name)
+
+
+def _check_entry_is_free() -> None:
+    """Serve has one entry for a whole cluster, and a fleet needs all of its paths."""
+    from kervan.serve import directory
+
+    for name in directory.names():
+        other = stored_config(directory.find(name))
+        if other.ingress == "serve":
+            raise FleetError(
+                f"fleet {name!r} has the one entry of Serve on this cluster (port {other.port}); use --ingress direct"
+            )
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Any:
+    """Ignore further Ctrl-C while cleaning up."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
