@@ -142,7 +142,7 @@ def test_status_is_what_scripts_rely_on(fleet: Fleet, models: Any) -> None:
     status = fleet.status()
     assert status["url"] == fleet.url
     assert status["model"] == str(models.demo)
-    assert status["layout"] == {"tp": 1, "pp": 1, "ep": 1}
+    assert status["layout"] == {"tp": 1, "pp": 1, "ep": 1, "nodes_per_replica": 1}
     keys = {"id", "pool", "node", "pid", "state", "running", "waiting", "kv_cache_usage", "draining"}
     for replica in status["replicas"]:
         assert keys <= set(replica)

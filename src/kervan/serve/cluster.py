@@ -87,8 +87,19 @@ class StartingRay:
 def start_local_ray(*, has_haproxy: bool) -> StartingRay:
     """Start Ray on this machine, guarded by a token of its own.
 
+    Ray gives its own parts half a minute, too little on a machine that is busy: one more try then.
+
     Raises: EngineError when Ray does not come up.
     """
+    try:
+        return _start_local_ray(has_haproxy=has_haproxy)
+    except EngineError as error:
+        if "timed out" not in str(error):
+            raise
+        return _start_local_ray(has_haproxy=has_haproxy)
+
+
+def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
     temp_dir = tempfile.mkdtemp(prefix="kervan-ray-")  # short: it holds Unix sockets
     token = secrets.token_hex(32)
     log = (Path(temp_dir) / "local_ray.log").open("w")

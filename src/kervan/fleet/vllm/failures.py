@@ -63,6 +63,11 @@ KNOWN: tuple[tuple[str, type[KervanError], str], ...] = (
         "more GPUs per replica (--tp), a quantised model, or --engine-arg gpu_memory_utilization=0.8",
     ),
     (
+        r"^'kervan-canary'$",
+        EngineError,
+        "--pp 1, or GPUs: vLLM's CPU backend (0.29 to 0.32) loses a request between pipeline stages",
+    ),
+    (
         r"max_model_len.*(greater|larger).*derived",
         ConfigError,
         "a max_model_len within the model's own context length",

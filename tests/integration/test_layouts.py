@@ -1,0 +1,110 @@
+"""Replicas of more than one worker: on one node, and over several."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from live import REQUEST_S, SMALL, START_S, Fleet, Home, Take, eventually, is_alive, take_chat
+from ray_cluster import RayCluster
+from shared_fleet import Models
+
+from kervan.demo import PAIRS
+
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
+
+QUESTION, ANSWER = next(iter(PAIRS.items()))
+NUM_STREAMS = 4
+SECOND = "127.0.0.2"
+
+
+@pytest.fixture
+def pair(home: Home, models: Models) -> Iterator[Fleet]:
+    """One replica of two workers that share each layer."""
+    running = home.up(models.demo, "pair", (*SMALL, "max_model_len=1024"), "--tp", "2", "--gateways", "1")
+    yield running
+    assert home.kervan("down", "--name", "pair").returncode == 0
+
+
+def workers(engine_pid: int) -> list[int]:
+    return [p.pid for p in psutil.Process(engine_pid).children(recursive=True) if "Worker" in p.cmdline()[0]]
+
+
+async def test_half_of_a_tensor_parallel_group_dies(pair: Fleet) -> None:
+    """The whole replica is replaced; streams wait, since there is no other, and go on where they were."""
+    (engine,) = pair.pids()
+    both = workers(engine)
+    assert len(both) == 2
+    body = {"model": pair.status()["model"], "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+    takes = [Take() for _ in range(NUM_STREAMS)]
+    async with httpx.AsyncClient(base_url=pair.url, timeout=START_S) as client:
+        streams = [asyncio.create_task(take_chat(client, take, body)) for take in takes]
+        await asyncio.gather(*(take.began.wait() for take in takes))
+        os.kill(both[1], signal.SIGKILL)
+        await asyncio.gather(*streams)
+    assert [(take.text, take.error, take.finish_reason) for take in takes] == [(ANSWER, "", "stop")] * NUM_STREAMS
+    assert pair.total("kervan_streams_moved_total") > 0
+    assert not is_alive(engine)
+    assert not any(is_alive(worker) for worker in both)
+    pair.wait_until_whole(1, 1)
+
+
+@pytest.fixture
+def cluster(scratch: Path) -> Iterator[RayCluster]:
+    owned = RayCluster(scratch, "stages")
+    try:
+        owned.start_head("--num-cpus=1")
+        owned.start_node(SECOND, "--num-cpus=1")
+        yield owned
+    finally:
+        owned.close()
+
+
+def test_stages_are_on_nodes_of_their_own(cluster: RayCluster, models: Models) -> None:
+    """Each of two nodes gets a stage. vLLM's CPU backend dies at their first step: that is told, and all is undone."""
+    address = ("--address", cluster.address)
+    eventually(lambda: "0.0/2.0 CPU" in cluster.ray("status", *address), "two nodes", START_S)
+    home, name = cluster.home, ("--name", "stages")
+    refused = home.kervan("up", str(models.demo), *name, *address, "--tp", "2", "--nodes-per-replica", "2")
+    assert refused.returncode == 1
+    assert "nodes_per_replica=2 does not divide pp=1: a stage is whole on one node" in refused.stderr
+    refused = home.kervan("up", str(models.demo), *name, *address, "--tp", "2")
+    assert refused.returncode == 1
+    assert "the tp=2 that share each layer must be on one node; the largest node has 1" in refused.stderr
+    ended = []
+    arguments = [word for argument in (*SMALL, "max_model_len=256") for word in ("--engine-arg", argument)]
+    up = threading.Thread(
+        target=lambda: ended.append(
+            home.kervan("up", str(models.demo), *name, *address, "--pp", "2", "--detach", *arguments,
+                        "--env", "VLLM_CPU_KVCACHE_SPACE=1", "--env", "VLLM_CPU_OMP_THREADS_BIND=nobind")
+        )
+    )  # fmt: skip
+    up.start()
+
+    def nodes() -> list[str]:
+        done = home.kervan("status", *name, *address, "--json", timeout_s=REQUEST_S)
+        replicas = json.loads(done.stdout)["replicas"] if done.returncode == 0 else []
+        return replicas[0]["nodes"] if replicas else []
+
+    found = eventually(nodes, "a replica has its nodes", START_S)
+    assert len(found) == 2
+    assert SECOND in found
+    up.join(START_S)
+    assert ended[0].returncode == 1
+    assert "loses a request between pipeline stages" in ended[0].stderr
+    assert "--pp 1" in ended[0].stderr
+    eventually(lambda: "0.0/2.0 CPU" in cluster.ray("status", *address), "the cores are free again", START_S)
+    eventually(lambda: not stage_workers(cluster), "no worker is left", START_S)
+
+
+def stage_workers(cluster: RayCluster) -> list[int]:
+    """Workers that Ray started for vLLM, on either node."""
+    here = str(cluster.home.scratch)
+    titles = ((p, " ".join(p.info["cmdline"] or ())) for p in psutil.process_iter(["cmdline"]))
+    return [p.pid for p, title in titles if "StageWorker" in title and p.cwd() == here]
