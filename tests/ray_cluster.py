@@ -94,6 +94,12 @@ class RayCluster:
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout + done.stderr
 
+    def status(self) -> str:
+        """What `ray status` says; nothing while the cluster does not answer."""
+        with contextlib.suppress(AssertionError):
+            return self.ray("status", "--address", self.address)
+        return ""
+
     def close(self) -> None:
         """End all nodes; not by `ray stop`, which ends every Ray of this machine."""
         parts = []

@@ -69,7 +69,7 @@ def cluster(scratch: Path) -> Iterator[RayCluster]:
 def test_stages_are_on_nodes_of_their_own(cluster: RayCluster, models: Models) -> None:
     """Each of two nodes gets a stage. vLLM's CPU backend dies at their first step: that is told, and all is undone."""
     address = ("--address", cluster.address)
-    eventually(lambda: "0.0/2.0 CPU" in cluster.ray("status", *address), "two nodes", START_S)
+    eventually(lambda: "0.0/2.0 CPU" in cluster.status(), "two nodes", START_S)
     home, name = cluster.home, ("--name", "stages")
     refused = home.kervan("up", str(models.demo), *name, *address, "--tp", "2", "--nodes-per-replica", "2")
     assert refused.returncode == 1
@@ -99,7 +99,7 @@ def test_stages_are_on_nodes_of_their_own(cluster: RayCluster, models: Models) -
     assert ended[0].returncode == 1
     assert "loses a request between pipeline stages" in ended[0].stderr
     assert "--pp 1" in ended[0].stderr
-    eventually(lambda: "0.0/2.0 CPU" in cluster.ray("status", *address), "the cores are free again", START_S)
+    eventually(lambda: "0.0/2.0 CPU" in cluster.status(), "the cores are free again", START_S)
     eventually(lambda: not stage_workers(cluster), "no worker is left", START_S)
 
 

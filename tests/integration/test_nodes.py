@@ -43,7 +43,7 @@ async def test_a_lost_node(cluster: RayCluster, models: Models, scratch: Path) -
     arguments = ("max_model_len=2048", "served_model_name=twin")
     options = ("--config", str(config), "--replicas", "4", "--gateways", "2", "--address", cluster.address)
     two_nodes = "0.0/2.0 GPU"
-    eventually(lambda: two_nodes in cluster.ray("status", "--address", cluster.address), "two nodes", START_S)
+    eventually(lambda: two_nodes in cluster.status(), "two nodes", START_S)
     fleet = await asyncio.to_thread(cluster.home.up, models.demo, "spread", arguments, *options)
     replicas, gateways = 4, 2
     while not on(fleet, LOST)[0]:  # 1 in 16: Ray puts what takes no resources where it likes
