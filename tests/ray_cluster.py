@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from live import Home, eventually, free_port
+from live import Home, free_port
 
 SETTINGS = {
     "RAY_AUTH_MODE": "token",
@@ -18,6 +18,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
 }
+UP = "will now block forever"  # what `ray start --block` says then
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,6 @@ class RayHome(Home):
     @property
     def environment(self) -> dict[str, str]:
         return {**super().environment, **dict(self.ray_environment)}
-
-
-def is_listening(port: int) -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), 1).close()
-        return True
-    return False
 
 
 class RayCluster:
@@ -53,26 +47,31 @@ class RayCluster:
 
     def start_head(self, *options: str) -> None:
         words = ("--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self.place}")
-        head = self._start("head", *words, *options)
-        eventually(lambda: is_listening(self.port) or head.poll() is not None, "the cluster listens", 60)
+        self._start("head", *words, *options)
 
     def start_node(self, ip: str, *options: str) -> None:
-        """A further node; it has joined when `ray status` says so."""
         self._start(ip, f"--address={self.address}", f"--node-ip-address={ip}", *options)
 
-    def _start(self, name: str, *words: str) -> "subprocess.Popen[bytes]":
-        program = Path(sys.executable).with_name("ray")
-        with (self.home.scratch / f"{self.home.name}-{name}.log").open("w") as log:
-            self._nodes[name] = subprocess.Popen(
-                [program, "start", "--block", "--object-store-memory=100000000", *words],
-                env=self.home.environment,
-                cwd=self.home.scratch,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        return self._nodes[name]
+    def _start(self, name: str, *words: str) -> None:
+        """Returns when the node is up. Ray gives it 30 s, which a busy machine may exceed; then it is tried again."""
+        program, path = Path(sys.executable).with_name("ray"), self.home.scratch / f"{self.home.name}-{name}.log"
+        for _ in range(3):
+            with path.open("w") as log:
+                node = self._nodes[name] = subprocess.Popen(
+                    [program, "start", "--block", "--object-store-memory=100000000", *words],
+                    env=self.home.environment,
+                    cwd=self.home.scratch,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            while node.poll() is None:
+                if UP in path.read_text():
+                    return
+                time.sleep(0.2)
+            assert "timed out during startup" in path.read_text(), path.read_text()[-2000:]
+        raise AssertionError(path.read_text()[-2000:])
 
     def kill_node(self, ip: str) -> None:
         """All processes of a node end at once, as when its power fails."""

@@ -209,7 +209,7 @@ def test_changes_leave_nothing_behind(twins: Fleet) -> None:
         # One left behind by each change would be eight; Ray keeps a few connections and threads as it likes.
         assert now["sockets"] <= then["sockets"] + 5
         assert now["threads"] <= then["threads"] + 5
-        assert now["uss_mib"] <= then["uss_mib"] + 50
+        assert now["anon_mib"] <= then["anon_mib"] + 50
 
 
 def test_faults_of_unknown_replicas_are_refused(twins: Fleet) -> None:
