@@ -40,7 +40,8 @@ def explain(
         for g in snapshot.gateways
         if g.reason
     ]
-    nodes_used = {replica.node for replica in snapshot.replicas} | {gateway.node for gateway in snapshot.gateways}
+    nodes_used = {node for replica in snapshot.replicas for node in (replica.node, *replica.nodes)}
+    nodes_used |= {gateway.node for gateway in snapshot.gateways}
     is_short = present < config.replicas or len(snapshot.gateways) < config.gateways
     if is_short or not nodes_used.isdisjoint(dead_nodes):
         told += [f"node {node} is dead; what was on it is started elsewhere" for node in dead_nodes]

@@ -46,7 +46,7 @@ class OpenAIFrontend:
         """Raises: ConfigError when vLLM refuses `argv`."""
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
         limits.install(config, is_twin=is_twin)
-        await asyncio.to_thread(versions.app_modules)  # now, while the replicas start
+        await asyncio.to_thread(_import_app)  # now, while the replicas start
         link = await fleet.wait_for_link()
         with injected(fleet, link.facts), kept_handlers():
             engine = AsyncLLM.from_vllm_config(
@@ -68,6 +68,11 @@ class OpenAIFrontend:
     def metrics_page() -> str:
         """vLLM's and kervan's Prometheus metrics of this process."""
         return generate_latest(REGISTRY).decode()
+
+
+def _import_app() -> None:
+    with kept_handlers():
+        versions.app_modules()
 
 
 def _configure(argv: Sequence[str]) -> tuple[Namespace, AsyncEngineArgs, Any]:
