@@ -29,7 +29,7 @@ import psutil
 
 from kervan.bench import records
 from kervan.facts.fleet import FleetConfig
-from kervan.serve import cluster
+from kervan.serve import changes, cluster
 from kervan.serve import fleet as fleets
 from kervan.twin.engine import answer
 from kervan.twin.settings import settings
@@ -137,7 +137,7 @@ class Load(threading.Thread):
         return tokens
 
 
-def soak(name: str, changes: int, every: int, num_clients: int, seed: int) -> dict[str, Any]:
+def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int) -> dict[str, Any]:
     """Change fleet `name` so many times and leave it as it was found."""
     before = fleets.status(name)
     config = before.config
@@ -169,18 +169,18 @@ def soak(name: str, changes: int, every: int, num_clients: int, seed: int) -> di
 
     try:
         rest_and_look(0)
-        for number in range(1, changes + 1):
+        for number in range(1, num_changes + 1):
             if number % GATEWAY_CHANGE == 0:
                 change(replicas, rest[1] + (gateways == rest[1]))
             else:
                 change(rng.choice([n for n in range(1, MAX_REPLICAS + 1) if n != replicas]), gateways)
-            if number % every == 0 or number == changes:
+            if number % every == 0 or number == num_changes:
                 rest_and_look(number)
     finally:
         load.is_over = True
         load.join(timeout=120)
     return {
-        "changes": changes,
+        "changes": num_changes,
         "clients": num_clients,
         "wall_s": round(time.monotonic() - begin_s, 1),
         "streams": load.num_whole,

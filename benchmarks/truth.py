@@ -278,7 +278,7 @@ def main() -> int:
                             break
                     rows.append(row | {"repeat": repeat})
                     print(table([row]).splitlines()[-1], row.get("failed", ""), flush=True)
-    known = versions() | {"cc": output_of("cc", "--version").partition("\n")[0]}
+    known: dict[str, Any] = versions() | {"cc": output_of("cc", "--version").partition("\n")[0]}
     for name in ("guidellm", "aiperf"):
         if program_path := getattr(args, name):
             known[name] = output_of(program_path, "--version").splitlines()[-1:] or "unknown"

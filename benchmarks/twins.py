@@ -59,18 +59,19 @@ async def client_alone(
     timing = StepTiming(base_s=step_s, prefill_token_s=0.0, sequence_s=0.0, context_token_s=0.0)
     limits = Limits(num_blocks=100_000, max_num_seqs=1024, max_num_batched_tokens=1 << 20, max_model_len=8192)
     with tempfile.TemporaryDirectory() as directory:
+        names = [f"t{i:03}" for i in range(num_twins)]
         twins = [
             EngineProcess(
-                TwinSpec(f"t{i:03}", "127.0.0.1", "s", TwinSettings(timing, limits)),
-                log_path=Path(directory) / f"{i}.log",
+                TwinSpec(name, "127.0.0.1", "s", TwinSettings(timing, limits)),
+                log_path=Path(directory) / f"{name}.log",
                 module=TWIN_ENGINE,
             )
-            for i in range(num_twins)
+            for name in names
         ]
-        while not all(twin.ready for twin in twins):  # noqa: ASYNC110 - threads tell
+        while len(ready := [twin.ready for twin in twins if twin.ready]) < num_twins:  # noqa: ASYNC110 - threads tell
             await asyncio.sleep(0.05)
         client = FleetClient(VllmCodec(), secret="s")
-        client.set_members(Member(twin.spec.replica_id, twin.ready.address) for twin in twins)
+        client.set_members(Member(name, engine.address) for name, engine in zip(names, ready, strict=True))
         while len(client.links) < num_twins:  # noqa: ASYNC110 - a benchmark may poll
             await asyncio.sleep(0.05)
         number = 0
