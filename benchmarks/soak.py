@@ -154,7 +154,7 @@ def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int) -
     def change(to_replicas: int, to_gateways: int) -> None:
         nonlocal replicas, gateways
         if (to_replicas, to_gateways) != (replicas, gateways):
-            changes.scale(name, to_replicas, to_gateways)
+            changes.scale(name, {"replicas": to_replicas, "gateways": to_gateways, "max_gateways": 0})
         replicas, gateways = to_replicas, to_gateways
 
     def rest_and_look(number: int) -> None:

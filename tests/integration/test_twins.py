@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,41 @@ async def test_changes_under_load_lose_nothing(twins: Fleet, models: Models) -> 
         await kervan(twins, "scale", "3", "--gateways", "2")
         await kervan(twins, "scale", "--gateways", "1")
         assert running.num_whole > before
+    assert twins.is_whole(3, 1)
+
+
+KNOCKER = """
+import os, socket, sys
+host, port = sys.argv[1:]
+request = f"GET /v1/models HTTP/1.1\\r\\nHost: {host}\\r\\n\\r\\n".encode() * 50
+with socket.create_connection((host, int(port))) as connection:
+    while os.getppid() != 1:  # until the test ends it, or is gone
+        connection.sendall(request)
+        answered = 0
+        while answered < 50:
+            answered += connection.recv(1 << 16).count(b"HTTP/1.1 200")
+"""
+
+
+@contextmanager
+def knocking(port: int) -> Iterator[None]:
+    """A gateway is asked as fast as it can answer."""
+    with subprocess.Popen([sys.executable, "-c", KNOCKER, "127.0.0.1", str(port)]) as knocker:
+        try:
+            yield
+        finally:
+            knocker.kill()
+
+
+async def test_gateways_follow_their_load(twins: Fleet, models: Models) -> None:
+    """A gateway that has much to do gets a second one; a fixed number holds again when given."""
+    await asyncio.to_thread(twins.wait_until_whole, 3, 1)
+    await kervan(twins, "scale", "--gateways", "1..2")
+    with knocking(twins.port):
+        await asyncio.to_thread(eventually, lambda: twins.is_whole(3, 2), "a second gateway is ready", START_S)
+    async with load(twins, models) as running:
+        await kervan(twins, "scale", "--gateways", "1")
+        assert running.broken == []
     assert twins.is_whole(3, 1)
 
 

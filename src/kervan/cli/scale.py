@@ -7,18 +7,23 @@ from kervan.cli import options
 
 @click.command()
 @click.argument("replicas", type=click.IntRange(min=0), required=False)
-@click.option("--gateways", type=click.IntRange(min=1), help="HTTP gateways.")
+@click.option("--gateways", type=options.Count(), help="HTTP gateways; MIN..MAX: as their load asks.")
 @options.name
 @options.address
 @options.as_json
-def scale(replicas: int | None, gateways: int | None, name: str, address: str | None, as_json: bool) -> None:
+def scale(
+    replicas: int | None, gateways: tuple[int, int] | None, name: str, address: str | None, as_json: bool
+) -> None:
     """Run REPLICAS engine replicas; returns when they are ready, or gone."""
     from kervan.cli import render
     from kervan.serve.changes import scale as change
 
     if replicas is None and gateways is None:
         raise click.UsageError("give REPLICAS, --gateways, or both")
-    result = change(name, replicas, gateways, address, render.progress_lines(is_quiet=as_json))
+    if gateways is not None and gateways[0] < 1:
+        raise click.UsageError("--gateways 0 would leave nothing that answers; give at least 1, or kervan down")
+    words = options.gateway_words(gateways) | ({} if replicas is None else {"replicas": replicas})
+    result = change(name, words, address, render.progress_lines(is_quiet=as_json))
     if as_json:
         render.print_json(result.to_dict())
     else:

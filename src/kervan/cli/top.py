@@ -85,12 +85,13 @@ def view(status: FleetStatus, lines: list[str]) -> RenderableType:
             "-" if seen.ttft_s is None else format_duration(seen.ttft_s),
         )  # fmt: skip
     gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
-    for column in ("streams", "held", "moved", "tok/s"):
+    for column in ("streams", "held", "moved", "busy", "tok/s"):
         gateways.add_column(column, justify="right")
     for g in snapshot.gateways:
         state = Text("ready", "green") if g.is_ready else Text(g.reason or "starting", "yellow")
         rate = sum(one.tokens_per_s for one in g.traffic.values())
-        gateways.add_row(g.id, g.node, str(g.pid), state, str(g.streams), str(g.held), str(g.moved), f"{rate:,.0f}")
+        counts = (str(count) for count in (g.streams, g.held, g.moved))
+        gateways.add_row(g.id, g.node, str(g.pid), state, *counts, f"{g.busy:.0%}", f"{rate:,.0f}")
     return Group(head, Text(), replicas, Text(), gateways, Text(), *(Text(line, "dim") for line in lines))
 
 

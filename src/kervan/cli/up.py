@@ -30,7 +30,9 @@ SECTIONS = {
 @click.option("--gpu", help="The GPU that a twin stands for, like H200.")
 @click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")
 @click.option("--replicas", type=int, help="Engine replicas, each on tp*pp GPUs. [default: 1]")
-@click.option("--gateways", type=int, help="HTTP gateways. [default: one per 8 cores, at most 4]")
+@click.option(
+    "--gateways", type=options.Count(), help="HTTP gateways; MIN..MAX: as their load asks. [default: a core in 8, <= 4]"
+)
 @click.option("--host", help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on. [default: 8000]")
 @click.option(
@@ -131,5 +133,6 @@ def _words(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         before = settings.get(key) or {}
         if extra or before:
             settings[key] = {**before, **extra} if isinstance(before, dict) else before
+    settings |= options.gateway_words(given.pop("gateways"))
     settings |= {key: value for key, value in given.items() if value is not None}
     return settings

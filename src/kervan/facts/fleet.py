@@ -58,12 +58,13 @@ OWNED_ENGINE_ARGS = {
 class FleetConfig:
     """One fleet; the words of `kervan up`, of its config file, and of recipes.
 
-    `engine_args` has vLLM's own names and values. `gateways` 0 means one per 8 CPU cores, at most 4. `env` goes to
-    the engine and gateway processes. `ep`: GPUs over which each layer's experts are spread, 1 or `tp`.
-    `nodes_per_replica`: nodes over which the pipeline stages of a replica are spread, 0 for as few as can hold them.
-    `gpus_per_replica`: a share of one GPU, like 0.5, for a model that needs no more; 0 for `tp*pp` whole ones. `engine`
-    "twin": simulated replicas, as if on `gpu`, with `twin` in place of what follows from model and GPU
-    (`kervan.twin.settings`). `shared_port`: other fleets of the cluster may be on the port too, if they say so as well.
+    `engine_args` has vLLM's own names and values. `gateways` 0 means one per 8 CPU cores, at most 4; with
+    `max_gateways`, there are as many as their load asks for, from `gateways` to that. `env` goes to the engine and
+    gateway processes. `ep`: GPUs over which each layer's experts are spread, 1 or `tp`. `nodes_per_replica`: nodes over
+    which the pipeline stages of a replica are spread, 0 for as few as can hold them. `gpus_per_replica`: a share of one
+    GPU, like 0.5, for a model that needs no more; 0 for `tp*pp` whole ones. `engine` "twin": simulated replicas, as if
+    on `gpu`, with `twin` in place of what follows from model and GPU (`kervan.twin.settings`). `shared_port`: other
+    fleets of the cluster may be on the port too, if they say so as well.
     """
 
     model: str
@@ -75,6 +76,7 @@ class FleetConfig:
     gpus_per_replica: float = 0.0
     replicas: int = 1
     gateways: int = 0
+    max_gateways: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
     shared_port: bool = False
@@ -103,6 +105,7 @@ class FleetConfig:
             ("gpus_per_replica", 0, 64 * 64),
             ("replicas", 0, 4096),
             ("gateways", 0, 64),
+            ("max_gateways", 0, 64),
             ("port", 1, 65535),
             ("max_queued_streams", 0, 10**9),
             ("hold_timeout_s", 0, 10**9),
@@ -112,6 +115,11 @@ class FleetConfig:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise ConfigError(f"{key}={value} is outside {low}..{high}; give a value in that range")
+        if 0 < self.max_gateways < max(1, self.gateways):
+            raise ConfigError(
+                f"max_gateways={self.max_gateways} is below gateways={self.gateways}; write for example "
+                f"--gateways {self.gateways}..{2 * self.gateways}, or leave max_gateways out for a fixed number"
+            )
         if self.ep not in (1, self.tp):
             raise ConfigError(
                 f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or --ep {self.tp}"

@@ -53,7 +53,8 @@ class Traffic(msgspec.Struct, frozen=True):
 class GatewayEntry(msgspec.Struct, frozen=True):
     """One gateway. `url` is public; `internal_url` reaches this very gateway, not its neighbours on the port.
 
-    `models`: names by which clients may ask it. `neighbours`: other fleets on its port to which it passes requests on.
+    `busy`: the share of a core that its loop used in the last second. `models`: names by which clients may ask it.
+    `neighbours`: other fleets on its port to which it passes requests on.
     """
 
     id: str
@@ -69,6 +70,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     moved: int = 0
     traffic: dict[str, Traffic] = {}
     log_path: str = ""
+    busy: float = 0.0
     models: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
 

@@ -14,7 +14,7 @@ from ray.serve.context import _get_global_client
 
 from kervan.errors import FleetError
 from kervan.facts.fleet import FleetConfig
-from kervan.serve import placement
+from kervan.serve import autoscaling, placement
 from kervan.serve.engine import EngineReplica
 from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica
 from kervan.serve.placement import NodeDevices
@@ -87,7 +87,7 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
     gateway: Any = GatewayReplica if config.ingress == "direct" else serve.ingress()(IngressGatewayReplica)
     gateways = serve.deployment(gateway).options(
         name="gateway",
-        num_replicas=config.gateways,
+        autoscaling_config=autoscaling.gateways(config),
         graceful_shutdown_timeout_s=config.drain_timeout_s + 10.0,
         # vLLM's frontend needs the platform of the engines, so gateways live where such GPUs are.
         ray_actor_options={"num_cpus": 0, "resources": {kind: 0.001} if kind else {}},

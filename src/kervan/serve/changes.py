@@ -152,16 +152,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 
 
 def scale(
-    name: str,
-    replicas: int | None = None,
-    gateways: int | None = None,
-    address: str | None = None,
-    progress: Progress = lambda _: None,
+    name: str, words: Mapping[str, int], address: str | None = None, progress: Progress = lambda _: None
 ) -> FleetStatus:
-    """Change the number of replicas or gateways; returns when they are there, or gone.
+    """Change `replicas`, `gateways`, `max_gateways`; returns when they are there, or gone.
 
     Raises: CapacityError when they do not fit; the fleet is as before then.
     """
     fleet = RunningFleet(name, address, progress)
-    words = {"replicas": replicas, "gateways": gateways}
-    return fleet.apply(fleet.plan({key: n for key, n in words.items() if n is not None}, "kervan scale"))
+    return fleet.apply(fleet.plan(words, "kervan scale"))

@@ -66,7 +66,15 @@ class FleetStatus:
                 for r in self.snapshot.replicas
             ],
             "gateways": [
-                {"id": g.id, "pid": g.pid, "node": g.node, "ready": g.is_ready, "reason": g.reason, "log": g.log_path}
+                {
+                    "id": g.id,
+                    "pid": g.pid,
+                    "node": g.node,
+                    "ready": g.is_ready,
+                    "busy": round(g.busy, 3),
+                    "reason": g.reason,
+                    "log": g.log_path,
+                }
                 for g in self.snapshot.gateways
             ],
             "failed_starts": [
@@ -119,7 +127,8 @@ def wait_until_ready(config: FleetConfig, handle: Any, progress: Progress, *, af
                 if (kind := re.sub(r"\d+ s\b", "", reason)) not in explained:  # not again with another time
                     explained.add(kind)
                     progress(reason)
-        is_settled = len(snapshot.replicas) == ready == config.replicas and len(snapshot.gateways) == config.gateways
+        is_settled = len(snapshot.replicas) == ready == config.replicas
+        is_settled &= config.gateways <= len(snapshot.gateways) <= max(config.gateways, config.max_gateways)
         if is_settled and not old_gateways and (answering == present or config.replicas == 0):
             return _status(config, snapshot)
         time.sleep(POLL_S)

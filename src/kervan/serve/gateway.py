@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,6 +19,7 @@ from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import StartFailure
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.serve import directory as directories
+from kervan.serve.autoscaling import BUSY
 from kervan.serve.engine import new_log
 from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
 
@@ -81,6 +83,7 @@ class GatewayReplica:
         self._gateway: Gateway
         self._loop: asyncio.AbstractEventLoop
         self._is_leaving = False
+        self._busy = 0.0
         self._start_error: BaseException | None = None
         self._begin()
 
@@ -148,10 +151,15 @@ class GatewayReplica:
             await self._neighbourhood.follow(self._gateway.shared_port.update)
 
     async def _beat_forever(self) -> None:
+        cpu_s, wall_s = time.thread_time(), time.monotonic()
         while not self._stopped.is_set():
+            before_s = cpu_s, wall_s
+            cpu_s, wall_s = time.thread_time(), time.monotonic()
+            if wall_s > before_s[1]:
+                self._busy = (cpu_s - before_s[0]) / (wall_s - before_s[1])
             if not self._is_leaving:
                 entry = msgspec.structs.replace(
-                    self._gateway.entry(), version=self._version, log_path=str(self._log_path)
+                    self._gateway.entry(), version=self._version, log_path=str(self._log_path), busy=self._busy
                 )
                 self._directory.beat_gateway.remote(msgspec.msgpack.encode(entry))
             if self._gateway.failure is not None:
@@ -161,6 +169,10 @@ class GatewayReplica:
 
     async def _in_gateway(self, job: Coroutine[Any, Any, Any]) -> Any:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(job, self._loop))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaler."""
+        return {BUSY: self._busy}
 
     async def check_health(self) -> None:
         """Raises: FleetError when vLLM's app could not be built, or the gateway's loop does not answer."""
