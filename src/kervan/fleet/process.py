@@ -16,6 +16,7 @@ import msgspec
 
 from kervan.facts.fault import Fault
 from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
+from kervan.fleet.log_files import open_log
 from kervan.fleet.vllm import start_parts
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
@@ -50,7 +51,7 @@ class EngineProcess:
         self._on_change = on_change
         self._last_report_s = self._last_step_s = time.monotonic()
         ours, theirs = socket.socketpair()
-        with log_path.open("ab") as log, theirs:
+        with open_log(log_path) as log, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,

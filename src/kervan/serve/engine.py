@@ -7,7 +7,6 @@ import os
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.control import EngineSpec, Placement
 from kervan.fleet.directory import ReplicaEntry, ReplicaState, StartFailure
+from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import directory as directories
 from kervan.serve.cluster import home
@@ -33,17 +33,6 @@ DRAIN_POLL_S = 0.1
 # Gateways hear of a drain within a ping period; before that an idle-looking replica may still get work.
 DRAIN_NOTICE_S = 1.0
 STOP_TIMEOUT_S = 10.0
-MAX_LOGS = 50
-
-
-def new_log(name: str) -> Path:
-    """A log file for an engine, in kervan's home on this node; the oldest beyond `MAX_LOGS` go."""
-    directory = home() / "logs"
-    directory.mkdir(parents=True, exist_ok=True)
-    logs = sorted(directory.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    for path in logs[: max(0, len(logs) - MAX_LOGS + 1)]:
-        path.unlink(missing_ok=True)
-    return directory / f"{name}.log"
 
 
 class EngineReplica:
@@ -61,7 +50,7 @@ class EngineReplica:
         self._is_leaving = False
         self._directory = directories.find(self._config.name)
         _, secret = ray.get(self._directory.fleet.remote())
-        log_path = new_log(f"{self._config.name}-{self._id}")
+        log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
         group = _placement(self._config)
         self._nodes = _nodes(group) if group is not None else []
         spec, module = _spec(self._config, self._id, self._node, secret, group)

@@ -17,10 +17,11 @@ import ray
 from kervan.errors import FleetError
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import StartFailure
+from kervan.fleet.log_files import new_log, open_log
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.serve import directory as directories
 from kervan.serve.autoscaling import BUSY
-from kervan.serve.engine import new_log
+from kervan.serve.cluster import home
 from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def _log_to(path: Path) -> None:
     """All that this process writes goes to `path`: kervan's logs, vLLM's, Serve's, and the last words of a crash."""
-    with path.open("ab") as log:
+    with open_log(path) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     logging.basicConfig(format=LOG_FORMAT)
@@ -50,7 +51,7 @@ class GatewayReplica:
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             del os.environ["CUDA_VISIBLE_DEVICES"]
         gateway_id = f"gw-{uuid.uuid4().hex[:6]}"
-        self._log_path = new_log(f"{config.name}-{gateway_id}")
+        self._log_path = new_log(home() / "logs", f"{config.name}-{gateway_id}")
         _log_to(self._log_path)
         self._directory = directories.find(config.name)
         _, secret = ray.get(self._directory.fleet.remote())
