@@ -5,11 +5,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from live import Fleet
+from live import SMALL, START_S, Fleet, Take, take_chat
 from ray_cluster import RayCluster
 from shared_fleet import Models
 from twin_load import NUM_STREAMS, kervan, load
+
+from kervan.demo import PAIRS
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
@@ -34,6 +37,47 @@ def on(fleet: Fleet, node: str) -> tuple[set[str], set[str]]:
     status = fleet.status()
     replicas, gateways = ({p["id"] for p in status[kind] if p["node"] == node} for kind in ("replicas", "gateways"))
     return replicas, gateways
+
+
+@pytest.fixture
+def one_gpu(scratch: Path) -> Iterator[RayCluster]:
+    """A head without a GPU, and a node that has what Ray takes for one."""
+    owned = RayCluster(scratch, "last")
+    try:
+        owned.start_head("--num-gpus=0")
+        owned.start_node(LOST, "--num-gpus=1")
+        yield owned
+    finally:
+        owned.close()
+
+
+async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, models: Models) -> None:
+    """The replica waits for a GPU, which is told, and its streams with it; with a new node all goes on."""
+    arguments = (*SMALL, "max_model_len=1024", "served_model_name=tiny")
+    options = ("--gateways", "1", "--address", one_gpu.address, "--env", "VLLM_CPU_OMP_THREADS_BIND=nobind")
+    fleet = await asyncio.to_thread(one_gpu.home.up, models.demo, "last", arguments, *options)
+    assert len(on(fleet, LOST)[0]) == 1
+    while on(fleet, LOST)[1] == set(fleet.gateway_pids()):  # 1 in 2: a gateway takes no resources
+        await kervan(fleet, "scale", "--gateways", str(len(fleet.gateway_pids()) + 1))
+    question, answer = next(iter(PAIRS.items()))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": question}], "temperature": 0}
+    takes = [Take() for _ in range(NUM_STREAMS)]
+    async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S) as client:
+        streams = [asyncio.create_task(take_chat(client, take, body)) for take in takes]
+        await asyncio.gather(*(take.began.wait() for take in takes))
+        one_gpu.kill_node(LOST)
+        told = ""
+        while "1 replica of 1 waits for 1 GPU: no node has any; add a node, or kervan scale 0" not in told:
+            told = await kervan(fleet, "status", "--why")
+        refused = await asyncio.to_thread(fleet.home.kervan, "scale", "2", "--name", "last")
+        assert (refused.returncode, "free are none; room for" in refused.stderr) == (1, True), refused.stderr
+        waiting = [take for take, stream in zip(takes, streams, strict=True) if not stream.done()]
+        assert waiting  # the others' gateway was on the node, or they were done before
+        one_gpu.start_node("127.0.0.3", "--num-gpus=1")
+        await asyncio.gather(*streams)
+    assert {(take.text, take.error, take.finish_reason) for take in waiting} == {(answer, "", "stop")}
+    assert (await kervan(fleet, "status", "--why")).splitlines()[-1] == "all is as it should be"
+    await kervan(fleet, "down")
 
 
 async def test_a_lost_node(cluster: RayCluster, models: Models, scratch: Path) -> None:

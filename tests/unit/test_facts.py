@@ -189,7 +189,7 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         ({"modle": "m"}, "has unknown setting 'modle'; did you mean 'model'?"),
         ({"model": "m", "replica": 2}, "did you mean 'replicas'?"),
         ({"model": "m", "api_key": ["k"]}, "did you mean 'api_keys'?"),
-        ({"model": "m", "qqq": 2}, "known settings: api_keys, drain_timeout_s, "),
+        ({"model": "m", "qqq": 2}, "known settings: api_keys, device, drain_timeout_s, "),
         ({}, "names no model; give MODEL"),
         ({"model": ""}, "names no model; give MODEL"),
         ({"model": 7}, "model=7 is int; give text"),

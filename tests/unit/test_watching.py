@@ -1,5 +1,6 @@
 """What `kervan status --why` and `kervan top` say of a fleet, from what its directory holds."""
 
+import dataclasses
 import io
 from typing import Any
 
@@ -46,7 +47,7 @@ WHOLE = (replica("a"), replica("b"), gateway())
     [
         pytest.param(
             (replica("a"), gateway()), [node("n1", 3), node("n2", 0)],
-            "1 replica of 2 wait for 4 GPUs on one node: node n1 has 3 free of 8, node n2 has 0 free of 8; "
+            "1 replica of 2 waits for 4 GPUs on one node: node n1 has 3 free of 8, node n2 has 0 free of 8; "
             "add a node, or kervan scale 1", id="no room",
         ),
         pytest.param((replica("a"), gateway()), [node("n1", 4)], "there is room for 4 GPUs on one node",
@@ -101,8 +102,17 @@ def test_a_lost_node_is_named_while_what_was_on_it_is_still_listed() -> None:
 def test_what_does_not_fit_since_a_node_was_lost_is_explained() -> None:
     told = explain(CONFIG, snapshot(replica("a"), gateway()), [node("n1", 0, 4)], ["10.0.0.9"])
     assert told == [
-        "1 replica of 2 wait for 4 GPUs on one node: node n1 has 0 free of 4; add a node, or kervan scale 1",
+        "1 replica of 2 waits for 4 GPUs on one node: node n1 has 0 free of 4; add a node, or kervan scale 1",
         "node 10.0.0.9 is dead; what was on it is started elsewhere",
+    ]
+
+
+def test_a_fleet_whose_last_gpu_is_gone_waits_for_gpus() -> None:
+    """Nothing is started on the CPU cores that are left."""
+    config = dataclasses.replace(CONFIG, device="GPU")
+    told = explain(config, snapshot(replica("a"), gateway()), [], [])
+    assert told == [
+        "1 replica of 2 waits for 4 GPUs on one node: no node has any; add a node, or kervan scale 1",
     ]
 
 
@@ -129,7 +139,7 @@ def test_the_screen() -> None:
     rows = {line[0]: line for line in lines if line}
     assert rows["a"][4:] == ["3", "1", "25.0%", "150", "300", "ms"]
     assert rows["b"][3:] == ["draining", "0", "0", "0.0%", "5", "-"]
-    assert rows["g1"][-4:] == ["3", "0", "2", "105"]
+    assert rows["g1"][-5:] == ["3", "0", "2", "0%", "105"]
     assert lines[-1] == ["12:00:00", "something"]
 
 

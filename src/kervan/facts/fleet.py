@@ -16,6 +16,7 @@ from kervan.errors import ConfigError
 
 Ingress = Literal["direct", "serve"]
 Engine = Literal["vllm", "twin"]
+Device = Literal["GPU", "CPU"]
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 # vLLM's default share of a GPU's memory (0.24 to 0.32), and the arguments that decide it.
@@ -64,7 +65,8 @@ class FleetConfig:
     which the pipeline stages of a replica are spread, 0 for as few as can hold them. `gpus_per_replica`: a share of one
     GPU, like 0.5, for a model that needs no more; 0 for `tp*pp` whole ones. `engine` "twin": simulated replicas, as if
     on `gpu`, with `twin` in place of what follows from model and GPU (`kervan.twin.settings`). `shared_port`: other
-    fleets of the cluster may be on the port too, if they say so as well.
+    fleets of the cluster may be on the port too, if they say so as well. `device`: what replicas run on, GPUs or CPU
+    cores; empty for what the cluster has at the first start, which then stays.
     """
 
     model: str
@@ -74,6 +76,7 @@ class FleetConfig:
     ep: int = 1
     nodes_per_replica: int = 0
     gpus_per_replica: float = 0.0
+    device: Literal["", "GPU", "CPU"] = ""
     replicas: int = 1
     gateways: int = 0
     max_gateways: int = 0

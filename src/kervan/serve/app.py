@@ -101,7 +101,7 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
 def _place(config: FleetConfig, nodes: Sequence[NodeDevices]) -> dict[str, Any]:
     """What Ray sets aside for one engine replica: GPUs of one node, or a bundle on each of several nodes."""
     if config.nodes_per_replica > 1:
-        bundle = {nodes[0].device: placement.devices_per_node(config)}
+        bundle = {placement.device(config, nodes): placement.devices_per_node(config)}
         return {
             "ray_actor_options": {"num_cpus": 0},
             "placement_group_bundles": [bundle] * config.nodes_per_replica,

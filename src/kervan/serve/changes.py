@@ -66,7 +66,7 @@ class RunningFleet:
         after = validate(from_mapping(merged, source))
         if words.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
-        nodes = cluster.devices_by_node()
+        nodes = cluster.devices_by_node(before.device)
         after = placement.spread(after, nodes)
         warnings = []
         neighbours = _check_neighbours(before, after)
@@ -109,7 +109,7 @@ class RunningFleet:
 
         snapshot = snapshot_of(self._handle)
         known = snapshot.failures[-1].number if snapshot.failures else 0
-        nodes = cluster.devices_by_node()
+        nodes = cluster.devices_by_node(change.after.device)
         ray.get(self._handle.set_config.remote(change.after.to_json()))
         app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
         try:

@@ -20,6 +20,7 @@ import msgspec
 import psutil
 
 from kervan.errors import EngineError, FleetError
+from kervan.facts.fleet import Device
 from kervan.serve.placement import NodeDevices
 
 START_TIMEOUT_S = 120.0
@@ -235,21 +236,26 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def devices_by_node() -> list[NodeDevices]:
-    """What Ray says of its alive nodes: those with GPUs, or in a cluster without any, all with their CPU cores."""
+def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
+    """What Ray says of its alive nodes: those with GPUs, or in a cluster without any, all with their CPU cores.
+
+    `device`: only nodes with such, even if there are none (any more).
+    """
     import ray
 
     available = ray._private.state.available_resources_per_node()
-    found: dict[Literal["GPU", "CPU"], list[NodeDevices]] = {"GPU": [], "CPU": []}
+    found: dict[Device, list[NodeDevices]] = {"GPU": [], "CPU": []}
     for node in ray.nodes():
         resources: dict[str, Any] = node["Resources"]
         if not node["Alive"]:
             continue
         kind = next((name for name in resources if name.startswith("accelerator_type:")), None)
-        for device, nodes in found.items():
-            if total := int(resources.get(device, 0)):
-                free = available.get(node["NodeID"], {}).get(device, 0.0)
-                nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, device))
+        for name, nodes in found.items():
+            if total := int(resources.get(name, 0)):
+                free = available.get(node["NodeID"], {}).get(name, 0.0)
+                nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, name))
+    if device:
+        return found[device]
     return found["GPU"] or found["CPU"]
 
 

@@ -218,7 +218,7 @@ def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
 
 
 def _reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:
-    return explain(config, snapshot, cluster.devices_by_node(), cluster.dead_nodes())
+    return explain(config, snapshot, cluster.devices_by_node(config.device), cluster.dead_nodes())
 
 
 def stored_config(handle: Any) -> FleetConfig:

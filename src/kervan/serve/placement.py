@@ -4,10 +4,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from kervan.errors import CapacityError
-from kervan.facts.fleet import FleetConfig
+from kervan.facts.fleet import Device, FleetConfig
 
 ROUNDING = 1e-6
 
@@ -23,11 +22,16 @@ class NodeDevices:
     total: int
     free: float
     accelerator: str | None = None
-    device: Literal["GPU", "CPU"] = "GPU"
+    device: Device = "GPU"
 
 
 def has_gpus(nodes: Sequence[NodeDevices]) -> bool:
     return any(node.device == "GPU" for node in nodes)
+
+
+def device(config: FleetConfig, nodes: Sequence[NodeDevices]) -> Device:
+    """What the fleet's replicas run on: decided at its first start, by what the cluster has."""
+    return config.device or ("GPU" if has_gpus(nodes) else "CPU")
 
 
 def devices_per_node(config: FleetConfig) -> float:
@@ -39,21 +43,23 @@ def devices_per_node(config: FleetConfig) -> float:
 
 
 def spread(config: FleetConfig, nodes: Sequence[NodeDevices]) -> FleetConfig:
-    """The config with `nodes_per_replica` decided: the given number, or as few nodes as can hold a replica.
+    """The config with `device` and `nodes_per_replica` decided: what is given, or as few nodes as can hold a replica.
 
     Tensor-parallel groups are never cut: they meet twice in every layer. Only a node's size counts here, not what is
     free.
 
     Raises: CapacityError when no number of nodes will do.
     """
-    if config.engine == "twin" or not nodes:
+    if config.engine == "twin":
         return dataclasses.replace(config, nodes_per_replica=1)
+    if not nodes:
+        return dataclasses.replace(config, nodes_per_replica=config.nodes_per_replica or 1)
     sizes = sorted((node.total for node in nodes), reverse=True)
-    stages = f"tp*pp={config.tp}*{config.pp}={config.world_size} {_plural(nodes, config.world_size)}"
+    stages = f"tp*pp={config.tp}*{config.pp}={config.world_size} {_plural(config, nodes, config.world_size)}"
     for count in [config.nodes_per_replica] if config.nodes_per_replica else range(1, config.pp + 1):
         each = config.world_size // count
         if config.pp % count == 0 and len([size for size in sizes if size >= each]) >= count:
-            return dataclasses.replace(config, nodes_per_replica=count)
+            return dataclasses.replace(config, nodes_per_replica=count, device=device(config, nodes))
     largest = max(nodes, key=lambda node: node.total)
     if config.tp > largest.total:
         fix = f"use --tp {max(1, largest.total)}" + (" and a larger --pp" if has_gpus(nodes) else " --pp 1")
@@ -86,7 +92,9 @@ def places(config: FleetConfig, nodes: Sequence[NodeDevices]) -> int:
 
 def is_counted(config: FleetConfig, nodes: Sequence[NodeDevices]) -> bool:
     """Whether Ray sets anything aside for a replica: GPUs, or CPU cores on several nodes."""
-    return config.engine != "twin" and bool(nodes) and (has_gpus(nodes) or config.nodes_per_replica > 1)
+    if config.engine == "twin" or not (nodes or config.device):
+        return False
+    return device(config, nodes) == "GPU" or config.nodes_per_replica > 1
 
 
 def check(config: FleetConfig, nodes: Sequence[NodeDevices], *, held: float = 0) -> None:
@@ -103,7 +111,7 @@ def check(config: FleetConfig, nodes: Sequence[NodeDevices], *, held: float = 0)
         return
     free = ", ".join(f"{node.node}: {node.free:g} of {node.total}" for node in nodes)
     raise CapacityError(
-        f"{config.replicas} replicas, each with {demand(config, nodes)}, do not fit; free are {free}; "
+        f"{config.replicas} replicas, each with {demand(config, nodes)}, do not fit; free are {free or 'none'}; "
         f"room for {room}: use --replicas {room}" + ("" if room else ", after another fleet has made room")
     )
 
@@ -116,12 +124,12 @@ def has_room(config: FleetConfig, nodes: Sequence[NodeDevices]) -> bool:
 def demand(config: FleetConfig, nodes: Sequence[NodeDevices]) -> str:
     """What one replica needs: "4 GPUs on one node", "4 GPUs on each of 2 nodes"."""
     need, count = devices_per_node(config), max(1, config.nodes_per_replica)
-    words = f"{need:g} {_plural(nodes, need)}"
+    words = f"{need:g} {_plural(config, nodes, need)}"
     if count > 1:
         return f"{words} on each of {count} nodes"
     return words + (" on one node" if need > 1 else "")
 
 
-def _plural(nodes: Sequence[NodeDevices], count: float) -> str:
-    word = "GPU" if has_gpus(nodes) else "CPU core"
+def _plural(config: FleetConfig, nodes: Sequence[NodeDevices], count: float) -> str:
+    word = "GPU" if device(config, nodes) == "GPU" else "CPU core"
     return f"{word}s" if count > 1 else word

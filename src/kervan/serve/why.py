@@ -58,6 +58,5 @@ def _missing(config: FleetConfig, count: int, nodes: Sequence[NodeDevices]) -> s
     if placement.has_room(config, nodes):
         return f"{what} of {config.replicas} not there yet: Ray is placing, there is room for {demand}"
     free = ", ".join(f"node {node.node} has {node.free:g} free of {node.total}" for node in nodes)
-    return (
-        f"{what} of {config.replicas} wait for {demand}: {free}; add a node, or kervan scale {config.replicas - count}"
-    )
+    waits = f"{what} of {config.replicas} {'wait' if count > 1 else 'waits'} for {demand}"
+    return f"{waits}: {free or 'no node has any'}; add a node, or kervan scale {config.replicas - count}"
