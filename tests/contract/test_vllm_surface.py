@@ -114,7 +114,16 @@ def attributes_of(node: ast.AST, owner: str) -> Iterator[str]:
             yield child.attr
 
 
-# ---- the engine process (kervan.fleet.vllm.replica)
+# ---- the engine process (kervan.fleet.vllm)
+
+
+def test_a_model_class_is_looked_at_through_one_function(tree: Path) -> None:
+    """`head_start` runs it in place; what was found is kept on disk."""
+    path = "model_executor/models/registry.py"
+    assert parameters(definition(tree, path, "_run_in_subprocess")) == ["fn"]
+    look = ast.unparse(definition(tree, path, "_LazyRegisteredModel", "inspect_model_cls"))
+    assert "_run_in_subprocess(lambda: " in look
+    assert "_save_modelinfo_to_cache" in look
 
 
 @pytest.mark.parametrize(

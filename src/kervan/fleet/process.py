@@ -21,7 +21,7 @@ from kervan.fleet.vllm import start_parts
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
 
-VLLM_ENGINE = "kervan.fleet.vllm.replica"
+VLLM_ENGINE = "kervan.fleet.vllm"
 TWIN_ENGINE = "kervan.twin.replica"
 
 

@@ -10,13 +10,13 @@ import logging
 import os
 import queue
 import signal
-import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import psutil
@@ -36,7 +36,7 @@ from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready
 from kervan.fleet.sessions import Session, Sessions
-from kervan.fleet.vllm import failures, gpu_memory, versions
+from kervan.fleet.vllm import failures, gpu_memory, head_start, versions
 
 logger = logging.getLogger(__name__)
 
@@ -304,10 +304,9 @@ def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases) -> No
     control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds))
 
 
-def run(control: ControlEnd) -> int:
+def run(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None") -> int:
     """Serve until told to stop; the exit status."""
     phases = _Phases()
-    spec = msgspec.json.decode(control.receive(), type=EngineSpec)
     core: FleetEngineCore | None = None
 
     def on_command(line: bytes) -> None:
@@ -322,6 +321,7 @@ def run(control: ControlEnd) -> int:
 
     control.follow(on_command, _end_process_group)
     try:
+        head_start.wait_for_class(ahead, spec.engine_argv)
         # Gateways start no workers and read "mp" here; the last word wins in vLLM's parser.
         argv = [*spec.engine_argv, *(["--distributed-executor-backend", "ray"] if spec.placement is not None else [])]
         args = AsyncEngineArgs.from_cli_args(versions.parse_args(argv))
@@ -356,18 +356,11 @@ def run(control: ControlEnd) -> int:
     return 0
 
 
-def main() -> None:
-    """`python -m kervan.fleet.vllm.replica FD`: FD is this end of the control line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control = ControlEnd(socket.socket(fileno=int(sys.argv[1])))
-    status = run(control)
+def serve(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None") -> NoReturn:
+    """Be the engine that `spec` asks for until the end of this process. `ahead`: of `head_start`."""
+    status = run(control, spec, ahead)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
         _end_process_group()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
