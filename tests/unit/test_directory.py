@@ -6,6 +6,7 @@ from kervan.fleet.directory import (
     MAX_FAILURES,
     SILENT_S,
     Directory,
+    Drain,
     GatewayEntry,
     ReplicaEntry,
     ReplicaState,
@@ -154,3 +155,19 @@ def test_reachable_means_address_and_a_state_that_answers(
     state: ReplicaState, address: str, is_reachable: bool
 ) -> None:
     assert replica("a", state, address).is_reachable is is_reachable
+
+
+def test_a_replica_that_is_told_to_drain_gets_no_more_work_before_it_knows() -> None:
+    directory = Directory(lambda: 0.0)
+    assert directory.order("a", Drain(30.0)) is False
+    directory.beat_replica(replica("a", state="ready"))
+    before = directory.version
+    assert directory.order("a", Drain(30.0)) is True
+    assert directory.version > before
+    assert [entry.state for entry in directory.snapshot().replicas] == ["draining"]
+    assert directory.beat_replica(replica("a", state="ready")) == [Drain(30.0)]
+    assert directory.beat_replica(replica("a", state="ready")) == []
+    assert [entry.state for entry in directory.snapshot().replicas] == ["draining"]
+    directory.remove("a")
+    directory.beat_replica(replica("a", state="ready"))
+    assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]

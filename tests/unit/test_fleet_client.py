@@ -6,6 +6,7 @@ computed from a wrong prefix changes every later one. Replicas step when the tes
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -709,6 +710,20 @@ async def test_a_draining_replicas_streams_move_and_are_aborted_there(bench: Ben
     await bench.placed(b, "s~1", "t")
     await bench.finished("s", "t")
     assert bench.client.counts.lost_replicas == 0
+
+
+async def test_the_directory_may_know_of_a_drain_before_the_replica(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    bench.client.set_members([dataclasses.replace(a.member, is_leaving=True), b.member])
+    await bench.placed(b, "s~1")
+    await until(lambda: a.aborted == ["s"])
+    await a.drain(is_draining=False)  # an older answer of the replica changes nothing
+    await bench.add("t")
+    await bench.placed(b, "s~1", "t")
+    await bench.finished("s", "t")
 
 
 async def test_if_only_a_draining_replica_is_left_its_streams_stay_and_new_ones_wait(bench: Bench) -> None:

@@ -13,6 +13,7 @@ COMMANDS = {
     "status": "Show a fleet.",
     "top": "Watch a fleet live.",
     "scale": "Change the number of replicas or gateways.",
+    "drain": "Take a replica or a node out of service; its streams move.",
     "fault": "Let a simulated replica suffer.",
     "bench": "Measure a server under load.",
     "demo": "See it run on this machine, without a GPU.",

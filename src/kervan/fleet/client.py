@@ -87,6 +87,7 @@ class FleetClient:
         self._completed_per_s = 0.0
         self._rate_at_s = self._traffic_s = time.monotonic()
         self._is_closing = False
+        self._leave_task: asyncio.Task[None] | None = None
         self._expiry_task = asyncio.create_task(self._expire_held())
 
     # ---- what a gateway asks
@@ -106,7 +107,7 @@ class FleetClient:
     @property
     def capacity_streams(self) -> int:
         """Streams that the live replicas run at once: the sum of their `max_num_seqs`."""
-        return sum(link.facts.max_num_seqs for link in self._links.values() if not link.pong.is_draining)
+        return sum(link.facts.max_num_seqs for link in self._links.values() if not link.is_draining)
 
     @property
     def completed_per_s(self) -> float:
@@ -143,6 +144,15 @@ class FleetClient:
                 task = asyncio.create_task(self._keep_link(member), name=f"link-{member.replica_id}")
                 self._link_tasks[member] = task
                 task.add_done_callback(functools.partial(self._link_ended, member))
+        told = [link for link in self.links if not link.is_draining and self._is_leaving(link.replica_id)]
+        for link in told:
+            link.leave()
+        if told:
+            self._leave_task = asyncio.create_task(self._leave_draining())
+
+    def _is_leaving(self, replica_id: str) -> bool:
+        member = self._members.get(replica_id)
+        return member is not None and member.is_leaving
 
     def _link_ended(self, member: Member, task: asyncio.Task[None]) -> None:
         self._link_tasks.pop(member, None)
@@ -309,6 +319,8 @@ class FleetClient:
                 await asyncio.sleep(10 * RECONNECT_PERIOD_S)
                 continue
             self.refusals.pop(member.replica_id, None)
+            if self._is_leaving(member.replica_id):
+                link.leave()
             self._links[member.replica_id] = link
             self._sort_loads()
             self._link_up.set()
@@ -460,14 +472,14 @@ class FleetClient:
                 kind, payload = await link.input.recv_multipart()
                 if kind != wire.PONG:
                     continue
-                was_draining = link.pong.is_draining
+                was_draining = link.is_draining
                 link.hear(msgspec.msgpack.decode(payload, type=wire.Pong))
                 now_s = link.pong_s
                 if link.pong.num_outputs <= link.num_outputs:
                     link.output_s = now_s
                 elif now_s - link.output_s > wire.OUTPUT_TIMEOUT_S:
                     return f"{link.pong.num_outputs} outputs were sent and {link.num_outputs} came"
-                if link.pong.is_draining and not was_draining:
+                if link.is_draining and not was_draining:
                     logger.info("replica %s drains", link.replica_id)
                     await self._leave_draining()
         finally:
@@ -475,10 +487,10 @@ class FleetClient:
 
     async def _leave_draining(self) -> None:
         """Move the streams off draining replicas, if another replica can take them."""
-        if all(link.pong.is_draining for link in self._links.values()):
+        if all(link.is_draining for link in self._links.values()):
             return
         for link in self.links:
-            if not link.pong.is_draining or not link.streams:
+            if not link.is_draining or not link.streams:
                 continue
             leaving = [stream for stream in link.streams.values() if stream.is_movable]
             old_wire_ids = [stream.wire_id for stream in leaving]

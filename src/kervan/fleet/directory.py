@@ -8,6 +8,8 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from kervan.facts.fault import Fault
+
 EXPIRY_S = 10.0
 SILENT_S = 3.0  # three beats late
 MAX_FAILURES = 20
@@ -85,6 +87,21 @@ class StartFailure(msgspec.Struct, frozen=True):
     number: int = 0  # given by the directory: 1, 2, ...
 
 
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """An order to a replica: give up its streams and end, `deadline_s` seconds from when it was given at the latest."""
+
+    deadline_s: float
+
+
+class Suffer(msgspec.Struct, frozen=True, tag="suffer"):
+    """An order to a simulated replica."""
+
+    fault: Fault
+
+
+Order = Drain | Suffer
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """The directory at one version."""
 
@@ -110,14 +127,28 @@ class Directory:
         self._replicas: dict[str, tuple[ReplicaEntry, float]] = {}
         self._gateways: dict[str, tuple[GatewayEntry, float]] = {}
         self._failures: list[StartFailure] = []
+        self._orders: dict[str, list[Order]] = {}
+        self._leaving: set[str] = set()
         self._num_failures = 0
         self.version = 0
 
-    def beat_replica(self, entry: ReplicaEntry) -> None:
+    def beat_replica(self, entry: ReplicaEntry) -> list[Order]:
+        """Take a beat; what has been ordered of the replica since the last one."""
         known = self._replicas.get(entry.id)
         self._replicas[entry.id] = (entry, self._now())
         if known is None or (known[0].state, known[0].address) != (entry.state, entry.address):
             self.version += 1
+        return self._orders.pop(entry.id, [])
+
+    def order(self, replica_id: str, order: Order) -> bool:
+        """Tell a replica something at its next beat; whether it is known. Gateways hear of a drain before it does."""
+        if replica_id not in self._replicas:
+            return False
+        self._orders.setdefault(replica_id, []).append(order)
+        if isinstance(order, Drain) and replica_id not in self._leaving:
+            self._leaving.add(replica_id)
+            self.version += 1
+        return True
 
     def beat_gateway(self, entry: GatewayEntry) -> None:
         known = self._gateways.get(entry.id)
@@ -127,6 +158,8 @@ class Directory:
 
     def remove(self, entry_id: str) -> None:
         """Forget a replica or gateway that said goodbye."""
+        self._orders.pop(entry_id, None)
+        self._leaving.discard(entry_id)
         if self._replicas.pop(entry_id, None) or self._gateways.pop(entry_id, None):
             self.version += 1
 
@@ -146,7 +179,11 @@ class Directory:
     def snapshot(self) -> Snapshot:
         """All entries by id; the reason of one that is late says so."""
         self.expire()
-        return Snapshot(self.version, self._told(self._replicas), self._told(self._gateways), list(self._failures))
+        replicas = [
+            msgspec.structs.replace(r, state="draining") if r.id in self._leaving and r.state == "ready" else r
+            for r in self._told(self._replicas)
+        ]
+        return Snapshot(self.version, replicas, self._told(self._gateways), list(self._failures))
 
     def _told(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
         now_s = self._now()

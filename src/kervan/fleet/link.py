@@ -24,10 +24,11 @@ NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A replica as the directory lists it."""
+    """A replica as the directory lists it; `is_leaving`: it drains, or was told to."""
 
     replica_id: str
     address: str
+    is_leaving: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +50,7 @@ class Link:
     ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
     num_outputs: int = 0  # received
     output_s: float = 0.0  # when the last one was received, or nothing was missing
+    is_told_to_leave: bool = False  # by the directory, which may know before the replica does
 
     @property
     def replica_id(self) -> str:
@@ -57,8 +59,16 @@ class Link:
     def hear(self, pong: wire.Pong) -> None:
         """Take a sign of life."""
         self.load.hear(pong.other_tokens, pong.num_gateways)
-        self.load.is_draining = pong.is_draining
         self.pong, self.pong_s = pong, time.monotonic()
+        self.load.is_draining = self.is_draining
+
+    @property
+    def is_draining(self) -> bool:
+        return self.is_told_to_leave or self.pong.is_draining
+
+    def leave(self) -> None:
+        """The replica is to get nothing more."""
+        self.is_told_to_leave = self.load.is_draining = True
 
     def close(self) -> None:
         for socket, monitor in zip((self.input, self.output), self.monitors, strict=True):

@@ -199,7 +199,9 @@ class Gateway:
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
-        self.fleet.set_members(Member(r.id, r.address) for r in snapshot.replicas if r.is_reachable)
+        self.fleet.set_members(
+            Member(r.id, r.address, is_leaving=r.state == "draining") for r in snapshot.replicas if r.is_reachable
+        )
 
     def entry(self) -> GatewayEntry:
         """This gateway as the directory should list it."""
@@ -228,7 +230,7 @@ class Gateway:
     # ---- what the shell asks
 
     def readiness(self) -> str | None:
-        if any(not link.pong.is_draining for link in self.fleet.links):
+        if any(not link.is_draining for link in self.fleet.links):
             return None if self._attached.is_set() else "the gateway is starting"
         if self.fleet.refusals:
             return next(iter(self.fleet.refusals.values()))

@@ -259,6 +259,32 @@ def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
     return found["GPU"] or found["CPU"]
 
 
+def nodes() -> dict[str, str]:
+    """Addresses of the alive nodes, by Ray's node id."""
+    import ray
+
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def drain_node(node_id: str, deadline_s: float) -> None:
+    """Ray and Serve put nothing more on a node; what is there goes on until it is ended, or the node is.
+
+    Raises: FleetError when Ray refuses.
+    """
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    gcs = ray._private.worker.global_worker.gcs_client
+    is_accepted, why = gcs.drain_node(
+        node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),  # cannot be refused for being busy
+        "kervan drain",
+        time.time_ns() // 1_000_000 + int(deadline_s * 1000),
+    )
+    if not is_accepted:
+        raise FleetError(f"Ray does not drain node {node_id}: {why}")
+
+
 def dead_nodes() -> list[str]:
     """Addresses of nodes that Ray has lost, and where none is alive again."""
     import ray

@@ -10,7 +10,7 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from kervan.errors import FleetError
-from kervan.fleet.directory import Directory, GatewayEntry, ReplicaEntry, Snapshot, StartFailure
+from kervan.fleet.directory import Directory, GatewayEntry, Order, ReplicaEntry, Snapshot, StartFailure
 
 NAMESPACE = "kervan"
 _PREFIX = "directory-"
@@ -35,7 +35,6 @@ class DirectoryActor:
         self._config_json = stored.decode() if stored is not None else config_json
         self._secret = secret
         self._directory = Directory(time.monotonic)
-        self._orders: dict[str, list[bytes]] = {}
         self._changed = asyncio.Event()
 
     def _touch(self, before: int) -> None:
@@ -57,14 +56,16 @@ class DirectoryActor:
     async def beat_replica(self, entry: bytes) -> list[bytes]:
         """Take a beat; what has been ordered of the replica since the last one."""
         before = self._directory.version
-        read = msgspec.msgpack.decode(entry, type=ReplicaEntry)
-        self._directory.beat_replica(read)
+        orders = self._directory.beat_replica(msgspec.msgpack.decode(entry, type=ReplicaEntry))
         self._touch(before)
-        return self._orders.pop(read.id, [])
+        return [msgspec.msgpack.encode(order) for order in orders]
 
-    async def order(self, replica_id: str, fault: bytes) -> None:
-        """Let a replica do something at its next beat, within about a second."""
-        self._orders.setdefault(replica_id, []).append(fault)
+    async def order(self, replica_id: str, order: bytes) -> bool:
+        """Let a replica do something at its next beat, within about a second; whether there is such a replica."""
+        before = self._directory.version
+        is_known = self._directory.order(replica_id, msgspec.msgpack.decode(order, type=Order))
+        self._touch(before)
+        return is_known
 
     async def beat_gateway(self, entry: bytes) -> None:
         before = self._directory.version
@@ -73,7 +74,6 @@ class DirectoryActor:
 
     async def remove(self, entry_id: str) -> None:
         before = self._directory.version
-        self._orders.pop(entry_id, None)
         self._directory.remove(entry_id)
         self._touch(before)
 

@@ -14,10 +14,9 @@ import ray
 from ray.util import placement_group_table
 
 from kervan.errors import EngineError
-from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.control import EngineSpec, Placement
-from kervan.fleet.directory import ReplicaEntry, ReplicaState, StartFailure
+from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import directory as directories
@@ -48,6 +47,7 @@ class EngineReplica:
         self._reason = ""
         self._since_s = time.monotonic()
         self._is_leaving = False
+        self._left = threading.Event()
         self._directory = directories.find(self._config.name)
         _, secret = ray.get(self._directory.fleet.remote())
         log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
@@ -67,6 +67,7 @@ class EngineReplica:
         if (failure := self._process.failure) is not None:
             self._process.kill()
             self._is_leaving = True
+            self._left.set()
             report = StartFailure(self._id, failure.kind, failure.message, str(log_path))
             ray.get(self._directory.fail.remote(msgspec.msgpack.encode(report)))
             ray.get(self._directory.remove.remote(self._id))
@@ -119,8 +120,21 @@ class EngineReplica:
             with contextlib.suppress(ray.exceptions.RayError):  # a directory that is away changes nothing
                 orders = ray.get(self._beat(), timeout=BEAT_TIMEOUT_S)
                 for order in orders:
-                    self._process.suffer(msgspec.msgpack.decode(order, type=Fault))
+                    self._obey(msgspec.msgpack.decode(order, type=Order))
             time.sleep(BEAT_PERIOD_S)
+
+    def _obey(self, order: Order) -> None:
+        if not isinstance(order, Drain):
+            self._process.suffer(order.fault)
+        elif not self._is_leaving:
+            self._is_leaving = True
+            threading.Thread(target=self._leave, args=(order.deadline_s,), daemon=True, name="leave").start()
+
+    def _leave(self, deadline_s: float) -> None:
+        """Drain and end, without Serve having asked for it: it starts another replica then."""
+        asyncio.run(self._drain(deadline_s))
+        self._left.set()
+        os._exit(0)
 
     def check_health(self) -> None:
         """Raises: EngineError when the engine is gone or stalled; it is ended then."""
@@ -133,15 +147,22 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Drain: announce it, wait until the gateways have moved the streams, end the engine."""
         process: EngineProcess | None = getattr(self, "_process", None)
-        if process is None or self._is_leaving:
+        if process is None:
+            return
+        if self._is_leaving:  # as it was told to; Serve ends the actor when this returns
+            await asyncio.to_thread(self._left.wait)
             return
         self._is_leaving = True
+        await self._drain(self._config.drain_timeout_s)
+
+    async def _drain(self, deadline_s: float) -> None:
+        process = self._process
         if process.ready is not None and not process.ended.is_set():
             self._state = "draining"
             self._beat()
             process.drain()
             begin_s = time.monotonic()
-            while (elapsed_s := time.monotonic() - begin_s) < self._config.drain_timeout_s:
+            while (elapsed_s := time.monotonic() - begin_s) < deadline_s:
                 if elapsed_s > DRAIN_NOTICE_S and not process.load.has_work:
                     break
                 await asyncio.sleep(DRAIN_POLL_S)

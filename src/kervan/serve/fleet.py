@@ -14,7 +14,7 @@ from kervan import errors
 from kervan.errors import EngineError, FleetError, KervanError
 from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
-from kervan.fleet.directory import Snapshot, StartFailure
+from kervan.fleet.directory import Snapshot, StartFailure, Suffer
 from kervan.serve import cluster
 from kervan.serve.why import explain
 
@@ -252,7 +252,7 @@ def suffer(name: str, replica_id: str, fault: Fault, address: str | None = None)
     ids = [r.id for r in snapshot_of(handle).replicas]
     if replica_id not in ids:
         raise FleetError(f"fleet {name!r} has no replica {replica_id!r}; it has {', '.join(ids) or 'none'}")
-    ray.get(handle.order.remote(replica_id, msgspec.msgpack.encode(fault)), timeout=DIRECTORY_TIMEOUT_S)
+    ray.get(handle.order.remote(replica_id, msgspec.msgpack.encode(Suffer(fault))), timeout=DIRECTORY_TIMEOUT_S)
 
 
 def down(name: str, address: str | None = None) -> Literal["stopped", "stopped with Ray"]:

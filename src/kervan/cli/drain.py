@@ -1,0 +1,31 @@
+"""`kervan drain`."""
+
+import click
+
+from kervan.cli import options
+
+
+@click.command()
+@click.argument("target", metavar="REPLICA|NODE")
+@click.option("--deadline", default="90s", show_default=True, help="When it must be gone, like 30s or 2min.")
+@options.name
+@options.address
+@options.as_json
+def drain(target: str, deadline: str, name: str, address: str | None, as_json: bool) -> None:
+    """Take REPLICA, or all that is on NODE, out of service; returns when it is gone.
+
+    It gets no new work at once, and its streams go on elsewhere. NODE is an address or a Ray node id; fleets of the
+    whole cluster leave it, and Ray puts nothing there any more.
+    """
+    from kervan.cli import render
+    from kervan.serve.drain import drain as leave
+    from kervan.units import format_duration, parse_duration_s
+
+    found = leave(
+        name, target, parse_duration_s(deadline, "--deadline"), address, render.progress_lines(is_quiet=as_json)
+    )
+    if as_json:
+        render.print_json(found.to_dict())
+        return
+    what = ", ".join([*found.replicas, *found.gateways]) or "nothing was there"
+    print(f"drained in {format_duration(found.took_s)}: {what}; {found.moved} streams moved")

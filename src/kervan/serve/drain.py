@@ -1,0 +1,126 @@
+"""Taking a replica, or all that is on a node, out of service: what `kervan drain` calls."""
+
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from kervan.errors import FleetError
+from kervan.fleet.directory import Drain, Snapshot
+from kervan.serve import cluster
+from kervan.serve.fleet import DIRECTORY_TIMEOUT_S, Progress, attach, snapshot_of
+
+POLL_S = 0.2
+GATEWAY_BEAT_S = 1.5  # after which all gateways have told what they moved
+GRACE_S = 30.0  # beyond the deadline: an engine is asked to end, then killed, then forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What has left. `moved`: streams that went on elsewhere meanwhile, as the gateways tell that are still there."""
+
+    target: str
+    replicas: tuple[str, ...]
+    gateways: tuple[str, ...]
+    moved: int
+    took_s: float
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "target": self.target,
+            "replicas": list(self.replicas),
+            "gateways": list(self.gateways),
+            "moved": self.moved,
+            "took_s": round(self.took_s, 2),
+        }
+
+
+def drain(
+    name: str, target: str, deadline_s: float, address: str | None = None, progress: Progress = lambda _: None
+) -> Drained:
+    """Drain replica `target` of fleet `name`, or node `target` with the replicas and gateways of all fleets on it.
+
+    Returns when they are gone. Serve starts others in their place, on a drained node none.
+
+    Raises: FleetError when there is no such replica or node, or something is still there when the deadline is over.
+    """
+    handle = attach(name, address)
+    snapshot = snapshot_of(handle)
+    if target in {replica.id for replica in snapshot.replicas}:
+        return _drain(target, {name: [target]}, {}, deadline_s, progress)
+    nodes = cluster.nodes()
+    node_id = next((node_id for node_id, ip in nodes.items() if target in (node_id, ip)), None)
+    if node_id is None:
+        ids = ", ".join(replica.id for replica in snapshot.replicas) or "none"
+        raise FleetError(
+            f"{target!r} is neither a replica of fleet {name!r} ({ids}) nor a node of its cluster "
+            f"({', '.join(nodes.values())})"
+        )
+    if len(nodes) == 1:
+        raise FleetError(
+            f"node {target} is the only one: nothing could go on elsewhere; kervan down ends the fleet, a replica's id "
+            f"drains that one: {', '.join(r.id for r in snapshot.replicas)}"
+        )
+    cluster.drain_node(node_id, deadline_s)
+    return drain_from_node(target, nodes[node_id], deadline_s, progress)
+
+
+def drain_from_node(target: str, ip: str, deadline_s: float, progress: Progress) -> Drained:
+    """Drain what all fleets have on node `ip`, which gets nothing new any more."""
+    from kervan.serve import directory
+
+    replicas, gateways = {}, {}
+    for name in directory.names():
+        snapshot = snapshot_of(directory.find(name))
+        replicas[name] = [r.id for r in snapshot.replicas if ip in (r.node, *r.nodes)]
+        gateways[name] = [g.id for g in snapshot.gateways if g.node == ip]
+    return _drain(target, replicas, gateways, deadline_s, progress)
+
+
+def _drain(
+    target: str,
+    replicas: dict[str, list[str]],
+    gateways: dict[str, list[str]],
+    deadline_s: float,
+    progress: Progress,
+) -> Drained:
+    """`replicas` and `gateways`: those to go, by fleet. Gateways are ended by Serve, which sees the node drain."""
+    import ray
+
+    from kervan.serve import directory
+
+    begin_s = time.monotonic()
+    handles = {name: directory.find(name) for name in replicas}
+    before = {name: snapshot_of(handle) for name, handle in handles.items()}
+    order = msgspec.msgpack.encode(Drain(deadline_s))
+    for name, ids in replicas.items():
+        if ids and not any(r.state == "ready" and r.id not in ids for r in before[name].replicas):
+            progress(f"fleet {name!r} has no other ready replica: its streams stay, or wait for the next one")
+        for replica_id in ids:
+            ray.get(handles[name].order.remote(replica_id, order), timeout=DIRECTORY_TIMEOUT_S)
+    told = ""
+    while True:
+        now = {name: snapshot_of(handle) for name, handle in handles.items()}
+        left = [
+            *(f"replica {r.id}" for name, ids in replicas.items() for r in now[name].replicas if r.id in ids),
+            *(f"gateway {g.id}" for name, ids in gateways.items() for g in now[name].gateways if g.id in ids),
+        ]
+        took_s = time.monotonic() - begin_s
+        if not left:
+            time.sleep(GATEWAY_BEAT_S)
+            moved = sum(_moved(snapshot_of(handle)) - _moved(before[name]) for name, handle in handles.items())
+            gone = [tuple(one for ids in those.values() for one in ids) for those in (replicas, gateways)]
+            return Drained(target, gone[0], gone[1], max(0, moved), took_s)
+        if took_s > deadline_s + GRACE_S:
+            raise FleetError(
+                f"{', '.join(left)} still there {took_s:.0f} s after a drain with {deadline_s:.0f} s; see kervan status"
+            )
+        if (words := f"waiting for {', '.join(left)}") != told:
+            told = words
+            progress(words)
+        time.sleep(POLL_S)
+
+
+def _moved(snapshot: Snapshot) -> int:
+    """Streams moved by the gateways that are listed."""
+    return sum(gateway.moved for gateway in snapshot.gateways)

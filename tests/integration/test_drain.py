@@ -1,0 +1,101 @@
+"""`kervan drain`: a replica, or a node with all that is on it, goes; its streams go on."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live import START_S, Fleet, Home, eventually
+from ray_cluster import RayCluster
+from shared_fleet import Models
+from twin_load import kervan, load
+
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
+
+SECOND = "127.0.0.2"
+AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
+
+
+def settings(scratch: Path) -> tuple[str, str]:
+    config = scratch / "drained.yaml"
+    config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.03}}))
+    return "--config", str(config)
+
+
+@pytest.fixture(scope="module")
+def pair(home: Home, models: Models, scratch: Path) -> Iterator[Fleet]:
+    words = ("max_model_len=2048", "served_model_name=twin")
+    running = home.up(models.demo, "pair", words, *settings(scratch), "--replicas", "2", "--gateways", "1")
+    yield running
+    assert home.kervan("down", "--name", "pair").returncode == 0
+
+
+async def test_a_replica_is_drained_under_load(pair: Fleet, models: Models) -> None:
+    """It ends in seconds, though its answers would take longer, and another one comes in its place."""
+    await asyncio.to_thread(pair.wait_until_whole, 2, 1)
+    async with load(pair, models) as running:
+        await asyncio.sleep(1.0)
+        leaving, staying = (replica["id"] for replica in pair.status()["replicas"])
+        told = json.loads(await kervan(pair, "drain", leaving, "--deadline", "30s", "--json"))
+        assert set(told) == {"target", "replicas", "gateways", "moved", "took_s"}
+        assert (told["target"], told["replicas"], told["gateways"]) == (leaving, [leaving], [])
+        assert told["moved"] > 0
+        assert told["took_s"] < 30.0
+        left = {replica["id"] for replica in pair.status()["replicas"]}
+        assert (leaving in left, staying in left) == (False, True)
+        before = running.num_whole
+        await asyncio.to_thread(pair.wait_until_whole, 2, 1)
+        assert running.num_whole > before
+    assert pair.total("kervan_streams_given_up_total") == 0
+    assert pair.total("kervan_replicas_lost_total") <= 1
+
+
+def test_what_cannot_be_drained_is_refused(pair: Fleet) -> None:
+    (node,) = {replica["node"] for replica in pair.status()["replicas"]}
+    for words, why in (
+        (("nobody",), "'nobody' is neither a replica of fleet 'pair' (on-demand-"),
+        ((node,), f"node {node} is the only one: nothing could go on elsewhere"),
+        (("nobody", "--deadline", "soon"), "--deadline 'soon' is no duration"),
+    ):
+        refused = pair.home.kervan("drain", *words, "--name", "pair")
+        assert refused.returncode == 1
+        assert why in refused.stderr
+
+
+@pytest.fixture
+def cluster(scratch: Path) -> Iterator[RayCluster]:
+    owned = RayCluster(scratch, "drain")
+    try:
+        owned.start_head(*AS_IF_GPU)
+        owned.start_node(SECOND, *AS_IF_GPU)
+        yield owned
+    finally:
+        owned.close()
+
+
+async def test_a_node_is_drained_under_load(cluster: RayCluster, models: Models, scratch: Path) -> None:
+    """All that was there is gone, nothing comes back there, and clients have seen no more than a gateway's farewell."""
+    words = ("max_model_len=2048", "served_model_name=twin")
+    options = (*settings(scratch), "--replicas", "4", "--gateways", "2", "--address", cluster.address)
+    fleet = await asyncio.to_thread(cluster.home.up, models.demo, "spread", words, *options)
+
+    def there(kind: str) -> set[str]:
+        return {p["id"] for p in fleet.status()[kind] if p["node"] == SECOND}
+
+    replicas = 4
+    while not there("replicas"):  # 1 in 16: Ray puts what takes no resources where it likes
+        replicas += 2
+        await kervan(fleet, "scale", str(replicas))
+    leaving, gateways = there("replicas"), there("gateways")
+    async with load(fleet, models, may_be_cut=True) as running:
+        await asyncio.sleep(1.0)
+        told = json.loads(await kervan(fleet, "drain", SECOND, "--deadline", "60s", "--json"))
+        assert (set(told["replicas"]), set(told["gateways"])) == (leaving, gateways)
+        await asyncio.to_thread(
+            eventually, lambda: fleet.is_whole(replicas, 2), "all is there again, elsewhere", START_S
+        )
+        assert (there("replicas"), there("gateways")) == (set(), set())
+        assert not running.broken
+    assert fleet.total("kervan_streams_given_up_total") == 0
+    await kervan(fleet, "down")
