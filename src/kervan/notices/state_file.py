@@ -63,7 +63,8 @@ def write(state: NodeState, place: str) -> None:
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the name too must outlive the machine, on a disk that does
+        with contextlib.suppress(OSError):  # some network file systems cannot, and the file is in place
+            os.fsync(directory)  # the name too must outlive the machine, on a disk that does
     finally:
         os.close(directory)
 

@@ -151,15 +151,18 @@ def decide(state: EvacuationState, *, limits: EvacuationLimits = DEFAULT_LIMITS)
 
     Within the time, the bound is kept ("paced"): streams without a token first, because moving them interrupts nobody,
     then those with the most left to write; those that will soon end come last and may end meanwhile. If that takes too
-    long, targets are given as much as they can prefill ("hurried"), and if even that does, everything moves now
-    ("at once"): both cheapest first, so that as many as possible are on their way again at the deadline.
+    long, targets are given as much as they can prefill ("hurried"), cheapest first, so that as many as possible are on
+    their way again at the deadline. What is still here when the time is over moves then, whatever it meets ("at once");
+    not before, because until then it is answered here, and at a busy target it would stand in a queue.
     """
     left_s = _left_s(state, limits)
     places = [_place(target, limits) for target in state.targets if target.prefill_tokens_per_s > 0]
     stays, stuck, movers, patient = _sort(state, limits, left_s, can_move=bool(places))
     paced_s = _duration_s(movers + patient, places, [place.paced_tokens_per_s for place in places])
     full_s = _duration_s(movers + patient, places, [place.full_tokens_per_s for place in places])
-    mode: Mode = "at once" if left_s <= 0 or full_s > left_s else "paced" if paced_s <= left_s else "hurried"
+    # The next decision may come half a window from now: the last one must come before the time is over.
+    is_last = left_s <= limits.window_s / 2
+    mode: Mode = "at once" if is_last else "paced" if paced_s <= left_s else "hurried"
     if mode != "paced" or paced_s * RESERVE > left_s:
         movers, patient = movers + patient, []
     order = sorted(movers, key=_by_need) if mode == "paced" else sorted(movers, key=_by_cost)
@@ -421,10 +424,12 @@ def _reason(
             f"keeping {limits.max_inter_token_s:g} s between tokens would take {paced_s:.1f} s: the bound is not kept, "
             f"as fast as the targets prefill it takes {full_s:.1f} s, cheapest first"
         )
+        if full_s > left_s:
+            parts.append(f"{full_s - left_s:.1f} s of that are missing: the last streams stand still for a while")
     elif moves:
         parts.append(
-            f"prefilling takes {full_s:.1f} s even without the bound of {limits.max_inter_token_s:g} s between tokens: "
-            "all move at once, cheapest first"
+            f"the time is over: all move at once, cheapest first, without the bound of {limits.max_inter_token_s:g} s "
+            f"between tokens, and are prefilled in {full_s:.1f} s"
         )
     if num_over_bound:
         parts.append(
