@@ -3,8 +3,8 @@ from clouds import Answer, Asked, Aws, Azure, Gcp, forever, serving
 
 from kervan.notices.detect import CloudNode, detect
 from kervan.notices.metadata import Metadata
+from kervan.notices.node import watched_sources
 from kervan.notices.settings import NoticeSettings
-from kervan.notices.watcher import watched_sources
 
 
 def settings(url: str, **fields: object) -> NoticeSettings:

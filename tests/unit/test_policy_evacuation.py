@@ -465,7 +465,7 @@ def test_a_storm_moves_everything_before_the_end_and_says_that_the_bound_is_lost
 
 def test_in_a_storm_streams_that_wait_are_answered_and_many_end() -> None:
     streams, rest = conversation(64, seed=1, context=15_000)
-    moved_s, ended_s, _, decisions = play(streams, fleet(4), 20, true_rest=rest)
+    _, ended_s, _, decisions = play(streams, fleet(4), 20, true_rest=rest)
     assert decisions[0].mode == "hurried"
     assert len(ended_s) > 64 / 3  # answers take 9 s on average
     assert decisions[-1].mode != "at once"  # so the time is enough for the others

@@ -9,14 +9,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from kervan.notices import gcp
-from kervan.notices.aws import AwsSource
-from kervan.notices.azure import AzureSource
-from kervan.notices.detect import Cloud, CloudNode, detect
 from kervan.notices.events import Identity, Notice, soonest
-from kervan.notices.gcp import GcpSource
-from kervan.notices.metadata import Metadata, SourceError
-from kervan.notices.settings import NoticeSettings
+from kervan.notices.metadata import SourceError
 from kervan.notices.source import Source
 
 logger = logging.getLogger(__name__)
@@ -164,50 +158,3 @@ class Watcher:
                     await asyncio.sleep(min(self._max_backoff_s, self._first_backoff_s * 2 ** (attempt - 1)))
                 else:
                     break
-
-
-def cloud_sources(cloud: Cloud, metadata: Metadata, settings: NoticeSettings, *, node: str) -> list[Source]:
-    """The sources of one cloud; their notices call the node `node`."""
-    if cloud == "aws":
-        return [AwsSource(metadata, url=settings.aws_url, node=node, period_s=settings.aws_period_s)]
-    if cloud == "azure":
-        return [
-            AzureSource(
-                metadata,
-                url=settings.azure_url,
-                node=node,
-                vm_name=settings.azure_vm_name,
-                period_s=settings.azure_period_s,
-            )
-        ]
-    leads: tuple[tuple[gcp.Key, float], ...] = (
-        ("instance/preempted", settings.gcp_lead_s),
-        ("instance/maintenance-event", gcp.MAINTENANCE_LEAD_S),
-    )
-    return [
-        GcpSource(
-            metadata,
-            key=key,
-            url=settings.gcp_url,
-            node=node,
-            lead_s=lead_s,
-            wait_s=settings.gcp_wait_s,
-            period_s=settings.gcp_period_s,
-        )
-        for key, lead_s in leads
-    ]
-
-
-async def watched_sources(
-    metadata: Metadata, settings: NoticeSettings, *, node: str
-) -> tuple[CloudNode | None, list[Source]]:
-    """What `settings.watch` names, without "signal" and operators; and the cloud that "auto" found, if any."""
-    clouds: list[Cloud] = [name for name in settings.watch if name in ("aws", "gcp", "azure")]
-    found = None
-    if "auto" in settings.watch:
-        found = await detect(metadata, settings)
-        if found is None:
-            logger.info("notices: no cloud's metadata server answers here")
-        elif found.cloud not in clouds:
-            clouds.append(found.cloud)
-    return found, [source for cloud in clouds for source in cloud_sources(cloud, metadata, settings, node=node)]
