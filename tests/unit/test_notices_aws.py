@@ -161,6 +161,20 @@ async def test_other_answers_are_no_notice(status: int) -> None:
             await source(metadata, server.url).poll()
 
 
+async def test_a_redirect_is_not_followed() -> None:
+    class Redirects(Aws):
+        async def answer(self, asked: Asked) -> Answer:
+            if asked.path == "/elsewhere":
+                return Answer(200, json.dumps({"action": "terminate", "time": END}))
+            if asked.path == TOKEN_ASKED:
+                return await super().answer(asked)
+            return Answer(302, "", {"Location": "/elsewhere"})
+
+    async with serving(Redirects()) as server, Metadata() as metadata:
+        with pytest.raises(SourceError, match="HTTP 302"):
+            await source(metadata, server.url).poll()
+
+
 async def test_a_refused_a_dropped_and_an_endless_answer_are_errors_of_the_source() -> None:
     class Ends(Aws):
         async def answer(self, asked: Asked) -> Answer:

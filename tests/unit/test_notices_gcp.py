@@ -39,6 +39,17 @@ async def test_a_preemption_is_told_when_the_value_changes() -> None:
     assert second.query["last_etag"]
 
 
+async def test_a_long_poll_may_take_longer_than_other_answers() -> None:
+    cloud = Gcp()
+    async with serving(cloud) as server, Metadata() as metadata:
+        watched = source(metadata, server.url, timeout_s=0.1)
+        await watched.poll()
+        waiting = asyncio.create_task(watched.poll())
+        await asyncio.sleep(0.2)
+        cloud.set("instance/preempted", "TRUE")
+        assert len(await waiting) == 1
+
+
 async def test_a_change_between_two_polls_is_not_missed() -> None:
     cloud = Gcp()
     async with serving(cloud) as server, Metadata() as metadata:

@@ -141,6 +141,23 @@ async def test_a_server_that_forgets_for_a_moment_takes_nothing_back() -> None:
         assert watcher.pending == []
 
 
+async def test_moments_apart_do_not_add_up() -> None:
+    heard = Heard()
+    source = Scripted([notice()], [], [notice()], [], [notice()], polls_to_withdraw=2)
+    async with running(source, heard=heard) as watcher:
+        await source.is_through.wait()
+        assert (watcher.pending, heard.withdrawn.empty()) == ([notice()], True)
+
+
+async def test_a_source_takes_back_its_own_notices_only() -> None:
+    heard, source, other = Heard(), Scripted([notice()]), Scripted([], [], [])
+    other.name = "other"
+    async with running(source, other, heard=heard) as watcher:
+        await source.is_through.wait()
+        await other.is_through.wait()
+        assert watcher.pending == [notice()]
+
+
 async def test_a_failure_takes_nothing_back() -> None:
     heard, source = Heard(), Scripted([notice()], SourceError("gone"), SourceError("gone"), [notice()])
     async with running(source, heard=heard) as watcher:
@@ -285,6 +302,15 @@ async def test_sigterm_is_a_notice() -> None:
         assert (told.kind, told.source, told.deadline_s, told.is_certain) == ("sigterm", "signal", 1025.0, True)
         assert heard.notices.empty()  # the second one changes nothing
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+async def test_the_time_counts_from_the_first_sigterm() -> None:
+    now_s = 1000.0
+    source = SigtermSource(node="n1", lead_s=25, wall=lambda: now_s)
+    source.notify()
+    now_s = 1010.0
+    source.notify()
+    assert [one.deadline_s for one in await source.poll()] == [1025.0]
 
 
 async def test_sigterm_outside_of_the_main_thread_says_what_to_do() -> None:

@@ -110,6 +110,14 @@ def test_a_stream_that_is_likely_to_end_may_wait(
     assert decision.ask_again_s is None or decision.ask_again_s <= 0.5
 
 
+@pytest.mark.parametrize(("left_s", "waits"), [(2.5, True), (2.3, False)])
+def test_it_waits_as_long_as_there_is_time_to_move_it_twice(left_s: float, waits: bool) -> None:
+    # 1,000 tokens at 100 in 0.1 + 0.02 s: 1.2 s; to end it is expected to take 0.75 s
+    slow = target(rate=1000, max_step_tokens=100)
+    decision = decide([stream("a", expected=20)], [slow], LIMITS.margin_s + left_s)
+    assert (decision.waits == ("a",), moved(decision) == ["a"]) == (waits, not waits)
+
+
 def test_what_cannot_be_moved_is_told() -> None:
     decision = decide([stream("a", is_movable=False), stream("b", most=1, is_movable=False)], [target()], 30)
     assert (decision.stuck, decision.stays, decision.moves) == (("a",), ("b",), ())
@@ -160,6 +168,7 @@ def test_a_prompt_that_fits_into_no_step_breaks_the_bound_alone_and_says_so() ->
     assert (moved(decision), decision.waits, decision.keeps_bound) == (["long"], ("short",), False)
     assert "1 have prompts too long for the bound" in decision.reason
     assert "max_num_batched_tokens" in decision.reason
+    assert moved(decide([stream("long", 5000)], [replace(whole, queued_prefill_tokens=1)], 100)) == []
     chunked = decide([stream("long", 5000)], [whole, target("chunked")], 100)
     assert [(move.replica_id, chunked.keeps_bound) for move in chunked.moves] == [("chunked", True)]
 
@@ -188,6 +197,10 @@ def test_a_full_target_is_given_nothing_while_there_is_time() -> None:
     assert moved(decide(streams, [target(free_kv_tokens=1500)], 10)) == ["a"]
     assert moved(decide(streams, [target(free_streams=0)], 10)) == []
     assert decide(streams, [target(free_streams=0)], 10).ask_again_s == 0.25
+    both = decide([stream("a", 1000, 500), stream("b", 1000, 500)], [target(free_kv_tokens=2999)], 10)
+    assert (moved(both), both.waits) == (["a"], ("b",))
+    # a large one does not keep a small one away
+    assert moved(decide([stream("a", 3000), stream("b", 100, 500)], [target(free_kv_tokens=2000)], 10)) == ["b"]
     # an unknown rest counts as 1,024 tokens
     assert moved(decide([stream("a", 1000)], [target(free_kv_tokens=2023)], 10)) == []
     assert moved(decide([stream("a", 1000)], [target(free_kv_tokens=2024)], 10)) == ["a"]
@@ -198,11 +211,17 @@ def test_a_full_target_is_given_nothing_while_there_is_time() -> None:
 
 def test_when_the_bound_takes_too_long_targets_get_all_they_can_prefill() -> None:
     # 20 x 1,000 tokens; whole prompts: paced 1,800 tokens in 0.2 s are 9,000/s, 2.2 s; unpaced 10,000/s, 2.0 s
-    streams = [stream(f"s{n:02}", 900 + 10 * n) for n in range(20)]
+    streams = [stream(f"s{n:02}", 900 + 10 * n, expected=10_000 + n) for n in range(20)]
     decision = decide(streams, [target(max_step_tokens=None)], 5.1)
     assert (decision.mode, decision.keeps_bound) == ("hurried", False)
     assert moved(decision) == ["s00", "s01", "s02", "s03", "s04", "s05"]  # cheapest first, 0.5 s of work
     assert "the bound is not kept" in decision.reason
+
+
+@pytest.mark.parametrize(("queued", "mode"), [(0, "paced"), (20_000, "hurried")])
+def test_what_is_queued_already_takes_its_time(queued: int, mode: str) -> None:
+    streams = [stream(f"s{n}") for n in range(6)]  # 6,000 tokens, 0.7 s; with 20,000 before them 3.1 s
+    assert decide(streams, [target(queued=queued)], LIMITS.margin_s + 2.9).mode == mode
 
 
 def test_when_even_that_takes_too_long_it_is_said_and_the_rest_is_answered_here_until_the_end() -> None:
@@ -226,6 +245,12 @@ def test_at_the_last_moment_full_targets_are_given_the_rest_and_it_is_said() -> 
     decision = decide([stream("a"), stream("b")], [full, roomy], 2)
     assert [move.replica_id for move in decision.moves] == ["roomy", "full"]
     assert "1 exceed the room of the targets" in decision.reason
+
+
+def test_what_exceeds_the_room_is_spread_too() -> None:
+    full = [target("a", free_streams=0), target("b", free_streams=0)]
+    decision = decide([stream(f"s{n}") for n in range(4)], full, 2)
+    assert sorted(move.replica_id for move in decision.moves) == ["a", "a", "b", "b"]
 
 
 def test_a_drain_without_a_deadline_ends_whatever_the_answers_lengths() -> None:
