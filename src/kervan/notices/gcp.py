@@ -45,7 +45,7 @@ class GcpSource:
         url: str,
         node: str,
         lead_s: float,
-        wait_s: float = 60.0,
+        wait_s: float = 10.0,
         period_s: float = 1.0,
         timeout_s: float = TIMEOUT_S,
         wall: Callable[[], float] = time.time,

@@ -19,7 +19,8 @@ class NoticeSettings:
 
     `watch`: clouds by name, "auto" for the one that the node finds itself on, "signal" for SIGTERM; empty for nothing,
     which is the default: a machine that is no cloud's has nobody to ask. All URLs are the server's root. Periods and
-    leads are seconds; a lead is the time from a notice without a deadline of its own to the node's end.
+    leads are seconds; a lead is the time from a notice without a deadline of its own to the node's end. `gcp_wait_s` is
+    far below the lead: a metadata server in between (a node's proxy) that does not tell of changes is asked in time.
     """
 
     watch: tuple[Watched, ...] = ()
@@ -30,7 +31,7 @@ class NoticeSettings:
     aws_period_s: float = 5.0
     gcp_period_s: float = 1.0
     azure_period_s: float = 1.0
-    gcp_wait_s: float = 60.0
+    gcp_wait_s: float = 10.0
     gcp_lead_s: float = 30.0
     sigterm_lead_s: float = 25.0
     detect_timeout_s: float = 2.0
