@@ -28,7 +28,9 @@ RESERVE = 2.0
 # A target needs room for what a stream will still write; of an unknown rest so much is counted.
 UNKNOWN_GROWTH_TOKENS = 1024
 MIN_PAUSE_S = 0.02
-RECHECK_S = 0.5
+# Streams that stay or may end are looked at again after a quarter of the time left, and within a second.
+RECHECK_SHARE = 0.25
+MAX_RECHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,9 @@ def decide(state: EvacuationState, *, limits: EvacuationLimits = DEFAULT_LIMITS)
         mode=mode,
         keeps_bound=not moves or (mode == "paced" and not num_over_bound),
         remaining_s=remaining_s,
-        ask_again_s=_pause_s(places, mode, limits, has_waiting=bool(waits), has_others=bool(patient or stays or stuck)),
+        ask_again_s=_pause_s(
+            places, mode, limits, left_s, has_waiting=bool(waits), has_others=bool(patient or stays or stuck)
+        ),
         reason=_reason(
             state,
             limits,
@@ -381,11 +385,19 @@ def _take_crowded(crowded: list[tuple[float, int]], places: Sequence[_Place]) ->
 
 
 def _pause_s(
-    places: Sequence[_Place], mode: Mode, limits: EvacuationLimits, *, has_waiting: bool, has_others: bool
+    places: Sequence[_Place],
+    mode: Mode,
+    limits: EvacuationLimits,
+    left_s: float,
+    *,
+    has_waiting: bool,
+    has_others: bool,
 ) -> float | None:
     """When a target can take more, at the latest half of its window ahead, so that none runs dry."""
     if not has_waiting:
-        return RECHECK_S if has_others else None
+        if not has_others:
+            return None
+        return max(MIN_PAUSE_S, min(MAX_RECHECK_S, max(limits.window_s / 2, RECHECK_SHARE * left_s)))
     pauses_s = [limits.window_s / 2]
     for place in places:
         # One that has drained so far already waits for room, not for time.
