@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 
 import pytest
 from clouds import Answer, Asked, Aws, DropError, forever, serving
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kervan.notices import aws
@@ -230,6 +230,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.binary().map(lambda raw: raw.decode("utf-8", errors="replace")) | st.text() | JSON.map(json.dumps))
 def test_any_text_gives_a_notice_only_if_it_is_one(text: str) -> None:
     try:

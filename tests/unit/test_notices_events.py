@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kervan.errors import ConfigError
@@ -71,12 +71,14 @@ def test_the_soonest_is_certain_and_has_the_nearest_deadline() -> None:
     assert soonest([pause]) is None
 
 
+@settings(deadline=None)
 @given(NOTICES)
 def test_json_there_and_back(one: Notice) -> None:
     assert Notice.from_json(one.to_json()) == one
     assert json.loads(one.to_json())["node"] == one.node
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_other_bytes_are_no_notice(raw: bytes) -> None:
     with pytest.raises(ValueError):

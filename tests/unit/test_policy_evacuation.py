@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kervan.policy import evacuation
@@ -294,6 +294,7 @@ DEADLINES = st.none() | st.floats(0, 200)
 TOKEN_TIMES = st.none() | st.floats(0, 0.2)
 
 
+@settings(deadline=None)
 @given(STREAMS, TARGETS, DEADLINES, st.floats(0, 60), TOKEN_TIMES)
 def test_no_stream_is_lost_and_none_is_moved_twice(
     streams: list[LeavingStream],
@@ -319,6 +320,7 @@ def test_no_stream_is_lost_and_none_is_moved_twice(
     assert decision == decide(streams, targets, deadline_s, elapsed_s=elapsed_s, token_s=token_s)
 
 
+@settings(deadline=None)
 @given(STREAMS, TARGETS, DEADLINES, st.floats(0, 60), TOKEN_TIMES)
 def test_the_pace_is_kept_unless_the_decision_says_otherwise(
     streams: list[LeavingStream],
@@ -341,6 +343,7 @@ def test_the_pace_is_kept_unless_the_decision_says_otherwise(
         assert one.step_s + step_tokens / one.prefill_tokens_per_s <= LIMITS.max_inter_token_s + 1e-9
 
 
+@settings(deadline=None)
 @given(STREAMS, TARGETS, st.floats(0, 200), TOKEN_TIMES)
 def test_room_is_kept_until_the_last_moment(
     streams: list[LeavingStream], targets: list[Target], deadline_s: float, token_s: float | None
@@ -355,6 +358,7 @@ def test_room_is_kept_until_the_last_moment(
         assert given_tokens <= one.free_kv_tokens
 
 
+@settings(deadline=None)
 @given(STREAMS, TARGETS, st.floats(0, 200), st.floats(0, 200), TOKEN_TIMES)
 def test_more_time_lets_more_streams_stay_and_is_never_more_urgent(
     streams: list[LeavingStream], targets: list[Target], one_s: float, other_s: float, token_s: float | None
@@ -366,6 +370,7 @@ def test_more_time_lets_more_streams_stay_and_is_never_more_urgent(
     assert late.remaining_s <= soon.remaining_s + 1e-9 or soon.mode != "paced"
 
 
+@settings(deadline=None)
 @given(STREAMS, TARGETS, DEADLINES, TOKEN_TIMES)
 def test_at_the_margin_everything_that_can_move_has_its_target(
     streams: list[LeavingStream], targets: list[Target], deadline_s: float | None, token_s: float | None

@@ -3,7 +3,7 @@ import random
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kervan.policy.output_length import EDGES, MAX_COUNT, MIN_ANSWERS, NUM_BUCKETS, LengthEstimate, _bucket
@@ -98,6 +98,7 @@ def test_estimates_add_up() -> None:
     assert LengthEstimate((1.0, 2.0)).counts == LengthEstimate().counts  # of another version: not understood
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(0, 50_000), st.integers(0, 50_000), st.floats(0, 1))
 def test_the_rest_is_possible(lengths: list[int], generated: int, max_remaining: int, q: float) -> None:
     estimate = learned(lengths)
@@ -110,6 +111,7 @@ def test_the_rest_is_possible(lengths: list[int], generated: int, max_remaining:
         assert sum(length * 1.25 + 1 > generated for length in lengths) >= MIN_ANSWERS
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(0, 1000))
 def test_a_larger_maximum_allows_no_less(lengths: list[int], generated: int) -> None:
     estimate = learned(lengths)
@@ -118,6 +120,7 @@ def test_a_larger_maximum_allows_no_less(lengths: list[int], generated: int) -> 
     assert all(low <= high + 1e-6 for low, high in itertools.pairwise(known))
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_quantiles_rise(lengths: list[int]) -> None:
     estimate = learned(lengths)
