@@ -23,7 +23,7 @@ class Clock:
         return self.now_s
 
 
-def source(metadata: Metadata, url: str, *, timeout_s: float = 2.0, clock: Clock | None = None) -> AwsSource:
+def source(metadata: Metadata, url: str, *, timeout_s: float = 10.0, clock: Clock | None = None) -> AwsSource:
     clock = clock or Clock()
     return AwsSource(metadata, url=url, node="n1", timeout_s=timeout_s, wall=clock, monotonic=clock)
 

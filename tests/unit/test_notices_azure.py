@@ -16,7 +16,7 @@ NOW_S = NOT_BEFORE_S - 40
 
 
 def source(
-    metadata: Metadata, url: str, *, vm_name: str = "", timeout_s: float = 2.0, first_timeout_s: float = 5.0
+    metadata: Metadata, url: str, *, vm_name: str = "", timeout_s: float = 10.0, first_timeout_s: float = 10.0
 ) -> AzureSource:
     return AzureSource(
         metadata,

@@ -8,7 +8,7 @@ from kervan.notices.settings import NoticeSettings
 
 
 def settings(url: str, **fields: object) -> NoticeSettings:
-    values: dict[str, object] = {"aws_url": url, "gcp_url": url, "azure_url": url, "detect_timeout_s": 2.0, **fields}
+    values: dict[str, object] = {"aws_url": url, "gcp_url": url, "azure_url": url, "detect_timeout_s": 10.0, **fields}
     return NoticeSettings(**values)  # type: ignore[arg-type]
 
 
