@@ -17,17 +17,21 @@ BOTTOM = ("errors.py", "units.py", "stats.py")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
-#   errors, units, stats <- facts, policy <- fleet, bench <- twin, gateway <- serve <- cli
+#   errors, units, stats <- facts, policy <- fleet, bench, notices <- twin, gateway <- serve <- cli
 FORBIDDEN = [
-    *((part, ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "cli", "demo")) for part in BOTTOM),
-    ("facts", ("policy", "fleet", "twin", "bench", "gateway", "serve", "cli", "demo")),
-    ("policy", ("facts", "fleet", "twin", "bench", "gateway", "serve", "cli", "demo")),
-    ("fleet", ("twin", "bench", "gateway", "serve", "cli", "demo")),
-    ("twin", ("policy", "bench", "gateway", "serve", "cli", "demo")),
-    ("bench", ("fleet", "twin", "gateway", "serve", "cli", "demo")),
-    ("gateway", ("twin", "bench", "serve", "cli", "demo")),
+    *(
+        (part, ("facts", "policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "cli", "demo"))
+        for part in BOTTOM
+    ),
+    ("facts", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "cli", "demo")),
+    ("policy", ("facts", "fleet", "twin", "bench", "gateway", "notices", "serve", "cli", "demo")),
+    ("fleet", ("twin", "bench", "gateway", "notices", "serve", "cli", "demo")),
+    ("twin", ("policy", "bench", "gateway", "notices", "serve", "cli", "demo")),
+    ("bench", ("fleet", "twin", "gateway", "notices", "serve", "cli", "demo")),
+    ("gateway", ("twin", "bench", "notices", "serve", "cli", "demo")),
+    ("notices", ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "cli", "demo")),
     ("serve", ("bench", "cli", "demo")),
-    ("demo", ("fleet", "twin", "bench", "gateway", "serve", "cli")),
+    ("demo", ("fleet", "twin", "bench", "gateway", "notices", "serve", "cli")),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
@@ -38,6 +42,7 @@ CONFINED = [
     ("rich", ("cli/",)),
     ("torch", ("demo/",)),
     ("plotly", ("bench/report.py",)),
+    ("aiohttp", ("notices/metadata.py",)),
 ]
 
 
@@ -82,7 +87,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "policy", "bench"):
+    for part in (*BOTTOM, "facts", "policy", "bench", "notices"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -102,7 +107,7 @@ def test_this_environment_has_what_must_stay_unloaded(library: str) -> None:
 
 def test_pure_packages_load_nothing_heavy() -> None:
     modules = ["kervan", "kervan.errors", "kervan.units", "kervan.stats", "kervan.cli.bench_view", "kervan.cli.render"]
-    for part in ("facts", "policy", "bench"):
+    for part in ("facts", "policy", "bench", "notices"):
         modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
     assert len(modules) > 6
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()

@@ -1,0 +1,74 @@
+"""What a node's watcher watches, where, and how often. Defaults are the clouds' own recommendations."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+from kervan.errors import ConfigError
+
+Watched = Literal["auto", "aws", "gcp", "azure", "signal"]
+PREFIX = "KERVAN_NOTICES_"
+LINK_LOCAL = "http://169.254.169.254"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoticeSettings:
+    """Read from the environment by `from_environment`: the field `aws_url` is KERVAN_NOTICES_AWS_URL.
+
+    `watch`: clouds by name, "auto" for the one that the node finds itself on, "signal" for SIGTERM; empty for nothing,
+    which is the default: a machine that is no cloud's has nobody to ask. All URLs are the server's root. Periods and
+    leads are seconds; a lead is the time from a notice without a deadline of its own to the node's end. `gcp_wait_s` is
+    far below the lead: a metadata server in between (a node's proxy) that does not tell of changes is asked in time.
+    """
+
+    watch: tuple[Watched, ...] = ()
+    aws_url: str = LINK_LOCAL
+    gcp_url: str = LINK_LOCAL
+    azure_url: str = LINK_LOCAL
+    azure_vm_name: str = ""
+    aws_period_s: float = 5.0
+    gcp_period_s: float = 1.0
+    azure_period_s: float = 1.0
+    gcp_wait_s: float = 10.0
+    gcp_lead_s: float = 30.0
+    sigterm_lead_s: float = 25.0
+    detect_timeout_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_s") and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{field.name}={value} is no time of 0 s or more; leave it out for the default")
+            if field.name.endswith("_url") and not value.startswith(("http://", "https://")):
+                raise ConfigError(f"{field.name}={value!r} is no URL; write for example http://127.0.0.1:1338")
+        for name in self.watch:
+            if name not in get_args(Watched):
+                raise ConfigError(f"watch names {name!r}, which is not one of {', '.join(get_args(Watched))}")
+
+
+def from_environment(environ: Mapping[str, str]) -> NoticeSettings:
+    """The settings that an environment gives: KERVAN_NOTICES_WATCH=auto,signal and so on.
+
+    Raises: ConfigError for a variable with this prefix that is unknown or malformed.
+    """
+    hints = get_type_hints(NoticeSettings)
+    values: dict[str, object] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(PREFIX):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in hints:
+            known = ", ".join(PREFIX + key.upper() for key in hints)
+            raise ConfigError(f"{variable} is not a setting of notices; known ones: {known}")
+        if name == "watch":
+            values[name] = tuple(word.strip() for word in text.split(",") if word.strip())
+        elif hints[name] is float:
+            try:
+                values[name] = float(text)
+            except ValueError as error:
+                raise ConfigError(f"{variable}={text!r} is no number of seconds; write for example 2.5") from error
+        else:
+            values[name] = text.rstrip("/") if name.endswith("_url") else text
+    return NoticeSettings(**values)  # type: ignore[arg-type]  # __post_init__ checks the values
