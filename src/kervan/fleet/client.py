@@ -32,13 +32,17 @@ from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
+from kervan.fleet.evacuees import PrefillSpeed
+from kervan.fleet.evacuees import state as evacuation_state
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
-from kervan.policy import quarantine, routing
+from kervan.policy import evacuation, quarantine, routing
+from kervan.policy.output_length import LengthEstimate
 
 logger = logging.getLogger(__name__)
 
 RECONNECT_PERIOD_S = 0.5
+IDLE_EVACUATION_S = 1.0
 RATE_WINDOW_S = 10.0
 SETTLE_S = 0.01
 MAX_TTFTS = 1000  # kept between two looks at the traffic
@@ -87,7 +91,10 @@ class FleetClient:
         self._completed_per_s = 0.0
         self._rate_at_s = self._traffic_s = time.monotonic()
         self._is_closing = False
-        self._leave_task: asyncio.Task[None] | None = None
+        self._lengths = LengthEstimate()
+        self._prefill = PrefillSpeed()
+        self._evacuations: dict[Link, asyncio.Task[None]] = {}
+        self._targets_changed = asyncio.Event()
         self._expiry_task = asyncio.create_task(self._expire_held())
 
     # ---- what a gateway asks
@@ -144,15 +151,16 @@ class FleetClient:
                 task = asyncio.create_task(self._keep_link(member), name=f"link-{member.replica_id}")
                 self._link_tasks[member] = task
                 task.add_done_callback(functools.partial(self._link_ended, member))
-        told = [link for link in self.links if not link.is_draining and self._is_leaving(link.replica_id)]
-        for link in told:
-            link.leave()
-        if told:
-            self._leave_task = asyncio.create_task(self._leave_draining())
+        for link in self.links:
+            self._hear_of_leaving(link)
+        self._evacuate_draining()
 
-    def _is_leaving(self, replica_id: str) -> bool:
-        member = self._members.get(replica_id)
-        return member is not None and member.is_leaving
+    def _hear_of_leaving(self, link: Link) -> None:
+        member = self._members.get(link.replica_id)
+        if member is not None and member.is_leaving:
+            link.leave()
+            if member.leaves_in_s is not None:
+                link.leaves_at_s = time.monotonic() + member.leaves_in_s
 
     def _link_ended(self, member: Member, task: asyncio.Task[None]) -> None:
         self._link_tasks.pop(member, None)
@@ -162,7 +170,7 @@ class FleetClient:
     async def close(self) -> None:
         """End all links; streams are not finished."""
         self._is_closing = True
-        tasks = [*self._link_tasks.values(), self._expiry_task]
+        tasks = [*self._link_tasks.values(), *self._evacuations.values(), self._expiry_task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -203,8 +211,11 @@ class FleetClient:
             if link is not None:
                 await link.input.send_multipart(self.codec.encode_abort(wire_ids), copy=False)
 
-    async def _place(self, stream: Stream) -> None:
+    async def _place(self, stream: Stream, target: str | None = None) -> None:
+        """On replica `target` if it can take it, else where routing says."""
         placement = routing.decide(self._loads, is_suspect=stream.is_suspect)
+        if target in self._links and not self._links[target].is_draining and not stream.is_suspect:
+            placement = routing.Placement(target, "evacuated to it")
         if placement.replica_id is None:
             if stream.held_since_s is None:
                 stream.held_since_s = time.monotonic()
@@ -256,11 +267,11 @@ class FleetClient:
         self._forget(stream)
         self.outputs.put_nowait(self.codec.failure(stream.request_id))
 
-    async def _move(self, stream: Stream, link: Link) -> None:
+    async def _move(self, stream: Stream, link: Link, target: str) -> None:
         self._unplace(stream, link)
         stream.epoch += 1
         self.counts.moved += 1
-        await self._place(stream)
+        await self._place(stream, target)
 
     async def _expire_held(self) -> None:
         while True:
@@ -319,8 +330,7 @@ class FleetClient:
                 await asyncio.sleep(10 * RECONNECT_PERIOD_S)
                 continue
             self.refusals.pop(member.replica_id, None)
-            if self._is_leaving(member.replica_id):
-                link.leave()
+            self._hear_of_leaving(link)
             self._links[member.replica_id] = link
             self._sort_loads()
             self._link_up.set()
@@ -328,7 +338,7 @@ class FleetClient:
             try:
                 await self._acquit(link)
                 await self._place_held()
-                await self._leave_draining()
+                self._evacuate_draining()
                 reason = await self._first_of(self._pump(link), self._watch(link), self._ping(link))
                 await self._read_rest(link)
             finally:
@@ -398,6 +408,8 @@ class FleetClient:
     def _deliver(self, link: Link, outputs: Outputs) -> None:
         kept = []
         streams, load = link.streams, link.load
+        if outputs.outputs:
+            link.stepped()
         for output in outputs.outputs:
             stream = streams.get(output.request_id)
             if stream is None:
@@ -416,6 +428,7 @@ class FleetClient:
             if stream.epoch:
                 self.codec.restore(output, stream)
             if output.finish_reason is not None:
+                self._lengths.observe(len(stream.generated))
                 self._forget(stream)
                 self._count_completed()
             kept.append(output)
@@ -426,8 +439,10 @@ class FleetClient:
 
     def _first_token(self, link: Link, stream: Stream) -> None:
         stream.gave_token = True
+        ttft_s = time.monotonic() - stream.placed_s
+        self._prefill.observe(stream.prompt_tokens, ttft_s)
         if len(link.ttfts_s) < MAX_TTFTS:
-            link.ttfts_s.append(time.monotonic() - stream.placed_s)
+            link.ttfts_s.append(ttft_s)
         queued = min(stream.cost_tokens - 1, stream.prompt_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)
@@ -481,24 +496,52 @@ class FleetClient:
                     return f"{link.pong.num_outputs} outputs were sent and {link.num_outputs} came"
                 if link.is_draining and not was_draining:
                     logger.info("replica %s drains", link.replica_id)
-                    await self._leave_draining()
+                    self._evacuate_draining()
         finally:
             sender.cancel()
 
-    async def _leave_draining(self) -> None:
-        """Move the streams off draining replicas, if another replica can take them."""
-        if all(link.is_draining for link in self._links.values()):
-            return
+    def _evacuate_draining(self) -> None:
+        """See to it that the streams of draining replicas leave; call it whenever replicas come, or begin to drain."""
+        self._targets_changed.set()
         for link in self.links:
-            if not link.is_draining or not link.streams:
-                continue
-            leaving = [stream for stream in link.streams.values() if stream.is_movable]
-            old_wire_ids = [stream.wire_id for stream in leaving]
-            for stream in leaving:
-                await self._move(stream, link)
-            if old_wire_ids:
-                await link.input.send_multipart(self.codec.encode_abort(old_wire_ids), copy=False)
-                logger.info("moved %d streams off draining replica %s", len(leaving), link.replica_id)
+            if link.is_draining and link not in self._evacuations:
+                link.leaving_since_s = time.monotonic()
+                task = asyncio.create_task(self._evacuate(link), name=f"evacuate-{link.replica_id}")
+                self._evacuations[link] = task
+                task.add_done_callback(functools.partial(self._evacuated, link))
+
+    def _evacuated(self, link: Link, task: asyncio.Task[None]) -> None:
+        self._evacuations.pop(link, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("evacuation of %s ended: %r", link.replica_id, error, exc_info=error)
+
+    async def _evacuate(self, link: Link) -> None:
+        """Move streams off a replica as the policy says, as long as it is there and drains."""
+        while self._links.get(link.replica_id) is link and link.is_draining:
+            self._targets_changed.clear()
+            pause_s: float | None = None
+            if link.streams:
+                targets = [other for other in self.links if not other.is_draining]
+                state = evacuation_state(
+                    link, targets, lengths=self._lengths, prefill_tokens_per_s=self._prefill.tokens_per_s
+                )
+                decision = evacuation.decide(state)
+                pause_s = decision.ask_again_s
+                if decision.moves:
+                    await self._carry_out(link, decision.moves)
+                    logger.info("replica %s leaves: %s", link.replica_id, decision.reason)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._targets_changed.wait(), pause_s or IDLE_EVACUATION_S)
+
+    async def _carry_out(self, link: Link, moves: Sequence[evacuation.Move]) -> None:
+        left = []
+        for move in moves:
+            stream = link.streams.get(move.stream_id)
+            if stream is not None:  # it has not ended meanwhile
+                await self._move(stream, link, move.replica_id)
+                left.append(move.stream_id)
+        if left:
+            await link.input.send_multipart(self.codec.encode_abort(left), copy=False)
 
     async def _lose(self, link: Link, reason: str) -> None:
         if self._links.get(link.replica_id) is link:

@@ -21,7 +21,7 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one).
 
     `nodes`: all of its nodes, when it has more than `node`. `start_s`: seconds of its start by part. `version` tells
-    replicas of one setting from those of another, as in a gateway's entry.
+    replicas of one setting from those of another, as in a gateway's entry. `leaves_in_s`: it drains, and will be gone.
     """
 
     id: str
@@ -39,6 +39,7 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     version: str = ""
     nodes: list[str] = []
     start_s: dict[str, float] = {}
+    leaves_in_s: float | None = None
 
     @property
     def is_reachable(self) -> bool:
@@ -128,7 +129,7 @@ class Directory:
         self._gateways: dict[str, tuple[GatewayEntry, float]] = {}
         self._failures: list[StartFailure] = []
         self._orders: dict[str, list[Order]] = {}
-        self._leaving: set[str] = set()
+        self._leaving_at_s: dict[str, float] = {}
         self._num_failures = 0
         self.version = 0
 
@@ -145,8 +146,8 @@ class Directory:
         if replica_id not in self._replicas:
             return False
         self._orders.setdefault(replica_id, []).append(order)
-        if isinstance(order, Drain) and replica_id not in self._leaving:
-            self._leaving.add(replica_id)
+        if isinstance(order, Drain):
+            self._leaving_at_s[replica_id] = self._now() + order.deadline_s
             self.version += 1
         return True
 
@@ -159,7 +160,7 @@ class Directory:
     def remove(self, entry_id: str) -> None:
         """Forget a replica or gateway that said goodbye."""
         self._orders.pop(entry_id, None)
-        self._leaving.discard(entry_id)
+        self._leaving_at_s.pop(entry_id, None)
         if self._replicas.pop(entry_id, None) or self._gateways.pop(entry_id, None):
             self.version += 1
 
@@ -179,11 +180,15 @@ class Directory:
     def snapshot(self) -> Snapshot:
         """All entries by id; the reason of one that is late says so."""
         self.expire()
-        replicas = [
-            msgspec.structs.replace(r, state="draining") if r.id in self._leaving and r.state == "ready" else r
-            for r in self._told(self._replicas)
-        ]
+        replicas = [self._as_leaving(replica) for replica in self._told(self._replicas)]
         return Snapshot(self.version, replicas, self._told(self._gateways), list(self._failures))
+
+    def _as_leaving(self, replica: ReplicaEntry) -> ReplicaEntry:
+        """The entry as it will be when the replica has heard that it must go."""
+        at_s = self._leaving_at_s.get(replica.id)
+        if at_s is None or replica.state not in ("ready", "draining"):
+            return replica
+        return msgspec.structs.replace(replica, state="draining", leaves_in_s=max(0.0, at_s - self._now()))
 
     def _told(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
         now_s = self._now()

@@ -19,16 +19,24 @@ from kervan.policy import routing
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
+LONGEST_STEP_S = 2.0
+STEP_WEIGHT = 0.1
+# A replica stands still if nothing has come for so many of its steps, and so many seconds.
+STILL_STEPS, STILL_S = 5, 0.25
 NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A replica as the directory lists it; `is_leaving`: it drains, or was told to."""
+    """A replica as the directory lists it.
+
+    `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known.
+    """
 
     replica_id: str
     address: str
     is_leaving: bool = field(default=False, compare=False)
+    leaves_in_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +59,10 @@ class Link:
     num_outputs: int = 0  # received
     output_s: float = 0.0  # when the last one was received, or nothing was missing
     is_told_to_leave: bool = False  # by the directory, which may know before the replica does
+    leaving_since_s: float = 0.0
+    leaves_at_s: float | None = None
+    _step_s: float | None = None  # between two steps, a mean over about the last ten
+    _stepped_s: float = 0.0
 
     @property
     def replica_id(self) -> str:
@@ -69,6 +81,19 @@ class Link:
     def leave(self) -> None:
         """The replica is to get nothing more."""
         self.is_told_to_leave = self.load.is_draining = True
+
+    def stepped(self) -> None:
+        """Its engine has sent what a step gave."""
+        now_s = time.monotonic()
+        gap_s, self._stepped_s = now_s - self._stepped_s, now_s
+        if gap_s < LONGEST_STEP_S:  # else it had nothing to do
+            self._step_s = gap_s if self._step_s is None else self._step_s + STEP_WEIGHT * (gap_s - self._step_s)
+
+    def pace_s(self, now_s: float) -> float | None:
+        """Seconds between two tokens of a stream there; None if that is not known, or it stands still."""
+        if self._step_s is None or now_s - self._stepped_s > max(STILL_STEPS * self._step_s, STILL_S):
+            return None
+        return self._step_s
 
     def close(self) -> None:
         for socket, monitor in zip((self.input, self.output), self.monitors, strict=True):

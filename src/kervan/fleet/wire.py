@@ -48,6 +48,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     num_gpu_blocks: int
     block_size: int
     max_num_seqs: int
+    max_num_batched_tokens: int = 0  # 0: unknown
 
 
 class Hello(msgspec.Struct, frozen=True):

@@ -200,7 +200,9 @@ class Gateway:
         """Follow the directory."""
         self._snapshot = snapshot
         self.fleet.set_members(
-            Member(r.id, r.address, is_leaving=r.state == "draining") for r in snapshot.replicas if r.is_reachable
+            Member(r.id, r.address, is_leaving=r.state == "draining", leaves_in_s=r.leaves_in_s)
+            for r in snapshot.replicas
+            if r.is_reachable
         )
 
     def entry(self) -> GatewayEntry:

@@ -48,6 +48,7 @@ class EngineReplica:
         self._since_s = time.monotonic()
         self._is_leaving = False
         self._left = threading.Event()
+        self._leaves_at_s: float | None = None
         self._directory = directories.find(self._config.name)
         _, secret = ray.get(self._directory.fleet.remote())
         log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
@@ -107,6 +108,7 @@ class EngineReplica:
             version=self._version,
             nodes=self._nodes,
             start_s=self._process.start_s,
+            leaves_in_s=None if self._leaves_at_s is None else max(0.0, self._leaves_at_s - time.monotonic()),
         )
 
     def _beat(self, *, wait: bool = False) -> Any:
@@ -158,10 +160,10 @@ class EngineReplica:
     async def _drain(self, deadline_s: float) -> None:
         process = self._process
         if process.ready is not None and not process.ended.is_set():
-            self._state = "draining"
+            begin_s = time.monotonic()
+            self._state, self._leaves_at_s = "draining", begin_s + deadline_s
             self._beat()
             process.drain()
-            begin_s = time.monotonic()
             while (elapsed_s := time.monotonic() - begin_s) < deadline_s:
                 if elapsed_s > DRAIN_NOTICE_S and not process.load.has_work:
                     break

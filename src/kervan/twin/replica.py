@@ -79,7 +79,13 @@ class TwinReplica:
     @property
     def facts(self) -> wire.EngineFacts:
         limits = self.engine.limits
-        return wire.EngineFacts(limits.max_model_len, limits.num_blocks, limits.block_size, limits.max_num_seqs)
+        return wire.EngineFacts(
+            limits.max_model_len,
+            limits.num_blocks,
+            limits.block_size,
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+        )
 
     def close(self) -> None:
         self._context.destroy(linger=0)

@@ -108,6 +108,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             num_gpu_blocks=config.cache_config.num_gpu_blocks or 0,
             block_size=config.cache_config.block_size or 0,
             max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
         )
 
     # ---- input thread
