@@ -1,6 +1,6 @@
-"""`kervan demo`: a tiny model, two replicas, one streamed answer, and nothing left behind.
+"""`kervan demo`: a tiny model, two replicas, one streamed answer whose replica is killed, and nothing left behind.
 
-Only the public command line and HTTP are used here, so it proves what any client would see.
+Only the public command line and HTTP are used here (and a signal), so it proves what any client would see.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REPLY_S: Final = 60.0
 
 @click.command()
 def demo() -> None:
-    """Serve a tiny model on two CPU replicas, stream one answer, stop everything."""
+    """Serve a tiny model on two CPU replicas, kill the one that answers, see the answer go on, stop everything."""
     name = f"demo-{os.getpid()}"  # never a fleet that somebody else has started
     say = _clock()
     with _sigterm_unwinds():
@@ -47,13 +47,24 @@ def demo() -> None:
                 *("--engine-arg", "dtype=float32", "--engine-arg", "enforce_eager=true"),
                 *("--engine-arg", "max_model_len=2048", "--env", "VLLM_CPU_KVCACHE_SPACE=1"),
             )
+            pids = {
+                replica["id"]: replica["pid"] for replica in json.loads(_told("status", "--name", name))["replicas"]
+            }
             say(f"chat: POST http://127.0.0.1:{port}/v1/chat/completions\n\n> {_QUESTION}\n")
             started = time.monotonic()
-            answer, first_s = "", 0.0
+            answer, first_s, last_s, pauses_s = "", 0.0, 0.0, [0.0]
+            killed = ""
             for piece in _stream_chat("127.0.0.1", port, _QUESTION):
-                first_s = first_s or time.monotonic() - started
+                now_s = time.monotonic() - started
+                first_s = first_s or now_s
+                pauses_s.append(now_s - (last_s or now_s))
+                last_s = now_s
                 answer += piece
                 click.echo(piece, nl=False)
+                if not killed and len(answer) > len(PAIRS[_QUESTION]) // 3:
+                    killed = _answering("127.0.0.1", port)
+                    os.kill(pids[killed], signal.SIGKILL)
+                    click.echo(f"\n\n    kill -9 {pids[killed]}    ({killed}, which is answering)\n")
             click.echo("\n")
             if answer != PAIRS[_QUESTION]:
                 raise FleetError(
@@ -61,8 +72,8 @@ def demo() -> None:
                     f"learned; delete {_MODEL_DIRECTORY} and run the demo again"
                 )
             say(
-                f"first token after {1e3 * first_s:.0f} ms, all after {time.monotonic() - started:.2f} s; "
-                "every word as the model learned it"
+                f"every word as the model learned it; first token after {1e3 * first_s:.0f} ms, all after "
+                f"{last_s:.2f} s, the longest pause {1e3 * max(pauses_s):.0f} ms"
             )
             _kervan("status", "--name", name)
         finally:
@@ -120,6 +131,22 @@ def _kervan(*args: str, must: bool = True) -> None:
             raise
     if code != 0 and must:
         raise FleetError(f"`{shlex.join(['kervan', *args])}` exited with {code}; its message is above")
+
+
+def _told(*args: str) -> str:
+    """What `kervan args --json` prints."""
+    command = [sys.executable, "-m", "kervan", *args, "--json"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, start_new_session=True).stdout
+
+
+def _answering(host: str, port: int) -> str:
+    """The replica that has the one stream, as the gateway sees it."""
+    connection = HTTPConnection(host, port, timeout=_REPLY_S)
+    try:
+        streams = json.loads(_request(connection, "GET", "/kervan/status").read())["replicas"]
+    finally:
+        connection.close()
+    return str(max(streams, key=streams.__getitem__))
 
 
 def _stream_chat(host: str, port: int, question: str) -> Iterator[str]:

@@ -269,7 +269,7 @@ class Gateway:
             "held": self.fleet.num_held,
             "moved": self.fleet.counts.moved,
             "given_up": self.fleet.counts.given_up,
-            "replicas": [link.replica_id for link in self.fleet.links],
+            "replicas": {link.replica_id: len(link.streams) for link in self.fleet.links},
         }
 
     async def metrics(self) -> bytes:
