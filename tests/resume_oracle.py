@@ -18,13 +18,16 @@ ANSWER_S = 240.0
 
 @dataclass(frozen=True)
 class Ask:
-    """A request. `extra`: of `EngineCoreRequest`; `lora`: the adapter's directory. `is_fresh`: not from the cache."""
+    """A request. `lora`: the adapter's directory; `embeds`: tokens of a prompt of embeddings in place of `prompt`.
+
+    `is_fresh`: nothing of it or of its moves comes from the prefix cache.
+    """
 
     prompt: Sequence[int]
     sampling: Mapping[str, Any]
     structured: Mapping[str, Any] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
     lora: str | None = None
+    embeds: int = 0
     is_fresh: bool = False
 
 
@@ -100,37 +103,78 @@ class Core:
         from vllm.v1.executor import Executor
         from vllm.v1.serial_utils import MsgpackDecoder
 
-        from kervan.fleet.vllm import runner_v1
+        from kervan.facts.fleet import FleetConfig
+        from kervan.fleet.vllm import runner_v1, versions
         from kervan.fleet.vllm.codec import VllmCodec
 
-        config = AsyncEngineArgs(model=model, **engine_args).create_engine_config()
-        self.core = EngineCore(config, Executor.get_class(config), log_stats=True)
-        self.is_v1 = self.core.model_executor.collective_rpc(runner_v1.install)
-        self.inputs = InputProcessor(config)
+        argv = FleetConfig(model=model, engine_args=engine_args).engine_argv
+        self.config = AsyncEngineArgs.from_cli_args(versions.parse_args(argv)).create_engine_config()
+        self.core = EngineCore(self.config, Executor.get_class(self.config), log_stats=True)
+        (self._is_v1,) = self.core.model_executor.collective_rpc(runner_v1.install)
+        self.inputs = InputProcessor(self.config)
         self.codec = VllmCodec()
         self.decoder = MsgpackDecoder(EngineCoreRequest)
-        self.config = config
-        self._count = 0
+        self._num_requests = self._num_accepted_guesses = 0
+        self._ended: Any = None
+
+    def restart(self, model: str, **engine_args: Any) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.core.shutdown()
+        cleanup_dist_env_and_memory()
+        Core.__init__(self, model, engine_args)
+
+    def runner_is_v1(self) -> bool:
+        return bool(self._is_v1)
+
+    def num_accepted_guesses(self) -> int:
+        return self._num_accepted_guesses
+
+    def token_id(self, text: str) -> int:
+        (id_,) = self.inputs.renderer.get_tokenizer().encode(text, add_special_tokens=False)
+        return int(id_)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self.inputs.renderer.get_tokenizer().decode(tokens, skip_special_tokens=True))
+
+    def use_grammar_library(self, name: str) -> None:
+        """An engine keeps the library of its first grammar; this one forgets it."""
+        manager = self.core.structured_output_manager
+        manager.backend = manager._grammar_bitmask = None
+        self.config.structured_outputs_config.backend = name
+
+    def use_reasoning_parser(self, name: str | None) -> None:
+        from vllm.reasoning import ReasoningParserManager
+
+        parser = ReasoningParserManager.get_reasoning_parser(name) if name else None
+        self.core.structured_output_manager.reasoner_cls = parser
 
     # ---- requests
 
     def request(self, ask: Ask) -> Any:
         import msgspec
+        import torch
         from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+        from vllm.sampling_params import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 
-        self._count += 1
+        self._num_requests += 1
         structured = StructuredOutputsParams(**ask.structured) if ask.structured else None
-        params = SamplingParams(**ask.sampling, structured_outputs=structured)
+        sampling = dict(ask.sampling)
+        if "repetition_detection" in sampling:
+            sampling["repetition_detection"] = RepetitionDetectionParams(**sampling["repetition_detection"])
+        prompt: Any = {"prompt_token_ids": list(ask.prompt)}
+        if ask.embeds:
+            noise = torch.Generator().manual_seed(0)
+            width = self.config.model_config.get_hidden_size()
+            prompt = {"prompt_embeds": torch.randn(ask.embeds, width, generator=noise)}
         request = self.inputs.process_inputs(
-            f"r{self._count}",
-            {"prompt_token_ids": list(ask.prompt)},
-            params,
+            f"r{self._num_requests}",
+            prompt,
+            SamplingParams(**sampling, structured_outputs=structured),
             ("generate",),
             lora_request=LoRARequest("adapter", 1, ask.lora) if ask.lora else None,
         )
-        salt = {"cache_salt": request.request_id} if ask.is_fresh else {}
-        return msgspec.structs.replace(request, **salt, **ask.extra)
+        return msgspec.structs.replace(request, cache_salt=request.request_id) if ask.is_fresh else request
 
     def place(self, request: Any, generated: Sequence[int], epoch: int = 1, *, is_fresh: bool = False) -> str:
         """As a gateway and a replica do it; the id under which outputs come."""
@@ -161,12 +205,16 @@ class Core:
         """Step until all are answered."""
         answers = {id_: Answer() for id_ in ids}
         num_steps = 0
-        self._take(answers, vars(self).pop("_ended", None))
+        ended, self._ended = self._ended, None
+        self._take(answers, ended)
         while any(answer.finish is None for answer in answers.values()):
             outputs, _ = self.core.step()
             num_steps += 1
             assert num_steps < 5000, {id_: len(a.tokens) for id_, a in answers.items() if a.finish is None}
             self._take(answers, outputs.get(0))
+            stats = outputs[0].scheduler_stats if 0 in outputs else None
+            if stats is not None and stats.spec_decoding_stats is not None:
+                self._num_accepted_guesses += stats.spec_decoding_stats.num_accepted_tokens
             if num_steps == preempt_after:
                 self.core.scheduler.reset_prefix_cache(reset_running_requests=True)
         return answers
@@ -213,3 +261,41 @@ class Core:
     def resumed(self, ask: Ask, generated: Sequence[int]) -> Answer:
         id_ = self.place(self.request(ask), generated)
         return self.run([id_])[id_]
+
+    def moved_after_each_token(self, ask: Ask) -> tuple[Answer, list[int]]:
+        """The answer without a move, and the tokens of a stream that moves again and again."""
+        request = self.request(ask)
+        whole = self.run([self.place(request, (), 0)])[request.request_id]
+        tokens: list[int] = []
+        for epoch in range(1, len(whole.tokens) + 1):
+            id_ = self.place(request, tokens, epoch)
+            answers = {id_: Answer()}
+            while not answers[id_].tokens:
+                self._take(answers, self.core.step()[0].get(0))
+            tokens += answers[id_].tokens
+            self.core.abort_requests([id_])
+        return whole, tokens
+
+    def aborted(self, ask: Ask, generated: Sequence[int]) -> int:
+        """How many requests the engine still has after an abort."""
+        id_ = self.place(self.request(ask), generated)
+        self.core.step()
+        self.core.abort_requests([id_])
+        self.core.step()
+        return len(self.core.scheduler.requests)
+
+    def carried(self, ask: Ask, generated: Sequence[int]) -> dict[str, Any]:
+        """What arrives in a replica of a moved request."""
+        from kervan.fleet.vllm import resume
+
+        stream = self.codec.describe(self.request(ask))
+        stream.generated, stream.epoch, stream.wire_id = list(generated), 1, "r~1"
+        _, *frames = self.codec.encode_add(stream)
+        params = self.decoder.decode([bytes(frame) for frame in frames]).sampling_params
+        return {"prompt_logprobs": params.prompt_logprobs, "generated": resume.carried(params)}
+
+    def arrives_with_prompt(self, prompt: list[int]) -> None:
+        import msgspec
+
+        request = self.request(Ask(prompt[:10], {"max_tokens": 2}))
+        self.arrive(msgspec.structs.replace(request, prompt_token_ids=prompt))

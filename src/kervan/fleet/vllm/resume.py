@@ -10,7 +10,6 @@ worker extension of the user's (`scheduler_cls`, `worker_extension_cls`) works a
 """
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -98,8 +97,9 @@ def _advanced(
     structured = request.structured_output_request
     try:
         grammar = compiled.result()
-        # A request of its own: the scheduler may look at the real one meanwhile, which has all its tokens already.
-        copied = dataclasses.replace(structured, _grammar=grammar)
+        # A request of its own, because the real one has all its tokens already; vLLM looks at these attributes only.
+        copied = copy.copy(structured)
+        copied.grammar = grammar
         replayed = SimpleNamespace(
             request_id=request.request_id,
             use_structured_output=True,
@@ -115,7 +115,8 @@ def _advanced(
             replayed.num_computed_tokens += 1
             if not versions.advance_grammar(manager, replayed, token):
                 raise EngineError(f"its grammar does not take token {token} of its {len(generated)} generated tokens")
-        structured.reasoning_ended, structured.reasoner = copied.reasoning_ended, copied.reasoner
+        # What vLLM has found out about the reasoning; the grammar is this function's answer.
+        vars(structured).update({name: value for name, value in vars(copied).items() if name != "_grammar"})
     except Exception:  # whatever it is, it must end this request only
         logger.exception("request %s cannot be resumed", request.request_id)
         structured.reasoning_ended = True

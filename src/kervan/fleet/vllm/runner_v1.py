@@ -62,7 +62,7 @@ class _Draws:
         return state
 
 
-class _CpuGenerator(torch.Generator):
+class _CpuGenerator(torch.Generator):  # type: ignore[misc]
     """A CPU generator that can take back what was drawn for a token that vLLM then discards.
 
     vLLM samples after each chunk of a prefill, discards what is not the last, and sets the generator's offset back.
