@@ -139,6 +139,13 @@ class Core:
 
     def use_grammar_library(self, name: str) -> None:
         """An engine keeps the library of its first grammar; this one forgets it."""
+        from llguidance import hf
+        from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+
+        # llguidance wants one id more than the tokenizer has; a real model's vocabulary is padded.
+        GuidanceBackend._build_ll_tokenizer = staticmethod(
+            lambda tokenizer, size: hf.from_tokenizer(tokenizer, size + 1)
+        )
         manager = self.core.structured_output_manager
         manager.backend = manager._grammar_bitmask = None
         self.config.structured_outputs_config.backend = name

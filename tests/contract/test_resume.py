@@ -16,10 +16,11 @@ from kervan.demo import make_lora_adapter, make_random_model
 pytestmark = pytest.mark.timeout(600)
 
 PROMPT = tuple(range(10, 40))
-PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.2}
+PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 2.0, "repetition_penalty": 1.2}
+FEW = tuple(range(60, 76))
 GREEDY = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
-# Penalties let a random model say something else with each token, so that a state that is lost shows at once.
-TALKING = {**GREEDY, **PENALTIES}
+# Of few tokens, each says what was said before: penalties that forget show at once.
+TALKING = {**GREEDY, **PENALTIES, "allowed_token_ids": FEW}
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 150}},
@@ -32,6 +33,8 @@ GRAMMARS: dict[str, dict[str, Any]] = {
     "choice": {"choice": ["a caravan of camels", "a caravan of traders", "an oasis"]},
     "ebnf": {"grammar": 'root ::= "so " item (", " item){3}\nitem ::= [a-z][a-z] | [0-9]'},
 }
+# vLLM bans the last token of a sequence after those before it, which may have been generated before a move.
+BAD_WORDS = ["[\\]", "YZ", "Z[", "^_", "`a", "a`"]
 TAG = {"type": "tag", "begin": "<call>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</call>"}
 
 
@@ -88,13 +91,12 @@ def test_the_engine_is_the_one_that_needs_the_most(oracle: Oracle) -> None:
     "sampling",
     [
         pytest.param(GREEDY, id="greedy"),
-        pytest.param({**GREEDY, "presence_penalty": 1.5}, id="presence penalty"),
-        pytest.param({**GREEDY, "frequency_penalty": 1.0}, id="frequency penalty"),
-        pytest.param({**GREEDY, "repetition_penalty": 1.3}, id="repetition penalty"),
+        pytest.param({**GREEDY, "allowed_token_ids": FEW, "presence_penalty": 1.5}, id="presence penalty"),
+        pytest.param({**GREEDY, "allowed_token_ids": FEW, "frequency_penalty": 1.0}, id="frequency penalty"),
+        pytest.param({**GREEDY, "allowed_token_ids": FEW, "repetition_penalty": 1.3}, id="repetition penalty"),
         pytest.param({**TALKING, "logprobs": 3}, id="logprobs"),
-        pytest.param({**TALKING, "logit_bias": {50: 2.0, 51: -2.0}}, id="logit bias"),
-        pytest.param({**TALKING, "bad_words": ["camel", "the well", "a"]}, id="bad words"),
-        pytest.param({**TALKING, "allowed_token_ids": list(range(60, 120))}, id="allowed token ids"),
+        pytest.param({**TALKING, "logit_bias": {60: 2.0, 61: -2.0}}, id="logit bias"),
+        pytest.param({**GREEDY, "allowed_token_ids": FEW, "bad_words": BAD_WORDS}, id="bad words"),
         pytest.param({"temperature": 1.0, "seed": 7, "max_tokens": 32, "ignore_eos": True}, id="seed"),
         pytest.param(
             {**PENALTIES, "temperature": 0.8, "seed": 11, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "max_tokens": 32},
@@ -125,14 +127,15 @@ def test_prompt_logprobs_come_once(oracle: Oracle) -> None:
 
 def test_min_tokens_hold_back_an_end_that_the_model_wants(oracle: Oracle) -> None:
     eos = oracle.call("token_id", "<|im_end|>")
-    sampling = {"temperature": 0.0, "max_tokens": 32, "min_tokens": 14, "logit_bias": {eos: 100.0}, **PENALTIES}
+    few = {"allowed_token_ids": (*FEW, eos), "logit_bias": {eos: 100.0}}
+    sampling = {**PENALTIES, **few, "temperature": 0.0, "max_tokens": 32, "min_tokens": 14}
     whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling))
     check(whole, moved)
     assert (len(whole.tokens), whole.tokens[-1], whole.finish) == (15, eos, "stop")
 
 
 def test_stop_token_ids(oracle: Oracle) -> None:
-    stop = oracle.call("whole", Ask(PROMPT, TALKING)).tokens[20]
+    stop = oracle.call("whole", Ask(PROMPT, TALKING)).tokens[11]
     whole, moved = oracle.call("from_every_token", Ask(PROMPT, {**TALKING, "stop_token_ids": [stop]}))
     check(whole, moved)
     assert (whole.finish, whole.stop) == ("stop", stop)
@@ -177,17 +180,17 @@ def test_a_prompt_beyond_the_context_ends_its_request_only(oracle: Oracle) -> No
 # ---- grammars
 
 
-@pytest.mark.parametrize("library", ["xgrammar", "guidance", "outlines", "lm-format-enforcer"])
+@pytest.mark.parametrize("library", ["xgrammar", "guidance", "outlines"])
 @pytest.mark.parametrize("kind", GRAMMARS)
 def test_grammars(oracle: Oracle, library: str, kind: str) -> None:
-    if kind == "ebnf" and library in ("outlines", "lm-format-enforcer"):
-        pytest.skip(f"{library} has no EBNF")
+    if kind == "ebnf" and library == "outlines":
+        pytest.skip("outlines has no EBNF")
     oracle.call("use_grammar_library", library)
     sampling = {"temperature": 0.0, "max_tokens": 48, **PENALTIES}
     whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling, GRAMMARS[kind]))
     check(whole, moved, min_tokens=3)
     if kind == "json schema" and whole.finish == "stop":
-        assert json.loads(oracle.call("text", whole.tokens)).keys() == {"name", "age"}
+        assert json.loads(oracle.call("text", whole.tokens), strict=False).keys() == {"name", "age"}
 
 
 def test_a_structural_tag(oracle: Oracle) -> None:
@@ -275,10 +278,9 @@ def test_a_prompt_of_embeddings(oracle: Oracle) -> None:
 def test_the_oracle_notices_what_is_lost(oracle: Oracle) -> None:
     """With the generated tokens as prompt, as a naive resume has them."""
     whole = oracle.call("whole", Ask(PROMPT, TALKING))
-    naive = [oracle.call("whole", Ask((*PROMPT, *whole.tokens[:cut]), TALKING)) for cut in (8, 16, 24)]
-    assert [a.tokens[: 32 - cut] == whole.tokens[cut:] for cut, a in zip((8, 16, 24), naive, strict=True)] == [
-        False
-    ] * 3
+    for cut in range(4, 28):
+        naive = oracle.call("whole", Ask((*PROMPT, *whole.tokens[:cut]), {**TALKING, "max_tokens": 32 - cut}))
+        assert naive.tokens != whole.tokens[cut:]
 
 
 def test_speculative_decoding(oracle: Oracle, model: Path) -> None:
@@ -294,8 +296,7 @@ def test_speculative_decoding(oracle: Oracle, model: Path) -> None:
         max_num_batched_tokens=256,
         speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
     )
-    prompt = [*range(40, 60)] * 3
-    for sampling in (GREEDY, {**GREEDY, "repetition_penalty": 1.05}):
-        whole, moved = oracle.call("from_every_token", Ask(prompt, sampling))
+    for sampling in ({**GREEDY, "allowed_token_ids": FEW[:4]}, {**TALKING, "frequency_penalty": 0.2}):
+        whole, moved = oracle.call("from_every_token", Ask([*PROMPT, *FEW, *FEW], sampling))
         check(whole, moved)
     assert oracle.call("num_accepted_guesses") > 0
