@@ -215,7 +215,8 @@ class Core:
         ended, self._ended = self._ended, None
         self._take(answers, ended)
         while any(answer.finish is None for answer in answers.values()):
-            outputs, _ = self.core.step()
+            outputs, has_executed = self.core.step()
+            self.core.post_step(has_executed)
             num_steps += 1
             assert num_steps < 5000, {id_: len(a.tokens) for id_, a in answers.items() if a.finish is None}
             self._take(answers, outputs.get(0))
