@@ -6,6 +6,7 @@ id, which is the same to gateway and engine as a move to another one.
 
 import asyncio
 import multiprocessing
+import os
 import re
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -42,6 +43,7 @@ class MovingFleet:
 
 
 def _serve(connection: Connection, model: str, arguments: dict[str, Any], scratch: str) -> None:
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     asyncio.run(_run(connection, model, arguments, Path(scratch)))
 
 

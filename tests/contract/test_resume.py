@@ -62,6 +62,7 @@ def oracle(model: Path) -> Iterator[Oracle]:
         enable_lora=True,
         max_lora_rank=8,
         enable_prompt_embeds=True,
+        logits_processors="resume_oracle:CountingProcessor",
         reasoning_parser="deepseek_r1",
         reasoning_config={"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
     )
@@ -95,6 +96,7 @@ def test_the_engine_is_the_one_that_needs_the_most(oracle: Oracle) -> None:
         pytest.param({**GREEDY, "allowed_token_ids": FEW, "frequency_penalty": 1.0}, id="frequency penalty"),
         pytest.param({**GREEDY, "allowed_token_ids": FEW, "repetition_penalty": 1.3}, id="repetition penalty"),
         pytest.param({**TALKING, "logprobs": 3}, id="logprobs"),
+        pytest.param({**TALKING, "logprob_token_ids": [61, 65]}, id="logprob token ids"),
         pytest.param({**TALKING, "logit_bias": {60: 2.0, 61: -2.0}}, id="logit bias"),
         pytest.param({**GREEDY, "allowed_token_ids": FEW, "bad_words": BAD_WORDS}, id="bad words"),
         pytest.param({"temperature": 1.0, "seed": 7, "max_tokens": 32, "ignore_eos": True}, id="seed"),
@@ -268,6 +270,13 @@ def test_a_moved_stream_is_aborted(oracle: Oracle) -> None:
 def test_a_stream_survives_move_after_move(oracle: Oracle) -> None:
     whole, tokens = oracle.call("moved_after_each_token", Ask(PROMPT, {**TALKING, "temperature": 1.0, "seed": 5}))
     assert tokens == whole.tokens
+
+
+def test_a_logits_processor_of_the_users(oracle: Oracle) -> None:
+    """It asks for the token whose number is that of the tokens so far."""
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, {**GREEDY, "extra_args": {"counts": True}}))
+    check(whole, moved)
+    assert whole.tokens == [100 + position for position in range(32)]
 
 
 def test_a_prompt_of_embeddings(oracle: Oracle) -> None:
