@@ -92,34 +92,6 @@ def _serve(connection: Connection, model: str, engine_args: dict[str, Any]) -> N
             os._exit(0)
 
 
-class CountingProcessor:
-    """A logits processor as a user may bring one. Not a subclass, so that this module loads without vLLM."""
-
-    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool):
-        self.outputs: dict[int, list[int]] = {}
-
-    @classmethod
-    def validate_params(cls, params: Any) -> None:
-        """Any will do."""
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def update_state(self, batch_update: Any) -> None:
-        from vllm.v1.sample.logits_processor import process_dict_updates
-
-        process_dict_updates(
-            self.outputs,
-            batch_update,
-            lambda params, prompt, output: output if (params.extra_args or {}).get("counts") else None,
-        )
-
-    def apply(self, logits: Any) -> Any:
-        for row, output in self.outputs.items():
-            logits[row, 100 + len(output)] = 1e4
-        return logits
-
-
 class Core:
     """Runs in the oracle's process."""
 

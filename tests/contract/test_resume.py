@@ -62,7 +62,7 @@ def oracle(model: Path) -> Iterator[Oracle]:
         enable_lora=True,
         max_lora_rank=8,
         enable_prompt_embeds=True,
-        logits_processors="resume_oracle:CountingProcessor",
+        logits_processors="counting_processor:CountingProcessor",
         reasoning_parser="deepseek_r1",
         reasoning_config={"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
     )
