@@ -629,8 +629,10 @@ def probe(model: str) -> dict[str, Any]:
             pooling_params=None if sampling is not None else PoolingParams(task="embed"),
             arrival_time=1.0,
             lora_request=None,
-            cache_salt=None,
+            cache_salt="salt",
             data_parallel_rank=None,
+            priority=3,
+            trace_headers={"traceparent": "x"},
             **more,
         )
 
@@ -647,6 +649,7 @@ def probe(model: str) -> dict[str, Any]:
             "generated": resume.carried(sampling),
             "temperature": sampling and sampling.temperature,
             "stop_token_ids": sampling and sampling.stop_token_ids,
+            "kept": [got.arrival_time, got.cache_salt, got.priority, got.trace_headers],
         }
 
     def moved(generated: list[int], **sampling: Any) -> dict[str, Any]:
@@ -761,6 +764,7 @@ def test_a_request_arrives_as_it_was_sent(seen: dict[str, Any]) -> None:
         "generated": [],
         "temperature": 0.0,
         "stop_token_ids": [99],
+        "kept": [1.0, "salt", 3, {"traceparent": "x"}],
     }
 
 
@@ -778,6 +782,7 @@ def test_a_moved_request_carries_its_tokens_and_is_else_as_it_was(
 ) -> None:
     got = seen[case]
     assert (got["request_id"], got["prompt"], got["generated"]) == ("r~1", [1, 2, 3], generated)
+    assert got["kept"] == seen["first"]["kept"]
     if case != "moved_pooling":
         assert (got["max_tokens"], got["min_tokens"]) == (10, 4)
         assert (got["temperature"], got["stop_token_ids"]) == (0.0, [99])
