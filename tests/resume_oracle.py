@@ -140,12 +140,10 @@ class Core:
     def use_grammar_library(self, name: str) -> None:
         """An engine keeps the library of its first grammar; this one forgets it."""
         from llguidance import hf
-        from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 
-        # llguidance wants one id more than the tokenizer has; a real model's vocabulary is padded.
-        GuidanceBackend._build_ll_tokenizer = staticmethod(
-            lambda tokenizer, size: hf.from_tokenizer(tokenizer, size + 1)
-        )
+        if not hasattr(hf, "original"):  # it wants one id more than the tokenizer has; real vocabularies are padded
+            hf.original = hf.from_tokenizer
+            hf.from_tokenizer = lambda tokenizer, size=None, **more: hf.original(tokenizer, size + 1, **more)
         manager = self.core.structured_output_manager
         manager.backend = manager._grammar_bitmask = None
         self.config.structured_outputs_config.backend = name

@@ -527,6 +527,9 @@ def restored_requests() -> dict[str, Any]:
         def __init__(self) -> None:
             self.taken: list[int] = []
 
+        def is_terminated(self) -> bool:
+            return False
+
         def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
             self.taken += tokens
             return all(token <= 90 for token in tokens)

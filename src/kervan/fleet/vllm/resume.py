@@ -111,6 +111,7 @@ def _advanced(
         )
         # Token by token, as it was generated, because a reasoning parser finds the end of reasoning that way.
         for token in generated:
+            grammar.is_terminated()  # vLLM asks before each token, and outlines (up to 0.29) counts on it
             replayed.all_token_ids.append(token)
             replayed.num_computed_tokens += 1
             if not versions.advance_grammar(manager, replayed, token):
