@@ -297,6 +297,125 @@ def test_the_scheduler_reports_the_load_that_kervan_shows(tree: Path) -> None:
     assert {"num_running_reqs", "num_waiting_reqs", "kv_cache_usage"} <= set(stats)
 
 
+# ---- resume (kervan.fleet.vllm.resume, .runner_v1)
+
+
+def test_requests_take_generated_tokens_in_the_way_that_resume_gives_them(tree: Path) -> None:
+    append = definition(tree, "v1/request.py", "Request", "append_output_token_ids")
+    assert parameters(append) == ["self", "token_ids"]
+    told = ast.unparse(append)
+    assert "self._output_token_ids.extend" in told
+    assert "self._all_token_ids.extend" in told
+    assert "self.update_block_hashes()" in told
+    init = definition(tree, "v1/request.py", "Request", "__init__")
+    assert {"prefill_stats", "stop_reason", "status", "structured_output_request"} <= attributes_set(init)
+    assert "FINISHED_LENGTH_CAPPED" in members(definition(tree, "v1/request.py", "RequestStatus"))
+    check_stop = definition(tree, "v1/core/sched/utils.py", "check_stop")
+    assert parameters(check_stop) == ["request", "max_model_len"]
+
+
+def test_the_scheduler_leaves_missing_prefill_statistics_alone(tree: Path) -> None:
+    schedule = definition(tree, "v1/core/sched/scheduler.py", "Scheduler", "schedule")
+    asserting = [
+        ast.unparse(node.test)
+        for node in ast.walk(schedule)
+        if isinstance(node, ast.If) and any("request.num_prompt_tokens" in ast.unparse(n) for n in node.body if isinstance(n, ast.Assert))
+    ]  # fmt: skip
+    assert len(asserting) == 1
+    assert asserting[0].startswith("request.prefill_stats")
+
+
+def test_the_scheduler_gives_model_runner_v2_all_tokens_of_a_new_request(tree: Path) -> None:
+    schedule = definition(tree, "v1/core/sched/scheduler.py", "Scheduler", "schedule")
+    calls = [
+        [ast.unparse(argument) for argument in node.args]
+        for node in ast.walk(schedule)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "NewRequestData.from_request"
+    ]
+    assert [arguments for arguments in calls if "req._all_token_ids" in arguments]
+    add = ast.unparse(definition(tree, "v1/worker/gpu/model_runner.py", "GPUModelRunner", "add_requests"))
+    assert "prompt_len" in add
+    assert "all_token_ids=new_req_data.prefill_token_ids" in add
+
+
+def test_a_refusal_is_a_whole_grammar(tree: Path) -> None:
+    theirs = functions(definition(tree, "v1/structured_output/backend_types.py", "StructuredOutputGrammar"))
+    ours = next(n for n in parsed(ADAPTER / "resume.py").body if isinstance(n, ast.ClassDef) and n.name == "_Refusal")
+    assert functions(ours).keys() == theirs.keys()
+    for name, function in functions(ours).items():
+        assert parameters(function) == parameters(theirs[name])
+
+
+def test_grammars_are_compiled_into_a_future(tree: Path) -> None:
+    init = definition(tree, "v1/structured_output/__init__.py", "StructuredOutputManager", "grammar_init")
+    assert "self.executor.submit(self._create_grammar, request)" in ast.unparse(init)
+    fields_ = fields(definition(tree, "v1/structured_output/request.py", "StructuredOutputRequest"))
+    assert {"_grammar", "reasoning_ended", "reasoner"} <= set(fields_)
+
+
+def test_a_grammar_is_advanced_with_no_more_of_a_request_than_resume_gives(tree: Path) -> None:
+    manager = functions(definition(tree, "v1/structured_output/__init__.py", "StructuredOutputManager"))
+    entries = {"accept_tokens"} if "accept_tokens" in manager else {"should_advance", "should_fill_bitmask"}
+    used = entries | {"_get_reasoner"} | ({"_get_constraint_bounds", "trim_reasoning_for_advance"} & manager.keys())
+    looked_at = {name for function in used for name in attributes_of(manager[function], "request")}
+    restoring = next(
+        call
+        for call in ast.walk(parsed(ADAPTER / "resume.py"))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "SimpleNamespace"
+    )
+    assert looked_at <= {keyword.arg for keyword in restoring.keywords}
+
+
+def test_model_runner_v1_takes_new_requests_in_where_resume_adds_their_tokens(tree: Path) -> None:
+    update = definition(tree, "v1/worker/gpu_model_runner.py", "GPUModelRunner", "_update_states")
+    told = ast.unparse(update)
+    assert "output_token_ids=[]" in told
+    assert "self.input_batch.add_request(request)" in told
+    assert told.index("output_token_ids=[]") < told.index("self.input_batch.add_request(request)")
+    batch = functions(definition(tree, "v1/worker/gpu_input_batch.py", "InputBatch"))
+    assert parameters(batch["add_request"]) == ["self", "request"]
+    assert {"output_token_ids", "generator"} <= set(attributes_of(batch["add_request"], "request"))
+    state = definition(tree, "v1/worker/gpu_input_batch.py", "CachedRequestState")
+    assert {"sampling_params", "generator", "output_token_ids"} <= set(fields(state))
+    runner = definition(tree, "v1/worker/gpu_model_runner.py", "GPUModelRunner", "__init__")
+    assert {"input_batch", "sampler", "device", "is_pooling_model"} <= attributes_set(runner)
+
+
+def test_model_runner_v1_draws_random_numbers_where_resume_skips_them(tree: Path) -> None:
+    assert "topk_topp_sampler" in attributes_set(definition(tree, "v1/sample/sampler.py", "Sampler", "__init__"))
+    sampler = functions(definition(tree, "v1/sample/ops/topk_topp_sampler.py", "TopKTopPSampler"))
+    for name in ("forward_native", "forward_cpu", "forward_cuda"):
+        assert parameters(sampler[name]) == ["self", "logits", "generators", "k", "p"]
+    told = ast.unparse(definition(tree, "v1/worker/gpu_model_runner.py", "GPUModelRunner"))
+    assert "gen.set_offset(gen.get_offset() - 4)" in told
+
+
+def test_every_worker_can_be_given_a_function(tree: Path) -> None:
+    rpc = definition(tree, "v1/executor/multiproc_executor.py", "MultiprocExecutor", "collective_rpc")
+    assert ast.unparse(next(a.annotation for a in rpc.args.args if a.arg == "method")) == "str | Callable"
+    ray = definition(tree, "v1/executor/ray_executor_v2.py", "RayExecutorV2")
+    assert [ast.unparse(base) for base in ray.bases] == ["MultiprocExecutor"]
+
+
+# Every field of a request's sampling parameters was looked at (docs/migration.md); a new one must be, too.
+SAMPLING_FIELDS = {
+    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
+    "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
+    "logprob_token_ids", "flat_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+    "include_stop_str_in_output", "output_kind", "skip_clone", "output_text_buffer_length", "_eos_token_id",
+    "_all_stop_token_ids", "structured_outputs", "logit_bias", "allowed_token_ids", "extra_args",
+    "routed_experts_prompt_start", "bad_words", "_bad_words_token_ids", "skip_reading_prefix_cache",
+    "thinking_token_budget", "repetition_detection",
+    # since some release after 0.24
+    "watermarking", "_watermarking_skipped", "prompt_logprob_token_ids", "prompt_logprob_start", "stream_interval",
+    "trace_decode_token_ids",
+}  # fmt: skip
+
+
+def test_no_sampling_parameter_is_new(tree: Path) -> None:
+    assert set(fields(definition(tree, "sampling_params.py", "SamplingParams"))) <= SAMPLING_FIELDS
+
+
 # ---- the frontend (kervan.fleet.vllm.engine_client, .versions, .limits)
 
 
@@ -400,6 +519,103 @@ def test_async_llm_is_made_from_a_config(tree: Path) -> None:
 # ---- the adapter itself, imported over each tree
 
 
+def restored_requests() -> dict[str, Any]:
+    """What `resume.restore` makes of requests of this vLLM; sent with `probe`."""
+    from concurrent.futures import Future
+    from types import SimpleNamespace
+
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from kervan.fleet.vllm import resume
+
+    class Grammar:
+        """Takes tokens up to 90."""
+
+        def __init__(self) -> None:
+            self.taken: list[int] = []
+
+        def is_terminated(self) -> bool:
+            return False
+
+        def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+            self.taken += tokens
+            return all(token <= 90 for token in tokens)
+
+    class Reasoner:
+        """Reasoning ends at token 5."""
+
+        def __init__(self, tokenizer: Any, **more: Any) -> None:
+            pass
+
+        def is_reasoning_end(self, tokens: Any) -> bool:
+            return 5 in list(tokens)
+
+        def is_reasoning_end_streaming(self, tokens: Any, new: Any) -> bool:
+            return 5 in list(new)
+
+    def request(generated: list[int], prompt: tuple[int, ...] = (1, 2, 3), **sampling: Any) -> Any:
+        params = SamplingParams(**sampling)
+        return Request("r~1", list(prompt), resume.carrying(params, generated) if generated else params, None)
+
+    def look(restored: Any) -> list[Any]:
+        return [
+            restored.num_prompt_tokens,
+            list(restored.output_token_ids),
+            list(restored.all_token_ids),
+            restored.prefill_stats is None,
+            restored.is_finished() and str(restored.get_finished_reason()),
+            restored.stop_reason,
+        ]
+
+    def ends(generated: list[int], **sampling: Any) -> list[Any]:
+        restored = request(generated, **sampling)
+        resume.restore(restored, None, 20)
+        if restored.is_finished():
+            (output,) = resume.ending(restored).outputs
+            assert (output.request_id, output.new_token_ids) == ("r~1", [])
+            assert output.finish_reason == restored.get_finished_reason()
+        return look(restored)
+
+    def grammar(generated: list[int], reasoner: Any, compiled: Any, prompt: tuple[int, ...] = (1, 2, 3)) -> list[Any]:
+        manager = object.__new__(StructuredOutputManager)
+        manager.reasoner_cls, manager.enable_in_reasoning, manager.tokenizer = reasoner, False, None
+        manager.vllm_config = SimpleNamespace(speculative_config=None)
+        wanted = StructuredOutputsParams(regex="a*")
+        restored = request(generated, prompt, max_tokens=30, structured_outputs=wanted)
+        structured = restored.structured_output_request
+        future: Any = Future()
+        structured.grammar = future
+        resume.restore(restored, manager, 100)
+        assert structured.grammar is None
+        future.set_exception(compiled) if isinstance(compiled, Exception) else future.set_result(compiled)
+        got = structured.grammar
+        refused = got is not compiled
+        if refused:
+            assert (got.accept_tokens("r~1", [1]), got.validate_tokens([1]), got.is_terminated()) == (False, [], True)
+        return [refused, getattr(compiled, "taken", None), structured.reasoning_ended]
+
+    seen: dict[str, Any] = {
+        "goes on": ends([7, 8], max_tokens=10, min_tokens=4),
+        "nothing generated": ends([], max_tokens=10),
+        "max_tokens": ends([7, 8], max_tokens=2),
+        "stop token": ends([7, 8], max_tokens=9, stop_token_ids=[8]),
+        "context": ends([7] * 17, max_tokens=900, min_tokens=800),
+        "grammar": grammar([7, 8], None, Grammar()),
+        "refused": grammar([7, 99, 8], None, Grammar()),
+        "not compiled": grammar([7, 8], None, ValueError("no")),
+        "reasoning": grammar([7, 8], Reasoner, Grammar()),
+        "reasoning ended": grammar([7, 5, 8, 9], Reasoner, Grammar()),
+        "no reasoning": grammar([7, 8], Reasoner, Grammar(), (1, 5)),
+    }
+    try:
+        resume.restore(request([], tuple(range(30)), max_tokens=2), None, 20)
+    except Exception as error:  # noqa: BLE001 - its text is looked at
+        seen["prompt"] = str(error)
+    return seen
+
+
 def probe(model: str) -> dict[str, Any]:
     """Runs in a process of its own, over one vLLM; its source is sent there. Returns what the tests look at."""
     from vllm.exceptions import VLLMValidationError
@@ -411,7 +627,7 @@ def probe(model: str) -> dict[str, Any]:
     from kervan.errors import ConfigError
     from kervan.facts.fleet import FleetConfig
     from kervan.fleet.vllm import codec as codecs
-    from kervan.fleet.vllm import engine_client, frontend, limits, replica, versions
+    from kervan.fleet.vllm import engine_client, frontend, limits, replica, resume, versions
 
     codec = codecs.VllmCodec()
     seen: dict[str, Any] = {"engine_version": codec.engine_version}
@@ -425,8 +641,10 @@ def probe(model: str) -> dict[str, Any]:
             pooling_params=None if sampling is not None else PoolingParams(task="embed"),
             arrival_time=1.0,
             lora_request=None,
-            cache_salt=None,
+            cache_salt="salt",
             data_parallel_rank=None,
+            priority=3,
+            trace_headers={"traceparent": "x"},
             **more,
         )
 
@@ -440,8 +658,10 @@ def probe(model: str) -> dict[str, Any]:
             "prompt": got.prompt_token_ids,
             "max_tokens": sampling and sampling.max_tokens,
             "min_tokens": sampling and sampling.min_tokens,
+            "generated": resume.carried(sampling),
             "temperature": sampling and sampling.temperature,
             "stop_token_ids": sampling and sampling.stop_token_ids,
+            "kept": [got.arrival_time, got.cache_salt, got.priority, got.trace_headers],
         }
 
     def moved(generated: list[int], **sampling: Any) -> dict[str, Any]:
@@ -451,7 +671,7 @@ def probe(model: str) -> dict[str, Any]:
         after = arrives(stream)
         original = stream.request.sampling_params
         assert stream.request.prompt_token_ids == [1, 2, 3]
-        assert original is None or original.max_tokens == sampling["max_tokens"]
+        assert original is None or (original.max_tokens, original.extra_args) == (sampling["max_tokens"], None)
         return after
 
     base = {"max_tokens": 10, "min_tokens": 4, "temperature": 0.0, "stop_token_ids": [99]}
@@ -479,6 +699,7 @@ def probe(model: str) -> dict[str, Any]:
     failure = codec.failure("r")
     seen["failure"] = [failure.outputs[0].request_id, failure.outputs[0].finish_reason.name]
 
+    seen["restored"] = restored_requests()
     seen["runner_limits"] = versions.runner_limits()
     limits.install()
     limits.install()
@@ -488,6 +709,7 @@ def probe(model: str) -> dict[str, Any]:
         "top_k": {"top_k": 2**31},
         "seed": {"seed": 2**63},
         "logit_bias": {"logit_bias": dict.fromkeys(range(100_000), 1.0)},
+        "generated": {"extra_args": {"kervan_generated": [1, 2]}},
         "ok": {"n": 2, "top_k": 5, "seed": 1, "logit_bias": {1: 1.0}},
     }.items():
         try:
@@ -519,7 +741,7 @@ def seen(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     script = directory / "probe.py"
     head = "from __future__ import annotations\nimport json, pathlib, sys\nfrom typing import Any\n"
     tail = "\npathlib.Path(sys.argv[1]).write_text(json.dumps(probe(sys.argv[2])))\n"
-    script.write_text(head + inspect.getsource(probe) + tail)
+    script.write_text(head + inspect.getsource(restored_requests) + inspect.getsource(probe) + tail)
     paths = [str(tree), str(Path(kervan.__file__).parent.parent)]
     done = subprocess.run(
         [sys.executable, str(script), str(result), str(directory)],
@@ -551,28 +773,71 @@ def test_a_request_arrives_as_it_was_sent(seen: dict[str, Any]) -> None:
         "prompt": [1, 2, 3],
         "max_tokens": 10,
         "min_tokens": 4,
+        "generated": [],
         "temperature": 0.0,
         "stop_token_ids": [99],
+        "kept": [1.0, "salt", 3, {"traceparent": "x"}],
     }
 
 
 @pytest.mark.parametrize(
-    ("case", "prompt", "max_tokens", "min_tokens"),
+    ("case", "generated"),
     [
-        pytest.param("moved_after_3", [1, 2, 3, 7, 8, 9], 10 - 3, 4 - 3, id="after 3 tokens"),
-        pytest.param("moved_after_6", [1, 2, 3, 7, 8, 9, 7, 8, 9], 10 - 6, 0, id="after min_tokens"),
-        pytest.param("moved_before_a_token", [1, 2, 3], 10, 4, id="before a token"),
-        pytest.param("moved_pooling", [1, 2, 3], None, None, id="pooling: nothing generated"),
+        pytest.param("moved_after_3", [7, 8, 9], id="after 3 tokens"),
+        pytest.param("moved_after_6", [7, 8, 9, 7, 8, 9], id="after min_tokens"),
+        pytest.param("moved_before_a_token", [], id="before a token"),
+        pytest.param("moved_pooling", [], id="pooling: nothing generated"),
     ],
 )
-def test_a_moved_request_goes_on_after_its_tokens(
-    seen: dict[str, Any], case: str, prompt: list[int], max_tokens: int | None, min_tokens: int | None
+def test_a_moved_request_carries_its_tokens_and_is_else_as_it_was(
+    seen: dict[str, Any], case: str, generated: list[int]
 ) -> None:
     got = seen[case]
-    assert got["request_id"] == "r~1"
-    assert (got["prompt"], got["max_tokens"], got["min_tokens"]) == (prompt, max_tokens, min_tokens)
-    if max_tokens is not None:
+    assert (got["request_id"], got["prompt"], got["generated"]) == ("r~1", [1, 2, 3], generated)
+    assert got["kept"] == seen["first"]["kept"]
+    if case != "moved_pooling":
+        assert (got["max_tokens"], got["min_tokens"]) == (10, 4)
         assert (got["temperature"], got["stop_token_ids"]) == (0.0, [99])
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("goes on", [3, [7, 8], [1, 2, 3, 7, 8], True, False, None]),
+        ("nothing generated", [3, [], [1, 2, 3], False, False, None]),
+        ("max_tokens", [3, [7, 8], [1, 2, 3, 7, 8], True, "length", None]),
+        ("stop token", [3, [7, 8], [1, 2, 3, 7, 8], True, "stop", 8]),
+        ("context", [3, [7] * 17, [1, 2, 3, *[7] * 17], True, "length", None]),
+    ],
+)
+def test_a_moved_request_counts_its_tokens_as_output(seen: dict[str, Any], case: str, expected: list[Any]) -> None:
+    assert seen["restored"][case] == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "refused", "taken", "reasoning_ended"),
+    [
+        ("grammar", False, [7, 8], None),
+        ("refused", True, [7, 99], True),
+        ("not compiled", True, None, True),
+        ("reasoning", False, [], False),
+        ("reasoning ended", False, [8, 9], True),
+    ],
+)
+def test_a_grammar_takes_the_tokens_that_its_request_has_generated(
+    seen: dict[str, Any], case: str, refused: bool, taken: list[int] | None, reasoning_ended: bool | None
+) -> None:
+    *told, has_ended = seen["restored"][case]
+    assert told == [refused, taken]
+    assert reasoning_ended is None or has_ended is reasoning_ended  # without reasoning, some releases say nothing
+
+
+def test_a_prompt_may_have_ended_the_reasoning(seen: dict[str, Any]) -> None:
+    assert seen["restored"]["no reasoning"][:2] == [False, [7, 8]]
+
+
+def test_a_prompt_that_is_longer_than_the_context_is_told(seen: dict[str, Any]) -> None:
+    assert "a prompt of 30 tokens, and max_model_len is 20 here; give all replicas" in seen["restored"]["prompt"]
 
 
 def test_a_streaming_input_is_not_movable(seen: dict[str, Any]) -> None:
@@ -599,6 +864,7 @@ def test_requests_that_would_kill_an_engine_are_refused_as_bad_requests(seen: di
     assert "ask for at most 128 at once" in refused["n"]
     assert "top_k=2147483648 is outside the 32-bit range" in refused["top_k"]
     assert "outside the 64-bit range" in refused["seed"]
+    assert "kervan_generated, which is kervan's own word; leave it out" in refused["generated"]
     limit = seen["runner_limits"].get("logit_bias")
     assert ("logit_bias" in refused) is (limit is not None)
     if limit is not None:

@@ -175,6 +175,36 @@ async def test_replica_killed(whole_fleet: Fleet, undisturbed: Undisturbed) -> N
     assert victim not in fleet.pids()
 
 
+# State that a stream has beside its text. The seeded ones are short: each of their tokens may be a close call.
+NUMBERS = {"type": "array", "items": {"type": "integer", "maximum": 999}, "minItems": 60, "maxItems": 60}
+STATEFUL: tuple[dict[str, Any], ...] = (
+    {"frequency_penalty": 1.0, "presence_penalty": 0.5, "max_tokens": 300},
+    {"structured_outputs": {"json": NUMBERS}, "frequency_penalty": 0.5, "ignore_eos": False},
+    {"temperature": 1.0, "seed": 5, "max_tokens": 150},
+    {"min_tokens": 250, "ignore_eos": False, "max_tokens": 300},
+)
+
+
+async def test_a_killed_replicas_streams_keep_their_penalties_seeds_grammars_and_budgets(whole_fleet: Fleet) -> None:
+    fleet = whole_fleet
+    bodies = [body(question) | extra for question in list(PAIRS)[:4] for extra in STATEFUL]
+    victim = fleet.pids()[0]
+    async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S) as client:
+        undisturbed = await asyncio.gather(*(take_chat(client, Take(), one) for one in bodies))
+        assert [take.error for take in undisturbed] == [""] * len(bodies)
+        moved = fleet.total("kervan_streams_moved_total")
+        takes = [Take() for _ in bodies]
+        tasks = [asyncio.create_task(take_chat(client, *pair)) for pair in zip(takes, bodies, strict=True)]
+        await asyncio.gather(*(take.began.wait() for take in takes))
+        os.kill(victim, signal.SIGKILL)
+        await asyncio.gather(*tasks)
+    assert fleet.total("kervan_streams_moved_total") >= moved + len(bodies) / 4
+    for one, take, expected in zip(bodies, takes, undisturbed, strict=True):
+        assert take.text == expected.text, one
+        assert (take.finish_reason, take.usage) == (expected.finish_reason, expected.usage), one
+    await asyncio.to_thread(fleet.wait_until_whole)
+
+
 async def test_replica_hangs(whole_fleet: Fleet, undisturbed: Undisturbed) -> None:
     """A stopped process keeps its connections open; only its silence tells."""
     fleet = whole_fleet

@@ -40,7 +40,7 @@ CONFINED = [
     ("zmq", ("fleet/", "twin/")),
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
-    ("torch", ("demo/",)),
+    ("torch", ("demo/", "fleet/vllm/runner_v1.py")),
     ("plotly", ("bench/report.py",)),
     ("aiohttp", ("notices/metadata.py",)),
 ]

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 import zmq
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 HELLO = b"HELLO"
 WELCOME = b"WELCOME"
@@ -31,6 +31,9 @@ PONG = b"PONG"
 SUBSCRIBE = b"SUBSCRIBE"
 SUBSCRIBED = b"SUBSCRIBED"
 ENGINE_DEAD = b"ENGINE_CORE_DEAD"  # vLLM's word
+
+# In vLLM's `SamplingParams.extra_args` of a moved request: the tokens that it has generated. No client may set it.
+GENERATED = "kervan_generated"
 
 PING_PERIOD_S = 0.5
 # A gateway that is silent for this long is dead: its requests are aborted.

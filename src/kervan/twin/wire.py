@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from kervan.fleet import wire
 from kervan.fleet.sessions import RefusalError
 from kervan.twin.engine import Ask, Output
 
@@ -67,12 +68,13 @@ class GatewayWire:
         fields = _decode(frame)
         sampling = fields[self._sampling] or {}
         max_tokens = sampling.get("max_tokens", MAX_TOKENS_DEFAULT)
+        generated = (sampling.get("extra_args") or {}).get(wire.GENERATED, ())  # a moved stream's
         return Ask(
             id=fields[self._id],
             client=client,
-            prompt=fields[self._prompt],
-            max_tokens=max_tokens if max_tokens is not None else 2**31,
-            min_tokens=sampling.get("min_tokens", MIN_TOKENS_DEFAULT),
+            prompt=[*fields[self._prompt], *generated],
+            max_tokens=(max_tokens if max_tokens is not None else 2**31) - len(generated),
+            min_tokens=sampling.get("min_tokens", MIN_TOKENS_DEFAULT) - len(generated),
             ignore_eos=sampling.get("ignore_eos", IGNORE_EOS_DEFAULT),
             stop_tokens=frozenset(sampling.get("stop_token_ids") or ()),
         )

@@ -1,6 +1,5 @@
-"""vLLM requests and outputs as frames; naive resume of moved streams."""
+"""vLLM requests and outputs as frames."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from vllm.v1.engine import (
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kervan.fleet.journal import Stream
-from kervan.fleet.vllm import versions
+from kervan.fleet.vllm import resume, versions
 
 
 class VllmCodec:
@@ -38,29 +37,18 @@ class VllmCodec:
             request=request,
             prompt_tokens=len(request.prompt_token_ids or ()),
             max_output_tokens=(sampling.max_tokens or 0) if sampling is not None else 0,
-            # A prompt of embeddings cannot take token ids behind it; a streaming input lives in its replica.
-            is_movable=not request.resumable and request.prompt_embeds is None,
+            is_movable=not request.resumable,  # a streaming input lives in its replica
         )
 
     def encode_add(self, stream: Stream) -> Sequence[Any]:
-        request = stream.request if stream.epoch == 0 else self._resumed(stream)
+        request = stream.request if stream.epoch == 0 else self._moved(stream)
         return EngineCoreRequestType.ADD.value, *self._encoder.encode(request)
 
-    def _resumed(self, stream: Stream) -> EngineCoreRequest:
-        """Naive resume: generated tokens become prompt, and token budgets shrink by their number.
-
-        Penalties, grammars and seeds restart at the cut; greedy answers without them go on as before.
-        """
+    @staticmethod
+    def _moved(stream: Stream) -> EngineCoreRequest:
         changes: dict[str, Any] = {"request_id": stream.wire_id}
-        num_generated = len(stream.generated)
-        if num_generated and stream.request.sampling_params is not None:
-            sampling = copy.copy(stream.request.sampling_params)
-            sampling.prompt_logprobs = None
-            if sampling.max_tokens is not None:
-                sampling.max_tokens -= num_generated
-            sampling.min_tokens = max(0, sampling.min_tokens - num_generated)
-            changes["prompt_token_ids"] = [*(stream.request.prompt_token_ids or ()), *stream.generated]
-            changes["sampling_params"] = sampling
+        if stream.generated and stream.request.sampling_params is not None:
+            changes["sampling_params"] = resume.carrying(stream.request.sampling_params, stream.generated)
         return msgspec.structs.replace(stream.request, **changes)
 
     def encode_abort(self, wire_ids: list[str]) -> Sequence[Any]:

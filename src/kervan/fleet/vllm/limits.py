@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
+from kervan.fleet import wire
 from kervan.fleet.vllm import versions
 
 INT32_MAX = 2**31 - 1
@@ -31,6 +32,8 @@ def violation(params: SamplingParams, entry_limits: dict[str, int]) -> tuple[str
     """(message, parameter, value) of the first limit that `params` breaks, or None."""
     if params.n > MAX_N:
         return f"n={params.n} sequences exceed {MAX_N}; ask for at most {MAX_N} at once", "n", params.n
+    if params.extra_args and wire.GENERATED in params.extra_args:
+        return f"vllm_xargs names {wire.GENERATED}, which is kervan's own word; leave it out", "extra_args", None
     for name, limit in entry_limits.items():
         value = getattr(params, name, None)
         if isinstance(value, Sized) and len(value) > limit:

@@ -36,7 +36,7 @@ from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready
 from kervan.fleet.sessions import Session, Sessions
-from kervan.fleet.vllm import failures, gpu_memory, head_start, versions
+from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             log_stats=True,
             engine_index=0,
         )
+        self.model_executor.collective_rpc(runner_v1.install)
 
     @contextlib.contextmanager
     def _perform_handshakes(self, *_args: Any, **_kwargs: Any) -> Iterator[EngineZmqAddresses]:
@@ -159,8 +160,12 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             request.client_index = index
             try:
                 prepared = self.preprocess_add_request(request)
+                resume.restore(prepared[0], self.structured_output_manager, self.vllm_config.model_config.max_model_len)
             except Exception:  # noqa: BLE001 - vLLM's own boundary: what one request raises ends that request only
                 self._handle_request_preproc_error(request)
+                return
+            if prepared[0].is_finished():
+                self.output_queue.put_nowait((index, resume.ending(prepared[0])))
                 return
             self.input_queue.put_nowait((request_type, prepared))
             return

@@ -7,6 +7,7 @@ Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1)
     argument parser           entrypoints.openai.cli_args        entrypoints.launchers.cli_args
     make_async_mp_client      -                                  + renderer=
     token limits of a runner  V2: module constants               V2: 0.24's, lifted (VLLM_MAX_NUM_BAD_WORDS)
+    a grammar's advance       should_advance, accept_tokens      StructuredOutputManager.accept_tokens
 """
 
 import importlib
@@ -80,6 +81,24 @@ async def build_openai_app(engine: Any, args: Namespace) -> Any:
     app = app_module.build_app(args, tasks, engine.model_config)
     await state_module.init_app_state(engine, app.state, args, tasks)
     return app
+
+
+def advance_grammar(manager: Any, request: Any, token: int) -> bool:
+    """Feed a generated token to a request's grammar as vLLM's scheduler does after a step; False if it is refused.
+
+    `request`: its tokens already include `token`, and all but `token` are computed.
+    """
+    if hasattr(manager, "accept_tokens"):
+        return bool(manager.accept_tokens(request, [token]))
+    manager.should_fill_bitmask(request)  # finds out whether the prompt has ended the reasoning
+    tokens = [token]
+    if hasattr(manager, "trim_reasoning_for_advance"):  # 0.29
+        if not manager.should_advance(request, new_token_ids=tokens):
+            return True
+        tokens = manager.trim_reasoning_for_advance(request, tokens)
+    elif not manager.should_advance(request):
+        return True
+    return not tokens or bool(request.structured_output_request.grammar.accept_tokens(request.request_id, tokens))
 
 
 def runner_limits() -> dict[str, int]:

@@ -1,0 +1,311 @@
+"""Exact resume on a real engine (CPU, float32): moved after every one of its tokens, a stream goes on as if it had not.
+
+What vLLM does above its engine does not move; `tests/integration` has that.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from resume_oracle import Answer, Ask, Oracle
+
+from kervan.demo import make_lora_adapter, make_random_model
+
+pytestmark = pytest.mark.timeout(600)
+
+PROMPT = tuple(range(10, 40))
+PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 2.0, "repetition_penalty": 1.2}
+FEW = tuple(range(60, 76))
+GREEDY = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
+# Of few tokens, each says what was said before: penalties that forget show at once.
+TALKING = {**GREEDY, **PENALTIES, "allowed_token_ids": FEW}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+GRAMMARS: dict[str, dict[str, Any]] = {
+    "json schema": {"json": SCHEMA},
+    "regex": {"regex": "[a-c]{4}-[0-9]{6}x{0,3}"},
+    "choice": {"choice": ["a caravan of camels", "a caravan of traders", "an oasis"]},
+    "ebnf": {"grammar": 'root ::= "so " item (", " item){3}\nitem ::= [a-z][a-z] | [0-9]'},
+}
+# vLLM bans the last token of a sequence after those before it, which may have been generated before a move.
+BAD_WORDS = ["[\\]", "YZ", "Z[", "^_", "`a", "a`"]
+TAG = {"type": "tag", "begin": "<call>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</call>"}
+
+
+@pytest.fixture(scope="module")
+def model(scratch: Path) -> Path:
+    return make_random_model(scratch / "random")
+
+
+@pytest.fixture(scope="module")
+def lora(model: Path, scratch: Path) -> str:
+    return str(make_lora_adapter(model, scratch / "lora"))
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path) -> Iterator[Oracle]:
+    """Prompts and moved streams come in chunks of at most 64 tokens, and share the prefix cache."""
+    oracle = Oracle(
+        str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        block_size=32,
+        max_num_seqs=48,
+        max_num_batched_tokens=64,
+        enable_lora=True,
+        max_lora_rank=8,
+        enable_prompt_embeds=True,
+        logits_processors="counting_processor:CountingProcessor",
+        reasoning_parser="deepseek_r1",
+        reasoning_config={"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
+    )
+    oracle.call("use_reasoning_parser", None)
+    yield oracle
+    oracle.close()
+
+
+def check(whole: Answer, moved: list[Answer], *, min_tokens: int = 8) -> None:
+    assert len(whole.tokens) >= min_tokens
+    assert len(moved) == len(whole.tokens)
+    for cut, answer in enumerate(moved):
+        assert answer.tokens == whole.tokens, f"moved after {cut} tokens"
+        assert (answer.finish, answer.stop) == (whole.finish, whole.stop), f"moved after {cut} tokens"
+        assert len(answer.logprobs) == len(whole.logprobs)
+        for ours, theirs in zip(answer.logprobs, whole.logprobs, strict=True):
+            assert [id_ for id_, _ in ours] == [id_ for id_, _ in theirs]
+            assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], abs=1e-4)
+
+
+def test_the_engine_is_the_one_that_needs_the_most(oracle: Oracle) -> None:
+    assert oracle.call("runner_is_v1") is True
+
+
+@pytest.mark.parametrize("is_fresh", [False, True], ids=["prefix cached", "not cached"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(GREEDY, id="greedy"),
+        pytest.param({**GREEDY, "allowed_token_ids": FEW, "presence_penalty": 1.5}, id="presence penalty"),
+        pytest.param({**GREEDY, "allowed_token_ids": FEW, "frequency_penalty": 1.0}, id="frequency penalty"),
+        pytest.param({**GREEDY, "allowed_token_ids": FEW, "repetition_penalty": 1.3}, id="repetition penalty"),
+        pytest.param({**TALKING, "logprobs": 3}, id="logprobs"),
+        pytest.param({**TALKING, "logprob_token_ids": [61, 65]}, id="logprob token ids"),
+        pytest.param({**TALKING, "logit_bias": {60: 2.0, 61: -2.0}}, id="logit bias"),
+        pytest.param({**GREEDY, "allowed_token_ids": FEW, "bad_words": BAD_WORDS}, id="bad words"),
+        pytest.param({"temperature": 1.0, "seed": 7, "max_tokens": 32, "ignore_eos": True}, id="seed"),
+        pytest.param(
+            {**PENALTIES, "temperature": 0.8, "seed": 11, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "max_tokens": 32},
+            id="seed, top_p, top_k, min_p, penalties",
+        ),
+    ],
+)
+def test_sampling(oracle: Oracle, sampling: dict[str, Any], is_fresh: bool) -> None:
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling, is_fresh=is_fresh))
+    check(whole, moved)
+    assert len(set(whole.tokens)) > 5
+
+
+def test_top_logprobs_of_everything_that_penalties_change(oracle: Oracle) -> None:
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, {**TALKING, "max_tokens": 12, "logprobs": 5}))
+    check(whole, moved)
+    assert all(len(row) == 6 for row in whole.logprobs)
+
+
+def test_prompt_logprobs_come_once(oracle: Oracle) -> None:
+    moved = oracle.call("carried", Ask(PROMPT, {**GREEDY, "prompt_logprobs": 1}), [50, 51])
+    assert (moved["prompt_logprobs"], moved["generated"]) == (None, [50, 51])
+    assert oracle.call("carried", Ask(PROMPT, {**GREEDY, "prompt_logprobs": 1}), [])["prompt_logprobs"] == 1
+
+
+# ---- ends
+
+
+def test_min_tokens_hold_back_an_end_that_the_model_wants(oracle: Oracle) -> None:
+    eos = oracle.call("token_id", "<|im_end|>")
+    few = {"allowed_token_ids": (*FEW, eos), "logit_bias": {eos: 100.0}}
+    sampling = {**PENALTIES, **few, "temperature": 0.0, "max_tokens": 32, "min_tokens": 14}
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling))
+    check(whole, moved)
+    assert (len(whole.tokens), whole.tokens[-1], whole.finish) == (15, eos, "stop")
+
+
+def test_stop_token_ids(oracle: Oracle) -> None:
+    stop = oracle.call("whole", Ask(PROMPT, TALKING)).tokens[11]
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, {**TALKING, "stop_token_ids": [stop]}))
+    check(whole, moved)
+    assert (whole.finish, whole.stop) == ("stop", stop)
+
+
+def test_the_models_context_ends(oracle: Oracle) -> None:
+    prompt = [20 + i % 300 for i in range(236)]
+    whole, moved = oracle.call("from_every_token", Ask(prompt, {**TALKING, "max_tokens": 100}))
+    check(whole, moved)
+    assert (len(whole.tokens), whole.finish) == (20, "length")
+
+
+def test_repetition_detection_sees_the_tokens_before_the_move(oracle: Oracle) -> None:
+    detection = {"max_pattern_size": 3, "min_pattern_size": 1, "min_count": 6}
+    sampling = {**GREEDY, "allowed_token_ids": [70, 71], "repetition_detection": detection}
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling))
+    check(whole, moved, min_tokens=6)
+    assert (whole.finish, whole.stop) == ("repetition", "repetition_detected")
+
+
+@pytest.mark.parametrize("reason", ["max_tokens", "eos", "stop token", "context"])
+def test_a_stream_that_had_ended_generates_nothing_more(oracle: Oracle, reason: str) -> None:
+    eos = oracle.call("token_id", "<|im_end|>")
+    asks = {
+        "max_tokens": (Ask(PROMPT, {"temperature": 0.0, "max_tokens": 3}), [50, 51, 52], "length", None),
+        "eos": (Ask(PROMPT, {"temperature": 0.0, "max_tokens": 9}), [50, eos], "stop", None),
+        "stop token": (Ask(PROMPT, {"max_tokens": 9, "stop_token_ids": [51]}), [50, 51], "stop", 51),
+        # Another replica of the fleet had a longer max_model_len.
+        "context": (Ask(PROMPT, {"max_tokens": 900, "min_tokens": 800}), [50] * 300, "length", None),
+    }
+    ask, generated, finish, stop = asks[reason]
+    answer = oracle.call("resumed", ask, generated)
+    assert (answer.tokens, answer.finish, answer.stop, answer.num_outputs) == ([], finish, stop, 1)
+
+
+def test_a_prompt_beyond_the_context_ends_its_request_only(oracle: Oracle) -> None:
+    with pytest.raises(AssertionError, match="prompt of 300 tokens, and max_model_len is 256 here"):
+        oracle.call("arrives_with_prompt", [50] * 300)
+    assert len(oracle.call("whole", Ask(PROMPT, TALKING)).tokens) == 32
+
+
+# ---- grammars
+
+
+@pytest.mark.parametrize("library", ["xgrammar", "guidance", "outlines"])
+@pytest.mark.parametrize("kind", GRAMMARS)
+def test_grammars(oracle: Oracle, library: str, kind: str) -> None:
+    if kind == "ebnf" and library == "outlines":
+        pytest.skip("outlines has no EBNF")
+    oracle.call("use_grammar_library", library)
+    sampling = {"temperature": 0.0, "max_tokens": 48, **PENALTIES}
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling, GRAMMARS[kind]))
+    check(whole, moved, min_tokens=3)
+    if kind == "json schema" and whole.finish == "stop":
+        assert json.loads(oracle.call("text", whole.tokens), strict=False).keys() == {"name", "age"}
+
+
+def test_a_structural_tag(oracle: Oracle) -> None:
+    oracle.call("use_grammar_library", "xgrammar")
+    tag = {"structural_tag": json.dumps({"type": "structural_tag", "format": TAG})}
+    whole, moved = oracle.call(
+        "from_every_token", Ask(PROMPT, {"temperature": 0.0, "max_tokens": 48, **PENALTIES}, tag)
+    )
+    check(whole, moved)
+    assert oracle.call("text", whole.tokens).startswith("<call>{")
+
+
+@pytest.mark.parametrize("library", ["xgrammar", "guidance"])
+def test_a_grammar_that_does_not_take_the_tokens_ends_its_request_only(oracle: Oracle, library: str) -> None:
+    oracle.call("use_grammar_library", library)
+    ask = Ask(PROMPT, {"temperature": 0.0, "max_tokens": 48}, GRAMMARS["regex"])
+    assert oracle.call("resumed", ask, [90, 91, 92]).finish == "error"
+    whole, moved = oracle.call("from_every_token", ask)
+    check(whole, moved, min_tokens=3)
+
+
+@pytest.mark.parametrize("library", ["xgrammar", "guidance"])
+def test_a_grammar_begins_where_the_reasoning_ends(oracle: Oracle, library: str) -> None:
+    """Moved within the reasoning, at its end, and in what follows; the budget ends the reasoning after 7 tokens."""
+    oracle.call("use_grammar_library", library)
+    start, end = oracle.call("token_id", "<think>"), oracle.call("token_id", "</think>")
+    sampling = {"temperature": 0.0, "max_tokens": 48, "thinking_token_budget": 7, **PENALTIES}
+    oracle.call("use_reasoning_parser", "deepseek_r1")
+    try:
+        ask = Ask([*PROMPT, start], sampling, GRAMMARS["json schema"])
+        whole, moved = oracle.call("from_every_token", ask)
+    finally:
+        oracle.call("use_reasoning_parser", None)
+    check(whole, moved)
+    assert whole.tokens.index(end) == 7
+    assert oracle.call("text", whole.tokens[8:]).startswith("{")
+
+
+# ---- the engine
+
+
+def test_a_thinking_budget_counts_the_tokens_before_the_move(oracle: Oracle) -> None:
+    start, end = oracle.call("token_id", "<think>"), oracle.call("token_id", "</think>")
+    whole, moved = oracle.call("from_every_token", Ask([*PROMPT, start], {**TALKING, "thinking_token_budget": 9}))
+    check(whole, moved)
+    assert whole.tokens.index(end) == 9
+
+
+@pytest.mark.parametrize("is_fresh", [False, True], ids=["prefix cached", "not cached"])
+def test_an_adapter(oracle: Oracle, lora: str, is_fresh: bool) -> None:
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, TALKING, lora=lora, is_fresh=is_fresh))
+    check(whole, moved)
+    assert whole.tokens != oracle.call("whole", Ask(PROMPT, TALKING)).tokens
+
+
+@pytest.mark.parametrize("sampling", [TALKING, {**TALKING, "temperature": 1.0, "seed": 3}], ids=["greedy", "seed"])
+def test_a_long_stream_comes_in_chunks(oracle: Oracle, sampling: dict[str, Any]) -> None:
+    """A prompt of 100 tokens and up to 60 generated ones, 64 a step."""
+    prompt = [20 + i * 7 % 900 for i in range(100)]
+    whole, moved = oracle.call("from_every_token", Ask(prompt, {**sampling, "max_tokens": 60}, is_fresh=True))
+    check(whole, moved)
+
+
+@pytest.mark.parametrize("sampling", [TALKING, {**TALKING, "temperature": 1.0, "seed": 3}], ids=["greedy", "seed"])
+def test_an_engine_that_preempts_a_moved_stream(oracle: Oracle, sampling: dict[str, Any]) -> None:
+    """In its third step the engine drops everybody's KV cache, as it does when that is full."""
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling, is_fresh=True), preempt_after=3)
+    check(whole, moved)
+
+
+def test_a_moved_stream_is_aborted(oracle: Oracle) -> None:
+    assert oracle.call("aborted", Ask(PROMPT, TALKING), [50, 51, 52]) == 0
+
+
+def test_a_stream_survives_move_after_move(oracle: Oracle) -> None:
+    whole, tokens = oracle.call("moved_after_each_token", Ask(PROMPT, {**TALKING, "temperature": 1.0, "seed": 5}))
+    assert tokens == whole.tokens
+
+
+def test_a_logits_processor_of_the_users(oracle: Oracle) -> None:
+    """It asks for the token whose number is that of the tokens so far."""
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, {**GREEDY, "extra_args": {"counts": True}}))
+    check(whole, moved)
+    assert whole.tokens == [100 + position for position in range(32)]
+
+
+def test_a_prompt_of_embeddings(oracle: Oracle) -> None:
+    whole, moved = oracle.call("from_every_token", Ask((), TALKING, embeds=24))
+    check(whole, moved)
+
+
+def test_the_oracle_notices_what_is_lost(oracle: Oracle) -> None:
+    """With the generated tokens as prompt, as a naive resume has them."""
+    whole = oracle.call("whole", Ask(PROMPT, TALKING))
+    for cut in range(4, 28):
+        naive = oracle.call("whole", Ask((*PROMPT, *whole.tokens[:cut]), {**TALKING, "max_tokens": 32 - cut}))
+        assert naive.tokens != whole.tokens[cut:]
+
+
+def test_speculative_decoding(oracle: Oracle, model: Path) -> None:
+    """The last test: it replaces the engine by one that guesses tokens from those before."""
+    oracle.call(
+        "restart",
+        str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        block_size=32,
+        max_num_seqs=48,
+        max_num_batched_tokens=256,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    )
+    for sampling in ({**GREEDY, "allowed_token_ids": FEW[:4]}, {**TALKING, "frequency_penalty": 0.2}):
+        whole, moved = oracle.call("from_every_token", Ask([*PROMPT, *FEW, *FEW], sampling))
+        check(whole, moved)
+    assert oracle.call("num_accepted_guesses") > 0

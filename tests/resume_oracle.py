@@ -1,0 +1,307 @@
+"""A vLLM engine core in a process of its own, which answers requests whole, and again from every token on.
+
+The tests of exact resume start it once: importing vLLM and making an engine takes half a minute. A request goes through
+vLLM's own input processing, kervan's journal and codec, and the steps of `kervan.fleet.vllm.replica`.
+"""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+START_S = 400.0
+ANSWER_S = 240.0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request. `lora`: the adapter's directory; `embeds`: tokens of a prompt of embeddings in place of `prompt`.
+
+    `is_fresh`: nothing of it or of its moves comes from the prefix cache.
+    """
+
+    prompt: Sequence[int]
+    sampling: Mapping[str, Any]
+    structured: Mapping[str, Any] | None = None
+    lora: str | None = None
+    embeds: int = 0
+    is_fresh: bool = False
+
+
+@dataclass
+class Answer:
+    """What came. `logprobs`: of each token, pairs of id and value, the token's own first."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    finish: str | None = None
+    stop: int | str | None = None
+    num_outputs: int = 0
+
+
+class Oracle:
+    """The process; `call` runs a method of `Core` in it."""
+
+    def __init__(self, model: str, **engine_args: Any):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, model, engine_args), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive(START_S)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self._connection.send((method, args, kwargs))
+        return self._receive(ANSWER_S)
+
+    def _receive(self, timeout_s: float) -> Any:
+        if not self._connection.poll(timeout_s):
+            raise TimeoutError(f"the engine's process did not answer within {timeout_s:.0f} s")
+        error, value = self._connection.recv()
+        assert error is None, error
+        return value
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(10)
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(connection: Connection, model: str, engine_args: dict[str, Any]) -> None:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    core: Any = None
+    call: Any = ("", (), {})
+    while True:
+        try:
+            if core is None:
+                core, value = Core(model, engine_args), None
+            else:
+                method, args, kwargs = call
+                value = getattr(core, method)(*args, **kwargs)
+            connection.send((None, value))
+        except Exception:  # noqa: BLE001 - told to the test
+            connection.send((traceback.format_exc(), None))
+        try:
+            call = connection.recv()
+        except EOFError:
+            os._exit(0)
+
+
+class Core:
+    """Runs in the oracle's process."""
+
+    def __init__(self, model: str, engine_args: dict[str, Any]):
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine import EngineCoreRequest
+        from vllm.v1.engine.core import EngineCore
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.executor import Executor
+        from vllm.v1.serial_utils import MsgpackDecoder
+
+        from kervan.facts.fleet import FleetConfig
+        from kervan.fleet.vllm import runner_v1, versions
+        from kervan.fleet.vllm.codec import VllmCodec
+
+        argv = FleetConfig(model=model, engine_args=engine_args).engine_argv
+        self.config = AsyncEngineArgs.from_cli_args(versions.parse_args(argv)).create_engine_config()
+        self.core = EngineCore(self.config, Executor.get_class(self.config), log_stats=True)
+        (self._is_v1,) = self.core.model_executor.collective_rpc(runner_v1.install)
+        self.inputs = InputProcessor(self.config)
+        self.codec = VllmCodec()
+        self.decoder = MsgpackDecoder(EngineCoreRequest)
+        self._num_requests = self._num_accepted_guesses = 0
+        self._ended: Any = None
+
+    def restart(self, model: str, **engine_args: Any) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.core.shutdown()
+        cleanup_dist_env_and_memory()
+        Core.__init__(self, model, engine_args)
+
+    def runner_is_v1(self) -> bool:
+        return bool(self._is_v1)
+
+    def num_accepted_guesses(self) -> int:
+        return self._num_accepted_guesses
+
+    def token_id(self, text: str) -> int:
+        (id_,) = self.inputs.renderer.get_tokenizer().encode(text, add_special_tokens=False)
+        return int(id_)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self.inputs.renderer.get_tokenizer().decode(tokens, skip_special_tokens=True))
+
+    def use_grammar_library(self, name: str) -> None:
+        """An engine keeps the library of its first grammar; this one forgets it."""
+        from llguidance import hf
+
+        if not hasattr(hf, "original"):  # it wants one id more than the tokenizer has; real vocabularies are padded
+            hf.original = hf.from_tokenizer
+            hf.from_tokenizer = lambda tokenizer, size=None, **more: hf.original(tokenizer, size + 1, **more)
+        manager = self.core.structured_output_manager
+        manager.backend = manager._grammar_bitmask = None
+        self.config.structured_outputs_config.backend = name
+
+    def use_reasoning_parser(self, name: str | None) -> None:
+        from vllm.reasoning import ReasoningParserManager
+
+        parser = ReasoningParserManager.get_reasoning_parser(name) if name else None
+        self.core.structured_output_manager.reasoner_cls = parser
+
+    # ---- requests
+
+    def request(self, ask: Ask) -> Any:
+        import msgspec
+        import torch
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
+
+        self._num_requests += 1
+        structured = StructuredOutputsParams(**ask.structured) if ask.structured else None
+        sampling = dict(ask.sampling)
+        if "repetition_detection" in sampling:
+            sampling["repetition_detection"] = RepetitionDetectionParams(**sampling["repetition_detection"])
+        prompt: Any = {"prompt_token_ids": list(ask.prompt)}
+        if ask.embeds:
+            noise = torch.Generator().manual_seed(0)
+            width = self.config.model_config.get_hidden_size()
+            prompt = {"prompt_embeds": torch.randn(ask.embeds, width, generator=noise)}
+        request = self.inputs.process_inputs(
+            f"r{self._num_requests}",
+            prompt,
+            SamplingParams(**sampling, structured_outputs=structured),
+            ("generate",),
+            lora_request=LoRARequest("adapter", 1, ask.lora) if ask.lora else None,
+        )
+        return msgspec.structs.replace(request, cache_salt=request.request_id) if ask.is_fresh else request
+
+    def place(self, request: Any, generated: Sequence[int], epoch: int = 1, *, is_fresh: bool = False) -> str:
+        """As a gateway and a replica do it; the id under which outputs come."""
+        import msgspec
+
+        if is_fresh:
+            request = msgspec.structs.replace(request, cache_salt=f"{request.request_id}~{epoch}")
+        stream = self.codec.describe(request)
+        stream.generated, stream.epoch = list(generated), epoch
+        stream.wire_id = f"{stream.request_id}~{epoch}" if epoch else stream.request_id
+        _, *frames = self.codec.encode_add(stream)
+        self.arrive(self.decoder.decode([bytes(frame) for frame in frames]))
+        return stream.wire_id
+
+    def arrive(self, request: Any) -> None:
+        from kervan.fleet.vllm import resume
+
+        prepared, wave = self.core.preprocess_add_request(request)
+        resume.restore(prepared, self.core.structured_output_manager, self.config.model_config.max_model_len)
+        if prepared.is_finished():
+            self._ended = resume.ending(prepared)
+        else:
+            self.core.add_request(prepared, wave)
+
+    # ---- answers
+
+    def run(self, ids: Sequence[str], *, preempt_after: int | None = None) -> dict[str, Answer]:
+        """Step until all are answered."""
+        answers = {id_: Answer() for id_ in ids}
+        num_steps = 0
+        ended, self._ended = self._ended, None
+        self._take(answers, ended)
+        while any(answer.finish is None for answer in answers.values()):
+            outputs, has_executed = self.core.step()
+            self.core.post_step(has_executed)
+            num_steps += 1
+            assert num_steps < 5000, {id_: len(a.tokens) for id_, a in answers.items() if a.finish is None}
+            self._take(answers, outputs.get(0))
+            stats = outputs[0].scheduler_stats if 0 in outputs else None
+            if stats is not None and stats.spec_decoding_stats is not None:
+                self._num_accepted_guesses += stats.spec_decoding_stats.num_accepted_tokens
+            if num_steps == preempt_after:
+                self.core.scheduler.reset_prefix_cache(reset_running_requests=True)
+        return answers
+
+    @staticmethod
+    def _take(answers: dict[str, Answer], outputs: Any) -> None:
+        for output in outputs.outputs if outputs is not None else ():
+            answer = answers.get(output.request_id)
+            if answer is None:
+                continue
+            answer.num_outputs += 1
+            answer.tokens += output.new_token_ids
+            if output.new_logprobs is not None:
+                ids, values, _, *_ = output.new_logprobs
+                for row, numbers in zip(ids, values, strict=True):
+                    answer.logprobs.append([(int(i), float(v)) for i, v in zip(row, numbers, strict=True)])
+            if output.finish_reason is not None:
+                answer.finish, answer.stop = str(output.finish_reason), output.stop_reason
+
+    def whole(self, ask: Ask) -> Answer:
+        request = self.request(ask)
+        return self.run([self.place(request, (), 0)])[request.request_id]
+
+    def from_every_token(
+        self, ask: Ask, *, at_once: int = 64, preempt_after: int | None = None
+    ) -> tuple[Answer, list[Answer]]:
+        """The answer without a move, and those of streams moved after 0, 1, 2, ... tokens, with the tokens before."""
+        request = self.request(ask)
+        whole = self.run([self.place(request, (), 0)])[request.request_id]
+        cuts = range(len(whole.tokens))
+        moved: list[Answer] = []
+        for first in range(0, len(cuts), at_once):
+            ids = [
+                self.place(request, whole.tokens[:cut], 1 + cut, is_fresh=ask.is_fresh)
+                for cut in cuts[first : first + at_once]
+            ]
+            answers = self.run(ids, preempt_after=preempt_after)
+            moved += [answers[id_] for id_ in ids]
+        for cut, answer in zip(cuts, moved, strict=True):
+            answer.tokens = [*whole.tokens[:cut], *answer.tokens]
+            answer.logprobs = [*whole.logprobs[:cut], *answer.logprobs]
+        return whole, moved
+
+    def resumed(self, ask: Ask, generated: Sequence[int]) -> Answer:
+        id_ = self.place(self.request(ask), generated)
+        return self.run([id_])[id_]
+
+    def moved_after_each_token(self, ask: Ask) -> tuple[Answer, list[int]]:
+        """The answer without a move, and the tokens of a stream that moves again and again."""
+        request = self.request(ask)
+        whole = self.run([self.place(request, (), 0)])[request.request_id]
+        tokens: list[int] = []
+        for epoch in range(1, len(whole.tokens) + 1):
+            id_ = self.place(request, tokens, epoch)
+            answers = {id_: Answer()}
+            while not answers[id_].tokens:
+                self._take(answers, self.core.step()[0].get(0))
+            tokens += answers[id_].tokens
+            self.core.abort_requests([id_])
+        return whole, tokens
+
+    def aborted(self, ask: Ask, generated: Sequence[int]) -> int:
+        """How many requests the engine still has after an abort."""
+        id_ = self.place(self.request(ask), generated)
+        self.core.step()
+        self.core.abort_requests([id_])
+        self.core.step()
+        return len(self.core.scheduler.requests)
+
+    def carried(self, ask: Ask, generated: Sequence[int]) -> dict[str, Any]:
+        """What arrives in a replica of a moved request."""
+        from kervan.fleet.vllm import resume
+
+        stream = self.codec.describe(self.request(ask))
+        stream.generated, stream.epoch, stream.wire_id = list(generated), 1, "r~1"
+        _, *frames = self.codec.encode_add(stream)
+        params = self.decoder.decode([bytes(frame) for frame in frames]).sampling_params
+        return {"prompt_logprobs": params.prompt_logprobs, "generated": resume.carried(params)}
+
+    def arrives_with_prompt(self, prompt: list[int]) -> None:
+        import msgspec
+
+        request = self.request(Ask(prompt[:10], {"max_tokens": 2}))
+        self.arrive(msgspec.structs.replace(request, prompt_token_ids=prompt))
