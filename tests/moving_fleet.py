@@ -73,7 +73,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
         async def _force(self, stream: Any, link: Link, old_wire_id: str) -> None:
             await link.input.send_multipart(self.codec.encode_abort([old_wire_id]), copy=False)
             if self._streams.get(stream.request_id) is stream:
-                await self._move(stream, link)
+                await self._move(stream, link, target=link.replica_id)
 
     moving: set[asyncio.Task[None]] = set()
     argv = FleetConfig(model=model, engine_args=arguments).engine_argv

@@ -48,27 +48,40 @@ def lora(model: Path, scratch: Path) -> str:
     return str(make_lora_adapter(model, scratch / "lora"))
 
 
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32, "max_num_seqs": 48}
+# Prompts and moved streams come in chunks of at most 64 tokens, and share the prefix cache.
+WHOLE_ENGINE = {
+    **ENGINE,
+    "max_num_batched_tokens": 64,
+    "enable_lora": True,
+    "max_lora_rank": 8,
+    "enable_prompt_embeds": True,
+    "logits_processors": "counting_processor:CountingProcessor",
+    "reasoning_parser": "deepseek_r1",
+    "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
+}
+GUESSING_ENGINE = {
+    **ENGINE,
+    "max_num_batched_tokens": 256,
+    "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+}
+
+
 @pytest.fixture(scope="module")
 def oracle(model: Path) -> Iterator[Oracle]:
-    """Prompts and moved streams come in chunks of at most 64 tokens, and share the prefix cache."""
-    oracle = Oracle(
-        str(model),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        block_size=32,
-        max_num_seqs=48,
-        max_num_batched_tokens=64,
-        enable_lora=True,
-        max_lora_rank=8,
-        enable_prompt_embeds=True,
-        logits_processors="counting_processor:CountingProcessor",
-        reasoning_parser="deepseek_r1",
-        reasoning_config={"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
-    )
+    oracle = Oracle(str(model), **WHOLE_ENGINE)
     oracle.call("use_reasoning_parser", None)
     yield oracle
     oracle.close()
+
+
+@pytest.fixture
+def guessing(oracle: Oracle, model: Path) -> Iterator[Oracle]:
+    """The oracle with an engine that guesses tokens from those before; the other tests get theirs back."""
+    oracle.call("restart", str(model), **GUESSING_ENGINE)
+    yield oracle
+    oracle.call("restart", str(model), **WHOLE_ENGINE)
+    oracle.call("use_reasoning_parser", None)
 
 
 def check(whole: Answer, moved: list[Answer], *, min_tokens: int = 8) -> None:
@@ -292,20 +305,8 @@ def test_the_oracle_notices_what_is_lost(oracle: Oracle) -> None:
         assert naive.tokens != whole.tokens[cut:]
 
 
-def test_speculative_decoding(oracle: Oracle, model: Path) -> None:
-    """The last test: it replaces the engine by one that guesses tokens from those before."""
-    oracle.call(
-        "restart",
-        str(model),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        block_size=32,
-        max_num_seqs=48,
-        max_num_batched_tokens=256,
-        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
-    )
+def test_speculative_decoding(guessing: Oracle) -> None:
     for sampling in ({**GREEDY, "allowed_token_ids": FEW[:4]}, {**TALKING, "frequency_penalty": 0.2}):
-        whole, moved = oracle.call("from_every_token", Ask([*PROMPT, *FEW, *FEW], sampling))
+        whole, moved = guessing.call("from_every_token", Ask([*PROMPT, *FEW, *FEW], sampling))
         check(whole, moved)
-    assert oracle.call("num_accepted_guesses") > 0
+    assert guessing.call("num_accepted_guesses") > 0
