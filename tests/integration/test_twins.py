@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from live import START_S, Fleet, Home, eventually
 from shared_fleet import REPOSITORY, Models
@@ -16,7 +17,7 @@ from twin_load import kervan, kill_actor, knocks, load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
-STALL_S = 4.0
+STALL_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,24 @@ async def test_a_change_that_cannot_start_changes_nothing(twins: Fleet, models: 
         assert refused.returncode == 1
         assert why in refused.stderr
     assert {replica["id"] for replica in twins.status()["replicas"]} == before
+
+
+async def test_streams_leave_a_hung_replica_before_it_is_ended(twins: Fleet, models: Models) -> None:
+    """Its process answers, so no connection breaks; it is ended when it has made no step for `STALL_S`."""
+    await asyncio.to_thread(twins.wait_until_whole, 3, 1)
+    hung = twins.status()["replicas"][0]["id"]
+
+    def streams_there() -> int | None:
+        counts: dict[str, int] = httpx.get(f"{twins.url}/kervan/status", verify=False).json()["replicas"]
+        return counts.get(hung)
+
+    async with load(twins, models):
+        await asyncio.to_thread(eventually, lambda: bool(streams_there()), "it has streams", START_S)
+        await kervan(twins, "fault", hung, "hang")
+        await asyncio.to_thread(eventually, lambda: not streams_there(), "all have left", START_S)
+        assert (hung, "ready") in {(replica["id"], replica["state"]) for replica in twins.status()["replicas"]}
+    await kervan(twins, "fault", hung, "none")
+    assert twins.total("kervan_streams_given_up_total") == 0
 
 
 async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> None:

@@ -29,13 +29,14 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from kervan.errors import EngineError
-from kervan.fleet import wire
+from kervan.fleet import stalls, wire
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuees import PrefillSpeed
 from kervan.fleet.evacuees import state as evacuation_state
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
+from kervan.fleet.stalls import Stalls
 from kervan.policy import evacuation, quarantine, routing
 from kervan.policy.output_length import LengthEstimate
 
@@ -95,7 +96,8 @@ class FleetClient:
         self._prefill = PrefillSpeed()
         self._evacuations: dict[Link, asyncio.Task[None]] = {}
         self._targets_changed = asyncio.Event()
-        self._expiry_task = asyncio.create_task(self._expire_held())
+        self._stalls = Stalls()
+        self._own_tasks = [asyncio.create_task(self._expire_held()), asyncio.create_task(self._watch_for_stalls())]
 
     # ---- what a gateway asks
 
@@ -171,7 +173,7 @@ class FleetClient:
     async def close(self) -> None:
         """End all links; streams are not finished."""
         self._is_closing = True
-        tasks = [*self._link_tasks.values(), *self._evacuations.values(), self._expiry_task]
+        tasks = [*self._link_tasks.values(), *self._evacuations.values(), *self._own_tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -522,7 +524,7 @@ class FleetClient:
             self._targets_changed.clear()
             pause_s: float | None = None
             if link.streams:
-                targets = [other for other in self.links if not other.is_draining]
+                targets = [other for other in self.links if not other.is_draining and not other.load.is_stalled]
                 state = evacuation_state(
                     link, targets, lengths=self._lengths, prefill_tokens_per_s=self._prefill.tokens_per_s
                 )
@@ -542,6 +544,39 @@ class FleetClient:
                 await self._move(stream, link, move.replica_id)
                 left.append(move.stream_id)
         if left:
+            await link.input.send_multipart(self.codec.encode_abort(left), copy=False)
+
+    async def _watch_for_stalls(self) -> None:
+        while True:
+            await asyncio.sleep(stalls.PERIOD_S)
+            was_stalled = {link.replica_id for link in self.links if link.load.is_stalled}
+            stalled = self._stalls.look(self.links, self._prefill.known_tokens_per_s)
+            for link in self.links:
+                if link.replica_id in stalled:
+                    await self._leave_stalled(link, stalled[link.replica_id])
+            if any(link.replica_id in was_stalled and not link.load.is_stalled for link in self.links):
+                await self._place_held()
+
+    async def _leave_stalled(self, link: Link, reason: str) -> None:
+        """Move streams off a replica that stands still; it may go on, so this is no loss.
+
+        A stream without a token may be what it stands still over: such a one is tried alone elsewhere, and if that
+        replica stands still too, it waits for what becomes of it there.
+        """
+        left = []
+        for wire_id, stream in list(link.streams.items()):
+            is_here = link.streams.get(wire_id) is stream
+            if not is_here or not stream.is_movable or (not stream.gave_token and stream.is_suspect):
+                continue
+            is_suspect = not stream.gave_token
+            left.append(wire_id)
+            self._unplace(stream, link)
+            stream.unseen_losses += is_suspect
+            stream.epoch += 1
+            self.counts.moved += 1
+            await self._place(stream)
+        if left and self._links.get(link.replica_id) is link:
+            logger.warning("%d streams leave replica %s: it %s", len(left), link.replica_id, reason)
             await link.input.send_multipart(self.codec.encode_abort(left), copy=False)
 
     async def _lose(self, link: Link, reason: str) -> None:

@@ -30,8 +30,13 @@ class PrefillSpeed:
         self._fastest_tokens_per_s = max(FADE * self._fastest_tokens_per_s, prompt_tokens / ttft_s)
 
     @property
+    def known_tokens_per_s(self) -> float | None:
+        """None until enough prompts have been seen."""
+        return self._fastest_tokens_per_s if self._num_prompts >= MIN_PROMPTS else None
+
+    @property
     def tokens_per_s(self) -> float:
-        return self._fastest_tokens_per_s if self._num_prompts >= MIN_PROMPTS else DEFAULT_PREFILL_TOKENS_PER_S
+        return self.known_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
 
 
 def state(

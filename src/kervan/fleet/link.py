@@ -92,6 +92,17 @@ class Link:
         if gap_s < LONGEST_STEP_S:  # else it had nothing to do
             self._step_s = gap_s if self._step_s is None else self._step_s + STEP_WEIGHT * (gap_s - self._step_s)
 
+    @property
+    def step_s(self) -> float | None:
+        """Seconds between its last steps, a mean; None before the first ones."""
+        return self._step_s
+
+    def stalled_s(self, now_s: float) -> float:
+        """How long it has had work, or been silent, without a step that gave this gateway a token."""
+        if not self.pong_s:
+            return 0.0
+        return max(0.0, now_s - max(self.pong_s - self.pong.stalled_s, self._stepped_s))
+
     def pace_s(self, now_s: float) -> float | None:
         """Seconds between two tokens of a stream there; None if that is not known, or it stands still."""
         if self._step_s is None or now_s - self._stepped_s > max(STILL_STEPS * self._step_s, STILL_S):

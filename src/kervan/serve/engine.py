@@ -31,6 +31,7 @@ BEAT_TIMEOUT_S = 2.0
 DRAIN_POLL_S = 0.1
 # Gateways hear of a drain within a ping period; before that an idle-looking replica may still get work.
 DRAIN_NOTICE_S = 1.0
+SHOWN_STALL_S = 2.0
 STOP_TIMEOUT_S = 10.0
 
 
@@ -91,7 +92,9 @@ class EngineReplica:
         if self._state == "starting":
             reason = f"for {time.monotonic() - self._since_s:.0f} s"
         elif self._state == "ready":
-            reason = load.note
+            stalled_s = self._process.stalled_s
+            stalled = f"has work but made no step for {stalled_s:.0f} s" if stalled_s > SHOWN_STALL_S else ""
+            reason = ", ".join(word for word in (stalled, load.note) if word)
         return ReplicaEntry(
             id=self._id,
             pool=self._pool,
