@@ -13,6 +13,7 @@ from kervan.fleet.directory import (
     Snapshot,
     StartFailure,
 )
+from kervan.fleet.link import members
 
 
 class Clock:
@@ -171,3 +172,19 @@ def test_a_replica_that_is_told_to_drain_gets_no_more_work_before_it_knows() -> 
     directory.remove("a")
     directory.beat_replica(replica("a", state="ready"))
     assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]
+
+
+def test_members_are_the_replicas_that_can_be_linked_to_and_when_they_leave(directory: Directory, clock: Clock) -> None:
+    directory.beat_replica(replica("a", address="tcp://h:1"))
+    directory.beat_replica(replica("b", address="tcp://h:2"))
+    directory.beat_replica(replica("c", "draining", "tcp://h:3"))
+    directory.beat_replica(replica("d", "starting", ""))
+    directory.beat_replica(replica("e", "unhealthy", "tcp://h:5"))
+    directory.order("b", Drain(30.0))
+    clock.now_s += 2.0
+    found = [(m.replica_id, m.address, m.is_leaving, m.leaves_in_s) for m in members(directory.snapshot())]
+    assert found == [
+        ("a", "tcp://h:1", False, None),
+        ("b", "tcp://h:2", True, 28.0),
+        ("c", "tcp://h:3", True, None),
+    ]

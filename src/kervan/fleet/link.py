@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from kervan.errors import EngineError
 from kervan.fleet import wire
+from kervan.fleet.directory import Snapshot
 from kervan.fleet.journal import Stream
 from kervan.policy import routing
 
@@ -37,6 +38,15 @@ class Member:
     address: str
     is_leaving: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
+
+
+def members(snapshot: Snapshot) -> list[Member]:
+    """The replicas that a client can link to, those that drain too: it moves its streams off them."""
+    return [
+        Member(r.id, r.address, is_leaving=r.state == "draining", leaves_in_s=r.leaves_in_s)
+        for r in snapshot.replicas
+        if r.is_reachable
+    ]
 
 
 @dataclass(slots=True, eq=False)
