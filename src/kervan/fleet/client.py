@@ -417,10 +417,10 @@ class FleetClient:
                 continue
             num_new = len(output.new_token_ids)
             if num_new:
-                stream.generated += output.new_token_ids
-                link.num_tokens += num_new
                 if not stream.gave_token:
                     self._first_token(link, stream)
+                stream.generated += output.new_token_ids
+                link.num_tokens += num_new
                 # At least 1 stays charged while the stream runs: it still holds a place in the batch.
                 paid = min(num_new, stream.cost_tokens - 1)
                 stream.cost_tokens -= paid
@@ -440,10 +440,11 @@ class FleetClient:
     def _first_token(self, link: Link, stream: Stream) -> None:
         stream.gave_token = True
         ttft_s = time.monotonic() - stream.placed_s
-        self._prefill.observe(stream.prompt_tokens, ttft_s)
+        prefilled_tokens = stream.prompt_tokens + len(stream.generated)
+        self._prefill.observe(prefilled_tokens, ttft_s)
         if len(link.ttfts_s) < MAX_TTFTS:
             link.ttfts_s.append(ttft_s)
-        queued = min(stream.cost_tokens - 1, stream.prompt_tokens)
+        queued = min(stream.cost_tokens - 1, prefilled_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)
         if stream.is_suspect:
