@@ -174,17 +174,29 @@ def test_a_replica_that_is_told_to_drain_gets_no_more_work_before_it_knows() -> 
     assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]
 
 
+@pytest.mark.parametrize("may_linger", [True, False])
+def test_gateways_hear_how_long_a_draining_replica_may_be_used(may_linger: bool) -> None:
+    now_s = 0.0
+    directory = Directory(lambda: now_s)
+    directory.beat_replica(replica("a", state="ready"))
+    directory.order("a", Drain(30.0, may_linger))
+    now_s = 2.0
+    (told,) = directory.snapshot().replicas
+    assert (told.leaves_in_s, told.may_linger) == (28.0, may_linger)
+
+
 def test_members_are_the_replicas_that_can_be_linked_to_and_when_they_leave(directory: Directory, clock: Clock) -> None:
     directory.beat_replica(replica("a", address="tcp://h:1"))
     directory.beat_replica(replica("b", address="tcp://h:2"))
     directory.beat_replica(replica("c", "draining", "tcp://h:3"))
     directory.beat_replica(replica("d", "starting", ""))
     directory.beat_replica(replica("e", "unhealthy", "tcp://h:5"))
-    directory.order("b", Drain(30.0))
+    directory.order("b", Drain(30.0, may_linger=True))
     clock.now_s += 2.0
-    found = [(m.replica_id, m.address, m.is_leaving, m.leaves_in_s) for m in members(directory.snapshot())]
+    listed = members(directory.snapshot())
+    found = [(m.replica_id, m.address, m.is_leaving, m.leaves_in_s, m.may_linger) for m in listed]
     assert found == [
-        ("a", "tcp://h:1", False, None),
-        ("b", "tcp://h:2", True, 28.0),
-        ("c", "tcp://h:3", True, None),
+        ("a", "tcp://h:1", False, None, False),
+        ("b", "tcp://h:2", True, 28.0, True),
+        ("c", "tcp://h:3", True, None, False),
     ]
