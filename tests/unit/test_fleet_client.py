@@ -22,6 +22,7 @@ from kervan.fleet import client as client_module
 from kervan.fleet import link as link_module
 from kervan.fleet import stalls, wire
 from kervan.fleet.client import FleetClient
+from kervan.fleet.evacuees import PrefillSpeed
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, Member
 from kervan.policy import quarantine
@@ -450,6 +451,26 @@ async def test_outstanding_tokens_fall_with_the_prompt_and_with_each_token(bench
         await bench.steps(a, 1)
         seen.append(bench.link(a).load.own_tokens)
     assert seen == [110, 9, 8, 7]
+    await bench.finished("s")
+
+
+async def test_at_its_first_token_a_moved_stream_was_prefilled_with_what_it_had_generated(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled: list[int] = []
+    monkeypatch.setattr(PrefillSpeed, "observe", lambda _, tokens, ttft_s: prefilled.append(tokens))
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", prompt=[1] * 100, max_tokens=10)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    await bench.kill(a)
+    await bench.placed(b, "s~1")
+    seen = [bench.link(b).load.own_tokens]
+    for _ in range(2):
+        await bench.steps(b, 1)
+        seen.append(bench.link(b).load.own_tokens)
+    assert prefilled == [100, 103]
+    assert seen == [110, 6, 5]  # 103 queued and 7 to come
     await bench.finished("s")
 
 

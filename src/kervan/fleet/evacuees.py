@@ -8,8 +8,8 @@ from kervan.fleet.link import Link
 from kervan.policy.evacuation import EvacuationState, LeavingStream, Target
 from kervan.policy.output_length import LengthEstimate
 
-# Until prompts have been seen: a 70B on 4 H200 prefills about as fast, smaller models and layouts faster. Too high a
-# guess moves streams sooner than the bound on inter-token latency allows; too low a one leaves them at a dying replica.
+# Until prompts have been seen; assumed, not measured. Too high a guess moves streams sooner than the bound on
+# inter-token latency allows; too low a one leaves them at a dying replica.
 DEFAULT_PREFILL_TOKENS_PER_S = 20_000.0
 MIN_PROMPT_TOKENS = 256  # of shorter ones, the time to the first token is not spent on prefill
 MIN_PROMPTS = 8

@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from kervan.errors import EngineError
 from kervan.fleet import wire
+from kervan.fleet.directory import Snapshot
 from kervan.fleet.journal import Stream
 from kervan.policy import routing
 
@@ -39,6 +40,15 @@ class Member:
     is_leaving: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
     may_linger: bool = field(default=False, compare=False)
+
+
+def members(snapshot: Snapshot) -> list[Member]:
+    """The replicas that a client can link to, those that drain too: it moves its streams off them."""
+    return [
+        Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger)
+        for r in snapshot.replicas
+        if r.is_reachable
+    ]
 
 
 @dataclass(slots=True, eq=False)
