@@ -1,6 +1,7 @@
 import msgspec
 import pytest
 
+from kervan.facts.fault import Fault
 from kervan.fleet.directory import (
     EXPIRY_S,
     MAX_FAILURES,
@@ -8,10 +9,13 @@ from kervan.fleet.directory import (
     Directory,
     Drain,
     GatewayEntry,
+    Order,
     ReplicaEntry,
     ReplicaState,
     Snapshot,
     StartFailure,
+    Strike,
+    Suffer,
 )
 
 
@@ -170,4 +174,19 @@ def test_a_replica_that_is_told_to_drain_gets_no_more_work_before_it_knows() -> 
     assert [entry.state for entry in directory.snapshot().replicas] == ["draining"]
     directory.remove("a")
     directory.beat_replica(replica("a", state="ready"))
+    assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]
+
+
+@pytest.mark.parametrize("order", [Drain(5.0), Suffer(Fault("slow", 2.0)), Strike("kill"), Strike("hang")], ids=str)
+def test_orders_arrive_as_they_were_given(directory: Directory, order: Order) -> None:
+    directory.beat_replica(replica("a"))
+    assert directory.order("a", msgspec.msgpack.decode(msgspec.msgpack.encode(order), type=Order)) is True
+    assert directory.beat_replica(replica("a")) == [order]
+
+
+def test_a_replica_that_is_struck_is_ready_until_it_is_felt(directory: Directory) -> None:
+    directory.beat_replica(replica("a"))
+    before = directory.version
+    directory.order("a", Strike("kill"))
+    assert directory.version == before
     assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]

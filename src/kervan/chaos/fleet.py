@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import msgspec
-
 from kervan.bench.load import Target
 from kervan.bench.target import RequestError, get_text
 from kervan.chaos.schedule import Kind
 from kervan.errors import ConfigError, FleetError
 from kervan.facts.fleet import FleetConfig
-from kervan.fleet.directory import Drain, Order, Snapshot, Strike
+from kervan.fleet.directory import Drain, Snapshot, Strike
 from kervan.serve import cluster
 from kervan.serve import fleet as fleets
 
@@ -46,23 +44,10 @@ class LiveFleet:
     _handle: Any
 
     def look(self, version: int, timeout_s: float) -> Snapshot:
-        from kervan.serve import directory
-
-        raw: bytes = self._ask(self._handle.wait.remote(version, timeout_s))
-        return directory.read(raw)
+        return fleets.next_snapshot(self._handle, version, timeout_s)
 
     def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
-        order: Order = Drain(deadline_s) if kind == "drain" else Strike(kind)
-        return bool(self._ask(self._handle.order.remote(replica_id, msgspec.msgpack.encode(order))))
-
-    @staticmethod
-    def _ask(sent: Any) -> Any:
-        import ray
-
-        try:
-            return ray.get(sent, timeout=fleets.DIRECTORY_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            raise FleetError(f"the fleet's directory does not answer ({type(error).__name__})") from error
+        return fleets.order(self._handle, replica_id, Drain(deadline_s) if kind == "drain" else Strike(kind))
 
 
 def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, address: str | None) -> LiveFleet:

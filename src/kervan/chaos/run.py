@@ -1,6 +1,7 @@
 """Disturbs a fleet under load, from the first stream to the report."""
 
 import asyncio
+import resource
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -87,7 +88,13 @@ def run(fleet: Fleet, config: FleetConfig, plan: Plan, at: Target, say: Say) -> 
     Raises: ConfigError, FleetError before the first disruption.
     """
     plan.check(config)
-    drive.check_file_limit(plan.streams, 1)
+    drive.raise_file_limit()
+    need, limit = plan.streams + drive.FILES_PER_PROCESS, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if need > limit:
+        raise ConfigError(
+            f"--streams {plan.streams} needs {need} open files, and the limit is {limit}; "
+            f"raise it (ulimit -n {need}), or use --streams {max(1, limit - drive.FILES_PER_PROCESS)}"
+        )
     factory, _ = eventloop.factory()
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(_Run(fleet, config, plan, say).run(at))

@@ -56,4 +56,5 @@ def _align(truth: Sequence[int], got: Sequence[int], *, is_whole: bool) -> tuple
             row[number] = min(replaced, diagonal + _EDIT, row[number - 1] + _EDIT)
     if is_whole:
         return row[-1], len(truth)
-    return min((cost, abs(number - len(got)), number) for number, cost in enumerate(row))[::2]
+    _, _, cost, number = min((cost // _EDIT, abs(number - len(got)), cost, number) for number, cost in enumerate(row))
+    return cost, number

@@ -93,7 +93,8 @@ def _print(report: "Report") -> None:
     gap_s = found["gap_s"]
     print(
         f"\n{found['streams']} streams with {found['tokens']} tokens in {found['wall_s']:.0f} s: "
-        f"{found['broken']} broken, {found['tokens_lost']} tokens lost, {found['tokens_doubled']} doubled, {found['tokens_wrong']} wrong\n"
+        f"{found['broken']} broken, {found['tokens_lost']} tokens lost, {found['tokens_doubled']} doubled, "
+        f"{found['tokens_wrong']} wrong\n"
         f"{found['moves']} moves; longest wait of a moved stream for a token: p50 {_time(gap_s['p50'])}, "
         f"p99 {_time(gap_s['p99'])}, max {_time(gap_s['max'])}"
     )
