@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kervan.facts.fault import Fault
@@ -185,6 +186,20 @@ async def test_faults_show_in_load_and_end(bench: Bench) -> None:
     await until(lambda: twin.load.note == "" and twin.load.num_steps > steps)
     await bench.client.abort(["s"])
     await until(lambda: not twin.load.has_work)
+
+
+async def test_a_process_is_struck(bench: Bench) -> None:
+    """Killed, it is gone; stopped, it lives and says nothing, until somebody ends it."""
+    killed, hung = await bench.start("a"), await bench.start("b")
+    killed.strike("kill")
+    await until(killed.ended.is_set)
+    killed.strike("kill")  # one that is gone already
+    hung.strike("hang")
+    await until(lambda: psutil.Process(hung.pid).status() == psutil.STATUS_STOPPED)
+    await until(lambda: not hung.health(1.5).is_healthy)
+    assert not hung.ended.is_set()
+    hung.kill()
+    assert hung.ended.is_set()
 
 
 async def test_a_gateway_without_layouts_is_refused(bench: Bench) -> None:

@@ -162,6 +162,43 @@ async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> Non
     assert twins.total("kervan_streams_given_up_total") == 0
 
 
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ({"kill": 3, "drain": 1}, ("--kill-every", "6s", "--drain-every", "10s", "--for", "20s")),
+        ({"hang": 1}, ("--hang-every", "3s", "--for", "5s")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_chaos_breaks_nothing(twins: Fleet, kinds: dict[str, int], words: tuple[str, ...]) -> None:
+    twins.wait_until_whole(3, 1)
+    done = twins.home.kervan("chaos", twins.url, *words, "--streams", "16", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert [found[key] for key in ("broken", "tokens_lost", "tokens_doubled", "tokens_wrong")] == [0, 0, 0, 0]
+    assert found["streams"] >= 16
+    # How fast new twins come decides how many disruptions would have left too few.
+    assert {kind: row["disruptions"] + row["skipped"] for kind, row in found["kinds"].items()} == kinds
+    assert all(row["disruptions"] for row in found["kinds"].values())
+    assert found["moves"] > 0
+    assert 0 < found["gap_s"]["p50"] <= found["gap_s"]["p99"] <= found["gap_s"]["max"]
+    assert 0 < found["recover_s"]["p50"] <= found["recover_s"]["max"]
+    assert found["unrecovered"] == 0
+    assert twins.is_whole(3, 1)
+
+
+def test_chaos_is_refused_where_it_cannot_be(twins: Fleet) -> None:
+    for words, why in (
+        (("--min-ready", "3"), "the fleet has 3 replicas, and --min-ready 3 wants 3 besides the one that goes"),
+        (("--osl", "4000"), "make up to 4064 tokens, and the model takes 2048"),
+        (("--name", "nobody"), "no fleet 'nobody'"),
+    ):
+        refused = twins.home.kervan("chaos", twins.url, "--kill-every", "1s", *words)
+        assert refused.returncode == 1
+        assert why in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
 CALLER = """
 import asyncio, json, sys
 from kervan.serve import cluster

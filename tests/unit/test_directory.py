@@ -1,6 +1,7 @@
 import msgspec
 import pytest
 
+from kervan.facts.fault import Fault
 from kervan.fleet.directory import (
     EXPIRY_S,
     MAX_FAILURES,
@@ -8,10 +9,13 @@ from kervan.fleet.directory import (
     Directory,
     Drain,
     GatewayEntry,
+    Order,
     ReplicaEntry,
     ReplicaState,
     Snapshot,
     StartFailure,
+    Strike,
+    Suffer,
 )
 from kervan.fleet.link import members
 
@@ -200,3 +204,18 @@ def test_members_are_the_replicas_that_can_be_linked_to_and_when_they_leave(dire
         ("b", "tcp://h:2", True, 28.0, True),
         ("c", "tcp://h:3", True, None, False),
     ]
+
+
+@pytest.mark.parametrize("order", [Drain(5.0), Suffer(Fault("slow", 2.0)), Strike("kill"), Strike("hang")], ids=str)
+def test_orders_arrive_as_they_were_given(directory: Directory, order: Order) -> None:
+    directory.beat_replica(replica("a"))
+    assert directory.order("a", msgspec.msgpack.decode(msgspec.msgpack.encode(order), type=Order)) is True
+    assert directory.beat_replica(replica("a")) == [order]
+
+
+def test_a_replica_that_is_struck_is_ready_until_it_is_felt(directory: Directory) -> None:
+    directory.beat_replica(replica("a"))
+    before = directory.version
+    directory.order("a", Strike("kill"))
+    assert directory.version == before
+    assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]

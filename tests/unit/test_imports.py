@@ -17,21 +17,22 @@ BOTTOM = ("errors.py", "units.py", "stats.py")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
-#   errors, units, stats <- facts, policy <- fleet, bench, notices <- twin, gateway <- serve <- cli
+#   errors, units, stats <- facts, policy <- fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
 FORBIDDEN = [
     *(
-        (part, ("facts", "policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "cli", "demo"))
+        (part, ("facts", "policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo"))
         for part in BOTTOM
     ),
-    ("facts", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "cli", "demo")),
-    ("policy", ("facts", "fleet", "twin", "bench", "gateway", "notices", "serve", "cli", "demo")),
-    ("fleet", ("twin", "bench", "gateway", "notices", "serve", "cli", "demo")),
-    ("twin", ("policy", "bench", "gateway", "notices", "serve", "cli", "demo")),
-    ("bench", ("fleet", "twin", "gateway", "notices", "serve", "cli", "demo")),
-    ("gateway", ("twin", "bench", "notices", "serve", "cli", "demo")),
-    ("notices", ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "cli", "demo")),
-    ("serve", ("bench", "cli", "demo")),
-    ("demo", ("fleet", "twin", "bench", "gateway", "notices", "serve", "cli")),
+    ("facts", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    ("policy", ("facts", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    ("bench", ("fleet", "twin", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    ("gateway", ("twin", "bench", "notices", "serve", "chaos", "cli", "demo")),
+    ("notices", ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "chaos", "cli", "demo")),
+    ("serve", ("bench", "chaos", "cli", "demo")),
+    ("chaos", ("policy", "gateway", "notices", "cli", "demo")),
+    ("demo", ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli")),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
@@ -113,7 +114,9 @@ def test_pure_packages_load_nothing_heavy() -> None:
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["up", "--help"], ["bench", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["up", "--help"], ["bench", "--help"], ["chaos", "--help"]], ids=" ".join
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import runpy

@@ -15,6 +15,7 @@ COMMANDS = {
     "scale": "Change the number of replicas or gateways.",
     "drain": "Take a replica or a node out of service; its streams move.",
     "fault": "Let a simulated replica suffer.",
+    "chaos": "Disturb a fleet under load and check every token.",
     "bench": "Measure a server under load.",
     "demo": "See it run on this machine, without a GPU.",
 }

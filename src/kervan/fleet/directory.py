@@ -106,7 +106,13 @@ class Suffer(msgspec.Struct, frozen=True, tag="suffer"):
     fault: Fault
 
 
-Order = Drain | Suffer
+class Strike(msgspec.Struct, frozen=True, tag="strike"):
+    """An order to a replica of any engine: its process is killed, or stopped where it is (`kervan chaos`)."""
+
+    how: Literal["kill", "hang"]
+
+
+Order = Drain | Suffer | Strike
 
 
 class Snapshot(msgspec.Struct, frozen=True):

@@ -122,6 +122,11 @@ class EngineProcess:
         """Let a twin suffer; an engine takes no notice."""
         self._command("fault", fault)
 
+    def strike(self, how: Literal["kill", "hang"]) -> None:
+        """Do to the engine's process what a fault would: it dies, or gets no CPU any more."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+
     def stop(self, timeout_s: float) -> None:
         """End the engine: asked first, killed after `timeout_s`."""
         self._command("stop")

@@ -16,7 +16,7 @@ from ray.util import placement_group_table
 from kervan.errors import EngineError
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.control import EngineSpec, Placement
-from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure
+from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import directory as directories
@@ -133,7 +133,9 @@ class EngineReplica:
             time.sleep(BEAT_PERIOD_S)
 
     def _obey(self, order: Order) -> None:
-        if not isinstance(order, Drain):
+        if isinstance(order, Strike):
+            self._process.strike(order.how)
+        elif not isinstance(order, Drain):
             self._process.suffer(order.fault)
         elif not self._is_leaving:
             self._is_leaving = True

@@ -14,7 +14,7 @@ from kervan import errors
 from kervan.errors import EngineError, FleetError, KervanError
 from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
-from kervan.fleet.directory import Snapshot, StartFailure, Suffer
+from kervan.fleet.directory import Order, Snapshot, StartFailure, Suffer
 from kervan.serve import cluster
 from kervan.serve.why import explain
 
@@ -153,12 +153,29 @@ def _raised(failure: StartFailure) -> KervanError:
 
 
 def snapshot_of(handle: Any) -> Snapshot:
-    import ray
-
     from kervan.serve import directory
 
+    return directory.read(_told(handle.snapshot.remote()))
+
+
+def next_snapshot(handle: Any, version: int, timeout_s: float) -> Snapshot:
+    """The fleet as soon as its version differs from `version`, at the latest after `timeout_s`."""
+    from kervan.serve import directory
+
+    return directory.read(_told(handle.wait.remote(version, timeout_s)))
+
+
+def order(handle: Any, replica_id: str, what: Order) -> bool:
+    """Order something of a replica, which obeys within about a second; whether there is such a replica."""
+    return bool(_told(handle.order.remote(replica_id, msgspec.msgpack.encode(what))))
+
+
+def _told(asked: Any) -> Any:
+    """A directory's answer. Raises: FleetError."""
+    import ray
+
     try:
-        return directory.read(ray.get(handle.snapshot.remote(), timeout=DIRECTORY_TIMEOUT_S))
+        return ray.get(asked, timeout=DIRECTORY_TIMEOUT_S)
     except ray.exceptions.RayError as error:
         raise FleetError(
             f"the fleet's directory does not answer ({type(error).__name__}); try again in a few seconds"
@@ -245,14 +262,12 @@ def suffer(name: str, replica_id: str, fault: Fault, address: str | None = None)
     Raises: FleetError when the fleet has no such replica, or it is no twin.
     """
     handle = attach(name, address)
-    import ray
-
     if stored_config(handle).engine != "twin":
         raise FleetError(f"the replicas of fleet {name!r} are real engines; faults are for --engine twin, or use kill")
     ids = [r.id for r in snapshot_of(handle).replicas]
     if replica_id not in ids:
         raise FleetError(f"fleet {name!r} has no replica {replica_id!r}; it has {', '.join(ids) or 'none'}")
-    ray.get(handle.order.remote(replica_id, msgspec.msgpack.encode(Suffer(fault))), timeout=DIRECTORY_TIMEOUT_S)
+    order(handle, replica_id, Suffer(fault))
 
 
 def down(name: str, address: str | None = None) -> Literal["stopped", "stopped with Ray"]:

@@ -1,0 +1,94 @@
+"""The fleet behind a URL: who is ready there, and orders to its replicas, on whichever node they are."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from kervan.bench.load import Target
+from kervan.bench.target import RequestError, get_text
+from kervan.chaos.schedule import Kind
+from kervan.errors import ConfigError, FleetError
+from kervan.facts.fleet import FleetConfig
+from kervan.fleet.directory import Drain, Snapshot, Strike
+from kervan.serve import cluster
+from kervan.serve import fleet as fleets
+
+STATUS_PATH = "/kervan/status"
+
+
+class Fleet(Protocol):
+    """What a run needs of a fleet."""
+
+    def look(self, version: int, timeout_s: float) -> Snapshot:
+        """The fleet as soon as its version differs from `version`, at the latest after `timeout_s`.
+
+        Raises: FleetError when its directory does not answer.
+        """
+
+    def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
+        """Order a disruption, obeyed within about a second; whether there is such a replica.
+
+        Raises: FleetError when the directory does not answer.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LiveFleet:
+    """A fleet on Ray."""
+
+    name: str
+    config: FleetConfig
+    models: tuple[str, ...]
+    _handle: Any
+
+    def look(self, version: int, timeout_s: float) -> Snapshot:
+        return fleets.next_snapshot(self._handle, version, timeout_s)
+
+    def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
+        return fleets.order(self._handle, replica_id, Drain(deadline_s) if kind == "drain" else Strike(kind))
+
+
+def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, address: str | None) -> LiveFleet:
+    """The fleet whose gateway answers at `url`.
+
+    Raises: ConfigError when no kervan gateway answers there; FleetError when its fleet cannot be found from here.
+    """
+    gateway = _gateway(url, headers, name)
+    if name is None and address is not None:
+        cluster.connect(address)
+    else:
+        fleets.attach(name or _remembered(url), address)
+    from kervan.serve import directory
+
+    for candidate in [name] if name else directory.names():
+        handle = directory.find(candidate)
+        snapshot = fleets.snapshot_of(handle)
+        entry = next((entry for entry in snapshot.gateways if entry.id == gateway), None)
+        if entry is not None:
+            return LiveFleet(candidate, fleets.stored_config(handle), entry.models, handle)
+    looked = f"fleet {name!r}" if name else f"the fleets of its cluster ({', '.join(directory.names())})"
+    raise FleetError(f"{url} is answered by gateway {gateway}, which is not of {looked}; give its --name or --address")
+
+
+def _gateway(url: str, headers: Iterable[tuple[str, str]], name: str | None) -> str:
+    """The id of the gateway that answers."""
+    path = STATUS_PATH + (f"?fleet={name}" if name else "")
+    try:
+        found = json.loads(get_text(Target(url=url, headers=tuple(headers)), path))
+        return str(found["gateway"])
+    except RequestError as error:
+        if "401" in str(error):
+            raise ConfigError(f"{url} wants an API key ({error}); give --api-key, or set KERVAN_API_KEY") from error
+        reason = str(error)
+    except (ValueError, KeyError, TypeError):
+        reason = f"GET {path} is not answered as a gateway would"
+    raise ConfigError(f"{url} is no kervan fleet: {reason}; give the URL that `kervan status` shows")
+
+
+def _remembered(url: str) -> str:
+    """The name of the fleet that was started from here at this URL's port."""
+    port = urlsplit(url).port
+    known = [fleet.name for fleet in cluster.remembered() if urlsplit(fleet.url).port == port]
+    return known[0] if known else "default"

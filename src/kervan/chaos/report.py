@@ -1,0 +1,87 @@
+"""What a run of chaos has found."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kervan.chaos import effects
+from kervan.chaos.effects import Disruption
+from kervan.chaos.schedule import Kind
+from kervan.chaos.verify import Difference
+from kervan.stats import quantile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """`streams` have ended, whole or broken; `unfinished` ones were cut off by Ctrl-C. `plan`: what was asked for."""
+
+    plan: Mapping[str, Any]
+    engine: str
+    target_replicas: int
+    wall_s: float
+    disruptions: Sequence[Disruption]
+    skipped: Mapping[Kind, int]
+    streams: int
+    unfinished: int
+    tokens: int
+    broken: int
+    difference: Difference
+    errors: Mapping[str, int]
+    messages: Mapping[str, str]
+    moves: int
+    longest_s: Sequence[float]
+    was_interrupted: bool = False
+
+    @property
+    def unrecovered(self) -> list[Disruption]:
+        """Disruptions after which the fleet was never whole; with Ctrl-C nobody has waited for that."""
+        return [] if self.was_interrupted else [one for one in self.disruptions if one.whole_s is None]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether streams were checked, all came whole and right, and the fleet is whole again."""
+        found = (self.broken, self.difference.lost, self.difference.doubled, self.difference.wrong)
+        return self.streams > 0 and not any(found) and not self.unrecovered
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints; scripts rely on these keys. Seconds; None where there is nothing to take it of."""
+        gaps_s = effects.moved_gaps_s(self.longest_s, self.moves)
+        return {
+            "disruptions": len(self.disruptions),
+            "streams": self.streams,
+            "broken": self.broken,
+            "tokens_lost": self.difference.lost,
+            "tokens_doubled": self.difference.doubled,
+            "moves": self.moves,
+            "gap_s": {**_quantiles(gaps_s, p50=0.5, p99=0.99), "max": _rounded(max(gaps_s, default=None))},
+            "recover_s": self._recovery(self.disruptions),
+            "tokens": self.tokens,
+            "tokens_wrong": self.difference.wrong,
+            "skipped": sum(self.skipped.values()),
+            "unrecovered": len(self.unrecovered),
+            "unfinished": self.unfinished,
+            "kinds": {kind: self._of_kind(kind) for kind in self.skipped},
+            "errors": {kind: {"count": n, "first": self.messages[kind]} for kind, n in self.errors.items()},
+            "engine": self.engine,
+            "replicas": self.target_replicas,
+            "wall_s": round(self.wall_s, 1),
+            "was_interrupted": self.was_interrupted,
+            "asked": dict(self.plan),
+        }
+
+    def _of_kind(self, kind: Kind) -> dict[str, Any]:
+        those = [one for one in self.disruptions if one.kind == kind]
+        return {"disruptions": len(those), "skipped": self.skipped[kind], "recover_s": self._recovery(those)}
+
+    @staticmethod
+    def _recovery(disruptions: Sequence[Disruption]) -> dict[str, float | None]:
+        took_s = [one.recover_s for one in disruptions if one.recover_s is not None]
+        return {**_quantiles(took_s, p50=0.5), "max": _rounded(max(took_s, default=None))}
+
+
+def _quantiles(values: Sequence[float], **shares: float) -> dict[str, float | None]:
+    return {name: _rounded(quantile(values, share) if values else None) for name, share in shares.items()}
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)

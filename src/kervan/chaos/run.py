@@ -1,0 +1,316 @@
+"""Disturbs a fleet under load, from the first stream to the report."""
+
+import asyncio
+import resource
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+from kervan.bench import drive, eventloop, target
+from kervan.bench.load import Load, Target
+from kervan.bench.prompts import Alphabet, Ask
+from kervan.bench.worker import Share
+from kervan.chaos import effects, schedule
+from kervan.chaos.effects import Disruption
+from kervan.chaos.fleet import Fleet
+from kervan.chaos.load import SAMPLING, CheckedDriver, CheckedExchange, Truth, seen_truth, twin_truth
+from kervan.chaos.report import Report
+from kervan.chaos.schedule import Kind, Moment
+from kervan.chaos.tally import Tally
+from kervan.errors import ConfigError, FleetError
+from kervan.facts.fleet import FleetConfig
+from kervan.facts.workload import Slo, parse_lengths
+from kervan.fleet.directory import Snapshot
+from kervan.twin import settings as twins
+
+Say = Callable[[str], None]
+
+LOOK_S = 1.0
+BEAT_S = 1.5  # after which all gateways have told what they moved
+NUM_PROMPTS = 32  # of a real model, each answered twice before the disruptions
+TIMEOUT_S = 400.0  # of a stream: longer than one is held without a replica (300 s by default)
+RECOVERY_S = 300.0  # beyond the stall timeout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What to do. `periods_s`: a disruption of each kind comes once in so long. `deadline_s`: of drains."""
+
+    periods_s: Mapping[Kind, float]
+    duration_s: float
+    streams: int
+    min_ready: int = 1
+    deadline_s: float = 30.0
+    isl: str = "16..64"
+    osl: str = "20..200"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError."""
+        if not self.periods_s:
+            raise ConfigError("nothing would be disturbed; give --kill-every, --drain-every or --hang-every")
+        for kind, period_s in self.periods_s.items():
+            if not 0 < period_s < self.duration_s:
+                raise ConfigError(
+                    f"--{kind}-every {period_s:g} s is not between 0 and the {self.duration_s:g} s of --for"
+                )
+        if self.min_ready < 0:
+            raise ConfigError(f"--min-ready {self.min_ready} is below 0")
+
+    @property
+    def moments(self) -> list[Moment]:
+        return schedule.moments(self.periods_s, self.duration_s)
+
+    def check(self, config: FleetConfig) -> None:
+        """Raises: ConfigError when the fleet is so small that nothing could be disrupted."""
+        if config.replicas < self.min_ready + 1:
+            raise ConfigError(
+                f"the fleet has {config.replicas} replicas, and --min-ready {self.min_ready} wants {self.min_ready} "
+                f"besides the one that goes; kervan scale {self.min_ready + 1}, or --min-ready 0"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What streams ask, and what must come. `numbers`: the prompts to choose from, all if empty."""
+
+    target: Target
+    alphabet: Alphabet
+    truth: Truth
+    numbers: tuple[int, ...] = ()
+
+
+def run(fleet: Fleet, config: FleetConfig, plan: Plan, at: Target, say: Say) -> Report:
+    """Carry out `plan` on the fleet at `at`. Blocks; Ctrl-C ends it early, with the report.
+
+    Raises: ConfigError, FleetError before the first disruption.
+    """
+    plan.check(config)
+    drive.raise_file_limit()
+    need, limit = plan.streams + drive.FILES_PER_PROCESS, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if need > limit:
+        raise ConfigError(
+            f"--streams {plan.streams} needs {need} open files, and the limit is {limit}; "
+            f"raise it (ulimit -n {need}), or use --streams {max(1, limit - drive.FILES_PER_PROCESS)}"
+        )
+    factory, _ = eventloop.factory()
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_Run(fleet, config, plan, say).run(at))
+
+
+class _Run:
+    def __init__(self, fleet: Fleet, config: FleetConfig, plan: Plan, say: Say) -> None:
+        self._fleet, self._config, self._plan, self._say = fleet, config, plan, say
+        self._disruptions: list[Disruption] = []
+        self._skipped: dict[Kind, int] = dict.fromkeys(plan.periods_s, 0)
+        self._snapshot = Snapshot(-1, [], [], [])
+        self._moved: dict[str, tuple[int, int]] = {}
+        self._is_stopped = asyncio.Event()
+
+    async def run(self, at: Target) -> Report:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._is_stopped.set)
+        try:
+            self._see(await asyncio.to_thread(self._fleet.look, -1, 0.0))
+            questions = await self._questions(at)
+            return await self._disturb(questions)
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+    async def _questions(self, at: Target) -> Questions:
+        load = self._load(self._plan.streams, duration_s=self._plan.duration_s)
+        at, probe = await asyncio.to_thread(
+            lambda: target.first_look(
+                at.url,
+                model=at.model or None,
+                api="completions",
+                headers=at.headers,
+                sampling=SAMPLING,
+                verify_tls=True,
+            )
+        )
+        longest = parse_lengths(load.isl).maximum + parse_lengths(load.osl).maximum
+        if probe.max_model_len is not None and longest > probe.max_model_len:
+            raise ConfigError(
+                f"--isl {load.isl} and --osl {load.osl} make up to {longest} tokens, and the model takes "
+                f"{probe.max_model_len}; use shorter ones"
+            )
+        if self._config.engine == "twin":
+            limits = twins.settings(self._config).limits
+            alphabet = Alphabet(vocab_size=limits.last_token + 1, first_id=limits.first_token)
+            return Questions(at, alphabet, twin_truth(limits))
+        alphabet, probe = await asyncio.to_thread(target.find_alphabet, at, load, probe, None)
+        if not probe.answered:
+            raise FleetError(f"{at.url} does not answer: {probe.complaint}")
+        return await self._seen(at, alphabet)
+
+    async def _seen(self, at: Target, alphabet: Alphabet) -> Questions:
+        """Prompts of a real model, with what it answers undisturbed, both alone and in a batch."""
+        self._say(f"{NUM_PROMPTS} prompts are answered twice, undisturbed: by these the later answers are judged")
+        answers: list[dict[bytes, list[int]]] = []
+        order: list[bytes] = []
+        for streams in (1, min(max(2, self._plan.streams), NUM_PROMPTS)):
+            found: dict[bytes, list[int]] = {}
+
+            def take(ask: Ask, exchange: CheckedExchange | None, found: dict[bytes, list[int]] = found) -> None:
+                if exchange is None or exchange.error is not None:
+                    why = "no connection" if exchange is None else f"{exchange.error}: {exchange.message}"
+                    raise FleetError(f"an answer failed before anything was disturbed: {why}")
+                found[ask.body] = exchange.tokens
+
+            load = self._load(streams, num_requests=NUM_PROMPTS)
+            driver = CheckedDriver(Share(load, at, alphabet, Slo()), time.time(), take)
+            order = [driver.prompt(number).body for number in range(NUM_PROMPTS)]
+            await self._drive(driver, ends_at_stop=True)
+            answers.append(found)
+        same = {body: tokens for body, tokens in answers[0].items() if answers[1].get(body) == tokens}
+        numbers = tuple(number for number, body in enumerate(order) if body in same)
+        if not numbers:
+            raise FleetError("no prompt was answered twice in the same way, so no stream could be checked")
+        if len(numbers) < NUM_PROMPTS:
+            self._say(f"{NUM_PROMPTS - len(numbers)} were answered differently in a batch, and are left out")
+        return Questions(at, alphabet, seen_truth(same), numbers)
+
+    def _load(self, streams: int, *, num_requests: int | None = None, duration_s: float | None = None) -> Load:
+        return Load(
+            streams=streams,
+            num_requests=num_requests,
+            duration_s=duration_s,
+            isl=self._plan.isl,
+            osl=self._plan.osl,
+            seed=self._plan.seed,
+            timeout_s=TIMEOUT_S,
+        )
+
+    async def _drive(self, driver: CheckedDriver, *, ends_at_stop: bool) -> None:
+        """Send the driver's load to its end, or to Ctrl-C."""
+        driver.prepare()
+        await driver.connect_first()
+        driver.tally.start_s = time.time()
+        running = asyncio.create_task(driver.run())
+        stop = asyncio.create_task(self._is_stopped.wait())
+        try:
+            await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                driver.end()
+            await running
+        finally:
+            stop.cancel()
+            running.cancel()
+        if ends_at_stop and self._is_stopped.is_set():
+            raise FleetError("stopped before anything was disturbed")
+
+    async def _disturb(self, questions: Questions) -> Report:
+        plan = self._plan
+        tally = Tally(questions.truth, self._disruptions, self._say)
+        load = self._load(plan.streams, duration_s=plan.duration_s)
+        share = Share(load, questions.target, questions.alphabet, Slo())
+        driver = CheckedDriver(share, time.time(), tally.add, questions.numbers)
+        self._say(f"{plan.streams} streams on {self._config.replicas} replicas for {plan.duration_s:g} s")
+        begin_s = time.time()
+        watching = asyncio.create_task(self._watch())
+        striking = asyncio.create_task(self._strike_all(begin_s))
+        try:
+            await self._drive(driver, ends_at_stop=False)
+            striking.cancel()
+            await asyncio.wait({striking})
+            wall_s = time.time() - begin_s
+            await self._wait_until_whole(watching)
+            if not self._is_stopped.is_set():
+                await asyncio.sleep(BEAT_S)
+            with suppress(FleetError):
+                self._see(await asyncio.to_thread(self._fleet.look, -1, 0.0))
+            for task in (striking, watching):
+                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                    raise error
+        finally:
+            watching.cancel()
+            striking.cancel()
+        return Report(
+            plan=asdict(plan),
+            engine=self._config.engine,
+            target_replicas=self._config.replicas,
+            wall_s=wall_s,
+            disruptions=self._disruptions,
+            skipped=self._skipped,
+            streams=tally.streams,
+            unfinished=driver.tally.unfinished,
+            tokens=tally.tokens,
+            broken=tally.broken,
+            difference=await asyncio.to_thread(tally.difference),
+            errors=tally.errors,
+            messages=tally.messages,
+            moves=sum(last - first for first, last in self._moved.values()),
+            longest_s=tally.longest_s,
+            was_interrupted=self._is_stopped.is_set(),
+        )
+
+    # ---- disruptions
+
+    async def _strike_all(self, begin_s: float) -> None:
+        for number, moment in enumerate(self._plan.moments):
+            await asyncio.sleep(begin_s + moment.at_s - time.time())
+            await self._strike(number, moment.kind)
+
+    async def _strike(self, number: int, kind: Kind) -> None:
+        running = {r.id: r.running for r in self._snapshot.replicas if r.id in self._ready()}
+        hit = {disruption.replica for disruption in self._disruptions if disruption.whole_s is None}
+        fit = running.keys() - hit
+        replica = schedule.choose(fit, min_ready=self._plan.min_ready, seed=self._plan.seed, number=number)
+        if replica is None:
+            self._skip(kind, f"{len(fit)} of {self._config.replicas} replicas are ready")
+            return
+        disruption = Disruption(number, kind, replica, time.time(), running[replica])
+        self._disruptions.append(disruption)
+        why = "it has left meanwhile"
+        try:
+            is_known = await asyncio.to_thread(self._fleet.strike, kind, replica, self._plan.deadline_s)
+        except FleetError as error:
+            is_known, why = False, str(error)
+        if not is_known:
+            self._disruptions.remove(disruption)
+            self._skip(kind, f"{replica}: {why}")
+            return
+        self._say(f"{kind} {replica} with {disruption.streams} streams; {len(fit) - 1} others are ready")
+
+    def _skip(self, kind: Kind, why: str) -> None:
+        self._skipped[kind] += 1
+        self._say(f"no {kind} this time: {why}")
+
+    # ---- the fleet
+
+    async def _watch(self) -> None:
+        told = ""
+        while True:
+            try:
+                self._see(await asyncio.to_thread(self._fleet.look, self._snapshot.version, LOOK_S))
+                told = ""
+            except FleetError as error:
+                if str(error) != told:
+                    told = str(error)
+                    self._say(told)
+                await asyncio.sleep(LOOK_S)
+
+    def _ready(self) -> set[str]:
+        return {replica.id for replica in self._snapshot.replicas if replica.state == "ready"}
+
+    def _see(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        for gateway in snapshot.gateways:
+            first, _ = self._moved.get(gateway.id, (gateway.moved, 0))
+            self._moved[gateway.id] = first, gateway.moved
+        for disruption in effects.follow(self._disruptions, self._ready(), self._config.replicas, time.time()):
+            if disruption.recover_s is not None:
+                self._say(
+                    f"whole again {disruption.recover_s:.1f} s after the {disruption.kind} of {disruption.replica}"
+                )
+
+    async def _wait_until_whole(self, watching: "asyncio.Task[None]") -> None:
+        bound_s = time.monotonic() + RECOVERY_S + self._config.stall_timeout_s
+        while any(disruption.whole_s is None for disruption in self._disruptions):
+            if self._is_stopped.is_set() or watching.done() or time.monotonic() > bound_s:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_stopped.wait(), 0.1)

@@ -1,0 +1,60 @@
+"""What has become of the streams, counted as they end."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kervan.bench.prompts import Ask
+from kervan.chaos import effects, verify
+from kervan.chaos.effects import Disruption
+from kervan.chaos.load import CheckedExchange, Truth
+
+# An answer with such an error came to its end; what is wrong with its tokens is counted as tokens.
+TOKEN_ERRORS = ("wrong_length", "duplicated", "empty")
+
+
+@dataclass(slots=True)
+class Tally:
+    """`disruptions` is the list that the run adds to. `longest_s`: each stream's longest gap in each window."""
+
+    truth: Truth
+    disruptions: Sequence[Disruption]
+    on_fault: Callable[[str], None] = lambda _: None
+    streams: int = 0
+    tokens: int = 0
+    broken: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+    longest_s: list[float] = field(default_factory=list)
+    _odd: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
+
+    def add(self, ask: Ask, exchange: CheckedExchange | None) -> None:
+        """Count one stream that has ended, or that found no connection."""
+        self.streams += 1
+        if exchange is None:
+            self._break("refused", "no connection")
+            return
+        tokens, error = exchange.tokens, exchange.error
+        self.tokens += len(tokens)
+        truth = self.truth(ask)
+        is_right = tokens == truth
+        is_whole = error is None or (error in TOKEN_ERRORS and not is_right)
+        if not is_whole:
+            self._break(str(error), exchange.message)
+        if not is_right and (is_whole or tokens != truth[: len(tokens)]):
+            self._odd.append((truth, tokens, is_whole))
+            self.on_fault(f"a stream has other tokens than it should: {len(tokens)} came of {len(truth)}")
+        self.longest_s += effects.longest_gaps_s(exchange.sent_s, exchange.tokens_s, self.disruptions)
+
+    def _break(self, kind: str, message: str) -> None:
+        self.broken += 1
+        self.errors[kind] = self.errors.get(kind, 0) + 1
+        if kind not in self.messages:
+            self.messages[kind] = message
+            self.on_fault(f"a stream broke: {kind}: {message}")
+
+    def difference(self) -> verify.Difference:
+        """Over all streams; takes a while if many differ."""
+        total = verify.Difference()
+        for truth, tokens, is_whole in self._odd:
+            total += verify.compare(truth, tokens, is_whole=is_whole)
+        return total

@@ -1,0 +1,113 @@
+"""`kervan chaos`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kervan.cli import options
+
+if TYPE_CHECKING:
+    from kervan.chaos.report import Report
+    from kervan.chaos.schedule import Kind
+
+
+@click.command()
+@click.argument("url")
+@click.option("--kill-every", metavar="10s", help="SIGKILL an engine's process once in so long.")
+@click.option("--drain-every", metavar="30s", help="Drain a replica once in so long.")
+@click.option("--hang-every", metavar="2min", help="SIGSTOP an engine's process once in so long.")
+@click.option("--for", "duration", default="1min", show_default=True, help="How long in all.")
+@click.option("--streams", type=click.IntRange(1, 10_000), default=64, show_default=True, help="At the same time.")
+@click.option("--isl", default="16..64", show_default=True, help="Prompt tokens, as for kervan bench.")
+@click.option("--osl", default="20..200", show_default=True, help="Output tokens, in the same forms.")
+@click.option("--min-ready", type=click.IntRange(min=0), default=1, show_default=True,
+              help="Disturb nothing unless so many other replicas are ready.")  # fmt: skip
+@click.option("--deadline", default="30s", show_default=True, help="Of each drain.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same prompts and order of victims.")
+@click.option("--api-key", help="Sent as a bearer token; or KERVAN_API_KEY.")
+@click.option("--name", help="The fleet's name; without it, that of the gateway that answers.")
+@options.address
+@click.option("--record", type=click.Path(path_type=Path), help="Write a record to this file or directory.")
+@options.as_json
+def chaos(url: str, **given: Any) -> None:
+    """Disturb the fleet at URL under load, and check every token that its clients get.
+
+    Exit status 1 if a stream broke, a token was lost, came twice or was wrong, or the fleet did not become whole again.
+    Ctrl-C ends it early, with the report.
+    """
+    from kervan.bench import records
+    from kervan.bench.load import Target
+    from kervan.bench.target import parse_url
+    from kervan.chaos import fleet as fleets
+    from kervan.chaos import run
+    from kervan.cli import render
+    from kervan.units import parse_duration_s
+
+    kinds: tuple[Kind, ...] = ("kill", "drain", "hang")
+    plan = run.Plan(
+        periods_s={
+            kind: parse_duration_s(given[f"{kind}_every"], f"--{kind}-every")
+            for kind in kinds
+            if given[f"{kind}_every"] is not None
+        },
+        duration_s=parse_duration_s(given["duration"], "--for"),
+        streams=given["streams"],
+        min_ready=given["min_ready"],
+        deadline_s=parse_duration_s(given["deadline"], "--deadline"),
+        isl=given["isl"],
+        osl=given["osl"],
+        seed=given["seed"],
+    )
+    key = given["api_key"] or os.environ.get("KERVAN_API_KEY")
+    headers = (("Authorization", f"Bearer {key}"),) if key else ()
+    url = parse_url(url)
+    found = fleets.find(url, headers=headers, name=given["name"], address=given["address"])
+    model = found.models[0] if found.models else ""
+    report = run.run(found, found.config, plan, Target(url=url, model=model, headers=headers), render.progress_lines())
+    if given["as_json"]:
+        render.print_json(report.to_dict())
+    else:
+        _print(report)
+    if given["record"] is not None:
+        path = records.write(given["record"], records.record("chaos", {"result": report.to_dict()}))
+        print(f"record: {path}", file=sys.stderr)
+    sys.exit(0 if report.is_good else 1)
+
+
+def _print(report: "Report") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    found = report.to_dict()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    table = Table("", "disruptions", "skipped", "whole again, p50", "max", box=None, pad_edge=False, header_style="dim")
+    for kind, row in found["kinds"].items():
+        recover_s = row["recover_s"]
+        table.add_row(
+            kind, str(row["disruptions"]), str(row["skipped"]), _time(recover_s["p50"]), _time(recover_s["max"])
+        )
+    console.print(table)
+    gap_s = found["gap_s"]
+    print(
+        f"\n{found['streams']} streams with {found['tokens']} tokens in {found['wall_s']:.0f} s: "
+        f"{found['broken']} broken, {found['tokens_lost']} tokens lost, {found['tokens_doubled']} doubled, "
+        f"{found['tokens_wrong']} wrong\n"
+        f"{found['moves']} moves; longest wait of a moved stream for a token: p50 {_time(gap_s['p50'])}, "
+        f"p99 {_time(gap_s['p99'])}, max {_time(gap_s['max'])}"
+    )
+    for kind, error in found["errors"].items():
+        print(f"broken by {kind}: {error['count']}, the first: {error['first']}")
+    if not found["streams"]:
+        print("no stream has ended, so nothing was checked")
+    if report.unrecovered:
+        late = ", ".join(f"the {one.kind} of {one.replica}" for one in report.unrecovered)
+        print(f"the fleet was not whole again after {late}")
+
+
+def _time(seconds: float | None) -> str:
+    from kervan.units import format_duration
+
+    return "-" if seconds is None else format_duration(seconds)
