@@ -10,7 +10,7 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from kervan.errors import FleetError
-from kervan.fleet.directory import Directory, GatewayEntry, Order, ReplicaEntry, Snapshot, StartFailure
+from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
 
 NAMESPACE = "kervan"
 _PREFIX = "directory-"
@@ -71,6 +71,13 @@ class DirectoryActor:
         before = self._directory.version
         self._directory.beat_gateway(msgspec.msgpack.decode(entry, type=GatewayEntry))
         self._touch(before)
+
+    async def beat_node(self, entry: bytes) -> bytes:
+        """Take what a node's watcher tells; the snapshot."""
+        before = self._directory.version
+        self._directory.beat_node(msgspec.msgpack.decode(entry, type=NodeEntry))
+        self._touch(before)
+        return await self.snapshot()
 
     async def remove(self, entry_id: str) -> None:
         before = self._directory.version
