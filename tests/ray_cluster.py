@@ -45,9 +45,9 @@ class RayCluster:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def start_head(self, *options: str) -> None:
+    def start_head(self, *options: str, env: Mapping[str, str] | None = None) -> None:
         words = ("--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self.place}")
-        self._start("head", *words, *options)
+        self._start("head", *words, *options, env=env)
 
     def start_node(self, ip: str, *options: str, env: Mapping[str, str] | None = None) -> None:
         """`env`: what is different in this node's environment."""
@@ -75,8 +75,8 @@ class RayCluster:
         raise AssertionError(path.read_text()[-2000:])
 
     def node_has_ended(self, ip: str) -> bool:
-        """Whether `ray start` of a node has ended by itself."""
-        return self._nodes[ip].poll() is not None
+        """Whether Ray has ended a node by itself (`ray start` goes on blocking then)."""
+        return not any("raylet" in part.name() for part in psutil.Process(self._nodes[ip].pid).children())
 
     def kill_node(self, ip: str) -> None:
         """All processes of a node end at once, as when its power fails."""

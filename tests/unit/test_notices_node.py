@@ -35,9 +35,9 @@ async def test_a_node_hears_its_cloud_its_operator_and_sigterm() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-async def test_without_settings_only_operators_are_heard() -> None:
+async def test_with_nothing_to_watch_only_operators_are_heard() -> None:
     heard: asyncio.Queue[Notice] = asyncio.Queue()
-    async with asyncio.timeout(10), watching(NoticeSettings(), heard.put, node="n1") as watch:
+    async with asyncio.timeout(10), watching(NoticeSettings(watch=()), heard.put, node="n1") as watch:
         assert (list(watch.watcher.health), watch.cloud_node) == (["operator"], None)
         told = watch.operator.announce()
         assert await heard.get() == told

@@ -125,7 +125,7 @@ class NodeGuard:
         self._processes: dict[int, psutil.Process] = {}
         self._replica_ids: set[str] = set()
         self._counted: dict[tuple[str, str], tuple[int, int]] = {}
-        self._drain_ends_s = float("inf")  # of the drain that this watch has asked Ray for
+        self._has_drained = False
         self._written: NodeState | None = None
         self._writing: asyncio.Task[None] | None = None
         self._troubles: dict[str, str] = {}
@@ -151,17 +151,18 @@ class NodeGuard:
                 if leaving is not None:
                     await self._empty(sight, leaving)
                     self._write(self._state(sight, leaving))
-                elif is_drained and self._drain_ends_s == float("inf"):
+                elif is_drained and not self._has_drained:
                     self.drained.see(sight)
-                if any(self._here(sight)) or self._is_any_alive():
+                is_empty = not any(self._here(sight)) and not self._is_any_alive()
+                if not is_empty:
                     empty_since_s = time.monotonic()
                 empty_s = time.monotonic() - empty_since_s
-                if is_drained and empty_s >= self._settle_s:
+                if is_empty and is_drained and empty_s >= self._settle_s:
                     await self._leave(watcher, sight)
                     return "the node is drained and empty"
                 if not sight.snapshots:
                     return "no fleet is left"
-                if empty_s >= self._linger_s:
+                if is_empty and empty_s >= self._linger_s:
                     return "no fleet has anything here"
             with contextlib.suppress(TimeoutError):
                 period_s = IDLE_PERIOD_S if watcher.soonest is None and not is_drained else LEAVING_PERIOD_S
@@ -232,16 +233,17 @@ class NodeGuard:
         if remaining_s is None:
             remaining_s = max(0.0, notice.seen_s + NO_HURRY_S - self._wall())
         ends_s = self._wall() + remaining_s
-        if not sight.is_only_node and ends_s < self._drain_ends_s - SAME_DEADLINE_S:
-            await self._try("drain", self._drain(remaining_s, ends_s))
+        is_late = sight.drained_at_s is None or sight.drained_at_s > ends_s + SAME_DEADLINE_S
+        if not sight.is_only_node and (not sight.is_drained or is_late):
+            await self._try("drain", self._drain(remaining_s))
         for fleet, part in self._here(sight):
             if isinstance(part, ReplicaEntry) and self._must_be_told(part, sight.snapshots[fleet], remaining_s):
                 order = self._cluster.order_drain(fleet, part.id, max(MIN_DEADLINE_S, remaining_s))
                 await self._try(f"order to {part.id}", order)
 
-    async def _drain(self, remaining_s: float, ends_s: float) -> None:
+    async def _drain(self, remaining_s: float) -> None:
         await self._cluster.drain_node(remaining_s)
-        self._drain_ends_s = ends_s
+        self._has_drained = True
 
     def _must_be_told(self, replica: ReplicaEntry, snapshot: Snapshot, remaining_s: float) -> bool:
         leaves_in_s = replica.leaves_in_s if replica.state == "draining" else None
