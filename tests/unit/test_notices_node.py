@@ -50,7 +50,9 @@ def test_the_page_lists_all_settings_with_their_defaults() -> None:
     defaults = {name: getattr(NoticeSettings(), name) for name in NoticeSettings.__dataclass_fields__}
     assert described.keys() == defaults.keys()
     for name, value in defaults.items():
-        if value:
+        if isinstance(value, tuple):
+            assert described[name] == ",".join(value)
+        elif value:
             assert described[name] == (f"{value:g}" if isinstance(value, float) else value)
 
 

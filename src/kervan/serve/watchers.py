@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 KEEP_PERIOD_S = 30.0
 CALL_TIMEOUT_S = 3.0
 NAMES_PERIOD_S = 4.0
-CRASH_PAUSE_S = 10.0
+CRASH_PAUSE_S = 5.0
 _PREFIX = "watcher-"
 
 
@@ -121,14 +121,16 @@ class RayCluster:
 
     async def exchange(self, entry: NodeEntry) -> Sight:
         if time.monotonic() - self._named_s >= NAMES_PERIOD_S:
-            self._names = await asyncio.to_thread(directories.names)
+            with _as_fleet_error("Ray does not tell which fleets there are"):
+                self._names = await asyncio.to_thread(directories.names)
             self._named_s = time.monotonic()
         raw = msgspec.msgpack.encode(entry)
         await asyncio.gather(*(self._tell(name, raw) for name in self._names))
         self._snapshots = {name: self._snapshots[name] for name in self._names if name in self._snapshots}
         if self._names and not self._snapshots:
             raise FleetError(f"no directory answers, of {', '.join(self._names)}")
-        nodes, draining = await asyncio.to_thread(_nodes)
+        with _as_fleet_error("Ray does not tell which nodes there are"):
+            nodes, draining = await asyncio.to_thread(_nodes)
         drained_at_ms = draining.get(self._node_id)
         return Sight(
             self._snapshots,
@@ -145,15 +147,23 @@ class RayCluster:
             self._snapshots[name] = directories.read(told)
 
     async def drain_node(self, remaining_s: float) -> None:
-        await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
+        with _as_fleet_error("Ray does not drain the node"):
+            await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
 
     async def order_drain(self, fleet: str, replica_id: str, remaining_s: float) -> None:
         order = msgspec.msgpack.encode(Drain(remaining_s))
-        try:
+        with _as_fleet_error(f"replica {replica_id} cannot be told to leave"):
             handle = await asyncio.to_thread(directories.find, fleet)
             await asyncio.wait_for(handle.order.remote(replica_id, order), CALL_TIMEOUT_S)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            raise FleetError(f"replica {replica_id} cannot be told to leave: {type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def _as_fleet_error(what: str) -> Iterator[None]:
+    """What Ray raises while its GCS or a directory is away; the watcher asks again."""
+    try:
+        yield
+    except (ray.exceptions.RayError, RuntimeError, OSError, TimeoutError) as error:
+        raise FleetError(f"{what}: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
 
 
 def _nodes() -> tuple[list[str], dict[str, int]]:
