@@ -35,6 +35,7 @@ class Cluster:
         self.done: list[tuple[str, float]] = []  # (what, seconds that were left), in order
         self.told: list[NodeEntry] = []
         self.problem = ""
+        self.has_sent_directories_away = False
         self.has_fleet = self.has_other_nodes = self.obeys = True
         self.is_drained = False
         self.drained_at_s: float | None = None
@@ -67,6 +68,10 @@ class Cluster:
     async def order_drain(self, fleet: str, replica_id: str, remaining_s: float) -> None:
         self.done.append((replica_id, remaining_s))
         assert self.directory.order(replica_id, Drain(remaining_s))
+
+    async def send_directories_away(self) -> None:
+        assert not [replica for replica in self.replicas.values() if replica.node == HERE]
+        self.has_sent_directories_away = True
 
     @property
     def orders(self) -> list[str]:
@@ -145,6 +150,7 @@ async def test_a_notice_empties_the_node_and_the_account_is_left(cluster: Cluste
             cluster.directory.remove("a")
             assert await running == "the node is drained and empty"
             assert cloud.approved == ["602d9444"]
+            assert cluster.has_sent_directories_away
     last = state_file.read(str(place))
     assert last is not None
     assert last.notice is not None

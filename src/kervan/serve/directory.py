@@ -46,6 +46,10 @@ class DirectoryActor:
         """The config as JSON, and the secret."""
         return self._config_json, self._secret
 
+    async def node_id(self) -> str:
+        """Ray's id of the node that this runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     async def set_config(self, config_json: str) -> None:
         _internal_kv_put(self._key, config_json.encode(), overwrite=True, namespace=_STORE)
         self._config_json = config_json

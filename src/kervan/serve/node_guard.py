@@ -69,6 +69,10 @@ class Cluster(Protocol):
         """Let a replica give up its streams and end. Raises: KervanError."""
         ...
 
+    async def send_directories_away(self) -> None:
+        """Let Ray start the directories that are on this node elsewhere. Raises: KervanError."""
+        ...
+
 
 class DrainedSource(Told):
     """A drain of the node that Ray was told of by others: SIGTERM to `ray start --block`, `ray drain-node`."""
@@ -263,6 +267,7 @@ class NodeGuard:
         for notice in watcher.pending:
             if notice.is_certain and await watcher.acknowledge(notice):
                 logger.warning("node %s is empty, and %s was told so", self._node, notice.source)
+        await self._try("directories", self._cluster.send_directories_away())
 
     # ---- its account
 

@@ -156,6 +156,13 @@ class RayCluster:
             handle = await asyncio.to_thread(directories.find, fleet)
             await asyncio.wait_for(handle.order.remote(replica_id, order), CALL_TIMEOUT_S)
 
+    async def send_directories_away(self) -> None:
+        with _as_fleet_error("a directory on this node stays"):
+            for name in self._names:
+                handle = await asyncio.to_thread(directories.find, name)
+                if await asyncio.wait_for(handle.node_id.remote(), CALL_TIMEOUT_S) == self._node_id:
+                    ray.kill(handle, no_restart=False)
+
 
 @contextlib.contextmanager
 def _as_fleet_error(what: str) -> Iterator[None]:
