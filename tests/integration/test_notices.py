@@ -89,8 +89,7 @@ async def test_a_spot_node_is_taken_back_under_load(cluster: RayCluster, models:
         while not (there := on_spot(await status())):  # 1 in 16: Ray puts what takes no resources where it likes
             replicas += 2
             await kervan(fleet, "scale", str(replicas))
-        while not (node := await on_node(fleet, SPOT)):
-            await asyncio.sleep(0.5)
+        node = await eventually_async(lambda: told_of(fleet, SPOT), "the node's watcher tells of itself", START_S)
         assert (node["watches"], node["notices"], node["drained"]) == (["aws"], [], False)
         assert node["before"]["requests_served"] == left_before.requests_served
         begin_s = time.time()
@@ -107,6 +106,7 @@ async def test_a_spot_node_is_taken_back_under_load(cluster: RayCluster, models:
             await eventually_async(lambda: cluster.node_has_ended(SPOT), "Ray's node has ended by itself", START_S)
             await eventually_async(lambda: num_ready(fleet) == replicas, "replicas came up elsewhere", START_S)
             assert all(await asyncio.gather(*streams))
+        await eventually_async(lambda: told_of(fleet, SPOT) is None, "the node is forgotten", START_S)
         found = await status()
         assert there.isdisjoint(replica["id"] for replica in found["replicas"])
         assert not on_spot(found)
@@ -126,9 +126,9 @@ async def test_a_spot_node_is_taken_back_under_load(cluster: RayCluster, models:
         assert len(head_server.asked) <= asked + 1  # one may have been under way
 
 
-async def on_node(fleet: Fleet, ip: str) -> dict[str, Any]:
-    """What the watcher of a node tells; nothing as long as there is none."""
-    return next((node for node in (await asyncio.to_thread(fleet.status))["nodes"] if node["node"] == ip), {})
+def told_of(fleet: Fleet, ip: str) -> dict[str, Any] | None:
+    """What the watcher of a node tells; None when there is none."""
+    return next((node for node in fleet.status()["nodes"] if node["node"] == ip), None)
 
 
 def num_running(fleet: Fleet) -> float:
