@@ -49,21 +49,22 @@ class RayCluster:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def start_head(self, *options: str) -> None:
+    def start_head(self, *options: str, env: Mapping[str, str] | None = None) -> None:
         words = ("--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self.place}")
-        self._start("head", *words, *options)
+        self._start("head", *words, *options, env=env)
 
-    def start_node(self, ip: str, *options: str) -> None:
-        self._start(ip, f"--address={self.address}", f"--node-ip-address={ip}", *options)
+    def start_node(self, ip: str, *options: str, env: Mapping[str, str] | None = None) -> None:
+        """`env`: what is different in this node's environment."""
+        self._start(ip, f"--address={self.address}", f"--node-ip-address={ip}", *options, env=env)
 
-    def _start(self, name: str, *words: str) -> None:
+    def _start(self, name: str, *words: str, env: Mapping[str, str] | None = None) -> None:
         """Returns when the node is up. Ray gives it 30 s, which a busy machine may exceed; then it is tried again."""
         program, path = Path(sys.executable).with_name("ray"), self.home.scratch / f"{self.home.name}-{name}.log"
         for _ in range(3):
             with path.open("w") as log:
                 node = self._nodes[name] = subprocess.Popen(
                     [program, "start", "--block", "--object-store-memory=100000000", *words],
-                    env=self.home.environment,
+                    env={**self.home.environment, **(env or {})},
                     cwd=self.home.scratch,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -76,6 +77,10 @@ class RayCluster:
                 time.sleep(0.2)
             assert "timed out during startup" in path.read_text(), path.read_text()[-2000:]
         raise AssertionError(path.read_text()[-2000:])
+
+    def node_has_ended(self, ip: str) -> bool:
+        """Whether Ray has ended a node by itself (`ray start` goes on blocking then)."""
+        return not any("raylet" in part.name() for part in psutil.Process(self._nodes[ip].pid).children())
 
     def kill_node(self, ip: str) -> None:
         """All processes of a node end at once, as when its power fails."""

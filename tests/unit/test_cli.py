@@ -129,6 +129,10 @@ def test_a_bad_model_directory(kervan: Kervan, tmp_path: Path, config: str | Non
         pytest.param(["--engine-arg", "foo"], "write for example --engine-arg max_model_len=4096", id="no equals sign"),
         pytest.param(["--engine-arg", "hf_overrides={a:1}"], "quote it for the shell", id="broken JSON"),
         pytest.param(["--env", "FOO"], "--env 'FOO' has no key=value form", id="env without equals sign"),
+        pytest.param(
+            ["--env", "KERVAN_NOTICES_WATCH=asw"], "is not one of auto, aws, gcp, azure, signal", id="notices of nobody"
+        ),
+        pytest.param(["--env", "KERVAN_NOTICES_X=1"], "known ones: KERVAN_NOTICES_WATCH", id="unknown setting of notices"),
         pytest.param(["--tp", "4"], "use 1, 2, 7 or 14 (--tp)", id="tp does not divide the heads"),
         pytest.param(["--tp", "0"], "outside 1..64", id="tp 0"),
         pytest.param(["--pp", "3"], "use at most --pp 2", id="pp exceeds the layers"),

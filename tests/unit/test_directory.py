@@ -10,6 +10,8 @@ from kervan.fleet.directory import (
     Drain,
     GatewayEntry,
     Order,
+    NodeEntry,
+    NodeNotice,
     ReplicaEntry,
     ReplicaState,
     Snapshot,
@@ -219,3 +221,34 @@ def test_a_replica_that_is_struck_is_ready_until_it_is_felt(directory: Directory
     directory.order("a", Strike("kill"))
     assert directory.version == before
     assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]
+
+
+NOTICE = NodeNotice("preemption", "aws", True, 1060.0, 1000.0)
+
+
+def test_a_nodes_notice_is_told_at_once_and_forgotten_without_beats(directory: Directory, clock: Clock) -> None:
+    directory.beat_node(NodeEntry("h", ["aws"]))
+    before = directory.version
+    directory.beat_node(NodeEntry("h", ["aws"]))
+    assert directory.version == before
+    directory.beat_node(NodeEntry("h", ["aws"], [NOTICE]))
+    assert directory.version == before + 1
+    assert directory.snapshot().nodes == [NodeEntry("h", ["aws"], [NOTICE])]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(directory.snapshot()), type=Snapshot) == directory.snapshot()
+    clock.now_s += EXPIRY_S + 1
+    assert directory.snapshot().nodes == []
+    assert directory.version == before + 2
+
+
+@pytest.mark.parametrize(
+    ("notice", "words"),
+    [
+        (NOTICE, "goes in 50 s: preemption (aws)"),
+        (NodeNotice("operator", "operator", True, None, 1000.0), "goes: operator (operator)"),
+        (NodeNotice("maintenance", "azure", True, 900.0, 800.0), "goes in 0 s: maintenance (azure)"),
+        (NodeNotice("rebalance", "aws", False, None, 1000.0), "may go: rebalance (aws)"),
+        (NodeNotice("pause", "azure", False, 1060.0, 1000.0), "stands still for some seconds: pause (azure)"),
+    ],
+)
+def test_a_notice_in_words(notice: NodeNotice, words: str) -> None:
+    assert notice.words(1010.0) == words

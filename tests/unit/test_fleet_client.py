@@ -538,6 +538,23 @@ async def test_a_killed_replicas_stream_goes_on_elsewhere_without_a_seam(bench: 
     assert bench.client.counts.lost_replicas == 1
 
 
+async def test_a_replicas_streams_are_counted_beyond_its_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway tells its counts once a second: the last ones of a replica that is gone must not be lost."""
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.finished("s")
+    await bench.add("t", max_tokens=8)
+    await bench.placed(a, "t")
+    await bench.kill(a)
+    await bench.placed(b, "t~1")
+    await bench.finished("t")
+    counts = {name: (told.num_served, told.num_moved) for name, told in bench.client.traffic().items()}
+    assert counts == {"a": (1, 1), "b": (1, 0)}
+    monkeypatch.setattr(client_module, "KEEP_TALLY_S", 0.0)
+    assert set(bench.client.traffic()) == {"b"}
+
+
 async def test_only_moved_streams_are_restored(bench: Bench) -> None:
     a, _ = await bench.start("a"), await bench.start("b")
     await bench.add("moved", max_tokens=4)

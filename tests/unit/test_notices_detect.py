@@ -91,4 +91,4 @@ async def test_named_clouds_are_watched_without_asking() -> None:
     async with Metadata() as metadata:
         found, sources = await watched_sources(metadata, NoticeSettings(watch=("azure", "aws")), node="n1")
         assert (found, [source.name for source in sources]) == (None, ["azure", "aws"])
-        assert await watched_sources(metadata, NoticeSettings(), node="n1") == (None, [])
+        assert await watched_sources(metadata, NoticeSettings(watch=()), node="n1") == (None, [])

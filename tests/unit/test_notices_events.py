@@ -93,9 +93,10 @@ def test_long_details_are_cut() -> None:
 # ---- settings
 
 
-def test_nothing_is_watched_unless_asked_for() -> None:
+def test_whatever_cloud_there_is_is_watched_unless_it_is_turned_off() -> None:
     assert from_environment({"PATH": "/bin"}) == NoticeSettings()
-    assert NoticeSettings().watch == ()
+    assert NoticeSettings().watch == ("auto",)
+    assert from_environment({"KERVAN_NOTICES_WATCH": ""}).watch == ()
 
 
 def test_settings_come_from_the_environment() -> None:

@@ -35,9 +35,9 @@ async def test_a_node_hears_its_cloud_its_operator_and_sigterm() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-async def test_without_settings_only_operators_are_heard() -> None:
+async def test_with_nothing_to_watch_only_operators_are_heard() -> None:
     heard: asyncio.Queue[Notice] = asyncio.Queue()
-    async with asyncio.timeout(10), watching(NoticeSettings(), heard.put, node="n1") as watch:
+    async with asyncio.timeout(10), watching(NoticeSettings(watch=()), heard.put, node="n1") as watch:
         assert (list(watch.watcher.health), watch.cloud_node) == (["operator"], None)
         told = watch.operator.announce()
         assert await heard.get() == told
@@ -50,7 +50,9 @@ def test_the_page_lists_all_settings_with_their_defaults() -> None:
     defaults = {name: getattr(NoticeSettings(), name) for name in NoticeSettings.__dataclass_fields__}
     assert described.keys() == defaults.keys()
     for name, value in defaults.items():
-        if value:
+        if isinstance(value, tuple):
+            assert described[name] == ",".join(value)
+        elif value:
             assert described[name] == (f"{value:g}" if isinstance(value, float) else value)
 
 

@@ -2,17 +2,18 @@
 
 import dataclasses
 import io
+import json
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from kervan.cli import top
+from kervan.cli import render, top
 from kervan.facts.fleet import FleetConfig
-from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot, StartFailure, Traffic
+from kervan.fleet.directory import GatewayEntry, NodeEntry, NodeNotice, ReplicaEntry, Snapshot, StartFailure, Traffic
 from kervan.serve.fleet import FleetStatus
 from kervan.serve.placement import NodeDevices
-from kervan.serve.why import explain
+from kervan.serve.why import explain, notice_lines
 
 CONFIG = FleetConfig(model="org/model", replicas=2, gateways=1, tp=4)
 
@@ -32,6 +33,7 @@ def snapshot(*entries: Any, failures: tuple[StartFailure, ...] = ()) -> Snapshot
         [e for e in entries if isinstance(e, ReplicaEntry)],
         [e for e in entries if isinstance(e, GatewayEntry)],
         list(failures),
+        [e for e in entries if isinstance(e, NodeEntry)],
     )
 
 
@@ -159,3 +161,38 @@ def test_events_between_two_looks() -> None:
         "d did not start: broke",
     ]
     assert list(top.events(after, after)) == []
+
+
+NOW_S = 1000.0
+PREEMPTION = NodeNotice("preemption", "aws", True, 1100.0, 980.0)
+LEAVING = NodeEntry("10.0.0.1", ["aws"], [PREEMPTION])
+
+
+def test_what_is_said_of_nodes() -> None:
+    found = snapshot(
+        *WHOLE, LEAVING, NodeEntry("10.0.0.2", ["azure"], [], "azure cannot tell: [Errno 1]"), NodeEntry("10.0.0.3", ["aws"]),
+        NodeEntry("10.0.0.4", ["aws"], [], "", is_drained=True),
+    )  # fmt: skip
+    assert notice_lines(found, NOW_S) == [
+        "node 10.0.0.1 goes in 100 s: preemption (aws)",
+        "node 10.0.0.2 may miss its notice: azure cannot tell: [Errno 1]",
+        "node 10.0.0.4 is drained: Ray puts nothing there any more",
+    ]
+
+
+def test_status_and_top_show_a_node_under_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    told = FleetStatus("chat", "http://h:1", CONFIG, snapshot(*WHOLE, LEAVING))
+    line = "node 10.0.0.1 goes in 0 s: preemption (aws)"
+    render.print_status(told)
+    assert line in capsys.readouterr().out
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(top.view(told, []))
+    assert line in console.export_text()
+    assert list(top.events(snapshot(*WHOLE), snapshot(*WHOLE, LEAVING))) == [
+        "node 10.0.0.1: goes in 120 s: preemption (aws)"
+    ]
+    (node,) = json.loads(json.dumps(told.to_dict()))["nodes"]
+    assert (node["node"], node["watches"], node["drained"]) == ("10.0.0.1", ["aws"], False)
+    assert node["notices"] == [
+        {"kind": "preemption", "source": "aws", "certain": True, "deadline_s": 1100.0, "seen_s": 980.0}
+    ]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kervan.serve.fleet import FleetStatus
+from kervan.serve.why import notice_lines
 
 STATE_STYLE = {"ready": "green", "starting": "yellow", "draining": "cyan", "unhealthy": "red"}
 
@@ -58,5 +59,7 @@ def print_status(status: FleetStatus) -> None:
     for g in status.snapshot.gateways:
         gateways.add_row(g.id, g.node, str(g.pid), "[green]ready[/]" if g.is_ready else f"[yellow]{g.reason}[/]")
     console.print(gateways)
+    for line in notice_lines(status.snapshot, time.time()):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
     for failure in status.snapshot.failures[-3:]:
         console.print(f"[red]failed start[/] {failure.who}: {failure.message}", soft_wrap=True)

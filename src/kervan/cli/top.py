@@ -16,6 +16,7 @@ from kervan.cli import options
 from kervan.cli.render import STATE_STYLE, print_json
 from kervan.fleet.directory import Snapshot
 from kervan.serve.fleet import FleetStatus, Watch
+from kervan.serve.why import notice_lines
 from kervan.units import format_duration
 
 MAX_EVENTS = 200
@@ -58,6 +59,11 @@ def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
         if gateway.id in moved and gateway.moved > moved[gateway.id]:
             count = gateway.moved - moved[gateway.id]
             yield f"gateway {gateway.id} moved {count} stream{'s' if count > 1 else ''}"
+    heard = {(node.node, notice.kind, notice.source) for node in before.nodes for notice in node.notices}
+    for node in after.nodes:
+        for notice in node.notices:
+            if (node.node, notice.kind, notice.source) not in heard:
+                yield f"node {node.node}: {notice.words(notice.seen_s)}"
     known = {failure.number for failure in before.failures}
     for failure in after.failures:
         if failure.number not in known:
@@ -92,7 +98,8 @@ def view(status: FleetStatus, lines: list[str]) -> RenderableType:
         rate = sum(one.tokens_per_s for one in g.traffic.values())
         counts = (str(count) for count in (g.streams, g.held, g.moved))
         gateways.add_row(g.id, g.node, str(g.pid), state, *counts, f"{g.busy:.0%}", f"{rate:,.0f}")
-    return Group(head, Text(), replicas, Text(), gateways, Text(), *(Text(line, "dim") for line in lines))
+    notices = [Text(line, "yellow") for line in notice_lines(snapshot, time.time())]
+    return Group(head, Text(), replicas, Text(), gateways, Text(), *notices, *(Text(line, "dim") for line in lines))
 
 
 def to_dict(status: FleetStatus) -> dict[str, object]:

@@ -34,7 +34,7 @@ from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
 from kervan.fleet.journal import Stream
-from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
+from kervan.fleet.link import Link, LinkRefusedError, Member, Tally, open_link
 from kervan.fleet.stalls import Stalls
 from kervan.policy import quarantine, routing
 
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 RECONNECT_PERIOD_S = 0.5
 RATE_WINDOW_S = 10.0
 SETTLE_S = 0.01
+KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are told too
 MAX_TTFTS = 1000  # kept between two looks at the traffic
 ENGINE_DIED = "the engine died"
 
@@ -79,6 +80,7 @@ class FleetClient:
         self._context = zmq.asyncio.Context()
         self._members: dict[str, Member] = {}
         self._links: dict[str, Link] = {}
+        self._tallies: dict[str, Tally] = {}
         self._loads: list[routing.ReplicaLoad] = []
         self._link_tasks: dict[Member, asyncio.Task[None]] = {}
         self._streams: dict[str, Stream] = {}
@@ -118,13 +120,19 @@ class FleetClient:
         return self._completed_per_s * math.exp((self._rate_at_s - time.monotonic()) / RATE_WINDOW_S)
 
     def traffic(self) -> dict[str, Traffic]:
-        """What came from each replica since the last call, by its id."""
+        """What came from each replica since the last call, by its id; of those that are gone, their last counts."""
         now_s = time.monotonic()
         elapsed_s, self._traffic_s = now_s - self._traffic_s, now_s
         told = {}
+        for replica_id, tally in list(self._tallies.items()):
+            if replica_id not in self._links and now_s - tally.unlinked_s > KEEP_TALLY_S:
+                del self._tallies[replica_id]
+            else:
+                told[replica_id] = Traffic(0.0, None, tally.num_served, tally.num_moved)
         for link in self._links.values():
             ttft_s = statistics.median(link.ttfts_s) if link.ttfts_s else None
-            told[link.replica_id] = Traffic(round(link.num_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0, ttft_s)
+            rate = round(link.num_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0
+            told[link.replica_id] = Traffic(rate, ttft_s, link.tally.num_served, link.tally.num_moved)
             link.num_tokens = 0
             link.ttfts_s.clear()
         return told
@@ -266,9 +274,13 @@ class FleetClient:
 
     async def _move(self, stream: Stream, link: Link, target: str) -> None:
         self._unplace(stream, link)
+        self._count_move(stream, link)
+        await self._place(stream, target)
+
+    def _count_move(self, stream: Stream, link: Link) -> None:
         stream.epoch += 1
         self.counts.moved += 1
-        await self._place(stream, target)
+        link.tally.num_moved += 1
 
     async def _expire_held(self) -> None:
         while True:
@@ -328,6 +340,7 @@ class FleetClient:
                 continue
             self.refusals.pop(member.replica_id, None)
             self._hear_of_leaving(link)
+            link.tally = self._tallies.setdefault(member.replica_id, link.tally)
             self._links[member.replica_id] = link
             self._sort_loads()
             self._link_up.set()
@@ -426,6 +439,7 @@ class FleetClient:
                 self.codec.restore(output, stream)
             if output.finish_reason is not None:
                 self._evacuations.lengths.observe(len(stream.generated))
+                link.tally.num_served += 1
                 self._forget(stream)
                 self._count_completed()
             kept.append(output)
@@ -524,8 +538,7 @@ class FleetClient:
             left.append(wire_id)
             self._unplace(stream, link)
             stream.unseen_losses += is_suspect
-            stream.epoch += 1
-            self.counts.moved += 1
+            self._count_move(stream, link)
             await self._place(stream)
         if left and self._links.get(link.replica_id) is link:
             logger.warning("%d streams leave replica %s: it %s", len(left), link.replica_id, reason)
@@ -535,6 +548,7 @@ class FleetClient:
         if self._links.get(link.replica_id) is link:
             del self._links[link.replica_id]
             self._sort_loads()
+        link.tally.unlinked_s = time.monotonic()
         if not self._links:
             self._link_up.clear()
         for future in link.calls.values():
@@ -575,8 +589,7 @@ class FleetClient:
                 loop = asyncio.get_running_loop()
                 loop.call_later(quarantine.RETURN_WAIT_S, self._pass_verdict, stream, stream.epoch, verdict.reason)
             return
-        stream.epoch += 1
-        self.counts.moved += 1
+        self._count_move(stream, link)
         await self._place(stream)
 
     def _convict(self, stream: Stream, why: str) -> None:

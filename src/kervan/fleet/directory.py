@@ -49,10 +49,15 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
 
 
 class Traffic(msgspec.Struct, frozen=True):
-    """What a gateway saw of a replica in the last second. `ttft_s`: median from placing to the first token, or None."""
+    """What a gateway saw of a replica in the last second. `ttft_s`: median from placing to the first token, or None.
+
+    `num_served`, `num_moved`: streams that ended there, and that went on elsewhere, since this gateway knows it.
+    """
 
     tokens_per_s: float
     ttft_s: float | None
+    num_served: int = 0
+    num_moved: int = 0
 
 
 class GatewayEntry(msgspec.Struct, frozen=True):
@@ -78,6 +83,43 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     busy: float = 0.0
     models: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
+
+
+class NodeNotice(msgspec.Struct, frozen=True):
+    """A node was told that it will go at `deadline_s` (Unix time, None without one), or may, if it is not certain.
+
+    `kind` and `source` are words of `kervan.notices.events`. `seen_s`: Unix time.
+    """
+
+    kind: str
+    source: str
+    is_certain: bool
+    deadline_s: float | None
+    seen_s: float
+
+    def words(self, now_s: float) -> str:
+        """What becomes of the node, like "goes in 118 s: preemption (aws)". `now_s`: Unix time."""
+        if not self.is_certain:
+            when = "stands still for some seconds" if self.kind == "pause" else "may go"
+        elif self.deadline_s is None:
+            when = "goes"
+        else:
+            when = f"goes in {max(0.0, self.deadline_s - now_s):.0f} s"
+        return f"{when}: {self.kind} ({self.source})"
+
+
+class NodeEntry(msgspec.Struct, frozen=True):
+    """What the watcher of one node tells: who is asked for notices there, what they said, and what is wrong with them.
+
+    `is_drained`: Ray puts nothing there any more. `before`: numbers of the account that the node before it has left.
+    """
+
+    node: str
+    watches: list[str] = []
+    notices: list[NodeNotice] = []
+    problem: str = ""
+    is_drained: bool = False
+    before: dict[str, float] = {}
 
 
 class StartFailure(msgspec.Struct, frozen=True):
@@ -122,6 +164,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     replicas: list[ReplicaEntry]
     gateways: list[GatewayEntry]
     failures: list[StartFailure]
+    nodes: list[NodeEntry] = []
 
 
 Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
@@ -139,6 +182,7 @@ class Directory:
         self._now = now
         self._replicas: dict[str, tuple[ReplicaEntry, float]] = {}
         self._gateways: dict[str, tuple[GatewayEntry, float]] = {}
+        self._nodes: dict[str, tuple[NodeEntry, float]] = {}
         self._failures: list[StartFailure] = []
         self._orders: dict[str, list[Order]] = {}
         self._leaving: dict[str, tuple[float, bool]] = {}  # when, and whether they may linger
@@ -169,6 +213,12 @@ class Directory:
         if known is None or _lasting(known[0]) != _lasting(entry):
             self.version += 1
 
+    def beat_node(self, entry: NodeEntry) -> None:
+        known = self._nodes.get(entry.node)
+        self._nodes[entry.node] = (entry, self._now())
+        if known is None or known[0] != entry:
+            self.version += 1
+
     def remove(self, entry_id: str) -> None:
         """Forget a replica or gateway that said goodbye."""
         self._orders.pop(entry_id, None)
@@ -188,12 +238,16 @@ class Directory:
         for entries in (self._replicas, self._gateways):
             for entry_id in [i for i, (_, at_s) in entries.items() if at_s < oldest_s]:
                 self.remove(entry_id)
+        for node in [node for node, (_, at_s) in self._nodes.items() if at_s < oldest_s]:
+            del self._nodes[node]
+            self.version += 1
 
     def snapshot(self) -> Snapshot:
         """All entries by id; the reason of one that is late says so."""
         self.expire()
         replicas = [self._as_leaving(replica) for replica in self._told(self._replicas)]
-        return Snapshot(self.version, replicas, self._told(self._gateways), list(self._failures))
+        nodes = [entry for _, (entry, _) in sorted(self._nodes.items())]
+        return Snapshot(self.version, replicas, self._told(self._gateways), list(self._failures), nodes)
 
     def _as_leaving(self, replica: ReplicaEntry) -> ReplicaEntry:
         """The entry as it will be when the replica has heard that it must go."""

@@ -51,6 +51,15 @@ def members(snapshot: Snapshot) -> list[Member]:
     ]
 
 
+@dataclass(slots=True)
+class Tally:
+    """Streams of one replica so far: those that ended there, and those that went on elsewhere. It outlives its link."""
+
+    num_served: int = 0
+    num_moved: int = 0
+    unlinked_s: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class Link:
     """A live connection to one replica."""
@@ -66,6 +75,7 @@ class Link:
     calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
     pong: wire.Pong = NO_LOAD
     pong_s: float = 0.0
+    tally: Tally = field(default_factory=Tally)
     num_tokens: int = 0
     ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
     num_outputs: int = 0  # received

@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 
 Kind = Literal["preemption", "rebalance", "maintenance", "pause", "sigterm", "operator"]
-SourceName = Literal["aws", "gcp", "azure", "signal", "operator"]
+SourceName = Literal["aws", "gcp", "azure", "signal", "ray", "operator"]
 Identity = tuple[str, str, str, str]
 
 # Raw words of a cloud are kept for people to read; longer ones are cut.

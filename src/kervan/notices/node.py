@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from kervan.notices import gcp
@@ -32,9 +32,14 @@ class NodeWatch:
 
 @contextlib.asynccontextmanager
 async def watching(
-    settings: NoticeSettings, on_notice: Tell, *, node: str, on_withdrawn: Tell | None = None
+    settings: NoticeSettings,
+    on_notice: Tell,
+    *,
+    node: str,
+    on_withdrawn: Tell | None = None,
+    also: Sequence[Source] = (),
 ) -> AsyncIterator[NodeWatch]:
-    """Watch while inside; notices call the node `node`, and are told as `Watcher` says.
+    """Watch while inside; notices call the node `node`, and are told as `Watcher` says. `also`: sources of the caller.
 
     Raises: ConfigError for "signal" outside of the main thread.
     """
@@ -42,7 +47,7 @@ async def watching(
         metadata = await stack.enter_async_context(Metadata())
         cloud_node, sources = await watched_sources(metadata, settings, node=node)
         operator = OperatorSource(node=node)
-        sources.append(operator)
+        sources += [operator, *also]
         if "signal" in settings.watch:
             sigterm = SigtermSource(node=node, lead_s=settings.sigterm_lead_s)
             stack.enter_context(sigterm.installed())

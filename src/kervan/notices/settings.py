@@ -17,17 +17,19 @@ LINK_LOCAL = "http://169.254.169.254"
 class NoticeSettings:
     """Read from the environment by `from_environment`: the field `aws_url` is KERVAN_NOTICES_AWS_URL.
 
-    `watch`: clouds by name, "auto" for the one that the node finds itself on, "signal" for SIGTERM; empty for nothing,
-    which is the default: a machine that is no cloud's has nobody to ask. All URLs are the server's root. Periods and
-    leads are seconds; a lead is the time from a notice without a deadline of its own to the node's end. `gcp_wait_s` is
-    far below the lead: a metadata server in between (a node's proxy) that does not tell of changes is asked in time.
+    `watch`: clouds by name, "auto" for the one that the node finds itself on, "signal" for SIGTERM; empty for nothing.
+    `state_file`: path or URL of the node's account, in which `{node}` stands for its address; empty for none. All URLs
+    are the server's root. Periods and leads are seconds; a lead is the time from a notice without a deadline of its own
+    to the node's end. `gcp_wait_s` is far below the lead: a metadata server in between (a node's proxy) that does not
+    tell of changes is asked in time.
     """
 
-    watch: tuple[Watched, ...] = ()
+    watch: tuple[Watched, ...] = ("auto",)
     aws_url: str = LINK_LOCAL
     gcp_url: str = LINK_LOCAL
     azure_url: str = LINK_LOCAL
     azure_vm_name: str = ""
+    state_file: str = ""
     aws_period_s: float = 5.0
     gcp_period_s: float = 1.0
     azure_period_s: float = 1.0

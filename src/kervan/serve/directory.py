@@ -10,7 +10,7 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from kervan.errors import FleetError
-from kervan.fleet.directory import Directory, GatewayEntry, Order, ReplicaEntry, Snapshot, StartFailure
+from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
 
 NAMESPACE = "kervan"
 _PREFIX = "directory-"
@@ -46,6 +46,10 @@ class DirectoryActor:
         """The config as JSON, and the secret."""
         return self._config_json, self._secret
 
+    async def node_id(self) -> str:
+        """Ray's id of the node that this runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     async def set_config(self, config_json: str) -> None:
         _internal_kv_put(self._key, config_json.encode(), overwrite=True, namespace=_STORE)
         self._config_json = config_json
@@ -71,6 +75,13 @@ class DirectoryActor:
         before = self._directory.version
         self._directory.beat_gateway(msgspec.msgpack.decode(entry, type=GatewayEntry))
         self._touch(before)
+
+    async def beat_node(self, entry: bytes) -> bytes:
+        """Take what a node's watcher tells; the snapshot."""
+        before = self._directory.version
+        self._directory.beat_node(msgspec.msgpack.decode(entry, type=NodeEntry))
+        self._touch(before)
+        return await self.snapshot()
 
     async def remove(self, entry_id: str) -> None:
         before = self._directory.version

@@ -51,6 +51,8 @@ def drain(
             f"--deadline {deadline_s} s is outside 0..{MAX_DEADLINE_S} s; give a time in that range, like 90s"
         )
     handle = attach(name, address)
+    from kervan.serve import watchers
+
     snapshot = snapshot_of(handle)
     if target in {replica.id for replica in snapshot.replicas}:
         return _drain(target, {name: [target]}, {}, deadline_s, progress)
@@ -67,6 +69,7 @@ def drain(
             f"node {target} is the only one: nothing could go on elsewhere; kervan down ends the fleet, a replica's id "
             f"drains that one: {', '.join(r.id for r in snapshot.replicas)}"
         )
+    watchers.announce(node_id, deadline_s)  # first, so that it does not take Ray's drain for somebody else's
     cluster.drain_node(node_id, deadline_s)
     return drain_from_node(target, nodes[node_id], deadline_s, progress)
 

@@ -20,6 +20,7 @@ from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, Sta
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import directory as directories
+from kervan.serve import watchers
 from kervan.serve.cluster import home
 from kervan.twin import settings as twins
 from kervan.twin.replica import TwinSpec
@@ -56,7 +57,8 @@ class EngineReplica:
         _, secret = await self._directory.fleet.remote()
         log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
         group = _placement(self._config)
-        self._nodes = _nodes(group) if group is not None else []
+        node_ids = _node_ids(group) if group is not None else [ray.get_runtime_context().get_node_id()]
+        self._nodes = _addresses(node_ids) if group is not None else []
         spec, module = _spec(self._config, self._id, self._node, secret, group)
         self._process = EngineProcess(
             spec,
@@ -66,9 +68,11 @@ class EngineReplica:
             on_change=self._on_change,
         )
         threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
+        watchers.keep(self._config.env, node_ids)
         while self._process.ready is None and self._process.failure is None:  # noqa: ASYNC110 - told by another thread
             await asyncio.sleep(DRAIN_POLL_S)
-        if self._is_leaving:
+        if self._is_leaving:  # told to go before it was ready, which is no failure
+            await asyncio.to_thread(self._left.wait)
             raise EngineError(f"replica {self._id} was told to end before it was ready")
         if (failure := self._process.failure) is not None:
             self._process.kill()
@@ -137,7 +141,10 @@ class EngineReplica:
             self._process.strike(order.how)
         elif not isinstance(order, Drain):
             self._process.suffer(order.fault)
-        elif not self._is_leaving:
+        elif self._is_leaving:  # a deadline can only come nearer
+            if self._leaves_at_s is not None:
+                self._leaves_at_s = min(self._leaves_at_s, time.monotonic() + order.deadline_s)
+        else:
             self._is_leaving = True
             threading.Thread(target=self._leave, args=(order.deadline_s,), daemon=True, name="leave").start()
 
@@ -165,6 +172,7 @@ class EngineReplica:
             return
         self._is_leaving = True
         await self._drain(self._config.drain_timeout_s)
+        self._left.set()
 
     async def _drain(self, deadline_s: float) -> None:
         process = self._process
@@ -175,8 +183,8 @@ class EngineReplica:
             self._state, self._leaves_at_s = "draining", begin_s + deadline_s
             self._beat()
             process.drain()
-            while (elapsed_s := time.monotonic() - begin_s) < deadline_s:
-                if elapsed_s > DRAIN_NOTICE_S and not process.load.has_work:
+            while (now_s := time.monotonic()) < self._leaves_at_s:
+                if now_s - begin_s > DRAIN_NOTICE_S and not process.load.has_work:
                     break
                 await asyncio.sleep(DRAIN_POLL_S)
         await asyncio.to_thread(process.stop, STOP_TIMEOUT_S)
@@ -205,12 +213,15 @@ def _placement(config: FleetConfig) -> Placement | None:
     return Placement(group.id.hex(), context.gcs_address, bundles, config.world_size // config.nodes_per_replica)
 
 
-def _nodes(placement: Placement) -> list[str]:
-    """The addresses of the nodes of the stages, in their order."""
+def _node_ids(placement: Placement) -> list[str]:
+    """Ray's ids of the nodes of the stages, in their order."""
+    node_of = placement_group_table(ray.util.get_current_placement_group())["bundles_to_node_id"]
+    return [node_of[bundle] for bundle in placement.bundles]
+
+
+def _addresses(node_ids: list[str]) -> list[str]:
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    group = ray.util.get_current_placement_group()
-    node_of = placement_group_table(group)["bundles_to_node_id"]
-    return [addresses[node_of[bundle]] for bundle in placement.bundles]
+    return [addresses[node_id] for node_id in node_ids]
 
 
 def engine_environment(config: FleetConfig) -> dict[str, str]:

@@ -16,7 +16,7 @@ from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import Order, Snapshot, StartFailure, Suffer
 from kervan.serve import cluster
-from kervan.serve.why import explain
+from kervan.serve.why import explain, notice_lines
 
 Progress = Callable[[str], None]
 POLL_S = 0.2
@@ -76,6 +76,26 @@ class FleetStatus:
                     "log": g.log_path,
                 }
                 for g in self.snapshot.gateways
+            ],
+            "nodes": [
+                {
+                    "node": n.node,
+                    "watches": n.watches,
+                    "problem": n.problem,
+                    "drained": n.is_drained,
+                    "before": n.before,
+                    "notices": [
+                        {
+                            "kind": notice.kind,
+                            "source": notice.source,
+                            "certain": notice.is_certain,
+                            "deadline_s": notice.deadline_s,
+                            "seen_s": notice.seen_s,
+                        }
+                        for notice in n.notices
+                    ],
+                }
+                for n in self.snapshot.nodes
             ],
             "failed_starts": [
                 {"who": f.who, "kind": f.kind, "message": f.message, "log": f.log_path} for f in self.snapshot.failures
@@ -235,7 +255,8 @@ def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
 
 
 def _reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:
-    return explain(config, snapshot, cluster.devices_by_node(config.device), cluster.dead_nodes())
+    found = explain(config, snapshot, cluster.devices_by_node(config.device), cluster.dead_nodes())
+    return [*notice_lines(snapshot, time.time()), *found]
 
 
 def stored_config(handle: Any) -> FleetConfig:
@@ -303,7 +324,7 @@ def end_fleet(name: str) -> None:
     """End the application, then the directory, without which the fleet is no longer listed."""
     import ray
 
-    from kervan.serve import app, directory
+    from kervan.serve import app, directory, watchers
 
     try:
         app.delete(name)
@@ -313,3 +334,5 @@ def end_fleet(name: str) -> None:
         with contextlib.suppress(FleetError):
             ray.kill(directory.find(name))
             directory.forget(name)
+        if not directory.names():
+            watchers.end_all()

@@ -20,6 +20,7 @@ from kervan.fleet.directory import StartFailure
 from kervan.fleet.log_files import new_log, open_log
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.serve import directory as directories
+from kervan.serve import watchers
 from kervan.serve.autoscaling import BUSY
 from kervan.serve.cluster import home
 from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
@@ -83,6 +84,7 @@ class GatewayReplica:
         )
         self._gateway: Gateway
         self._loop: asyncio.AbstractEventLoop
+        watchers.keep(config.env, [ray.get_runtime_context().get_node_id()])
         self._is_leaving = False
         self._busy = 0.0
         self._start_error: BaseException | None = None

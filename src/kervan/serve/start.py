@@ -12,6 +12,7 @@ from kervan.errors import ConfigError, FleetError
 from kervan.facts import model as models
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.vllm import argument_names
+from kervan.notices import settings as notices
 from kervan.serve import cluster, placement
 from kervan.serve.fleet import (
     FleetStatus,
@@ -35,6 +36,7 @@ def validate(config: FleetConfig) -> FleetConfig:
     models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
     if config.engine == "twin":
         twins.settings(config)
+    notices.from_environment(config.env)
     return config
 
 

@@ -50,6 +50,21 @@ def explain(
     return told
 
 
+def notice_lines(snapshot: Snapshot, now_s: float) -> list[str]:
+    """A line for each notice of a node, for each node that Ray drains without one, and for trouble with hearing any.
+
+    `now_s`: Unix time.
+    """
+    lines = []
+    for node in snapshot.nodes:
+        lines += [f"node {node.node} {notice.words(now_s)}" for notice in node.notices]
+        if node.is_drained and not node.notices:
+            lines.append(f"node {node.node} is drained: Ray puts nothing there any more")
+        if node.problem:
+            lines.append(f"node {node.node} may miss its notice: {node.problem}")
+    return lines
+
+
 def _missing(config: FleetConfig, count: int, nodes: Sequence[NodeDevices]) -> str:
     what = f"{count} replica{'s' if count > 1 else ''}"
     if not placement.is_counted(config, nodes):

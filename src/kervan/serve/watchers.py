@@ -1,0 +1,237 @@
+"""One watcher of notices per node, as a Ray actor: who starts it, what it sees and does through Ray, and its end.
+
+A replica or gateway has one started on its node, and again should it be gone; so nodes that join later get theirs
+with the first replica. It ends by itself when no fleet has anything on the node: Ray takes a node with an actor for
+busy, and would neither let a drained node end nor scale it down.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kervan.errors import ConfigError, FleetError
+from kervan.fleet.directory import Drain, NodeEntry, Snapshot
+from kervan.notices import state_file
+from kervan.notices.detect import detect
+from kervan.notices.metadata import Metadata
+from kervan.notices.node import NodeWatch, watching
+from kervan.notices.settings import NoticeSettings, from_environment
+from kervan.serve import cluster
+from kervan.serve import directory as directories
+from kervan.serve.node_guard import NodeGuard, Sight
+
+logger = logging.getLogger(__name__)
+
+KEEP_PERIOD_S = 30.0
+CALL_TIMEOUT_S = 3.0
+NAMES_PERIOD_S = 4.0
+CRASH_PAUSE_S = 5.0
+_PREFIX = "watcher-"
+
+
+# ---- who starts it
+
+
+def keep(env: Mapping[str, str], node_ids: Sequence[str]) -> None:
+    """See to it that nodes have a watcher while this process lives; returns at once.
+
+    `env`: the fleet's, which wins over the node's. Nothing is started, and nothing said, where nothing is to be
+    watched; all nodes are taken to be in the same cloud as this one.
+    """
+    threading.Thread(target=_keep, args=(dict(env), node_ids), daemon=True, name="watcher").start()
+
+
+def _keep(env: dict[str, str], node_ids: Sequence[str]) -> None:
+    try:
+        settings = from_environment({**os.environ, **env})
+    except ConfigError as error:
+        logger.error("this node has no watcher of notices: %s", error)
+        return
+    if not asyncio.run(has_something_to_watch(settings)):
+        return
+    own = {key: value for key, value in env.items() if key.startswith("KERVAN_NOTICES_")}
+    while True:
+        for node_id in node_ids:
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                start(node_id, own)
+        time.sleep(KEEP_PERIOD_S)
+
+
+async def has_something_to_watch(settings: NoticeSettings) -> bool:
+    """Whether the settings name something; for "auto", whether a cloud answers here."""
+    if settings.state_file or any(word != "auto" for word in settings.watch):
+        return True
+    if "auto" not in settings.watch:
+        return False
+    async with Metadata() as metadata:
+        return await detect(metadata, settings) is not None
+
+
+def start(node_id: str, env: Mapping[str, str]) -> Any:
+    """The watcher of a node, started if there is none."""
+    actor: Any = WatcherActor  # Ray's decorator changed its type
+    return actor.options(
+        name=_PREFIX + node_id,
+        namespace=directories.NAMESPACE,
+        get_if_exists=True,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    ).remote(node_id, dict(env))
+
+
+# ---- who asks it, who ends it
+
+
+def announce(node_id: str, remaining_s: float) -> None:
+    """Tell the watcher of a node, if it has one, that an operator wants the node empty."""
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):
+        watcher = ray.get_actor(_PREFIX + node_id, namespace=directories.NAMESPACE)
+        ray.get(watcher.announce.remote(remaining_s), timeout=CALL_TIMEOUT_S)
+
+
+def end_all() -> None:
+    """End all watchers of the cluster."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == directories.NAMESPACE and actor["name"].startswith(_PREFIX):
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(actor["name"], namespace=directories.NAMESPACE))
+
+
+# ---- what it sees and does
+
+
+class RayCluster:
+    """`node_guard.Cluster` over Ray, for the node of this process."""
+
+    def __init__(self, node_id: str):
+        self._node_id = node_id
+        self._snapshots: dict[str, Snapshot] = {}
+        self._names: list[str] = []
+        self._named_s = float("-inf")
+
+    async def exchange(self, entry: NodeEntry) -> Sight:
+        if time.monotonic() - self._named_s >= NAMES_PERIOD_S:
+            with _as_fleet_error("Ray does not tell which fleets there are"):
+                self._names = await asyncio.to_thread(directories.names)
+            self._named_s = time.monotonic()
+        raw = msgspec.msgpack.encode(entry)
+        await asyncio.gather(*(self._tell(name, raw) for name in self._names))
+        self._snapshots = {name: self._snapshots[name] for name in self._names if name in self._snapshots}
+        if self._names and not self._snapshots:
+            raise FleetError(f"no directory answers, of {', '.join(self._names)}")
+        with _as_fleet_error("Ray does not tell which nodes there are"):
+            nodes, draining = await asyncio.to_thread(_nodes)
+        drained_at_ms = draining.get(self._node_id)
+        return Sight(
+            self._snapshots,
+            is_only_node=set(nodes) <= {self._node_id},
+            is_drained=drained_at_ms is not None,
+            drained_at_s=drained_at_ms / 1000 if drained_at_ms else None,
+        )
+
+    async def _tell(self, name: str, entry: bytes) -> None:
+        """A directory that is away leaves the snapshot that was."""
+        with contextlib.suppress(FleetError, ray.exceptions.RayError, TimeoutError):
+            handle = await asyncio.to_thread(directories.find, name)
+            told = await asyncio.wait_for(handle.beat_node.remote(entry), CALL_TIMEOUT_S)
+            self._snapshots[name] = directories.read(told)
+
+    async def drain_node(self, remaining_s: float) -> None:
+        with _as_fleet_error("Ray does not drain the node"):
+            await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
+
+    async def order_drain(self, fleet: str, replica_id: str, remaining_s: float) -> None:
+        order = msgspec.msgpack.encode(Drain(remaining_s))
+        with _as_fleet_error(f"replica {replica_id} cannot be told to leave"):
+            handle = await asyncio.to_thread(directories.find, fleet)
+            await asyncio.wait_for(handle.order.remote(replica_id, order), CALL_TIMEOUT_S)
+
+    async def send_directories_away(self) -> None:
+        with _as_fleet_error("a directory on this node stays"):
+            for name in self._names:
+                handle = await asyncio.to_thread(directories.find, name)
+                if await asyncio.wait_for(handle.node_id.remote(), CALL_TIMEOUT_S) == self._node_id:
+                    ray.kill(handle, no_restart=False)
+
+
+@contextlib.contextmanager
+def _as_fleet_error(what: str) -> Iterator[None]:
+    """What Ray raises while its GCS or a directory is away; the watcher asks again."""
+    try:
+        yield
+    except (ray.exceptions.RayError, RuntimeError, OSError, TimeoutError) as error:
+        raise FleetError(f"{what}: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
+
+
+def _nodes() -> tuple[list[str], dict[str, int]]:
+    """Alive nodes, and the deadlines of the draining ones (Unix time in ms, 0 without)."""
+    return list(cluster.nodes()), ray._private.state.state.get_draining_nodes()
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, lifetime="detached")
+class WatcherActor:
+    """The watcher of the node that it runs on. `env`: settings of the fleet that had it started."""
+
+    async def __init__(self, node_id: str, env: Mapping[str, str]) -> None:  # type: ignore[misc]  # Ray awaits it
+        self._node_id = node_id
+        self._settings = from_environment({**os.environ, **env})
+        self._watch: asyncio.Future[NodeWatch] = asyncio.get_running_loop().create_future()
+        self._running = asyncio.create_task(self._run())
+
+    async def announce(self, remaining_s: float) -> None:
+        """An operator wants the node empty in so many seconds."""
+        watch = await self._watch
+        watch.operator.announce(remaining_s=remaining_s, why="kervan drain")
+
+    async def _run(self) -> None:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("kervan").setLevel(logging.INFO)
+        try:
+            logger.info("the watcher ends: %s", await self._guard())
+        except Exception:  # supervised: Ray starts it again
+            logger.exception("the watcher failed")
+            await asyncio.sleep(CRASH_PAUSE_S)
+            os._exit(1)
+        # An actor that just exits would be started again.
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    async def _guard(self) -> str:
+        node = ray.util.get_node_ip_address()
+        place = self._settings.state_file.replace("{node}", node)
+        since_s = _node_since_s()
+        before = await asyncio.to_thread(_read, place) if place else None
+        if before is not None and abs(before.since_s - since_s) < 1.0:
+            before = None  # this node's own, of an earlier watcher
+        # Signals come to Ray, which drains the node then, and a Ray actor could not handle one.
+        watched = dataclasses.replace(
+            self._settings, watch=tuple(word for word in self._settings.watch if word != "signal")
+        )
+        guard = NodeGuard(node, RayCluster(self._node_id), since_s=since_s, state_place=place, before=before)
+        sources = watching(watched, guard.on_notice, node=node, on_withdrawn=guard.on_withdrawn, also=[guard.drained])
+        async with sources as watch:
+            self._watch.set_result(watch)
+            return await guard.run(watch.watcher)
+
+
+def _read(place: str) -> state_file.NodeState | None:
+    """What is at `place`; whatever is wrong with it must not keep the node from being watched."""
+    try:
+        return state_file.read(place)
+    except Exception as error:  # noqa: BLE001 - fsspec's stores raise what they like
+        logger.warning("the account at %s cannot be read: %r", place, error)
+        return None
+
+
+def _node_since_s() -> float:
+    """Unix time at which Ray started on this node: its raylet is the parent of all workers."""
+    return psutil.Process(os.getppid()).create_time()
