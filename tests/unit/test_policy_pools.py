@@ -13,7 +13,12 @@ AFTER_S, HOLD_S = 10.0, 100.0
 
 
 def on_demand(
-    spot: SpotState, current: int, history: tuple[Shortage, ...] = (), now_s: float = 1000.0, low: int = 2, high: int = 5
+    spot: SpotState,
+    current: int,
+    history: tuple[Shortage, ...] = (),
+    now_s: float = 1000.0,
+    low: int = 2,
+    high: int = 5,
 ) -> OnDemandCount:
     return pools.on_demand(spot, current, low, high, history, now_s=now_s, after_s=AFTER_S, hold_s=HOLD_S)
 
@@ -67,7 +72,9 @@ def test_whatever_spot_does(events: list[tuple[float, int, int]], low: int, more
         now_s += step_s
         decision = on_demand(SpotState(4, ready, min(starting, 4 - ready)), current, history, now_s, low, high)
         assert low <= decision.count <= high
-        assert all(before.at_s < after.at_s for before, after in zip(decision.history, decision.history[1:], strict=False))
+        assert all(
+            before.at_s < after.at_s for before, after in zip(decision.history, decision.history[1:], strict=False)
+        )
         if decision.count > current:
             grown_s = now_s
         if decision.count < current:

@@ -148,7 +148,7 @@ class FleetConfig:
             ("ep", 1, 64),
             ("nodes_per_replica", 0, 64),
             ("gpus_per_replica", 0, 64 * 64),
-            ("replicas", 0, len(POOLS) * MAX_REPLICAS),
+            ("replicas", 0, MAX_REPLICAS),
             ("gateways", 0, 64),
             ("max_gateways", 0, 64),
             ("port", 1, 65535),

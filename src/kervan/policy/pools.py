@@ -54,9 +54,9 @@ def on_demand(
     """The least, and one for each missing spot replica, up to the most.
 
     One is added for what was absent all the time of the last `after_s`: a spot replica that starts will be there before
-    one that is begun now. One leaves when all the time of the last `hold_s` fewer were not ready: capacity that has just
-    come back is the likeliest to go again, and each change costs a start. `current`: how many there are to be. A time
-    that `history` does not cover changes nothing, so a fleet whose history is lost keeps what it has for so long.
+    one that is begun now. One leaves when all the time of the last `hold_s` fewer were not ready: capacity that has
+    just come back is the likeliest to go again, and each change costs a start. `current`: how many there are to be. A
+    time that `history` does not cover changes nothing: a fleet whose history is lost keeps what it has for so long.
     """
     bounded = min(max(current, minimum), maximum)
     absent, unready = max(0, spot.wanted - spot.present), max(0, spot.wanted - spot.ready)
