@@ -171,3 +171,14 @@ def test_a_replica_that_is_told_to_drain_gets_no_more_work_before_it_knows() -> 
     directory.remove("a")
     directory.beat_replica(replica("a", state="ready"))
     assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]
+
+
+@pytest.mark.parametrize("may_linger", [True, False])
+def test_gateways_hear_how_long_a_draining_replica_may_be_used(may_linger: bool) -> None:
+    now_s = 0.0
+    directory = Directory(lambda: now_s)
+    directory.beat_replica(replica("a", state="ready"))
+    directory.order("a", Drain(30.0, may_linger))
+    now_s = 2.0
+    (told,) = directory.snapshot().replicas
+    assert (told.leaves_in_s, told.may_linger) == (28.0, may_linger)

@@ -159,6 +159,7 @@ class FleetClient:
         member = self._members.get(link.replica_id)
         if member is not None and member.is_leaving:
             link.leave()
+            link.may_linger = member.may_linger
             if member.leaves_in_s is not None:
                 link.leaves_at_s = time.monotonic() + member.leaves_in_s
 

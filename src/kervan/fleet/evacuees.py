@@ -43,6 +43,7 @@ def state(
         streams=[_leaving(stream, lengths) for stream in link.streams.values()],
         targets=[_target(target, prefill_tokens_per_s, now_s) for target in targets],
         deadline_s=None if link.leaves_at_s is None else max(0.0, link.leaves_at_s - now_s),
+        may_linger=link.may_linger,
         elapsed_s=now_s - link.leaving_since_s,
         source_s_per_token=link.pace_s(now_s),
     )

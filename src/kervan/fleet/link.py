@@ -30,13 +30,15 @@ NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
 class Member:
     """A replica as the directory lists it.
 
-    `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known.
+    `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
+    streams may use that time.
     """
 
     replica_id: str
     address: str
     is_leaving: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
+    may_linger: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +63,7 @@ class Link:
     is_told_to_leave: bool = False  # by the directory, which may know before the replica does
     leaving_since_s: float = 0.0
     leaves_at_s: float | None = None
+    may_linger: bool = False
     _step_s: float | None = None  # between two steps, a mean over about the last ten
     _stepped_s: float = 0.0
 

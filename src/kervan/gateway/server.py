@@ -200,7 +200,7 @@ class Gateway:
         """Follow the directory."""
         self._snapshot = snapshot
         self.fleet.set_members(
-            Member(r.id, r.address, is_leaving=r.state == "draining", leaves_in_s=r.leaves_in_s)
+            Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger)
             for r in snapshot.replicas
             if r.is_reachable
         )
