@@ -31,7 +31,7 @@ class Member:
     """A replica as the directory lists it.
 
     `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
-    streams may use that time.
+    streams may use that time. `risky_for_s`: for so long it is likelier to go than others.
     """
 
     replica_id: str
@@ -39,6 +39,7 @@ class Member:
     is_leaving: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
     may_linger: bool = field(default=False, compare=False)
+    risky_for_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +64,7 @@ class Link:
     is_told_to_leave: bool = False  # by the directory, which may know before the replica does
     leaving_since_s: float = 0.0
     leaves_at_s: float | None = None
+    risky_until_s: float = 0.0
     may_linger: bool = False
     _step_s: float | None = None  # between two steps, a mean over about the last ten
     _stepped_s: float = 0.0
@@ -76,6 +78,7 @@ class Link:
         self.load.hear(pong.other_tokens, pong.num_gateways)
         self.pong, self.pong_s = pong, time.monotonic()
         self.load.is_draining = self.is_draining
+        self.load.is_risky = self.pong_s < self.risky_until_s
 
     @property
     def is_draining(self) -> bool:
@@ -84,6 +87,11 @@ class Link:
     def leave(self) -> None:
         """The replica is to get nothing more."""
         self.is_told_to_leave = self.load.is_draining = True
+
+    def be_risky(self, for_s: float) -> None:
+        """For so long from now, long answers better go elsewhere."""
+        self.risky_until_s = time.monotonic() + for_s
+        self.load.is_risky = for_s > 0
 
     def stepped(self) -> None:
         """Its engine has sent what a step gave."""

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from kervan.errors import ConfigError
+from kervan.facts.fleet import SPOT
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 from kervan.fleet.link import Member
@@ -27,7 +28,7 @@ from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.relay import is_relayed, relay_key
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
-from kervan.policy import admission
+from kervan.policy import admission, routing
 from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class Gateway:
         """Follow the directory."""
         self._snapshot = snapshot
         self.fleet.set_members(
-            Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger)
+            Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger, _risky_for_s(r))
             for r in snapshot.replicas
             if r.is_reachable
         )
@@ -367,6 +368,10 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket, *,
         if not is_busy:
             break
         await asyncio.sleep(0.1)
+
+
+def _risky_for_s(replica: ReplicaEntry) -> float:
+    return routing.risky_for_s(is_spot=replica.pool == SPOT, age_s=replica.ready_for_s)
 
 
 def _bracket(host: str) -> str:
