@@ -75,8 +75,10 @@ def on_demand(
         reason = f"{at_least} of {spot.wanted} spot replicas on no node for {after_s:g} s"
     elif count < current:
         reason = f"no more than {at_most} of {spot.wanted} spot replicas missing for {hold_s:g} s"
+    elif extra > unready:
+        reason = f"{extra} stay until spot has been whole again for {hold_s:g} s"
     elif extra:
-        reason = f"{extra} of {unready} missing spot replicas covered, or {hold_s:g} s are not over"
+        reason = f"{extra} of {unready} missing spot replicas covered"
     else:
         reason = f"{spot.ready} of {spot.wanted} spot replicas ready"
     return OnDemandCount(count, kept, reason)
