@@ -111,7 +111,9 @@ def test_the_least_of_each_pool_must_fit_on_its_own_nodes() -> None:
         pools.check(config("5..6"), [OWN, node("s", 8, is_spot=True)], {})
     with pytest.raises(CapacityError, match=r"4 replicas of pool spot, .*s1: 3 of 8.*use --pool spot:3"):
         pools.check(config(spot="4..6"), [OWN, SPOT], {})
-    with pytest.raises(CapacityError, match=r"no node has the label ray.io/market-type=spot.*--pool spot:0..6 to go on"):
+    with pytest.raises(
+        CapacityError, match=r"no node has the label ray.io/market-type=spot.*--pool spot:0..6 to go on"
+    ):
         pools.check(config(spot="4..6"), [OWN], {})
     with pytest.raises(CapacityError, match="use --replicas 3"):
         pools.check(FleetConfig(model="m", replicas=4), [SPOT], {})
