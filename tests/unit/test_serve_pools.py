@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from kervan.errors import CapacityError
+from kervan.errors import CapacityError, ConfigError
 from kervan.facts.fleet import FleetConfig, from_mapping
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.serve import pools
+from kervan.serve.changes import merge
 from kervan.serve.placement import NodeDevices
 from kervan.serve.versions import versions
 
@@ -168,3 +169,25 @@ def test_what_the_autoscaling_hears_of_spot() -> None:
     facts = pools.spot_facts(config(fallback_after_s=3), there)
     assert facts == pools.SpotFacts(6, ready=3, starting=1, outdated=1, fallback_after_s=3.0, fallback_hold_s=300.0)
     assert pools.spot_facts(from_mapping({"model": "m", "pools": {"on-demand": 1}}, "t"), there).wanted == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "told", "replicas"),
+    [
+        pytest.param(FleetConfig(model="m", replicas=3), {"pools": {"spot": "0..6"}},
+                     {"on-demand": "3", "spot": "0..6"}, 3, id="a fleet's replicas become its on-demand pool"),
+        pytest.param(config(), {"pools": {"spot": "1..3"}}, {"on-demand": "2..4", "spot": "1..3"}, 3, id="one changes"),
+        pytest.param(config(), {"gateways": 2}, {"on-demand": "2..4", "spot": "0..6"}, 2, id="neither does"),
+        pytest.param(FleetConfig(model="m"), {"replicas": 2}, {}, 2, id="no pools"),
+    ],
+)  # fmt: skip
+def test_pools_of_a_running_fleet_change_one_by_one(
+    before: FleetConfig, words: dict[str, Any], told: dict[str, str], replicas: int
+) -> None:
+    after = from_mapping(merge(before, words), "a test")
+    assert (after.pools, after.replicas) == (told, replicas)
+
+
+def test_a_number_of_replicas_says_too_little_of_a_fleet_with_pools() -> None:
+    with pytest.raises(ConfigError, match=r"has pools \(on-demand 2..4, spot 0..6\), so 5 .* --pool on-demand:5"):
+        merge(config(), {"replicas": 5})

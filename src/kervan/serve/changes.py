@@ -59,21 +59,7 @@ class RunningFleet:
                 raise FleetError(
                     f"{key} of fleet {before.name!r} is {merged[key]!r} and cannot become {wanted!r}: {why}"
                 )
-        if words.get("pools"):
-            if not before.pools:
-                merged["pools"] = {ON_DEMAND: str(before.replicas)}
-            del merged["replicas"]  # follows from them
-        elif before.pools and words.get("replicas", before.replicas) != before.replicas:
-            raise ConfigError(
-                f"fleet {before.name!r} has pools ({_told(before)}), so {words['replicas']} replicas could be of "
-                f"either; say which: --pool {ON_DEMAND}:{words['replicas']}"
-            )
-        for key, value in words.items():
-            is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
-            merged[key] = {**merged[key], **value} if is_mapping else value
-        if not words.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
-            merged |= {key: words.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
-        after = validate(from_mapping(merged, source))
+        after = validate(from_mapping(merge(before, words), source))
         if words.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
         nodes = cluster.devices_by_node(before.device)
@@ -92,14 +78,15 @@ class RunningFleet:
         if lacking := pools.warning(after, pool_nodes):
             self.progress(lacking)
         surges = True
-        if _replaces_replicas(before, after) and after.replicas and not pools.has_room(after, pool_nodes, live):
+        number = sum(live.values()) if after.pools else after.replicas
+        if _replaces_replicas(before, after) and number and not pools.has_room(after, pool_nodes, live):
             surges = False
             warnings.append(
                 f"there is no room for {placement.demand(after, nodes)} beside the old replicas, so "
-                f"{max(1, after.replicas // 5)} of {after.replicas} replicas will stop before a new one starts; "
+                f"{max(1, number // 5)} of {number} replicas will stop before a new one starts; "
                 + (
                     "streams move to the others"
-                    if after.replicas > 1 and same_size
+                    if number > 1 and same_size
                     else "streams wait until it is ready, as long as a start takes"
                 )
             )
@@ -143,6 +130,30 @@ class RunningFleet:
         return status
 
 
+def merge(before: FleetConfig, words: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a fleet with new words; what follows from others is left out, to follow again.
+
+    Raises: ConfigError for a number of replicas where it says too little.
+    """
+    merged: dict[str, Any] = json.loads(before.to_json())
+    if words.get("pools"):
+        if not before.pools:
+            merged["pools"] = {ON_DEMAND: str(before.replicas)}
+        del merged["replicas"]
+    elif before.pools and words.get("replicas", before.replicas) != before.replicas:
+        told = ", ".join(f"{pool} {bounds}" for pool, bounds in before.bounds.items())
+        raise ConfigError(
+            f"fleet {before.name!r} has pools ({told}), so {words['replicas']} replicas could be of either; "
+            f"say which: --pool {ON_DEMAND}:{words['replicas']}"
+        )
+    for key, value in words.items():
+        is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
+        merged[key] = {**merged[key], **value} if is_mapping else value
+    if not words.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
+        merged |= {key: words.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
+    return merged
+
+
 def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConfig]:
     """The fleets with which the changed one will share its port.
 
@@ -167,10 +178,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
             yield from _differences(before, after, f"{path}{key}.")
         elif before != after:
             yield f"{path}{key} changes" if key in HIDDEN else f"{path}{key}: {before} -> {after}"
-
-
-def _told(config: FleetConfig) -> str:
-    return ", ".join(f"{pool} {bounds}" for pool, bounds in config.bounds.items())
 
 
 def scale(
