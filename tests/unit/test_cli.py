@@ -295,3 +295,26 @@ def test_a_real_process_says_it_in_one_line(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: model ")
     assert done.stderr.count("\n") == 1
+
+
+# ---- pools
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--pool", "spot"), "--pool 'spot' has no NAME:COUNT form; write for example --pool spot:0..6"),
+        (("--pool", "spot:"), "has no NAME:COUNT form"),
+        (("--pool", "spot:0..6"), "add --pool on-demand:1"),
+        (("--pool", "on-demand:1", "--pool", "on-demand:2"), "--pool on-demand is given twice, with 1 and 2"),
+        (("--pool", "on-demand:1", "--pool", "spot:x"), "pool spot: 'x' is no number and no range MIN..MAX"),
+        (("--pool", "on-demand:1", "--replicas", "1"), "--replicas 1 beside --pool says twice how many; give only"),
+    ],
+)
+def test_pools_that_make_no_sense(kervan: Kervan, model: Path, words: tuple[str, ...], message: str) -> None:
+    assert message in kervan.fails("up", model, *words)
+
+
+def test_scale_takes_replicas_or_pools(kervan: Kervan) -> None:
+    code, _, err = kervan.run("scale", 2, "--pool", "spot:0..2")
+    assert (code, "2 beside --pool says twice how many; give only the pools" in err) == (2, True)

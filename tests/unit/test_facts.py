@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from kervan.errors import ConfigError
 from kervan.facts import fleet, model
-from kervan.facts.fleet import OWNED_ENGINE_ARGS, FleetConfig
+from kervan.facts.fleet import OWNED_ENGINE_ARGS, FleetConfig, PoolBounds, from_mapping
 
 # ---- fleet config: values
 
@@ -391,3 +392,33 @@ def test_there_is_a_gateway_for_8_cores_up_to_4_and_to_the_most_allowed(
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert num_gateways(FleetConfig(model="m", **words)) == number
     FleetConfig(model="m", **words | {"gateways": number})  # is no contradiction
+
+
+# ---- pools
+
+
+def test_pools_say_how_many_of_each_market_type() -> None:
+    config = from_mapping({"model": "m", "pools": {"on_demand": 2, "spot": "0..6"}}, "a file")
+    assert config.bounds == {"on-demand": PoolBounds(2, 2), "spot": PoolBounds(0, 6)}
+    assert config.replicas == 2  # the least of both
+    assert FleetConfig.from_json(config.to_json()) == config
+    assert [str(bounds) for bounds in config.bounds.values()] == ["2", "0..6"]
+    assert FleetConfig(model="m", replicas=3).bounds == {"on-demand": PoolBounds(3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"pools": {"spot": "0..6"}}, "add --pool on-demand:1, or --pool on-demand:0..1 for one only while spot is"),
+        ({"pools": {"on-demand": 1, "gold": 2}}, "pool 'gold' is not one of on-demand, spot"),
+        ({"pools": {"on-demand": "1.."}}, "'1..' is no number and no range MIN..MAX; write for example --pool on-d"),
+        ({"pools": {"on-demand": "4..2"}}, "goes from 4 down to 2; write --pool on-demand:2..4"),
+        ({"pools": {"on-demand": 0, "spot": 0}}, "room for 0 replicas; give one more"),
+        ({"pools": {"on-demand": 5000}}, "5000 is above 4096"),
+        ({"pools": {"on-demand": 2}, "replicas": 3}, "replicas=3 beside pools, whose least are 2 in all"),
+        ({"pools": ["spot"]}, "give a mapping"),
+    ],
+)
+def test_bad_pools(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        from_mapping({"model": "m", **words}, "a file")

@@ -7,6 +7,7 @@ computed from a wrong prefix changes every later one. Replicas step when the tes
 import asyncio
 import contextlib
 import dataclasses
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,6 +27,7 @@ from kervan.fleet.evacuees import PrefillSpeed
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, Member
 from kervan.policy import quarantine
+from kervan.policy.output_length import MIN_ANSWERS
 
 SECRET = "s3cret"
 VERSION = "toy-1"
@@ -431,6 +433,10 @@ async def bench() -> AsyncIterator[Bench]:
 # ---- placement
 
 
+def replace_risky(member: Member) -> Member:
+    return dataclasses.replace(member, risky_for_s=math.inf)
+
+
 async def test_a_stream_is_placed_answered_and_forgotten(bench: Bench) -> None:
     a = await bench.start("a")
     await bench.add("s", prompt=[5, 6], max_tokens=4)
@@ -491,6 +497,36 @@ async def test_other_gateways_load_counts(bench: Bench) -> None:
     await bench.add("s")
     await bench.placed(b, "s")
     await until(lambda: b.last_ping == wire.Ping(9), "the replica learns what is outstanding: 3 prompt + 6 output")
+    await bench.finished("s")
+
+
+async def test_long_answers_pass_a_risky_replica_over_for_as_long_as_it_is_one(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    bench.client.set_members([replace_risky(a.member), b.member])
+    before_s = bench.link(a).pong_s
+    await until(lambda: bench.link(a).pong_s > before_s + 0.05, "signs of life do not end it")
+    await bench.add("short", max_tokens=1023)
+    await bench.placed(a, "short")
+    await bench.add("short2", prompt=[1] * 200, max_tokens=1023)
+    await bench.placed(b, "short2")  # a: 1026, b: 1223
+    await bench.add("long", max_tokens=1024)
+    await bench.placed(b, "short2", "long")
+    bench.client.set_members([dataclasses.replace(a.member, risky_for_s=0.01), b.member])
+    await until(lambda: not bench.link(a).load.is_risky)
+    await bench.add("long2", max_tokens=1024)
+    await bench.placed(a, "short", "long2")
+    await bench.finished("short", "short2", "long", "long2")
+
+
+async def test_answers_that_may_be_long_and_never_are_go_anywhere(bench: Bench) -> None:
+    a = await bench.start("a")
+    for i in range(MIN_ANSWERS):
+        await bench.add(f"s{i}", max_tokens=4)
+    await bench.finished(*(f"s{i}" for i in range(MIN_ANSWERS)))
+    await bench.start("b")
+    bench.client.set_members([replace_risky(a.member), bench.replicas["b"].member])
+    await bench.add("s", max_tokens=2000)  # as many as there may be; those before it had 4
+    await bench.placed(a, "s")
     await bench.finished("s")
 
 

@@ -65,9 +65,9 @@ class Cluster:
         self.done.append(("drain", remaining_s))
         self.is_drained, self.drained_at_s = True, time.time() + remaining_s
 
-    async def order_drain(self, fleet: str, replica_id: str, remaining_s: float) -> None:
+    async def order_drain(self, fleet: str, replica_id: str, remaining_s: float, *, may_linger: bool) -> None:
         self.done.append((replica_id, remaining_s))
-        assert self.directory.order(replica_id, Drain(remaining_s))
+        assert self.directory.order(replica_id, Drain(remaining_s, may_linger))
 
     async def send_directories_away(self) -> None:
         assert not [replica for replica in self.replicas.values() if replica.node == HERE]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kervan.policy import routing
-from kervan.policy.routing import OUTPUT_CAP_TOKENS, ReplicaLoad
+from kervan.policy.routing import OUTPUT_CAP_TOKENS, ROOM_TOKENS, SIMILAR, YOUNG_S, ReplicaLoad
 
 LOADS = st.lists(
     st.builds(
@@ -139,3 +139,63 @@ def mean_difference(num_gateways: int, num_replicas: int, streams_each: int, *, 
 def test_gateways_do_not_rush_to_the_same_replica(num_gateways: int, num_replicas: int, at_most: float) -> None:
     found = [mean_difference(num_gateways, num_replicas, 64, seed=seed) for seed in range(3)]
     assert max(found) < at_most
+
+
+def load(name: str, tokens: int, flags: str = "") -> ReplicaLoad:
+    """`flags`: r for risky, d for draining, s for one that tries a suspect."""
+    return ReplicaLoad(name, tokens, "d" in flags, int("s" in flags), is_risky="r" in flags)
+
+
+@pytest.mark.parametrize(
+    ("others", "chosen_tokens", "is_suspect", "expected"),
+    [
+        pytest.param([], 0, False, None, id="no other"),
+        pytest.param([("b", 500)], 0, False, "b", id="some work more"),
+        pytest.param([("b", 2048)], 0, False, "b", id="two streams more"),
+        pytest.param([("b", 2049)], 0, False, None, id="more than two streams"),
+        pytest.param([("b", 13_047)], 10_000, False, "b", id="1.1 * 10,000 + 2,048 = 13,048"),
+        pytest.param([("b", 13_049)], 10_000, False, None, id="and one more"),
+        pytest.param([("b", 9, "r"), ("c", 99)], 0, False, "c", id="another risky one is no help"),
+        pytest.param([("b", 9, "d"), ("c", 99)], 0, False, "c", id="nor a draining one"),
+        pytest.param([("b", 9, "s"), ("c", 99)], 0, True, "c", id="nor, for a suspect, one with a suspect"),
+        pytest.param([("b", 9, "s"), ("c", 99)], 0, False, "b", id="which harms no other"),
+        pytest.param([("b", 99), ("c", 9)], 0, False, "c", id="the one with the least to do"),
+    ],
+)
+def test_a_long_answer_passes_a_risky_replica_over(
+    others: list[tuple], chosen_tokens: int, is_suspect: bool, expected: str | None
+) -> None:
+    chosen = load("a", chosen_tokens, "r")
+    placement = routing.safer([chosen, *(load(*other) for other in others)], chosen, is_suspect=is_suspect)
+    assert (placement and placement.replica_id) == expected
+    if placement is not None:
+        assert "a long answer, and a" in placement.reason
+
+
+@given(st.lists(st.tuples(st.integers(0, 9000), st.sampled_from(["", "r", "d", "s", "rs"])), max_size=6), st.booleans())
+def test_passing_over_never_costs_much(others: list[tuple[int, str]], is_suspect: bool) -> None:
+    chosen = load("chosen", 1000, "r")
+    loads = [chosen, *(load(f"r{i}", *other) for i, other in enumerate(others))]
+    placement = routing.safer(loads, chosen, is_suspect=is_suspect)
+    able = [r for r in loads if not (r.is_risky or r.is_draining or (is_suspect and r.num_suspects))]
+    within = [r for r in able if r.outstanding_tokens <= SIMILAR * 1000 + ROOM_TOKENS]
+    assert (placement is None) == (not within)
+    if placement is not None:
+        assert placement.replica_id in {r.replica_id for r in within}
+
+
+@pytest.mark.parametrize(
+    ("is_spot", "age_s", "is_called_likely", "expected_s"),
+    [
+        (False, 0.0, False, 0.0),
+        (True, 0.0, False, YOUNG_S),
+        (True, YOUNG_S - 60, False, 60.0),
+        (True, YOUNG_S + 60, False, 0.0),
+        (True, 10 * YOUNG_S, True, float("inf")),  # a rebalance notice
+        (False, 0.0, True, float("inf")),
+    ],
+)
+def test_for_how_long_a_replica_is_risky(
+    is_spot: bool, age_s: float, is_called_likely: bool, expected_s: float
+) -> None:
+    assert routing.risky_for_s(is_spot=is_spot, age_s=age_s, is_called_likely=is_called_likely) == expected_s

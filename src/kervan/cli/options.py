@@ -1,11 +1,16 @@
 """Options that several commands share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import click
 
+from kervan.errors import ConfigError
+
 name = click.option("--name", default="default", show_default=True, help="The fleet's name.")
 address = click.option("--address", help="Ray cluster to join (HOST:PORT); without it, Ray on this machine.")
+pools = click.option(
+    "--pool", "pools", multiple=True, metavar="NAME:COUNT", help="on-demand:2, spot:0..6: by market type; repeatable."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -23,6 +28,19 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         if dots and counts[1] < max(1, counts[0]):
             self.fail(f"{value!r} goes from {counts[0]} down to {counts[1]}; write for example 1..4", param, ctx)
         return counts
+
+
+def pool_words(given: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The settings that `--pool` stands for; what each says is for the fleet's settings to check."""
+    pools: dict[str, str] = {}
+    for text in given:
+        name, colon, count = text.partition(":")
+        if not colon or not name or not count:
+            raise ConfigError(f"--pool {text!r} has no NAME:COUNT form; write for example --pool spot:0..6")
+        if name in pools:
+            raise ConfigError(f"--pool {name} is given twice, with {pools[name]} and {count}; give it once")
+        pools[name] = count
+    return {"pools": pools} if pools else {}
 
 
 def gateway_words(count: tuple[int, int] | None) -> dict[str, int]:

@@ -36,7 +36,12 @@ def print_status(status: FleetStatus) -> None:
     config = status.config
     console.print(
         f"[bold]{status.name}[/bold]  {status.url or '(no gateway yet)'}  {config.model}  "
-        f"tp {config.tp}, pp {config.pp}, {config.replicas} replicas"
+        f"tp {config.tp}, pp {config.pp}, "
+        + (
+            ", ".join(f"{pool} {b}" for pool, b in config.bounds.items())
+            if config.pools
+            else f"{config.replicas} replicas"
+        )
         + (f" on {config.nodes_per_replica} nodes each" if config.nodes_per_replica > 1 else "")
     )
     replicas = Table("replica", "pool", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")

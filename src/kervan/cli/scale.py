@@ -1,5 +1,7 @@
 """`kervan scale`."""
 
+from typing import Any
+
 import click
 
 from kervan.cli import options
@@ -7,22 +9,31 @@ from kervan.cli import options
 
 @click.command()
 @click.argument("replicas", type=click.IntRange(min=0), required=False)
+@options.pools
 @click.option("--gateways", type=options.Count(), help="HTTP gateways; MIN..MAX: as many as their load asks for.")
 @options.name
 @options.address
 @options.as_json
 def scale(
-    replicas: int | None, gateways: tuple[int, int] | None, name: str, address: str | None, as_json: bool
+    replicas: int | None,
+    pools: tuple[str, ...],
+    gateways: tuple[int, int] | None,
+    name: str,
+    address: str | None,
+    as_json: bool,
 ) -> None:
-    """Run REPLICAS engine replicas; returns when they are ready, or gone."""
+    """Run REPLICAS engine replicas, or so many of each pool; returns when they are ready, or gone."""
     from kervan.cli import render
     from kervan.serve.changes import scale as change
 
-    if replicas is None and gateways is None:
-        raise click.UsageError("give REPLICAS, --gateways, or both")
+    if replicas is None and gateways is None and not pools:
+        raise click.UsageError("give REPLICAS or --pool, --gateways, or both")
+    if replicas is not None and pools:
+        raise click.UsageError(f"{replicas} beside --pool says twice how many; give only the pools")
     if gateways is not None and gateways[0] < 1:
         raise click.UsageError("--gateways 0 would leave nothing that answers; give at least 1, or kervan down")
-    words = options.gateway_words(gateways) | ({} if replicas is None else {"replicas": replicas})
+    words: dict[str, Any] = options.gateway_words(gateways) | ({} if replicas is None else {"replicas": replicas})
+    words |= options.pool_words(pools)
     result = change(name, words, address, render.progress_lines(is_quiet=as_json))
     if as_json:
         render.print_json(result.to_dict())

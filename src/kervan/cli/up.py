@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from kervan.cli import options
+from kervan.errors import ConfigError
 from kervan.facts import fleet as facts
 
 SECTIONS = {
-    "Layout": "--tp --pp --ep --replicas --gateways --nodes-per-replica --gpus-per-replica",
+    "Layout": "--tp --pp --ep --replicas --pool --gateways --nodes-per-replica --gpus-per-replica",
     "Engine": "--engine-arg --env --engine --gpu --twin",
     "Clients": "--host --port --shared-port --api-key --ingress",
     "Fleet": "--config --name --address --yes --detach --json --help",
@@ -30,6 +31,7 @@ SECTIONS = {
 @click.option("--gpu", help="The GPU that a twin stands for, like H200.")
 @click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")
 @click.option("--replicas", type=int, help="Engine replicas, each on tp*pp GPUs. [default: 1]")
+@options.pools
 @click.option(
     "--gateways",
     type=options.Count(),
@@ -135,6 +137,14 @@ def _words(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         before = settings.get(key) or {}
         if extra or before:
             settings[key] = {**before, **extra} if isinstance(before, dict) else before
+    if pools := options.pool_words(given.pop("pools")):
+        before = settings.get("pools") or {}
+        settings["pools"] = {**before, **pools["pools"]} if isinstance(before, dict) else before
     settings |= options.gateway_words(given.pop("gateways"))
     settings |= {key: value for key, value in given.items() if value is not None}
+    if settings.get("pools") and "replicas" in settings:
+        raise ConfigError(
+            f"--replicas {settings['replicas']} beside --pool says twice how many; give only the pools, "
+            f"for example --pool on-demand:{settings['replicas']} --pool spot:0..6"
+        )
     return settings

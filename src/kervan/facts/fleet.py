@@ -19,6 +19,11 @@ Engine = Literal["vllm", "twin"]
 Device = Literal["GPU", "CPU"]
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
+# Pools are named by the market type of their nodes: what Ray's label `ray.io/market-type` says.
+ON_DEMAND, SPOT = POOLS = ("on-demand", "spot")
+MAX_REPLICAS = 4096
+COUNT_PATTERN = re.compile(r"(\d{1,9})(?:\.\.(\d{1,9}))?")
+
 # vLLM's default share of a GPU's memory (0.24 to 0.32), and the arguments that decide it.
 GPU_MEMORY_UTILIZATION = 0.92
 MEMORY_ARGS = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})
@@ -55,6 +60,37 @@ OWNED_ENGINE_ARGS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class PoolBounds:
+    """The least and the most replicas of a pool."""
+
+    minimum: int
+    maximum: int
+
+    def __str__(self) -> str:
+        return str(self.minimum) if self.minimum == self.maximum else f"{self.minimum}..{self.maximum}"
+
+
+def parse_bounds(pool: str, text: str) -> PoolBounds:
+    """`2` or `0..6` as the bounds of a pool.
+
+    Raises: ConfigError for anything else.
+    """
+    example = f"--pool {pool}:2 or --pool {pool}:0..6"
+    found = COUNT_PATTERN.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"pool {pool}: {text!r} is no number and no range MIN..MAX; write for example {example}")
+    bounds = PoolBounds(int(found[1]), int(found[2] or found[1]))
+    if bounds.maximum < bounds.minimum:
+        raise ConfigError(
+            f"pool {pool}: {text!r} goes from {bounds.minimum} down to {bounds.maximum}; "
+            f"write --pool {pool}:{bounds.maximum}..{bounds.minimum}"
+        )
+    if bounds.maximum > MAX_REPLICAS:
+        raise ConfigError(f"pool {pool}: {bounds.maximum} is above {MAX_REPLICAS}; write for example {example}")
+    return bounds
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FleetConfig:
     """One fleet; the words of `kervan up`, of its config file, and of recipes.
@@ -66,7 +102,10 @@ class FleetConfig:
     GPU, like 0.5, for a model that needs no more; 0 for `tp*pp` whole ones. `engine` "twin": simulated replicas, as if
     on `gpu`, with `twin` in place of what follows from model and GPU (`kervan.twin.settings`). `shared_port`: other
     fleets of the cluster may be on the port too, if they say so as well. `device`: what replicas run on, GPUs or CPU
-    cores; empty for what the cluster has at the first start, which then stays.
+    cores; empty for what the cluster has at the first start, which then stays. `pools`: by market type, how many
+    replicas, as "2" or "0..6"; `replicas` is the sum of their least then. When spot replicas are missing for
+    `fallback_after_s`, on-demand ones cover for them within their range, until spot has been whole for
+    `fallback_hold_s`.
     """
 
     model: str
@@ -78,6 +117,7 @@ class FleetConfig:
     gpus_per_replica: float = 0.0
     device: Literal["", "GPU", "CPU"] = ""
     replicas: int = 1
+    pools: Mapping[str, str] = field(default_factory=dict)
     gateways: int = 0
     max_gateways: int = 0
     host: str = "127.0.0.1"
@@ -94,6 +134,8 @@ class FleetConfig:
     hold_timeout_s: float = 300.0
     stall_timeout_s: float = 60.0
     drain_timeout_s: float = 60.0
+    fallback_after_s: float = 15.0
+    fallback_hold_s: float = 300.0
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
@@ -106,7 +148,7 @@ class FleetConfig:
             ("ep", 1, 64),
             ("nodes_per_replica", 0, 64),
             ("gpus_per_replica", 0, 64 * 64),
-            ("replicas", 0, 4096),
+            ("replicas", 0, MAX_REPLICAS),
             ("gateways", 0, 64),
             ("max_gateways", 0, 64),
             ("port", 1, 65535),
@@ -114,6 +156,8 @@ class FleetConfig:
             ("hold_timeout_s", 0, 10**9),
             ("stall_timeout_s", 1, 10**9),
             ("drain_timeout_s", 0, 10**9),
+            ("fallback_after_s", 0, 10**9),
+            ("fallback_hold_s", 0, 10**9),
         ):
             value = getattr(self, key)
             if not low <= value <= high:
@@ -123,6 +167,7 @@ class FleetConfig:
                 f"max_gateways={self.max_gateways} is below gateways={self.gateways}; write for example "
                 f"--gateways {self.gateways}..{2 * self.gateways}, or leave max_gateways out for a fixed number"
             )
+        self._check_pools()
         if self.ep not in (1, self.tp):
             raise ConfigError(
                 f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or --ep {self.tp}"
@@ -148,6 +193,34 @@ class FleetConfig:
         for key in self.engine_args:
             if key in OWNED_ENGINE_ARGS:
                 raise ConfigError(f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}")
+
+    def _check_pools(self) -> None:
+        if not self.pools:
+            return
+        for pool in self.pools:
+            if pool not in POOLS:
+                raise ConfigError(f"pool {pool!r} is not one of {', '.join(POOLS)}; write for example --pool spot:0..6")
+        if ON_DEMAND not in self.pools:
+            raise ConfigError(
+                "a fleet with pools needs to know its on-demand replicas too; add --pool on-demand:1, or "
+                "--pool on-demand:0..1 for one only while spot is missing"
+            )
+        bounds = self.bounds
+        if not any(pool.maximum for pool in bounds.values()):
+            raise ConfigError("all pools have room for 0 replicas; give one more, for example --pool on-demand:1")
+        least = sum(pool.minimum for pool in bounds.values())
+        if self.replicas != least:
+            raise ConfigError(
+                f"replicas={self.replicas} beside pools, whose least are {least} in all; give only --pool, "
+                f"for example --pool on-demand:{self.replicas}"
+            )
+
+    @property
+    def bounds(self) -> dict[str, PoolBounds]:
+        """The least and most replicas of each pool; a fleet without pools has one, of a fixed number."""
+        if not self.pools:
+            return {ON_DEMAND: PoolBounds(self.replicas, self.replicas)}
+        return {pool: parse_bounds(pool, self.pools[pool]) for pool in POOLS if pool in self.pools}
 
     @property
     def world_size(self) -> int:
@@ -252,6 +325,8 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(hints))}"
             raise ConfigError(f"{source} has unknown setting {key!r}; {hint}")
         values[key] = _typed(key, value, hints[key], source)
+    if values.get("pools") and "replicas" not in values:
+        values["replicas"] = sum(parse_bounds(*pool).minimum for pool in values["pools"].items())
     if not values.get("model"):
         raise ConfigError(f"{source} names no model; give MODEL, a Hugging Face id or a local directory")
     return FleetConfig(**values)
@@ -276,6 +351,8 @@ def _typed(key: str, value: Any, hint: Any, source: str) -> Any:
     if origin is Mapping and isinstance(value, Mapping):
         if key == "env":
             return {str(k): str(v) for k, v in value.items()}
+        if key == "pools":
+            return {str(k).replace("_", "-"): str(v) for k, v in value.items()}
         return {str(k).replace("-", "_"): v for k, v in value.items()}
     expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
         hint, "a list" if origin is tuple else "a mapping"

@@ -161,6 +161,8 @@ class FleetClient:
 
     def _hear_of_leaving(self, link: Link) -> None:
         member = self._members.get(link.replica_id)
+        if member is not None:
+            link.be_risky(member.risky_for_s)
         if member is not None and member.is_leaving:
             link.leave()
             link.may_linger = member.may_linger
@@ -219,6 +221,9 @@ class FleetClient:
     async def _place(self, stream: Stream, target: str | None = None) -> None:
         """On replica `target` if it can take it, else where routing says."""
         placement = routing.decide(self._loads, is_suspect=stream.is_suspect)
+        chosen = self._links.get(placement.replica_id or "")
+        if chosen is not None and chosen.load.is_risky and self._is_long(stream):
+            placement = routing.safer(self._loads, chosen.load, is_suspect=stream.is_suspect) or placement
         if target in self._links and not self._links[target].is_draining and not stream.is_suspect:
             placement = routing.Placement(target, "evacuated to it")
         if placement.replica_id is None:
@@ -242,6 +247,14 @@ class FleetClient:
         await link.input.send_multipart(self.codec.encode_add(stream), copy=False)
         if stream.is_suspect:  # should the replica die, its answer tells that it was alive until then
             await self._send_ping(link)
+
+    def _is_long(self, stream: Stream) -> bool:
+        """Whether much is still to come: as much as may, or where that says little, as usually does."""
+        num_generated, rest = len(stream.generated), stream.remaining_output_tokens
+        if rest < routing.LONG_OUTPUT_TOKENS:
+            return False
+        expected = self._evacuations.lengths.remaining_tokens(num_generated, max_remaining_tokens=rest)
+        return expected is None or expected >= routing.LONG_OUTPUT_TOKENS
 
     async def _place_held(self) -> None:
         for _ in range(len(self._held)):

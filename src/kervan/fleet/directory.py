@@ -20,9 +20,9 @@ ReplicaState = Literal["starting", "ready", "draining", "unhealthy"]
 class ReplicaEntry(msgspec.Struct, frozen=True):
     """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one).
 
-    `nodes`: all of its nodes, when it has more than `node`. `start_s`: seconds of its start by part. `version` tells
-    replicas of one setting from those of another, as in a gateway's entry. `leaves_in_s`: it drains, and will be gone;
-    with `may_linger`, its streams may use that time.
+    `nodes`: all of its nodes, when it has more than `node`. `start_s`: seconds of its start by part. `ready_for_s`:
+    since its start ended. `version` tells replicas of one setting from those of another, as in a gateway's entry.
+    `leaves_in_s`: it drains, and will be gone; with `may_linger`, its streams may use that time.
     """
 
     id: str
@@ -40,6 +40,7 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     version: str = ""
     nodes: list[str] = []
     start_s: dict[str, float] = {}
+    ready_for_s: float = 0.0
     leaves_in_s: float | None = None
     may_linger: bool = False
 

@@ -12,8 +12,9 @@ import zmq
 import zmq.asyncio
 
 from kervan.errors import EngineError
+from kervan.facts.fleet import SPOT
 from kervan.fleet import wire
-from kervan.fleet.directory import Snapshot
+from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.journal import Stream
 from kervan.policy import routing
 
@@ -32,7 +33,7 @@ class Member:
     """A replica as the directory lists it.
 
     `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
-    streams may use that time.
+    streams may use that time. `risky_for_s`: for so long it is likelier to go than others.
     """
 
     replica_id: str
@@ -40,15 +41,23 @@ class Member:
     is_leaving: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
     may_linger: bool = field(default=False, compare=False)
+    risky_for_s: float = field(default=0.0, compare=False)
 
 
 def members(snapshot: Snapshot) -> list[Member]:
     """The replicas that a client can link to, those that drain too: it moves its streams off them."""
+    called_likely = {entry.node for entry in snapshot.nodes if any(n.kind == "rebalance" for n in entry.notices)}
     return [
-        Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger)
+        Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger, _risky_for_s(r, called_likely))
         for r in snapshot.replicas
         if r.is_reachable
     ]
+
+
+def _risky_for_s(replica: ReplicaEntry, called_likely: set[str]) -> float:
+    is_called_likely = not called_likely.isdisjoint((replica.node, *replica.nodes))
+    is_spot = replica.pool == SPOT
+    return routing.risky_for_s(is_spot=is_spot, age_s=replica.ready_for_s, is_called_likely=is_called_likely)
 
 
 @dataclass(slots=True)
@@ -83,6 +92,7 @@ class Link:
     is_told_to_leave: bool = False  # by the directory, which may know before the replica does
     leaving_since_s: float = 0.0
     leaves_at_s: float | None = None
+    risky_until_s: float = 0.0
     may_linger: bool = False
     _step_s: float | None = None  # between two steps, a mean over about the last ten
     _stepped_s: float = 0.0
@@ -96,6 +106,7 @@ class Link:
         self.load.hear(pong.other_tokens, pong.num_gateways)
         self.pong, self.pong_s = pong, time.monotonic()
         self.load.is_draining = self.is_draining
+        self.load.is_risky = self.pong_s < self.risky_until_s
 
     @property
     def is_draining(self) -> bool:
@@ -104,6 +115,11 @@ class Link:
     def leave(self) -> None:
         """The replica is to get nothing more."""
         self.is_told_to_leave = self.load.is_draining = True
+
+    def be_risky(self, for_s: float) -> None:
+        """For so long from now, long answers better go elsewhere."""
+        self.risky_until_s = time.monotonic() + for_s
+        self.load.is_risky = for_s > 0
 
     def stepped(self) -> None:
         """Its engine has sent what a step gave."""

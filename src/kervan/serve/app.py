@@ -1,10 +1,7 @@
 """A fleet as one Serve application: gateways over a pool of engine replicas."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,12 +11,12 @@ from ray.serve.context import _get_global_client
 
 from kervan.errors import FleetError
 from kervan.facts.fleet import FleetConfig
-from kervan.serve import autoscaling, placement
+from kervan.serve import autoscaling, placement, pools
 from kervan.serve.engine import EngineReplica
 from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica
 from kervan.serve.placement import NodeDevices
+from kervan.serve.versions import versions
 
-POOL = "on-demand"
 HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 SURGE_PERCENT = 25
@@ -27,36 +24,7 @@ UNLIMITED = 1_000_000_000  # kervan's gateways carry the requests; Serve counts 
 
 
 def app_name(fleet_name: str) -> str:
-    return f"kervan-{fleet_name}"
-
-
-# What replicas and gateways are made of; a change of anything else replaces none of them.
-GATEWAY_WORDS = (
-    "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
-    "drain_timeout_s", "engine",
-)  # fmt: skip
-REPLICA_WORDS = (
-    "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",
-    "stall_timeout_s", "drain_timeout_s",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Versions:
-    """Of the replicas and gateways that a config makes."""
-
-    replicas: str
-    gateways: str
-
-
-def versions(config: FleetConfig) -> Versions:
-    settings = json.loads(config.to_json())
-
-    def digest(words: tuple[str, ...]) -> str:
-        chosen = {word: settings[word] for word in words}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
-
-    return Versions(digest(REPLICA_WORDS), digest(GATEWAY_WORDS))
+    return f"{autoscaling.APP_PREFIX}{fleet_name}"
 
 
 def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = True) -> Any:
@@ -74,15 +42,20 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
         "max_ongoing_requests": UNLIMITED,
         "_internal": True,  # `version` is Serve's own way to say that code did not change
     }
-    engines = serve.deployment(EngineReplica).options(
-        name=POOL,
-        num_replicas=config.replicas,
-        graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
-        **_place(config, nodes),
-        version=made.replicas,
-        max_surge_percent=SURGE_PERCENT if surges else 0,
-        **common,
-    )
+    engines = [
+        serve.deployment(EngineReplica)
+        .options(
+            name=pool,
+            **({"autoscaling_config": autoscaling.pool(config, pool)} if config.pools else {"num_replicas": number}),
+            graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
+            **_place(config, nodes, pool),
+            version=made.replicas,
+            max_surge_percent=SURGE_PERCENT if surges else 0,
+            **common,
+        )
+        .bind(stored, pool, made.replicas)
+        for pool, number in _deployments(config).items()
+    ]
     kind = next((node.accelerator for node in nodes if node.accelerator), None)
     gateway: Any = GatewayReplica if config.ingress == "direct" else serve.ingress()(IngressGatewayReplica)
     gateways = serve.deployment(gateway).options(
@@ -95,20 +68,29 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
         max_surge_percent=100,
         **common,
     )
-    return gateways.bind(stored, made.gateways, engines.bind(stored, POOL, made.replicas))
+    return gateways.bind(stored, made.gateways, *engines)
 
 
-def _place(config: FleetConfig, nodes: Sequence[NodeDevices]) -> dict[str, Any]:
+def _deployments(config: FleetConfig) -> dict[str, int]:
+    """The pools that have a deployment, and their fixed number where they have one. Serve scales none within 0..0."""
+    return {pool: bounds.minimum for pool, bounds in config.bounds.items() if bounds.maximum or not config.pools}
+
+
+def _place(config: FleetConfig, nodes: Sequence[NodeDevices], pool: str) -> dict[str, Any]:
     """What Ray sets aside for one engine replica: GPUs of one node, or a bundle on each of several nodes."""
+    selector = pools.label_selector(pool) if config.pools else None
     if config.nodes_per_replica > 1:
+        count = config.nodes_per_replica
         bundle = {placement.device(config, nodes): placement.devices_per_node(config)}
         return {
             "ray_actor_options": {"num_cpus": 0},
-            "placement_group_bundles": [bundle] * config.nodes_per_replica,
+            "placement_group_bundles": [bundle] * count,
             "placement_group_strategy": "STRICT_SPREAD",
+            **({"placement_group_bundle_label_selector": [selector] * count} if selector else {}),
         }
     gpus = config.world_size * config.gpu_share if placement.is_counted(config, nodes) else 0
-    return {"ray_actor_options": {"num_cpus": 0, "num_gpus": gpus}}
+    bound = {"label_selector": selector} if selector else {}
+    return {"ray_actor_options": {"num_cpus": 0, "num_gpus": gpus, **bound}}
 
 
 def deploy(app: Any, config: FleetConfig) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kervan.errors import FleetError, KervanError
+from kervan.errors import ConfigError, FleetError, KervanError
 from kervan.facts import model as models
-from kervan.facts.fleet import FleetConfig, from_mapping
-from kervan.serve import cluster, placement
+from kervan.facts.fleet import ON_DEMAND, FleetConfig, from_mapping
+from kervan.serve import cluster, placement, pools
 from kervan.serve.fleet import FleetStatus, Progress, attach, snapshot_of, stored_config, wait_until_ready
 from kervan.serve.start import check_port, num_gateways, validate
+from kervan.serve.versions import versions
 
 # What a running fleet cannot change, and why.
 FIXED = {
@@ -58,12 +59,7 @@ class RunningFleet:
                 raise FleetError(
                     f"{key} of fleet {before.name!r} is {merged[key]!r} and cannot become {wanted!r}: {why}"
                 )
-        for key, value in words.items():
-            is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
-            merged[key] = {**merged[key], **value} if is_mapping else value
-        if not words.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
-            merged |= {key: words.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
-        after = validate(from_mapping(merged, source))
+        after = validate(from_mapping(merge(before, words), source))
         if words.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
         nodes = cluster.devices_by_node(before.device)
@@ -74,19 +70,23 @@ class RunningFleet:
             if not neighbours:
                 check_port(after.host, after.port)
             warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
-        live = sum(r.state in ("starting", "ready") for r in snapshot_of(self._handle).replicas)
+        pool_nodes = cluster.nodes_for(after)
+        live = pools.held(snapshot_of(self._handle))
         same_size = before.world_size == after.world_size
-        held = live * before.world_size * before.gpu_share
-        placement.check(after, nodes, held=held)
+        taken = before.world_size * before.gpu_share
+        pools.check(after, pool_nodes, {pool: count * taken for pool, count in live.items()})
+        if lacking := pools.warning(after, pool_nodes):
+            self.progress(lacking)
         surges = True
-        if _replaces_replicas(before, after) and after.replicas and not placement.has_room(after, nodes):
+        number = sum(live.values()) if after.pools else after.replicas
+        if _replaces_replicas(before, after) and number and not pools.has_room(after, pool_nodes, live):
             surges = False
             warnings.append(
                 f"there is no room for {placement.demand(after, nodes)} beside the old replicas, so "
-                f"{max(1, after.replicas // 5)} of {after.replicas} replicas will stop before a new one starts; "
+                f"{max(1, number // 5)} of {number} replicas will stop before a new one starts; "
                 + (
                     "streams move to the others"
-                    if after.replicas > 1 and same_size
+                    if number > 1 and same_size
                     else "streams wait until it is ready, as long as a start takes"
                 )
             )
@@ -110,10 +110,17 @@ class RunningFleet:
         snapshot = snapshot_of(self._handle)
         known = snapshot.failures[-1].number if snapshot.failures else 0
         nodes = cluster.devices_by_node(change.after.device)
+        room = pools.placeable(change.after, cluster.nodes_for(change.after), pools.held(snapshot))
         ray.get(self._handle.set_config.remote(change.after.to_json()))
         app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
         try:
-            status = wait_until_ready(change.after, self._handle, self.progress, after_failure=known)
+            status = wait_until_ready(
+                change.after,
+                self._handle,
+                self.progress,
+                after_failure=known,
+                awaited=pools.awaited(change.after, room),
+            )
         except KervanError as error:
             self.progress("it failed; going back")
             ray.get(self._handle.set_config.remote(change.before.to_json()))
@@ -121,6 +128,30 @@ class RunningFleet:
             raise type(error)(f"{error} (the fleet goes on as before)") from error
         shared_port.wait_until_known(change.after, self.progress)
         return status
+
+
+def merge(before: FleetConfig, words: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a fleet with new words; what follows from others is left out, to follow again.
+
+    Raises: ConfigError for a number of replicas where it says too little.
+    """
+    merged: dict[str, Any] = json.loads(before.to_json())
+    if words.get("pools"):
+        if not before.pools:
+            merged["pools"] = {ON_DEMAND: str(before.replicas)}
+        del merged["replicas"]
+    elif before.pools and words.get("replicas", before.replicas) != before.replicas:
+        told = ", ".join(f"{pool} {bounds}" for pool, bounds in before.bounds.items())
+        raise ConfigError(
+            f"fleet {before.name!r} has pools ({told}), so {words['replicas']} replicas could be of either; "
+            f"say which: --pool {ON_DEMAND}:{words['replicas']}"
+        )
+    for key, value in words.items():
+        is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
+        merged[key] = {**merged[key], **value} if is_mapping else value
+    if not words.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
+        merged |= {key: words.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
+    return merged
 
 
 def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConfig]:
@@ -137,9 +168,7 @@ def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConf
 
 
 def _replaces_replicas(before: FleetConfig, after: FleetConfig) -> bool:
-    from kervan.serve import app
-
-    return app.versions(before).replicas != app.versions(after).replicas
+    return versions(before).replicas != versions(after).replicas
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[str]:
@@ -152,9 +181,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 
 
 def scale(
-    name: str, words: Mapping[str, int], address: str | None = None, progress: Progress = lambda _: None
+    name: str, words: Mapping[str, Any], address: str | None = None, progress: Progress = lambda _: None
 ) -> FleetStatus:
-    """Change `replicas`, `gateways`, `max_gateways`; returns when they are there, or gone.
+    """Change `replicas`, `pools`, `gateways`, `max_gateways`; returns when they are there, or gone.
 
     Raises: CapacityError when they do not fit; the fleet is as before then.
     """

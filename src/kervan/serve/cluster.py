@@ -20,11 +20,13 @@ import msgspec
 import psutil
 
 from kervan.errors import EngineError, FleetError
-from kervan.facts.fleet import Device
+from kervan.facts.fleet import SPOT, Device, FleetConfig
 from kervan.serve.placement import NodeDevices
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
+# Ray's own label key; a node has it from `ray start --labels`, the cluster launcher's or KubeRay's files.
+MARKET_LABEL = "ray.io/market-type"
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -253,10 +255,16 @@ def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
         for name, nodes in found.items():
             if total := int(resources.get(name, 0)):
                 free = available.get(node["NodeID"], {}).get(name, 0.0)
-                nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, name))
+                is_spot = node["Labels"].get(MARKET_LABEL) == SPOT
+                nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, name, is_spot))
     if device:
         return found[device]
     return found["GPU"] or found["CPU"]
+
+
+def nodes_for(config: FleetConfig) -> list[NodeDevices]:
+    """Alive nodes on which the fleet's replicas may be. Twins need nothing that only some nodes have."""
+    return devices_by_node("CPU" if config.engine == "twin" and config.pools else config.device)
 
 
 def nodes() -> dict[str, str]:

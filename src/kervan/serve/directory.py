@@ -10,11 +10,14 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from kervan.errors import FleetError
+from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
+from kervan.serve import pools
 
 NAMESPACE = "kervan"
 _PREFIX = "directory-"
 _STORE = b"kervan"
+PUBLISH_PERIOD_S = 0.5
 
 
 def _key(name: str) -> bytes:
@@ -36,6 +39,23 @@ class DirectoryActor:
         self._secret = secret
         self._directory = Directory(time.monotonic)
         self._changed = asyncio.Event()
+        self._published = pools.published(name)  # a directory that is new again must not tell that all are gone
+        self._published_s = 0.0
+        if self._published is None:
+            self._publish_pools()
+
+    def _publish_pools(self) -> None:
+        """For a fleet with pools: tell Serve's controller, which cannot wait for an answer, how spot is."""
+        if (now_s := time.monotonic()) - self._published_s < PUBLISH_PERIOD_S:
+            return
+        self._published_s = now_s
+        config = FleetConfig.from_json(self._config_json)
+        if not config.pools:
+            return
+        facts = pools.spot_facts(config, self._directory.snapshot())
+        if facts != self._published:
+            pools.publish(config.name, facts)
+            self._published = facts
 
     def _touch(self, before: int) -> None:
         if self._directory.version != before:
@@ -56,12 +76,15 @@ class DirectoryActor:
         before = self._directory.version
         self._directory.version += 1  # fleets on the same port look at the config again
         self._touch(before)
+        self._published_s = 0.0
+        self._publish_pools()
 
     async def beat_replica(self, entry: bytes) -> list[bytes]:
         """Take a beat; what has been ordered of the replica since the last one."""
         before = self._directory.version
         orders = self._directory.beat_replica(msgspec.msgpack.decode(entry, type=ReplicaEntry))
         self._touch(before)
+        self._publish_pools()
         return [msgspec.msgpack.encode(order) for order in orders]
 
     async def order(self, replica_id: str, order: bytes) -> bool:
@@ -75,6 +98,7 @@ class DirectoryActor:
         before = self._directory.version
         self._directory.beat_gateway(msgspec.msgpack.decode(entry, type=GatewayEntry))
         self._touch(before)
+        self._publish_pools()
 
     async def beat_node(self, entry: bytes) -> bytes:
         """Take what a node's watcher tells; the snapshot."""
@@ -114,6 +138,7 @@ def create(name: str, config_json: str, secret: str) -> Any:
 def forget(name: str) -> None:
     """Forget the stored config of a fleet that is no more."""
     _internal_kv_del(_key(name), namespace=_STORE)
+    pools.forget(name)
 
 
 def find(name: str) -> Any:

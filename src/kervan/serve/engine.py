@@ -50,6 +50,7 @@ class EngineReplica:
         self._state: ReplicaState = "starting"
         self._reason = ""
         self._since_s = time.monotonic()
+        self._ready_s: float | None = None
         self._is_leaving = False
         self._left = threading.Event()
         self._leaves_at_s: float | None = None
@@ -82,7 +83,7 @@ class EngineReplica:
             await self._directory.fail.remote(msgspec.msgpack.encode(report))
             await self._directory.remove.remote(self._id)
             raise EngineError(f"{failure.message} (log: {log_path})")
-        self._state = "ready"
+        self._state, self._ready_s = "ready", time.monotonic()
         self._beat()
 
     def _on_change(self) -> None:
@@ -119,6 +120,7 @@ class EngineReplica:
             version=self._version,
             nodes=self._nodes,
             start_s=self._process.start_s,
+            ready_for_s=0.0 if self._ready_s is None else time.monotonic() - self._ready_s,
             leaves_in_s=None if self._leaves_at_s is None else max(0.0, self._leaves_at_s - time.monotonic()),
         )
 

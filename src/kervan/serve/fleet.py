@@ -3,7 +3,7 @@
 import contextlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from kervan.errors import EngineError, FleetError, KervanError
 from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import Order, Snapshot, StartFailure, Suffer
-from kervan.serve import cluster
+from kervan.serve import cluster, pools
+from kervan.serve.versions import versions
 from kervan.serve.why import explain, notice_lines
 
 Progress = Callable[[str], None]
@@ -47,6 +48,14 @@ class FleetStatus:
             },
             "engine": self.config.engine,
             "target_replicas": self.config.replicas,
+            "pools": {
+                pool: {
+                    "min": bounds.minimum,
+                    "max": bounds.maximum,
+                    "ready": sum(r.state == "ready" for r in pools.replicas_of(pool, self.snapshot)),
+                }
+                for pool, bounds in self.config.bounds.items()
+            },
             "replicas": [
                 {
                     "id": r.id,
@@ -107,16 +116,19 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def wait_until_ready(config: FleetConfig, handle: Any, progress: Progress, *, after_failure: int = 0) -> FleetStatus:
+def wait_until_ready(
+    config: FleetConfig, handle: Any, progress: Progress, *, after_failure: int = 0, awaited: Mapping[str, int]
+) -> FleetStatus:
     """Wait for all replicas and gateways of this config, and until those of an earlier one are gone.
 
-    Waits as long as it takes; tells why when nothing has changed for `PATIENCE_S`.
+    `awaited`: replicas by pool; of a fleet with pools, there may be more. Waits as long as it takes, but not for spot
+    replicas whose nodes have gone meanwhile; tells why when nothing has changed for `PATIENCE_S`.
 
     Raises: the KervanError that a replica or gateway reported with a number above `after_failure`.
     """
-    from kervan.serve import app, directory
+    from kervan.serve import directory
 
-    made = app.versions(config)
+    made = versions(config)
     told = ""
     changed_s, explained = time.monotonic(), set[str]()
     while True:
@@ -133,7 +145,7 @@ def wait_until_ready(config: FleetConfig, handle: Any, progress: Progress, *, af
         ready = sum(r.state == "ready" and r.version == made.replicas for r in snapshot.replicas)
         answering = sum(g.is_ready and g.version == made.gateways for g in snapshot.gateways)
         present = sum(g.version == made.gateways for g in snapshot.gateways)
-        words = f"{ready}/{config.replicas} replicas and {answering}/{config.gateways} gateways ready"
+        words = f"{ready}/{sum(awaited.values())} replicas and {answering}/{config.gateways} gateways ready"
         old = len(snapshot.replicas) - sum(r.version == made.replicas for r in snapshot.replicas)
         old_gateways = len(snapshot.gateways) - present
         if old or old_gateways:
@@ -143,13 +155,16 @@ def wait_until_ready(config: FleetConfig, handle: Any, progress: Progress, *, af
             progress(words)
         elif time.monotonic() - changed_s > PATIENCE_S:
             changed_s = time.monotonic()
+            if config.pools:
+                now = pools.placeable(config, cluster.nodes_for(config), pools.held(snapshot))
+                awaited = {pool: min(count, pools.awaited(config, now)[pool]) for pool, count in awaited.items()}
             for reason in _reasons(config, snapshot):
                 if (kind := re.sub(r"\d+ s\b", "", reason)) not in explained:  # not again with another time
                     explained.add(kind)
                     progress(reason)
-        is_settled = len(snapshot.replicas) == ready == config.replicas
+        is_settled = pools.are_settled(config, snapshot, awaited)
         is_settled &= config.gateways <= len(snapshot.gateways) <= max(config.gateways, config.max_gateways)
-        if is_settled and not old_gateways and (answering == present or config.replicas == 0):
+        if is_settled and not (old or old_gateways) and (answering == present or not any(awaited.values())):
             return _status(config, snapshot)
         time.sleep(POLL_S)
 
@@ -255,7 +270,7 @@ def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
 
 
 def _reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:
-    found = explain(config, snapshot, cluster.devices_by_node(config.device), cluster.dead_nodes())
+    found = explain(config, snapshot, cluster.nodes_for(config), cluster.dead_nodes())
     return [*notice_lines(snapshot, time.time()), *found]
 
 

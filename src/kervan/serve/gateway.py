@@ -44,7 +44,7 @@ def _log_to(path: Path) -> None:
 class GatewayReplica:
     """Answers clients itself, on a uvloop loop of its own thread, away from Ray's loops."""
 
-    def __init__(self, config_json: str, version: str, engines: Any = None) -> None:
+    def __init__(self, config_json: str, version: str, *engines: Any) -> None:
         self._config = config = FleetConfig.from_json(config_json)
         self._version = version
         os.environ.update(config.env)

@@ -15,7 +15,8 @@ ROUNDING = 1e-6
 class NodeDevices:
     """GPUs of an alive node, or its CPU cores in a cluster without GPUs: all, and not taken by others.
 
-    `accelerator`: Ray's resource name for the kind of GPU, like `accelerator_type:H200`, if Ray knows it.
+    `accelerator`: Ray's resource name for the kind of GPU, like `accelerator_type:H200`, if Ray knows it. `is_spot`: so
+    its labels say.
     """
 
     node: str
@@ -23,6 +24,7 @@ class NodeDevices:
     free: float
     accelerator: str | None = None
     device: Device = "GPU"
+    is_spot: bool = False
 
 
 def has_gpus(nodes: Sequence[NodeDevices]) -> bool:
@@ -97,8 +99,10 @@ def is_counted(config: FleetConfig, nodes: Sequence[NodeDevices]) -> bool:
     return device(config, nodes) == "GPU" or config.nodes_per_replica > 1
 
 
-def check(config: FleetConfig, nodes: Sequence[NodeDevices], *, held: float = 0) -> None:
+def check(config: FleetConfig, nodes: Sequence[NodeDevices], *, held: float = 0, pool: str = "") -> None:
     """Refuse what cannot be placed now, with the arithmetic. `held`: devices that this fleet already has.
+
+    `pool`: the one that these replicas and nodes are of, where a fleet says so.
 
     Raises: CapacityError.
     """
@@ -110,9 +114,11 @@ def check(config: FleetConfig, nodes: Sequence[NodeDevices], *, held: float = 0)
     if config.replicas <= room:
         return
     free = ", ".join(f"{node.node}: {node.free:g} of {node.total}" for node in nodes)
+    of_pool, option = (f" of pool {pool}", f"--pool {pool}:{room}") if pool else ("", f"--replicas {room}")
     raise CapacityError(
-        f"{config.replicas} replicas, each with {demand(config, nodes)}, do not fit; free are {free or 'none'}; "
-        f"room for {room}: use --replicas {room}" + ("" if room else ", after another fleet has made room")
+        f"{config.replicas} replicas{of_pool}, each with {demand(config, nodes)}, do not fit; "
+        f"free are {free or 'none'}; room for {room}: use {option}"
+        + ("" if room else ", after another fleet has made room")
     )
 
 

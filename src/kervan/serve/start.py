@@ -13,7 +13,7 @@ from kervan.facts import model as models
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.vllm import argument_names
 from kervan.notices import settings as notices
-from kervan.serve import cluster, placement
+from kervan.serve import cluster, placement, pools
 from kervan.serve.fleet import (
     FleetStatus,
     Progress,
@@ -45,9 +45,10 @@ def on_cpu(config: FleetConfig, cores: int) -> FleetConfig:
 
     Left alone, each vLLM engine binds its threads to the same first cores.
     """
-    if config.engine == "twin" or config.replicas < 2 or "VLLM_CPU_OMP_THREADS_BIND" in {**os.environ, **config.env}:
+    replicas = sum(pool.maximum for pool in config.bounds.values())
+    if config.engine == "twin" or replicas < 2 or "VLLM_CPU_OMP_THREADS_BIND" in {**os.environ, **config.env}:
         return config
-    share = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores // config.replicas))}
+    share = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores // replicas))}
     return dataclasses.replace(config, env={**share, **config.env})
 
 
@@ -118,15 +119,19 @@ class Startup:
             )
         if not shared_port.check(config, [other for other, _ in shared_port.fleets()]) and is_here:
             check_port(config.host, config.port)
-        placement.check(config, nodes)
+        pool_nodes = cluster.nodes_for(config)
+        pools.check(config, pool_nodes, {})
+        if warning := pools.warning(config, pool_nodes):
+            self.progress(warning)
+        awaited = pools.awaited(config, pools.placeable(config, pool_nodes, {}))
         if config.ingress == "serve":
             _check_entry_is_free()
         config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
         self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
         app.start_serve(config)
-        self.progress(f"starting {plural(config.replicas, 'replica')} and {plural(config.gateways, 'gateway')}")
+        self.progress(f"starting {plural(sum(awaited.values()), 'replica')} and {plural(config.gateways, 'gateway')}")
         app.deploy(app.build(config, nodes), config)
-        status = wait_until_ready(config, self._directory, self.progress)
+        status = wait_until_ready(config, self._directory, self.progress, awaited=awaited)
         shared_port.wait_until_known(config, self.progress)
         if parts := slowest_start(status.snapshot):
             self.progress(f"the slowest engine took {parts}")

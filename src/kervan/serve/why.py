@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from kervan.facts.fleet import FleetConfig
+from kervan.facts.fleet import ON_DEMAND, FleetConfig
 from kervan.fleet.directory import Snapshot
-from kervan.serve import placement
+from kervan.serve import placement, pools
 from kervan.serve.placement import NodeDevices
 
 
@@ -17,9 +17,14 @@ def explain(
     Ray remembers them for long, so they are told only while something is missing.
     """
     told = []
-    present = len(snapshot.replicas)
-    if present < config.replicas:
-        told.append(_missing(config, config.replicas - present, nodes))
+    present, least = len(snapshot.replicas), config.replicas
+    if config.pools:
+        told += pools.explain(config, snapshot, nodes)
+        on_demand = len(pools.replicas_of(ON_DEMAND, snapshot))
+        present, least = on_demand, config.bounds[ON_DEMAND].minimum
+        nodes = pools.of_pool(ON_DEMAND, nodes)
+    if present < least:
+        told.append(_missing(config, present, least, nodes))
     for replica in snapshot.replicas:
         if replica.state == "starting":
             told.append(
@@ -42,10 +47,10 @@ def explain(
     ]
     nodes_used = {node for replica in snapshot.replicas for node in (replica.node, *replica.nodes)}
     nodes_used |= {gateway.node for gateway in snapshot.gateways}
-    is_short = present < config.replicas or len(snapshot.gateways) < config.gateways
+    is_short = present < least or len(snapshot.gateways) < config.gateways
     if is_short or not nodes_used.isdisjoint(dead_nodes):
         told += [f"node {node} is dead; what was on it is started elsewhere" for node in dead_nodes]
-    if present < config.replicas:
+    if present < least:
         told += [f"{f.who} could not start: {f.message}" for f in snapshot.failures[-3:]]
     return told
 
@@ -65,13 +70,15 @@ def notice_lines(snapshot: Snapshot, now_s: float) -> list[str]:
     return lines
 
 
-def _missing(config: FleetConfig, count: int, nodes: Sequence[NodeDevices]) -> str:
-    what = f"{count} replica{'s' if count > 1 else ''}"
+def _missing(config: FleetConfig, present: int, least: int, nodes: Sequence[NodeDevices]) -> str:
+    count = least - present
+    what = f"{count}{' on-demand' if config.pools else ''} replica{'s' if count > 1 else ''}"
     if not placement.is_counted(config, nodes):
-        return f"{what} of {config.replicas} not there yet: Ray is starting the process"
+        return f"{what} of {least} not there yet: Ray is starting the process"
     demand = placement.demand(config, nodes)
     if placement.has_room(config, nodes):
-        return f"{what} of {config.replicas} not there yet: Ray is placing, there is room for {demand}"
+        return f"{what} of {least} not there yet: Ray is placing, there is room for {demand}"
     free = ", ".join(f"node {node.node} has {node.free:g} free of {node.total}" for node in nodes)
-    waits = f"{what} of {config.replicas} {'wait' if count > 1 else 'waits'} for {demand}"
-    return f"{waits}: {free or 'no node has any'}; add a node, or kervan scale {config.replicas - count}"
+    waits = f"{what} of {least} {'wait' if count > 1 else 'waits'} for {demand}"
+    smaller = f"--pool {ON_DEMAND}:{present}" if config.pools else present
+    return f"{waits}: {free or 'no node has any'}; add a node, or kervan scale {smaller}"

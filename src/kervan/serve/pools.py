@@ -1,0 +1,183 @@
+"""Pools on the cluster: where their replicas may be, how many can be, and what the autoscaling is told of them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from kervan.errors import CapacityError
+from kervan.facts.fleet import ON_DEMAND, SPOT, FleetConfig
+from kervan.fleet.directory import ReplicaEntry, Snapshot
+from kervan.serve import cluster, placement
+from kervan.serve.placement import NodeDevices
+from kervan.serve.versions import versions
+
+_STORE = b"kervan"
+MARKET_LABEL = cluster.MARKET_LABEL
+
+
+class SpotFacts(msgspec.Struct, frozen=True):
+    """What the directory tells of a fleet's spot pool to the autoscaling of both pools."""
+
+    wanted: int
+    ready: int
+    starting: int
+    outdated: int
+    fallback_after_s: float
+    fallback_hold_s: float
+
+
+def label_selector(pool: str) -> dict[str, str]:
+    """Where Ray may place a replica of this pool. Nodes without the label are on-demand ones."""
+    return {MARKET_LABEL: SPOT if pool == SPOT else f"!{SPOT}"}
+
+
+def of_pool(pool: str, nodes: Sequence[NodeDevices]) -> list[NodeDevices]:
+    """The nodes on which replicas of this pool may be."""
+    return [node for node in nodes if node.is_spot == (pool == SPOT)]
+
+
+def replicas_of(pool: str, snapshot: Snapshot) -> list[ReplicaEntry]:
+    return [replica for replica in snapshot.replicas if replica.pool == pool]
+
+
+def spot_facts(config: FleetConfig, snapshot: Snapshot) -> SpotFacts:
+    """Replicas that drain are not counted: they are as good as gone."""
+    made = versions(config).replicas
+    there = [replica for replica in replicas_of(SPOT, snapshot) if replica.state in ("starting", "ready")]
+    return SpotFacts(
+        config.bounds[SPOT].maximum if SPOT in config.bounds else 0,
+        sum(replica.state == "ready" for replica in there),
+        sum(replica.state == "starting" for replica in there),
+        sum(replica.version != made for replica in there),
+        config.fallback_after_s,
+        config.fallback_hold_s,
+    )
+
+
+def placeable(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, int]) -> dict[str, int]:
+    """How many replicas of each pool there can be on these nodes, none beyond its bounds.
+
+    `held`: replicas that are there now, by pool; what they take is not free.
+    """
+    found = {}
+    for pool, bounds in config.bounds.items():
+        own = of_pool(pool, nodes) if config.pools else list(nodes)
+        if placement.is_counted(config, nodes):
+            room = held.get(pool, 0) + placement.places(config, own)
+        else:
+            room = bounds.maximum if own or not config.pools else 0
+        found[pool] = max(min(bounds.maximum, room), 0)
+    return found
+
+
+def check(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, float]) -> None:
+    """Refuse what cannot be placed now: the least of each pool. `held`: devices that this fleet already has, by pool.
+
+    Raises: CapacityError.
+    """
+    if not config.pools:
+        placement.check(config, nodes, held=sum(held.values()))
+        return
+    for pool, bounds in config.bounds.items():
+        own = of_pool(pool, nodes)
+        if not own and bounds.minimum and pool == SPOT:
+            raise CapacityError(
+                f"{bounds.minimum} replicas of pool {SPOT} at least, and no node has the label {MARKET_LABEL}={SPOT}; "
+                f"start such nodes with `ray start --labels {MARKET_LABEL}={SPOT}`, or use "
+                f"--pool {SPOT}:0..{bounds.maximum} to go on without them"
+            )
+        part = dataclasses.replace(config, pools={}, replicas=bounds.minimum)
+        placement.check(part, own, held=held.get(pool, 0), pool=pool)
+
+
+def has_room(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, int]) -> bool:
+    """Whether one more replica can be placed in each pool that has some."""
+    if not config.pools:
+        return placement.has_room(config, nodes)
+    return all(placement.has_room(config, of_pool(pool, nodes)) for pool, count in held.items() if count)
+
+
+def held(snapshot: Snapshot) -> dict[str, int]:
+    """Replicas that have a node, by pool."""
+    there = [replica.pool for replica in snapshot.replicas if replica.state in ("starting", "ready")]
+    return {pool: there.count(pool) for pool in set(there)}
+
+
+def awaited(config: FleetConfig, can_be: Mapping[str, int]) -> dict[str, int]:
+    """Replicas that a start or a change waits for: the least of each pool, and of spot all that can be placed."""
+    return {
+        pool: max(bounds.minimum, can_be.get(pool, 0)) if pool == SPOT else bounds.minimum
+        for pool, bounds in config.bounds.items()
+    }
+
+
+def are_settled(config: FleetConfig, snapshot: Snapshot, awaited: Mapping[str, int]) -> bool:
+    """Whether so many replicas are ready, and none is there beyond what the pools may have."""
+    made = versions(config).replicas
+    bounds = config.bounds
+    for pool in {*bounds, *(replica.pool for replica in snapshot.replicas)}:
+        there = replicas_of(pool, snapshot)
+        ready = sum(replica.state == "ready" and replica.version == made for replica in there)
+        if len(there) > (bounds[pool].maximum if pool in bounds else 0) or ready < awaited.get(pool, 0):
+            return False
+    return True
+
+
+def warning(config: FleetConfig, nodes: Sequence[NodeDevices]) -> str:
+    """What is wrong with the cluster for this fleet's pools; empty for nothing."""
+    if SPOT not in config.bounds or not config.bounds[SPOT].maximum or of_pool(SPOT, nodes):
+        return ""
+    covered = config.bounds[ON_DEMAND]
+    return (
+        f"no node has the label {MARKET_LABEL}={SPOT}, so no replica of pool {SPOT} can be placed; start such nodes "
+        f"with `ray start --labels {MARKET_LABEL}={SPOT}`"
+        + (f"; meanwhile up to {covered.maximum} on-demand replicas" if covered.maximum > covered.minimum else "")
+    )
+
+
+def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices]) -> list[str]:
+    """What is not as it is wanted between the pools, in sentences."""
+    told = []
+    spot, present = config.bounds.get(SPOT), len(replicas_of(SPOT, snapshot))
+    if spot is not None and present < spot.maximum:
+        missing = f"{spot.maximum - present} of {spot.maximum} replicas"
+        own = of_pool(SPOT, nodes)
+        if not own:
+            why = f"wait for a spot node, one with the label {MARKET_LABEL}={SPOT}"
+        elif placement.has_room(config, own):
+            why = "are on their way: there is room on a spot node"
+        else:
+            why = f"wait for a spot node with {placement.demand(config, own)} free"
+        told.append(f"pool {SPOT}: {missing} {why}")
+    extra = len(replicas_of(ON_DEMAND, snapshot)) - config.bounds[ON_DEMAND].minimum
+    if extra > 0:
+        told.append(f"pool {ON_DEMAND}: {extra} more than its least cover for missing spot replicas")
+    return told
+
+
+# ---- what the directory writes and Serve's controller reads: neither may wait for the other
+
+
+def _key(fleet_name: str) -> bytes:
+    return f"spot pool of fleet {fleet_name}".encode()
+
+
+def publish(fleet_name: str, facts: SpotFacts) -> None:
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(_key(fleet_name), msgspec.json.encode(facts), overwrite=True, namespace=_STORE)
+
+
+def published(fleet_name: str) -> SpotFacts | None:
+    """What was published last, None for nothing."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    stored = _internal_kv_get(_key(fleet_name), namespace=_STORE)
+    return None if stored is None else msgspec.json.decode(stored, type=SpotFacts)
+
+
+def forget(fleet_name: str) -> None:
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(_key(fleet_name), namespace=_STORE)

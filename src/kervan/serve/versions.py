@@ -1,0 +1,37 @@
+"""Which replicas and gateways are of which settings. Pure."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from kervan.facts.fleet import FleetConfig
+
+# What replicas and gateways are made of; a change of anything else replaces none of them.
+GATEWAY_WORDS = (
+    "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
+    "drain_timeout_s", "engine",
+)  # fmt: skip
+REPLICA_WORDS = (
+    "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",
+    "stall_timeout_s", "drain_timeout_s",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Of the replicas and gateways that a config makes."""
+
+    replicas: str
+    gateways: str
+
+
+def versions(config: FleetConfig) -> Versions:
+    settings = json.loads(config.to_json())
+
+    def digest(words: tuple[str, ...], **more: object) -> str:
+        chosen = {word: settings[word] for word in words} | more
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+
+    # With pools, a replica is bound to its market's nodes; Serve replaces those that were not.
+    bound = {"has_pools": True} if config.pools else {}
+    return Versions(digest(REPLICA_WORDS, **bound), digest(GATEWAY_WORDS))

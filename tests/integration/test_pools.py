@@ -1,0 +1,69 @@
+"""Pools of two market types: spot replicas go with their node, on-demand ones cover for them until they are back."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live import START_S, Fleet, eventually_async
+from ray_cluster import RayCluster
+from shared_fleet import Models
+from twin_load import kervan, load
+
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
+
+SPOT_NODE = "127.0.0.2"
+SPOT_LABEL = "--labels=ray.io/market-type=spot"
+# Gateways are placed where GPUs are, and twins anywhere: what is on the spot node is replicas of the spot pool.
+AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
+HOLD_S = 5.0
+
+
+@pytest.fixture
+def cluster(scratch: Path) -> Iterator[RayCluster]:
+    owned = RayCluster(scratch, "pools")
+    try:
+        owned.start_head(*AS_IF_GPU)
+        yield owned
+    finally:
+        owned.close()
+
+
+def sizes(fleet: Fleet) -> tuple[int, int]:
+    """On-demand and spot replicas that can be reached, as the gateway tells: sooner than a command."""
+    told = [labels["pool"] for labels, _ in fleet.metrics().get("kervan_replica_running", ())]
+    return told.count("on-demand"), told.count("spot")
+
+
+async def test_spot_goes_and_comes_back(cluster: RayCluster, models: Models, scratch: Path) -> None:
+    config = scratch / "pools.yaml"
+    settings = {"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.03}, "pools": {"on-demand": "1..3"}}
+    config.write_text(json.dumps({**settings, "fallback_after_s": 1.0, "fallback_hold_s": HOLD_S}))
+    cluster.start_node(SPOT_NODE, SPOT_LABEL)
+    arguments = ("max_model_len=2048", "served_model_name=twin")
+    options = ("--config", str(config), "--pool", "spot:0..2", "--gateways", "1", "--address", cluster.address)
+    fleet = await asyncio.to_thread(cluster.home.up, models.demo, "mixed", arguments, *options)
+    status = fleet.status()
+    assert {pool: found["ready"] for pool, found in status["pools"].items()} == {"on-demand": 1, "spot": 2}
+    assert {r["pool"] for r in status["replicas"] if r["node"] == SPOT_NODE} == {"spot"}
+    assert {r["pool"] for r in status["replicas"] if r["node"] != SPOT_NODE} == {"on-demand"}
+    assert "all is as it should be" in await kervan(fleet, "status", "--why")
+    async with load(fleet, models) as running:
+        await asyncio.sleep(1.0)
+        cluster.kill_node(SPOT_NODE)
+        await eventually_async(lambda: sizes(fleet) == (3, 0), "on-demand covers for both", START_S)
+        told = await kervan(fleet, "status", "--why")
+        assert "pool spot: 2 of 2 replicas wait for a spot node" in told
+        assert "pool on-demand: 2 more than its least cover for missing spot replicas" in told
+        # Changes do not wait for what cannot be placed.
+        await kervan(fleet, "scale", "--pool", "spot:0..1", "--pool", "on-demand:1..2")
+        await eventually_async(lambda: sizes(fleet) == (2, 0), "the new bounds hold", START_S)
+        before = running.num_whole
+        await asyncio.to_thread(cluster.start_node, SPOT_NODE, SPOT_LABEL)
+        await eventually_async(lambda: sizes(fleet)[1] == 1, "spot is back", START_S)
+        await eventually_async(lambda: sizes(fleet) == (1, 1), "cover ends", START_S)
+        assert running.num_whole > before
+    assert fleet.total("kervan_streams_given_up_total") == 0
+    assert "all is as it should be" in await kervan(fleet, "status", "--why")
+    await kervan(fleet, "down")
