@@ -27,7 +27,7 @@ from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.relay import is_relayed, relay_key
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
-from kervan.policy import admission, routing
+from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
