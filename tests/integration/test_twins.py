@@ -168,7 +168,7 @@ async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> Non
         ({"kill": 3, "drain": 1}, ("--kill-every", "6s", "--drain-every", "10s", "--for", "20s")),
         ({"hang": 1}, ("--hang-every", "3s", "--for", "5s")),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    ids=["kill and drain", "hang"],
 )
 def test_chaos_breaks_nothing(twins: Fleet, kinds: dict[str, int], words: tuple[str, ...]) -> None:
     twins.wait_until_whole(3, 1)
@@ -184,7 +184,7 @@ def test_chaos_breaks_nothing(twins: Fleet, kinds: dict[str, int], words: tuple[
     assert 0 < found["gap_s"]["p50"] <= found["gap_s"]["p99"] <= found["gap_s"]["max"]
     assert 0 < found["recover_s"]["p50"] <= found["recover_s"]["max"]
     assert found["unrecovered"] == 0
-    assert twins.is_whole(3, 1)
+    twins.wait_until_whole(3, 1)  # the directory lists what is gone for some seconds more
 
 
 def test_chaos_is_refused_where_it_cannot_be(twins: Fleet) -> None:

@@ -262,6 +262,6 @@ def test_fleets_are_what_plans_are_checked_against() -> None:
     plan = Plan(periods_s={"kill": 1.0}, duration_s=5.0, streams=1)
     plan.check(FleetConfig(model="m", replicas=2))
     with pytest.raises(
-        ConfigError, match=r"the fleet has 1 replicas, and --min-ready 1 wants 1 besides.*kervan scale 2"
+        ConfigError, match=r"the fleet has 1 replica, and --min-ready 1 wants 1 besides.*kervan scale 2"
     ):
         plan.check(FleetConfig(model="m", replicas=1))

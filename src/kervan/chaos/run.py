@@ -23,6 +23,7 @@ from kervan.errors import ConfigError, FleetError
 from kervan.facts.fleet import FleetConfig
 from kervan.facts.workload import Slo, parse_lengths
 from kervan.fleet.directory import Snapshot
+from kervan.serve.fleet import plural
 from kervan.twin import settings as twins
 
 Say = Callable[[str], None]
@@ -67,8 +68,8 @@ class Plan:
         """Raises: ConfigError when the fleet is so small that nothing could be disrupted."""
         if config.replicas < self.min_ready + 1:
             raise ConfigError(
-                f"the fleet has {config.replicas} replicas, and --min-ready {self.min_ready} wants {self.min_ready} "
-                f"besides the one that goes; kervan scale {self.min_ready + 1}, or --min-ready 0"
+                f"the fleet has {plural(config.replicas, 'replica')}, and --min-ready {self.min_ready} wants "
+                f"{self.min_ready} besides the one that goes; kervan scale {self.min_ready + 1}, or --min-ready 0"
             )
 
 
@@ -273,7 +274,7 @@ class _Run:
             self._disruptions.remove(disruption)
             self._skip(kind, f"{replica}: {why}")
             return
-        self._say(f"{kind} {replica} with {disruption.streams} streams; {len(fit) - 1} others are ready")
+        self._say(f"{kind} {replica} with {disruption.streams} streams; {plural(len(fit) - 1, 'other')} ready")
 
     def _skip(self, kind: Kind, why: str) -> None:
         self._skipped[kind] += 1
