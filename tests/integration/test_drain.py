@@ -28,7 +28,22 @@ def pair(home: Home, models: Models, scratch: Path) -> Iterator[Fleet]:
     words = ("max_model_len=2048", "served_model_name=twin")
     running = home.up(models.demo, "pair", words, *settings(scratch), "--replicas", "2", "--gateways", "1")
     yield running
-    assert home.kervan("down", "--name", "pair").returncode == 0
+    asyncio.run(a_graceful_end(running, models))
+
+
+async def a_graceful_end(fleet: Fleet, models: Models) -> None:
+    """The last stream ends whole, and then the fleet is gone."""
+    last = Load(fleet.url, models.demo)
+    async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S) as client:
+        stream = asyncio.create_task(last.stream(client, [7], 300))  # 9 s
+        await asyncio.to_thread(eventually, lambda: sum(streams_of(fleet).values()) == 1, "it is placed", START_S)
+        told = await kervan(fleet, "down", "--graceful")
+        assert await stream == (answer([7], 300, last.limits), "length")
+    assert told.startswith("pair: stopped")
+
+
+def streams_of(fleet: Fleet) -> dict[str, int]:
+    return dict(httpx.get(f"{fleet.url}/kervan/status").json()["replicas"])
 
 
 async def test_a_replica_is_drained_under_load(pair: Fleet, models: Models) -> None:
@@ -54,21 +69,36 @@ async def test_a_drain_does_not_wait_for_long_answers(pair: Fleet, models: Model
     """Its deadline would leave time for them; who drains wants the replica, and they end elsewhere."""
     await asyncio.to_thread(pair.wait_until_whole, 2, 1)
     long = Load(pair.url, models.demo)
-
-    def streams_of() -> dict[str, int]:
-        return dict(httpx.get(f"{pair.url}/kervan/status").json()["replicas"])
-
     async with httpx.AsyncClient(base_url=pair.url, timeout=START_S) as client:
         streams = [asyncio.create_task(long.stream(client, [7 + n], 1500)) for n in range(4)]  # 45 s each
-        await asyncio.to_thread(eventually, lambda: sum(streams_of().values()) == 4, "all are placed", START_S)
+        await asyncio.to_thread(eventually, lambda: sum(streams_of(pair).values()) == 4, "all are placed", START_S)
         await asyncio.sleep(1.0)
-        counts = streams_of()
+        counts = streams_of(pair)
         leaving = max(counts, key=counts.__getitem__)
         told = json.loads(await kervan(pair, "drain", leaving, "--deadline", "90s", "--json"))
         assert told["moved"] >= 1
         assert not any(stream.done() for stream in streams)
         for n, stream in enumerate(streams):
             assert await stream == (answer([7 + n], 1500, long.limits), "length")
+
+
+async def test_a_graceful_end_that_takes_too_long_is_taken_back(pair: Fleet, models: Models) -> None:
+    await asyncio.to_thread(pair.wait_until_whole, 2, 1)
+    long = Load(pair.url, models.demo)
+    async with httpx.AsyncClient(base_url=pair.url, timeout=START_S) as client:
+        stream = asyncio.create_task(long.stream(client, [7], 600))  # 18 s
+        await asyncio.to_thread(eventually, lambda: sum(streams_of(pair).values()) == 1, "it is placed", START_S)
+        words = ("down", "--graceful", "--deadline", "6s", "--name", "pair")
+        ending = asyncio.create_task(asyncio.to_thread(pair.home.kervan, *words))
+        ready = f"{pair.url}/health/ready"
+        await asyncio.to_thread(eventually, lambda: httpx.get(ready).status_code == 503, "no more requests", START_S)
+        tokens, refused = await long.stream(client, [8], 10)
+        assert (tokens, (refused or "").partition(":")[0]) == ([], "503")
+        assert "the fleet ends when its streams have ended" in (refused or "")
+        failed = await ending
+        assert (failed.returncode, "waiting for 1 stream after" in failed.stderr) == (1, True)
+        assert await long.stream(client, [8], 10) == (answer([8], 10, long.limits), "length")
+        assert await stream == (answer([7], 600, long.limits), "length")
 
 
 def test_what_cannot_be_drained_is_refused(pair: Fleet) -> None:

@@ -223,6 +223,15 @@ def test_a_replica_that_is_struck_is_ready_until_it_is_felt(directory: Directory
     assert [entry.state for entry in directory.snapshot().replicas] == ["ready"]
 
 
+def test_a_fleet_that_closes_is_told_of_at_once_and_may_open_again(directory: Directory) -> None:
+    before = directory.version
+    directory.close(is_closing=True)
+    directory.close(is_closing=True)
+    assert (directory.version, directory.snapshot().is_closing) == (before + 1, True)
+    directory.close(is_closing=False)
+    assert (directory.version, directory.snapshot().is_closing) == (before + 2, False)
+
+
 NOTICE = NodeNotice("preemption", "aws", True, 1060.0, 1000.0)
 
 

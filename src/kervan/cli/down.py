@@ -6,14 +6,26 @@ from kervan.cli import options
 
 
 @click.command()
+@click.option("--graceful", is_flag=True, help="Take no more requests, and end when all streams have ended.")
+@click.option("--deadline", help="With --graceful: how long to wait, like 10min. [default: 5min]")
 @options.name
 @options.address
 @options.as_json
-def down(name: str, address: str | None, as_json: bool) -> None:
-    """End a fleet; with the last one, the Ray that kervan started."""
+def down(graceful: bool, deadline: str | None, name: str, address: str | None, as_json: bool) -> None:
+    """End a fleet; with the last one, the Ray that kervan started.
+
+    Streams have `drain_timeout_s` to end; with --graceful as long as --deadline, and if some are left then, the fleet
+    goes on.
+    """
     from kervan.cli import render
     from kervan.serve import fleet
+    from kervan.units import parse_duration_s
 
+    if deadline is not None and not graceful:
+        raise click.UsageError("--deadline is for --graceful")
+    if graceful:
+        deadline_s = parse_duration_s(deadline or "5min", "--deadline")
+        fleet.let_streams_end(name, deadline_s, address, render.progress_lines(is_quiet=as_json))
     how = fleet.down(name, address)
     if as_json:
         render.print_json({"name": name, "result": how})

@@ -159,13 +159,14 @@ Order = Drain | Suffer | Strike
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The directory at one version."""
+    """The directory at one version. `is_closing`: the fleet ends when its streams have ended, and takes no more."""
 
     version: int
     replicas: list[ReplicaEntry]
     gateways: list[GatewayEntry]
     failures: list[StartFailure]
     nodes: list[NodeEntry] = []
+    is_closing: bool = False
 
 
 Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
@@ -188,6 +189,7 @@ class Directory:
         self._orders: dict[str, list[Order]] = {}
         self._leaving: dict[str, tuple[float, bool]] = {}  # when, and whether they may linger
         self._num_failures = 0
+        self._is_closing = False
         self.version = 0
 
     def beat_replica(self, entry: ReplicaEntry) -> list[Order]:
@@ -207,6 +209,12 @@ class Directory:
             self._leaving[replica_id] = (self._now() + order.deadline_s, order.may_linger)
             self.version += 1
         return True
+
+    def close(self, *, is_closing: bool) -> None:
+        """Let the gateways take no more requests, or take them again."""
+        if is_closing != self._is_closing:
+            self._is_closing = is_closing
+            self.version += 1
 
     def beat_gateway(self, entry: GatewayEntry) -> None:
         known = self._gateways.get(entry.id)
@@ -248,7 +256,8 @@ class Directory:
         self.expire()
         replicas = [self._as_leaving(replica) for replica in self._told(self._replicas)]
         nodes = [entry for _, (entry, _) in sorted(self._nodes.items())]
-        return Snapshot(self.version, replicas, self._told(self._gateways), list(self._failures), nodes)
+        gateways, failures = self._told(self._gateways), list(self._failures)
+        return Snapshot(self.version, replicas, gateways, failures, nodes, self._is_closing)
 
     def _as_leaving(self, replica: ReplicaEntry) -> ReplicaEntry:
         """The entry as it will be when the replica has heard that it must go."""

@@ -37,6 +37,7 @@ LEAVE_S = 1.0
 IDLE_S = 2.0
 FIRST_REQUEST_S = 10.0
 LAST_S = 3
+CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and takes no more requests", 30
 # vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
 REPLACED_GAUGES = frozenset(
     {
@@ -228,6 +229,8 @@ class Gateway:
     # ---- what the shell asks
 
     def readiness(self) -> str | None:
+        if self._snapshot.is_closing:
+            return CLOSING
         if any(not link.is_draining for link in self.fleet.links):
             return None if self._attached.is_set() else "the gateway is starting"
         if self.fleet.refusals:
@@ -236,6 +239,8 @@ class Gateway:
         return "no replica is ready: " + ("; ".join(states) or "none has started yet")
 
     def admit(self) -> Shed | None:
+        if self._snapshot.is_closing:
+            return Shed(CLOSING_RETRY_S, CLOSING)
         decision = admission.decide(
             admission.AdmissionState(
                 outstanding_streams=self.fleet.num_streams,

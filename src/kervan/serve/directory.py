@@ -94,6 +94,13 @@ class DirectoryActor:
         self._touch(before)
         return is_known
 
+    async def close(self, is_closing: bool) -> bytes:
+        """Let the gateways take no more requests, or take them again; the snapshot."""
+        before = self._directory.version
+        self._directory.close(is_closing=is_closing)
+        self._touch(before)
+        return await self.snapshot()
+
     async def beat_gateway(self, entry: bytes) -> None:
         before = self._directory.version
         self._directory.beat_gateway(msgspec.msgpack.decode(entry, type=GatewayEntry))

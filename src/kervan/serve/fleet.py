@@ -21,6 +21,7 @@ from kervan.serve.why import explain, notice_lines
 
 Progress = Callable[[str], None]
 POLL_S = 0.2
+HEARD_S = 2.5  # after which all gateways have heard of a change, and all counts are newer
 PATIENCE_S = 15.0
 DIRECTORY_TIMEOUT_S = 30.0
 
@@ -333,6 +334,43 @@ def down(name: str, address: str | None = None) -> Literal["stopped", "stopped w
         cluster.stop_local_ray(local)
         return "stopped with Ray"
     return "stopped"
+
+
+def let_streams_end(
+    name: str, deadline_s: float, address: str | None = None, progress: Progress = lambda _: None
+) -> None:
+    """Let a fleet's gateways take no more requests, and wait until all streams have ended.
+
+    Raises: FleetError when some are left after `deadline_s`; the gateways take requests again then, as they do when the
+    wait is given up (Ctrl-C).
+    """
+    handle = attach(name, address)
+    begin_s = time.monotonic()
+    told = ""
+    is_over = False
+    try:
+        while True:
+            # Asked again and again: a directory that was started anew knows nothing of it.
+            snapshot = msgspec.msgpack.decode(_told(handle.close.remote(True)), type=Snapshot)
+            at_gateways = sum(gateway.streams for gateway in snapshot.gateways)
+            streams = max(at_gateways, sum(replica.running + replica.waiting for replica in snapshot.replicas))
+            waited_s = time.monotonic() - begin_s
+            if waited_s > HEARD_S and not streams:
+                is_over = True
+                return
+            what = f"waiting for {streams} stream{'s' if streams != 1 else ''}"
+            if waited_s > deadline_s:
+                raise FleetError(
+                    f"{what} after {waited_s:.0f} s, and --deadline was {deadline_s:.0f} s; fleet {name!r} takes "
+                    "requests again; give it longer, or leave --graceful out to cut them"
+                )
+            if streams and what != told:
+                told = what
+                progress(what)
+            time.sleep(POLL_S)
+    finally:
+        if not is_over:
+            _told(handle.close.remote(False))
 
 
 def end_fleet(name: str) -> None:
