@@ -189,6 +189,7 @@ def test_a_fleet_that_breaks_nothing(server: Server, config: FleetConfig) -> Non
     assert found["recover_s"]["max"] >= fleet.replace_s
     assert found["gap_s"]["p50"] >= TOKEN_S
     assert found["gap_s"]["p99"] <= found["gap_s"]["max"]
+    assert found["client_late_s"] > 0
     assert said[1] == f"kill {fleet.hits[0][1]} with 2 streams; 2 others ready"
 
 

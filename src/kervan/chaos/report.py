@@ -30,6 +30,7 @@ class Report:
     messages: Mapping[str, str]
     moves: int
     longest_s: Sequence[float]
+    client_late_s: float = 0.0  # the latest that a timer of the client's loop was
     was_interrupted: bool = False
 
     @property
@@ -55,6 +56,7 @@ class Report:
             "moves": self.moves,
             "gap_s": {**_quantiles(gaps_s, p50=0.5, p99=0.99), "max": _rounded(max(gaps_s, default=None))},
             "recover_s": self._recovery(self.disruptions),
+            "client_late_s": _rounded(self.client_late_s),
             "tokens": self.tokens,
             "tokens_wrong": self.difference.wrong,
             "skipped": sum(self.skipped.values()),

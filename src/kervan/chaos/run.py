@@ -245,6 +245,7 @@ class _Run:
             messages=tally.messages,
             moves=sum(last - first for first, last in self._moved.values()),
             longest_s=tally.longest_s,
+            client_late_s=driver.lag.largest,
             was_interrupted=self._is_stopped.is_set(),
         )
 
