@@ -117,13 +117,6 @@ class Core:
         self._num_requests = self._num_accepted_guesses = 0
         self._ended: Any = None
 
-    def restart(self, model: str, **engine_args: Any) -> None:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self.core.shutdown()
-        cleanup_dist_env_and_memory()
-        Core.__init__(self, model, engine_args)
-
     def runner_is_v1(self) -> bool:
         return bool(self._is_v1)
 

@@ -44,10 +44,17 @@ def decide(
     *,
     elapsed_s: float = 0.0,
     token_s: float | None = 0.03,
+    may_linger: bool = True,
     limits: EvacuationLimits = LIMITS,
 ) -> Evacuation:
+    """As at a notice, with a deadline, unless `may_linger` is False."""
     state = EvacuationState(
-        streams=streams, targets=targets, deadline_s=deadline_s, elapsed_s=elapsed_s, source_s_per_token=token_s
+        streams=streams,
+        targets=targets,
+        deadline_s=deadline_s,
+        may_linger=may_linger,
+        elapsed_s=elapsed_s,
+        source_s_per_token=token_s,
     )
     return evacuation.decide(state, limits=limits)
 
@@ -60,24 +67,27 @@ def moved(decision: Evacuation) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("most", "deadline_s", "token_s", "stays"),
+    ("most", "deadline_s", "token_s", "may_linger", "stays"),
     [
         # 1,000 tokens at 30 ms, 1.25 times as slow: 37.5 s
-        pytest.param(1000, 41.0, 0.03, True, id="38 s are left without the margin"),
-        pytest.param(1000, 40.0, 0.03, False, id="37 s are not enough"),
-        pytest.param(1000, 41.0, None, False, id="unknown speed"),
-        pytest.param(0, 3.0, None, True, id="nothing more to write"),
-        # without a deadline: 3 s, that is 80 tokens
-        pytest.param(80, None, 0.03, True, id="drain, 3 s"),
-        pytest.param(81, None, 0.03, False, id="drain, a little more"),
+        pytest.param(1000, 41.0, 0.03, True, True, id="notice, 38 s are left without the margin"),
+        pytest.param(1000, 40.0, 0.03, True, False, id="notice, 37 s are not enough"),
+        pytest.param(1000, 41.0, None, True, False, id="unknown speed"),
+        pytest.param(0, 3.0, None, True, True, id="nothing more to write"),
+        # who drains waits: 3 s, that is 80 tokens
+        pytest.param(80, None, 0.03, True, True, id="no deadline, 3 s"),
+        pytest.param(81, None, 0.03, True, False, id="no deadline, a little more"),
+        pytest.param(80, 90.0, 0.03, False, True, id="drain, 3 s"),
+        pytest.param(81, 90.0, 0.03, False, False, id="drain, a little more"),
+        pytest.param(26, 4.0, 0.03, False, True, id="drain, 1 s is left without the margin"),
+        pytest.param(27, 4.0, 0.03, False, False, id="drain, 1 s is not enough"),
     ],
 )
 def test_a_stream_stays_if_it_ends_for_certain(
-    most: int, deadline_s: float | None, token_s: float | None, stays: bool
+    most: int, deadline_s: float | None, token_s: float | None, may_linger: bool, stays: bool
 ) -> None:
-    decision = decide([stream("a", most=most)], [target()], deadline_s, token_s=token_s)
-    assert decision.stays == (("a",) if stays else ())
-    assert moved(decision) == ([] if stays else ["a"])
+    decision = decide([stream("a", most=most)], [target()], deadline_s, token_s=token_s, may_linger=may_linger)
+    assert (decision.stays, moved(decision)) == ((("a",), []) if stays else ((), ["a"]))
 
 
 def test_a_stream_without_a_token_does_not_stay() -> None:
@@ -295,15 +305,17 @@ TOKEN_TIMES = st.none() | st.floats(0, 0.2)
 
 
 @settings(deadline=None)
-@given(STREAMS, TARGETS, DEADLINES, st.floats(0, 60), TOKEN_TIMES)
+@given(STREAMS, TARGETS, DEADLINES, st.floats(0, 60), TOKEN_TIMES, st.booleans())
 def test_no_stream_is_lost_and_none_is_moved_twice(
     streams: list[LeavingStream],
     targets: list[Target],
     deadline_s: float | None,
     elapsed_s: float,
     token_s: float | None,
+    may_linger: bool,
 ) -> None:
-    decision = decide(streams, targets, deadline_s, elapsed_s=elapsed_s, token_s=token_s)
+    words = {"elapsed_s": elapsed_s, "token_s": token_s, "may_linger": may_linger}
+    decision = decide(streams, targets, deadline_s, **words)  # type: ignore[arg-type]
     named = [*moved(decision), *decision.waits, *decision.stays, *decision.stuck]
     assert sorted(named) == sorted(one.stream_id for one in streams)
     movable = {one.stream_id for one in streams if one.is_movable}
@@ -317,7 +329,7 @@ def test_no_stream_is_lost_and_none_is_moved_twice(
         assert decision.ask_again_s is not None
         assert decision.ask_again_s <= left_s
     assert decision.reason
-    assert decision == decide(streams, targets, deadline_s, elapsed_s=elapsed_s, token_s=token_s)
+    assert decision == decide(streams, targets, deadline_s, **words)  # type: ignore[arg-type]
 
 
 @settings(deadline=None)
@@ -395,6 +407,7 @@ def play(
     *,
     true_rest: dict[str, int],
     token_s: float = 0.03,
+    may_linger: bool = True,
     limits: EvacuationLimits = LIMITS,
 ) -> tuple[dict[str, float], dict[str, float], list[float], list[Evacuation]]:
     """When streams moved and ended at the source, the lengths of all steps at the targets, and the decisions.
@@ -435,6 +448,7 @@ def play(
                     for one in targets
                 ],
                 deadline_s=None if deadline_s is None else deadline_s - now_s,
+                may_linger=may_linger,
                 elapsed_s=now_s,
                 source_s_per_token=token_s,
             )
@@ -506,11 +520,16 @@ def test_in_a_storm_streams_that_wait_are_answered_and_many_end() -> None:
     assert decisions[-1].mode != "at once"  # so the time is enough for the others
 
 
+@pytest.mark.parametrize("deadline_s", [None, 30.0, 90.0])
+@pytest.mark.parametrize("rest_tokens", [1_500, 100_000])  # 45 s, which a deadline of 90 s would allow, and 50 minutes
 @pytest.mark.parametrize("seed", range(3))
-def test_a_drain_takes_seconds_however_long_the_answers_are(seed: int) -> None:
+def test_a_drain_takes_seconds_however_long_the_answers_are(
+    seed: int, rest_tokens: int, deadline_s: float | None
+) -> None:
     streams, _ = conversation(64, seed=seed, context=2000)
-    rest = {one.stream_id: 100_000 for one in streams}
-    moved_s, _, steps, decisions = play(streams, fleet(2), None, true_rest=rest)
+    streams = [replace(one, max_remaining_tokens=rest_tokens) for one in streams]
+    rest = {one.stream_id: rest_tokens for one in streams}
+    moved_s, _, steps, decisions = play(streams, fleet(2), deadline_s, true_rest=rest, may_linger=False)
     assert len(moved_s) == 64
     assert max(moved_s.values()) < 10  # 128,000 tokens at 2 x 8,366/s: 7.7 s
     assert max(steps) <= LIMITS.max_inter_token_s

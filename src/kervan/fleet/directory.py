@@ -21,7 +21,8 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one).
 
     `nodes`: all of its nodes, when it has more than `node`. `start_s`: seconds of its start by part. `version` tells
-    replicas of one setting from those of another, as in a gateway's entry. `leaves_in_s`: it drains, and will be gone.
+    replicas of one setting from those of another, as in a gateway's entry. `leaves_in_s`: it drains, and will be gone;
+    with `may_linger`, its streams may use that time.
     """
 
     id: str
@@ -40,6 +41,7 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     nodes: list[str] = []
     start_s: dict[str, float] = {}
     leaves_in_s: float | None = None
+    may_linger: bool = False
 
     @property
     def is_reachable(self) -> bool:
@@ -131,9 +133,13 @@ class StartFailure(msgspec.Struct, frozen=True):
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
-    """An order to a replica: give up its streams and end, `deadline_s` seconds from when it was given at the latest."""
+    """An order to a replica: give up its streams and end, `deadline_s` seconds from when it was given at the latest.
+
+    `may_linger`: nobody waits for the end, so streams that end before the deadline may do so there.
+    """
 
     deadline_s: float
+    may_linger: bool = False
 
 
 class Suffer(msgspec.Struct, frozen=True, tag="suffer"):
@@ -173,7 +179,7 @@ class Directory:
         self._nodes: dict[str, tuple[NodeEntry, float]] = {}
         self._failures: list[StartFailure] = []
         self._orders: dict[str, list[Order]] = {}
-        self._leaving_at_s: dict[str, float] = {}
+        self._leaving: dict[str, tuple[float, bool]] = {}  # when, and whether they may linger
         self._num_failures = 0
         self.version = 0
 
@@ -191,7 +197,7 @@ class Directory:
             return False
         self._orders.setdefault(replica_id, []).append(order)
         if isinstance(order, Drain):
-            self._leaving_at_s[replica_id] = self._now() + order.deadline_s
+            self._leaving[replica_id] = (self._now() + order.deadline_s, order.may_linger)
             self.version += 1
         return True
 
@@ -210,7 +216,7 @@ class Directory:
     def remove(self, entry_id: str) -> None:
         """Forget a replica or gateway that said goodbye."""
         self._orders.pop(entry_id, None)
-        self._leaving_at_s.pop(entry_id, None)
+        self._leaving.pop(entry_id, None)
         if self._replicas.pop(entry_id, None) or self._gateways.pop(entry_id, None):
             self.version += 1
 
@@ -239,10 +245,11 @@ class Directory:
 
     def _as_leaving(self, replica: ReplicaEntry) -> ReplicaEntry:
         """The entry as it will be when the replica has heard that it must go."""
-        at_s = self._leaving_at_s.get(replica.id)
-        if at_s is None or replica.state not in ("ready", "draining"):
+        if replica.id not in self._leaving or replica.state not in ("ready", "draining"):
             return replica
-        return msgspec.structs.replace(replica, state="draining", leaves_in_s=max(0.0, at_s - self._now()))
+        at_s, may_linger = self._leaving[replica.id]
+        leaves_in_s = max(0.0, at_s - self._now())
+        return msgspec.structs.replace(replica, state="draining", leaves_in_s=leaves_in_s, may_linger=may_linger)
 
     def _told(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
         now_s = self._now()

@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from kervan.errors import EngineError
 from kervan.fleet import wire
+from kervan.fleet.directory import Snapshot
 from kervan.fleet.journal import Stream
 from kervan.policy import routing
 
@@ -30,13 +31,24 @@ NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
 class Member:
     """A replica as the directory lists it.
 
-    `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known.
+    `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
+    streams may use that time.
     """
 
     replica_id: str
     address: str
     is_leaving: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
+    may_linger: bool = field(default=False, compare=False)
+
+
+def members(snapshot: Snapshot) -> list[Member]:
+    """The replicas that a client can link to, those that drain too: it moves its streams off them."""
+    return [
+        Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger)
+        for r in snapshot.replicas
+        if r.is_reachable
+    ]
 
 
 @dataclass(slots=True)
@@ -71,6 +83,7 @@ class Link:
     is_told_to_leave: bool = False  # by the directory, which may know before the replica does
     leaving_since_s: float = 0.0
     leaves_at_s: float | None = None
+    may_linger: bool = False
     _step_s: float | None = None  # between two steps, a mean over about the last ten
     _stepped_s: float = 0.0
 
@@ -98,6 +111,17 @@ class Link:
         gap_s, self._stepped_s = now_s - self._stepped_s, now_s
         if gap_s < LONGEST_STEP_S:  # else it had nothing to do
             self._step_s = gap_s if self._step_s is None else self._step_s + STEP_WEIGHT * (gap_s - self._step_s)
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds between its last steps, a mean; None before the first ones."""
+        return self._step_s
+
+    def stalled_s(self, now_s: float) -> float:
+        """How long it has had work, or been silent, without a step that gave this gateway a token."""
+        if not self.pong_s:
+            return 0.0
+        return max(0.0, now_s - max(self.pong_s - self.pong.stalled_s, self._stepped_s))
 
     def pace_s(self, now_s: float) -> float | None:
         """Seconds between two tokens of a stream there; None if that is not known, or it stands still."""

@@ -20,7 +20,7 @@ import uvicorn
 from kervan.errors import ConfigError
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
-from kervan.fleet.link import Member
+from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
@@ -199,11 +199,7 @@ class Gateway:
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
-        self.fleet.set_members(
-            Member(r.id, r.address, is_leaving=r.state == "draining", leaves_in_s=r.leaves_in_s)
-            for r in snapshot.replicas
-            if r.is_reachable
-        )
+        self.fleet.set_members(members(snapshot))
 
     def entry(self) -> GatewayEntry:
         """This gateway as the directory should list it."""

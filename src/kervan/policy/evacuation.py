@@ -73,8 +73,9 @@ class Target:
 class EvacuationLimits:
     """What is promised. `max_inter_token_s`: the bound on a target's time between two tokens of a stream.
 
-    `margin_s` before a deadline all must have moved. Without a deadline a drain takes `unhurried_s` at most: streams
-    that end within `stay_s` may do so, all others move. `window_s`: work that a target is given in advance.
+    `margin_s` before a deadline all must have moved, and without one within `unhurried_s`. In a drain, streams that end
+    within `stay_s` may do so, and all others move as soon as the bound allows. `window_s`: work that a target is given
+    in advance.
     """
 
     max_inter_token_s: float = 0.2
@@ -88,13 +89,15 @@ class EvacuationLimits:
 class EvacuationState:
     """All that is known. `deadline_s`: seconds left until the replica is lost, None for a drain without hurry.
 
-    `elapsed_s`: since the replica began to leave. `source_s_per_token`: time between two tokens of a stream at the
-    leaving replica, None if it stands still or nobody knows.
+    `may_linger`: nobody waits for the replica to be empty, so that it may be used until its deadline; ignored without
+    one. `elapsed_s`: since it began to leave. `source_s_per_token`: time between two tokens of a stream there, None if
+    it stands still or nobody knows.
     """
 
     streams: Sequence[LeavingStream]
     targets: Sequence[Target]
     deadline_s: float | None
+    may_linger: bool = False
     elapsed_s: float = 0.0
     source_s_per_token: float | None = None
 
@@ -211,10 +214,11 @@ def _sort(
 ) -> tuple[list[str], list[str], list[LeavingStream], list[LeavingStream]]:
     """Streams that stay, that are stuck, that move, and that move unless they end before."""
     token_s = math.inf if state.source_s_per_token is None else state.source_s_per_token * SLACK
-    certain_s = left_s if state.deadline_s is not None else limits.stay_s
-    likely_s = LIKELY_SHARE * left_s
-    if state.deadline_s is None:  # an expectation may be wrong again and again: it holds only for a while
-        likely_s = limits.stay_s if state.elapsed_s < 2 * limits.stay_s else 0.0
+    certain_s, likely_s = left_s, LIKELY_SHARE * left_s
+    if state.deadline_s is None or not state.may_linger:
+        certain_s = min(left_s, limits.stay_s)
+        # An expectation may be wrong again and again: it holds only for a while.
+        likely_s = min(likely_s, limits.stay_s) if state.elapsed_s < 2 * limits.stay_s else 0.0
     stays: list[str] = []
     stuck: list[str] = []
     movers: list[LeavingStream] = []

@@ -30,6 +30,7 @@ class ReplicaLoad:
     num_suspects: int = 0
     own_tokens: int = 0
     num_gateways: int = 1
+    is_stalled: bool = False
 
     def add(self, tokens: int) -> None:
         """This gateway's streams cost `tokens` more, or less."""
@@ -59,13 +60,16 @@ def decide(replicas: Sequence[ReplicaLoad], *, is_suspect: bool = False) -> Plac
     """The replica with the fewest outstanding tokens; of several, the first.
 
     A suspect (its last replica died before it gave a token) is tried alone: only a replica that hosts no
-    other suspect takes it, so that a second death convicts one stream and not its neighbours.
+    other suspect takes it, so that a second death convicts one stream and not its neighbours. One that stands still
+    takes streams only if all do.
     """
     best = min(replicas, key=_tokens, default=None)
-    if best is None or best.is_draining or (is_suspect and best.num_suspects):
+    if best is None or best.is_draining or best.is_stalled or (is_suspect and best.num_suspects):
         live = [replica for replica in replicas if not replica.is_draining]
         able = [replica for replica in live if not (is_suspect and replica.num_suspects)]
-        best = min(able, key=_tokens, default=None)
+        best = min((replica for replica in able if not replica.is_stalled), key=_tokens, default=None)
+        if best is None:
+            best = min(able, key=_tokens, default=None)
         if best is None:
             if live:
                 return Placement(None, f"each of {len(live)} replicas already tries a suspect")
