@@ -35,7 +35,7 @@ class Cluster:
         self.done: list[tuple[str, float]] = []  # (what, seconds that were left), in order
         self.told: list[NodeEntry] = []
         self.problem = ""
-        self.has_sent_directories_away = False
+        self.has_sent_directories_away = self.may_linger = False
         self.has_fleet = self.has_other_nodes = self.obeys = True
         self.is_drained = False
         self.drained_at_s: float | None = None
@@ -65,9 +65,10 @@ class Cluster:
         self.done.append(("drain", remaining_s))
         self.is_drained, self.drained_at_s = True, time.time() + remaining_s
 
-    async def order_drain(self, fleet: str, replica_id: str, remaining_s: float, *, may_linger: bool) -> None:
-        self.done.append((replica_id, remaining_s))
-        assert self.directory.order(replica_id, Drain(remaining_s, may_linger))
+    async def order_drain(self, fleet: str, replica_id: str, order: Drain) -> None:
+        self.done.append((replica_id, order.deadline_s))
+        self.may_linger = order.may_linger
+        assert self.directory.order(replica_id, order)
 
     async def send_directories_away(self) -> None:
         assert not [replica for replica in self.replicas.values() if replica.node == HERE]
@@ -144,6 +145,7 @@ async def test_a_notice_empties_the_node_and_the_account_is_left(cluster: Cluste
             assert cloud.approved == []
             await rounds(cluster, 2)
             assert cluster.orders == ["drain", "a"]  # once
+            assert cluster.may_linger
             cluster.add_gateway("g", ELSEWHERE, traffic={"a": Traffic(0.0, None, 41, 5)})
             cluster.obeys = True
             del cluster.replicas["a"]
@@ -186,6 +188,7 @@ async def test_without_a_deadline_there_is_time(cluster: Cluster) -> None:
     async with guarded(cluster) as (watch, running):
         watch.operator.announce()
         assert await running == "the node is drained and empty"
+    assert not cluster.may_linger
     assert all(NO_HURRY_S - 10 < left_s <= NO_HURRY_S for _, left_s in cluster.done)
 
 

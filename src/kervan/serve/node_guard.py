@@ -15,7 +15,7 @@ import msgspec
 import psutil
 
 from kervan.errors import FleetError, KervanError
-from kervan.fleet.directory import GatewayEntry, NodeEntry, NodeNotice, ReplicaEntry, Snapshot
+from kervan.fleet.directory import Drain, GatewayEntry, NodeEntry, NodeNotice, ReplicaEntry, Snapshot
 from kervan.notices import state_file
 from kervan.notices.events import Notice
 from kervan.notices.operator import OperatorSource
@@ -65,8 +65,8 @@ class Cluster(Protocol):
         """Let Ray put nothing more on this node. Raises: KervanError."""
         ...
 
-    async def order_drain(self, fleet: str, replica_id: str, remaining_s: float, *, may_linger: bool) -> None:
-        """Let a replica give up its streams and end. `may_linger`: nobody waits for it. Raises: KervanError."""
+    async def order_drain(self, fleet: str, replica_id: str, order: Drain) -> None:
+        """Let a replica give up its streams and end. Raises: KervanError."""
         ...
 
     async def send_directories_away(self) -> None:
@@ -242,9 +242,9 @@ class NodeGuard:
             await self._try("drain", self._drain(remaining_s))
         for fleet, part in self._here(sight):
             if isinstance(part, ReplicaEntry) and self._must_be_told(part, sight.snapshots[fleet], remaining_s):
-                within_s, may_linger = max(MIN_DEADLINE_S, remaining_s), notice.source != OperatorSource.name
-                order = self._cluster.order_drain(fleet, part.id, within_s, may_linger=may_linger)
-                await self._try(f"order to {part.id}", order)
+                # A person waits for an empty node; a cloud takes it at the deadline.
+                order = Drain(max(MIN_DEADLINE_S, remaining_s), may_linger=notice.kind != "operator")
+                await self._try(f"order to {part.id}", self._cluster.order_drain(fleet, part.id, order))
 
     async def _drain(self, remaining_s: float) -> None:
         await self._cluster.drain_node(remaining_s)

@@ -150,11 +150,11 @@ class RayCluster:
         with _as_fleet_error("Ray does not drain the node"):
             await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
 
-    async def order_drain(self, fleet: str, replica_id: str, remaining_s: float, *, may_linger: bool) -> None:
-        order = msgspec.msgpack.encode(Drain(remaining_s, may_linger))
+    async def order_drain(self, fleet: str, replica_id: str, order: Drain) -> None:
+        raw = msgspec.msgpack.encode(order)
         with _as_fleet_error(f"replica {replica_id} cannot be told to leave"):
             handle = await asyncio.to_thread(directories.find, fleet)
-            await asyncio.wait_for(handle.order.remote(replica_id, order), CALL_TIMEOUT_S)
+            await asyncio.wait_for(handle.order.remote(replica_id, raw), CALL_TIMEOUT_S)
 
     async def send_directories_away(self) -> None:
         with _as_fleet_error("a directory on this node stays"):
