@@ -37,6 +37,7 @@ from kervan.twin.settings import settings
 MAX_REPLICAS = 4
 GATEWAY_CHANGE = 10  # every so many changes
 REST_S = 12.0  # after which the directory has forgotten what is gone, and leases have ended
+LONGEST_REST_S = 120.0  # for processes that still leave; then they are told as left behind
 # Words in a process's command line -> its role. Ray names its workers after their actors.
 ROLES = {
     ":gateway": "gateway",
@@ -80,6 +81,12 @@ def look(config: FleetConfig) -> dict[str, Any]:
         except (psutil.NoSuchProcess, FileNotFoundError):
             continue
     return {"replicas": config.replicas, "gateways": config.gateways, "processes": dict(counts), "held": held}
+
+
+def left_behind(looked: dict[str, Any]) -> bool:
+    """Whether there are other processes of the fleet than its size tells."""
+    expected = {"twin": "replicas", "replica actor": "replicas", "gateway": "gateways"}
+    return any(looked["processes"].get(name) != looked[number] for name, number in expected.items())
 
 
 class Load(threading.Thread):
@@ -161,7 +168,10 @@ def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int) -
         change(*rest)
         load.is_paused = True
         time.sleep(REST_S)
-        looks.append({"changes": number, **look(config)})
+        until_s = time.monotonic() + LONGEST_REST_S - REST_S
+        while (looked := look(config)) and left_behind(looked) and time.monotonic() < until_s:
+            time.sleep(1.0)
+        looks.append({"changes": number, **looked})
         print(
             f"{number} changes, {load.num_whole} streams, {len(load.broken)} broken: {summary(looks[-1])}", flush=True
         )

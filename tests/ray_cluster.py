@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ SETTINGS = {
     "RAY_worker_niceness": "0",
 }
 UP = "will now block forever"  # what `ray start --block` says then
+# What Ray takes for one. Gateways are placed where GPUs are, alternating; twins, which take none, anywhere.
+AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
+SECOND = "127.0.0.2"
 
 
 @dataclass(frozen=True)
@@ -116,3 +120,22 @@ class RayCluster:
                 process.kill()
         for node in self._nodes.values():
             node.wait(10)
+
+
+@contextmanager
+def ray_cluster(
+    scratch: Path,
+    name: str,
+    *head: str,
+    second: Sequence[str] | None = None,
+    more: Mapping[str, str] | None = None,
+) -> Iterator[RayCluster]:
+    """A cluster within the block: a head with these options of `ray start`, and with `second` another node, SECOND."""
+    cluster = RayCluster(scratch, name, more)
+    try:
+        cluster.start_head(*head)
+        if second is not None:
+            cluster.start_node(SECOND, *second)
+        yield cluster
+    finally:
+        cluster.close()

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from live import eventually
 
 from kervan.fleet.vllm import head_start
 
@@ -38,6 +40,16 @@ def test_the_class_is_known_and_the_weights_are_read(
     assert kept["modelinfo"]["architecture"] == CLASS
     second = head_start.begin([*argv, "--load-format", "dummy"])
     assert second is None
+
+
+def test_nothing_is_left_of_a_process_that_has_ended(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model / "model.safetensors").write_bytes(bytes(100))
+    monkeypatch.setattr(head_start, "_mark", lambda _: model)  # vLLM has looked at the class
+    process = head_start.begin(["--model", str(model)])
+    assert process is not None
+    assert list(process.args)[-2:] == ["--", str(model / "model.safetensors")]
+    eventually(lambda: not psutil.pid_exists(process.pid), "the process is gone, not a zombie", 60, every_s=0.02)
+    assert process.wait(10) == 0
 
 
 @pytest.mark.parametrize("argv", [[], ["--model", "Qwen/Qwen3-8B"], ["--model", "/nowhere"]])

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from live import SMALL, Fleet, Home, Take, eventually, free_port, take_chat
-from ray_cluster import RayCluster
+from ray_cluster import RayCluster, ray_cluster
 
 from kervan.demo import PAIRS
 
@@ -20,12 +20,8 @@ QUESTION, ANSWER = next(iter(PAIRS.items()))
 @pytest.fixture(scope="module")
 def cluster(scratch: Path) -> Iterator[RayCluster]:
     """A Ray cluster of one node as its owner starts it, with HAProxy."""
-    owned = RayCluster(scratch, "guest", {"RAY_SERVE_ENABLE_HA_PROXY": "1"})
-    try:
-        owned.start_head()
+    with ray_cluster(scratch, "guest", more={"RAY_SERVE_ENABLE_HA_PROXY": "1"}) as owned:
         yield owned
-    finally:
-        owned.close()
 
 
 async def test_running_cluster(cluster: RayCluster, models: Any) -> None:

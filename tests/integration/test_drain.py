@@ -8,16 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 from live import START_S, Fleet, Home, eventually
-from ray_cluster import RayCluster
+from ray_cluster import AS_IF_GPU, SECOND, RayCluster, ray_cluster
 from shared_fleet import Models
 from twin_load import Load, kervan, load
 
 from kervan.twin.engine import answer
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
-
-SECOND = "127.0.0.2"
-AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
 
 
 def settings(scratch: Path) -> tuple[str, str]:
@@ -88,13 +85,8 @@ def test_what_cannot_be_drained_is_refused(pair: Fleet) -> None:
 
 @pytest.fixture
 def cluster(scratch: Path) -> Iterator[RayCluster]:
-    owned = RayCluster(scratch, "drain")
-    try:
-        owned.start_head(*AS_IF_GPU)
-        owned.start_node(SECOND, *AS_IF_GPU)
+    with ray_cluster(scratch, "drain", *AS_IF_GPU, second=AS_IF_GPU) as owned:
         yield owned
-    finally:
-        owned.close()
 
 
 async def test_a_node_is_drained_under_load(cluster: RayCluster, models: Models, scratch: Path) -> None:

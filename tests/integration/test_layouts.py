@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 from live import REQUEST_S, SMALL, START_S, Fleet, Home, Take, eventually, is_alive, take_chat
-from ray_cluster import RayCluster
+from ray_cluster import SECOND, RayCluster, ray_cluster
 from shared_fleet import Models
 
 from kervan.demo import PAIRS
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
 QUESTION, ANSWER = next(iter(PAIRS.items()))
 NUM_STREAMS = 4
-SECOND = "127.0.0.2"
 
 
 @pytest.fixture
@@ -57,13 +56,8 @@ async def test_half_of_a_tensor_parallel_group_dies(pair: Fleet) -> None:
 
 @pytest.fixture
 def cluster(scratch: Path) -> Iterator[RayCluster]:
-    owned = RayCluster(scratch, "stages")
-    try:
-        owned.start_head("--num-cpus=1")
-        owned.start_node(SECOND, "--num-cpus=1")
+    with ray_cluster(scratch, "stages", "--num-cpus=1", second=["--num-cpus=1"]) as owned:
         yield owned
-    finally:
-        owned.close()
 
 
 def test_stages_are_on_nodes_of_their_own(cluster: RayCluster, models: Models) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 from live import SMALL, START_S, Fleet, Take, take_chat
-from ray_cluster import RayCluster
+from ray_cluster import AS_IF_GPU, RayCluster, ray_cluster
+from ray_cluster import SECOND as LOST
 from shared_fleet import Models
 from twin_load import NUM_STREAMS, kervan, load
 
@@ -16,20 +17,11 @@ from kervan.demo import PAIRS
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
-LOST = "127.0.0.2"
-# Gateways are placed where GPUs are, alternating; twins, which take none, anywhere.
-AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
-
 
 @pytest.fixture
 def cluster(scratch: Path) -> Iterator[RayCluster]:
-    owned = RayCluster(scratch, "nodes")
-    try:
-        owned.start_head(*AS_IF_GPU)
-        owned.start_node(LOST, *AS_IF_GPU)
+    with ray_cluster(scratch, "nodes", *AS_IF_GPU, second=AS_IF_GPU) as owned:
         yield owned
-    finally:
-        owned.close()
 
 
 def on(fleet: Fleet, node: str) -> tuple[set[str], set[str]]:
@@ -42,13 +34,8 @@ def on(fleet: Fleet, node: str) -> tuple[set[str], set[str]]:
 @pytest.fixture
 def one_gpu(scratch: Path) -> Iterator[RayCluster]:
     """A head without a GPU, and a node that has what Ray takes for one."""
-    owned = RayCluster(scratch, "last")
-    try:
-        owned.start_head("--num-gpus=0")
-        owned.start_node(LOST, "--num-gpus=1")
+    with ray_cluster(scratch, "last", "--num-gpus=0", second=["--num-gpus=1"]) as owned:
         yield owned
-    finally:
-        owned.close()
 
 
 async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, models: Models) -> None:

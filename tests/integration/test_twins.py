@@ -1,22 +1,28 @@
 """A fleet of twins: real Ray, real gateways, simulated engines; every token of every stream is checked."""
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
-from live import START_S, Fleet, Home, eventually
+from live import START_S, Fleet, Home, eventually, is_alive, stopped
 from shared_fleet import REPOSITORY, Models
 from twin_load import kervan, kill_actor, knocks, load
 
+from kervan.fleet.process import TWIN_ENGINE
+
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
-STALL_S = 4.0
+STALL_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ with socket.create_connection((host, int(port))) as connection:
 """
 
 
-@contextmanager
+@contextlib.contextmanager
 def knocking(port: int) -> Iterator[None]:
     """A gateway is asked as fast as it can answer."""
     with subprocess.Popen([sys.executable, "-c", KNOCKER, "127.0.0.1", str(port)]) as knocker:
@@ -116,6 +122,24 @@ async def test_a_change_that_cannot_start_changes_nothing(twins: Fleet, models: 
         assert refused.returncode == 1
         assert why in refused.stderr
     assert {replica["id"] for replica in twins.status()["replicas"]} == before
+
+
+async def test_streams_leave_a_hung_replica_before_it_is_ended(twins: Fleet, models: Models) -> None:
+    """Its process answers, so no connection breaks; it is ended when it has made no step for `STALL_S`."""
+    await asyncio.to_thread(twins.wait_until_whole, 3, 1)
+    hung = twins.status()["replicas"][0]["id"]
+
+    def streams_there() -> int | None:
+        counts: dict[str, int] = httpx.get(f"{twins.url}/kervan/status", verify=False).json()["replicas"]
+        return counts.get(hung)
+
+    async with load(twins, models):
+        await asyncio.to_thread(eventually, lambda: bool(streams_there()), "it has streams", START_S)
+        await kervan(twins, "fault", hung, "hang")
+        await asyncio.to_thread(eventually, lambda: not streams_there(), "all have left", START_S)
+        assert (hung, "ready") in {(replica["id"], replica["state"]) for replica in twins.status()["replicas"]}
+    await kervan(twins, "fault", hung, "none")
+    assert twins.total("kervan_streams_given_up_total") == 0
 
 
 async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> None:
@@ -246,6 +270,31 @@ def test_changes_leave_nothing_behind(twins: Fleet) -> None:
         assert now["sockets"] <= then["sockets"] + 5
         assert now["threads"] <= then["threads"] + 5
         assert now["anon_mib"] <= then["anon_mib"] + 50
+
+
+def twin_processes() -> set[int]:
+    """Of this session, ready or not."""
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            is_twin = TWIN_ENGINE in (process.info["cmdline"] or ())
+            if is_twin and process.environ().get("KERVAN_TEST_SESSION") == os.environ["KERVAN_TEST_SESSION"]:
+                found.add(process.pid)
+    return found
+
+
+def test_a_replica_that_still_starts_ends_with_its_fleet(twins: Fleet, models: Models) -> None:
+    """Serve has started another in a killed one's place; `kervan down` does not wait until that one is ready."""
+    twins.wait_until_whole(3, 1)
+    arguments = ("max_model_len=2048", "served_model_name=brief")
+    brief = twins.home.up(models.demo, "brief", arguments, "--engine", "twin", "--gpu", "H200", "--gateways", "1")
+    before = twin_processes()
+    os.kill(brief.pids()[0], signal.SIGKILL)
+    (starting,) = eventually(lambda: twin_processes() - before, "another one starts", START_S, every_s=0.01)
+    with stopped(starting):  # it will never be ready
+        eventually(lambda: {r["state"] for r in brief.status()["replicas"]} == {"starting"}, "it is shown", START_S)
+        assert brief.home.kervan("down", "--name", "brief").returncode == 0
+        assert not is_alive(starting)
 
 
 def test_faults_of_unknown_replicas_are_refused(twins: Fleet) -> None:

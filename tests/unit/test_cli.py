@@ -209,6 +209,22 @@ def test_an_unknown_name_lists_the_known_ones(kervan: Kervan) -> None:
     assert "fleets started here: chat, code (--name)" in kervan.fails("status")
 
 
+@pytest.mark.parametrize(
+    ("deadline", "told"),
+    [
+        ("1" + 300 * "0" + "s", "1e+300 s"),
+        (400 * "9" + "h", "inf s"),
+        ("1000000001", "1000000001.0 s"),
+        ("soon", "'soon'"),
+    ],
+    ids=["more than Ray takes", "more than a float takes", "a second too much", "no duration"],
+)
+def test_a_drain_needs_a_deadline_that_can_be(kervan: Kervan, deadline: str, told: str) -> None:
+    error = kervan.fails("drain", "on-demand-2c9867", "--deadline", deadline)
+    assert f"--deadline {told}" in error
+    assert "like " in error
+
+
 # ---- usage
 
 

@@ -13,6 +13,7 @@ from kervan.fleet.directory import (
     Snapshot,
     StartFailure,
 )
+from kervan.fleet.link import members
 
 
 class Clock:
@@ -182,3 +183,20 @@ def test_gateways_hear_how_long_a_draining_replica_may_be_used(may_linger: bool)
     now_s = 2.0
     (told,) = directory.snapshot().replicas
     assert (told.leaves_in_s, told.may_linger) == (28.0, may_linger)
+
+
+def test_members_are_the_replicas_that_can_be_linked_to_and_when_they_leave(directory: Directory, clock: Clock) -> None:
+    directory.beat_replica(replica("a", address="tcp://h:1"))
+    directory.beat_replica(replica("b", address="tcp://h:2"))
+    directory.beat_replica(replica("c", "draining", "tcp://h:3"))
+    directory.beat_replica(replica("d", "starting", ""))
+    directory.beat_replica(replica("e", "unhealthy", "tcp://h:5"))
+    directory.order("b", Drain(30.0, may_linger=True))
+    clock.now_s += 2.0
+    listed = members(directory.snapshot())
+    found = [(m.replica_id, m.address, m.is_leaving, m.leaves_in_s, m.may_linger) for m in listed]
+    assert found == [
+        ("a", "tcp://h:1", False, None, False),
+        ("b", "tcp://h:2", True, 28.0, True),
+        ("c", "tcp://h:3", True, None, False),
+    ]

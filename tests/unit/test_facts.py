@@ -371,6 +371,29 @@ def test_cpu_replicas_share_the_cores(
     assert on_cpu(config, cores=8).env == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "cores", "number"),
+    [
+        ({}, 2, 1),
+        ({}, 16, 2),
+        ({}, 128, 4),
+        ({"max_gateways": 1}, 128, 1),  # --gateways 0..1
+        ({"max_gateways": 3}, 128, 3),
+        ({"max_gateways": 8}, 16, 2),
+        ({"max_gateways": 8}, 128, 4),
+        ({"gateways": 6, "max_gateways": 8}, 128, 6),
+    ],
+)
+def test_there_is_a_gateway_for_8_cores_up_to_4_and_to_the_most_allowed(
+    words: dict[str, int], cores: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kervan.serve.start import num_gateways
+
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert num_gateways(FleetConfig(model="m", **words)) == number
+    FleetConfig(model="m", **words | {"gateways": number})  # is no contradiction
+
+
 # ---- pools
 
 

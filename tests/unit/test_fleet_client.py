@@ -21,8 +21,9 @@ import zmq.asyncio
 from kervan.errors import EngineError
 from kervan.fleet import client as client_module
 from kervan.fleet import link as link_module
-from kervan.fleet import wire
+from kervan.fleet import stalls, wire
 from kervan.fleet.client import FleetClient
+from kervan.fleet.evacuees import PrefillSpeed
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, Member
 from kervan.policy import quarantine
@@ -142,6 +143,7 @@ class ToyReplica:
         self.last_ping: wire.Ping | None = None
         self.num_outputs = 0
         self.num_to_lose = 0
+        self.stalled_s = 0.0
         self._sessions: set[bytes] = set()
         self._subscribed: set[bytes] = set()
         self._context = zmq.asyncio.Context()
@@ -203,7 +205,9 @@ class ToyReplica:
             await self._output.send_multipart([identity, wire.SUBSCRIBED])
 
     def _pong(self) -> bytes:
-        load = wire.Pong(len(self.running), 0, 0.0, self.other_tokens, self.is_draining, self.num_outputs)
+        load = wire.Pong(
+            len(self.running), 0, 0.0, self.other_tokens, self.is_draining, self.num_outputs, stalled_s=self.stalled_s
+        )
         return msgspec.msgpack.encode(load)
 
     async def _call(self, call_id: int, method: str, args: list[Any]) -> None:
@@ -416,6 +420,7 @@ async def make_bench(**settings: Any) -> AsyncIterator[Bench]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "RECONNECT_PERIOD_S", 0.01)
     monkeypatch.setattr(wire, "PING_PERIOD_S", 0.02)
+    monkeypatch.setattr(stalls, "PERIOD_S", 0.02)
     monkeypatch.setattr(quarantine, "RETURN_WAIT_S", 0.2)
 
 
@@ -452,6 +457,26 @@ async def test_outstanding_tokens_fall_with_the_prompt_and_with_each_token(bench
         await bench.steps(a, 1)
         seen.append(bench.link(a).load.own_tokens)
     assert seen == [110, 9, 8, 7]
+    await bench.finished("s")
+
+
+async def test_at_its_first_token_a_moved_stream_was_prefilled_with_what_it_had_generated(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled: list[int] = []
+    monkeypatch.setattr(PrefillSpeed, "observe", lambda _, tokens, ttft_s: prefilled.append(tokens))
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", prompt=[1] * 100, max_tokens=10)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    await bench.kill(a)
+    await bench.placed(b, "s~1")
+    seen = [bench.link(b).load.own_tokens]
+    for _ in range(2):
+        await bench.steps(b, 1)
+        seen.append(bench.link(b).load.own_tokens)
+    assert prefilled == [100, 103]
+    assert seen == [110, 6, 5]  # 103 queued and 7 to come
     await bench.finished("s")
 
 
@@ -728,6 +753,59 @@ async def test_a_held_stream_can_be_aborted(bench: Bench) -> None:
     await bench.placed(a, "t")
     await bench.finished("t")
     assert [request.request_id for request in a.added] == ["t"]
+
+
+# ---- standing still
+
+
+async def test_streams_leave_a_replica_that_stands_still_and_it_may_go_on(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    a.stalled_s = 100.0
+    await bench.placed(b, "s~1")
+    await until(lambda: a.aborted == ["s"])
+    await bench.add("t")  # though `a` has less to do
+    await bench.placed(b, "s~1", "t")
+    a.stalled_s = 0.0
+    await until(lambda: not bench.link(a).load.is_stalled)
+    await bench.add("u")
+    await bench.placed(a, "u")
+    await bench.finished("s", "t", "u")
+    assert (bench.client.counts.moved, bench.client.counts.lost_replicas) == (1, 0)
+
+
+async def test_nothing_leaves_when_all_stand_still(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.add("t", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.placed(b, "t")
+    await bench.steps(a, 1)
+    await bench.steps(b, 1)
+    a.stalled_s = b.stalled_s = 100.0
+    await until(lambda: all(link.load.is_stalled for link in bench.client.links))
+    await bench.add("u")  # and what comes is not refused
+    await until(lambda: "u" in a.running or "u" in b.running)
+    assert bench.client.counts.moved == 0
+    a.stalled_s = b.stalled_s = 0.0
+    await bench.finished("s", "t", "u")
+
+
+async def test_what_a_replica_may_stand_still_over_is_tried_once_elsewhere(bench: Bench) -> None:
+    a, b, c = [await bench.start(name) for name in "abc"]
+    await bench.add("s")
+    await bench.placed(a, "s")
+    a.stalled_s = 100.0
+    await bench.placed(b, "s~1")
+    a.stalled_s, b.stalled_s = 0.0, 200.0
+    await until(lambda: bench.link(b).load.is_stalled)
+    await asyncio.sleep(10 * stalls.PERIOD_S)
+    assert (set(b.running), c.running) == ({"s~1"}, {})
+    await bench.kill(b)
+    await until(lambda: len(a.running) + len(c.running) == 1)
+    await bench.finished("s")
 
 
 # ---- draining

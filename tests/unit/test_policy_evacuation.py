@@ -67,39 +67,26 @@ def moved(decision: Evacuation) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("most", "deadline_s", "token_s", "stays"),
+    ("most", "deadline_s", "token_s", "may_linger", "stays"),
     [
         # 1,000 tokens at 30 ms, 1.25 times as slow: 37.5 s
-        pytest.param(1000, 41.0, 0.03, True, id="38 s are left without the margin"),
-        pytest.param(1000, 40.0, 0.03, False, id="37 s are not enough"),
-        pytest.param(1000, 41.0, None, False, id="unknown speed"),
-        pytest.param(0, 3.0, None, True, id="nothing more to write"),
-        # without a deadline: 3 s, that is 80 tokens
-        pytest.param(80, None, 0.03, True, id="drain, 3 s"),
-        pytest.param(81, None, 0.03, False, id="drain, a little more"),
+        pytest.param(1000, 41.0, 0.03, True, True, id="notice, 38 s are left without the margin"),
+        pytest.param(1000, 40.0, 0.03, True, False, id="notice, 37 s are not enough"),
+        pytest.param(1000, 41.0, None, True, False, id="unknown speed"),
+        pytest.param(0, 3.0, None, True, True, id="nothing more to write"),
+        # who drains waits: 3 s, that is 80 tokens
+        pytest.param(80, None, 0.03, True, True, id="no deadline, 3 s"),
+        pytest.param(81, None, 0.03, True, False, id="no deadline, a little more"),
+        pytest.param(80, 90.0, 0.03, False, True, id="drain, 3 s"),
+        pytest.param(81, 90.0, 0.03, False, False, id="drain, a little more"),
+        pytest.param(26, 4.0, 0.03, False, True, id="drain, 1 s is left without the margin"),
+        pytest.param(27, 4.0, 0.03, False, False, id="drain, 1 s is not enough"),
     ],
 )
 def test_a_stream_stays_if_it_ends_for_certain(
-    most: int, deadline_s: float | None, token_s: float | None, stays: bool
+    most: int, deadline_s: float | None, token_s: float | None, may_linger: bool, stays: bool
 ) -> None:
-    decision = decide([stream("a", most=most)], [target()], deadline_s, token_s=token_s)
-    assert decision.stays == (("a",) if stays else ())
-    assert moved(decision) == ([] if stays else ["a"])
-
-
-@pytest.mark.parametrize(
-    ("most", "deadline_s", "stays"),
-    [
-        pytest.param(80, 90.0, True, id="80 tokens at 30 ms, 1.25 times as slow: 3 s"),
-        pytest.param(81, 90.0, False, id="a little more"),
-        pytest.param(26, 4.0, True, id="1 s is left without the margin"),
-        pytest.param(27, 4.0, False, id="1 s is not enough"),
-    ],
-)
-def test_whoever_waits_for_a_drain_waits_seconds_though_the_deadline_is_later(
-    most: int, deadline_s: float, stays: bool
-) -> None:
-    decision = decide([stream("a", most=most)], [target()], deadline_s, may_linger=False)
+    decision = decide([stream("a", most=most)], [target()], deadline_s, token_s=token_s, may_linger=may_linger)
     assert (decision.stays, moved(decision)) == ((("a",), []) if stays else ((), ["a"]))
 
 

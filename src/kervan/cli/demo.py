@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -47,9 +47,7 @@ def demo() -> None:
                 *("--engine-arg", "dtype=float32", "--engine-arg", "enforce_eager=true"),
                 *("--engine-arg", "max_model_len=2048", "--env", "VLLM_CPU_KVCACHE_SPACE=1"),
             )
-            pids = {
-                replica["id"]: replica["pid"] for replica in json.loads(_told("status", "--name", name))["replicas"]
-            }
+            pids = {replica["id"]: replica["pid"] for replica in _told("status", "--name", name)["replicas"]}
             say(f"chat: POST http://127.0.0.1:{port}/v1/chat/completions\n\n> {_QUESTION}\n")
             started = time.monotonic()
             answer, first_s, last_s, pauses_s = "", 0.0, 0.0, [0.0]
@@ -63,7 +61,7 @@ def demo() -> None:
                 click.echo(piece, nl=False)
                 if not killed and len(answer) > len(PAIRS[_QUESTION]) // 3:
                     killed = _answering("127.0.0.1", port)
-                    os.kill(pids[killed], signal.SIGKILL)
+                    _kill(killed, pids)
                     click.echo(f"\n\n    kill -9 {pids[killed]}    ({killed}, which is answering)\n")
             click.echo("\n")
             if answer != PAIRS[_QUESTION]:
@@ -130,33 +128,80 @@ def _kervan(*args: str, must: bool = True) -> None:
                 process.kill()
             raise
     if code != 0 and must:
-        raise FleetError(f"`{shlex.join(['kervan', *args])}` exited with {code}; its message is above")
+        raise _failed(args, code)
 
 
-def _told(*args: str) -> str:
-    """What `kervan args --json` prints."""
-    command = [sys.executable, "-m", "kervan", *args, "--json"]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, start_new_session=True).stdout
+def _failed(args: Sequence[str], code: int) -> FleetError:
+    return FleetError(f"`{shlex.join(['kervan', *args])}` exited with {code}; its message is above")
+
+
+def _told(*args: str) -> Any:
+    """What `kervan args --json` tells.
+
+    Raises:
+        FleetError: it failed.
+    """
+    args = (*args, "--json")
+    command = [sys.executable, "-m", "kervan", *args]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, start_new_session=True)
+    if done.returncode != 0:
+        raise _failed(args, done.returncode)
+    return json.loads(done.stdout)
 
 
 def _answering(host: str, port: int) -> str:
-    """The replica that has the one stream, as the gateway sees it."""
+    """The replica that has the one stream, as the gateway sees it.
+
+    Raises:
+        FleetError: the gateway does not answer, or sees no such replica.
+    """
+    with _connection(host, port) as connection:
+        streams = json.loads(_request(connection, "GET", "/kervan/status").read())["replicas"]
+    if not any(streams.values()):
+        raise FleetError(
+            f"no replica has the stream ({', '.join(streams) or 'there is none'}): it ended, or its replica died by "
+            "itself; run the demo again"
+        )
+    return str(max(streams, key=streams.__getitem__))
+
+
+def _kill(replica_id: str, pids: Mapping[str, int]) -> None:
+    """As `kill -9` does.
+
+    Raises:
+        FleetError: the replica was not there at the start, or is gone.
+    """
+    if replica_id not in pids:
+        raise FleetError(
+            f"replica {replica_id} answers, and the first ({', '.join(pids)}) have not lasted; run the demo again"
+        )
+    try:
+        os.kill(pids[replica_id], signal.SIGKILL)
+    except OSError as error:
+        raise FleetError(
+            f"replica {replica_id}, process {pids[replica_id]}, cannot be killed: {error.strerror}; run the demo again"
+        ) from error
+
+
+@contextmanager
+def _connection(host: str, port: int) -> Iterator[HTTPConnection]:
+    """Raises: FleetError: what fails within the block."""
     connection = HTTPConnection(host, port, timeout=_REPLY_S)
     try:
-        streams = json.loads(_request(connection, "GET", "/kervan/status").read())["replicas"]
+        yield connection
+    except (OSError, HTTPException, json.JSONDecodeError) as error:
+        raise FleetError(f"http://{host}:{port} does not answer: {error}; see `kervan status`") from error
     finally:
         connection.close()
-    return str(max(streams, key=streams.__getitem__))
 
 
 def _stream_chat(host: str, port: int, question: str) -> Iterator[str]:
     """Pieces of the answer, as they come.
 
     Raises:
-        FleetError: no such server, a status other than 200, or a stream without its end.
+        FleetError: no such server, a status other than 200, or a stream with an error or without its end.
     """
-    connection = HTTPConnection(host, port, timeout=_REPLY_S)
-    try:
+    with _connection(host, port) as connection:
         model = json.loads(_request(connection, "GET", "/v1/models").read())["data"][0]["id"]
         body = {
             "model": model,
@@ -170,11 +215,10 @@ def _stream_chat(host: str, port: int, question: str) -> Iterator[str]:
             if event == "[DONE]":
                 return
             if event:
-                yield json.loads(event)["choices"][0]["delta"].get("content") or ""
-    except (OSError, HTTPException) as error:
-        raise FleetError(f"http://{host}:{port} does not answer: {error}; see `kervan status`") from error
-    finally:
-        connection.close()
+                told = json.loads(event)
+                if "error" in told:
+                    raise FleetError(f"the stream ended with an error: {told['error']}; see `kervan status`")
+                yield told["choices"][0]["delta"].get("content") or ""
     raise FleetError(f"the stream of http://{host}:{port} ended without [DONE]; see `kervan status`")
 
 

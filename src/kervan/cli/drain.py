@@ -15,7 +15,7 @@ def drain(target: str, deadline: str, name: str, address: str | None, as_json: b
     """Take REPLICA, or all that is on NODE, out of service; returns when it is gone.
 
     It gets no new work at once, and its streams go on elsewhere. NODE is an address or a Ray node id; fleets of the
-    whole cluster leave it, and Ray puts nothing there any more.
+    whole cluster leave it, and Ray puts nothing there until the node's Ray is started anew.
     """
     from kervan.cli import render
     from kervan.serve.drain import drain as leave

@@ -10,7 +10,7 @@ from kervan.cli import options
 @click.command()
 @click.argument("replicas", type=click.IntRange(min=0), required=False)
 @options.pools
-@click.option("--gateways", type=options.Count(), help="HTTP gateways; MIN..MAX: as their load asks.")
+@click.option("--gateways", type=options.Count(), help="HTTP gateways; MIN..MAX: as many as their load asks for.")
 @options.name
 @options.address
 @options.as_json

@@ -33,7 +33,9 @@ SECTIONS = {
 @click.option("--replicas", type=int, help="Engine replicas, each on tp*pp GPUs. [default: 1]")
 @options.pools
 @click.option(
-    "--gateways", type=options.Count(), help="HTTP gateways; MIN..MAX: as their load asks. [default: a core in 8, <= 4]"
+    "--gateways",
+    type=options.Count(),
+    help="HTTP gateways; MIN..MAX: as many as their load asks for. [default: one per 8 cores, at most 4]",
 )
 @click.option("--host", help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on. [default: 8000]")

@@ -29,20 +29,18 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from kervan.errors import EngineError
-from kervan.fleet import wire
+from kervan.fleet import stalls, wire
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
-from kervan.fleet.evacuees import PrefillSpeed
-from kervan.fleet.evacuees import state as evacuation_state
+from kervan.fleet.evacuation import Evacuations
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
-from kervan.policy import evacuation, quarantine, routing
-from kervan.policy.output_length import LengthEstimate
+from kervan.fleet.stalls import Stalls
+from kervan.policy import quarantine, routing
 
 logger = logging.getLogger(__name__)
 
 RECONNECT_PERIOD_S = 0.5
-IDLE_EVACUATION_S = 1.0
 RATE_WINDOW_S = 10.0
 SETTLE_S = 0.01
 MAX_TTFTS = 1000  # kept between two looks at the traffic
@@ -91,11 +89,9 @@ class FleetClient:
         self._completed_per_s = 0.0
         self._rate_at_s = self._traffic_s = time.monotonic()
         self._is_closing = False
-        self._lengths = LengthEstimate()
-        self._prefill = PrefillSpeed()
-        self._evacuations: dict[Link, asyncio.Task[None]] = {}
-        self._targets_changed = asyncio.Event()
-        self._expiry_task = asyncio.create_task(self._expire_held())
+        self._evacuations = Evacuations(self._links, self._move, codec)
+        self._stalls = Stalls()
+        self._own_tasks = [asyncio.create_task(self._expire_held()), asyncio.create_task(self._watch_for_stalls())]
 
     # ---- what a gateway asks
 
@@ -153,7 +149,7 @@ class FleetClient:
                 task.add_done_callback(functools.partial(self._link_ended, member))
         for link in self.links:
             self._hear_of_leaving(link)
-        self._evacuate_draining()
+        self._evacuations.look()
 
     def _hear_of_leaving(self, link: Link) -> None:
         member = self._members.get(link.replica_id)
@@ -173,7 +169,7 @@ class FleetClient:
     async def close(self) -> None:
         """End all links; streams are not finished."""
         self._is_closing = True
-        tasks = [*self._link_tasks.values(), *self._evacuations.values(), self._expiry_task]
+        tasks = [*self._link_tasks.values(), *self._evacuations.tasks, *self._own_tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -249,7 +245,8 @@ class FleetClient:
         num_generated, rest = len(stream.generated), stream.remaining_output_tokens
         if rest < routing.LONG_OUTPUT_TOKENS:
             return False
-        expected = self._lengths.remaining_tokens(num_generated, max_remaining_tokens=rest)
+        lengths = self._evacuations.lengths
+        expected = lengths.remaining_tokens(num_generated, max_remaining_tokens=rest)
         return expected is None or expected >= routing.LONG_OUTPUT_TOKENS
 
     async def _place_held(self) -> None:
@@ -352,7 +349,7 @@ class FleetClient:
             try:
                 await self._acquit(link)
                 await self._place_held()
-                self._evacuate_draining()
+                self._evacuations.look()
                 reason = await self._first_of(self._pump(link), self._watch(link), self._ping(link))
                 await self._read_rest(link)
             finally:
@@ -431,10 +428,10 @@ class FleetClient:
                 continue
             num_new = len(output.new_token_ids)
             if num_new:
-                stream.generated += output.new_token_ids
-                link.num_tokens += num_new
                 if not stream.gave_token:
                     self._first_token(link, stream)
+                stream.generated += output.new_token_ids
+                link.num_tokens += num_new
                 # At least 1 stays charged while the stream runs: it still holds a place in the batch.
                 paid = min(num_new, stream.cost_tokens - 1)
                 stream.cost_tokens -= paid
@@ -442,7 +439,7 @@ class FleetClient:
             if stream.epoch:
                 self.codec.restore(output, stream)
             if output.finish_reason is not None:
-                self._lengths.observe(len(stream.generated))
+                self._evacuations.lengths.observe(len(stream.generated))
                 self._forget(stream)
                 self._count_completed()
             kept.append(output)
@@ -454,10 +451,11 @@ class FleetClient:
     def _first_token(self, link: Link, stream: Stream) -> None:
         stream.gave_token = True
         ttft_s = time.monotonic() - stream.placed_s
-        self._prefill.observe(stream.prompt_tokens, ttft_s)
+        prefilled_tokens = stream.prompt_tokens + len(stream.generated)
+        self._evacuations.prefill.observe(prefilled_tokens, ttft_s)
         if len(link.ttfts_s) < MAX_TTFTS:
             link.ttfts_s.append(ttft_s)
-        queued = min(stream.cost_tokens - 1, stream.prompt_tokens)
+        queued = min(stream.cost_tokens - 1, prefilled_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)
         if stream.is_suspect:
@@ -510,51 +508,41 @@ class FleetClient:
                     return f"{link.pong.num_outputs} outputs were sent and {link.num_outputs} came"
                 if link.is_draining and not was_draining:
                     logger.info("replica %s drains", link.replica_id)
-                    self._evacuate_draining()
+                    self._evacuations.look()
         finally:
             sender.cancel()
 
-    def _evacuate_draining(self) -> None:
-        """See to it that the streams of draining replicas leave; call it whenever replicas come, or begin to drain."""
-        self._targets_changed.set()
-        for link in self.links:
-            if link.is_draining and link not in self._evacuations:
-                link.leaving_since_s = time.monotonic()
-                task = asyncio.create_task(self._evacuate(link), name=f"evacuate-{link.replica_id}")
-                self._evacuations[link] = task
-                task.add_done_callback(functools.partial(self._evacuated, link))
+    async def _watch_for_stalls(self) -> None:
+        while True:
+            await asyncio.sleep(stalls.PERIOD_S)
+            was_stalled = {link.replica_id for link in self.links if link.load.is_stalled}
+            stalled = self._stalls.look(self.links, self._evacuations.prefill.known_tokens_per_s)
+            for link in self.links:
+                if link.replica_id in stalled:
+                    await self._leave_stalled(link, stalled[link.replica_id])
+            if any(link.replica_id in was_stalled and not link.load.is_stalled for link in self.links):
+                await self._place_held()
 
-    def _evacuated(self, link: Link, task: asyncio.Task[None]) -> None:
-        self._evacuations.pop(link, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("evacuation of %s ended: %r", link.replica_id, error, exc_info=error)
+    async def _leave_stalled(self, link: Link, reason: str) -> None:
+        """Move streams off a replica that stands still; it may go on, so this is no loss.
 
-    async def _evacuate(self, link: Link) -> None:
-        """Move streams off a replica as the policy says, as long as it is there and drains."""
-        while self._links.get(link.replica_id) is link and link.is_draining:
-            self._targets_changed.clear()
-            pause_s: float | None = None
-            if link.streams:
-                targets = [other for other in self.links if not other.is_draining]
-                state = evacuation_state(
-                    link, targets, lengths=self._lengths, prefill_tokens_per_s=self._prefill.tokens_per_s
-                )
-                decision = evacuation.decide(state)
-                pause_s = decision.ask_again_s
-                if decision.moves:
-                    await self._carry_out(link, decision.moves)
-                    logger.info("replica %s leaves: %s", link.replica_id, decision.reason)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._targets_changed.wait(), pause_s or IDLE_EVACUATION_S)
-
-    async def _carry_out(self, link: Link, moves: Sequence[evacuation.Move]) -> None:
+        A stream without a token may be what it stands still over: such a one is tried alone elsewhere, and if that
+        replica stands still too, it waits for what becomes of it there.
+        """
         left = []
-        for move in moves:
-            stream = link.streams.get(move.stream_id)
-            if stream is not None:  # it has not ended meanwhile
-                await self._move(stream, link, move.replica_id)
-                left.append(move.stream_id)
-        if left:
+        for wire_id, stream in list(link.streams.items()):
+            is_here = link.streams.get(wire_id) is stream
+            if not is_here or not stream.is_movable or (not stream.gave_token and stream.is_suspect):
+                continue
+            is_suspect = not stream.gave_token
+            left.append(wire_id)
+            self._unplace(stream, link)
+            stream.unseen_losses += is_suspect
+            stream.epoch += 1
+            self.counts.moved += 1
+            await self._place(stream)
+        if left and self._links.get(link.replica_id) is link:
+            logger.warning("%d streams leave replica %s: it %s", len(left), link.replica_id, reason)
             await link.input.send_multipart(self.codec.encode_abort(left), copy=False)
 
     async def _lose(self, link: Link, reason: str) -> None:

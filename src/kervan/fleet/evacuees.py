@@ -8,8 +8,8 @@ from kervan.fleet.link import Link
 from kervan.policy.evacuation import EvacuationState, LeavingStream, Target
 from kervan.policy.output_length import LengthEstimate
 
-# Until prompts have been seen: a 70B on 4 H200 prefills about as fast, smaller models and layouts faster. Too high a
-# guess moves streams sooner than the bound on inter-token latency allows; too low a one leaves them at a dying replica.
+# Until prompts have been seen; assumed, not measured. Too high a guess moves streams sooner than the bound on
+# inter-token latency allows; too low a one leaves them at a dying replica.
 DEFAULT_PREFILL_TOKENS_PER_S = 20_000.0
 MIN_PROMPT_TOKENS = 256  # of shorter ones, the time to the first token is not spent on prefill
 MIN_PROMPTS = 8
@@ -30,8 +30,13 @@ class PrefillSpeed:
         self._fastest_tokens_per_s = max(FADE * self._fastest_tokens_per_s, prompt_tokens / ttft_s)
 
     @property
+    def known_tokens_per_s(self) -> float | None:
+        """None until enough prompts have been seen."""
+        return self._fastest_tokens_per_s if self._num_prompts >= MIN_PROMPTS else None
+
+    @property
     def tokens_per_s(self) -> float:
-        return self._fastest_tokens_per_s if self._num_prompts >= MIN_PROMPTS else DEFAULT_PREFILL_TOKENS_PER_S
+        return self.known_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
 
 
 def state(

@@ -12,7 +12,9 @@ import zmq
 import zmq.asyncio
 
 from kervan.errors import EngineError
+from kervan.facts.fleet import SPOT
 from kervan.fleet import wire
+from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.journal import Stream
 from kervan.policy import routing
 
@@ -40,6 +42,19 @@ class Member:
     leaves_in_s: float | None = field(default=None, compare=False)
     may_linger: bool = field(default=False, compare=False)
     risky_for_s: float = field(default=0.0, compare=False)
+
+
+def members(snapshot: Snapshot) -> list[Member]:
+    """The replicas that a client can link to, those that drain too: it moves its streams off them."""
+    return [
+        Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger, _risky_for_s(r))
+        for r in snapshot.replicas
+        if r.is_reachable
+    ]
+
+
+def _risky_for_s(replica: ReplicaEntry) -> float:
+    return routing.risky_for_s(is_spot=replica.pool == SPOT, age_s=replica.ready_for_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +114,17 @@ class Link:
         gap_s, self._stepped_s = now_s - self._stepped_s, now_s
         if gap_s < LONGEST_STEP_S:  # else it had nothing to do
             self._step_s = gap_s if self._step_s is None else self._step_s + STEP_WEIGHT * (gap_s - self._step_s)
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds between its last steps, a mean; None before the first ones."""
+        return self._step_s
+
+    def stalled_s(self, now_s: float) -> float:
+        """How long it has had work, or been silent, without a step that gave this gateway a token."""
+        if not self.pong_s:
+            return 0.0
+        return max(0.0, now_s - max(self.pong_s - self.pong.stalled_s, self._stepped_s))
 
     def pace_s(self, now_s: float) -> float | None:
         """Seconds between two tokens of a stream there; None if that is not known, or it stands still."""

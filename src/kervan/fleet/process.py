@@ -109,6 +109,11 @@ class EngineProcess:
         sample = EngineSample(time.monotonic(), self._last_report_s, self._last_step_s, self.load.has_work)
         return judge(sample, stall_timeout_s=stall_timeout_s)
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which it has had work and made no step, as far as its reports tell."""
+        return time.monotonic() - self._last_step_s if self.load.has_work else 0.0
+
     def drain(self) -> None:
         """Announce to all gateways that this replica leaves."""
         self._command("drain")

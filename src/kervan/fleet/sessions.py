@@ -95,11 +95,11 @@ class Sessions:
     def ping(self, index: int, payload: bytes) -> None:
         self.all[index].outstanding_tokens = msgspec.msgpack.decode(payload, type=wire.Ping).outstanding_tokens
 
-    def pong(self, session: Session, load: tuple[int, int, float], *, is_draining: bool) -> bytes:
+    def pong(self, session: Session, load: tuple[int, int, float], *, is_draining: bool, stalled_s: float) -> bytes:
         """PONG's payload. `load`: running, waiting, KV cache use (0 to 1)."""
         live = self.live
         others = sum(other.outstanding_tokens for other in live if other is not session)
-        pong = wire.Pong(*load, others, is_draining, session.num_outputs, num_gateways=len(live))
+        pong = wire.Pong(*load, others, is_draining, session.num_outputs, len(live), round(stalled_s, 3))
         return msgspec.msgpack.encode(pong)
 
     def end_expired(self) -> None:

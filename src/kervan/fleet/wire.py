@@ -88,7 +88,7 @@ class Pong(msgspec.Struct, frozen=True):
     """Load of the replica; `other_tokens`: outstanding tokens that other gateways sent here.
 
     `num_gateways`: those with a live session here, at least 1. `num_outputs`: output messages sent to this session so
-    far.
+    far. `stalled_s`: seconds for which the engine has had work and made no step.
     """
 
     running: int
@@ -98,6 +98,7 @@ class Pong(msgspec.Struct, frozen=True):
     is_draining: bool
     num_outputs: int = 0
     num_gateways: int = 1
+    stalled_s: float = 0.0
 
 
 def encode_number(number: int) -> bytes:

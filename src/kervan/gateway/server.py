@@ -18,17 +18,16 @@ from typing import Any
 import uvicorn
 
 from kervan.errors import ConfigError
-from kervan.facts.fleet import SPOT
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
-from kervan.fleet.link import Member
+from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.relay import is_relayed, relay_key
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
-from kervan.policy import admission, routing
+from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
@@ -200,11 +199,7 @@ class Gateway:
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
-        self.fleet.set_members(
-            Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger, _risky_for_s(r))
-            for r in snapshot.replicas
-            if r.is_reachable
-        )
+        self.fleet.set_members(members(snapshot))
 
     def entry(self) -> GatewayEntry:
         """This gateway as the directory should list it."""
@@ -368,10 +363,6 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket, *,
         if not is_busy:
             break
         await asyncio.sleep(0.1)
-
-
-def _risky_for_s(replica: ReplicaEntry) -> float:
-    return routing.risky_for_s(is_spot=replica.pool == SPOT, age_s=replica.ready_for_s)
 
 
 def _bracket(host: str) -> str:

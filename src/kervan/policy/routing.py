@@ -42,6 +42,7 @@ class ReplicaLoad:
     own_tokens: int = 0
     num_gateways: int = 1
     is_risky: bool = False
+    is_stalled: bool = False
 
     def add(self, tokens: int) -> None:
         """This gateway's streams cost `tokens` more, or less."""
@@ -71,13 +72,16 @@ def decide(replicas: Sequence[ReplicaLoad], *, is_suspect: bool = False) -> Plac
     """The replica with the fewest outstanding tokens; of several, the first.
 
     A suspect (its last replica died before it gave a token) is tried alone: only a replica that hosts no
-    other suspect takes it, so that a second death convicts one stream and not its neighbours.
+    other suspect takes it, so that a second death convicts one stream and not its neighbours. One that stands still
+    takes streams only if all do.
     """
     best = min(replicas, key=_tokens, default=None)
-    if best is None or best.is_draining or (is_suspect and best.num_suspects):
+    if best is None or best.is_draining or best.is_stalled or (is_suspect and best.num_suspects):
         live = [replica for replica in replicas if not replica.is_draining]
         able = [replica for replica in live if not (is_suspect and replica.num_suspects)]
-        best = min(able, key=_tokens, default=None)
+        best = min((replica for replica in able if not replica.is_stalled), key=_tokens, default=None)
+        if best is None:
+            best = min(able, key=_tokens, default=None)
         if best is None:
             if live:
                 return Placement(None, f"each of {len(live)} replicas already tries a suspect")
@@ -99,7 +103,8 @@ def safer(replicas: Sequence[ReplicaLoad], chosen: ReplicaLoad, *, is_suspect: b
 
     None without one: a loaded fleet is not loaded more for what may not happen.
     """
-    able = [r for r in replicas if not (r.is_risky or r.is_draining or (is_suspect and r.num_suspects))]
+    barred = [r.is_risky or r.is_draining or r.is_stalled or (is_suspect and r.num_suspects) for r in replicas]
+    able = [r for r, is_barred in zip(replicas, barred, strict=True) if not is_barred]
     best = min(able, key=_tokens, default=None)
     if best is None or best.outstanding_tokens > SIMILAR * chosen.outstanding_tokens + ROOM_TOKENS:
         return None

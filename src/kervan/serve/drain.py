@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kervan.errors import FleetError
+from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Drain, Snapshot
 from kervan.serve import cluster
 from kervan.serve.fleet import DIRECTORY_TIMEOUT_S, Progress, attach, snapshot_of
 
 POLL_S = 0.2
 GATEWAY_BEAT_S = 1.5  # after which all gateways have told what they moved
+MAX_DEADLINE_S = 10**9  # as of the config's times; Ray takes milliseconds in 64 bits
 GRACE_S = 30.0  # beyond the deadline: an engine is asked to end, then killed, then forgotten
 
 
@@ -42,8 +43,13 @@ def drain(
 
     Returns when they are gone. Serve starts others in their place, on a drained node none.
 
-    Raises: FleetError when there is no such replica or node, or something is still there when the deadline is over.
+    Raises: ConfigError for a deadline above `MAX_DEADLINE_S`; FleetError when there is no such replica or node, or
+    something is still there when the deadline is over.
     """
+    if not 0 <= deadline_s <= MAX_DEADLINE_S:
+        raise ConfigError(
+            f"--deadline {deadline_s} s is outside 0..{MAX_DEADLINE_S} s; give a time in that range, like 90s"
+        )
     handle = attach(name, address)
     snapshot = snapshot_of(handle)
     if target in {replica.id for replica in snapshot.replicas}:

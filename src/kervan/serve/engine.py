@@ -31,13 +31,16 @@ BEAT_TIMEOUT_S = 2.0
 DRAIN_POLL_S = 0.1
 # Gateways hear of a drain within a ping period; before that an idle-looking replica may still get work.
 DRAIN_NOTICE_S = 1.0
+SHOWN_STALL_S = 2.0
 STOP_TIMEOUT_S = 10.0
 
 
 class EngineReplica:
     """Serve calls `__init__` (returns when the engine has produced a token), `check_health`, and `__del__`."""
 
-    def __init__(self, config_json: str, pool: str, version: str) -> None:
+    # Serve awaits it, and calls `__del__` on the same loop: were it to block, a replica that still starts could not be
+    # told to end, and `kervan down` would wait until the engine is ready.
+    async def __init__(self, config_json: str, pool: str, version: str) -> None:  # type: ignore[misc]
         self._config = FleetConfig.from_json(config_json)
         self._pool = pool
         self._version = version
@@ -51,7 +54,7 @@ class EngineReplica:
         self._left = threading.Event()
         self._leaves_at_s: float | None = None
         self._directory = directories.find(self._config.name)
-        _, secret = ray.get(self._directory.fleet.remote())
+        _, secret = await self._directory.fleet.remote()
         log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
         group = _placement(self._config)
         self._nodes = _nodes(group) if group is not None else []
@@ -64,15 +67,17 @@ class EngineReplica:
             on_change=self._on_change,
         )
         threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
-        while self._process.ready is None and self._process.failure is None:
-            time.sleep(DRAIN_POLL_S)
+        while self._process.ready is None and self._process.failure is None:  # noqa: ASYNC110 - told by another thread
+            await asyncio.sleep(DRAIN_POLL_S)
+        if self._is_leaving:
+            raise EngineError(f"replica {self._id} was told to end before it was ready")
         if (failure := self._process.failure) is not None:
             self._process.kill()
             self._is_leaving = True
             self._left.set()
             report = StartFailure(self._id, failure.kind, failure.message, str(log_path))
-            ray.get(self._directory.fail.remote(msgspec.msgpack.encode(report)))
-            ray.get(self._directory.remove.remote(self._id))
+            await self._directory.fail.remote(msgspec.msgpack.encode(report))
+            await self._directory.remove.remote(self._id)
             raise EngineError(f"{failure.message} (log: {log_path})")
         self._state, self._ready_s = "ready", time.monotonic()
         self._beat()
@@ -92,7 +97,9 @@ class EngineReplica:
         if self._state == "starting":
             reason = f"for {time.monotonic() - self._since_s:.0f} s"
         elif self._state == "ready":
-            reason = load.note
+            stalled_s = self._process.stalled_s
+            stalled = f"has work but made no step for {stalled_s:.0f} s" if stalled_s > SHOWN_STALL_S else ""
+            reason = ", ".join(word for word in (stalled, load.note) if word)
         return ReplicaEntry(
             id=self._id,
             pool=self._pool,
@@ -161,7 +168,9 @@ class EngineReplica:
 
     async def _drain(self, deadline_s: float) -> None:
         process = self._process
-        if process.ready is not None and not process.ended.is_set():
+        if process.ready is None:  # nobody has been told of it
+            await asyncio.to_thread(process.kill)
+        elif not process.ended.is_set():
             begin_s = time.monotonic()
             self._state, self._leaves_at_s = "draining", begin_s + deadline_s
             self._beat()

@@ -308,7 +308,7 @@ def end_fleet(name: str) -> None:
     try:
         app.delete(name)
     except TimeoutError:
-        pass  # a replica that is still starting outlasts Serve's patience; Serve goes on ending it
+        pass  # a replica that waits for a GPU outlasts Serve's patience; Serve goes on ending it
     finally:
         with contextlib.suppress(FleetError):
             ray.kill(directory.find(name))

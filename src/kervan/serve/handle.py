@@ -12,7 +12,7 @@ import ray
 from kervan.errors import FleetError
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.client import FleetClient
-from kervan.fleet.link import Member
+from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp
 from kervan.gateway.local import Call
@@ -89,7 +89,7 @@ class FleetHandle:
                 await asyncio.sleep(FOLLOW_S)
                 continue
             version = snapshot.version
-            fleet.set_members(Member(r.id, r.address) for r in snapshot.replicas if r.is_reachable)
+            fleet.set_members(members(snapshot))
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:

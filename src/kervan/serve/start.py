@@ -73,8 +73,8 @@ def check_port(host: str, port: int) -> None:
 
 
 def num_gateways(config: FleetConfig) -> int:
-    """The configured number, or one per 8 cores of this machine, 1 to 4."""
-    return config.gateways or min(4, max(1, (os.cpu_count() or 1) // 8))
+    """The configured number, or one per 8 cores of this machine, 1 to 4 and within `max_gateways`."""
+    return config.gateways or min(4, config.max_gateways or 4, max(1, (os.cpu_count() or 1) // 8))
 
 
 class Startup:

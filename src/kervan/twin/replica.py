@@ -20,6 +20,7 @@ from kervan.facts.fault import Fault
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready
 from kervan.fleet.sessions import Session, Sessions
+from kervan.fleet.step_clock import StepClock
 from kervan.twin.engine import Output, Step, TwinEngine, TwinSettings
 from kervan.twin.wire import ABORT, ADD, UTILITY, GatewayWire, read_ids
 
@@ -55,6 +56,7 @@ class TwinReplica:
         self._step: Step | None = None
         self._step_ends_s = 0.0
         self._num_steps = 0
+        self._step_clock = StepClock()
         self._num_tokens = 0
         self._crash_at: float | None = None
         self._lost_s = 0.0
@@ -144,6 +146,7 @@ class TwinReplica:
         outputs = self.engine.end_step(self._step)
         self._step = None
         self._num_steps += 1
+        self._step_clock.stepped()
         self._num_tokens += len(outputs)
         by_client: dict[int, list[Output]] = {}
         for output in outputs:
@@ -207,6 +210,7 @@ class TwinReplica:
                 self.sessions.ping(client, frames[0])
                 self._input.send_multipart([identity, wire.PONG, self._pong(self.sessions.all[client])])
             elif kind == ADD:
+                self._step_clock.work_comes(has_work=self.engine.has_work)
                 self.engine.add(self._wires[client].read_ask(frames[0], client), time.monotonic())
             elif kind == ABORT:
                 self.engine.abort(read_ids(frames[0]))
@@ -223,7 +227,8 @@ class TwinReplica:
         return len(abandoned)
 
     def _pong(self, session: Session) -> bytes:
-        return self.sessions.pong(session, self._load, is_draining=self.is_draining)
+        stalled_s = self._step_clock.stalled_s(has_work=self.engine.has_work)
+        return self.sessions.pong(session, self._load, is_draining=self.is_draining, stalled_s=stalled_s)
 
 
 def main() -> None:

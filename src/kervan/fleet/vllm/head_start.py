@@ -45,9 +45,12 @@ def begin(engine_argv: Sequence[str]) -> "subprocess.Popen[bytes] | None":
     weights = [] if _option(engine_argv, "--load-format") == "dummy" else list(_to_read(Path(model)))
     if not unknown and not weights:
         return None
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", __name__, *unknown, "--", *map(str, weights)], stdin=subprocess.DEVNULL
     )
+    # Nobody else waits for its end; it would be a zombie for as long as the engine lives.
+    threading.Thread(target=process.wait, daemon=True, name="head-start").start()
+    return process
 
 
 def wait_for_class(process: "subprocess.Popen[bytes] | None", engine_argv: Sequence[str]) -> None:

@@ -36,6 +36,7 @@ from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready
 from kervan.fleet.sessions import Session, Sessions
+from kervan.fleet.step_clock import StepClock
 from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         )
         self.is_draining = False
         self.num_steps = 0
+        self.step_clock = StepClock()
         self.load = (0, 0, 0.0)
         self.canary_outputs: queue.Queue[EngineCoreOutputs] = queue.Queue()
         self.address = ""
@@ -99,7 +101,12 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
     def _process_engine_step(self) -> bool:
         executed = super()._process_engine_step()
         self.num_steps += 1
+        self.step_clock.stepped()
         return bool(executed)
+
+    @property
+    def _is_busy(self) -> bool:
+        return self.has_work() or not self.input_queue.empty()
 
     @property
     def facts(self) -> wire.EngineFacts:
@@ -167,6 +174,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             if prepared[0].is_finished():
                 self.output_queue.put_nowait((index, resume.ending(prepared[0])))
                 return
+            self.step_clock.work_comes(has_work=self._is_busy)
             self.input_queue.put_nowait((request_type, prepared))
             return
         message = decoder.decode(frames)
@@ -182,7 +190,8 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         return self.output_address, self.facts
 
     def _pong(self, session: Session) -> bytes:
-        return self.sessions.pong(session, self.load, is_draining=self.is_draining)
+        stalled_s = self.step_clock.stalled_s(has_work=self._is_busy)
+        return self.sessions.pong(session, self.load, is_draining=self.is_draining, stalled_s=stalled_s)
 
     def _end_session(self, index: int) -> int:
         abandoned = [r.request_id for r in list(self.scheduler.requests.values()) if r.client_index == index]

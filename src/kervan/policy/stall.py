@@ -1,0 +1,61 @@
+"""Which replicas stand still: alive, with work, and without a step for longer than a step can take.
+
+A gateway that notices moves their streams away in seconds; if the engine goes on, nothing is lost but a prefill. Ending
+such an engine is another matter, decided with more patience by `watchdog`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MIN_PATIENCE_S = 1.5
+DECODE_STEPS = 20  # so many usual steps may one step take that only decodes,
+PREFILL_STEPS = 3  # and so many times its prefill one that also prefills
+CAUTIOUS_PREFILL_TOKENS_PER_S = 1_000.0  # while the engines' speed is not known: slower than a small model on CPU cores
+# Where engines compile or load something at their first use, one after the other stands still for a while.
+MEMORY_S = 60.0
+MAX_DOUBLINGS = 4
+# Streams go to replicas that have stepped, or had nothing to do, so lately; else all may wait for the same thing.
+MOVING_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a gateway knows of one replica. `stalled_s`: it has had work and made no step for so long.
+
+    `step_s`: between its last steps on average, None if not known. `prefill_tokens`: the most that the step it is in
+    may prefill, 0 when nothing there waits for its first token. `takes_streams`: it does not drain.
+    """
+
+    replica_id: str
+    stalled_s: float
+    step_s: float | None
+    prefill_tokens: int
+    takes_streams: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Stalls:
+    """`reasons`: why, by the id of each stalled replica. `can_leave`: some other one can take their streams."""
+
+    reasons: dict[str, str]
+    can_leave: bool
+
+
+def patience_s(progress: Progress, *, prefill_tokens_per_s: float | None, num_recent: int) -> float:
+    """How long a step may take; `num_recent` replicas were found stalled in the last `MEMORY_S`."""
+    prefill_s = progress.prefill_tokens / (prefill_tokens_per_s or CAUTIOUS_PREFILL_TOKENS_PER_S)
+    longest_s = max(MIN_PATIENCE_S, DECODE_STEPS * (progress.step_s or 0.0), PREFILL_STEPS * prefill_s)
+    return longest_s * 2.0 ** min(num_recent, MAX_DOUBLINGS)
+
+
+def decide(replicas: Sequence[Progress], *, prefill_tokens_per_s: float | None, num_recent: int) -> Stalls:
+    """`prefill_tokens_per_s`: as learned from first tokens, None while it is not known."""
+    reasons = {}
+    for one in replicas:
+        limit_s = patience_s(one, prefill_tokens_per_s=prefill_tokens_per_s, num_recent=num_recent)
+        if one.stalled_s > limit_s:
+            reasons[one.replica_id] = f"has work but made no step for {one.stalled_s:.1f} s (patience {limit_s:.1f} s)"
+    can_leave = any(
+        one.takes_streams and one.stalled_s <= MOVING_S and one.replica_id not in reasons for one in replicas
+    )
+    return Stalls(reasons, can_leave)
