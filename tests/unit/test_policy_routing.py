@@ -142,8 +142,8 @@ def test_gateways_do_not_rush_to_the_same_replica(num_gateways: int, num_replica
 
 
 def load(name: str, tokens: int, flags: str = "") -> ReplicaLoad:
-    """`flags`: r for risky, d for draining, s for one that tries a suspect."""
-    return ReplicaLoad(name, tokens, "d" in flags, int("s" in flags), is_risky="r" in flags)
+    """`flags`: r for risky, d for draining, s for one that tries a suspect, x for one that stands still."""
+    return ReplicaLoad(name, tokens, "d" in flags, int("s" in flags), is_risky="r" in flags, is_stalled="x" in flags)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,7 @@ def load(name: str, tokens: int, flags: str = "") -> ReplicaLoad:
         pytest.param([("b", 13_049)], 10_000, False, None, id="and one more"),
         pytest.param([("b", 9, "r"), ("c", 99)], 0, False, "c", id="another risky one is no help"),
         pytest.param([("b", 9, "d"), ("c", 99)], 0, False, "c", id="nor a draining one"),
+        pytest.param([("b", 9, "x"), ("c", 99)], 0, False, "c", id="nor one that stands still"),
         pytest.param([("b", 9, "s"), ("c", 99)], 0, True, "c", id="nor, for a suspect, one with a suspect"),
         pytest.param([("b", 9, "s"), ("c", 99)], 0, False, "b", id="which harms no other"),
         pytest.param([("b", 99), ("c", 9)], 0, False, "c", id="the one with the least to do"),
