@@ -38,11 +38,10 @@ MAX_REPLICAS = 4
 GATEWAY_CHANGE = 10  # every so many changes
 REST_S = 12.0  # after which the directory has forgotten what is gone, and leases have ended
 LONGEST_REST_S = 120.0  # for processes that still leave; then they are told as left behind
-# Words in a process's command line -> its role. Ray names its workers after their actors.
+# Words in a process's command line -> its role, for what a fleet has of its own with the fleet's name in it. Ray names
+# its workers after their actors; other fleets may be on the same Ray.
+OWN_ROLES = {"ServeReplica:kervan-{}:gateway": "gateway", "ServeReplica:kervan-{}:on-demand": "replica actor"}
 ROLES = {
-    ":gateway": "gateway",
-    ":on-demand": "replica actor",
-    "kervan.twin.replica": "twin",
     "ray::DirectoryActor": "directory",
     "ray::ServeController": "serve controller",
     "gcs_server": "gcs",
@@ -51,9 +50,13 @@ ROLES = {
 WATCHED = ("gateway", "directory", "serve controller", "gcs", "raylet")
 
 
-def role(process: psutil.Process) -> str:
+def role(process: psutil.Process, fleet: str) -> str:
     command = " ".join(process.cmdline())
-    return next((name for word, name in ROLES.items() if word in command), "other")
+    roles = {word.format(fleet): name for word, name in OWN_ROLES.items()} | ROLES
+    if "kervan.twin.replica" in command:
+        parent = process.parent()
+        return "twin" if parent is not None and role(parent, fleet) == "replica actor" else "other"
+    return next((name for word, name in roles.items() if word in command), "other")
 
 
 def look(config: FleetConfig) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def look(config: FleetConfig) -> dict[str, Any]:
     held = []
     for process in psutil.Process(local.pid).children(recursive=True):
         try:
-            name = role(process)
+            name = role(process, config.name)
             counts[name] += 1
             if name in WATCHED:
                 status = Path(f"/proc/{process.pid}/status").read_text()

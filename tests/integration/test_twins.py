@@ -281,13 +281,13 @@ def test_a_gateway_says_where_its_log_is(twins: Fleet) -> None:
 
 
 def test_changes_leave_nothing_behind(twins: Fleet) -> None:
-    """Eight changes and back: as many processes as before, and the gateway and the directory hold no more than before.
+    """Six changes and back: as many processes as before, and the gateway and the directory hold no more than before.
 
     `benchmarks/soak.py` does 200, and has a record.
     """
     twins.wait_until_whole(3, 1)
     found = twins.home.scratch / "soak.json"
-    words = ("--fleet", "twins", "--changes", "8", "--every", "8", "--clients", "2", "--json", str(found))
+    words = ("--fleet", "twins", "--changes", "6", "--every", "6", "--clients", "2", "--json", str(found))
     done = subprocess.run(
         [sys.executable, REPOSITORY / "benchmarks" / "soak.py", *words],
         env=twins.home.environment, cwd=twins.home.scratch, capture_output=True, text=True, timeout=START_S, check=False,
@@ -296,14 +296,13 @@ def test_changes_leave_nothing_behind(twins: Fleet) -> None:
     result = json.loads(found.read_bytes())
     assert (result["broken"], result["streams"] > 0) == ([], True)
     before, after = result["looks"]
-    ours = ("twin", "replica actor", "gateway", "directory", "serve controller")
-    assert (
-        [after["processes"][role] for role in ours] == [before["processes"][role] for role in ours] == [3, 3, 1, 1, 1]
-    )
-    for role in ("gateway", "directory"):
-        then, now = (next(h for h in look["held"] if h["role"] == role) for look in (before, after))
-        assert now["pid"] == then["pid"]
-        # One left behind by each change would be eight; Ray keeps a few connections and threads as it likes.
+    ours = ("twin", "replica actor", "gateway")
+    assert [after["processes"][role] for role in ours] == [before["processes"][role] for role in ours] == [3, 3, 1]
+    watched = [(role, one["pid"]) for one in before["held"] if (role := one["role"]) in ("gateway", "directory")]
+    assert {role for role, _ in watched} == {"gateway", "directory"}  # directories of other fleets may be there too
+    for role, pid in watched:
+        then, now = (next(h for h in look["held"] if (h["role"], h["pid"]) == (role, pid)) for look in (before, after))
+        # One left behind by each change would be six; Ray keeps a few connections and threads as it likes.
         assert now["sockets"] <= then["sockets"] + 5
         assert now["threads"] <= then["threads"] + 5
         assert now["anon_mib"] <= then["anon_mib"] + 50
