@@ -1,0 +1,415 @@
+"""Short runs of vLLM's own server in given layouts, each with random weights: throughput, latency and memory.
+
+Servers whose GPUs do not overlap run side by side. They are started together and loaded together, and no server starts
+while another is loaded, since a start takes the host's cores.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kervan.bench.load import Load
+from kervan.bench.result import Result
+from kervan.bench.run import Client, Prepared, measure, prepare
+from kervan.calibrate.measurements import Memory, Serving
+from kervan.errors import ConfigError, EngineError, KervanError
+
+ENGINE_ARGS: Mapping[str, Any] = {"load_format": "dummy", "enable_prefix_caching": False, "max_model_len": 8192}
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.92  # of vLLM 0.24 to 0.32
+START_TIMEOUT_S = 400.0
+STOP_GRACE_S = 10.0
+MIN_PHASE_S = 45.0  # with less time left, no server is worth starting
+POINT_S = 60.0
+DRAIN_S = 60.0  # for what is in flight when the time of a point is over
+STREAMS_PER_PROCESS = 128
+
+Say = Callable[[str], None]
+OnRow = Callable[["Serving | Memory"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One load: a closed loop of `concurrency` streams."""
+
+    concurrency: int
+    isl: int = 1024
+    osl: int = 256
+
+    @property
+    def num_requests(self) -> int:
+        """Four per stream, at least 8 and at most 512 (but one per stream)."""
+        return max(8, min(4 * self.concurrency, 512), self.concurrency)
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError."""
+        if self.concurrency < 1 or self.isl < 1 or self.osl < 2:
+            raise ConfigError(f"{self}: at least 1 stream, 1 token in and 2 out are needed to have a time per token")
+
+    def __str__(self) -> str:
+        return f"{self.concurrency} streams, {self.isl} in, {self.osl} out"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server to measure. `model`: its name in the rows; `directory`: has config.json and tokenizer.
+
+    `ep`: 1, or as many as `tp`. `gpus`: `tp * pp` indices.
+    """
+
+    model: str
+    directory: Path
+    tp: int
+    pp: int
+    ep: int
+    gpus: tuple[int, ...]
+    points: tuple[Point, ...]
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError."""
+        if min(self.tp, self.pp, self.ep) < 1 or self.ep not in (1, self.tp):
+            raise ConfigError(f"{self}: tp, pp and ep are at least 1, and ep is 1 or as large as tp")
+        if len(set(self.gpus)) != self.tp * self.pp or len(self.gpus) != self.tp * self.pp:
+            listed = ",".join(map(str, self.gpus))
+            raise ConfigError(f"{self}: tp {self.tp} x pp {self.pp} needs {self.tp * self.pp} GPUs, not {listed!r}")
+        if not self.points:
+            raise ConfigError(f"{self}: there is no load to measure; name a concurrency")
+
+    def __str__(self) -> str:
+        return f"{self.model} tp {self.tp} pp {self.pp}" + (f" ep {self.ep}" if self.ep > 1 else "")
+
+    def engine_args(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """vLLM's arguments by its own names; `given` goes over the defaults."""
+        layout: dict[str, Any] = {"tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
+        if self.ep > 1:
+            layout["enable_expert_parallel"] = True
+        return {**ENGINE_ARGS, **given, **layout, "served_model_name": self.model}
+
+
+def phases(servers: Iterable[Server]) -> list[list[Server]]:
+    """Servers that run side by side, in the order given: one whose GPUs are taken begins the next phase."""
+    found: list[list[Server]] = []
+    taken: set[int] = set()
+    for server in servers:
+        if not found or taken & set(server.gpus):
+            found.append([])
+            taken = set()
+        found[-1].append(server)
+        taken |= set(server.gpus)
+    return found
+
+
+def flags(engine_args: Mapping[str, Any]) -> list[str]:
+    """As `vllm serve` reads them: `--key value`, `--key` for true, `--no-key` for false."""
+    words = []
+    for key, value in engine_args.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+_WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB")
+_KV_CACHE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
+_KV_TOKENS = re.compile(r"(?:GPU|CPU) KV cache size: ([\d,]+) tokens")
+_GRAPHS = re.compile(r"Graph capturing finished in \d+ secs, took (-?[\d.]+) GiB")
+_UTILIZATION = re.compile(r"current --gpu-memory-utilization=([\d.]+)")
+
+
+def parse_memory(
+    log: str, server: Server, engine_args: Mapping[str, Any] | None = None, start_s: float | None = None
+) -> Memory | None:
+    """What a server logged at its start; None when a line is missing, as on CPU.
+
+    The largest weights and the smallest cache of the GPUs that logged one: vLLM gives all as many blocks as fit there.
+    """
+    weights = [float(text) for text in _WEIGHTS.findall(log)]
+    caches = [float(text) for text in _KV_CACHE.findall(log)]
+    tokens = [int(text.replace(",", "")) for text in _KV_TOKENS.findall(log)]
+    if not weights or not caches or not tokens:
+        return None
+    graphs = [float(text) for text in _GRAPHS.findall(log)]
+    said = _UTILIZATION.search(log)
+    utilization = float(said[1]) if said else DEFAULT_GPU_MEMORY_UTILIZATION
+    return Memory(
+        model=server.model,
+        tp=server.tp,
+        pp=server.pp,
+        ep=server.ep,
+        gpu_memory_utilization=float((engine_args or {}).get("gpu_memory_utilization", utilization)),
+        weights_gib_per_gpu=max(weights),
+        kv_cache_gib_per_gpu=min(caches),
+        kv_cache_tokens=min(tokens),
+        cuda_graph_gib=max(graphs, default=None),
+        start_s=start_s,
+    )
+
+
+@dataclass
+class _Running:
+    """A server's process. `url` is set when it answers."""
+
+    server: Server
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    port: int
+    begin_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def answers(self) -> bool:
+        with suppress(OSError, ValueError), urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as response:
+            return bool(response.status == 200)
+        return False
+
+    def read_log(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def failure(self, what: str) -> str:
+        """Why it does not run: its last error lines, or its last words."""
+        lines = [line.strip() for line in self.read_log().splitlines() if line.strip()]
+        errors = [line for line in lines if re.search(r"(Error|Exception)\b.*:", line)]
+        said = " | ".join((errors or lines)[-3:])[-900:] or "it said nothing"
+        return f"{self.server}: {what}: {said}"
+
+
+def start(server: Server, engine_args: Mapping[str, Any], log_dir: Path, env: Mapping[str, str]) -> _Running:
+    """Start vLLM's OpenAI server and return at once; its output goes to a file in `log_dir`."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(server.directory)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *flags(server.engine_args(engine_args))]
+    log_dir.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "-", str(server)) + "-gpu" + "-".join(map(str, server.gpus))
+    log = log_dir / f"{name}-{port}.log"
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "CUDA_VISIBLE_DEVICES": visible_devices(server.gpus, os.environ.get("CUDA_VISIBLE_DEVICES")),
+        **env,
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,  # so that one signal reaches its workers too
+        )  # fmt: skip
+    return _Running(server, process, log, port)
+
+
+def stop(running: Sequence[_Running]) -> None:
+    """End the servers and all that they started, together; returns when nothing of them is left."""
+    trees: list[psutil.Process] = []
+    for one in running:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(one.process.pid)
+            trees += [*root.children(recursive=True), root]
+    for number, grace_s in ((signal.SIGTERM, STOP_GRACE_S), (signal.SIGKILL, STOP_GRACE_S)):
+        for one in running:
+            with suppress(ProcessLookupError):
+                os.killpg(one.process.pid, number)
+        _, trees = psutil.wait_procs(trees, timeout=grace_s)
+    for process in trees:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(trees, timeout=STOP_GRACE_S)
+    for one in running:
+        one.process.wait()
+
+
+def visible_devices(gpus: Sequence[int], visible: str | None) -> str:
+    """`CUDA_VISIBLE_DEVICES` for `gpus`, which count among those that are `visible` to this process."""
+    names = visible.split(",") if visible else []
+    return ",".join(names[gpu] if gpu < len(names) else str(gpu) for gpu in gpus)
+
+
+def _one_at_a_time(call: Callable[[Any], None], lock: threading.Lock) -> Callable[[Any], None]:
+    def locked(value: Any) -> None:
+        with lock:
+            call(value)
+
+    return locked
+
+
+class Runs:
+    """Measures servers until a deadline; whatever is measured goes to `on_row` at once, and what is not to `on_note`.
+
+    Both are called from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_dir: Path,
+        for_s: float,
+        on_row: OnRow,
+        on_note: Say,
+        engine_args: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+        point_s: float = POINT_S,
+        say: Say = lambda _: None,
+    ) -> None:
+        self._log_dir = log_dir
+        self._end_s = time.monotonic() + for_s - STOP_GRACE_S
+        lock = threading.Lock()
+        self._on_row: OnRow = _one_at_a_time(on_row, lock)
+        self._on_note: Say = _one_at_a_time(on_note, lock)
+        self._say: Say = _one_at_a_time(say, lock)
+        self._engine_args = dict(engine_args or {})
+        self._env = dict(env or {})
+        self._point_s = point_s
+
+    def measure(self, servers: Iterable[Server]) -> None:
+        """Phase after phase. A server that fails is noted, and the others go on."""
+        for phase in phases(servers):
+            names = "; ".join(str(server) for server in phase)
+            if self._left_s() < MIN_PHASE_S:
+                self._on_note(f"{names}: not measured, {max(0.0, self._left_s()):.0f} s were left")
+                continue
+            self._say(f"starting {names}")
+            running = []
+            try:
+                for server in phase:
+                    running.append(start(server, self._engine_args, self._log_dir, self._env))
+                ready = self._wait(running)
+                stop([one for one in running if one not in ready])
+                self._load(ready)
+            finally:
+                stop(running)
+
+    def _left_s(self) -> float:
+        return self._end_s - time.monotonic()
+
+    def _wait(self, running: Sequence[_Running]) -> list[_Running]:
+        """Those that answer, when all have either answered or failed."""
+        ready: list[_Running] = []
+        waiting = list(running)
+        end_s = time.monotonic() + min(START_TIMEOUT_S, self._left_s())
+        while waiting:
+            for one in list(waiting):
+                took_s = time.monotonic() - one.begin_s
+                if (code := one.process.poll()) is not None:
+                    self._on_note(one.failure(f"exited {code}"))
+                elif one.answers():
+                    ready.append(one)
+                    self._say(f"{one.server} is ready after {took_s:.0f} s")
+                    memory = parse_memory(one.read_log(), one.server, self._engine_args, round(took_s, 1))
+                    if memory is None:
+                        self._on_note(f"{one.server}: its log does not tell weights and KV cache")
+                    else:
+                        self._on_row(memory)
+                elif time.monotonic() > end_s:
+                    self._on_note(one.failure(f"not ready after {took_s:.0f} s"))
+                else:
+                    continue
+                waiting.remove(one)
+            if waiting:
+                time.sleep(0.25)
+        return ready
+
+    def _load(self, ready: Sequence[_Running]) -> None:
+        """Load all, each from a thread of its own."""
+        if not ready:
+            return
+        with ThreadPoolExecutor(len(ready)) as pool:
+            try:
+                list(pool.map(self._load_one, ready))
+            except BaseException:
+                self._end_s = -math.inf  # Ctrl-C: the threads end what they do
+                raise
+
+    def _load_one(self, one: _Running) -> None:
+        """Every point of one server that there is time for."""
+        try:
+            prepared = self._warm_up(one)
+            for number, point in enumerate(one.server.points):
+                if self._left_s() < 5:
+                    self._on_note(f"{one.server}: {point}: not measured, no time was left")
+                    continue
+                result, is_cut = self._run(prepared, point, seed=number + 1)
+                row, why = to_row(one.server, point, result, is_cut=is_cut)
+                if row is not None:
+                    self._on_row(row)
+                    self._say(f"{one.server}: {point}: {row.out_tok_s:,.0f} tok/s, TPOT {1000 * row.tpot_p50_s:.1f} ms")
+                for text in why:
+                    self._on_note(f"{one.server}: {point}: {text}")
+                if (code := one.process.poll()) is not None:
+                    self._on_note(one.failure(f"exited {code} under load"))
+                    break
+        except KervanError as error:
+            self._on_note(f"{one.server}: {error}")
+
+    def _warm_up(self, one: _Running) -> Prepared:
+        load = Load(streams=8, num_requests=16, isl="512", osl="16", timeout_s=max(5.0, self._left_s()))
+        prepared = prepare(one.url, load, model=one.server.model)
+        if not prepared.probe.answered:
+            raise EngineError(f"the server does not answer a first request: {prepared.probe.complaint}")
+        measure(prepared, load, client=Client(processes=1, calibrates=False, reconciles=False))
+        return prepared
+
+    def _run(self, prepared: Prepared, point: Point, seed: int) -> tuple[Result, bool]:
+        """One run, and whether it was stopped with requests in flight."""
+        soft_s = min(self._point_s, max(1.0, self._left_s() - 5))
+        load = Load(
+            streams=point.concurrency, num_requests=point.num_requests, duration_s=soft_s, isl=str(point.isl),
+            osl=str(point.osl), seed=seed, timeout_s=soft_s + DRAIN_S,
+        )  # fmt: skip
+        cut = False
+
+        def is_over(elapsed_s: float, reports: Any) -> bool:
+            nonlocal cut
+            cut = cut or elapsed_s > soft_s + DRAIN_S or self._left_s() <= 0
+            return cut
+
+        processes = -(-point.concurrency // STREAMS_PER_PROCESS)
+        client = Client(processes=processes, calibrates=False, reconciles=False)
+        return measure(prepared, load, client=client, on_progress=is_over), cut
+
+
+def to_row(server: Server, point: Point, result: Result, *, is_cut: bool) -> tuple[Serving | None, list[str]]:
+    """The row of a run, None if it is not worth one, and what is to be said of it."""
+    tally = result.tally
+    if tally.num_errors or tally.ok < point.concurrency or is_cut:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.errors.items()))
+        reasons = ["stopped early"] if is_cut else []
+        reasons += [f"failed: {kinds}"] if kinds else []
+        return None, [f"no row, {tally.ok} of {point.num_requests} requests ended; {'; '.join(reasons) or 'no time'}"]
+    times_s = {}
+    for name in ("ttft", "tpot"):
+        for word, q in (("p50", 0.5), ("p99", 0.99)):
+            value = result.quantile(f"{name}_s", q)
+            assert value is not None, "an output of two tokens or more has both"
+            times_s[f"{name}_{word}_s"] = round(value, 6)
+    row = Serving(
+        model=server.model,
+        tp=server.tp,
+        pp=server.pp,
+        ep=server.ep,
+        isl=point.isl,
+        osl=point.osl,
+        concurrency=point.concurrency,
+        num_requests=tally.ok,
+        out_tok_s=round(result.out_tok_s, 2),
+        **times_s,
+    )
+    return row, result.doubts()

@@ -1,0 +1,158 @@
+"""Where the numbers of `hardware.GPUS` are from.
+
+A vendor's sheet is named with its own address. `checked` is where its numbers were read again on 2026-11-25; for most
+that is a page that repeats the sheet's table. It is empty for numbers that were not re-checked.
+"""
+
+from dataclasses import dataclass
+
+ITSELF = "itself"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """`is_read`: what software showed on such a GPU, not what a sheet promises."""
+
+    title: str
+    url: str = ""
+    checked: str = ""
+    is_read: bool = False
+
+
+def _read(title: str, url: str = "") -> Source:
+    return Source(title, url, ITSELF, is_read=True)
+
+
+_KLOCKWOOD = "https://glennklockwood.com/garden/processors/"
+_PUBLIC_LOGS = "several public logs"
+
+SOURCES: dict[str, Source] = {
+    # ---- data sheets
+    "a10g": Source(
+        "NVIDIA A10G data sheet for Amazon EC2 G5",
+        "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf",
+    ),
+    "l4": Source(
+        "NVIDIA L4 product page; its rates are with sparsity",
+        "https://www.nvidia.com/en-us/data-center/l4/",
+        "https://github.com/winston-zhang-orz/gpu-specs",
+    ),
+    "l40s": Source(
+        "NVIDIA L40S data sheet",
+        "https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413",
+        "https://www.mullet.se/product.html?product_id=355414",
+    ),
+    "a100-whitepaper": Source(
+        "NVIDIA A100 architecture white paper",
+        "https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf",
+        _KLOCKWOOD + "A100",
+    ),
+    "a100": Source(
+        "NVIDIA A100 data sheet",
+        "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
+        _KLOCKWOOD + "A100",
+    ),
+    "a100-pcie": Source(
+        "NVIDIA A100 data sheet, column PCIe",
+        "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
+        "https://github.com/astroC86/gpu-datasheet",
+    ),
+    "h100": Source(
+        "NVIDIA H100 data sheet; its tensor rates are with sparsity",
+        "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet",
+        "https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html",
+    ),
+    "h100-2022": Source(
+        "NVIDIA H100 data sheet of 2022, with the PCIe card; its tensor rates are with sparsity",
+        "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet",
+        "https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html",
+    ),
+    "h100-nvl": Source(
+        "NVIDIA H100 data sheet, column H100 NVL; bandwidth, memory and bridge re-checked, tensor rates not",
+        "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet",
+        "https://www.aiminingco.com/gpu/h100-nvl/specs",
+    ),
+    "h200": Source(
+        "NVIDIA H200 data sheet; its tensor rates are with sparsity",
+        "https://resources.nvidia.com/en-us-data-center-overview-mc/en-us-data-center-overview/hpc-datasheet-sc23-h200",
+        "https://github.com/astroC86/gpu-datasheet",
+    ),
+    "blackwell": Source(
+        "NVIDIA Blackwell data sheet (GB200 NVL72, HGX B200); its tensor rates are with sparsity",
+        "https://resources.nvidia.com/en-us-blackwell-architecture/datasheet",
+        "https://zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html",
+    ),
+    "b300": Source(
+        "NVIDIA DGX B300 page: FP4 108 PFLOPS dense and FP8 72 with sparsity, for 8 GPUs; BF16 is half of FP8",
+        "https://www.nvidia.com/en-us/data-center/dgx-b300/",
+        "https://github.com/NVIDIA/cosmos-framework/pull/114",
+    ),
+    "b300-hgx": Source(
+        "NVIDIA HGX page: up to 8 TB/s for each GPU of an HGX B300",
+        "https://www.nvidia.com/en-us/data-center/hgx/",
+        "https://acecloud.ai/blog/nvidia-hgx-b300",
+    ),
+    "b300-pcie": Source(
+        "NVIDIA on Blackwell Ultra: PCIe 6 x16",
+        "https://developer.nvidia.com/blog/inside-nvidia-blackwell-ultra-the-chip-powering-the-ai-factory-era/",
+        _KLOCKWOOD + "B300",
+    ),
+    "gh200": Source(
+        "NVIDIA GH200 data sheet, the module with 96 GB of HBM3; two of them make a GH200 NVL2",
+        "https://resources.nvidia.com/en-us-grace-cpu/grace-hopper-superchip",
+        "https://github.com/atineoSE/coding-model-seeks-gpu",
+    ),
+    "mi300x": Source(
+        "AMD Instinct MI300X data sheet; 7 links of 64 GB/s to the other GPUs (the links were not re-checked)",
+        "https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/data-sheets/amd-instinct-mi300x-data-sheet.pdf",
+        "https://www.jaredwatkins.com/research/ai-accelerators/amd-instinct/mi300-series/",
+    ),
+    "rtx4090": Source(
+        "NVIDIA Ada architecture white paper; rates with FP32 accumulation",
+        "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
+        "https://hmc-tech.com/gpus/nvidia-geforce-rtx-4090-vs-nvidia-rtx-pro-5000-blackwell",
+    ),
+    "rtx5090": Source(
+        "NVIDIA RTX Blackwell architecture white paper; rates with FP32 accumulation",
+        "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf",
+        "https://www.spheron.network/blog/nvidia-rtx-5090-specs/",
+    ),
+    "cuda-gpus": Source("NVIDIA, CUDA GPU compute capability", "https://developer.nvidia.com/cuda-gpus"),
+    # ---- peer to peer
+    "p2p-g5": _read(
+        "TensorRT-LLM issue: no peer access on g5.48xlarge", "https://github.com/NVIDIA/TensorRT-LLM/issues/1034"
+    ),
+    "p2p-g6": _read("llm-d: no peer access on g6", "https://github.com/llm-d-incubation/llm-d-infra/pull/181"),
+    "p2p-4090": _read("NCCL issue: the RTX 4090 has no peer access", "https://github.com/NVIDIA/nccl/issues/1127"),
+    "p2p-5090": _read(
+        "Issue of a patched driver: NVIDIA's has no peer access on the RTX 5090",
+        "https://github.com/tinygrad/open-gpu-kernel-modules/issues/29",
+    ),
+    # ---- read from nvidia-smi and rocm-smi
+    "h100-read": _read("read by us on 2x H100 SXM, driver 580.159.04, 2026-11-25: nvidia-smi, cuMemGetInfo"),
+    "h200-read": _read("read by us on 1x H200 SXM: `gpu` in benchmarks/records/overhead-1xh200-2026-11-22.json"),
+    "smi-modal": _read("nvidia-smi on a cloud's machines", "https://github.com/modal-labs/modal-client/pull/2797"),
+    "smi-a10": _read(
+        "nvidia-smi on g5 instances, public logs; an A10 shows the same",
+        "https://github.com/modal-labs/modal-client/pull/2797",
+    ),
+    "smi-b200": _read("nvidia-smi on 8x B200, driver 580.95.05", "https://github.com/NVIDIA/TensorRT-LLM/issues/10278"),
+    "smi-4090": _read("nvidia-smi on 4x RTX 4090", "https://github.com/vllm-project/vllm/issues/7553"),
+    "smi-5090": _read("nvidia-smi on 2x RTX 5090", "https://github.com/noonghunna/club-3090/issues/1229"),
+    "smi-mi300x": _read("rocm-smi: 206141652992 bytes", "https://github.com/ROCm/legacy-rocm-build/issues/4750"),
+    "smi-logs": _read(f"nvidia-smi, {_PUBLIC_LOGS}"),
+    # ---- read from CUDA: "total capacity of" in torch's out-of-memory messages, or device properties
+    "cuda-b200": _read(
+        "torchao: CUDA's properties of a B200 (178.35 GiB, 7680 bits at 3996 MHz)",
+        "https://github.com/pytorch/ao/pull/4002",
+    ),
+    "cuda-a10": _read("total in torch's out-of-memory messages on an A10, driver 580.95.05; 21.99 to 22.19 on A10Gs"),
+    "cuda-l4": _read("total in torch's out-of-memory messages on an L4, driver 580.95.05"),
+    "cuda-a100-40": _read(
+        "CUDA deviceQuery: 42405855232 bytes",
+        "https://upb-pc2.atlassian.net/wiki/spaces/PC2DOK/pages/1900609/NVIDIA+A100+40GB+with+NVLINK",
+    ),
+    "cuda-logs": _read(f"total in torch's out-of-memory messages, {_PUBLIC_LOGS}"),
+    "cuda-as-a100": Source("derived: nvidia-smi shows as much as on the A100 SXM"),
+    "cuda-as-h100": Source("derived: nvidia-smi shows as much as on the H100 SXM"),
+}
