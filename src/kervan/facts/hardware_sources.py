@@ -131,6 +131,7 @@ SOURCES: dict[str, Source] = {
     # ---- read from nvidia-smi and rocm-smi
     "h100-read": _read("read by us on 2x H100 SXM, driver 580.159.04, 2026-11-25: nvidia-smi, cuMemGetInfo"),
     "h200-read": _read("read by us on 1x H200 SXM: `gpu` in benchmarks/records/overhead-1xh200-2026-11-22.json"),
+    "machine": _read("read on this machine by `--gpu local`"),
     "smi-modal": _read("nvidia-smi on a cloud's machines", "https://github.com/modal-labs/modal-client/pull/2797"),
     "smi-a10": _read(
         "nvidia-smi on g5 instances, public logs; an A10 shows the same",
