@@ -259,7 +259,7 @@ class FakeNvml:
     NVML_FEATURE_ENABLED = 1
     NVML_DEVICE_MIG_ENABLE = 1
     NVML_P2P_STATUS_OK = 0
-    NVML_P2P_CAPS_INDEX_READ, NVML_P2P_CAPS_INDEX_NVLINK = 0, 2
+    NVML_P2P_CAPS_INDEX_READ = (0,)  # as in some versions of the package
     NVML_TOPOLOGY_SINGLE, NVML_TOPOLOGY_MULTIPLE, NVML_TOPOLOGY_HOSTBRIDGE = 10, 20, 30
     NVML_TOPOLOGY_NODE, NVML_TOPOLOGY_SYSTEM = 40, 50
 
@@ -299,8 +299,10 @@ class FakeNvml:
         return SimpleNamespace(busId=f"bus{handle}")
 
     def nvmlDeviceGetP2PStatus(self, a: int, b: int, index: int) -> int:
+        if not isinstance(index, int):
+            raise TypeError("Don't know how to convert parameter 3")
         by_nvlink = "switch" in self.ends[a] or f"bus{b}" in self.ends[a]
-        return 0 if index == self.NVML_P2P_CAPS_INDEX_READ or by_nvlink else 3
+        return 0 if index == 0 or by_nvlink else 3
 
     def nvmlDeviceGetTopologyCommonAncestor(self, a: int, b: int) -> int:
         return self.NVML_TOPOLOGY_NODE if a // 2 == b // 2 else self.NVML_TOPOLOGY_SYSTEM
@@ -312,7 +314,7 @@ class FakeNvml:
 
     def nvmlDeviceGetNvLinkRemotePciInfo(self, handle: int, link: int) -> Any:
         if self.hides_ends:
-            raise NvmlError("not supported")
+            return SimpleNamespace(busId="FFFFFFFF:FF:FF.0")  # what 2x H100 of a switched eight answered
         return SimpleNamespace(busId=self.ends[handle][link].encode())
 
 

@@ -147,7 +147,9 @@ SOURCES: dict[str, Source] = {
         "torchao: CUDA's properties of a B200 (178.35 GiB, 7680 bits at 3996 MHz)",
         "https://github.com/pytorch/ao/pull/4002",
     ),
-    "cuda-a10": _read("total in torch's out-of-memory messages on an A10, driver 580.95.05; 21.99 to 22.19 on A10Gs"),
+    "cuda-a10": _read(
+        "total in torch's out-of-memory messages on an A10, driver 580.95.05; others of 24 GB: 22.03 to 22.15"
+    ),
     "cuda-l4": _read("total in torch's out-of-memory messages on an L4, driver 580.95.05"),
     "cuda-a100-40": _read(
         "CUDA deviceQuery: 42405855232 bytes",

@@ -4,6 +4,9 @@ from typing import Any
 
 from kervan.observe.reading import Device, Pair, Reading
 
+# Of nvml.h: some versions of the package have (0,) under the name NVML_P2P_CAPS_INDEX_READ, which its function refuses.
+P2P_READ, P2P_NVLINK = 0, 2
+
 
 def read() -> Reading | None:
     """None without the package, the library or a GPU."""
@@ -36,7 +39,7 @@ def read_with(nvml: Any) -> Reading | None:
         word = _connection(nvml, handles[a], handles[b])
         if word:
             connections[a, b] = word
-        status = _ask(nvml, nvml.nvmlDeviceGetP2PStatus, handles[a], handles[b], nvml.NVML_P2P_CAPS_INDEX_READ)
+        status = _ask(nvml, nvml.nvmlDeviceGetP2PStatus, handles[a], handles[b], P2P_READ)
         if status is not None:
             peers[a, b] = status == nvml.NVML_P2P_STATUS_OK
     return Reading("NVML", _text(nvml.nvmlSystemGetDriverVersion()), devices, connections, peers)
@@ -57,7 +60,7 @@ def _device(nvml: Any, index: int, handle: Any) -> Device:
 
 def _connection(nvml: Any, handle: Any, other: Any) -> str:
     """As `nvidia-smi topo -m` writes it; empty if it is not known."""
-    by_nvlink = _ask(nvml, nvml.nvmlDeviceGetP2PStatus, handle, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    by_nvlink = _ask(nvml, nvml.nvmlDeviceGetP2PStatus, handle, other, P2P_NVLINK)
     if by_nvlink == nvml.NVML_P2P_STATUS_OK:
         ends = _link_ends(nvml, handle)
         bus_id = _text(nvml.nvmlDeviceGetPciInfo(other).busId)

@@ -1,7 +1,7 @@
 """On NVIDIA GPUs: NVML and nvidia-smi say the same of them, and CUDA counts as much memory as the table says.
 
 Runs without the project's pytest plugins too:
-    PYTHONPATH=src python3 -m pytest -c /dev/null --rootdir . tests/gpu/test_machine.py
+    PYTHONPATH=src python3 -m pytest -c /dev/null --rootdir . tests/gpu/test_this_machine.py
 """
 
 import ctypes
