@@ -23,7 +23,7 @@ def test_every_number_has_a_source(gpu: Gpu) -> None:
 
 def test_every_source_is_used_and_says_where_it_is() -> None:
     used = {key for gpu in GPUS.values() for key in gpu.sources.values()}
-    assert used == set(SOURCES)
+    assert used | {"machine"} == set(SOURCES)  # the table itself has nothing from the machine it is read on
     for key, source in SOURCES.items():
         assert source.title, key
         assert source.is_read or source.url.startswith("https://") or source.title.startswith("derived"), key

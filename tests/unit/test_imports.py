@@ -34,6 +34,11 @@ FORBIDDEN = [
     ("chaos", ("policy", "gateway", "notices", "cli", "demo")),
     ("demo", ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli")),
 ]
+# What reads the machine is asked by the command line alone; it knows errors and the table of GPUs.
+FORBIDDEN += [
+    ("observe", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    *((part, ("observe",)) for part in dict(FORBIDDEN)),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -44,6 +49,7 @@ CONFINED = [
     ("torch", ("demo/", "fleet/vllm/runner_v1.py")),
     ("plotly", ("bench/report.py",)),
     ("aiohttp", ("notices/metadata.py",)),
+    ("pynvml", ("observe/nvml.py",)),
 ]
 
 
@@ -88,7 +94,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "policy", "bench", "notices"):
+    for part in (*BOTTOM, "facts", "policy", "bench", "notices", "observe"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -108,7 +114,7 @@ def test_this_environment_has_what_must_stay_unloaded(library: str) -> None:
 
 def test_pure_packages_load_nothing_heavy() -> None:
     modules = ["kervan", "kervan.errors", "kervan.units", "kervan.stats", "kervan.cli.bench_view", "kervan.cli.render"]
-    for part in ("facts", "policy", "bench", "notices"):
+    for part in ("facts", "policy", "bench", "notices", "observe"):
         modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
     assert len(modules) > 6
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()

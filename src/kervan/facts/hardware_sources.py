@@ -131,6 +131,7 @@ SOURCES: dict[str, Source] = {
     # ---- read from nvidia-smi and rocm-smi
     "h100-read": _read("read by us on 2x H100 SXM, driver 580.159.04, 2026-11-25: nvidia-smi, cuMemGetInfo"),
     "h200-read": _read("read by us on 1x H200 SXM: `gpu` in benchmarks/records/overhead-1xh200-2026-11-22.json"),
+    "machine": _read("read on this machine by `--gpu local`"),
     "smi-modal": _read("nvidia-smi on a cloud's machines", "https://github.com/modal-labs/modal-client/pull/2797"),
     "smi-a10": _read(
         "nvidia-smi on g5 instances, public logs; an A10 shows the same",
@@ -146,7 +147,9 @@ SOURCES: dict[str, Source] = {
         "torchao: CUDA's properties of a B200 (178.35 GiB, 7680 bits at 3996 MHz)",
         "https://github.com/pytorch/ao/pull/4002",
     ),
-    "cuda-a10": _read("total in torch's out-of-memory messages on an A10, driver 580.95.05; 21.99 to 22.19 on A10Gs"),
+    "cuda-a10": _read(
+        "total in torch's out-of-memory messages on an A10, driver 580.95.05; others of 24 GB: 22.03 to 22.15"
+    ),
     "cuda-l4": _read("total in torch's out-of-memory messages on an L4, driver 580.95.05"),
     "cuda-a100-40": _read(
         "CUDA deviceQuery: 42405855232 bytes",

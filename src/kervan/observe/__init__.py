@@ -1,0 +1,1 @@
+"""What is there: the machine that kervan runs on, as its driver describes it."""
