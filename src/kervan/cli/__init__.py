@@ -8,6 +8,7 @@ from kervan import __version__
 from kervan.errors import KervanError
 
 COMMANDS = {
+    "plan": "Say which parallelism to use, what it delivers, what it costs.",
     "up": "Serve a model.",
     "down": "End a fleet.",
     "status": "Show a fleet.",

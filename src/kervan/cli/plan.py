@@ -1,0 +1,317 @@
+"""`kervan plan`."""
+
+import datetime
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kervan.cli import options
+from kervan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kervan.facts.hardware import Gpu
+    from kervan.facts.workload import Slo
+    from kervan.plan.candidates import Candidate, Question
+    from kervan.plan.search import Plan
+
+DEFAULT_SLO = "ttft=2s,tpot=50ms"
+SHOWN = 12
+SECTIONS = {
+    "Machines": "--gpu --gpus --nodes --network --layout",
+    "Load": "--isl --osl --trace --rate --concurrency",
+    "Goal": "--slo --goal --price --prices",
+    "Model": "--engine-arg --calibration --gateways",
+    "Output": "--explain --plot --all --json --help",
+}
+
+
+@click.command(cls=options.sectioned(SECTIONS))
+@click.argument("model")
+@click.option("--gpu", required=True, help="Kind of GPU, like H200; local: read this machine.")
+@click.option("--gpus", type=click.IntRange(1, 65_536), help="GPUs in all. [default: 8 per node; local: all]")
+@click.option("--nodes", type=click.IntRange(1, 8192), default=1, show_default=True, help="Nodes that the GPUs are on.")
+@click.option("--network", type=float, help="Gbit/s between nodes, for each GPU. [default: 400]")
+@click.option("--layout", help="Only this layout: tp=2,pp=2 (also dp=, ep=).")
+@click.option("--isl", default="1024", show_default=True, help="Prompt tokens: a number or a distribution.")
+@click.option("--osl", default="256", show_default=True, help="Output tokens, likewise.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals of a trace (Azure or Mooncake).")
+@click.option("--rate", help="Requests per second, like 5/s; with --trace it is sped up to that.")
+@click.option("--concurrency", type=click.IntRange(1, 1_000_000), help="Streams of a closed loop, over the whole plan.")
+@click.option("--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} without a load, else none]")
+@click.option(
+    "--goal", type=click.Choice(["cost", "throughput", "latency"]), default="cost", show_default=True,
+    help="What to rank by, after the SLO.",
+)  # fmt: skip
+@click.option("--price", help="US dollars per GPU and hour, like 3.40/h. [default: kervan's price file]")
+@click.option("--prices", type=click.Path(path_type=Path), help="Your own price file (docs/hardware.md).")
+@click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's argument; repeatable.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="A file of kervan calibrate. [default: the prior]")
+@click.option("--gateways", type=click.IntRange(1, 64), default=1, show_default=True, help="Gateways per replica.")
+@click.option("--explain", is_flag=True, help="What a step of the best layout is spent on.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write throughput against latency, as an HTML file.")
+@click.option("--all", "show_all", is_flag=True, help=f"Show all layouts, not the best {SHOWN}.")
+@options.as_json
+def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: bool, **given: Any) -> None:
+    """Say which parallelism serves MODEL best on these GPUs, what it will deliver, what it costs, and why.
+
+    MODEL is a directory with config.json, or that file. Nothing is started and no GPU is needed.
+    """
+    from kervan.plan import search
+
+    question = ask(model, **given)
+    found = search.search(question)
+    if plot is not None:
+        from kervan.plan import plotting
+
+        plotting.write(found, plot)
+    if as_json:
+        from kervan.cli import render
+
+        render.print_json(as_dict(found, model))
+        return
+    _print(found, model, show_all=show_all)
+    if explain:
+        _print_terms(found)
+
+
+def ask(model: str, **given: Any) -> "Question":
+    """The question that the options pose. Raises: ConfigError for any that makes no sense."""
+    from kervan.facts import architecture, prices
+    from kervan.facts import fleet as fleets
+    from kervan.facts import layout as layouts
+    from kervan.facts import model as models
+    from kervan.facts.workload import parse_lengths, read_trace
+    from kervan.plan import calibration as calibrations
+    from kervan.plan.candidates import NETWORK_BYTES_S, Question
+
+    gpu, gpus = _gpu(given["gpu"], given["gpus"], given["nodes"])
+    path = Path(model)
+    directory = str(path.parent) if path.name == "config.json" and path.is_file() else models.resolve(model)
+    config = models.read_config(directory)
+    if config is None:
+        raise ConfigError(
+            f"model {model!r} is not on this machine, and a plan reads its config.json; fetch that one file into a "
+            "directory and give the directory"
+        )
+    spec = architecture.parse(
+        config, f"{directory}/config.json" if path.name == "config.json" else f"{model}/config.json"
+    )
+    found = calibrations.load(given["calibration"]) if given["calibration"] else calibrations.PRIOR
+    rate = None if given["rate"] is None else _rate(given["rate"])
+    table = prices.load(given["prices"])
+    price = prices.parse_price_usd_per_h(given["price"]) if given["price"] else _price(table, gpu.name, "on-demand")
+    pairs = [fleets.parse_assignment(text, "--engine-arg") for text in given["engine_args"]]
+    if given["network"] is not None and not 0 < given["network"] < 1e6:
+        raise ConfigError(f"--network {given['network']} is no speed in Gbit/s; write for example --network 400")
+    has_load = rate is not None or given["concurrency"] is not None or given["trace"] is not None
+    return Question(
+        spec=spec,
+        gpu=gpu,
+        gpus=gpus,
+        nodes=given["nodes"],
+        isl=parse_lengths(given["isl"], "--isl"),
+        osl=parse_lengths(given["osl"], "--osl"),
+        concurrency=given["concurrency"],
+        rate=rate,
+        trace=tuple(read_trace(given["trace"])) if given["trace"] else (),
+        slo=_slo(given["slo"], has_load=has_load),
+        goal=given["goal"],
+        usd_per_gpu_h=price,
+        spot_usd_per_gpu_h=None if given["price"] else _price(table, gpu.name, "spot"),
+        arguments={key.replace("-", "_"): fleets.parse_engine_value(value) for key, value in pairs},
+        fixed=layouts.parse_layout(given["layout"]) if given["layout"] else {},
+        calibration=found,
+        frontends=given["gateways"],
+        network_bytes_s=NETWORK_BYTES_S if given["network"] is None else given["network"] * 1e9 / 8,
+    )
+
+
+def _gpu(name: str, count: int | None, nodes: int) -> tuple["Gpu", int]:
+    from kervan.facts import hardware
+
+    if name.lower() != "local":
+        return hardware.gpu(name), count or 8 * nodes
+    from kervan.observe import machine
+
+    found = machine.read()
+    return found.gpu, count or found.num_gpus * nodes
+
+
+def _rate(text: str) -> float:
+    number, slash, unit = text.strip().partition("/")
+    try:
+        rate = float(number)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < 1e6 or (slash and unit.strip() not in ("s", "sec", "second")):
+        raise ConfigError(f"--rate {text!r} is no number of requests per second; write for example --rate 5/s")
+    return rate
+
+
+def _slo(text: str | None, *, has_load: bool) -> "Slo":
+    from kervan.facts.workload import Slo, parse_slo
+
+    if text is not None:
+        return parse_slo(text)
+    return Slo() if has_load else parse_slo(DEFAULT_SLO)
+
+
+def _price(table: Any, gpu: str, market: Any) -> float | None:
+    from kervan.facts import prices
+
+    found = prices.lookup(gpu, market, table)
+    return None if found is None else found.usd_per_gpu_h
+
+
+def as_dict(found: "Plan", model: str) -> dict[str, Any]:
+    """The plan for scripts; layouts that do not fit have no figures."""
+    from kervan.plan import launch
+
+    best = launch.launch(found.question, found.best, model)
+    return {
+        "model": model,
+        "gpu": found.question.gpu.name,
+        "gpus": found.question.gpus,
+        "calibration": found.question.calibration.name,
+        "slo": str(found.question.slo),
+        "candidates": [_row(candidate) for candidate in found.candidates],
+        "best": 0,
+        "verdict": found.verdict,
+        "notes": list(found.notes),
+        "launch": {
+            "command": best.command,
+            "engine_args": dict(best.engine_args),
+            "replicas": best.replicas,
+            "bundles_per_replica": [dict(bundle) for bundle in best.bundles],
+            "target_ongoing_requests": best.target_ongoing_requests,
+        },
+    }
+
+
+def _row(c: "Candidate") -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        key: round(getattr(c, key), 4)
+        for key in (
+            "out_tok_s", "requests_s", "ttft_p50_ms", "ttft_p95_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p95_ms",
+            "tpot_p99_ms", "mean_batch", "meets_slo", "score",
+        )
+    }  # fmt: skip
+    prices = {
+        key: None if getattr(c, key) is None else round(getattr(c, key), 4)
+        for key in ("usd_per_mtok", "usd_per_mtok_spot", "usd_per_mtok_all_in")
+    }
+    if not c.fits:
+        figures = dict.fromkeys(figures) | {"score": 0.0}
+        prices = dict.fromkeys(prices)
+    size = c.layout
+    return {
+        "tp": size.tp, "pp": size.pp, "dp": size.dp, "ep": size.ep, "gpus": size.gpus,
+        "fits": c.fits,
+        "kv_tokens": c.memory.kv_tokens,
+        "weights_gib_per_gpu": round(c.memory.weights_gib, 2),
+        "kv_gib_per_gpu": round(c.memory.kv_gib, 2),
+        "concurrency": c.concurrency,
+        **figures,
+        **prices,
+        "binding": c.binding,
+        "lever": c.lever,
+        "reason": c.reason,
+        "band": {key: round(value, 3) for key, value in c.bands.items()},
+    }  # fmt: skip
+
+
+def _print(found: "Plan", model: str, *, show_all: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kervan.facts import prices
+    from kervan.plan import launch
+
+    q = found.question
+    console = Console(highlight=False, width=None if console_is_wide() else 160)
+    console.print(f"[bold]{found.verdict}[/bold]", soft_wrap=True)
+    for note in found.notes:
+        console.print(note, soft_wrap=True, markup=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in (
+        "layout",
+        "GPUs",
+        "streams",
+        "tok/s",
+        "TTFT p50",
+        "p99",
+        "TPOT p50",
+        "p99",
+        "KV tokens",
+        "$/Mtok",
+        "SLO",
+        "bound by",
+    ):
+        table.add_column(name, justify="left" if name in ("layout", "bound by") else "right")
+    rows = found.candidates if show_all else found.candidates[:SHOWN]
+    for c in rows:
+        if not c.fits:
+            table.add_row(str(c.layout), str(c.layout.gpus), *[""] * 9, f"does not fit: {c.reason}")
+            continue
+        table.add_row(
+            str(c.layout), str(c.layout.gpus), str(c.concurrency), f"{c.out_tok_s:,.0f} ±{_percent(c, 'out_tok_s')}",
+            _ms(c.ttft_p50_ms), _ms(c.ttft_p99_ms), _ms(c.tpot_p50_ms), _ms(c.tpot_p99_ms), f"{c.memory.kv_tokens:,}",
+            "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}", c.reason or c.binding,
+        )  # fmt: skip
+    console.print(table)
+    if len(rows) < len(found.candidates):
+        console.print(f"{len(found.candidates) - len(rows)} more with --all", style="dim")
+    if found.best.usd_per_mtok is not None:
+        all_in, spot = found.best.usd_per_mtok_all_in, found.best.usd_per_mtok_spot
+        console.print(
+            f"best: {found.best.usd_per_mtok:.2f} USD per million output tokens at {q.usd_per_gpu_h:g} USD per GPU and "
+            f"hour; {all_in:.2f} with a spare replica and a cold start a day"
+            + (f"; {spot:.2f} on spot" if spot is not None else ""),
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+        row = prices.lookup(q.gpu.name)
+        if row is not None and row.usd_per_gpu_h == q.usd_per_gpu_h and (warning := row.warning(datetime.date.today())):
+            console.print(warning, style="yellow", soft_wrap=True, markup=False)
+    console.print(f"constants: {q.calibration.name}; ± and SLO from its errors", style="dim")
+    console.print(launch.launch(q, found.best, model).command, soft_wrap=True, markup=False)
+
+
+def console_is_wide() -> bool:
+    """Whether output goes to a terminal, whose width counts then."""
+    import sys
+
+    return sys.stdout.isatty()
+
+
+def _ms(value: float) -> str:
+    if value >= 10_000:
+        return f"{value / 1000:,.1f} s"
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.1f} ms"
+
+
+def _percent(c: "Candidate", key: str) -> str:
+    return f"{100 * (c.bands.get(key, 1.0) - 1):.0f}%"
+
+
+def _print_terms(found: "Plan") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kervan.plan import launch
+
+    best = found.best
+    table = Table(
+        "what", box=None, pad_edge=False, header_style="dim",
+        title=f"{best.layout}: a step of {max(1, round(best.mean_batch))} sequences, "
+        f"and one that prefills {best.limits.max_num_batched_tokens} tokens",
+        title_justify="left",
+    )  # fmt: skip
+    table.add_column("decode, ms", justify="right")
+    table.add_column("prefill, ms", justify="right")
+    rows = launch.explain(found.question, best)
+    for name, decode_ms, prefill_ms in rows:
+        table.add_row(name.replace("_", " "), f"{decode_ms:.3f}", f"{prefill_ms:.2f}")
+    table.add_row("sum", f"{sum(r[1] for r in rows):.3f}", f"{sum(r[2] for r in rows):.2f}", style="bold")
+    Console(highlight=False).print(table)

@@ -1,0 +1,217 @@
+"""The model's constants fitted to measurements, stored with what is left of the errors."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kervan.errors import ConfigError
+from kervan.facts.architecture import ModelSpec
+from kervan.facts.hardware import Gpu
+from kervan.facts.layout import Layout
+from kervan.plan import engine, memory, serving
+from kervan.plan.constants import Constants
+from kervan.plan.step_time import StepTime
+
+FORMAT = 1
+# How far a prediction may be off before it counts (one standard deviation), by what is predicted. The time to the
+# first token of a burst jumps with who comes first, so it says less.
+TOLERANCE = {"out_tok_s": 0.03, "tpot_p50_s": 0.03, "ttft_p50_s": 0.20, "ttft_p99_s": 0.10}
+PRIOR_SPREAD = 0.35  # of a constant around its prior, in its logarithm
+ROUNDS = 6
+SEEDS = 3  # runs of a load whose mean is the prediction
+FREE = tuple(f.name for f in dataclasses.fields(Constants) if f.name not in ("expert_tile_tokens",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A measured closed loop of one replica: `concurrency` streams that start at once, `num_requests` in all.
+
+    Lengths in tokens; quantiles over requests. `frontends`: API server processes or gateways.
+    """
+
+    model: str
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    isl: int
+    osl: int
+    concurrency: int
+    num_requests: int
+    out_tok_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+    frontends: int = 1
+
+    def __str__(self) -> str:
+        ep = f" ep {self.ep}" if self.ep > 1 else ""
+        return f"{self.model} tp {self.tp} pp {self.pp}{ep}, {self.concurrency} streams, {self.isl}/{self.osl}"
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What is left of one point: predicted over measured, less one, by what is predicted."""
+
+    point: str
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Constants of one kind of GPU. `spread`: standard deviation of log(predicted / measured), by what is predicted."""
+
+    name: str
+    gpu: str
+    date: str
+    constants: Constants
+    spread: Mapping[str, float]
+    residuals: Sequence[Residual] = ()
+    source: str = ""
+    format: int = FORMAT
+
+
+# Fitted to bare vLLM 0.24 on H200: benchmarks/records/bare-h200-2026-11-22.jsonl; docs/planner.md has the residuals,
+# and those of points that were held back, from which these spreads are.
+PRIOR = Calibration(
+    name="prior-h200-2026-11-25",
+    gpu="H200",
+    date="2026-11-25",
+    constants=Constants(),
+    spread={"out_tok_s": 0.05, "tpot_p50_s": 0.05, "ttft_p50_s": 0.20, "ttft_p99_s": 0.20},
+    source="bare vLLM 0.24.0 on H200",
+)
+
+
+def predict(point: Point, spec: ModelSpec, gpu: Gpu, constants: Constants) -> dict[str, float]:
+    """What the model says of a point, by the names of its fields."""
+    layout = Layout(point.tp, point.pp, 1, point.ep)
+    limits = engine.limits(spec, gpu, {}, needed_tokens=point.isl + point.osl)
+    time = StepTime(spec, layout, gpu, limits, constants)
+    room = memory.estimate(spec, layout, gpu, limits, context_tokens=point.isl + point.osl / 2).kv_tokens
+    asks = serving.fixed(point.num_requests, point.isl, point.osl)
+    return serving.mean_of(
+        [
+            serving.closed_loop(
+                time, asks, streams=point.concurrency, kv_tokens=room, frontends=point.frontends, seed=seed
+            )
+            for seed in range(SEEDS)
+        ]
+    )
+
+
+def residual(point: Point, spec: ModelSpec, gpu: Gpu, constants: Constants) -> Residual:
+    """How far a prediction is off."""
+    said = predict(point, spec, gpu, constants)
+    return Residual(str(point), {key: said[key] / getattr(point, key) - 1 for key in said if getattr(point, key) > 0})
+
+
+def spread(residuals: Iterable[Residual]) -> dict[str, float]:
+    """Root mean square of log(predicted / measured), by what is predicted; at least 0.01."""
+    logs: dict[str, list[float]] = {}
+    for one in residuals:
+        for key, error in one.errors.items():
+            logs.setdefault(key, []).append(math.log(1 + error))
+    return {key: max(0.01, math.sqrt(sum(x * x for x in found) / len(found))) for key, found in logs.items()}
+
+
+def fit(
+    points: Sequence[Point],
+    specs: Mapping[str, ModelSpec],
+    gpu: Gpu,
+    *,
+    start: Constants = PRIOR.constants,
+    free: Sequence[str] = FREE,
+    rounds: int = ROUNDS,
+) -> Constants:
+    """Constants under which the predictions come nearest to the points, without going far from `start`.
+
+    Gauss-Newton on logarithms: each error counts in units of its tolerance, and each constant is held at its prior with
+    a spread of `PRIOR_SPREAD`, so that a few points move only what they speak of. Takes about a second per round and
+    ten points. Needs numpy.
+
+    Raises: ConfigError without points, or without numpy.
+    """
+    if not points:
+        raise ConfigError("a fit needs measured points, and there are none; run kervan calibrate on a GPU")
+    try:
+        import numpy as np
+    except ImportError as error:
+        raise ConfigError("a fit needs numpy; pip install 'kervan[bench]'") from error
+
+    def errors(logs: Any) -> Any:
+        constants = dataclasses.replace(
+            start, **{n: getattr(start, n) * math.exp(x) for n, x in zip(free, logs, strict=True)}
+        )
+        found = []
+        for point in points:
+            said = predict(point, specs[point.model], gpu, constants)
+            found += [
+                math.log(said[key] / getattr(point, key)) / tolerance
+                for key, tolerance in TOLERANCE.items()
+                if getattr(point, key) > 0
+            ]
+        return np.array([*found, *(x / PRIOR_SPREAD for x in logs)])
+
+    logs = np.zeros(len(free))
+    base = errors(logs)
+    step = 0.05  # wide enough to look over the jumps of a scheduler
+    for _ in range(rounds):
+        slopes = np.empty((len(base), len(free)))
+        for i in range(len(free)):
+            moved = logs.copy()
+            moved[i] += step
+            slopes[:, i] = (errors(moved) - base) / step
+        change = np.linalg.lstsq(slopes, -base, rcond=None)[0].clip(-0.5, 0.5)
+        for share in (1.0, 0.5, 0.25):
+            tried = errors(logs + share * change)
+            if tried @ tried < base @ base:
+                logs, base = logs + share * change, tried
+                break
+        else:
+            break
+    return dataclasses.replace(
+        start, **{n: getattr(start, n) * math.exp(float(x)) for n, x in zip(free, logs, strict=True)}
+    )
+
+
+def calibrate(
+    name: str, date: str, points: Sequence[Point], specs: Mapping[str, ModelSpec], gpu: Gpu, *, source: str = ""
+) -> Calibration:
+    """A calibration from points of one kind of GPU, with its residuals.
+
+    Raises: ConfigError, as `fit`.
+    """
+    constants = fit(points, specs, gpu)
+    left = [residual(point, specs[point.model], gpu, constants) for point in points]
+    return Calibration(
+        name=name, gpu=gpu.name, date=date, constants=constants, spread=spread(left), residuals=left, source=source
+    )
+
+
+def save(calibration: Calibration, path: Path) -> None:
+    """Write it as JSON."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=1) + b"\n")
+
+
+def load(path: Path) -> Calibration:
+    """Raises: ConfigError for a file that is missing, no calibration, or of another format."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except OSError as error:
+        raise ConfigError(f"calibration {path} cannot be read: {error}") from error
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"calibration {path} is none ({error}); make one with kervan calibrate") from error
+    if found.format != FORMAT:
+        raise ConfigError(f"calibration {path} has format {found.format}, this kervan reads {FORMAT}; calibrate again")
+    bad = [n for n in FREE if not 0 < getattr(found.constants, n) < math.inf]
+    if bad:
+        raise ConfigError(
+            f"calibration {path}: {bad[0]}={getattr(found.constants, bad[0])} is not above 0; calibrate again"
+        )
+    return found

@@ -1,0 +1,74 @@
+"""vLLM's settings that decide memory and batches, with the defaults of 0.24 to 0.32."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kervan.errors import ConfigError
+from kervan.facts.architecture import ModelSpec
+from kervan.facts.fleet import GPU_MEMORY_UTILIZATION
+from kervan.facts.hardware import Gpu
+
+LARGE_GPU_GIB = 70  # from here on vLLM's defaults are larger; source: EngineArgs.get_batch_defaults, 0.24
+MAX_GRAPH_TOKENS = 512  # largest captured CUDA graph; source: vLLM 0.24's default capture sizes
+BLOCK_TOKENS = 16
+# Served by vLLM's model runner V2 in 0.24; all others by V1. Source: DEFAULT_V2_MODEL_RUNNER_ARCHITECTURES there.
+RUNNER_V2 = frozenset(
+    {
+        "DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
+        "Qwen2MoeForCausalLM", "Qwen3ForCausalLM",
+    }
+)  # fmt: skip
+KV_DTYPE_BYTES = {"auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Engine arguments under vLLM's names, the bytes of a cached value, and which of vLLM's model runners serves."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
+    kv_dtype_bytes: float = 2.0
+    is_runner_v2: bool = True
+
+
+def limits(spec: ModelSpec, gpu: Gpu, arguments: Mapping[str, Any], *, needed_tokens: int = 0) -> EngineLimits:
+    """What vLLM would use with these engine arguments.
+
+    `needed_tokens`: the longest request of the workload; without `max_model_len`, 8192 or the power of two that holds
+    it, and no more than the model allows.
+
+    Raises: ConfigError for a value that is no number or out of range.
+    """
+    is_large = gpu.memory_gib >= LARGE_GPU_GIB
+
+    def number(name: str, default: float, least: float, most: float) -> float:
+        value = arguments.get(name)
+        if value is None:
+            return default
+        try:
+            found = float(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"engine argument {name}={value!r} is no number; write for example {name}={default:g}"
+            ) from error
+        if not least <= found <= most:
+            raise ConfigError(
+                f"engine argument {name}={value} is outside {least:g} to {most:g}; the default is {default:g}"
+            )
+        return found
+
+    fitting = max(8192, 1 << max(0, needed_tokens - 1).bit_length())
+    kv_dtype = str(arguments.get("kv_cache_dtype", "auto"))
+    if kv_dtype not in KV_DTYPE_BYTES:
+        raise ConfigError(f"engine argument kv_cache_dtype={kv_dtype!r} is none of {', '.join(KV_DTYPE_BYTES)}")
+    return EngineLimits(
+        max_num_batched_tokens=int(number("max_num_batched_tokens", 8192 if is_large else 2048, 1, 1e7)),
+        max_num_seqs=int(number("max_num_seqs", 1024 if is_large else 256, 1, 1e6)),
+        max_model_len=int(number("max_model_len", min(fitting, spec.max_model_len), 1, 1e8)),
+        gpu_memory_utilization=number("gpu_memory_utilization", GPU_MEMORY_UTILIZATION, 0.01, 1.0),
+        kv_dtype_bytes=KV_DTYPE_BYTES[kv_dtype],
+        is_runner_v2=spec.architecture in RUNNER_V2,
+    )

@@ -1,0 +1,122 @@
+"""Bytes on each GPU: weights, workspace, and what is left for the KV cache."""
+
+import math
+from dataclasses import dataclass
+
+from kervan.facts.architecture import ModelSpec
+from kervan.facts.hardware import Gpu
+from kervan.facts.layout import Layout, stages
+from kervan.plan.engine import BLOCK_TOKENS, EngineLimits
+
+GIB = 2**30
+# Beside weights and activations: CUDA's context, cuBLAS and attention workspaces, and captured graphs; NCCL's buffers
+# with several GPUs. Fitted on three starts of vLLM 0.24 on H200: benchmarks/records/memory-h200-2026-11-22.jsonl.
+CONTEXT_GIB = 0.50
+NCCL_GIB = 0.10
+# Model runner V1 estimates its CUDA graphs and counts them (0.61 to 0.71 GiB in three starts on H100), and its sampler
+# sorts the logits of `max_num_seqs` sequences when it is profiled. Fitted on those three starts:
+# benchmarks/records/planner-points-2xh100-2026-11-25.json.
+GRAPHS_V1_GIB = 0.65
+LOGIT_BYTES = {True: 2 + 4, False: 14.5}  # per sequence and word, by `is_runner_v2`
+
+
+VOCAB_PADDING = 64  # source: vLLM's VocabParallelEmbedding
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """One GPU of the fullest stage, in GiB, and what its KV cache holds. `kv_tokens` counts a whole replica.
+
+    `kv_gib` is negative when the model does not fit.
+    """
+
+    total_gib: float
+    weights_gib: float
+    activations_gib: float
+    overhead_gib: float
+    kv_gib: float
+    kv_tokens: int
+    kv_bytes_per_token: float
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_tokens >= BLOCK_TOKENS
+
+
+def weight_bytes(spec: ModelSpec, layout: Layout, stage: range) -> float:
+    """Weights on one GPU of a stage (its layers; the first has the embedding table, the last the head)."""
+    total = 0.0
+    attention = sum(n * k for n, k in spec.attention_matrices(layout.tp)) * spec.bytes_per_weight("attention")
+    for layer in stage:
+        total += attention + 2 * spec.hidden * spec.weight_bytes
+        if spec.has_experts(layer):
+            assert spec.experts is not None
+            e = spec.experts
+            total += spec.hidden * e.count * spec.bytes_per_weight("router")
+            total += e.count * spec.mlp_matrices * spec.hidden * e.width / layout.tp * spec.bytes_per_weight("experts")
+            shared = sum(n * k for n, k in spec.mlp_shape(e.shared_width, layout.tp)) if e.shared_width else 0
+            total += shared * spec.bytes_per_weight("mlp")
+        else:
+            total += sum(n * k for n, k in spec.mlp_shape(spec.intermediate, layout.tp)) * spec.bytes_per_weight("mlp")
+    table = math.ceil(spec.vocab / VOCAB_PADDING) * VOCAB_PADDING / layout.tp * spec.hidden
+    is_first, is_last = stage.start == 0, stage.stop == spec.num_layers
+    if is_first:
+        total += table * spec.bytes_per_weight("embedding")
+    if is_last and not (spec.is_tied and is_first):
+        total += table * spec.bytes_per_weight("head")
+    return total
+
+
+def activation_bytes(spec: ModelSpec, layout: Layout, limits: EngineLimits, stage: range) -> float:
+    """The peak of a step of `max_num_batched_tokens`: the widest MLP beside the residual stream, or the logits."""
+    tokens = limits.max_num_batched_tokens
+    residual = 3 * tokens * spec.hidden * 2
+    widths = [spec.mlp_matrices * spec.intermediate / layout.tp]
+    if spec.experts is not None:
+        e = spec.experts
+        # Two workspaces of the fused kernels: gate and up of all chosen experts, and their outputs.
+        widths = [e.per_token * (spec.mlp_matrices * e.width / layout.tp + spec.hidden)]
+    peak = residual + tokens * max(widths) * 2
+    if stage.stop == spec.num_layers:
+        rows = min(limits.max_num_seqs, tokens)
+        peak = max(peak, residual / 3 + rows * spec.vocab * LOGIT_BYTES[limits.is_runner_v2])
+    return peak
+
+
+def sequence_bytes(spec: ModelSpec, layout: Layout, limits: EngineLimits, stage: range, length: float) -> float:
+    """What a sequence of `length` tokens keeps in the layers of a stage, on one GPU.
+
+    Source: a sliding layer holds `window - 1 + max_num_batched_tokens` tokens at most, and a block (SlidingWindowSpec,
+    vLLM 0.24).
+    """
+    each = spec.kv_bytes_per_token(layout.tp, kv_dtype_bytes=limits.kv_dtype_bytes)
+    kept = min(length, spec.window - 1 + limits.max_num_batched_tokens + BLOCK_TOKENS)
+    total = 0.0
+    for layer in stage:
+        kind = spec.layers[layer]
+        if kind == "linear":
+            total += spec.linear_state_bytes / layout.tp
+        else:
+            total += each * (length if kind == "full" else kept)
+    return total
+
+
+def estimate(spec: ModelSpec, layout: Layout, gpu: Gpu, limits: EngineLimits, *, context_tokens: float = 0.0) -> Memory:
+    """The memory of a replica's fullest GPU.
+
+    `context_tokens`: mean length of a sequence (`max_model_len` without it). It matters where layers keep a window or
+    a state: their pool holds sequences, and `kv_tokens` is that number times this length.
+    """
+    total = gpu.memory_gib
+    length = context_tokens or float(limits.max_model_len)
+    overhead = CONTEXT_GIB + (NCCL_GIB if layout.gpus_per_replica > 1 else 0.0)
+    overhead += 0.0 if limits.is_runner_v2 else GRAPHS_V1_GIB
+    found = []
+    for stage in stages(spec, layout.pp):
+        weights = weight_bytes(spec, layout, stage) / GIB
+        activations = activation_bytes(spec, layout, limits, stage) / GIB
+        pool = total * limits.gpu_memory_utilization - weights - activations - overhead
+        per_token = sequence_bytes(spec, layout, limits, stage, length) / length
+        tokens = int(max(0.0, pool) * GIB / per_token) // BLOCK_TOKENS * BLOCK_TOKENS
+        found.append(Memory(total, weights, activations, overhead, pool, tokens, per_token))
+    return min(found, key=lambda memory: (memory.kv_tokens, memory.kv_gib))
