@@ -2,6 +2,7 @@
 
 import datetime
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,11 @@ from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
     from kervan.facts.hardware import Gpu
-    from kervan.facts.workload import Slo
     from kervan.plan.candidates import Candidate, Question
     from kervan.plan.search import Plan
 
 DEFAULT_SLO = "ttft=2s,tpot=50ms"
+DEFAULT_ISL, DEFAULT_OSL = "1024", "256"
 SHOWN = 12
 SECTIONS = {
     "Machines": "--gpu --gpus --nodes --network --layout",
@@ -34,8 +35,8 @@ SECTIONS = {
 @click.option("--nodes", type=click.IntRange(1, 8192), default=1, show_default=True, help="Nodes that the GPUs are on.")
 @click.option("--network", type=float, help="Gbit/s between nodes, for each GPU. [default: 400]")
 @click.option("--layout", help="Only this layout: tp=2,pp=2 (also dp=, ep=).")
-@click.option("--isl", default="1024", show_default=True, help="Prompt tokens: a number or a distribution.")
-@click.option("--osl", default="256", show_default=True, help="Output tokens, likewise.")
+@click.option("--isl", default=DEFAULT_ISL, show_default=True, help="Prompt tokens: a number or a distribution.")
+@click.option("--osl", default=DEFAULT_OSL, show_default=True, help="Output tokens, likewise.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals of a trace (Azure or Mooncake).")
 @click.option("--rate", help="Requests per second, like 5/s; with --trace it is sped up to that.")
 @click.option("--concurrency", type=click.IntRange(1, 1_000_000), help="Streams of a closed loop, over the whole plan.")
@@ -58,9 +59,12 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
 
     MODEL is a directory with config.json, or that file. Nothing is started and no GPU is needed.
     """
+    from kervan.facts import layout as layouts
     from kervan.plan import search
 
-    question = ask(model, **given)
+    given["engine_args"] = engine_arguments(given["engine_args"])
+    layout = given.pop("layout")
+    question = ask(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
     found = search.search(question)
     if plot is not None:
         from kervan.plan import plotting
@@ -76,55 +80,79 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
         _print_terms(found)
 
 
-def ask(model: str, **given: Any) -> "Question":
-    """The question that the options pose. Raises: ConfigError for any that makes no sense."""
-    from kervan.facts import architecture, prices
-    from kervan.facts import fleet as fleets
-    from kervan.facts import layout as layouts
+def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """vLLM's arguments by their names, from `KEY=VALUE` texts."""
+    from kervan.facts import fleet
+
+    pairs = [fleet.parse_assignment(text, "--engine-arg") for text in texts]
+    return {key.replace("-", "_"): fleet.parse_engine_value(value) for key, value in pairs}
+
+
+def ask(
+    model: str,
+    *,
+    gpu: str,
+    gpus: int | None = None,
+    nodes: int = 1,
+    network: float | None = None,
+    fixed: Mapping[str, int],
+    isl: str = DEFAULT_ISL,
+    osl: str = DEFAULT_OSL,
+    trace: Path | None = None,
+    rate: str | None = None,
+    concurrency: int | None = None,
+    slo: str | None = None,
+    goal: Any = "cost",
+    price: str | None = None,
+    prices: Path | None = None,
+    engine_args: Mapping[str, Any],
+    calibration: Path | None = None,
+    gateways: int = 1,
+) -> "Question":
+    """The question that the options pose, in the words of the command line.
+
+    Raises: ConfigError for any that makes no sense.
+    """
+    from kervan.facts import architecture
     from kervan.facts import model as models
-    from kervan.facts.workload import parse_lengths, read_trace
+    from kervan.facts import prices as price_table
+    from kervan.facts.workload import Slo, parse_lengths, parse_slo, read_trace
     from kervan.plan import calibration as calibrations
     from kervan.plan.candidates import NETWORK_BYTES_S, Question
 
-    gpu, gpus = _gpu(given["gpu"], given["gpus"], given["nodes"])
+    found_gpu, num_gpus = _gpu(gpu, gpus, nodes)
     path = Path(model)
-    directory = str(path.parent) if path.name == "config.json" and path.is_file() else models.resolve(model)
-    config = models.read_config(directory)
+    is_file = path.name == "config.json" and path.is_file()
+    config = models.read_config(str(path.parent) if is_file else models.resolve(model))
     if config is None:
         raise ConfigError(
             f"model {model!r} is not on this machine, and a plan reads its config.json; fetch that one file into a "
             "directory and give the directory"
         )
-    spec = architecture.parse(
-        config, f"{directory}/config.json" if path.name == "config.json" else f"{model}/config.json"
-    )
-    found = calibrations.load(given["calibration"]) if given["calibration"] else calibrations.PRIOR
-    rate = None if given["rate"] is None else _rate(given["rate"])
-    table = prices.load(given["prices"])
-    price = prices.parse_price_usd_per_h(given["price"]) if given["price"] else _price(table, gpu.name, "on-demand")
-    pairs = [fleets.parse_assignment(text, "--engine-arg") for text in given["engine_args"]]
-    if given["network"] is not None and not 0 < given["network"] < 1e6:
-        raise ConfigError(f"--network {given['network']} is no speed in Gbit/s; write for example --network 400")
-    has_load = rate is not None or given["concurrency"] is not None or given["trace"] is not None
+    if network is not None and not 0 < network < 1e6:
+        raise ConfigError(f"--network {network} is no speed in Gbit/s; write for example --network 400")
+    table = price_table.load(prices)
+    own = price_table.parse_price_usd_per_h(price) if price else None
+    has_load = rate is not None or concurrency is not None or trace is not None
     return Question(
-        spec=spec,
-        gpu=gpu,
-        gpus=gpus,
-        nodes=given["nodes"],
-        isl=parse_lengths(given["isl"], "--isl"),
-        osl=parse_lengths(given["osl"], "--osl"),
-        concurrency=given["concurrency"],
-        rate=rate,
-        trace=tuple(read_trace(given["trace"])) if given["trace"] else (),
-        slo=_slo(given["slo"], has_load=has_load),
-        goal=given["goal"],
-        usd_per_gpu_h=price,
-        spot_usd_per_gpu_h=None if given["price"] else _price(table, gpu.name, "spot"),
-        arguments={key.replace("-", "_"): fleets.parse_engine_value(value) for key, value in pairs},
-        fixed=layouts.parse_layout(given["layout"]) if given["layout"] else {},
-        calibration=found,
-        frontends=given["gateways"],
-        network_bytes_s=NETWORK_BYTES_S if given["network"] is None else given["network"] * 1e9 / 8,
+        spec=architecture.parse(config, model if is_file else f"{model}/config.json"),
+        gpu=found_gpu,
+        gpus=num_gpus,
+        nodes=nodes,
+        isl=parse_lengths(isl, "--isl"),
+        osl=parse_lengths(osl, "--osl"),
+        concurrency=concurrency,
+        rate=None if rate is None else _rate(rate),
+        trace=tuple(read_trace(trace)) if trace else (),
+        slo=parse_slo(slo) if slo is not None else Slo() if has_load else parse_slo(DEFAULT_SLO),
+        goal=goal,
+        usd_per_gpu_h=own or _price(table, found_gpu.name, "on-demand"),
+        spot_usd_per_gpu_h=None if own else _price(table, found_gpu.name, "spot"),
+        arguments=engine_args,
+        fixed=fixed,
+        calibration=calibrations.load(calibration) if calibration else calibrations.PRIOR,
+        frontends=gateways,
+        network_bytes_s=NETWORK_BYTES_S if network is None else network * 1e9 / 8,
     )
 
 
@@ -148,14 +176,6 @@ def _rate(text: str) -> float:
     if not 0 < rate < 1e6 or (slash and unit.strip() not in ("s", "sec", "second")):
         raise ConfigError(f"--rate {text!r} is no number of requests per second; write for example --rate 5/s")
     return rate
-
-
-def _slo(text: str | None, *, has_load: bool) -> "Slo":
-    from kervan.facts.workload import Slo, parse_slo
-
-    if text is not None:
-        return parse_slo(text)
-    return Slo() if has_load else parse_slo(DEFAULT_SLO)
 
 
 def _price(table: Any, gpu: str, market: Any) -> float | None:

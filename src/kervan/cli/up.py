@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kervan.errors import ConfigError
 from kervan.facts import fleet as facts
 
 SECTIONS = {
-    "Layout": "--tp --pp --ep --replicas --pool --gateways --nodes-per-replica --gpus-per-replica",
+    "Layout": "--auto --tp --pp --ep --replicas --pool --gateways --nodes-per-replica --gpus-per-replica",
     "Engine": "--engine-arg --env --engine --gpu --twin",
     "Clients": "--host --port --shared-port --api-key --ingress",
     "Fleet": "--config --name --address --yes --detach --json --help",
@@ -22,6 +23,7 @@ SECTIONS = {
 
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model", required=False)
+@click.option("--auto", is_flag=True, help="Layout, replicas and batch limits as kervan plan says, for all GPUs here.")
 @click.option("--tp", type=int, help="GPUs that share each layer (tensor parallel). [default: 1]")
 @click.option("--pp", type=int, help="Groups of GPUs that hold consecutive layers (pipeline parallel). [default: 1]")
 @click.option("--ep", type=int, help="GPUs that share out each layer's experts: 1 or tp. [default: 1]")
@@ -58,7 +60,9 @@ SECTIONS = {
 @click.option("--yes", is_flag=True, help="Change a running fleet also where that costs its clients something.")
 @click.option("--detach", is_flag=True, help="Return when the fleet is ready.")
 @options.as_json
-def up(config_path: Path | None, address: str | None, yes: bool, detach: bool, as_json: bool, **given: Any) -> None:
+def up(
+    config_path: Path | None, address: str | None, yes: bool, detach: bool, as_json: bool, auto: bool, **given: Any
+) -> None:
     """Serve MODEL: a Hugging Face id or a local directory.
 
     Returns, or prints its URL, when every replica has produced a token. Options win over --config. If the fleet runs
@@ -74,8 +78,11 @@ def up(config_path: Path | None, address: str | None, yes: bool, detach: bool, a
     if is_up(words["name"], address):
         _change(words, source, address, is_confirmed=yes, as_json=as_json)
         return
+    say = render.progress_lines()
+    if auto:
+        words = _planned(words, address, say)
     config = facts.from_mapping(words, source)
-    startup = Startup(config, address, render.progress_lines())
+    startup = Startup(config, address, say)
     status = startup.run()
     if as_json:
         render.print_json(status.to_dict())
@@ -92,6 +99,35 @@ def up(config_path: Path | None, address: str | None, yes: bool, detach: bool, a
 
         print("ending", flush=True)
         down(config.name, address)
+
+
+def _planned(words: dict[str, Any], address: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """The settings with what the planner says for all that is not given.
+
+    Raises: ConfigError where it cannot know the GPUs.
+    """
+    from kervan.cli import plan as plans
+    from kervan.plan import launch, search
+
+    is_twin = words.get("engine") == "twin"
+    if address is not None and not is_twin:
+        raise ConfigError(
+            "--auto reads the GPUs of this machine, and --address joins a cluster of others; "
+            "use the words that kervan plan --gpu KIND --gpus N prints"
+        )
+    if given := [key for key in ("tp", "pp", "ep", "replicas", "pools") if words.get(key)]:
+        raise ConfigError(
+            f"--auto chooses the layout, and {', '.join(given)} {'is' if len(given) == 1 else 'are'} given too; leave "
+            "out one of the two"
+        )
+    arguments = words.get("engine_args") or {}
+    question = plans.ask(words.get("model") or "", gpu=words.get("gpu") or "local", engine_args=arguments, fixed={})
+    found = search.search(question)
+    best = launch.launch(question, found.best, words["model"])
+    say(f"plan: {found.verdict}")
+    size = found.best.layout
+    planned = {"tp": size.tp, "pp": size.pp, "ep": size.ep, "replicas": size.dp}
+    return {**words, **planned, "engine_args": {**best.engine_args, **arguments}}
 
 
 def _interrupt(*_: Any) -> None:

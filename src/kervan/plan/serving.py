@@ -5,7 +5,8 @@ What is followed, from the source of vLLM 0.24 to 0.32 (V1 scheduler):
 - Each step has a budget of `max_num_batched_tokens`: running answers take one token each, prompts what is left, in the
   order of arrival, as many as fit, the last one in part.
 - A step is composed while the one before it runs (async scheduling), so a request that comes in meanwhile waits for
-  two. With pipeline stages, as many batches as stages are under way, and a sequence is in one of them at a time.
+  two. With pipeline stages, as many batches as stages are under way (one more with model runner V2, which composes
+  ahead: a sequence is in every p-th of p stages' batches), and a sequence is in one of them at a time.
 - KV blocks are taken as tokens come. A prompt waits until the pool has room; when running answers fill the pool, the
   youngest is preempted and computed again later.
 - The frontend is one event loop per process: prompts pass it one after the other, and so do streamed tokens.
@@ -116,6 +117,7 @@ class _Group:
     steps: int = 0
     ends: list[tuple[int, int, _Request]] = field(default_factory=list)
     context_tokens: float = 0.0
+    free_s: float = 0.0  # end of its last step
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -128,6 +130,7 @@ class _Group:
         for end, number, request in other.ends:
             heapq.heappush(self.ends, (end - other.steps + self.steps, number, request))
         self.context_tokens += other.context_tokens
+        self.free_s = max(self.free_s, other.free_s)
 
     def remove_youngest(self) -> _Request:
         at = max(range(len(self.ends)), key=lambda i: self.ends[i][1])
@@ -174,8 +177,11 @@ class _Replica:
         self.streams = streams
         self.kv_tokens = kv_tokens
         self.frontends = frontends
-        self.is_async = time.layout.pp == 1
-        self.max_under_way = 2 if self.is_async else time.layout.pp
+        self.stages = time.layout.pp
+        self.is_async = self.stages == 1 or time.limits.is_runner_v2
+        self.max_under_way = self.stages + (1 if self.is_async else 0)
+        self.num_composed = 0
+        self.resting: deque[tuple[int, _Group]] = deque()  # (number of the step in which it may run again, group)
         self.stage_free_s = [0.0] * time.layout.pp
         self.prompts_free_s = self.outputs_free_s = 0.0
         self.arrivals: list[tuple[float, int, _Request]] = []
@@ -201,8 +207,6 @@ class _Replica:
             while len(self.under_way) < self.max_under_way and (step := self._compose(now_s)) is not None:
                 self._run(step, now_s)
                 num_steps += 1
-                if self.is_async and len(self.under_way) == 2:
-                    break
             if self.under_way:
                 step = self.under_way.popleft()
                 now_s = max(now_s, step.end_s)
@@ -239,11 +243,14 @@ class _Replica:
         """The next batch of what is ready, or nothing."""
         while self.arrivals and self.arrivals[0][0] <= now_s:
             self.waiting.append(heapq.heappop(self.arrivals)[2])
+        self.num_composed += 1
+        while self.resting and self.resting[0][0] <= self.num_composed:
+            self._is_ready(self.resting.popleft()[1])
         group = self.ready
         self._make_room(group)
         sequences = len(group)
         if not sequences and not self.waiting and self.partial is None:
-            return None
+            return _Step(Batch(), _Group(), [], [], []) if self.resting else None
         budget = self.limits.max_num_batched_tokens - sequences
         context = group.context_tokens + sequences
         prefill, pairs = 0, 0.0
@@ -276,7 +283,7 @@ class _Replica:
                 chunks.append(request)
                 self.partial = request
         if not sequences and not prefill:
-            return None
+            return _Step(Batch(), _Group(), [], [], []) if self.resting else None
         batch = Batch(sequences, context, prefill, pairs, sequences + len(firsts))
         repeats = self._repeats(group, batch, now_s) if not prefill else 1
         if repeats > 1:
@@ -294,7 +301,7 @@ class _Replica:
         """How many steps like this one follow each other before anything ends, comes in, or fills the pool."""
         if self.waiting or any(step.lasts or step.chunks for step in self.under_way):
             return 1
-        if self.under_way and not self.is_async:
+        if self.stages > 1 and (self.resting or self.under_way):
             return 1
         most = group.ends[0][0] - group.steps - 1
         most = min(most, int((self.kv_tokens - self.held_tokens) / len(group)) - 1)
@@ -337,34 +344,49 @@ class _Replica:
             else:
                 self.held_tokens -= request.computed
                 step.lasts.append(request)
-        if len(self.ready):
-            self.ready.take_in(step.group)
+        if self.stages > 1 and self.is_async:
+            if len(step.group):
+                self.resting.append((self.num_composed + self.stages, step.group))
         else:
-            self.ready = step.group
+            self._is_ready(step.group)
+
+    def _is_ready(self, group: _Group) -> None:
+        if len(self.ready):
+            self.ready.take_in(group)
+        else:
+            self.ready = group
 
     # ---- what goes out
 
     def _run(self, step: _Step, now_s: float) -> None:
+        if not step.batch.tokens:  # an empty batch only keeps its place in the queue
+            step.end_s = now_s
+            self.under_way.append(step)
+            return
         at_s, batch, again = now_s, step.batch, step.repeats - 1
+        if self.stages > 1:  # the first stage needs the tokens that the last one drew
+            at_s = max(at_s, step.group.free_s)
         # Each of the equal steps reads the tokens that the ones before it have added.
         added = batch.sequences * again * (again + 1) / 2
-        for index in range(self.time.layout.pp):
+        for index in range(self.stages):
             begin_s = max(at_s, self.stage_free_s[index])
             busy_s = self.time.stage_s(index, batch)
             if again:
                 busy_s += again * busy_s + added * self.time.context_token_s(index)
             self.stage_free_s[index] = at_s = begin_s + busy_s
-            if index + 1 < self.time.layout.pp:
+            if index + 1 < self.stages:
                 at_s += self.time.hand_over_s(batch) * step.repeats
         self.busy_s += busy_s
         self.batch_s += busy_s * batch.samples
-        step.end_s = at_s
+        step.end_s = step.group.free_s = at_s
         self.under_way.append(step)
 
     def _deliver(self, step: _Step) -> None:
         c = self.time.constants
         if not self.is_async:
             self._requeue(step)
+        if not step.batch.samples:
+            return
         work_s = step.batch.samples * c.output_s / self.frontends
         self.outputs_free_s = max(self.outputs_free_s + step.repeats * work_s, step.end_s + work_s)
         seen_s = self.outputs_free_s - work_s / 2 + c.delivery_s
