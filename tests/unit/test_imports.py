@@ -47,7 +47,7 @@ CONFINED = [
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("demo/", "fleet/vllm/runner_v1.py")),
-    ("plotly", ("bench/report.py",)),
+    ("plotly", ("bench/report.py", "plan/plotting.py")),
     ("aiohttp", ("notices/metadata.py",)),
     ("pynvml", ("observe/nvml.py",)),
 ]

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from kervan.errors import CapacityError, ConfigError
-from kervan.facts import model as models
 from kervan.facts.fleet import FleetConfig
 from kervan.twin.engine import Ask, TwinEngine, TwinSettings
 from kervan.twin.settings import settings
@@ -33,22 +32,6 @@ def directory(tmp_path: Path) -> Path:
 def fleet(directory: Path, described: dict[str, Any], **more: Any) -> FleetConfig:
     (directory / "config.json").write_text(json.dumps(described))
     return FleetConfig(**{"model": str(directory), "engine": "twin", "gpu": "H200", **more})
-
-
-@pytest.mark.parametrize(
-    ("described", "parameters", "active", "kv_bytes"),
-    [
-        # Model cards: 8.03e9, 70.6e9; 30.5e9 with 3.3e9 active (the card counts the embedding table, 0.31e9, as active).
-        pytest.param(LLAMA3_8B, 8.03e9, 7.50e9, 131072, id="llama3-8b"),
-        pytest.param(LLAMA3_70B, 70.6e9, 69.5e9, 327680, id="llama3-70b"),
-        pytest.param(QWEN3_30B_A3B, 30.5e9, 3.04e9, 98304, id="qwen3-30b-a3b"),
-    ],
-)
-def test_shapes(described: dict[str, Any], parameters: float, active: float, kv_bytes: int) -> None:
-    shape = models.shape(described, "config.json")
-    assert shape.parameters == pytest.approx(parameters, rel=0.005)
-    assert shape.active_parameters == pytest.approx(active, rel=0.005)
-    assert shape.kv_bytes_per_token == kv_bytes
 
 
 @pytest.mark.parametrize(
@@ -83,7 +66,7 @@ def closed_loop_tok_s(found: TwinSettings, streams: int) -> float:
         pytest.param(LLAMA3_8B, 1, 1, 199.75, 0.05, id="8b, 1 stream"),
         pytest.param(LLAMA3_8B, 1, 64, 4676.68, 0.10, id="8b, 64 streams"),
         pytest.param(LLAMA3_70B, 4, 1, 78.46, 0.05, id="70b, tp 4, 1 stream"),
-        pytest.param(LLAMA3_70B, 4, 64, 1925.6, 0.30, id="70b, tp 4, 64 streams"),
+        pytest.param(LLAMA3_70B, 4, 64, 1925.6, 0.10, id="70b, tp 4, 64 streams"),
     ],
 )
 def test_the_speed_is_near_vllms(
@@ -124,9 +107,7 @@ def test_tokens_are_ordinary_text(directory: Path) -> None:
         pytest.param({"twin": {"speed": "fast"}}, ConfigError, "is no number", id="no number"),
         pytest.param({"twin": {"speed": "0"}}, ConfigError, "out of range", id="zero speed"),
         pytest.param({"twin": {"num_blocks": "3"}}, ConfigError, "use num_blocks=512", id="too few blocks"),
-        pytest.param(
-            {"engine_args": {"max_num_seqs": "many"}}, ConfigError, "is no whole number", id="engine argument"
-        ),
+        pytest.param({"engine_args": {"max_num_seqs": "many"}}, ConfigError, "is no number", id="engine argument"),
         pytest.param(
             {"described": {"model_type": "x", "architectures": ["y"]}}, ConfigError, "hidden_size", id="shape"
         ),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kervan.errors import ConfigError
+from kervan.facts.model import EXPERT_FIELDS
 
 LayerKind = Literal["full", "sliding", "linear"]
 Part = Literal["attention", "mlp", "experts", "router", "embedding", "head"]
@@ -22,7 +23,7 @@ KNOWN = frozenset(
     }
 )  # fmt: skip
 UNGATED = frozenset(["gpt2", "opt", "gpt_neox", "falcon", "starcoder2", "phi"])
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0, "float": 4.0}
 MAX_SIZE = 10**8  # beyond it a field is a mistake
 
@@ -252,7 +253,7 @@ class _Fields:
 
 def _experts(get: _Fields, num_layers: int) -> Experts | None:
     fields = get.fields
-    count = get.number(*EXPERT_COUNTS, default=0, least=0, most=100_000)
+    count = get.number(*EXPERT_FIELDS, default=0, least=0, most=100_000)
     if count < 2:
         return None
     per_token = get.number("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", default=1)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,75 +82,6 @@ def check_layout(config: dict[str, Any] | None, *, tp: int, pp: int, ep: int = 1
 def _one_of(numbers: list[int]) -> str:
     words = [str(n) for n in numbers]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a decoder-only transformer with (grouped-query) attention, dense or with experts.
-
-    `active_parameters`: those that one token passes, without the embedding table.
-    """
-
-    num_layers: int
-    parameters: int
-    active_parameters: int
-    kv_bytes_per_token: int
-    vocab_size: int
-    max_model_len: int
-    bytes_per_parameter: float
-    eos_token: int
-
-
-def shape(config: dict[str, Any], source: str) -> Shape:
-    """The sizes that follow from a `config.json`. KV cache in bf16; biases and norms are left out (below 0.1%).
-
-    Raises: ConfigError when a field is missing; `source` names the file.
-    """
-    text_config = config.get("text_config")
-    fields = text_config if isinstance(text_config, dict) else config
-
-    def number(*names: str, default: int | None = None) -> int:
-        for name in names:
-            value = fields.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        if default is None:
-            raise ConfigError(f"{source} has no whole number {names[0]!r}, so the model's size is not known")
-        return default
-
-    hidden, layers, heads = number("hidden_size"), number("num_hidden_layers"), number("num_attention_heads")
-    kv_heads = number("num_key_value_heads", default=heads)
-    head = number("head_dim", default=hidden // heads)
-    vocab = number("vocab_size")
-    attention = 2 * hidden * head * (heads + kv_heads)
-    experts = number("num_experts", "num_local_experts", default=1)
-    width = number("moe_intermediate_size", "intermediate_size") if experts > 1 else number("intermediate_size")
-    expert = 3 * hidden * width
-    router = hidden * experts if experts > 1 else 0
-    used = number("num_experts_per_tok", default=1) if experts > 1 else 1
-    table = vocab * hidden
-    is_tied = bool(fields.get("tie_word_embeddings", False))
-    eos = config.get("eos_token_id", fields.get("eos_token_id"))
-    eos = eos[0] if isinstance(eos, list) and eos else eos
-    return Shape(
-        num_layers=layers,
-        parameters=layers * (attention + experts * expert + router) + table * (1 if is_tied else 2),
-        active_parameters=layers * (attention + used * expert + router) + table,
-        kv_bytes_per_token=layers * 2 * kv_heads * head * 2,
-        vocab_size=vocab,
-        max_model_len=number("max_position_embeddings", default=8192),
-        bytes_per_parameter=_bytes_per_parameter(config.get("quantization_config")),
-        eos_token=eos if isinstance(eos, int) else vocab - 1,
-    )
-
-
-def _bytes_per_parameter(quantization: Any) -> float:
-    if not isinstance(quantization, dict):
-        return 2.0
-    if "fp8" in str(quantization.get("quant_method", "")):
-        return 1.0
-    bits = quantization.get("bits")
-    return bits / 8 if isinstance(bits, int) else 2.0
 
 
 def special_tokens(model: str) -> frozenset[int]:

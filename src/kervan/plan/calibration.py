@@ -83,7 +83,7 @@ PRIOR = Calibration(
     gpu="H200",
     date="2026-11-25",
     constants=Constants(),
-    spread={"out_tok_s": 0.05, "tpot_p50_s": 0.05, "ttft_p50_s": 0.20, "ttft_p99_s": 0.20},
+    spread={"out_tok_s": 0.05, "tpot_p50_s": 0.04, "ttft_p50_s": 0.18, "ttft_p99_s": 0.15},
     source="bare vLLM 0.24.0 on H200",
 )
 

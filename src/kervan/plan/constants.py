@@ -14,33 +14,33 @@ class Constants:
     `layer_s`: launches and small kernels of a layer. `expert_layer_s`: more for routing and sorting tokens.
     `all_reduce_s`: of a small message. `step_s`: between two steps. `sequence_s`: per sequence in a step.
     `eager_layer_s`: least time of a layer in a step that no CUDA graph covers (the host launches each kernel); more of
-    it with several GPUs (`eager_group_layer_s`), for experts (`eager_expert_layer_s`) and for sharing them out
+    it with each doubling of `tp` (`eager_group_layer_s`), for experts (`eager_expert_layer_s`) and for sharing them out
     (`eager_ep_layer_s`). `stage_s`: handing a batch to the next stage; `stage_sync_s`: more of it where steps are not
     composed ahead (model runner V1 with stages).
     `prompt_s`, `prompt_token_s`: the frontend's work on a request. `output_s`: on a streamed token.
     `delivery_s`: from a step's end to the client.
     """
 
-    bandwidth_share: float = 0.845
-    kv_bandwidth_share: float = 0.80
+    bandwidth_share: float = 0.846
+    kv_bandwidth_share: float = 0.92
     flops_share: float = 0.70
-    flops_half_tokens: float = 40.0
-    attention_share: float = 0.65
+    flops_half_tokens: float = 42.0
+    attention_share: float = 0.63
     attention_half_tokens: float = 1000.0
-    expert_flops_share: float = 0.33
+    expert_flops_share: float = 0.38
     expert_tile_tokens: float = 64.0
-    layer_s: float = 27e-6
-    expert_layer_s: float = 24e-6
-    all_reduce_s: float = 8e-6
-    step_s: float = 270e-6
+    layer_s: float = 28.5e-6
+    expert_layer_s: float = 25e-6
+    all_reduce_s: float = 6.4e-6
+    step_s: float = 256e-6
     sequence_s: float = 4e-6
-    eager_layer_s: float = 600e-6
-    eager_group_layer_s: float = 550e-6
-    eager_expert_layer_s: float = 750e-6
-    eager_ep_layer_s: float = 500e-6
+    eager_layer_s: float = 620e-6
+    eager_group_layer_s: float = 450e-6
+    eager_expert_layer_s: float = 900e-6
+    eager_ep_layer_s: float = 520e-6
     stage_s: float = 50e-6
     stage_sync_s: float = 1e-3
-    prompt_s: float = 2e-3
+    prompt_s: float = 2.2e-3
     prompt_token_s: float = 1e-6
     output_s: float = 60e-6
     delivery_s: float = 1.5e-3

@@ -268,7 +268,8 @@ class _Stage:
         if batch.tokens <= MAX_GRAPH_TOKENS:
             return 0.0
         c, layout = self.o.constants, self.o.layout
-        each = c.eager_layer_s + (c.eager_group_layer_s if layout.tp > 1 else 0.0)
+        # Each all-reduce waits for the slowest host of the group.
+        each = c.eager_layer_s + c.eager_group_layer_s * math.log2(layout.tp)
         more = c.eager_expert_layer_s + (c.eager_ep_layer_s if layout.ep > 1 else 0.0)
         return self.num_layers * each + self.num_expert_layers * more
 

@@ -7,23 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from kervan.errors import CapacityError, ConfigError
-from kervan.facts import hardware
+from kervan.facts import architecture, hardware
 from kervan.facts import model as models
+from kervan.facts.architecture import ModelSpec
 from kervan.facts.fleet import FleetConfig
+from kervan.facts.hardware import Gpu
+from kervan.facts.layout import Layout
+from kervan.plan import engine as plan_engine
+from kervan.plan import memory
+from kervan.plan.calibration import PRIOR
+from kervan.plan.engine import EngineLimits
+from kervan.plan.step_time import Batch, StepTime
 from kervan.twin.engine import BLOCK_SIZE, Limits, StepTiming, TwinSettings
 
-# Set by hand so that 1 and 64 streams come near bare vLLM 0.24 on an H200 (8B on one GPU, 70B on four; see
-# tests/unit/test_twin_settings.py); the planner of a later version will measure them.
-BANDWIDTH_SHARE = 0.82
-FLOPS_SHARE = 0.75
-STEP_OVERHEAD_S = 600e-6
-LAYER_FLOOR_S = 13e-6
-ALL_REDUCE_S = 10e-6  # two per layer, with tp > 1
-STAGE_S = 300e-6  # handing over to the next pipeline stage
-SEQUENCE_S = 10e-6
-MEMORY_SHARE = 0.92
-WORKSPACE_GIB = 2.0
-LARGE_GPU_GIB = 70  # from here on vLLM's defaults are larger
+# Where the straight lines through the planner's step time are taken.
+TYPICAL_SEQUENCES = 64
+TYPICAL_PROMPT = 1024
 
 # What the user may set with --twin, besides the fields of StepTiming and Limits.
 EXTRA = {"speed": 1.0, "kv_tokens": 0}
@@ -37,10 +36,13 @@ def settings(config: FleetConfig) -> TwinSettings:
     described = models.read_config(config.model)
     if described is None:
         raise ConfigError(f"a twin of {config.model!r} needs its config.json; give the local directory that holds it")
-    shape = models.shape(described, f"{config.model}/config.json")
+    spec = architecture.parse(described, f"{config.model}/config.json")
     gpu = hardware.gpu(config.gpu)
     given = _given(config.twin)
-    values = _sizes(config, shape, gpu, given) | _times(config, shape, gpu) | _tokens(config, shape)
+    layout = Layout(config.tp, config.pp, 1, config.ep)
+    engine_limits = plan_engine.limits(spec, gpu, {"max_model_len": spec.max_model_len, **config.engine_args})
+    values = _sizes(spec, gpu, layout, engine_limits, given) | _times(spec, gpu, layout, engine_limits)
+    values |= _tokens(config.model, spec.vocab, _eos_token(described, spec.vocab))
     values |= {key: value for key, value in given.items() if key not in EXTRA}
     timing = StepTiming(**{f.name: float(values[f.name]) for f in dataclasses.fields(StepTiming)})
     limits = Limits(**{f.name: int(values[f.name]) for f in dataclasses.fields(Limits) if f.name in values})
@@ -68,57 +70,63 @@ def _given(words: Mapping[str, Any]) -> dict[str, float]:
     return given
 
 
-def _sizes(config: FleetConfig, shape: models.Shape, gpu: hardware.Gpu, given: Mapping[str, float]) -> dict[str, float]:
-    def argument(name: str, default: int) -> int:
-        try:
-            return int(config.engine_args.get(name) or default)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"engine argument {name}={config.engine_args[name]!r} is no whole number, and a twin needs one"
-            ) from error
-
-    is_large = gpu.memory_gib >= LARGE_GPU_GIB
-    max_model_len = argument("max_model_len", shape.max_model_len)
-    block_size = int(given.get("block_size", BLOCK_SIZE))
-    weights_gib = shape.parameters * shape.bytes_per_parameter / 2**30 / config.world_size
-    free_gib = gpu.memory_gib * MEMORY_SHARE - weights_gib - WORKSPACE_GIB
-    kv_tokens = given["kv_tokens"] or free_gib * 2**30 * config.world_size / shape.kv_bytes_per_token
-    if kv_tokens < max_model_len and "num_blocks" not in given:
+def _sizes(
+    spec: ModelSpec, gpu: Gpu, layout: Layout, limits: EngineLimits, given: Mapping[str, float]
+) -> dict[str, float]:
+    """vLLM's limits, and the KV pool that the planner expects."""
+    room = memory.estimate(spec, layout, gpu, limits)
+    kv_tokens = int(given["kv_tokens"]) or room.kv_tokens
+    if kv_tokens < limits.max_model_len and "num_blocks" not in given:
         raise CapacityError(
-            f"{weights_gib:.1f} GiB of weights per GPU leave {max(0.0, free_gib):.1f} GiB of a {gpu.name}'s "
-            f"{gpu.memory_gib:g} GiB for {max(0, int(kv_tokens))} tokens, and one request may have {max_model_len}; "
-            f"use a larger --tp, or --engine-arg max_model_len={max(1, int(kv_tokens))}"
+            f"{room.weights_gib:.1f} GiB of weights per GPU leave {max(0.0, room.kv_gib):.1f} GiB of a {gpu.name}'s "
+            f"{gpu.memory_gib:g} GiB for {kv_tokens} tokens, and one request may have {limits.max_model_len}; "
+            f"use a larger --tp, or --engine-arg max_model_len={max(1, kv_tokens)}"
             if kv_tokens > 0
-            else f"{weights_gib:.1f} GiB of weights per GPU do not fit a {gpu.name} with {gpu.memory_gib:g} GiB; "
+            else f"{room.weights_gib:.1f} GiB of weights per GPU do not fit a {gpu.name} with {gpu.memory_gib:g} GiB; "
             "use a larger --tp"
         )
     return {
-        "num_blocks": kv_tokens // block_size,
-        "max_num_seqs": argument("max_num_seqs", 1024 if is_large else 256),
-        "max_num_batched_tokens": argument("max_num_batched_tokens", 8192 if is_large else 2048),
-        "max_model_len": max_model_len,
+        "num_blocks": kv_tokens // int(given.get("block_size", BLOCK_SIZE)),
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "max_model_len": limits.max_model_len,
     }
 
 
-def _times(config: FleetConfig, shape: models.Shape, gpu: hardware.Gpu) -> dict[str, float]:
-    """A roofline: weights and KV cache are read at the GPU's bandwidth, prompts computed at its rate."""
-    bandwidth = gpu.bandwidth_bytes_s * BANDWIDTH_SHARE * config.tp
-    layers_s = shape.num_layers * (LAYER_FLOOR_S + (2 * ALL_REDUCE_S if config.tp > 1 else 0.0))
-    weights_s = shape.active_parameters * shape.bytes_per_parameter / bandwidth
+def _times(spec: ModelSpec, gpu: Gpu, layout: Layout, limits: EngineLimits) -> dict[str, float]:
+    """The planner's step time as a straight line in each of its arguments: one sequence and `TYPICAL_SEQUENCES`, no
+    context and some, no prompt and a full budget.
+    """
+    time = StepTime(spec, layout, gpu, limits, PRIOR.constants)
+
+    def step_s(sequences: int = 1, context: float = 0.0, prefill: int = 0) -> float:
+        pairs = prefill * min(prefill, TYPICAL_PROMPT) / 2
+        return time.total_s(Batch(sequences, context, prefill, pairs, sequences))
+
+    alone_s = step_s()
+    sequence_s = (step_s(TYPICAL_SEQUENCES) - alone_s) / (TYPICAL_SEQUENCES - 1)
+    budget = limits.max_num_batched_tokens
     return {
-        "base_s": STEP_OVERHEAD_S + weights_s + layers_s + (config.pp - 1) * STAGE_S,
-        "prefill_token_s": 2 * shape.active_parameters / (gpu.bf16_flops * FLOPS_SHARE * config.world_size),
-        "sequence_s": SEQUENCE_S,
-        "context_token_s": shape.kv_bytes_per_token / bandwidth,
+        "base_s": alone_s - sequence_s,
+        "prefill_token_s": (step_s(prefill=budget) - alone_s) / budget,
+        "sequence_s": sequence_s,
+        "context_token_s": sum(time.context_token_s(index) for index in range(layout.pp)),
     }
 
 
-def _tokens(config: FleetConfig, shape: models.Shape) -> dict[str, float]:
+def _eos_token(described: Mapping[str, Any], vocab: int) -> int:
+    text = described.get("text_config")
+    eos = described.get("eos_token_id", text.get("eos_token_id") if isinstance(text, Mapping) else None)
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    return eos if isinstance(eos, int) else vocab - 1
+
+
+def _tokens(model: str, vocab: int, eos_token: int) -> dict[str, float]:
     """The longest run of ids that are ordinary text."""
-    special = sorted({shape.eos_token, *models.special_tokens(config.model)})
-    edges = [-1, *(i for i in special if 0 <= i < shape.vocab_size), shape.vocab_size]
+    special = sorted({eos_token, *models.special_tokens(model)})
+    edges = [-1, *(i for i in special if 0 <= i < vocab), vocab]
     first, last = max(((a + 1, b - 1) for a, b in itertools.pairwise(edges)), key=lambda run: run[1] - run[0])
-    return {"first_token": first, "last_token": last, "eos_token": shape.eos_token}
+    return {"first_token": first, "last_token": last, "eos_token": eos_token}
 
 
 def _check(limits: Limits) -> None:
