@@ -5,11 +5,14 @@ its tokens are sure and some are not. Random weights would not do: their tokens 
 """
 
 import argparse
+import json
 import multiprocessing
 import random
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +36,7 @@ CONTEXT = 1024
 TRAIN_BYTES = 32 * 2**20
 TOKENIZER_BYTES = 4 * 2**20
 NUM_MOVES = 4  # of each answer, each at another place
-NUM_ALONE = 12
+NUM_ALONE = 8
 SAMPLINGS: Mapping[str, Row] = {
     "greedy": {"temperature": 0.0},
     "seed, temperature 0.8": {"temperature": 0.8, "top_p": 0.95},
@@ -43,7 +46,11 @@ ENGINES = {"bf16": {}, "bf16, batch invariant": {"VLLM_BATCH_INVARIANT": "1"}}
 
 def run(args: argparse.Namespace, keep: Keep, device: Mapping[str, Any]) -> str:
     """Train, then ask; rows go to `keep`. Returns the table."""
-    place = args.out / "trained"
+    with tempfile.TemporaryDirectory() as place:
+        return _run(args, keep, device, Path(place))
+
+
+def _run(args: argparse.Namespace, keep: Keep, device: Mapping[str, Any], place: Path) -> str:
     is_small = not device
     begin_s = time.monotonic()
     context = multiprocessing.get_context("spawn")
@@ -52,35 +59,37 @@ def run(args: argparse.Namespace, keep: Keep, device: Mapping[str, Any]) -> str:
     training.join()
     if training.exitcode:
         raise RuntimeError(f"the training ended with {training.exitcode}")
-    import json
-
     keep({"what": "training", **json.loads((place / "training.json").read_text()), "took_s": took(begin_s)})
     rows: list[Row] = []
     asks = questions(place, args.answers)
-    for name, env in ENGINES.items():
-        if time.monotonic() > args.deadline_s - 45:
-            keep({"what": name, "failed": "no time left"})
-            continue
-        begin_s = time.monotonic()
-        try:
-            log = args.out / f"flips-{name.replace(', ', '-').replace(' ', '-')}.log"
-            more = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 8 * 2**30} if device else {}
-            sizes = {"max_model_len": CONTEXT, "max_num_seqs": 128, "enable_prefix_caching": False}
-            own = {**env, "VLLM_LOGGING_LEVEL": "INFO"}
-            with closing(
-                Oracle(str(place), env=own, log=log, dtype="bfloat16", **{**device, **more, **sizes})
-            ) as oracle:
-                keep({"what": name, "facts": oracle.call("facts"), "took_s": took(begin_s)})
-                for kind, sampling in SAMPLINGS.items():
-                    if time.monotonic() > args.deadline_s - 20:
-                        keep({"what": name, "sampling": kind, "failed": "no time left"})
-                        break
-                    for row in measured(oracle, asks, sampling):
-                        rows.append({"engine": name, "sampling": kind, **row})
-                        keep(rows[-1])
-        except Exception as error:  # noqa: BLE001 - a row says it; the next engine may do
-            keep({"what": name, "failed": last_line(error)})
+    with ThreadPoolExecutor() as starters:  # engines start side by side, and are asked one after the other
+        starting = {name: starters.submit(_start, name, args, place, device) for name in ENGINES}
+        for name, oracle in starting.items():
+            try:
+                for row in _asked(oracle.result(), asks, args.deadline_s):
+                    rows.append({"engine": name, **row})
+                    keep(rows[-1])
+            except Exception as error:  # noqa: BLE001 - a row says it; the next engine may do
+                keep({"engine": name, "what": "engine", "failed": last_line(error)})
     return table(rows)
+
+
+def _start(name: str, args: argparse.Namespace, place: Path, device: Mapping[str, Any]) -> Oracle:
+    sizes = {"max_model_len": CONTEXT, "max_num_seqs": 128, "enable_prefix_caching": False, "dtype": "bfloat16"}
+    if device:
+        sizes |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 8 * 2**30}
+    log = args.out / f"flips-{name.replace(', ', '-').replace(' ', '-')}.log"
+    return Oracle(str(place), env={**ENGINES[name], "VLLM_LOGGING_LEVEL": "INFO"}, log=log, **{**device, **sizes})
+
+
+def _asked(oracle: Oracle, asks: Sequence[Sequence[int]], deadline_s: float) -> Iterator[Row]:
+    with closing(oracle):
+        yield {"what": "engine", "facts": oracle.call("facts")}
+        for kind, sampling in SAMPLINGS.items():
+            for row in measured(oracle, asks, sampling):
+                yield {"sampling": kind, **row}
+                if time.monotonic() > deadline_s - 20:
+                    raise TimeoutError("no time left")
 
 
 def measured(oracle: Oracle, asks: Sequence[Sequence[int]], sampling: Row) -> Iterator[Row]:
@@ -210,8 +219,6 @@ def questions(place: Path, count: int) -> list[list[int]]:
 
 def train(place: Path, budget_s: float, is_small: bool) -> None:
     """Make the model in `place`, with `training.json` about it. In a process of its own."""
-    import json
-
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="logs and the record")
     parser.add_argument("--limit-s", type=float, default=540.0, help="begin to end after so many seconds")
     parser.add_argument("--only", default="", help="of exact and tp: engines whose name has this")
-    parser.add_argument("--train-s", type=float, default=75.0, help="of flips: seconds to train the model")
+    parser.add_argument("--train-s", type=float, default=60.0, help="of flips: seconds to train the model")
     parser.add_argument("--answers", type=int, default=100, help="of flips")
     parser.add_argument("--model", help="of storm: a model directory in place of the 8B shape")
     parser.add_argument("--streams", type=int, default=64, help="of storm")
