@@ -2,18 +2,24 @@
 
 The tests of exact resume start it once: importing vLLM and making an engine takes half a minute. A request goes through
 vLLM's own input processing, kervan's journal and codec, and the steps of `kervan.fleet.vllm.replica`.
+`benchmarks/gpu_moves.py` runs it on GPUs, without pytest.
 """
 
+import importlib
+import importlib.util
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 START_S = 400.0
 ANSWER_S = 240.0
+MAX_STEPS = 50_000  # with batches in flight, a step need not give outputs
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,35 @@ class Answer:
 
 
 class Oracle:
-    """The process; `call` runs a method of `Core` in it."""
+    """The process; `call` runs a method of `Core` in it.
 
-    def __init__(self, model: str, **engine_args: Any):
+    `env`: of the engine. `log`: a file for what it prints.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        **engine_args: Any,
+    ):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, model, engine_args), daemon=True)
+        layout: dict[str, Any] = {"tp": tp, "pp": pp}
+        # A daemon may not have children, which an engine of several workers has.
+        self._process = context.Process(
+            target=_serve, args=(theirs, model, layout, dict(env or {}), log, engine_args), daemon=tp * pp == 1
+        )
         self._process.start()
         theirs.close()
-        self._receive(START_S)
+        try:
+            self._receive(START_S)
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         self._connection.send((method, args, kwargs))
@@ -71,15 +97,27 @@ class Oracle:
         self._process.join()
 
 
-def _serve(connection: Connection, model: str, engine_args: dict[str, Any]) -> None:
+def _serve(
+    connection: Connection,
+    model: str,
+    layout: dict[str, Any],
+    env: dict[str, str],
+    log: Path | None,
+    engine_args: dict[str, Any],
+) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ |= env
+    if log is not None:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
     core: Any = None
     call: Any = ("", (), {})
     while True:
         try:
             if core is None:
-                core, value = Core(model, engine_args), None
+                core, value = Core(model, layout, engine_args), None
             else:
                 method, args, kwargs = call
                 value = getattr(core, method)(*args, **kwargs)
@@ -95,7 +133,7 @@ def _serve(connection: Connection, model: str, engine_args: dict[str, Any]) -> N
 class Core:
     """Runs in the oracle's process."""
 
-    def __init__(self, model: str, engine_args: dict[str, Any]):
+    def __init__(self, model: str, layout: dict[str, Any], engine_args: dict[str, Any]):
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.engine.core import EngineCore
@@ -107,10 +145,10 @@ class Core:
         from kervan.fleet.vllm import runner_v1, versions
         from kervan.fleet.vllm.codec import VllmCodec
 
-        argv = FleetConfig(model=model, engine_args=engine_args).engine_argv
+        argv = FleetConfig(model=model, **layout, engine_args=engine_args).engine_argv
         self.config = AsyncEngineArgs.from_cli_args(versions.parse_args(argv)).create_engine_config()
         self.core = EngineCore(self.config, Executor.get_class(self.config), log_stats=True)
-        (self._is_v1,) = self.core.model_executor.collective_rpc(runner_v1.install)
+        self._is_v1 = all(self.core.model_executor.collective_rpc(runner_v1.install))
         self.inputs = InputProcessor(self.config)
         self.codec = VllmCodec()
         self.decoder = MsgpackDecoder(EngineCoreRequest)
@@ -119,6 +157,23 @@ class Core:
 
     def runner_is_v1(self) -> bool:
         return bool(self._is_v1)
+
+    def grammar_libraries(self) -> list[str]:
+        """Those installed here, under vLLM's names."""
+        modules = {"xgrammar": "xgrammar", "guidance": "llguidance", "outlines": "outlines_core"}
+        return [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
+
+    def facts(self) -> dict[str, Any]:
+        """What this engine is."""
+        config = self.config
+        return {
+            "runner": "V1" if self._is_v1 else "V2",
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "block_size": config.cache_config.block_size,
+            "eager": config.model_config.enforce_eager,
+        }
 
     def num_accepted_guesses(self) -> int:
         return self._num_accepted_guesses
@@ -132,14 +187,18 @@ class Core:
 
     def use_grammar_library(self, name: str) -> None:
         """An engine keeps the library of its first grammar; this one forgets it."""
-        from llguidance import hf
-
-        if not hasattr(hf, "original"):  # it wants one id more than the tokenizer has; real vocabularies are padded
-            hf.original = hf.from_tokenizer
-            hf.from_tokenizer = lambda tokenizer, size=None, **more: hf.original(tokenizer, size + 1, **more)
+        if name == "guidance":
+            self._widen_vocabulary()
         manager = self.core.structured_output_manager
         manager.backend = manager._grammar_bitmask = None
         self.config.structured_outputs_config.backend = name
+
+    @staticmethod
+    def _widen_vocabulary() -> None:
+        hf: Any = importlib.import_module("llguidance.hf")
+        if not hasattr(hf, "original"):  # it wants one id more than the tokenizer has; real vocabularies are padded
+            hf.original = hf.from_tokenizer
+            hf.from_tokenizer = lambda tokenizer, size=None, **more: hf.original(tokenizer, size + 1, **more)
 
     def use_reasoning_parser(self, name: str | None) -> None:
         from vllm.reasoning import ReasoningParserManager
@@ -206,17 +265,24 @@ class Core:
         ended, self._ended = self._ended, None
         self._take(answers, ended)
         while any(answer.finish is None for answer in answers.values()):
-            outputs, has_executed = self.core.step()
-            self.core.post_step(has_executed)
+            outputs = self._step()
             num_steps += 1
-            assert num_steps < 5000, {id_: len(a.tokens) for id_, a in answers.items() if a.finish is None}
-            self._take(answers, outputs.get(0))
-            stats = outputs[0].scheduler_stats if 0 in outputs else None
+            assert num_steps < MAX_STEPS, {id_: len(a.tokens) for id_, a in answers.items() if a.finish is None}
+            self._take(answers, outputs)
+            stats = outputs.scheduler_stats if outputs is not None else None
             if stats is not None and stats.spec_decoding_stats is not None:
                 self._num_accepted_guesses += stats.spec_decoding_stats.num_accepted_tokens
             if num_steps == preempt_after:
                 self.core.scheduler.reset_prefix_cache(reset_running_requests=True)
         return answers
+
+    def _step(self) -> Any:
+        """As vLLM's engine loop does it; the outputs, or None when none have come yet (with batches in flight)."""
+        outputs, has_executed = self.core.step_fn()
+        self.core.post_step(has_executed)
+        if not has_executed:
+            time.sleep(0.001)  # a grammar is being compiled, perhaps
+        return outputs.get(0) if outputs else None
 
     @staticmethod
     def _take(answers: dict[str, Answer], outputs: Any) -> None:
@@ -236,6 +302,18 @@ class Core:
     def whole(self, ask: Ask) -> Answer:
         request = self.request(ask)
         return self.run([self.place(request, (), 0)])[request.request_id]
+
+    def answers(self, asks: Sequence[Ask], generated: Sequence[Sequence[int]] = ()) -> list[Answer]:
+        """All at once; `generated`: what each has on arrival, which its answer begins with, too."""
+        placed = []
+        for number, ask in enumerate(asks):
+            tokens = generated[number] if generated else ()
+            placed.append(self.place(self.request(ask), tokens, 1 if generated else 0))
+        found = self.run(placed)
+        if generated:
+            for id_, tokens in zip(placed, generated, strict=True):
+                found[id_].tokens = [*tokens, *found[id_].tokens]
+        return [found[id_] for id_ in placed]
 
     def from_every_token(
         self, ask: Ask, *, at_once: int = 64, preempt_after: int | None = None
@@ -270,7 +348,7 @@ class Core:
             id_ = self.place(request, tokens, epoch)
             answers = {id_: Answer()}
             while not answers[id_].tokens:
-                self._take(answers, self.core.step()[0].get(0))
+                self._take(answers, self._step())
             tokens += answers[id_].tokens
             self.core.abort_requests([id_])
         return whole, tokens
@@ -278,9 +356,10 @@ class Core:
     def aborted(self, ask: Ask, generated: Sequence[int]) -> int:
         """How many requests the engine still has after an abort."""
         id_ = self.place(self.request(ask), generated)
-        self.core.step()
+        self._step()
         self.core.abort_requests([id_])
-        self.core.step()
+        for _ in range(1 + self.core.batch_queue_size):
+            self._step()
         return len(self.core.scheduler.requests)
 
     def carried(self, ask: Ask, generated: Sequence[int]) -> dict[str, Any]:

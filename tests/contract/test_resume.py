@@ -9,33 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, TAG, TALKING
 from resume_oracle import Answer, Ask, Oracle
 
 from kervan.demo import make_lora_adapter, make_random_model
 
 pytestmark = pytest.mark.timeout(600)
-
-PROMPT = tuple(range(10, 40))
-PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 2.0, "repetition_penalty": 1.2}
-FEW = tuple(range(60, 76))
-GREEDY = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
-# Of few tokens, each says what was said before: penalties that forget show at once.
-TALKING = {**GREEDY, **PENALTIES, "allowed_token_ids": FEW}
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 150}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-GRAMMARS: dict[str, dict[str, Any]] = {
-    "json schema": {"json": SCHEMA},
-    "regex": {"regex": "[a-c]{4}-[0-9]{6}x{0,3}"},
-    "choice": {"choice": ["a caravan of camels", "a caravan of traders", "an oasis"]},
-    "ebnf": {"grammar": 'root ::= "so " item (", " item){3}\nitem ::= [a-z][a-z] | [0-9]'},
-}
-# vLLM bans the last token of a sequence after those before it, which may have been generated before a move.
-BAD_WORDS = ["[\\]", "YZ", "Z[", "^_", "`a", "a`"]
-TAG = {"type": "tag", "begin": "<call>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</call>"}
 
 
 @pytest.fixture(scope="module")
@@ -100,24 +79,7 @@ def test_the_engine_is_the_one_that_needs_the_most(oracle: Oracle) -> None:
 
 
 @pytest.mark.parametrize("is_fresh", [False, True], ids=["prefix cached", "not cached"])
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        pytest.param(GREEDY, id="greedy"),
-        pytest.param({**GREEDY, "allowed_token_ids": FEW, "presence_penalty": 1.5}, id="presence penalty"),
-        pytest.param({**GREEDY, "allowed_token_ids": FEW, "frequency_penalty": 1.0}, id="frequency penalty"),
-        pytest.param({**GREEDY, "allowed_token_ids": FEW, "repetition_penalty": 1.3}, id="repetition penalty"),
-        pytest.param({**TALKING, "logprobs": 3}, id="logprobs"),
-        pytest.param({**TALKING, "logprob_token_ids": [61, 65]}, id="logprob token ids"),
-        pytest.param({**TALKING, "logit_bias": {60: 2.0, 61: -2.0}}, id="logit bias"),
-        pytest.param({**GREEDY, "allowed_token_ids": FEW, "bad_words": BAD_WORDS}, id="bad words"),
-        pytest.param({"temperature": 1.0, "seed": 7, "max_tokens": 32, "ignore_eos": True}, id="seed"),
-        pytest.param(
-            {**PENALTIES, "temperature": 0.8, "seed": 11, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "max_tokens": 32},
-            id="seed, top_p, top_k, min_p, penalties",
-        ),
-    ],
-)
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_sampling(oracle: Oracle, sampling: dict[str, Any], is_fresh: bool) -> None:
     whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling, is_fresh=is_fresh))
     check(whole, moved)
@@ -209,9 +171,8 @@ def test_grammars(oracle: Oracle, library: str, kind: str) -> None:
 
 def test_a_structural_tag(oracle: Oracle) -> None:
     oracle.call("use_grammar_library", "xgrammar")
-    tag = {"structural_tag": json.dumps({"type": "structural_tag", "format": TAG})}
     whole, moved = oracle.call(
-        "from_every_token", Ask(PROMPT, {"temperature": 0.0, "max_tokens": 48, **PENALTIES}, tag)
+        "from_every_token", Ask(PROMPT, {"temperature": 0.0, "max_tokens": 48, **PENALTIES}, TAG)
     )
     check(whole, moved)
     assert oracle.call("text", whole.tokens).startswith("<call>{")
@@ -263,8 +224,7 @@ def test_an_adapter(oracle: Oracle, lora: str, is_fresh: bool) -> None:
 @pytest.mark.parametrize("sampling", [TALKING, {**TALKING, "temperature": 1.0, "seed": 3}], ids=["greedy", "seed"])
 def test_a_long_stream_comes_in_chunks(oracle: Oracle, sampling: dict[str, Any]) -> None:
     """A prompt of 100 tokens and up to 60 generated ones, 64 a step."""
-    prompt = [20 + i * 7 % 900 for i in range(100)]
-    whole, moved = oracle.call("from_every_token", Ask(prompt, {**sampling, "max_tokens": 60}, is_fresh=True))
+    whole, moved = oracle.call("from_every_token", Ask(LONG_PROMPT, {**sampling, "max_tokens": 60}, is_fresh=True))
     check(whole, moved)
 
 
