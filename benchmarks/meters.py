@@ -39,19 +39,23 @@ class Sampler(threading.Thread):
         self._ended = threading.Event()
 
     def __enter__(self) -> "Sampler":
+        self._look()
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self.join()
+        self._look()
 
     def run(self) -> None:
-        while not self._ended.is_set():
-            seen = {pid: cpu_s([pid]) for pid in self.pids if psutil.pid_exists(pid)}
-            self._at_s.append(time.time())
-            self._seen.append(seen)
-            self._ended.wait(SAMPLE_PERIOD_S)
+        while not self._ended.wait(SAMPLE_PERIOD_S):
+            self._look()
+
+    def _look(self) -> None:
+        seen = {pid: cpu_s([pid]) for pid in self.pids if psutil.pid_exists(pid)}
+        self._at_s.append(time.time())
+        self._seen.append(seen)
 
     def cpu_s(self, pid: int, at_s: float) -> float:
         after = min(max(1, bisect.bisect(self._at_s, at_s)), len(self._at_s) - 1)

@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,12 @@ async def client_alone(
             for twin in twins:
                 twin.kill()
     return found
+
+
+def on_a_gateways_loop(job: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    import uvloop
+
+    return uvloop.run(job)
 
 
 class _Asking:
@@ -208,7 +214,7 @@ def scaling(args: argparse.Namespace, save: Save) -> dict[str, Any]:
     each = sorted({count // gateways for gateways, count in planned})
     alone = client_alone(args.twins, each, args.step, args.warm, args.measured / 2, 1)
     try:
-        found["client"] = asyncio.run(asyncio.wait_for(alone, args.deadline / 3))
+        found["client"] = on_a_gateways_loop(asyncio.wait_for(alone, args.deadline / 3))
     except Exception as error:  # noqa: BLE001 - the fleet is measured all the same
         found["skipped"].append(f"client alone: {error!r}")
     save(found)
@@ -333,7 +339,7 @@ def main() -> None:
             show(one)
     elif args.what == "client":
         words = (args.twins, args.streams, args.step, args.warm, args.measured, args.repeat)
-        found = {"runs": asyncio.run(client_alone(*words))}
+        found = {"runs": on_a_gateways_loop(client_alone(*words))}
     elif args.what == "fleet":
         found = fleet(args)
     else:
