@@ -95,7 +95,8 @@ async def client_alone(
 def on_a_gateways_loop(job: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     import uvloop
 
-    return uvloop.run(job)
+    found: list[dict[str, Any]] = uvloop.run(job)
+    return found
 
 
 class _Asking:
