@@ -2,6 +2,7 @@
 
     python benchmarks/twins.py client --twins 16 --streams 1024        # the fleet client alone, without vLLM's frontend
     python benchmarks/twins.py routing --replicas 1,16,256             # one placement
+    python benchmarks/twins.py shell                                   # one request's way into vLLM's app
     python benchmarks/twins.py fleet --model DIR --twins 64 --streams 64   # a whole fleet over HTTP, and its memory
     python benchmarks/twins.py scaling --model DIR --record DIR        # 1, 2 and 4 gateways, on a host with 16 cores
     python benchmarks/twins.py table --record FILE                     # what a record says
@@ -163,6 +164,73 @@ def routing_cost(num_replicas: int, rounds: int = 3000) -> dict[str, Any]:
     return {"replicas": num_replicas, "us": statistics.median(times) * 1e6, "us_worst_of_7": max(times) * 1e6}
 
 
+# ---- one request
+
+
+class _OpenView:
+    """A fleet with room, as the shell sees it."""
+
+    def readiness(self) -> str | None:
+        return None
+
+    def admit(self) -> Any:
+        from kervan.policy import admission
+
+        state = admission.AdmissionState(
+            outstanding_streams=500,
+            capacity_streams=16_384,
+            max_queued_streams=1024,
+            num_gateways=1,
+            completed_per_s=9.0,
+        )
+        return None if admission.decide(state).admitted else "full"
+
+    def model_name(self) -> str:
+        return "model"
+
+    async def metrics(self) -> bytes:
+        return b""
+
+    async def status(self) -> dict[str, object]:
+        return {}
+
+    def stream_opened(self) -> None: ...
+
+    def stream_closed(self) -> None: ...
+
+
+async def shell_cost(rounds: int = 3000) -> dict[str, Any]:
+    """What kervan's shell around vLLM's app adds to a request; chunks of an answer do not pass through it."""
+    from kervan.gateway.shell import GatewayShell
+
+    body = json.dumps({"model": "model", "prompt": list(range(ISL)), "max_tokens": 128, "stream": True}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: Any) -> None:
+        pass
+
+    async def inner(_: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    shell = GatewayShell(_OpenView())
+    shell.attach(inner)
+    times = []
+    for _ in range(7):
+        spent_s = []
+        for app in (inner, shell):
+            begin_s = time.perf_counter()
+            for _ in range(rounds):
+                await app(scope, receive, send)
+            spent_s.append((time.perf_counter() - begin_s) / rounds)
+        times.append(spent_s[1] - spent_s[0])
+    return {"shell_us_per_request": statistics.median(times) * 1e6, "us_worst_of_7": max(times) * 1e6}
+
+
 # ---- the whole fleet
 
 
@@ -298,7 +366,7 @@ def numbers(text: str) -> list[int]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["client", "routing", "fleet", "scaling", "table"])
+    parser.add_argument("what", choices=["client", "routing", "shell", "fleet", "scaling", "table"])
     parser.add_argument("--twins", type=int, default=16)
     parser.add_argument("--streams", type=numbers, default=[1024])
     parser.add_argument("--replicas", type=numbers, default=[1, 16, 256])
@@ -338,6 +406,9 @@ def main() -> None:
         found = {"runs": [routing_cost(count) for count in args.replicas]}
         for one in found["runs"]:
             show(one)
+    elif args.what == "shell":
+        found = asyncio.run(shell_cost())
+        show(found)
     elif args.what == "client":
         words = (args.twins, args.streams, args.step, args.warm, args.measured, args.repeat)
         found = {"runs": on_a_gateways_loop(client_alone(*words))}
