@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +117,10 @@ class TwinFleet:
         load = Load(streams=streams, duration_s=warm_s + measured_s, isl=isl, osl=osl, timeout_s=120.0)
         prepared = run.prepare(self.url, load)
         gateways, twins = self.gateway_pids, self.twin_pids
-        groups: Mapping[str, Sequence[int]] = {"gateway": gateways, "twin": twins}
-        others = [pid for role, pids in self.processes().items() if role not in groups for pid in pids]
+        others = {role: pids for role, pids in self.processes().items() if role not in ("gateway", "twin")}
         before = self._counts()
         client = run.Client(processes=processes, calibrates=False, reconciles=False)
-        with Sampler([*gateways, *twins, *others]) as sampler:
+        with Sampler([*gateways, *twins, *(pid for pids in others.values() for pid in pids)]) as sampler:
             result = run.measure(prepared, load, client=client)
         after, tally = self._counts(), result.tally
         begin_s, end_s, tokens = window(tally.timeline, warm_s, warm_s + measured_s)
@@ -150,7 +148,7 @@ class TwinFleet:
             "tok_s_per_gateway_core": tokens / sum(by_gateway),
             "gateway_core_shares": [round(one / wall_s, 3) for one in by_gateway],
             "twin_us_per_token": sum(map(used_s, twins)) / tokens * 1e6,
-            "other_core_share": sum(map(used_s, others)) / wall_s,
+            "other_core_shares": {role: round(sum(map(used_s, pids)) / wall_s, 3) for role, pids in others.items()},
             "client_core_share": result.outcome.cpu_s / result.outcome.wall_s,
             "client_processes": processes,
             "client_busiest_share": result.outcome.busiest_share,
