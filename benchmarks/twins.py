@@ -2,10 +2,13 @@
 
     python benchmarks/twins.py client --twins 16 --streams 1024        # the fleet client alone, without vLLM's frontend
     python benchmarks/twins.py routing --replicas 1,16,256             # one placement
-    python benchmarks/twins.py fleet --model DIR --twins 16 --gateways 1,2,4 --streams 1024   # the whole, over HTTP
+    python benchmarks/twins.py shell                                   # one request's way into vLLM's app
+    python benchmarks/twins.py fleet --model DIR --twins 64 --streams 64   # a whole fleet over HTTP, and its memory
+    python benchmarks/twins.py scaling --model DIR --record DIR        # 1, 2 and 4 gateways, on a host with 16 cores
+    python benchmarks/twins.py table --record FILE                     # what a record says
 
-`--record DIR` writes what was found to a file there. Twins take `--step` seconds for a step; they must not be the
-bottleneck, so their own share of the CPU is told too.
+`--record` takes a directory for a new record, or a `.json` file to which this part is added. Twins take `--step`
+seconds for a step and nothing else; they must not be the bottleneck, so their own share of the CPU is told too.
 """
 
 import argparse
@@ -14,41 +17,35 @@ import json
 import os
 import resource
 import shlex
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
+from meters import cpu_s, memory
 
 from kervan.bench import records
 
 OSL = 256
 ISL = 64
-
-
-def cpu_s(pids: list[int]) -> float:
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
-
-
-def memory_mib(pids: list[int]) -> float:
-    """Mean proportional set size."""
-    return statistics.mean(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
+# In the whole fleet lengths differ, so that streams do not end all at once.
+FLEET_ISL, FLEET_OSL = "64", "64..192"
+STREAMS_PER_GATEWAY = 256
+STOP_S = 25.0  # what a fleet may take to end
+Save = Callable[[dict[str, Any]], None]
 
 
 # ---- the fleet client alone
 
 
 async def client_alone(
-    num_twins: int, num_streams: int, step_s: float, warm_s: float, measured_s: float
-) -> dict[str, Any]:
-    """Streams on twins through a `FleetClient` with vLLM's codec in this process."""
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-
+    num_twins: int, streams: list[int], step_s: float, warm_s: float, measured_s: float, repeat: int
+) -> list[dict[str, Any]]:
+    """Streams on twins through a `FleetClient` with vLLM's codec in this process; more and more of them."""
     from kervan.fleet.client import FleetClient
     from kervan.fleet.link import Member
     from kervan.fleet.process import TWIN_ENGINE, EngineProcess
@@ -58,6 +55,7 @@ async def client_alone(
 
     timing = StepTiming(base_s=step_s, prefill_token_s=0.0, sequence_s=0.0, context_token_s=0.0)
     limits = Limits(num_blocks=100_000, max_num_seqs=1024, max_num_batched_tokens=1 << 20, max_model_len=8192)
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         names = [f"t{i:03}" for i in range(num_twins)]
         twins = [
@@ -68,61 +66,83 @@ async def client_alone(
             )
             for name in names
         ]
-        while len(ready := [twin.ready for twin in twins if twin.ready]) < num_twins:  # noqa: ASYNC110 - threads tell
-            await asyncio.sleep(0.05)
         client = FleetClient(VllmCodec(), secret="s")
-        client.set_members(Member(name, engine.address) for name, engine in zip(names, ready, strict=True))
-        while len(client.links) < num_twins:  # noqa: ASYNC110 - a benchmark may poll
-            await asyncio.sleep(0.05)
-        number = 0
-        tokens = 0
-
-        async def ask() -> None:
-            nonlocal number
-            number += 1
-            await client.add(
-                EngineCoreRequest(
-                    request_id=str(number), prompt_token_ids=[number % 1000] * ISL, mm_features=None,
-                    sampling_params=SamplingParams(max_tokens=OSL, ignore_eos=True), pooling_params=None,
-                    arrival_time=0.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
-                )
-            )  # fmt: skip
-
-        async def consume() -> None:
-            nonlocal tokens
-            while True:
-                outputs = await client.outputs.get()
-                for output in outputs.outputs:
-                    tokens += len(output.new_token_ids)
-                    if output.finish_reason is not None:
-                        await ask()
-
-        for _ in range(num_streams):
-            await ask()
-        consumer = asyncio.create_task(consume())
-        await asyncio.sleep(warm_s)
-        pids = [twin.pid for twin in twins]
-        before = tokens, time.process_time(), time.monotonic(), cpu_s(pids)
-        await asyncio.sleep(measured_s)
-        num, own_s, wall_s, twins_s = (
-            now - then
-            for now, then in zip((tokens, time.process_time(), time.monotonic(), cpu_s(pids)), before, strict=True)
-        )
-        found = {
-            "twins": num_twins,
-            "streams": num_streams,
-            "tok_s": num / wall_s,
-            "client_us_per_token": own_s / num * 1e6,
-            "twin_us_per_token": twins_s / num * 1e6,
-            "client_core_share": own_s / wall_s,
-            "twin_mib": memory_mib(pids),
-            "lost_or_given_up": client.counts.lost_replicas + client.counts.given_up,
-        }
-        consumer.cancel()
-        await client.close()
-        for twin in twins:
-            twin.kill()
+        try:
+            while len(ready := [t.ready for t in twins if t.ready]) < num_twins:  # noqa: ASYNC110 - threads tell
+                await asyncio.sleep(0.05)
+            client.set_members(Member(name, engine.address) for name, engine in zip(names, ready, strict=True))
+            while len(client.links) < num_twins:  # noqa: ASYNC110 - a benchmark may poll
+                await asyncio.sleep(0.05)
+            asking = _Asking(client)
+            consumer = asyncio.create_task(asking.consume())
+            pids = [twin.pid for twin in twins]
+            for count in streams:
+                while asking.num_streams < count:
+                    asking.num_streams += 1
+                    await asking.ask()
+                for _ in range(repeat):
+                    await asyncio.sleep(warm_s)
+                    one = await _measure(asking, pids, measured_s)
+                    found.append({"twins": num_twins, "streams": count, "step_s": step_s, **one})
+                    show(found[-1])
+            consumer.cancel()
+        finally:
+            await client.close()
+            for twin in twins:
+                twin.kill()
     return found
+
+
+def on_a_gateways_loop(job: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    import uvloop
+
+    found: list[dict[str, Any]] = uvloop.run(job)
+    return found
+
+
+class _Asking:
+    """A closed loop: each answer that has ended is followed by a new request."""
+
+    def __init__(self, client: Any):
+        self.client = client
+        self.num_streams = self.num_requests = self.num_tokens = 0
+
+    async def ask(self) -> None:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        self.num_requests += 1
+        await self.client.add(
+            EngineCoreRequest(
+                request_id=str(self.num_requests), prompt_token_ids=[self.num_requests % 1000] * ISL, mm_features=None,
+                sampling_params=SamplingParams(max_tokens=OSL, ignore_eos=True), pooling_params=None,
+                arrival_time=0.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
+            )
+        )  # fmt: skip
+
+    async def consume(self) -> None:
+        while True:
+            outputs = await self.client.outputs.get()
+            for output in outputs.outputs:
+                self.num_tokens += len(output.new_token_ids)
+                if output.finish_reason is not None:
+                    await self.ask()
+
+
+async def _measure(asking: _Asking, pids: list[int], measured_s: float) -> dict[str, Any]:
+    before = asking.num_tokens, time.process_time(), time.monotonic(), cpu_s(pids)
+    await asyncio.sleep(measured_s)
+    after = asking.num_tokens, time.process_time(), time.monotonic(), cpu_s(pids)
+    tokens, own_s, wall_s, twins_s = (now - then for now, then in zip(after, before, strict=True))
+    counts = asking.client.counts
+    return {
+        "tok_s": tokens / wall_s,
+        "client_us_per_token": own_s / tokens * 1e6,
+        "twin_us_per_token": twins_s / tokens * 1e6,
+        "client_core_share": own_s / wall_s,
+        **{f"twin_{name}": value for name, value in memory(pids).items()},
+        "lost_or_given_up": counts.lost_replicas + counts.given_up,
+    }
 
 
 # ---- one placement
@@ -144,103 +164,261 @@ def routing_cost(num_replicas: int, rounds: int = 3000) -> dict[str, Any]:
     return {"replicas": num_replicas, "us": statistics.median(times) * 1e6, "us_worst_of_7": max(times) * 1e6}
 
 
+# ---- one request
+
+
+class _OpenView:
+    """A fleet with room, as the shell sees it."""
+
+    def readiness(self) -> str | None:
+        return None
+
+    def admit(self) -> Any:
+        from kervan.policy import admission
+
+        state = admission.AdmissionState(
+            outstanding_streams=500,
+            capacity_streams=16_384,
+            max_queued_streams=1024,
+            num_gateways=1,
+            completed_per_s=9.0,
+        )
+        return None if admission.decide(state).admitted else "full"
+
+    def model_name(self) -> str:
+        return "model"
+
+    async def metrics(self) -> bytes:
+        return b""
+
+    async def status(self) -> dict[str, object]:
+        return {}
+
+    def stream_opened(self) -> None: ...
+
+    def stream_closed(self) -> None: ...
+
+
+async def shell_cost(rounds: int = 3000) -> dict[str, Any]:
+    """What kervan's shell around vLLM's app adds to a request; chunks of an answer do not pass through it."""
+    from kervan.gateway.shell import GatewayShell
+
+    body = json.dumps({"model": "model", "prompt": list(range(ISL)), "max_tokens": 128, "stream": True}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: Any) -> None:
+        pass
+
+    async def inner(_: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    shell = GatewayShell(_OpenView())
+    shell.attach(inner)
+    times = []
+    for _ in range(7):
+        spent_s = []
+        for app in (inner, shell):
+            begin_s = time.perf_counter()
+            for _ in range(rounds):
+                await app(scope, receive, send)
+            spent_s.append((time.perf_counter() - begin_s) / rounds)
+        times.append(spent_s[1] - spent_s[0])
+    return {"shell_us_per_request": statistics.median(times) * 1e6, "us_worst_of_7": max(times) * 1e6}
+
+
 # ---- the whole fleet
 
 
-def kervan(*words: str, home: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "kervan", *words],
-        env={**os.environ, "KERVAN_HOME": str(home)}, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return done.stdout
+def fleet(args: argparse.Namespace) -> dict[str, Any]:
+    """A fleet that comes up, its memory, and what it does under load."""
+    from twin_fleet import TwinFleet
 
-
-def fleet(
-    model: str, num_twins: int, gateways: list[int], num_streams: int, step_s: float, duration: str
-) -> list[dict[str, Any]]:
-    """`kervan up --engine twin`, then `kervan bench` at each number of gateways."""
-    found = []
-    with tempfile.TemporaryDirectory(prefix="kt-") as directory:
-        home = Path(directory)
+    words = {"step_s": args.step, "port": args.port, "logs": args.logs}
+    with TwinFleet(args.model, args.twins, args.gateways[0], **words) as twins:
+        found: dict[str, Any] = {"start_s": twins.start_s, "memory_idle": twins.memory(), "runs": []}
+        print(f"up after {twins.start_s:.1f} s, {found['memory_idle']['total_mib']:,.0f} MiB", flush=True)
+        for count in args.gateways:
+            twins.scale_gateways(count)
+            for streams in args.streams:
+                for _ in range(args.repeat):
+                    found["runs"].append(_load(twins, streams, args))
+        found["memory"] = twins.memory()
         begin_s = time.monotonic()
-        up = json.loads(
-            kervan(
-                "up", model, "--name", "twins", "--engine", "twin", "--gpu", "H200", "--twin", f"base_s={step_s}",
-                "--engine-arg", "max_model_len=2048", "--replicas", str(num_twins), "--gateways", str(gateways[0]),
-                "--port", "18431", "--detach", "--json", home=home,
+    found["end_s"] = time.monotonic() - begin_s
+    for role, one in sorted(found["memory"].items()):
+        print(role, one if isinstance(one, float) else {key: round(value, 1) for key, value in one.items()})
+    return found
+
+
+def _load(twins: Any, streams: int, args: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = twins.measure(
+        streams, isl=FLEET_ISL, osl=FLEET_OSL, warm_s=args.warm, measured_s=args.measured, processes=args.processes
+    )
+    show(found)
+    return found
+
+
+def loads(gateways: list[int], streams: int) -> Iterator[tuple[int, int]]:
+    """(gateways, streams), most gateways first: as many streams for each gateway, then `streams` for all of them."""
+    for count in sorted(gateways, reverse=True):
+        each = streams * count // max(gateways)
+        yield count, each
+        if each != streams:
+            yield count, streams
+
+
+def scaling(args: argparse.Namespace, save: Save) -> dict[str, Any]:
+    """The same load on fewer and fewer gateways: they start together, which is faster than one after the other."""
+    from twin_fleet import TwinFleet
+
+    end_s = time.monotonic() + args.deadline
+    streams = args.streams[0]
+    planned = list(loads(args.gateways, streams))
+    found: dict[str, Any] = {"planned": planned, "client": [], "runs": [], "skipped": []}
+    each = sorted({count // gateways for gateways, count in planned})
+    alone = client_alone(args.twins, each, args.step, args.warm, args.measured / 2, 1)
+    try:
+        found["client"] = on_a_gateways_loop(asyncio.wait_for(alone, args.deadline / 3))
+    except Exception as error:  # noqa: BLE001 - the fleet is measured all the same
+        found["skipped"].append(f"client alone: {error!r}")
+    save(found)
+    words = {"step_s": args.step, "port": args.port, "logs": args.logs}
+    try:
+        with TwinFleet(args.model, args.twins, max(args.gateways), **words) as twins:
+            found["start_s"] = twins.start_s
+            print(f"up after {twins.start_s:.1f} s", flush=True)
+            longest_s = args.warm + args.measured + 10.0
+            for count, asked in planned:
+                begin_s = time.monotonic()
+                if begin_s + longest_s + STOP_S > end_s:
+                    found["skipped"].append(f"{count} gateways, {asked} streams: no time is left")
+                    continue
+                twins.scale_gateways(count)
+                found["runs"].append(_load(twins, asked, args))
+                longest_s = max(longest_s, time.monotonic() - begin_s)
+                if "memory" not in found:
+                    found["memory"] = twins.memory()
+                save(found)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - what was measured is kept, and why there is no more
+        found["skipped"].append(f"the rest: {error!r}")
+        print(f"ended early: {error!r}", flush=True)
+    save(found)
+    print(scaling_table(found))
+    return found
+
+
+def scaling_table(found: dict[str, Any]) -> str:
+    """Rows by gateways and streams. kervan's own CPU is that of the fleet client alone at as many streams."""
+    alone = {one["streams"]: one["client_us_per_token"] for one in found["client"]}
+    heads = ("gateways", "streams", "tok/s", "offered", "tok/chunk", "gateway us/tok", "kervan us/tok",
+             "frontend us/tok", "tok/s per gateway core", "gateway cores", "twin us/tok", "client cores", "failed",
+             "moved")  # fmt: skip
+    rows: list[tuple[Any, ...]] = [heads]
+    for one in sorted(found["runs"], key=lambda one: (one["gateways"], one["streams"])):
+        own_us, all_us = alone.get(one["streams"] // one["gateways"]), one["gateway_us_per_token"]
+        rows.append(
+            (
+                one["gateways"], one["streams"], f"{one['tok_s']:,.0f}", f"{one['twins_offer_tok_s']:,.0f}",
+                f"{one['tokens_per_chunk']:.2f}", f"{all_us:.1f}", "-" if own_us is None else f"{own_us:.1f}",
+                "-" if own_us is None else f"{all_us - own_us:.1f}", f"{one['tok_s_per_gateway_core']:,.0f}",
+                f"{sum(one['gateway_core_shares']):.2f}", f"{one['twin_us_per_token']:.1f}",
+                f"{one['client_core_share']:.2f}", sum(one["errors"].values()), f"{one['streams_moved']:.0f}",
             )
         )  # fmt: skip
-        start_s = time.monotonic() - begin_s
-        try:
-            for count in gateways:
-                status = up if count == gateways[0] else json.loads(
-                    kervan("scale", "--gateways", str(count), "--name", "twins", "--json", home=home)
-                )  # fmt: skip
-                gateway_pids = [g["pid"] for g in status["gateways"]]
-                twin_pids = [r["pid"] for r in status["replicas"]]
-                before = cpu_s(gateway_pids), cpu_s(twin_pids)
-                result = json.loads(
-                    kervan(
-                        "bench", status["url"], "--streams", str(num_streams), "--isl", str(ISL), "--osl", str(OSL),
-                        "--duration", duration, "--json", home=home,
-                    )
-                )  # fmt: skip
-                gateway_s, twin_s = cpu_s(gateway_pids) - before[0], cpu_s(twin_pids) - before[1]
-                tokens = result["output_tokens"]
-                found.append(
-                    {
-                        "gateways": count, "twins": num_twins, "streams": num_streams, "start_s": start_s,
-                        "tok_s": result["out_tok_s"], "failed": result["requests"]["errors"],
-                        "gateway_us_per_token": gateway_s / tokens * 1e6, "twin_us_per_token": twin_s / tokens * 1e6,
-                        "tok_s_per_gateway_core": tokens / gateway_s,
-                        "gateway_mib": memory_mib(gateway_pids), "twin_mib": memory_mib(twin_pids), "bench": result,
-                    }
-                )  # fmt: skip
-                show({key: value for key, value in found[-1].items() if key != "bench"})
-        finally:
-            kervan("down", "--name", "twins", home=home)
-    return found
+    return "\n".join([*("| " + " | ".join(map(str, row)) + " |" for row in rows), *found["skipped"]])
+
+
+# ---- records
 
 
 def show(found: dict[str, Any]) -> None:
     print("  ".join(f"{k} {v:,.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()), flush=True)
 
 
+class Record:
+    """A record with one part for each command; kept on disk after each change."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.path, self.part = args.record, args.part or args.what
+        places = {str(place): place.name for place in (args.model, args.record, args.logs) if place is not None}
+        self.command = shlex.join(["python", "benchmarks/twins.py", *(places.get(word, word) for word in sys.argv[1:])])
+
+    def save(self, found: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        fresh = made = records.record("twins", {"parts": {}})
+        if self.path.suffix == ".json" and self.path.exists():
+            made = json.loads(self.path.read_text())
+        made.pop("command", None)  # each part has its own
+        told = {"date": fresh["date"], "command": self.command, "kervan": fresh["versions"].get("kervan", "unknown")}
+        made["parts"][self.part] = {**told, **found}
+        self.path = records.write(self.path, made)
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["client", "routing", "fleet"])
+    parser.add_argument("what", choices=["client", "routing", "shell", "fleet", "scaling", "table"])
     parser.add_argument("--twins", type=int, default=16)
-    parser.add_argument("--streams", type=int, default=1024)
+    parser.add_argument("--streams", type=numbers, default=[1024])
     parser.add_argument("--replicas", type=numbers, default=[1, 16, 256])
-    parser.add_argument("--gateways", type=numbers, default=[1])
-    parser.add_argument("--model", help="For fleet: a model directory with a tokenizer.")
-    parser.add_argument("--step", type=float, default=0.05)
-    parser.add_argument("--measured", type=float, default=15.0)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--gateways", type=numbers, help="[default: 1; for scaling 1,2,4]")
+    parser.add_argument("--model", type=Path, help="For fleet and scaling: a model directory with a tokenizer.")
+    parser.add_argument("--step", type=float, help="Seconds of a twin's step [default: 0.05; for scaling 0.025].")
+    parser.add_argument("--warm", type=float, default=3.0, help="Seconds under load before each measurement.")
+    parser.add_argument("--measured", type=float, default=10.0)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--processes", type=int, help="Of the client [default: one for eight cores].")
+    parser.add_argument("--deadline", type=float, default=195.0, help="Seconds that scaling may take.")
+    parser.add_argument("--port", type=int, default=18431)
+    parser.add_argument("--logs", type=Path, help="Copy the logs of gateways and twins there.")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--part", help="The part's name in the record [default: the command].")
     args = parser.parse_args()
+    if args.what in ("fleet", "scaling") and args.model is None:
+        parser.error(f"{args.what} needs --model")
+    is_scaling = args.what == "scaling"
+    args.gateways = args.gateways or ([1, 2, 4] if is_scaling else [1])
+    args.step = args.step or (0.025 if is_scaling else 0.05)
+    args.processes = args.processes or max(1, len(os.sched_getaffinity(0)) // 8)
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.what == "table":
+        print(scaling_table(json.loads(args.record.read_text())["parts"]["scaling"]))
+        return
+    # A plain SIGTERM would skip the clean-up and leave a fleet running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    runs: list[dict[str, Any]]
+    record = Record(args)
+    found: dict[str, Any]
     if args.what == "routing":
-        runs = [routing_cost(count) for count in args.replicas]
+        found = {"runs": [routing_cost(count) for count in args.replicas]}
+        for one in found["runs"]:
+            show(one)
+    elif args.what == "shell":
+        found = asyncio.run(shell_cost())
+        show(found)
     elif args.what == "client":
-        runs = [
-            asyncio.run(client_alone(args.twins, args.streams, args.step, 5.0, args.measured))
-            for _ in range(args.repeat)
-        ]
+        words = (args.twins, args.streams, args.step, args.warm, args.measured, args.repeat)
+        found = {"runs": on_a_gateways_loop(client_alone(*words))}
+    elif args.what == "fleet":
+        found = fleet(args)
     else:
-        runs = fleet(args.model, args.twins, args.gateways, args.streams, args.step, f"{args.measured:g}s")
-    if args.what != "fleet":
-        for run in runs:
-            show(run)
-    if args.record is not None:
-        command = shlex.join(["python", "benchmarks/twins.py", *sys.argv[1:]])
-        made = {**records.record(f"twins-{args.what}", {"runs": runs}), "command": command}
-        print(records.write(args.record, made))
+        found = scaling(args, record.save)
+    record.save(found)
+    if record.path is not None:
+        print(f"record: {record.path}")
 
 
 if __name__ == "__main__":

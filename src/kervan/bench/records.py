@@ -73,6 +73,7 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     commit = _output("git", "-C", str(Path(kervan.__file__).parent), "rev-parse", "--short=12", "HEAD")
+    commit = commit or os.environ.get("KERVAN_COMMIT", "")
     if commit:
         found["kervan"] = f"{kervan.__version__}+{commit}"
     return found
