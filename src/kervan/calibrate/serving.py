@@ -360,7 +360,8 @@ class Runs:
             self._on_note(f"{one.server}: {error}")
 
     def _warm_up(self, one: _Running) -> Prepared:
-        load = Load(streams=8, num_requests=16, isl="512", osl="16", timeout_s=max(5.0, self._left_s()))
+        isl = min(512, one.server.points[0].isl)
+        load = Load(streams=8, num_requests=16, isl=str(isl), osl="16", timeout_s=max(5.0, self._left_s()))
         prepared = prepare(one.url, load, model=one.server.model)
         if not prepared.probe.answered:
             raise EngineError(f"the server does not answer a first request: {prepared.probe.complaint}")
