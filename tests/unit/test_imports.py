@@ -14,25 +14,25 @@ import kervan
 
 PACKAGE = Path(kervan.__file__).parent
 BOTTOM = ("errors.py", "units.py", "stats.py")
+ABOVE = ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
 #   errors, units, stats <- facts, policy <- fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
+#   bench <- calibrate <- cli
 FORBIDDEN = [
-    *(
-        (part, ("facts", "policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo"))
-        for part in BOTTOM
-    ),
-    ("facts", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("policy", ("facts", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("bench", ("fleet", "twin", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("gateway", ("twin", "bench", "notices", "serve", "chaos", "cli", "demo")),
-    ("notices", ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "chaos", "cli", "demo")),
-    ("serve", ("bench", "chaos", "cli", "demo")),
-    ("chaos", ("policy", "gateway", "notices", "cli", "demo")),
-    ("demo", ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli")),
+    *((part, ("facts", "policy", *ABOVE)) for part in BOTTOM),
+    ("facts", ("policy", *ABOVE)),
+    ("policy", ("facts", *ABOVE)),
+    ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("bench", ("fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("gateway", ("twin", "bench", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("notices", ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("serve", ("bench", "chaos", "calibrate", "cli", "demo")),
+    ("chaos", ("policy", "gateway", "notices", "calibrate", "cli", "demo")),
+    ("calibrate", ("policy", "fleet", "twin", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    ("demo", ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli")),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
@@ -41,7 +41,7 @@ CONFINED = [
     ("zmq", ("fleet/", "twin/")),
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
-    ("torch", ("demo/", "fleet/vllm/runner_v1.py")),
+    ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
     ("plotly", ("bench/report.py",)),
     ("aiohttp", ("notices/metadata.py",)),
 ]
@@ -108,6 +108,7 @@ def test_this_environment_has_what_must_stay_unloaded(library: str) -> None:
 
 def test_pure_packages_load_nothing_heavy() -> None:
     modules = ["kervan", "kervan.errors", "kervan.units", "kervan.stats", "kervan.cli.bench_view", "kervan.cli.render"]
+    modules += [f"kervan.calibrate.{path.stem}" for path in source_files("calibrate") if path.stem != "__init__"]
     for part in ("facts", "policy", "bench", "notices"):
         modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
     assert len(modules) > 6
@@ -115,7 +116,9 @@ def test_pure_packages_load_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["up", "--help"], ["bench", "--help"], ["chaos", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate"))],
+    ids=" ".join,
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"""

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from kervan.calibrate.clock import TARGET_S, Call, capture, elapsed_s
 from kervan.calibrate.measurements import Collective
 from kervan.calibrate.ranks import Rank
 
+Op = Literal["all_reduce", "send_recv"]
 KIB, MIB = 1 << 10, 1 << 20
 SYMM_MEM_MAX_BYTES = 32 * MIB
 TIMEOUT_S = 60.0
@@ -29,7 +30,6 @@ class Plan:
 
     on_gpu: bool
     bytes: tuple[int, ...] = tuple(8 * KIB * 2**i for i in range(16))  # 8 KiB to 256 MiB
-    send_recv: bool = True
 
 
 def work(rank: Rank, plan: Plan, keep: Callable[[Any], None]) -> None:
@@ -64,30 +64,24 @@ def work(rank: Rank, plan: Plan, keep: Callable[[Any], None]) -> None:
 def _measure(rank: Rank, plan: Plan, device: Any) -> Iterator[Collective | str]:
     import torch.distributed as dist
 
-    backend = "nccl" if plan.on_gpu else "gloo"
     _check(device, rank)
     for size in plan.bytes:
         buffer = _zeros(size, device)
-        for in_graph, seconds in _times(lambda buffer=buffer: dist.all_reduce(buffer), device):  # type: ignore[misc]
-            yield Collective("all_reduce", rank.of, size, in_graph, backend, seconds)
-    if plan.send_recv:
+        yield from _rows("all_reduce", rank, size, lambda buffer=buffer: dist.all_reduce(buffer), device)  # type: ignore[misc]
+    if rank.of == 2:
         for size in plan.bytes:
-            buffer = _zeros(size, device)
-            for in_graph, seconds in _times(_hop(rank, buffer), device):
-                yield Collective("send_recv", rank.of, size, in_graph, backend, seconds)
+            yield from _rows("send_recv", rank, size, _hop(rank, _zeros(size, device)), device)
     if plan.on_gpu:
         yield from _symm_mem(rank, [size for size in plan.bytes if size <= SYMM_MEM_MAX_BYTES], device)
 
 
 def _hop(rank: Rank, buffer: Any) -> Call:
-    """Rank 0 sends to rank 1; the others do nothing."""
+    """Rank 0 sends, rank 1 receives."""
     import torch.distributed as dist
 
     if rank.number == 0:
         return lambda: dist.send(buffer, 1)
-    if rank.number == 1:
-        return lambda: dist.recv(buffer, 0)
-    return lambda: None
+    return lambda: dist.recv(buffer, 0)
 
 
 def _check(device: Any, rank: Rank) -> None:
@@ -105,10 +99,11 @@ def _check(device: Any, rank: Rank) -> None:
         raise RuntimeError(f"an all-reduce over {rank.of} ranks gave {numbers[0].item()}, not {expected}")
 
 
-def _times(call: Call, device: Any) -> Iterator[tuple[bool, float]]:
-    """(in a graph?, seconds of a call) as this rank sees them: eager, and on a GPU also in a graph."""
+def _rows(op: Op, rank: Rank, size: int, call: Call, device: Any) -> Iterator[Collective | str]:
+    """A call as this rank sees it: eager, and on a GPU also in a graph, or a text why not."""
     import torch
 
+    backend = "nccl" if device.type == "cuda" else "gloo"
     count = _agreed_count(call, device)
     took_s = []
     for _ in range(REPEATS):
@@ -119,9 +114,16 @@ def _times(call: Call, device: Any) -> Iterator[tuple[bool, float]]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         took_s.append((time.perf_counter() - begin_s) / count)
-    yield False, statistics.median(took_s)
+    yield Collective(op, rank.of, size, False, backend, statistics.median(took_s))
     if device.type == "cuda":
-        yield True, _graph_seconds(call, count, device)
+        try:
+            yield Collective(op, rank.of, size, True, backend, _graph_seconds(call, count, device))
+        except RuntimeError as error:
+            yield f"{op} of {size} bytes over {rank.of} ranks in a graph: not measured ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _graph_seconds(call: Call, count: int, device: Any) -> float:
@@ -190,7 +192,7 @@ def _symm_mem(rank: Rank, sizes: Sequence[int], device: Any) -> Iterator[Collect
         total = torch.ops.symm_mem.one_shot_all_reduce(memory[:4096], "sum", group)
         is_right = bool((total == rank.of * (rank.of + 1) / 2).all())
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        yield f"symm_mem all-reduce: not measured ({str(error).strip().splitlines()[0][:200]})"
+        yield f"symm_mem all-reduce: not measured ({_first_line(error)})"
         return
     if not is_right:
         yield "symm_mem all-reduce: not measured, its sum is wrong"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--quick", is_flag=True, help="Fewer sizes, one model, two loads.")
 @click.option("--no-serving", is_flag=True, help="Kernels and collectives only; no vLLM needed.")
 @click.option(
-    "--model", "models", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
+    "--model", "models", multiple=True, type=click.Path(path_type=Path),
     help="Directory with a config.json, served with random weights instead of the usual shapes; repeatable.",
 )  # fmt: skip
 @click.option(
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="[default: calibrations/GPUS.json in ~/.kervan or $KERVAN_HOME]")  # fmt: skip
-@click.option("--measurements", "stored", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--measurements", "stored", type=click.Path(path_type=Path),
               help="Measure nothing; take what this file of an earlier run has.")  # fmt: skip
 @click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the servers' logs here.")
 @options.as_json
