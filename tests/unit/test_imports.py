@@ -14,25 +14,25 @@ import kervan
 
 PACKAGE = Path(kervan.__file__).parent
 BOTTOM = ("errors.py", "units.py", "stats.py")
+ABOVE = ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
 #   errors, units, stats <- facts, policy <- fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
+#   bench <- calibrate <- cli
 FORBIDDEN = [
-    *(
-        (part, ("facts", "policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo"))
-        for part in BOTTOM
-    ),
-    ("facts", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("policy", ("facts", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("bench", ("fleet", "twin", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    ("gateway", ("twin", "bench", "notices", "serve", "chaos", "cli", "demo")),
-    ("notices", ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "chaos", "cli", "demo")),
-    ("serve", ("bench", "chaos", "cli", "demo")),
-    ("chaos", ("policy", "gateway", "notices", "cli", "demo")),
-    ("demo", ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli")),
+    *((part, ("facts", "policy", *ABOVE)) for part in BOTTOM),
+    ("facts", ("policy", *ABOVE)),
+    ("policy", ("facts", *ABOVE)),
+    ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("bench", ("fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("gateway", ("twin", "bench", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("notices", ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "chaos", "calibrate", "cli", "demo")),
+    ("serve", ("bench", "chaos", "calibrate", "cli", "demo")),
+    ("chaos", ("policy", "gateway", "notices", "calibrate", "cli", "demo")),
+    ("calibrate", ("policy", "fleet", "twin", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    ("demo", ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli")),
 ]
 # What reads the machine is asked by the command line alone; it knows errors and the table of GPUs.
 FORBIDDEN += [
@@ -46,7 +46,7 @@ CONFINED = [
     ("zmq", ("fleet/", "twin/")),
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
-    ("torch", ("demo/", "fleet/vllm/runner_v1.py")),
+    ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
     ("plotly", ("bench/report.py", "plan/plotting.py")),
     ("aiohttp", ("notices/metadata.py",)),
     ("pynvml", ("observe/nvml.py",)),
@@ -115,13 +115,17 @@ def test_this_environment_has_what_must_stay_unloaded(library: str) -> None:
 def test_pure_packages_load_nothing_heavy() -> None:
     modules = ["kervan", "kervan.errors", "kervan.units", "kervan.stats", "kervan.cli.bench_view", "kervan.cli.render"]
     for part in ("facts", "policy", "bench", "notices", "observe"):
+    modules += [f"kervan.calibrate.{path.stem}" for path in source_files("calibrate") if path.stem != "__init__"]
+    for part in ("facts", "policy", "bench", "notices"):
         modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
     assert len(modules) > 6
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["up", "--help"], ["bench", "--help"], ["chaos", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate"))],
+    ids=" ".join,
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"""

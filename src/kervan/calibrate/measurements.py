@@ -5,6 +5,7 @@ Times are seconds of one call, the median of several. Bytes are those of the who
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Attention:
     """Attention of one layer, bf16, causal.
 
     Prefill: `batch` prompts of `tokens` each. Decode: one new token of each of `batch` sequences that hold `tokens`.
+    `kernel`: which of torch's was the fastest.
     """
 
     phase: Literal["prefill", "decode"]
@@ -46,6 +48,7 @@ class Attention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    kernel: str
     seconds: float
 
 
@@ -53,7 +56,8 @@ class Attention:
 class Collective:
     """One call over `ranks` GPUs of this host. `bytes`: the buffer of one rank. `send_recv`: rank 0 to rank 1, one way.
 
-    Eager calls (`in_graph` false) have the host's time in them; those inside a CUDA graph do not.
+    Eager calls (`in_graph` false) have the host's time in them; those inside a CUDA graph do not. `backend`: nccl; gloo
+    (CPU); or symm_mem, torch's kernels over memory that all GPUs map, as vLLM's own all-reduce of small messages is.
     """
 
     op: Literal["all_reduce", "send_recv"]
@@ -194,3 +198,9 @@ def read(path: Path) -> Measurements:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); give a file of kervan calibrate") from error
     return from_dict(content, str(path))
+
+
+def slug(found: Measurements) -> str:
+    """A short name for files: `2xh100-80gb-hbm3` of two "NVIDIA H100 80GB HBM3"."""
+    words = re.findall(r"[a-z0-9]+", found.gpu.lower())
+    return f"{found.num_gpus}x{'-'.join(word for word in words if word != 'nvidia') or 'gpu'}"

@@ -41,6 +41,7 @@ STREAMS_PER_PROCESS = 128
 
 Say = Callable[[str], None]
 OnRow = Callable[["Serving | Memory"], None]
+CommandOf = Callable[["Server", int, Mapping[str, Any]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +193,18 @@ class _Running:
         return f"{self.server}: {what}: {said}"
 
 
-def start(server: Server, engine_args: Mapping[str, Any], log_dir: Path, env: Mapping[str, str]) -> _Running:
-    """Start vLLM's OpenAI server and return at once; its output goes to a file in `log_dir`."""
+def vllm_command(server: Server, port: int, engine_args: Mapping[str, Any]) -> list[str]:
+    """The command line of vLLM's OpenAI server."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(server.directory)]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), *flags(server.engine_args(engine_args))]
+
+
+def _start(
+    server: Server, command: CommandOf, engine_args: Mapping[str, Any], log_dir: Path, env: Mapping[str, str]
+) -> _Running:
+    """Start a server and return at once; its output goes to a file in `log_dir`."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(server.directory)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *flags(server.engine_args(engine_args))]
     log_dir.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", str(server)) + "-gpu" + "-".join(map(str, server.gpus))
     log = log_dir / f"{name}-{port}.log"
@@ -211,13 +218,17 @@ def start(server: Server, engine_args: Mapping[str, Any], log_dir: Path, env: Ma
     }
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+            command(server, port, engine_args),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
             start_new_session=True,  # so that one signal reaches its workers too
-        )  # fmt: skip
+        )
     return _Running(server, process, log, port)
 
 
-def stop(running: Sequence[_Running]) -> None:
+def _stop(running: Sequence[_Running]) -> None:
     """End the servers and all that they started, together; returns when nothing of them is left."""
     trees: list[psutil.Process] = []
     for one in running:
@@ -267,6 +278,7 @@ class Runs:
         engine_args: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         point_s: float = POINT_S,
+        command: CommandOf = vllm_command,
         say: Say = lambda _: None,
     ) -> None:
         self._log_dir = log_dir
@@ -278,6 +290,7 @@ class Runs:
         self._engine_args = dict(engine_args or {})
         self._env = dict(env or {})
         self._point_s = point_s
+        self._command = command
 
     def measure(self, servers: Iterable[Server]) -> None:
         """Phase after phase. A server that fails is noted, and the others go on."""
@@ -290,12 +303,12 @@ class Runs:
             running = []
             try:
                 for server in phase:
-                    running.append(start(server, self._engine_args, self._log_dir, self._env))
+                    running.append(_start(server, self._command, self._engine_args, self._log_dir, self._env))
                 ready = self._wait(running)
-                stop([one for one in running if one not in ready])
+                _stop([one for one in running if one not in ready])
                 self._load(ready)
             finally:
-                stop(running)
+                _stop(running)
 
     def _left_s(self) -> float:
         return self._end_s - time.monotonic()
@@ -360,7 +373,8 @@ class Runs:
             self._on_note(f"{one.server}: {error}")
 
     def _warm_up(self, one: _Running) -> Prepared:
-        load = Load(streams=8, num_requests=16, isl="512", osl="16", timeout_s=max(5.0, self._left_s()))
+        isl = min(512, one.server.points[0].isl)
+        load = Load(streams=8, num_requests=16, isl=str(isl), osl="16", timeout_s=max(5.0, self._left_s()))
         prepared = prepare(one.url, load, model=one.server.model)
         if not prepared.probe.answered:
             raise EngineError(f"the server does not answer a first request: {prepared.probe.complaint}")

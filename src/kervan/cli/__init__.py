@@ -18,6 +18,7 @@ COMMANDS = {
     "fault": "Let a simulated replica suffer.",
     "chaos": "Disturb a fleet under load and check every token.",
     "bench": "Measure a server under load.",
+    "calibrate": "Measure this host's GPUs, for the planner.",
     "demo": "See it run on this machine, without a GPU.",
 }
 

@@ -1,0 +1,130 @@
+"""`kervan calibrate`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kervan.cli import options
+
+if TYPE_CHECKING:
+    from kervan.calibrate.measurements import Measurements
+
+
+@click.command()
+@click.option("--gpus", type=click.IntRange(min=1), help="Of this host, the first ones; without it, all.")
+@click.option("--quick", is_flag=True, help="Fewer sizes, one model, two loads.")
+@click.option("--no-serving", is_flag=True, help="Kernels and collectives only; no vLLM needed.")
+@click.option(
+    "--model", "models", multiple=True, type=click.Path(path_type=Path),
+    help="Directory with a config.json, served with random weights instead of the usual shapes; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--for", "duration", default="10min", show_default=True, help="In all; what it is too short for is noted."
+)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
+              help="[default: calibrations/GPUS.json in ~/.kervan or $KERVAN_HOME]")  # fmt: skip
+@click.option("--measurements", "stored", type=click.Path(path_type=Path),
+              help="Measure nothing; take what this file of an earlier run has.")  # fmt: skip
+@click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the servers' logs here.")
+@options.as_json
+def calibrate(**given: Any) -> None:
+    """Measure this host's GPUs, for the planner to count with.
+
+    Copies, matrix products, attention, all-reduce and send/recv, and a few short runs of vLLM's own server with random
+    weights. The file is written anew as results come, so Ctrl-C keeps them. Use the GPUs for nothing else meanwhile.
+    """
+    from kervan.calibrate import measurements, run
+    from kervan.cli import render
+    from kervan.errors import ConfigError
+    from kervan.serve import cluster
+    from kervan.units import parse_duration_s
+
+    for_s = parse_duration_s(given["duration"], "--for")
+    say = render.progress_lines()
+    if given["stored"] is not None:
+        found = measurements.read(given["stored"])
+    else:
+        if for_s < 30:
+            raise ConfigError(f"--for {given['duration']} is below 30 s, which one server alone takes to start")
+        settings = run.Settings(
+            num_gpus=given["gpus"],
+            is_quick=given["quick"],
+            has_serving=not given["no_serving"],
+            models=given["models"],
+            for_s=for_s,
+            log_dir=given["log_dir"],
+        )
+        output: Path | None = given["output"]
+
+        def keep(newest: "Measurements") -> None:
+            nonlocal output
+            output = output or cluster.home() / "calibrations" / f"{measurements.slug(newest)}.json"
+            measurements.write(output, newest)
+
+        found = run.measure(settings, say=say, on_change=keep)
+        say(f"measurements: {output}")
+    if given["as_json"]:
+        render.print_json(measurements.to_dict(found))
+    else:
+        _print(found)
+
+
+def _print(found: "Measurements") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(f"[bold]{found.num_gpus} x {found.gpu}[/bold], {found.date}")
+    for line in _kernel_lines(found):
+        print(line)
+    if found.serving:
+        table = Table("model", "tp", "pp", "streams", "in/out", box=None, pad_edge=False, header_style="dim")
+        for column in ("tok/s", "TTFT p50", "TPOT p50"):
+            table.add_column(column, justify="right")
+        for row in found.serving:
+            table.add_row(
+                row.model, str(row.tp), str(row.pp), str(row.concurrency), f"{row.isl}/{row.osl}",
+                f"{row.out_tok_s:,.0f}", _time(row.ttft_p50_s), _time(row.tpot_p50_s),
+            )  # fmt: skip
+        console.print(table)
+    for one in found.memory:
+        print(
+            f"{one.model} tp {one.tp} pp {one.pp}: weights {one.weights_gib_per_gpu:.1f} GiB a GPU, KV cache "
+            f"{one.kv_cache_gib_per_gpu:.1f} GiB a GPU, {one.kv_cache_tokens:,} tokens"
+        )
+    for note in found.notes:
+        console.print(f"not complete: {note}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _kernel_lines(found: "Measurements") -> Iterator[str]:
+    if found.copy:
+        yield f"copy {max(c.bytes / c.seconds for c in found.copy) / 1e12:.2f} TB/s read and written"
+    if found.matmul:
+        fast = max(found.matmul, key=lambda p: p.m * p.n * p.k / p.seconds)
+        slim = max((p for p in found.matmul if p.m <= 16), key=lambda p: p.n * p.k / p.seconds, default=None)
+        yield f"matrix products up to {2 * fast.m * fast.n * fast.k / fast.seconds / 1e12:.0f} TFLOP/s (m {fast.m})" + (
+            f"; weights read at up to {2 * slim.n * slim.k / slim.seconds / 1e12:.2f} TB/s (m {slim.m})" if slim else ""
+        )
+    for one in found.floors:
+        yield f"{one.name} {_time(one.seconds)}"
+    for ranks in sorted({c.ranks for c in found.collectives}):
+        for backend, in_graph in (("nccl", False), ("nccl", True), ("symm_mem", True)):
+            sums = [c for c in found.collectives
+                    if (c.op, c.ranks, c.backend, c.in_graph) == ("all_reduce", ranks, backend, in_graph)]  # fmt: skip
+            if sums:
+                small, large = min(sums, key=lambda c: c.bytes), max(sums, key=lambda c: c.bytes)
+                bus = 2 * (ranks - 1) / ranks * large.bytes / large.seconds / 1e9
+                yield (
+                    f"all-reduce over {ranks}, {backend}, {'in a graph' if in_graph else 'eager'}: "
+                    f"{_time(small.seconds)} for {small.bytes // 1024} KiB, {bus:.0f} GB/s (bus) for "
+                    f"{large.bytes // 2**20} MiB"
+                )
+
+
+def _time(seconds: float) -> str:
+    from kervan.units import format_duration
+
+    return format_duration(seconds)
