@@ -48,11 +48,13 @@ class Measured:
 
 
 def specs() -> dict[str, ModelSpec]:
-    """The shapes of `models/`."""
-    return {
-        path.parent.name: architecture.parse(json.loads(path.read_text()), f"models/{path.parent.name}/config.json")
-        for path in sorted((HERE / "models").glob("*/config.json"))
+    """The shapes of `models/`, and those that a calibration made."""
+    configs = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted((HERE / "models").glob("*/config.json"))
     }
+    for path in sorted(RECORDS.glob("calibrate-*.json")):
+        configs |= json.loads(path.read_text())["models"]
+    return {name: architecture.parse(config, f"{name}/config.json") for name, config in configs.items()}
 
 
 def measured() -> Iterator[Measured]:
