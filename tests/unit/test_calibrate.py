@@ -248,6 +248,18 @@ def test_models_are_checked_before_anything_is_measured(tmp_path: Path) -> None:
             run.check(run.Settings(models=(tmp_path,)))
 
 
+def test_models_need_names_of_their_own(tmp_path: Path) -> None:
+    places = [tmp_path / part / "m" for part in ("a", "b")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(dict(choose.SHAPES["llama-1b"])))
+    device = kernels.Device("NVIDIA H100", 1, 80 * GIB, ())
+    with pytest.raises(ConfigError, match="m, m have the same name"):
+        run._shapes(run.Settings(models=tuple(places)), device)
+    assert [shape.name for shape in run._shapes(run.Settings(models=(places[0],)), device)] == ["m"]
+    assert [shape.name for shape in run._shapes(run.Settings(is_quick=True), device)] == ["llama-14b"]
+
+
 # ---- choices
 
 
@@ -318,6 +330,14 @@ def test_servers_side_by_side(gpus: list[tuple[int, ...]], expected: list[int]) 
 @pytest.mark.parametrize(("concurrency", "requests"), [(1, 8), (2, 8), (16, 64), (64, 256), (256, 512), (600, 600)])
 def test_requests_of_a_point(concurrency: int, requests: int) -> None:
     assert Point(concurrency).num_requests == requests
+
+
+def test_loads_of_a_server_fit_its_context() -> None:
+    for is_quick in (True, False):
+        loads = choose.points(is_quick)
+        assert all(load.isl + load.osl <= serving.ENGINE_ARGS["max_model_len"] for load in loads)
+        assert {load.concurrency for load in loads if load.osl == 8} == {1}  # single prompts: prefill alone
+        assert len({load.concurrency for load in loads}) > 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ GIB = 1 << 30
 WEIGHTS_SHARE = 0.7  # of a GPU's memory; the rest is for KV cache, activations and graphs
 CONCURRENCIES = (1, 16, 64, 256)
 QUICK_CONCURRENCIES = (1, 32)
+PROMPTS = (256, 2048, 8000)  # the server's max_model_len is 8192
+QUICK_PROMPTS = (2048,)
 
 _LLAMA: Mapping[str, Any] = {
     "model_type": "llama",
@@ -98,10 +100,10 @@ def smallest_tp(shape: Shape, num_gpus: int, memory_bytes: int) -> int:
 
 
 def points(is_quick: bool) -> tuple[Point, ...]:
-    """The loads of each server."""
-    if is_quick:
-        return tuple(Point(concurrency, 1024, 128) for concurrency in QUICK_CONCURRENCIES)
-    return tuple(Point(concurrency, 1024, 256 if concurrency < 256 else 128) for concurrency in CONCURRENCIES)
+    """The loads of each server: decoding by batch size, and single prompts, whose first token is prefill."""
+    decodes = [Point(n, 1024, 64 if n == 1 else 128) for n in (QUICK_CONCURRENCIES if is_quick else CONCURRENCIES)]
+    prefills = [Point(1, isl, 8) for isl in (QUICK_PROMPTS if is_quick else PROMPTS)]
+    return tuple(prefills + decodes)
 
 
 def servers(shapes: Sequence[tuple[Shape, Path]], num_gpus: int, memory_bytes: int, *, is_quick: bool) -> list[Server]:

@@ -50,7 +50,11 @@ _FIELDS: Mapping[type[Any], str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What to measure. `num_gpus` None: all. `models`: directories with a `config.json`; none: shapes that fit."""
+    """What to measure. `num_gpus` None: all. `models`: directories with a `config.json`; none: shapes that fit.
+
+    `shapes_dir`: where the model directories without weights go. vLLM finds what it compiled for a model by the model's
+    path, so with the same directory a second run starts faster.
+    """
 
     num_gpus: int | None = None
     is_quick: bool = False
@@ -58,6 +62,7 @@ class Settings:
     models: tuple[Path, ...] = ()
     for_s: float = 600.0
     log_dir: Path | None = None
+    shapes_dir: Path | None = None
 
 
 @dataclass
@@ -113,6 +118,9 @@ def _shapes(settings: Settings, device: Device) -> list[Shape]:
         return []
     shapes = [shape_of(directory) for directory in settings.models]
     shapes = shapes or choose.default_shapes(device.memory_bytes)[: 1 if settings.is_quick else 2]
+    if len({shape.name for shape in shapes}) < len(shapes):
+        names = ", ".join(shape.name for shape in shapes)
+        raise ConfigError(f"--model: the directories {names} have the same name, which the rows go by; rename one")
     for shape in shapes:
         choose.smallest_tp(shape, device.count, device.memory_bytes)
     return shapes
@@ -197,7 +205,8 @@ class Parts:
             return
         with tempfile.TemporaryDirectory(prefix="kervan-calibrate-") as place:
             logs = self.settings.log_dir or Path(place) / "logs"
-            made = [(shape, write_model(shape.config, Path(place) / shape.name)) for shape in shapes]
+            home = self.settings.shapes_dir or Path(place)
+            made = [(shape, write_model(shape.config, home / shape.name)) for shape in shapes]
             servers = choose.servers(made, device.count, device.memory_bytes, is_quick=self.settings.is_quick)
             self.found.value = replace(self.found.value, models={shape.name: shape.config for shape in shapes})
             runs = Runs(log_dir=logs, for_s=self._left_s(), on_row=self.found.keep, on_note=self._note, say=self.say)

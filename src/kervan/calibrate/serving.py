@@ -35,6 +35,7 @@ DEFAULT_GPU_MEMORY_UTILIZATION = 0.92  # of vLLM 0.24 to 0.32
 START_TIMEOUT_S = 400.0
 STOP_GRACE_S = 10.0
 MIN_PHASE_S = 45.0  # with less time left, no server is worth starting
+NEXT_START = 0.7  # of the longest start so far: the least that another one is expected to take
 POINT_S = 60.0
 DRAIN_S = 60.0  # for what is in flight when the time of a point is over
 STREAMS_PER_PROCESS = 128
@@ -291,12 +292,13 @@ class Runs:
         self._env = dict(env or {})
         self._point_s = point_s
         self._command = command
+        self._longest_start_s = 0.0
 
     def measure(self, servers: Iterable[Server]) -> None:
         """Phase after phase. A server that fails is noted, and the others go on."""
         for phase in phases(servers):
             names = "; ".join(str(server) for server in phase)
-            if self._left_s() < MIN_PHASE_S:
+            if self._left_s() < max(MIN_PHASE_S, NEXT_START * self._longest_start_s):
                 self._on_note(f"{names}: not measured, {max(0.0, self._left_s()):.0f} s were left")
                 continue
             self._say(f"starting {names}")
@@ -325,6 +327,7 @@ class Runs:
                     self._on_note(one.failure(f"exited {code}"))
                 elif one.answers():
                     ready.append(one)
+                    self._longest_start_s = max(self._longest_start_s, took_s)
                     self._say(f"{one.server} is ready after {took_s:.0f} s")
                     memory = parse_memory(one.read_log(), one.server, self._engine_args, round(took_s, 1))
                     if memory is None:

@@ -56,6 +56,7 @@ def calibrate(**given: Any) -> None:
             models=given["models"],
             for_s=for_s,
             log_dir=given["log_dir"],
+            shapes_dir=cluster.home() / "calibrations" / "shapes",
         )
         output: Path | None = given["output"]
 
