@@ -368,14 +368,16 @@ class _Replica:
             at_s = max(at_s, step.group.free_s)
         # Each of the equal steps reads the tokens that the ones before it have added.
         added = batch.sequences * again * (again + 1) / 2
-        for index in range(self.stages):
+        stages_s = self.time.stages_s(batch)
+        last = len(stages_s) - 1
+        hand_over_s = self.time.hand_over_s(batch) * step.repeats if last else 0.0
+        for index, busy_s in enumerate(stages_s):
             begin_s = max(at_s, self.stage_free_s[index])
-            busy_s = self.time.stage_s(index, batch)
             if again:
                 busy_s += again * busy_s + added * self.time.context_token_s(index)
             self.stage_free_s[index] = at_s = begin_s + busy_s
-            if index + 1 < self.stages:
-                at_s += self.time.hand_over_s(batch) * step.repeats
+            if index < last:
+                at_s += hand_over_s
         self.busy_s += busy_s
         self.batch_s += busy_s * batch.samples
         step.end_s = step.group.free_s = at_s

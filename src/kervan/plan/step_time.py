@@ -94,11 +94,30 @@ class StepTime:
         self.limits = limits
         self.constants = constants
         self.network_bytes_s = network_bytes_s
-        self.stages = [_Stage(self, layers) for layers in stages(spec, layout.pp)]
+        # Stages whose layers are of the same kinds take the same time, and are one object.
+        kinds: dict[tuple[object, ...], _Stage] = {}
+        self.stages = []
+        for layers in stages(spec, layout.pp):
+            key = (
+                tuple(spec.layers[i] for i in layers),
+                sum(spec.has_experts(i) for i in layers),
+                layers.stop == spec.num_layers,
+            )
+            self.stages.append(kinds.setdefault(key, _Stage(self, layers)))
+        self._distinct = list(kinds.values())
+        self._kind_of = [self._distinct.index(stage) for stage in self.stages]
+        self._hand_over_s = functools.lru_cache(maxsize=4096)(self._hand_over)
 
     def stage_s(self, index: int, batch: Batch) -> float:
         """Seconds that stage `index` is busy with a batch."""
         return self.stages[index].total_s(batch)
+
+    def stages_s(self, batch: Batch) -> list[float]:
+        """The same for all stages."""
+        if len(self.stages) == 1:
+            return [self.stages[0].total_s(batch)]
+        found = [stage.total_s(batch) for stage in self._distinct]
+        return [found[kind] for kind in self._kind_of]
 
     def context_token_s(self, index: int) -> float:
         """What a stage takes longer for each token of context more."""
@@ -110,7 +129,10 @@ class StepTime:
 
     def hand_over_s(self, batch: Batch) -> float:
         """From the end of one stage to the start of the next: hidden states and residual (vLLM sends both)."""
-        payload = 2 * batch.tokens * self.spec.hidden * ACTIVATION_BYTES / self.layout.tp
+        return self._hand_over_s(batch.tokens)
+
+    def _hand_over(self, tokens: int) -> float:
+        payload = 2 * tokens * self.spec.hidden * ACTIVATION_BYTES / self.layout.tp
         sent = send_s(self.gpu, payload, network_bytes_s=self.network_bytes_s)
         if self.layout.tp > 1:  # each rank sends its share, and the stage gathers them
             gathered = all_reduce_s(self.gpu, self.layout.tp, payload * self.layout.tp / 2, self.constants.all_reduce_s)
@@ -120,7 +142,7 @@ class StepTime:
 
     def total_s(self, batch: Batch) -> float:
         """A batch from the first stage to the last, nothing else in the pipeline."""
-        return sum(stage.total_s(batch) for stage in self.stages) + (self.layout.pp - 1) * self.hand_over_s(batch)
+        return sum(self.stages_s(batch)) + (self.layout.pp - 1) * self.hand_over_s(batch)
 
 
 class _Stage:
