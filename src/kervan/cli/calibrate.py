@@ -11,6 +11,7 @@ from kervan.cli import options
 
 if TYPE_CHECKING:
     from kervan.calibrate.measurements import Measurements
+    from kervan.plan.calibration import Calibration
 
 
 @click.command()
@@ -26,12 +27,16 @@ if TYPE_CHECKING:
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="[default: calibrations/GPUS.json in ~/.kervan or $KERVAN_HOME]")  # fmt: skip
+@click.option("--calibration", "fitted", type=click.Path(dir_okay=False, path_type=Path),
+              help="Where the fit goes. [default: beside the measurements, .calibration.json]")  # fmt: skip
 @click.option("--measurements", "stored", type=click.Path(path_type=Path),
               help="Measure nothing; take what this file of an earlier run has.")  # fmt: skip
+@click.option("--bench", "bench", multiple=True, metavar="RECORD[:tp=2,pp=1]",
+              help="A record of kervan bench on one replica of a measured model, to fit to too; repeatable.")  # fmt: skip
 @click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the servers' logs here.")
 @options.as_json
 def calibrate(**given: Any) -> None:
-    """Measure this host's GPUs, for the planner to count with.
+    """Measure this host's GPUs, and fit the planner's constants to them: kervan plan --calibration FILE.
 
     Copies, matrix products, attention, all-reduce and send/recv, and a few short runs of vLLM's own server with random
     weights. The file is written anew as results come, so Ctrl-C keeps them. Use the GPUs for nothing else meanwhile.
@@ -43,6 +48,7 @@ def calibrate(**given: Any) -> None:
     from kervan.units import parse_duration_s
 
     for_s = parse_duration_s(given["duration"], "--for")
+    output: Path | None = given["output"]
     say = render.progress_lines()
     if given["stored"] is not None:
         found = measurements.read(given["stored"])
@@ -58,7 +64,6 @@ def calibrate(**given: Any) -> None:
             log_dir=given["log_dir"],
             shapes_dir=cluster.home() / "calibrations" / "shapes",
         )
-        output: Path | None = given["output"]
 
         def keep(newest: "Measurements") -> None:
             nonlocal output
@@ -67,10 +72,25 @@ def calibrate(**given: Any) -> None:
 
         found = run.measure(settings, say=say, on_change=keep)
         say(f"measurements: {output}")
+    source = given["stored"] or output or Path("calibration.json")
+    fitted, path = None, None
+    if found.serving or given["bench"]:
+        from kervan.calibrate import fitting
+        from kervan.plan import calibration
+
+        more = [point for text in given["bench"] for point in fitting.points_of_record(text)]
+        say(f"fitting the planner's constants to {len(found.serving) + len(more)} points")
+        fitted = fitting.fit(found, more=more)
+        path = given["fitted"] or source.with_suffix(".calibration.json")
+        calibration.save(fitted, path)
+        say(f"calibration: {path}")
     if given["as_json"]:
-        render.print_json(measurements.to_dict(found))
-    else:
-        _print(found)
+        render.print_json(measurements.to_dict(found) | ({"calibration": str(path)} if path else {}))
+        return
+    _print(found)
+    if fitted is not None:
+        _print_fit(fitted)
+        print(f"kervan plan MODEL --gpu {fitted.gpu} --calibration {path}")
 
 
 def _print(found: "Measurements") -> None:
@@ -98,6 +118,20 @@ def _print(found: "Measurements") -> None:
         )
     for note in found.notes:
         console.print(f"not complete: {note}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _print_fit(fitted: "Calibration") -> None:
+    """How far the fitted planner is off at each point."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("point", box=None, pad_edge=False, header_style="dim")
+    names = {"out_tok_s": "tok/s", "tpot_p50_s": "TPOT p50", "ttft_p50_s": "TTFT p50", "ttft_p99_s": "TTFT p99"}
+    for name in names.values():
+        table.add_column(f"{name} off by", justify="right")
+    for one in fitted.residuals:
+        table.add_row(one.point, *(f"{100 * one.errors[key]:+.1f}%" if key in one.errors else "" for key in names))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _kernel_lines(found: "Measurements") -> Iterator[str]:

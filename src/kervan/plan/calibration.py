@@ -76,15 +76,15 @@ class Calibration:
     format: int = FORMAT
 
 
-# Fitted to bare vLLM 0.24 on H200: benchmarks/records/bare-h200-2026-11-22.jsonl; docs/planner.md has the residuals,
-# and those of points that were held back, from which these spreads are.
+# Fitted to 20 points on H200 and 28 on H100, vLLM 0.24: `python benchmarks/planner_errors.py` predicts them all. The
+# spreads are about what is left there, and at points that were held back (docs/planner.md).
 PRIOR = Calibration(
     name="prior-h200-2026-11-25",
     gpu="H200",
     date="2026-11-25",
     constants=Constants(),
     spread={"out_tok_s": 0.05, "tpot_p50_s": 0.04, "ttft_p50_s": 0.18, "ttft_p99_s": 0.15},
-    source="bare vLLM 0.24.0 on H200",
+    source="vLLM 0.24.0 on H200 and H100",
 )
 
 
