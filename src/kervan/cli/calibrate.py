@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--measurements", "stored", type=click.Path(path_type=Path),
               help="Measure nothing; take what this file of an earlier run has.")  # fmt: skip
 @click.option("--bench", "bench", multiple=True, metavar="RECORD[:tp=2,pp=1]",
-              help="A record of kervan bench on one replica of a measured model, to fit to too; repeatable.")  # fmt: skip
+              help="A record of kervan bench on one replica of a measured model, to fit to as well.")  # fmt: skip
 @click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the servers' logs here.")
 @options.as_json
 def calibrate(**given: Any) -> None:
