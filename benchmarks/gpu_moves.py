@@ -10,6 +10,7 @@ short keeps what it has. Without a GPU all parts but storm run as they are, slow
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -31,6 +32,12 @@ from kervan.bench import records
 Row = dict[str, Any]
 # Of one engine of several on a GPU. With the KV cache in bytes, vLLM does not size it by what is free.
 GPU_ARGS = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2**30}
+SETTINGS = {
+    "exact": ("only",),
+    "tp": ("only",),
+    "flips": ("train_s", "answers"),
+    "storm": ("model", "streams", "isl", "osl", "gateways", "engine_arg", "env"),
+}
 CPU_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # of engines with several workers
 
 
@@ -42,7 +49,8 @@ class Findings:
         self._lock = threading.Lock()
         self._begin_s = time.monotonic()
         self._record = records.record(f"moves-{part}", {"settings": settings, "rows": self.rows})
-        self._record["command"] = shlex.join(["python", "benchmarks/gpu_moves.py", *sys.argv[1:]])
+        words = [word for before, word in itertools.pairwise(sys.argv) if "--out" not in (before, word)]
+        self._record["command"] = shlex.join(["python", "benchmarks/gpu_moves.py", *words])
         if commit := os.environ.get("KERVAN_COMMIT"):
             self._record["versions"]["kervan"] = commit
         self._path: Path = out
@@ -74,7 +82,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     args.deadline_s = time.monotonic() + args.limit_s
     has_gpu = shutil.which("nvidia-smi") is not None
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "deadline_s", "part")}
+    settings = {key: getattr(args, key) for key in (*SETTINGS[args.part], "limit_s")}
     findings = Findings(args.part, settings, args.out)
     parts: dict[str, Callable[[], Sequence[str]]] = {
         "exact": lambda: engines(args, findings, exact_moves.ENGINES, has_gpu=has_gpu),

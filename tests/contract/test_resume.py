@@ -269,3 +269,18 @@ def test_speculative_decoding(guessing: Oracle) -> None:
         whole, moved = guessing.call("from_every_token", Ask([*PROMPT, *FEW, *FEW], sampling))
         check(whole, moved)
     assert guessing.call("num_accepted_guesses") > 0
+
+
+def test_two_workers(model: Path) -> None:
+    """With tp 2, each has a model runner of its own, in a process of its own."""
+    oracle = Oracle(str(model), tp=2, **ENGINE, max_num_batched_tokens=64)
+    try:
+        assert oracle.call("runner_is_v1") is True
+        for ask in (
+            Ask(PROMPT, {**TALKING, "logprobs": 3}),
+            Ask(LONG_PROMPT, {**TALKING, "temperature": 1.0, "seed": 3, "max_tokens": 40}, is_fresh=True),
+            Ask(PROMPT, {"temperature": 0.0, "max_tokens": 48, **PENALTIES}, GRAMMARS["regex"]),
+        ):
+            check(*oracle.call("from_every_token", ask))
+    finally:
+        oracle.close()
