@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import tomllib
 import urllib.request
@@ -331,6 +332,39 @@ def test_the_table_of_tools_is_that_of_the_record() -> None:
                 row["seen"]["ttft_p50_ms"] for row in found if (row["tool"], row["streams"]) == (name, int(streams))
             ]
             assert cell == f"{min(seen):.1f} - {max(seen):.1f}", (tool, streams)
+
+
+# What docs/twins.md says in a row -> the values in the parts of the record.
+TWIN_ROWS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
+    "fleet client, 16 replicas, 1,024 streams": lambda parts: _spread(parts["client"], 1024),
+    "gateway as a whole, 1,024 streams": lambda parts: _spread(parts["fleet-16"], 1024, "gateway_us_per_token"),
+    "shell around vLLM's app, per request": lambda parts: [parts["shell"]["shell_us_per_request"]],
+    "routing decision, 256 replicas": lambda parts: [parts["routing"]["runs"][-1]["us"]],
+    "a twin": lambda parts: [parts["fleet-64"]["memory"]["twin"]["pss_mib"]],
+    "its Ray actor": lambda parts: [parts["fleet-64"]["memory"]["replica actor"]["pss_mib"]],
+    "a gateway, 64 streams": lambda parts: [parts["fleet-64"]["memory"]["gateway"]["pss_mib"]],
+    "a gateway, 1,024 streams": lambda parts: [parts["fleet-16"]["memory"]["gateway"]["pss_mib"]],
+    "64 twins and one gateway, with Ray": lambda parts: [parts["fleet-64"]["memory"]["total_mib"]],
+    "16 twins and one gateway come up": lambda parts: [parts["fleet-16"]["start_s"]],
+    "64 twins and one gateway come up": lambda parts: [parts["fleet-64"]["start_s"]],
+}
+
+
+def _spread(part: dict[str, Any], streams: int, name: str = "client_us_per_token") -> list[float]:
+    found = sorted(run[name] for run in part["runs"] if run["streams"] == streams)
+    return [statistics.median(found), found[0], found[-1]]
+
+
+def test_the_costs_of_twins_are_those_of_the_record() -> None:
+    match = re.search(r"^<!-- twins: (\S+) -->\n((?:\|.*\n)+)", (ROOT / "docs/twins.md").read_text(), re.M)
+    assert match is not None
+    parts = json.loads((ROOT / match[1]).read_text())["parts"]
+    _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[2].splitlines()]
+    assert {what for what, _ in lines} == TWIN_ROWS.keys()
+    for what, cell in lines:
+        written = re.findall(r"\d+(?:\.\d+)?", cell.replace(",", ""))
+        real = [f"{v:.{len(w.partition('.')[2])}f}" for v, w in zip(TWIN_ROWS[what](parts), written, strict=True)]
+        assert written == real, what
 
 
 def test_versions_and_hardware_are_those_of_the_records() -> None:

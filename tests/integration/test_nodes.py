@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live import SMALL, START_S, Fleet, Take, take_chat
+from live import SMALL, START_S, Fleet, Take, eventually, take_chat
 from ray_cluster import AS_IF_GPU, RayCluster, ray_cluster
 from ray_cluster import SECOND as LOST
 from shared_fleet import Models
@@ -39,11 +39,13 @@ def one_gpu(scratch: Path) -> Iterator[RayCluster]:
 
 
 async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, models: Models) -> None:
-    """The replica waits for a GPU, which is told, and its streams with it; with a new node all goes on."""
+    """The replica waits for half a GPU, which is told, and its streams with it; with a new node all goes on."""
     arguments = (*SMALL, "max_model_len=1024", "served_model_name=tiny")
     options = ("--gateways", "1", "--address", one_gpu.address, "--env", "VLLM_CPU_OMP_THREADS_BIND=nobind")
-    fleet = await asyncio.to_thread(one_gpu.home.up, models.demo, "last", arguments, *options)
+    share = ("--gpus-per-replica", "0.5")
+    fleet = await asyncio.to_thread(one_gpu.home.up, models.demo, "last", arguments, *options, *share)
     assert len(on(fleet, LOST)[0]) == 1
+    eventually(lambda: "0.5/1.0 GPU" in one_gpu.status(), "Ray counts half a GPU as taken", START_S)
     while on(fleet, LOST)[1] == set(fleet.gateway_pids()):  # 1 in 2: a gateway takes no resources
         await kervan(fleet, "scale", "--gateways", str(len(fleet.gateway_pids()) + 1))
     question, answer = next(iter(PAIRS.items()))
@@ -54,7 +56,7 @@ async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, mo
         await asyncio.gather(*(take.began.wait() for take in takes))
         one_gpu.kill_node(LOST)
         told = ""
-        while "1 replica of 1 waits for 1 GPU: no node has any; add a node, or kervan scale 0" not in told:
+        while "1 replica of 1 waits for 0.5 GPU: no node has any; add a node, or kervan scale 0" not in told:
             told = await kervan(fleet, "status", "--why")
         refused = await asyncio.to_thread(fleet.home.kervan, "scale", "2", "--name", "last")
         assert (refused.returncode, "free are none; room for" in refused.stderr) == (1, True), refused.stderr

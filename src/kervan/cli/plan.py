@@ -276,7 +276,7 @@ def _print(found: "Plan", model: str, *, show_all: bool) -> None:
             table.add_row(str(c.layout), str(c.layout.gpus), *[""] * 9, f"does not fit: {c.reason}")
             continue
         table.add_row(
-            str(c.layout), str(c.layout.gpus), str(c.concurrency), f"{c.out_tok_s:,.0f} ±{_percent(c, 'out_tok_s')}",
+            str(c.layout), str(c.layout.gpus), str(c.concurrency), f"{c.out_tok_s:,.0f} +-{_percent(c, 'out_tok_s')}",
             _ms(c.ttft_p50_ms), _ms(c.ttft_p99_ms), _ms(c.tpot_p50_ms), _ms(c.tpot_p99_ms), f"{c.memory.kv_tokens:,}",
             "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}", c.reason or c.binding,
         )  # fmt: skip
@@ -294,7 +294,7 @@ def _print(found: "Plan", model: str, *, show_all: bool) -> None:
         row = prices.lookup(q.gpu.name)
         if row is not None and row.usd_per_gpu_h == q.usd_per_gpu_h and (warning := row.warning(datetime.date.today())):
             console.print(warning, style="yellow", soft_wrap=True, markup=False)
-    console.print(f"constants: {q.calibration.name}; ± and SLO from its errors", style="dim")
+    console.print(f"constants: {q.calibration.name}; +- and SLO from its errors", style="dim")
     console.print(launch.launch(q, found.best, model).command, soft_wrap=True, markup=False)
 
 
