@@ -136,6 +136,7 @@ def run(model: str, plan: ReplayPlan, say: Say) -> Report:
     nodes = LocalNodes()
     try:
         nodes.join()
+        say("the fleet comes first, the spot nodes of the beginning then")
         status = start.Startup(config, nodes.address, say).run()
         handle = fleets.attach(config.name, nodes.address)
         config = fleets.stored_config(handle)

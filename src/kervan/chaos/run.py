@@ -208,14 +208,13 @@ class Run(abc.ABC):
             striking.cancel()
             await asyncio.wait({striking})
             wall_s = time.time() - begin_s
+            _raise_failure(striking)
             await self._wait_until_whole(watching)
             if not self._is_stopped.is_set():
                 await asyncio.sleep(BEAT_S)
             with suppress(FleetError):
                 self._see(await asyncio.to_thread(self._fleet.look, -1, 0.0))
-            for task in (striking, watching):
-                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-                    raise error
+            _raise_failure(watching)
         finally:
             watching.cancel()
             striking.cancel()
@@ -275,6 +274,11 @@ class Run(abc.ABC):
                 return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._is_stopped.wait(), 0.1)
+
+
+def _raise_failure(task: "asyncio.Task[None]") -> None:
+    if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+        raise error
 
 
 class _Strikes(Run):
