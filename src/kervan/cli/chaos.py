@@ -1,6 +1,7 @@
 """`kervan chaos`."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,12 @@ def _replay(model: str, given: dict[str, Any]) -> "Report":
         duration_s=None if given["duration"] is None else parse_duration_s(given["duration"], "--for"),
         seed=given["seed"],
     )
+    signal.signal(signal.SIGTERM, _interrupt)  # its Ray and its fleet end with it
     return replay.run(model, plan, render.progress_lines())
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _strike(url: str, given: dict[str, Any]) -> "Report":
@@ -176,12 +182,10 @@ def _print(report: "Report") -> None:
 
 
 def _print_nodes(found: dict[str, Any]) -> None:
-    from kervan.facts.fleet import POOLS
-
     print(f"{found['nodes_added']} spot nodes added, {found['nodes_removed']} removed; ready replicas over time:")
-    for row in found["over_time"]:
-        pools = ", ".join(f"{row[pool]} {pool}" for pool in POOLS)
-        print(f"{row['at_s']:7.1f} s  {row['nodes']} nodes, {pools}")
+    print("     at  nodes  on-demand  spot")
+    for at_s, row in {row["at_s"]: row for row in found["over_time"]}.items():  # the last one of each moment
+        print(f"{at_s:5.1f} s  {row['nodes']:5d}  {row['on-demand']:9d}  {row['spot']:4d}")
     if found["requests_cut"]:
         print(f"{found['requests_cut']} requests were cut to what the model takes")
 
