@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # kervan chaos on CPU: bash benchmarks/chaos.sh MODEL_DIR kills|drains|vllm. Records and words go to ${OUT:-out}.
 #   kills   4 twins, 64 streams, a kill every 10 s for ${FOR:-5min}
-#   drains  4 twins, 64 streams, a drain every 6 s for ${FOR:-21min}: 209, less those skipped
+#   drains  4 twins, 64 streams, a drain every ${EVERY:-6s} for ${FOR:-21min}: 209, less those skipped
 #   vllm    3 vLLM CPU engines, 8 streams, a kill every 40 s for ${FOR:-5min}: an engine takes about that long to start
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ vllm=(--replicas 3 --engine-arg dtype=float32 --engine-arg enforce_eager=true --
   --env VLLM_CPU_OMP_THREADS_BIND=nobind --env OMP_NUM_THREADS=1)
 case $what in
   kills) fleet=("${twins[@]}") words=(--kill-every 10s --for "${FOR:-5min}" --streams 64) ;;
-  drains) fleet=("${twins[@]}") words=(--drain-every 6s --for "${FOR:-21min}" --streams 64) ;;
+  drains) fleet=("${twins[@]}") words=(--drain-every "${EVERY:-6s}" --for "${FOR:-21min}" --streams 64) ;;
   vllm) fleet=("${vllm[@]}") words=(--kill-every 40s --for "${FOR:-5min}" --streams 8) ;;
   *) echo "$what is none of kills, drains, vllm" >&2; exit 2 ;;
 esac

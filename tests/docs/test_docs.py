@@ -367,6 +367,33 @@ def test_the_costs_of_twins_are_those_of_the_record() -> None:
         assert written == real, what
 
 
+CHAOS_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "disruptions": lambda found: str(found["disruptions"]),
+    "streams": lambda found: f"{found['streams']:,}",
+    "tokens": lambda found: f"{found['tokens']:,}",
+    "broken": lambda found: str(found["broken"]),
+    "lost": lambda found: str(found["tokens_lost"]),
+    "doubled": lambda found: str(found["tokens_doubled"]),
+    "wrong": lambda found: str(found["tokens_wrong"]),
+    "moves": lambda found: str(found["moves"]),
+    "gap p50": lambda found: f"{1e3 * found['gap_s']['p50']:.0f}",
+    "gap p99": lambda found: f"{1e3 * found['gap_s']['p99']:.0f}",
+}
+
+
+def test_the_table_of_chaos_is_that_of_its_records() -> None:
+    text = (ROOT / "docs/chaos.md").read_text()
+    match = re.search(r"^<!-- chaos records -->\n((?:\|.*\n)+)", text, re.M)
+    assert match is not None
+    heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[1].splitlines()]
+    assert lines
+    for cells in lines:
+        link = LINK.fullmatch(cells[0])
+        assert link is not None, cells[0]
+        found = json.loads((ROOT / "docs" / link[1]).read_text())["result"]
+        assert cells[1:] == [CHAOS_COLUMNS[head](found) for head in heads[1:]], cells[0]
+
+
 def test_versions_and_hardware_are_those_of_the_records() -> None:
     text = (ROOT / "README.md").read_text()
     match = re.search(r"^<!-- versions: (.+?) -->\n(.+?)\n\n", text, re.M | re.S)

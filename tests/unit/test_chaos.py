@@ -202,6 +202,14 @@ def test_a_hung_replica_that_looks_ready_does_not_make_the_fleet_whole() -> None
     assert (hung.recover_s, killed.recover_s) == (24.0 - 10.0, 24.0 - 12.5)
 
 
+def test_where_more_are_ready_than_must_be_a_disruption_is_over_when_it_was_felt() -> None:
+    one = Disruption(0, "drain", "a", 10.0)
+    assert effects.follow([one], {"a", "b", "c"}, 2, 10.5) == []
+    assert one.recover_s is None
+    assert effects.follow([one], {"b", "c"}, 2, 11.0) == [one]
+    assert one.recover_s == 1.0
+
+
 # ---- the report
 
 

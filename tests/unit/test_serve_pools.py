@@ -31,6 +31,7 @@ def snapshot(*entries: list[ReplicaEntry]) -> Snapshot:
 
 
 OWN, SPOT = node("own", 4), node("s1", 3, is_spot=True)
+ONE_EACH = {"engine": "twin", "gpu": "H200", "twin": {"spot_per_node": 1}}
 
 
 def test_replicas_are_bound_to_nodes_by_label_and_unlabelled_nodes_are_on_demand() -> None:
@@ -62,6 +63,8 @@ def test_replicas_that_become_bound_are_replaced_and_others_are_not() -> None:
                      {"on-demand": 2, "spot": 6}, id="twins take nothing"),
         pytest.param({"engine": "twin", "gpu": "H200"}, [OWN], {}, {"on-demand": 4, "spot": 0},
                      {"on-demand": 2, "spot": 0}, id="but need a node"),
+        pytest.param(ONE_EACH, [OWN, SPOT, node("s2", 0, is_spot=True)], {"spot": 1}, {"on-demand": 4, "spot": 2},
+                     {"on-demand": 2, "spot": 2}, id="a node each"),
     ],
 )  # fmt: skip
 def test_what_a_start_waits_for(
@@ -136,6 +139,23 @@ def test_room_is_looked_for_where_a_pool_has_replicas() -> None:
     assert not pools.has_room(config(), [OWN, full], {"on-demand": 2, "spot": 8})
     assert pools.has_room(config(), [OWN, full], {"on-demand": 2, "spot": 0})
     assert pools.has_room(FleetConfig(model="m"), [OWN, full], {"on-demand": 2})
+
+
+def test_twins_that_have_a_spot_node_each() -> None:
+    fleet = config(**ONE_EACH)
+    assert (pools.per_node(fleet, "spot"), pools.per_node(fleet, "on-demand"), pools.per_node(config(), "spot")) == (
+        1,
+        None,
+        None,
+    )
+    assert pools.has_room(fleet, [OWN, SPOT], {"on-demand": 9, "spot": 0})
+    assert not pools.has_room(fleet, [OWN, SPOT], {"on-demand": 9, "spot": 1})
+    there = snapshot(replicas("on-demand", "ready", "ready"), replicas("spot", "ready"))
+    assert pools.explain(fleet, there, [OWN, SPOT]) == [
+        "pool spot: 5 of 6 replicas wait for another spot node: each of 1 takes 1 (twin setting spot_per_node)"
+    ]
+    with pytest.raises(CapacityError, match=r"2 replicas .* 1 spot nodes take 1 each .* use --pool spot:1..6"):
+        pools.check(config(spot="2..6", **ONE_EACH), [OWN, SPOT], {})
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ class Disruption:
 def follow(disruptions: Iterable[Disruption], ready: Set[str], target: int, at_s: float) -> list[Disruption]:
     """Note what the ready replicas at `at_s` say of each disruption; those that the fleet has recovered from now.
 
-    A replica that was hit and looks ready does not count as such.
+    A replica that was hit and looks ready does not count as such. None is recovered from before it was felt, even where
+    more replicas than that are ready.
     """
     waiting = [disruption for disruption in disruptions if disruption.whole_s is None]
     for disruption in waiting:
@@ -42,9 +43,10 @@ def follow(disruptions: Iterable[Disruption], ready: Set[str], target: int, at_s
     fit = ready - {disruption.replica for disruption in waiting}
     if len(fit) < target:
         return []
-    for disruption in waiting:
+    recovered = [disruption for disruption in waiting if disruption.felt_s is not None]
+    for disruption in recovered:
         disruption.whole_s = at_s
-    return waiting
+    return recovered
 
 
 def longest_gaps_s(sent_s: float, tokens_s: Sequence[float], disruptions: Sequence[Disruption]) -> list[float]:

@@ -1,7 +1,8 @@
 """Streams whose every token is checked: `kervan bench`'s client, with prompts whose answers are known."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -110,3 +111,43 @@ class CheckedDriver(Driver):
             self._failure = self._failure or error
             self.end()
         return exchange
+
+
+class TraceDriver(CheckedDriver):
+    """Asks as a trace says, from its start again when it is over. `max_model_len`: prompt and answer together.
+
+    A row that is longer gets a shorter prompt, and if need be a shorter answer; `cut` counts them.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        start_s: float,
+        on_answer: Callable[[Ask, CheckedExchange | None], None],
+        max_model_len: int,
+    ) -> None:
+        super().__init__(share, start_s, on_answer)
+        self._max_model_len = max_model_len
+        self.cut = 0
+
+    def jobs(self) -> Iterator[tuple[int, float, TraceRow | None]]:
+        assert self._load.duration_s is not None, "else it has no end"
+        number, shift_s = 0, 0.0
+        while True:
+            first, last_s = number, 0.0
+            for last_s, row in self._load.arrivals():
+                if shift_s + last_s >= self._load.duration_s:
+                    return
+                assert row is not None
+                yield number, shift_s + last_s, self._fit(row)
+                number += 1
+            # The first row comes again as long after the last one as rows are apart.
+            shift_s += last_s + (last_s / (number - first - 1) if last_s else 1.0)
+
+    def _fit(self, row: TraceRow) -> TraceRow:
+        output = min(max(1, row.output_tokens), self._max_model_len - 1)
+        prompt = min(row.input_tokens, self._max_model_len - output)
+        if (prompt, output) == (row.input_tokens, max(1, row.output_tokens)):
+            return row
+        self.cut += 1
+        return replace(row, input_tokens=prompt, output_tokens=output)

@@ -1,7 +1,7 @@
 """What a run of chaos has found."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kervan.chaos import effects
@@ -32,6 +32,7 @@ class Report:
     longest_s: Sequence[float]
     client_late_s: float = 0.0  # the latest that a timer of the client's loop was
     was_interrupted: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)  # of one kind of run only
 
     @property
     def unrecovered(self) -> list[Disruption]:
@@ -69,6 +70,7 @@ class Report:
             "wall_s": round(self.wall_s, 1),
             "was_interrupted": self.was_interrupted,
             "asked": dict(self.plan),
+            **self.more,
         }
 
     def _of_kind(self, kind: Kind) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """Disturbs a fleet under load, from the first stream to the report."""
 
+import abc
 import asyncio
 import resource
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from kervan.bench import drive, eventloop, target
 from kervan.bench.load import Load, Target
 from kervan.bench.prompts import Alphabet, Ask
+from kervan.bench.target import Probe
 from kervan.bench.worker import Share
 from kervan.chaos import effects, schedule
 from kervan.chaos.effects import Disruption
@@ -83,6 +86,26 @@ class Questions:
     numbers: tuple[int, ...] = ()
 
 
+async def first_look(at: Target) -> tuple[Target, Probe]:
+    """The target with its model, and what it says of itself. Raises: ConfigError."""
+    return await asyncio.to_thread(
+        lambda: target.first_look(
+            at.url,
+            model=at.model or None,
+            api="completions",
+            headers=at.headers,
+            sampling=SAMPLING,
+            verify_tls=True,
+        )
+    )
+
+
+def twin_questions(config: FleetConfig, at: Target) -> Questions:
+    """What may be asked of twins: anything, as their answers are computed."""
+    limits = twins.settings(config).limits
+    return Questions(at, Alphabet(vocab_size=limits.last_token + 1, first_id=limits.first_token), twin_truth(limits))
+
+
 def run(fleet: Fleet, config: FleetConfig, plan: Plan, at: Target, say: Say) -> Report:
     """Carry out `plan` on the fleet at `at`. Blocks; Ctrl-C ends it early, with the report.
 
@@ -96,42 +119,191 @@ def run(fleet: Fleet, config: FleetConfig, plan: Plan, at: Target, say: Say) -> 
             f"--streams {plan.streams} needs {need} open files, and the limit is {limit}; "
             f"raise it (ulimit -n {need}), or use --streams {max(1, limit - drive.FILES_PER_PROCESS)}"
         )
-    factory, _ = eventloop.factory()
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_Run(fleet, config, plan, say).run(at))
+    return _Strikes(fleet, config, plan, say).run_to_end(at)
 
 
-class _Run:
-    def __init__(self, fleet: Fleet, config: FleetConfig, plan: Plan, say: Say) -> None:
-        self._fleet, self._config, self._plan, self._say = fleet, config, plan, say
+class Run(abc.ABC):
+    """One run: the questions, the load, the watch on the fleet and the report. What disturbs it is a subclass's.
+
+    `kinds`: of the disruptions to come.
+    """
+
+    def __init__(self, fleet: Fleet, config: FleetConfig, kinds: Sequence[Kind], say: Say) -> None:
+        self._fleet, self._config, self._say = fleet, config, say
         self._disruptions: list[Disruption] = []
-        self._skipped: dict[Kind, int] = dict.fromkeys(plan.periods_s, 0)
+        self._skipped: dict[Kind, int] = dict.fromkeys(kinds, 0)
         self._snapshot = Snapshot(-1, [], [], [])
         self._moved: dict[str, tuple[int, int]] = {}
         self._is_stopped = asyncio.Event()
 
-    async def run(self, at: Target) -> Report:
+    def run_to_end(self, at: Target) -> Report:
+        """Blocks; Ctrl-C ends it early, with the report."""
+        factory, _ = eventloop.factory()
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(self._run(at))
+
+    # ---- a subclass's
+
+    @abc.abstractmethod
+    def _target(self) -> int:
+        """How many replicas are ready when the fleet is whole, as it should be now."""
+
+    @abc.abstractmethod
+    async def _disturb(self, begin_s: float) -> None:
+        """Disrupt what is to be disrupted in the run that began at `begin_s` (Unix time); cancelled at its end."""
+
+    @abc.abstractmethod
+    def _driver(self, questions: Questions, tally: Tally) -> CheckedDriver:
+        """Sends the load, and tells what it will be."""
+
+    @abc.abstractmethod
+    async def _questions(self, at: Target) -> Questions:
+        """Raises: ConfigError, FleetError when nothing could be asked."""
+
+    @abc.abstractmethod
+    def _asked(self) -> Mapping[str, Any]:
+        """What was asked for."""
+
+    def _more(self) -> Mapping[str, Any]:
+        """What the report has besides that of every run."""
+        return {}
+
+    # ---- from the first stream to the report
+
+    async def _run(self, at: Target) -> Report:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._is_stopped.set)
         try:
             self._see(await asyncio.to_thread(self._fleet.look, -1, 0.0))
-            questions = await self._questions(at)
-            return await self._disturb(questions)
+            return await self._measure(await self._questions(at))
         finally:
             loop.remove_signal_handler(signal.SIGINT)
 
+    async def _drive(self, driver: CheckedDriver, *, ends_at_stop: bool) -> None:
+        """Send the driver's load to its end, or to Ctrl-C."""
+        driver.prepare()
+        await driver.connect_first()
+        driver.tally.start_s = time.time()
+        running = asyncio.create_task(driver.run())
+        stop = asyncio.create_task(self._is_stopped.wait())
+        try:
+            await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                driver.end()
+            await running
+        finally:
+            stop.cancel()
+            running.cancel()
+        if ends_at_stop and self._is_stopped.is_set():
+            raise FleetError("stopped before anything was disturbed")
+
+    async def _measure(self, questions: Questions) -> Report:
+        tally = Tally(questions.truth, self._disruptions, self._say)
+        driver = self._driver(questions, tally)
+        begin_s = time.time()
+        watching = asyncio.create_task(self._watch())
+        striking = asyncio.create_task(self._disturb(begin_s))
+        try:
+            await self._drive(driver, ends_at_stop=False)
+            striking.cancel()
+            await asyncio.wait({striking})
+            wall_s = time.time() - begin_s
+            _raise_failure(striking)
+            await self._wait_until_whole(watching)
+            if not self._is_stopped.is_set():
+                await asyncio.sleep(BEAT_S)
+            with suppress(FleetError):
+                self._see(await asyncio.to_thread(self._fleet.look, -1, 0.0))
+            _raise_failure(watching)
+        finally:
+            watching.cancel()
+            striking.cancel()
+        return Report(
+            plan=self._asked(),
+            engine=self._config.engine,
+            target_replicas=self._config.replicas,
+            wall_s=wall_s,
+            disruptions=self._disruptions,
+            skipped=self._skipped,
+            streams=tally.streams,
+            unfinished=driver.tally.unfinished,
+            tokens=tally.tokens,
+            broken=tally.broken,
+            difference=await asyncio.to_thread(tally.difference),
+            errors=tally.errors,
+            messages=tally.messages,
+            moves=sum(last - first for first, last in self._moved.values()),
+            longest_s=tally.longest_s,
+            client_late_s=driver.lag.largest,
+            was_interrupted=self._is_stopped.is_set(),
+            more=self._more(),
+        )
+
+    # ---- the fleet
+
+    async def _watch(self) -> None:
+        told = ""
+        while True:
+            try:
+                self._see(await asyncio.to_thread(self._fleet.look, self._snapshot.version, LOOK_S))
+                told = ""
+            except FleetError as error:
+                if str(error) != told:
+                    told = str(error)
+                    self._say(told)
+                await asyncio.sleep(LOOK_S)
+
+    def _ready(self) -> set[str]:
+        return {replica.id for replica in self._snapshot.replicas if replica.state == "ready"}
+
+    def _see(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        for gateway in snapshot.gateways:
+            first, _ = self._moved.get(gateway.id, (gateway.moved, 0))
+            self._moved[gateway.id] = first, gateway.moved
+        for disruption in effects.follow(self._disruptions, self._ready(), self._target(), time.time()):
+            if disruption.recover_s is not None:
+                self._say(
+                    f"whole again {disruption.recover_s:.1f} s after the {disruption.kind} of {disruption.replica}"
+                )
+
+    async def _wait_until_whole(self, watching: "asyncio.Task[None]") -> None:
+        bound_s = time.monotonic() + RECOVERY_S + self._config.stall_timeout_s
+        while any(disruption.whole_s is None for disruption in self._disruptions):
+            if self._is_stopped.is_set() or watching.done() or time.monotonic() > bound_s:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_stopped.wait(), 0.1)
+
+
+def _raise_failure(task: "asyncio.Task[None]") -> None:
+    if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+        raise error
+
+
+class _Strikes(Run):
+    """Each kind of disruption once in its period, under a closed loop."""
+
+    def __init__(self, fleet: Fleet, config: FleetConfig, plan: Plan, say: Say) -> None:
+        super().__init__(fleet, config, list(plan.periods_s), say)
+        self._plan = plan
+
+    def _target(self) -> int:
+        return self._config.replicas
+
+    def _asked(self) -> Mapping[str, Any]:
+        return asdict(self._plan)
+
+    def _driver(self, questions: Questions, tally: Tally) -> CheckedDriver:
+        plan = self._plan
+        self._say(f"{plan.streams} streams on {self._config.replicas} replicas for {plan.duration_s:g} s")
+        load = self._load(plan.streams, duration_s=plan.duration_s)
+        share = Share(load, questions.target, questions.alphabet, Slo())
+        return CheckedDriver(share, time.time(), tally.add, questions.numbers)
+
     async def _questions(self, at: Target) -> Questions:
         load = self._load(self._plan.streams, duration_s=self._plan.duration_s)
-        at, probe = await asyncio.to_thread(
-            lambda: target.first_look(
-                at.url,
-                model=at.model or None,
-                api="completions",
-                headers=at.headers,
-                sampling=SAMPLING,
-                verify_tls=True,
-            )
-        )
+        at, probe = await first_look(at)
         longest = parse_lengths(load.isl).maximum + parse_lengths(load.osl).maximum
         if probe.max_model_len is not None and longest > probe.max_model_len:
             raise ConfigError(
@@ -139,9 +311,7 @@ class _Run:
                 f"{probe.max_model_len}; use shorter ones"
             )
         if self._config.engine == "twin":
-            limits = twins.settings(self._config).limits
-            alphabet = Alphabet(vocab_size=limits.last_token + 1, first_id=limits.first_token)
-            return Questions(at, alphabet, twin_truth(limits))
+            return twin_questions(self._config, at)
         alphabet, probe = await asyncio.to_thread(target.find_alphabet, at, load, probe, None)
         if not probe.answered:
             raise FleetError(f"{at.url} does not answer: {probe.complaint}")
@@ -185,73 +355,9 @@ class _Run:
             timeout_s=TIMEOUT_S,
         )
 
-    async def _drive(self, driver: CheckedDriver, *, ends_at_stop: bool) -> None:
-        """Send the driver's load to its end, or to Ctrl-C."""
-        driver.prepare()
-        await driver.connect_first()
-        driver.tally.start_s = time.time()
-        running = asyncio.create_task(driver.run())
-        stop = asyncio.create_task(self._is_stopped.wait())
-        try:
-            await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not running.done():
-                driver.end()
-            await running
-        finally:
-            stop.cancel()
-            running.cancel()
-        if ends_at_stop and self._is_stopped.is_set():
-            raise FleetError("stopped before anything was disturbed")
-
-    async def _disturb(self, questions: Questions) -> Report:
-        plan = self._plan
-        tally = Tally(questions.truth, self._disruptions, self._say)
-        load = self._load(plan.streams, duration_s=plan.duration_s)
-        share = Share(load, questions.target, questions.alphabet, Slo())
-        driver = CheckedDriver(share, time.time(), tally.add, questions.numbers)
-        self._say(f"{plan.streams} streams on {self._config.replicas} replicas for {plan.duration_s:g} s")
-        begin_s = time.time()
-        watching = asyncio.create_task(self._watch())
-        striking = asyncio.create_task(self._strike_all(begin_s))
-        try:
-            await self._drive(driver, ends_at_stop=False)
-            striking.cancel()
-            await asyncio.wait({striking})
-            wall_s = time.time() - begin_s
-            await self._wait_until_whole(watching)
-            if not self._is_stopped.is_set():
-                await asyncio.sleep(BEAT_S)
-            with suppress(FleetError):
-                self._see(await asyncio.to_thread(self._fleet.look, -1, 0.0))
-            for task in (striking, watching):
-                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-                    raise error
-        finally:
-            watching.cancel()
-            striking.cancel()
-        return Report(
-            plan=asdict(plan),
-            engine=self._config.engine,
-            target_replicas=self._config.replicas,
-            wall_s=wall_s,
-            disruptions=self._disruptions,
-            skipped=self._skipped,
-            streams=tally.streams,
-            unfinished=driver.tally.unfinished,
-            tokens=tally.tokens,
-            broken=tally.broken,
-            difference=await asyncio.to_thread(tally.difference),
-            errors=tally.errors,
-            messages=tally.messages,
-            moves=sum(last - first for first, last in self._moved.values()),
-            longest_s=tally.longest_s,
-            client_late_s=driver.lag.largest,
-            was_interrupted=self._is_stopped.is_set(),
-        )
-
     # ---- disruptions
 
-    async def _strike_all(self, begin_s: float) -> None:
+    async def _disturb(self, begin_s: float) -> None:
         for number, moment in enumerate(self._plan.moments):
             await asyncio.sleep(begin_s + moment.at_s - time.time())
             await self._strike(number, moment.kind)
@@ -280,39 +386,3 @@ class _Run:
     def _skip(self, kind: Kind, why: str) -> None:
         self._skipped[kind] += 1
         self._say(f"no {kind} this time: {why}")
-
-    # ---- the fleet
-
-    async def _watch(self) -> None:
-        told = ""
-        while True:
-            try:
-                self._see(await asyncio.to_thread(self._fleet.look, self._snapshot.version, LOOK_S))
-                told = ""
-            except FleetError as error:
-                if str(error) != told:
-                    told = str(error)
-                    self._say(told)
-                await asyncio.sleep(LOOK_S)
-
-    def _ready(self) -> set[str]:
-        return {replica.id for replica in self._snapshot.replicas if replica.state == "ready"}
-
-    def _see(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-        for gateway in snapshot.gateways:
-            first, _ = self._moved.get(gateway.id, (gateway.moved, 0))
-            self._moved[gateway.id] = first, gateway.moved
-        for disruption in effects.follow(self._disruptions, self._ready(), self._config.replicas, time.time()):
-            if disruption.recover_s is not None:
-                self._say(
-                    f"whole again {disruption.recover_s:.1f} s after the {disruption.kind} of {disruption.replica}"
-                )
-
-    async def _wait_until_whole(self, watching: "asyncio.Task[None]") -> None:
-        bound_s = time.monotonic() + RECOVERY_S + self._config.stall_timeout_s
-        while any(disruption.whole_s is None for disruption in self._disruptions):
-            if self._is_stopped.is_set() or watching.done() or time.monotonic() > bound_s:
-                return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._is_stopped.wait(), 0.1)

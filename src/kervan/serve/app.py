@@ -48,6 +48,7 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
             name=pool,
             **({"autoscaling_config": autoscaling.pool(config, pool)} if config.pools else {"num_replicas": number}),
             graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
+            max_replicas_per_node=pools.per_node(config, pool),
             **_place(config, nodes, pool),
             version=made.replicas,
             max_surge_percent=SURGE_PERCENT if surges else 0,

@@ -113,7 +113,7 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
         stderr=log,
         text=True,
         start_new_session=True,
-        env={**os.environ, **_ray_environment(token, has_haproxy=has_haproxy)},
+        env={**os.environ, **ray_environment(token, has_haproxy=has_haproxy)},
     )
     log.close()
     try:
@@ -133,7 +133,7 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
     return StartingRay(local, process)
 
 
-def _ray_environment(token: str, *, has_haproxy: bool) -> dict[str, str]:
+def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:
     """Environment of all processes of a local Ray, and of its drivers."""
     env = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -149,19 +149,24 @@ def _ray_environment(token: str, *, has_haproxy: bool) -> dict[str, str]:
 
 def stop_local_ray(local: LocalRay) -> None:
     """End the local Ray and everything in it."""
-    end_processes(_session_pids(local))
-    shutil.rmtree(local.temp_dir, ignore_errors=True)
+    end_session(local.pid, local.temp_dir)
     with contextlib.suppress(FileNotFoundError):
         _local_ray_path().unlink()
 
 
-def _session_pids(local: LocalRay) -> list[int]:
-    """The process of the local Ray, its descendants, and strays that name its directory."""
-    pids = [local.pid]
+def end_session(pid: int, temp_dir: str) -> None:
+    """End a Ray that kervan started: its process, all below it, and its directory."""
+    end_processes(_session_pids(pid, temp_dir))
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _session_pids(pid: int, temp_dir: str) -> list[int]:
+    """The process of a local Ray, its descendants, and strays that name its directory."""
+    pids = [pid]
     with contextlib.suppress(psutil.Error):
-        pids += [child.pid for child in psutil.Process(local.pid).children(recursive=True)]
+        pids += [child.pid for child in psutil.Process(pid).children(recursive=True)]
     for process in psutil.process_iter(["pid", "cmdline"]):
-        if any(local.temp_dir in word for word in process.info["cmdline"] or ()) and process.pid != os.getpid():
+        if any(temp_dir in word for word in process.info["cmdline"] or ()) and process.pid != os.getpid():
             pids.append(process.info["pid"])
     return list(dict.fromkeys(pids))
 
@@ -193,7 +198,7 @@ def connect(address: str) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if local is not None and local.address == address:  # another cluster keeps the user's own settings
         # Before ray is imported: it reads these once.
-        os.environ.update(_ray_environment(local.token, has_haproxy=local.has_haproxy))
+        os.environ.update(ray_environment(local.token, has_haproxy=local.has_haproxy))
     import ray
 
     if ray.is_initialized():

@@ -11,6 +11,7 @@ from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.serve import cluster, placement
 from kervan.serve.placement import NodeDevices
 from kervan.serve.versions import versions
+from kervan.twin import settings as twins
 
 _STORE = b"kervan"
 MARKET_LABEL = cluster.MARKET_LABEL
@@ -35,6 +36,11 @@ def label_selector(pool: str) -> dict[str, str]:
 def of_pool(pool: str, nodes: Sequence[NodeDevices]) -> list[NodeDevices]:
     """The nodes on which replicas of this pool may be."""
     return [node for node in nodes if node.is_spot == (pool == SPOT)]
+
+
+def per_node(config: FleetConfig, pool: str) -> int | None:
+    """How many replicas of this pool a node takes, where not what they need decides that; None for any number."""
+    return (twins.spot_per_node(config) or None) if pool == SPOT else None
 
 
 def replicas_of(pool: str, snapshot: Snapshot) -> list[ReplicaEntry]:
@@ -67,6 +73,8 @@ def placeable(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[s
             room = held.get(pool, 0) + placement.places(config, own)
         else:
             room = bounds.maximum if own or not config.pools else 0
+            if (most := per_node(config, pool)) is not None:
+                room = len(own) * most
         found[pool] = max(min(bounds.maximum, room), 0)
     return found
 
@@ -87,6 +95,11 @@ def check(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, 
                 f"start such nodes with `ray start --labels {MARKET_LABEL}={SPOT}`, or use "
                 f"--pool {SPOT}:0..{bounds.maximum} to go on without them"
             )
+        if (most := per_node(config, pool)) is not None and bounds.minimum > (room := len(own) * most):
+            raise CapacityError(
+                f"{bounds.minimum} replicas of pool {pool} at least, and {len(own)} spot nodes take {most} each "
+                f"(twin setting spot_per_node), {room} in all; use --pool {pool}:{room}..{bounds.maximum}"
+            )
         part = dataclasses.replace(config, pools={}, replicas=bounds.minimum)
         placement.check(part, own, held=held.get(pool, 0), pool=pool)
 
@@ -95,7 +108,13 @@ def has_room(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[st
     """Whether one more replica can be placed in each pool that has some."""
     if not config.pools:
         return placement.has_room(config, nodes)
-    return all(placement.has_room(config, of_pool(pool, nodes)) for pool, count in held.items() if count)
+    return all(_has_room(config, pool, count, of_pool(pool, nodes)) for pool, count in held.items() if count)
+
+
+def _has_room(config: FleetConfig, pool: str, there: int, own: Sequence[NodeDevices]) -> bool:
+    """Whether one more replica can be on the pool's own nodes, beside those that are there."""
+    most = per_node(config, pool)
+    return placement.has_room(config, own) and (most is None or there < len(own) * most)
 
 
 def held(snapshot: Snapshot) -> dict[str, int]:
@@ -145,8 +164,10 @@ def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices
         own = of_pool(SPOT, nodes)
         if not own:
             why = f"wait for a spot node, one with the label {MARKET_LABEL}={SPOT}"
-        elif placement.has_room(config, own):
+        elif _has_room(config, SPOT, present, own):
             why = "are on their way: there is room on a spot node"
+        elif (most := per_node(config, SPOT)) is not None:
+            why = f"wait for another spot node: each of {len(own)} takes {most} (twin setting spot_per_node)"
         else:
             why = f"wait for a spot node with {placement.demand(config, own)} free"
         told.append(f"pool {SPOT}: {missing} {why}")

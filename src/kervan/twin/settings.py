@@ -23,9 +23,10 @@ from kervan.twin.engine import BLOCK_SIZE, Limits, StepTiming, TwinSettings
 # Where the straight lines through the planner's step time are taken.
 TYPICAL_SEQUENCES = 64
 TYPICAL_PROMPT = 1024
+MAX_PER_NODE = 100  # Ray Serve's own bound
 
 # What the user may set with --twin, besides the fields of StepTiming and Limits.
-EXTRA = {"speed": 1.0, "kv_tokens": 0}
+EXTRA = {"speed": 1.0, "kv_tokens": 0, "spot_per_node": 0}
 
 
 def settings(config: FleetConfig) -> TwinSettings:
@@ -50,6 +51,14 @@ def settings(config: FleetConfig) -> TwinSettings:
     return TwinSettings(timing, limits, given["speed"])
 
 
+def spot_per_node(config: FleetConfig) -> int:
+    """How many of the fleet's spot replicas one node takes, as its GPUs would say of real ones; 0 for any number.
+
+    Raises: ConfigError for an unknown setting.
+    """
+    return int(_given(config.twin)["spot_per_node"]) if config.engine == "twin" else 0
+
+
 def _given(words: Mapping[str, Any]) -> dict[str, float]:
     fields = {f.name for f in (*dataclasses.fields(StepTiming), *dataclasses.fields(Limits))}
     known = sorted(fields | set(EXTRA))
@@ -67,6 +76,11 @@ def _given(words: Mapping[str, Any]) -> dict[str, float]:
             ) from error
         if not 0 <= given[key] < 1e12 or (key in ("speed", "mean_answer_tokens", "block_size") and given[key] == 0):
             raise ConfigError(f"twin setting {key}={value} is out of range; give a positive number (--twin)")
+        if key == "spot_per_node" and given[key] not in range(MAX_PER_NODE + 1):
+            raise ConfigError(
+                f"twin setting {key}={value} is no whole number in 0..{MAX_PER_NODE}, and more Ray Serve does not "
+                f"count; use for example {key}=1, or 0 for any number (--twin)"
+            )
     return given
 
 

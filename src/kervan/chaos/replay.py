@@ -1,0 +1,307 @@
+"""Plays a trace of nodes that come and go on a Ray cluster of its own, under a trace of requests."""
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kervan.bench import drive
+from kervan.bench.load import Load, Target
+from kervan.bench.worker import Share
+from kervan.chaos import node_trace
+from kervan.chaos.effects import Disruption
+from kervan.chaos.fleet import Fleet, LiveFleet
+from kervan.chaos.load import TraceDriver
+from kervan.chaos.node_trace import Change, NodeTrace
+from kervan.chaos.report import Report
+from kervan.chaos.run import TIMEOUT_S, Questions, Run, Say, first_look, twin_questions
+from kervan.chaos.schedule import Kind
+from kervan.chaos.tally import Tally
+from kervan.errors import ConfigError, FleetError, KervanError
+from kervan.facts import fleet as facts
+from kervan.facts.fleet import ON_DEMAND, SPOT, FleetConfig
+from kervan.facts.workload import Slo, read_trace
+from kervan.fleet.directory import ReplicaEntry, Snapshot
+from kervan.serve import cluster, start
+from kervan.serve import fleet as fleets
+from kervan.serve.fleet import plural
+from kervan.serve.local_nodes import LocalNodes
+from kervan.twin import settings as twins
+
+GPU = "H200"
+# Slow steps: answers live for seconds, so a node that goes has streams, and two cores can serve them.
+STEP_S = 0.03
+KV_TOKENS = 2**20
+ON_DEMAND_BOUNDS = "1..2"
+MAX_NODES = 32
+FALLBACK_AFTER_S = 15.0  # the defaults of a fleet; here they pass as fast as the trace
+FALLBACK_HOLD_S = 300.0
+MIN_FALLBACK_AFTER_S = 1.0
+READY_TIMEOUT_S = 300.0
+
+
+class Nodes(Protocol):
+    """The cluster's spot nodes, by address. Calls block. Raises: KervanError."""
+
+    def add(self, ip: str) -> None: ...
+
+    def drain(self, ip: str, deadline_s: float) -> None: ...
+
+    def remove(self, ip: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayPlan:
+    """What to play. `nodes` and `trace`: files; `speed`: of the nodes, `trace_speed`: of the requests.
+
+    `deadline_s`: how long before its end a node is told of it; 0: never, it is killed. `duration_s`: at most so long,
+    None for the whole trace of nodes.
+    """
+
+    nodes: str
+    trace: str
+    speed: float = 1.0
+    trace_speed: float = 1.0
+    max_nodes: int = 2
+    deadline_s: float = 30.0
+    duration_s: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError."""
+        for option, value in (("--speed", self.speed), ("--trace-speed", self.trace_speed)):
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{option} {value:g} is not above 0; give for example 10")
+        if not 1 <= self.max_nodes <= MAX_NODES:
+            raise ConfigError(f"--max-nodes {self.max_nodes} is outside 1..{MAX_NODES}")
+        if self.duration_s is not None and self.duration_s <= 0:
+            raise ConfigError(f"--for {self.duration_s:g} s is not above 0")
+
+    def course(self) -> NodeTrace:
+        """What happens to the nodes, and when it is over.
+
+        Raises: ConfigError for a trace that cannot be read, or in which no node goes in that time.
+        """
+        whole = node_trace.scaled(node_trace.read(Path(self.nodes)), max_nodes=self.max_nodes, speed=self.speed)
+        end_s = whole.end_s if self.duration_s is None else min(whole.end_s, self.duration_s)
+        course = NodeTrace(tuple(change for change in whole.changes if change.at_s < end_s), end_s)
+        if not any(change.word == "remove" for change in course.changes):
+            raise ConfigError(
+                f"in the {end_s:g} s that {self.nodes} is played, no node goes; "
+                + ("use a trace in which one does" if self.duration_s is None else "leave --for out, or give more")
+            )
+        return course
+
+    def load(self, duration_s: float) -> Load:
+        return Load(
+            trace=self.trace, trace_speed=self.trace_speed, duration_s=duration_s, seed=self.seed, timeout_s=TIMEOUT_S
+        )
+
+
+def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetConfig:
+    """Twins: one or two on demand, and one on each spot node."""
+    words: dict[str, Any] = {
+        "model": model,
+        "name": name,
+        "port": port,
+        "engine": "twin",
+        "gpu": GPU,
+        "twin": {"base_s": STEP_S, "kv_tokens": KV_TOKENS, "spot_per_node": 1},
+        "pools": {ON_DEMAND: ON_DEMAND_BOUNDS, SPOT: f"0..{plan.max_nodes}"},
+        "gateways": 1,
+        "fallback_after_s": max(MIN_FALLBACK_AFTER_S, FALLBACK_AFTER_S / plan.speed),
+        "fallback_hold_s": FALLBACK_HOLD_S / plan.speed,
+    }
+    return facts.from_mapping(words, "kervan chaos --replay")
+
+
+def run(model: str, plan: ReplayPlan, say: Say) -> Report:
+    """Start a Ray cluster and a fleet, play the traces, end all. Blocks; Ctrl-C ends it early, with the report.
+
+    Raises: ConfigError before anything is started; KervanError when the cluster or the fleet does not start.
+    """
+    course = plan.course()
+    for _ in read_trace(Path(plan.trace)):
+        pass  # a broken row is told now, not in the middle
+    config = start.validate(fleet_config(model, plan, f"replay-{os.getpid()}", _free_port()))
+    drive.raise_file_limit()
+    say("starting a Ray cluster of its own on this machine")
+    nodes = LocalNodes()
+    try:
+        nodes.join()
+        say("the fleet comes first, the spot nodes of the beginning then")
+        status = start.Startup(config, nodes.address, say).run()
+        handle = fleets.attach(config.name, nodes.address)
+        config = fleets.stored_config(handle)
+        models = fleets.snapshot_of(handle).gateways[0].models
+        playing = Playing(LiveFleet(config.name, config, models, handle), config, plan, course, nodes, say)
+        playing.prepare()
+        return playing.run_to_end(Target(url=status.url, model=models[0]))
+    finally:
+        nodes.close()
+        cluster.forget(config.name)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+class Playing(Run):
+    """The nodes' changes under an open loop. A node that is there at 0 is so before the load begins (`prepare`)."""
+
+    def __init__(
+        self, fleet: Fleet, config: FleetConfig, plan: ReplayPlan, course: NodeTrace, nodes: Nodes, say: Say
+    ) -> None:
+        super().__init__(fleet, config, ["drain" if plan.deadline_s else "kill"], say)
+        self._plan, self._course, self._nodes = plan, course, nodes
+        self._there: dict[str, str] = {}  # address by name, of nodes that stay for now
+        self._num_added = self._num_removed = 0
+        self._begin_s = math.inf
+        self._over_time: list[dict[str, float]] = []
+        self._driving: TraceDriver | None = None
+        self._has_seen = asyncio.Event()
+
+    def prepare(self) -> None:
+        """Add the nodes of the beginning, and wait for what can be on them. Raises: KervanError."""
+        for change in self._course.changes:
+            if change.at_s == 0 and change.word == "add":
+                for node in change.nodes:
+                    self._nodes.add(self._new_address(node))
+        bound_s = time.monotonic() + READY_TIMEOUT_S
+        snapshot = self._fleet.look(-1, 0.0)
+        while (ready := _ready_by_pool(snapshot))[SPOT] < len(self._there) or not ready[ON_DEMAND]:
+            if time.monotonic() > bound_s:
+                raise FleetError(
+                    f"after {READY_TIMEOUT_S:.0f} s, {ready[SPOT]} of {plural(len(self._there), 'spot replica')} are "
+                    "ready; use a smaller --max-nodes"
+                )
+            snapshot = self._fleet.look(snapshot.version, 1.0)
+
+    def _new_address(self, node: str) -> str:
+        """A loopback address that no node has had: Ray takes a while to forget one that was killed."""
+        address = f"127.0.{1 + self._num_added // 250}.{1 + self._num_added % 250}"
+        self._num_added += 1
+        self._there[node] = address
+        return address
+
+    # ---- what a run is made of
+
+    def _target(self) -> int:
+        """A replica on each node, and on-demand ones for those that are missing, within their bounds."""
+        bounds = self._config.bounds
+        missing = bounds[SPOT].maximum - len(self._there)
+        return len(self._there) + min(bounds[ON_DEMAND].maximum, bounds[ON_DEMAND].minimum + missing)
+
+    def _asked(self) -> Mapping[str, Any]:
+        return dataclasses.asdict(self._plan)
+
+    def _more(self) -> Mapping[str, Any]:
+        return {
+            "nodes_added": self._num_added,
+            "nodes_removed": self._num_removed,
+            "over_time": self._over_time,
+            "requests_cut": self._driving.cut if self._driving else 0,
+        }
+
+    async def _questions(self, at: Target) -> Questions:
+        at, _ = await first_look(at)
+        return twin_questions(self._config, at)
+
+    def _driver(self, questions: Questions, tally: Tally) -> TraceDriver:
+        load = self._plan.load(self._course.end_s)
+        share = Share(load, questions.target, questions.alphabet, Slo())
+        longest = twins.settings(self._config).limits.max_model_len
+        self._driving = TraceDriver(share, time.time(), tally.add, longest)
+        self._say(
+            f"{plural(len(self._there), 'spot node')} at first; requests of {Path(self._plan.trace).name} for "
+            f"{self._course.end_s:g} s"
+        )
+        return self._driving
+
+    # ---- the nodes
+
+    async def _disturb(self, begin_s: float) -> None:
+        self._begin_s = begin_s
+        self._note()
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for change in self._course.changes:
+                if change.at_s > 0:
+                    await asyncio.sleep(begin_s + change.at_s - time.time())
+                    tasks += self._begin(change)
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _begin(self, change: Change) -> list["asyncio.Task[None]"]:
+        if change.word == "add":
+            return [asyncio.create_task(self._add(node, self._new_address(node))) for node in change.nodes]
+        return [asyncio.create_task(self._take(node, self._there.pop(node))) for node in change.nodes]
+
+    async def _add(self, node: str, address: str) -> None:
+        self._say(f"{node} comes, at {address}")
+        self._note()
+        await asyncio.to_thread(self._nodes.add, address)
+
+    async def _take(self, node: str, address: str) -> None:
+        """With a notice, the node goes when it is empty, at the latest at its deadline; else at once."""
+        deadline_s = self._plan.deadline_s
+        on_it = [r for r in self._snapshot.replicas if address in (r.node, *r.nodes)]
+        self._num_removed += 1
+        self._note()
+        self._say(
+            f"{node} at {address} {f'goes in {deadline_s:g} s' if deadline_s else 'is killed'}, with "
+            + (", ".join(f"{r.id} and its {plural(r.running, 'stream')}" for r in on_it) or "nothing on it")
+        )
+        for replica in on_it:
+            if replica.state == "ready":
+                number = len(self._disruptions)
+                kind: Kind = "drain" if deadline_s else "kill"
+                self._disruptions.append(Disruption(number, kind, replica.id, time.time(), replica.running))
+        if deadline_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):
+                    await self._drain(node, address, on_it)
+        await asyncio.to_thread(self._nodes.remove, address)
+        self._say(f"{node} has gone")
+
+    async def _drain(self, node: str, address: str, replicas: list[ReplicaEntry]) -> None:
+        """Returns when the replicas are gone."""
+        deadline_s = self._plan.deadline_s
+        try:
+            await asyncio.to_thread(self._nodes.drain, address, deadline_s)  # first, so that nothing new comes there
+            for replica in replicas:
+                await asyncio.to_thread(self._fleet.strike, "drain", replica.id, deadline_s)
+        except KervanError as error:
+            self._say(f"{node} could not be told to go: {error}")
+        while any(replica.id == one.id for one in self._snapshot.replicas for replica in replicas):
+            self._has_seen.clear()
+            await self._has_seen.wait()
+
+    def _see(self, snapshot: Snapshot) -> None:
+        super()._see(snapshot)
+        self._note()
+        self._has_seen.set()
+
+    def _note(self) -> None:
+        """Keep how many nodes and ready replicas there are now, if that has changed."""
+        if math.isinf(self._begin_s):
+            return
+        now = {"nodes": len(self._there), **_ready_by_pool(self._snapshot)}
+        if not self._over_time or {**self._over_time[-1], **now} != self._over_time[-1]:
+            self._over_time.append({"at_s": round(time.time() - self._begin_s, 1), **now})
+
+
+def _ready_by_pool(snapshot: Snapshot) -> dict[str, int]:
+    ready = [replica.pool for replica in snapshot.replicas if replica.state == "ready"]
+    return {pool: ready.count(pool) for pool in facts.POOLS}

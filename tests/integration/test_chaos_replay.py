@@ -1,0 +1,35 @@
+"""Spot nodes of a recorded trace come, and are killed, under recorded requests: on a real Ray cluster of twins."""
+
+import json
+
+import pytest
+from live import Home
+from shared_fleet import REPOSITORY, Models
+
+from kervan.facts.workload import read_trace
+
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(900)]
+
+TRACES = REPOSITORY / "benchmarks/traces"
+REQUESTS = TRACES / "azure_conv_2023_first_3min.csv"
+
+
+def test_a_trace_of_nodes_is_played(home: Home, models: Models) -> None:
+    """22 minutes in 44 s: node-3 is there, node-8 comes and is killed, node-10 comes, and both are killed."""
+    words = ("--replay", str(TRACES / "spotserve_0304.txt"), "--trace", str(REQUESTS))
+    more = ("--speed", "30", "--trace-speed", "0.5", "--deadline", "0s", "--json")
+    before = (home.fleets(), home.ray_directories())
+    done = home.kervan("chaos", str(models.demo), *words, *more)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    found = json.loads(done.stdout)
+    assert [found[key] for key in ("broken", "tokens_lost", "tokens_doubled", "tokens_wrong")] == [0, 0, 0, 0]
+    # The load ends after 44 s: 22 s of the trace of requests.
+    assert found["streams"] == sum(row.at_s < 22.0 for row in read_trace(REQUESTS)) == 37
+    assert (found["nodes_added"], found["nodes_removed"], found["unrecovered"]) == (3, 3, 0)
+    # What is not ready yet when its node goes is no disruption; node-3's replica is, as the load waits for it.
+    assert 1 <= found["kinds"]["kill"]["disruptions"] == found["disruptions"] <= 3
+    rows = found["over_time"]
+    assert (rows[0]["nodes"], rows[0]["spot"], rows[-1]["nodes"], rows[-1]["spot"]) == (1, 1, 0, 0)
+    assert max(row["nodes"] for row in rows) == 2
+    assert rows[-1]["on-demand"] == 2  # cover
+    assert (home.fleets(), home.ray_directories()) == before
