@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
-PATTERN = re.compile(r"(\d{1,9})\.(\d{1,9})")
+PATTERN = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})")
 _LENGTH_BYTES = 4
 
 
