@@ -362,13 +362,16 @@ class Replicator:
                 continue
             try:
                 await self._connect(peer)
+                if self._choose() != peer:
+                    raise ConnectionError("it has left meanwhile")
                 logger.info("gateway %s keeps the copies of this one's journals", peer.gateway_id)
                 await self._catch_up()
             except OSError as error:  # TimeoutError is one
                 logger.info("gateway %s takes no copies: %s", peer.gateway_id, str(error) or type(error).__name__)
                 if self._connection is not None:
                     self._connection.close()
-            self._failed[peer.gateway_id] = time.monotonic()
+            if peer in self._peers:  # else it was left because it leaves
+                self._failed[peer.gateway_id] = time.monotonic()
             await asyncio.sleep(RETRY_S)
 
     async def _connect(self, peer: Peer) -> None:

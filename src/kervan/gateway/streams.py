@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ ID_HEADER = b"x-kervan-stream-id"
 REQUEST_ID_HEADER = b"x-request-id"
 STREAMS_PREFIX = "/v1/streams/"
 INTERNAL_PREFIX = "/kervan/streams/"
+ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 REPLAYED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Of the client's connection, or of this very request; the journal keeps the others.
 _NOT_KEPT = frozenset({b"authorization", b"connection", b"content-length", b"host", b"transfer-encoding"})
@@ -161,6 +163,9 @@ class Streams:
         except ValueError as error:
             await _refuse(send, 400, str(error))
             return
+        if not ID_PATTERN.fullmatch(stream_id):  # nor may it reach another gateway as a part of a request
+            await _unknown(send, stream_id)
+            return
         journal = self.kept.journals.get(stream_id)
         if journal is None or not journal.is_own:
             origin_id = stream_id.rpartition("-")[0]
@@ -192,7 +197,7 @@ class Streams:
         if not urls:
             return False
         path = INTERNAL_PREFIX + stream_id
-        asked = {**scope, "path": path, "raw_path": path.encode("latin-1", "replace"), "query_string": b""}
+        asked = {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
         try:
             await self._relay.pass_on(urls, self._key, asked, b"", receive, send)
         except RelayFailedError:
@@ -233,7 +238,9 @@ class Streams:
         length = (b"content-length", b"%d" % len(journal.body))
         path = {"path": journal.path, "raw_path": journal.path.encode(), "query_string": b"", "method": "POST"}
         again = {**scope, **path, "headers": [*journal.headers, length]}
-        await self._run(kept, app, Run(journal, after or Position(0, 0)), again, replay(journal.body, receive), send)
+        await self._run(
+            kept, app, Run(journal, after or Position(0, 0)), again, replay(journal.body, _left(receive)), send
+        )
 
 
 def _key_digest(scope: Scope) -> bytes:
@@ -275,6 +282,17 @@ def with_id(send: Send, stream_id: str) -> Send:
         return send(message)
 
     return named
+
+
+def _left(receive: Receive) -> Receive:
+    """`receive` without the body of a GET, which is empty: it only says that the client has left."""
+
+    async def received() -> Message:
+        while (message := await receive())["type"] != "http.disconnect":
+            pass
+        return message
+
+    return received
 
 
 def _until(must_end: asyncio.Event, receive: Receive) -> Receive:
