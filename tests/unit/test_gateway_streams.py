@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai._streaming import SSEDecoder
 from test_fleet_client import until
 from test_gateway_shared_port import listening
 from test_gateway_shell import View
@@ -69,7 +70,7 @@ class App:
                 run.take(1, is_finished=n == NUM_TOKENS - 1)
             await send({"type": "http.response.body", "body": b"data: t%d\n\n" % n, "more_body": True})
         leaving.cancel()
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b": all\n\ndata: [DONE]\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -213,6 +214,17 @@ async def test_a_client_comes_back_to_its_gateway(sites: list[Site]) -> None:
     assert client.ids == [*(f"{n}.1" for n in range(1, 8)), "9.1", "9.2"]
     assert a.app.num_generated == NUM_TOKENS  # nothing twice
     assert len(set(a.app.request_ids)) == 1  # so vLLM names the answer as before
+
+
+async def test_openais_client_takes_events_with_ids(sites: list[Site]) -> None:
+    """As it takes those without; a comment between them too."""
+    sites[0].app.allow(NUM_TOKENS)
+    headers = {"Authorization": "Bearer k1"}
+    async with httpx.AsyncClient(base_url=sites[0].url, headers=headers, trust_env=False, verify=False) as http:
+        told = (await http.post("/v1/completions", json=BODY)).content
+    assert b"id: 7.1\ndata: t6\n\n" in told
+    assert b": all\nid: 9.2\ndata: [DONE]\n\n" in told
+    assert [event.data for event in SSEDecoder().iter_bytes(iter([told]))] == WHOLE
 
 
 async def test_without_a_last_event_id_all_comes_again(sites: list[Site]) -> None:

@@ -342,7 +342,9 @@ class _Events:
         await self._send(message)
 
     def _numbered(self, event: bytes) -> bytes:
-        if event.startswith(b":"):  # a comment
-            return event + b"\n\n"
+        if event.startswith(b":"):
+            return (
+                event + b"\n"
+            )  # a comment; after an id, OpenAI's client takes the empty line for an event without data
         position = self._run.next_event()
         return b"id: %b\n%b\n\n" % (str(position).encode(), event) if position is not None else b""
