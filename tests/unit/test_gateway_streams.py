@@ -327,6 +327,20 @@ async def test_an_answer_that_vllm_refuses_leaves_nothing(sites: list[Site]) -> 
     assert len(b.kept.journals) == 0
 
 
+async def test_what_a_full_gateway_forgets_is_forgotten_by_the_other_too(sites: list[Site]) -> None:
+    a, b = sites
+    a.app.allow(NUM_TOKENS)
+    first = Client()
+    await first.ask(a)
+    await a.copy()
+    assert len(b.kept.journals) == 1
+    large = Client()
+    await large.ask(a, user="x" * (1 << 20))  # as much as there may be in all
+    assert await first.again(a) == 404
+    await a.copy()
+    assert len(b.kept.journals) == 0
+
+
 async def test_streams_are_only_read(sites: list[Site]) -> None:
     async with httpx.AsyncClient(base_url=sites[0].url, headers={"Authorization": "Bearer k1"}, verify=False) as http:
         assert (await http.post("/v1/streams/x", json={})).status_code == 405

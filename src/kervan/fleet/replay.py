@@ -150,12 +150,14 @@ class Journals:
 
     They are kept for `replay_s` from their end, and `max_bytes` of them at most.
     When there are more bytes, those that ended go first, the oldest before the others, and then the oldest that run.
+    `dropped` is called with each that goes.
     """
 
     def __init__(self, *, replay_s: float, max_bytes: int, now: Callable[[], float]):
         self._replay_s = replay_s
         self._max_bytes = max_bytes
         self._now = now
+        self.dropped: Callable[[Journal], None] = lambda journal: None
         self._all: dict[str, Journal] = {}
         self.num_bytes = 0  # at the last look, and what has been added since
         self.num_dropped = 0
@@ -185,6 +187,7 @@ class Journals:
         journal.is_dropped = True
         if self._all.get(journal.stream_id) is journal:
             del self._all[journal.stream_id]
+        self.dropped(journal)
 
     def _is_over(self, journal: Journal) -> bool:
         return journal.ended_s is not None and self._now() - journal.ended_s > self._replay_s

@@ -217,7 +217,7 @@ class CopyHolder:
         self.connections: set[_Holding] = set()
         self._key = copy_key(secret)
         self._engine_version = engine_version
-        self._server: asyncio.Server
+        self._server: asyncio.Server | None = None
 
     async def listen(self, sock: socket.socket) -> None:
         self._server = await asyncio.get_running_loop().create_server(lambda: _Holding(self), sock=sock)
@@ -234,7 +234,8 @@ class CopyHolder:
         return theirs == ours
 
     def close(self) -> None:
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         for connection in list(self.connections):
             connection.close()
 

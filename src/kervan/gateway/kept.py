@@ -22,6 +22,7 @@ class Kept:
         self.replicator = Replicator(
             self.journals, own_id=gateway_id, own_node=node, secret=secret, engine_version=engine_version
         )
+        self.journals.dropped = self._dropped
         self._holder = CopyHolder(self.journals, secret=secret, engine_version=engine_version)
         self._sweeping = asyncio.create_task(self._sweep())
 
@@ -40,12 +41,15 @@ class Kept:
         self.replicator.change(journal)
         self.replicator.flush()
 
+    def _dropped(self, journal: Journal) -> None:
+        if journal.is_own:
+            self.replicator.change(journal)
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_PERIOD_S)
-            for journal in self.journals.sweep():
-                if journal.is_own:
-                    self.changed(journal)
+            self.journals.sweep()
+            self.replicator.flush()
 
     async def close(self) -> None:
         """Leave; what was sent stays with the gateway that has it."""
