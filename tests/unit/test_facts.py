@@ -60,7 +60,7 @@ def test_engine_arguments_that_kervan_sets_are_refused(key: str) -> None:
 
 def test_streams_that_come_every_few_tokens_cannot_be_given_again() -> None:
     FleetConfig(model="m", replay_s=60, engine_args={"stream_interval": "1"})
-    with pytest.raises(ConfigError, match="replay_s=60 with stream_interval=8.*leave one of both out"):
+    with pytest.raises(ConfigError, match=r"replay_s=60 with stream_interval=8.*leave one of both out"):
         FleetConfig(model="m", replay_s=60, engine_args={"stream_interval": 8})
 
 

@@ -281,6 +281,22 @@ async def test_one_client_takes_a_stream_over_from_its_broken_connection(sites: 
     assert back.told == WHOLE[4:]
 
 
+async def test_of_two_that_ask_a_copys_gateway_at_once_one_is_answered(sites: list[Site]) -> None:
+    a, b = sites
+    client = Client()
+    await client.ask(a, until_event=4)
+    await a.copy()
+    await a.leave()
+    both = [Client(stream_id=client.stream_id, last=client.last) for _ in range(2)]
+    asking = [asyncio.create_task(one.again(b)) for one in both]
+    await until(lambda: any(task.done() for task in asking))
+    b.app.allow(NUM_TOKENS)
+    ends = await asyncio.gather(*asking, return_exceptions=True)
+    assert sorted(one.told for one in both) == [[], WHOLE[4:]]
+    assert sum(isinstance(end, httpx.TransportError) for end in ends) == 1
+    assert b.app.num_generated == NUM_TOKENS - 4
+
+
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize(
     ("change", "status", "why"),

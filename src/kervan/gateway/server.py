@@ -215,8 +215,9 @@ class Gateway:
 
         Streams that are cut then go on at the gateway that has their copies, when their clients ask it.
         """
-        # Other fleets' gateways are clients too.
-        doors = [door for door in (self._public, self._internal if self.shared_port else None) if door is not None]
+        # Other gateways are clients too.
+        is_relayed_to = self.shared_port is not None or self.streams.kept is not None
+        doors = [door for door in (self._public, self._internal if is_relayed_to else None) if door is not None]
         await asyncio.gather(*(send_clients_away(*door, timeout_s=self.config.stop_timeout_s) for door in doors))
         for server in self._servers:
             server.should_exit = True

@@ -225,8 +225,11 @@ class Streams:
             await _refuse(send, 410, f"stream {journal.stream_id} cannot go on from there: {had}")
             return
         if not journal.is_own:
-            journal = journal.adopted()
-            kept.journals.add(journal)
+            known = kept.journals.get(journal.stream_id)
+            if known is None or not known.is_own:  # else another request was faster
+                known = journal.adopted()
+                kept.journals.add(known)
+            journal = known
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 while journal.run is not None:  # its client has come back before its old connection was found broken
