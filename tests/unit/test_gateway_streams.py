@@ -65,7 +65,7 @@ class App:
                     return
                 self.num_generated += 1
                 if run is not None:
-                    run.journal.record(b"t%d" % n, 1, is_finished=n == NUM_TOKENS - 1)
+                    run.journal.record(b"t%d" % n, 1)
             if run is not None:
                 run.take(1, is_finished=n == NUM_TOKENS - 1)
             await send({"type": "http.response.body", "body": b"data: t%d\n\n" % n, "more_body": True})
@@ -306,6 +306,7 @@ async def test_of_two_that_ask_a_copys_gateway_at_once_one_is_answered(sites: li
         ({"key": "k2"}, 404, "is kept"),
         ({"key": "k3"}, 401, "no valid API key"),
         ({"last": "soon"}, 400, "'soon' is no id of an event"),
+        ({"last": "5.1"}, 410, "it has 4 tokens here, and Last-Event-ID says 5.1"),
         ({"last": "6.1"}, 410, "it has 4 tokens here, and Last-Event-ID says 6.1"),
     ],
 )

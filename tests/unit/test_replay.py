@@ -42,8 +42,8 @@ def test_a_journal_gives_the_outputs_that_it_was_given(outputs: list[bytes]) -> 
     own, copy = journal(), journal()
     for output in outputs:
         sent = len(own.data)
-        own.record(output, 2, is_finished=False)
-        copy.extend(bytes(own.data[sent:]), 2, is_finished=False)
+        own.record(output, 2)
+        copy.extend(bytes(own.data[sent:]), 2)
     assert list(own.outputs()) == list(copy.outputs()) == outputs
     assert own.num_tokens == copy.num_tokens == 2 * len(outputs)
 
@@ -76,6 +76,16 @@ def test_events_are_numbered_by_what_they_tell() -> None:
 )
 def test_a_client_gets_what_it_has_not(after: str, told: list[str | None]) -> None:
     assert events(Run(journal(), Position.parse(after)), [1, 1, 1, 1, 1]) == told
+
+
+def test_a_client_has_no_more_than_its_journal_unless_the_answer_is_whole() -> None:
+    one = journal()
+    one.record(b"t", 1)
+    run = Run(one)
+    run.take(1, is_finished=False)
+    assert one.last_count == 1
+    run.take(0, is_finished=True)  # a stop string
+    assert (one.is_finished, one.last_count) == (True, 2)
 
 
 async def test_a_run_waits_until_the_app_has_taken() -> None:
@@ -146,12 +156,12 @@ def test_too_much_is_dropped(clock: Clock, ended: tuple[str, ...], stay: list[st
         clock.now_s += 1
         journals.end(all_[name])
     assert journals.sweep() == []
-    all_["c"].record(b"y" * 26, 1, is_finished=False)  # 30 with its length
+    all_["c"].record(b"y" * 26, 1)  # 30 with its length
     (dropped,) = journals.sweep()
     assert kept(journals) == stay
     assert dropped.is_dropped
     before = len(dropped.data)
-    dropped.record(b"more", 1, is_finished=False)  # its stream goes on, and costs nothing
+    dropped.record(b"more", 1)  # its stream goes on, and costs nothing
     assert len(dropped.data) == before
     assert journals.num_dropped == 1
 
@@ -166,7 +176,7 @@ def test_a_full_gateway_makes_room_at_once(clock: Clock) -> None:
 def test_an_adopted_copy_is_a_journal_of_its_own() -> None:
     copy = journal()
     copy.is_own = False
-    copy.record(b"1", 1, is_finished=False)
+    copy.record(b"1", 1)
     own = copy.adopted()
-    copy.record(b"of the gateway that still runs", 1, is_finished=False)
+    copy.record(b"of the gateway that still runs", 1)
     assert (own.is_own, own.num_tokens, list(own.outputs())) == (True, 1, [b"1"])

@@ -63,7 +63,7 @@ def record(journals: Journals, replicator: Replicator, one: Journal, num_tokens:
     if journals.get(one.stream_id) is None:
         journals.add(one)
     for _ in range(num_tokens):
-        one.record(b"output", 1, is_finished=False)
+        one.record(b"output", 1)
     replicator.change(one)
 
 
@@ -114,12 +114,12 @@ async def test_ends_refusals_and_drops_are_told() -> None:
         assert copy is not None
         assert copy.ended_s is None
         journals.end(one)
-        one.refusal = "it ended with an error"
+        one.refusal, one.is_finished = "it ended with an error", True
         journals.drop(two)
         for changed in (one, two):
             replicator.change(changed)
         await replicator.copied()
-        assert (copy.refusal, copy.ended_s is not None) == ("it ended with an error", True)
+        assert (copy.refusal, copy.is_finished, copy.ended_s is not None) == ("it ended with an error", True, True)
         assert holder.journals.get("gw-a-2") is None
         one.run, one.ended_s = Run(one), None  # its client is back
         replicator.change(one)

@@ -504,8 +504,7 @@ class FleetClient:
 
     def _record(self, run: Run, output: Any) -> None:
         journal = run.journal
-        is_finished = output.finish_reason is not None
-        journal.record(self.codec.record(output), len(output.new_token_ids), is_finished=is_finished)
+        journal.record(self.codec.record(output), len(output.new_token_ids))
         if self.replicator is not None:
             self.replicator.change(journal)
 

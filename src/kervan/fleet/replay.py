@@ -40,8 +40,8 @@ class Position:
 class Journal:
     """One client's stream. `key_digest`: of the API key that may read it. `headers`: those the app must see again.
 
-    `outputs` are one after the other in `data`, each behind its length. `refusal`: why it cannot be given again.
-    `run`: the answer that is being given from it now. `ended_s`: when the last one ended. `is_own`: this gateway
+    `outputs` are one after the other in `data`, each behind its length. `is_finished`: vLLM's app has taken all of them
+    and ended the answer. `refusal`: why it cannot be given again. `run`: the answer that is being given from it now. `ended_s`: when the last one ended. `is_own`: this gateway
     generates it; else it is the copy of another's.
     """
 
@@ -65,24 +65,22 @@ class Journal:
 
     @property
     def last_count(self) -> int:
-        """The highest count that a client may have; a stop string ends an answer without the engine's knowing."""
-        return self.num_tokens + 1
+        """The highest count that a client may have."""
+        return self.num_tokens + self.is_finished
 
     def adopted(self) -> "Journal":
         """This copy as the journal of a gateway that goes on with the stream."""
         return replace(self, data=bytearray(self.data), is_own=True, ended_s=None)
 
-    def record(self, output: bytes, num_tokens: int, *, is_finished: bool) -> None:
+    def record(self, output: bytes, num_tokens: int) -> None:
         """Add an output of the engine, encoded."""
-        self.extend(len(output).to_bytes(_LENGTH_BYTES, "big") + output, num_tokens, is_finished=is_finished)
+        self.extend(len(output).to_bytes(_LENGTH_BYTES, "big") + output, num_tokens)
 
-    def extend(self, data: bytes, num_tokens: int, *, is_finished: bool) -> None:
-        """Add a piece of another journal's `data`, with what it has."""
-        if self.is_dropped:
-            return
-        self.data += data
-        self.num_tokens += num_tokens
-        self.is_finished |= is_finished
+    def extend(self, data: bytes, num_tokens: int) -> None:
+        """Add a piece of another journal's `data`, with so many tokens in it."""
+        if not self.is_dropped:
+            self.data += data
+            self.num_tokens += num_tokens
 
     def outputs(self) -> Iterator[bytes]:
         """The outputs, encoded, in their order."""
@@ -120,6 +118,7 @@ class Run:
         """The app has got so many tokens more; the next events tell them."""
         self._count += num_tokens + is_finished
         self._ordinal = 0
+        self.journal.is_finished |= is_finished  # the engine does not know of a stop string
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -69,14 +69,14 @@ class More(msgspec.Struct, frozen=True, tag="m", array_like=True):
     number: int
     data: bytes
     num_tokens: int
-    is_finished: bool
 
 
 class State(msgspec.Struct, frozen=True, tag="s", array_like=True):
-    """Whether it is being answered from, and why it cannot be again."""
+    """Whether it is being answered from, whether it is whole, and why it cannot be given again."""
 
     number: int
     is_running: bool
+    is_finished: bool
     refusal: str
 
 
@@ -184,7 +184,7 @@ class _Holding(_Framed):
     def _take(self, record: Open | More | State | Drop) -> None:
         journals = self._holder.journals
         if isinstance(record, More):
-            self._copies[record.number].extend(record.data, record.num_tokens, is_finished=record.is_finished)
+            self._copies[record.number].extend(record.data, record.num_tokens)
         elif isinstance(record, Open):
             copy = Journal(record.stream_id, record.key_digest, record.path, record.headers, record.body, is_own=False)
             self._copies[record.number] = copy
@@ -193,7 +193,7 @@ class _Holding(_Framed):
                 journals.add(copy)
         elif isinstance(record, State):
             copy = self._copies[record.number]
-            copy.refusal = record.refusal
+            copy.refusal, copy.is_finished = record.refusal, record.is_finished
             if record.is_running:
                 copy.ended_s = None
             elif copy.ended_s is None:
@@ -267,7 +267,7 @@ class _Cursor:
     number: int
     num_bytes: int = 0
     num_tokens: int = 0
-    state: tuple[bool, str] = (True, "")
+    state: tuple[bool, bool, str] = (True, False, "")
 
 
 class Replicator:
@@ -476,10 +476,10 @@ class Replicator:
         if cursor.num_bytes < len(journal.data):
             data = bytes(journal.data[cursor.num_bytes :])
             num_tokens = journal.num_tokens - cursor.num_tokens
-            records.append(More(cursor.number, data, num_tokens, journal.is_finished))
+            records.append(More(cursor.number, data, num_tokens))
             cursor.num_bytes, cursor.num_tokens = len(journal.data), journal.num_tokens
             num_bytes += len(data)
-        state = journal.ended_s is None, journal.refusal
+        state = journal.ended_s is None, journal.is_finished, journal.refusal
         if state != cursor.state:
             records.append(State(cursor.number, *state))
             cursor.state = state

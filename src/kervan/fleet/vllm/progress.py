@@ -10,6 +10,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from kervan.fleet.replay import Run, current_run
 
 CHAT_PATH = "/v1/chat/completions"
+BROKEN = ("abort", "error")  # finish reasons of an answer that is not whole, and may go on for a client that comes back
 
 
 def follow(engine: AsyncLLM) -> None:
@@ -33,7 +34,8 @@ async def _followed(run: Run, outputs: AsyncGenerator[RequestOutput, None]) -> A
             if not is_chat_begun:
                 is_chat_begun = True
                 yield _without_tokens(output)
-            run.take(sum(len(choice.token_ids) for choice in output.outputs), is_finished=output.finished)
+            is_whole = output.finished and all(choice.finish_reason not in BROKEN for choice in output.outputs)
+            run.take(sum(len(choice.token_ids) for choice in output.outputs), is_finished=is_whole)
             yield output
     finally:
         await outputs.aclose()
