@@ -41,8 +41,8 @@ class Journal:
     """One client's stream. `key_digest`: of the API key that may read it. `headers`: those the app must see again.
 
     `outputs` are one after the other in `data`, each behind its length. `is_finished`: vLLM's app has taken all of them
-    and ended the answer. `refusal`: why it cannot be given again. `run`: the answer that is being given from it now. `ended_s`: when the last one ended. `is_own`: this gateway
-    generates it; else it is the copy of another's.
+    and ended the answer. `refusal`: why it cannot be given again. `run`: the answer that is being given from it now.
+    `ended_s`: when the last one ended. `is_own`: this gateway generates it; else it is the copy of another's.
     """
 
     stream_id: str
