@@ -1,7 +1,7 @@
 """A gateway and a replica without Ray, whose streams move when their request id says so.
 
 `move5` in a request's id moves its streams after 5 tokens, `move-always` after each; on one replica, under a new wire
-id, which is the same to gateway and engine as a move to another one.
+id, which is the same to gateway and engine as a move to another one. Its clients can come back to their streams.
 """
 
 import asyncio
@@ -56,6 +56,9 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
     from kervan.fleet.link import Link, Member
     from kervan.fleet.process import EngineProcess
     from kervan.fleet.vllm.frontend import OpenAIFrontend, VllmCodec
+    from kervan.gateway.asgi import Receive, Scope, Send, replay
+    from kervan.gateway.kept import Kept
+    from kervan.gateway.streams import STREAMS_PREFIX, Streams
 
     class MovingClient(FleetClient):
         def _deliver(self, link: Link, outputs: Any) -> None:
@@ -80,13 +83,26 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
     replica = EngineProcess(EngineSpec("a", list(argv), "127.0.0.1", "s3cret"), log_path=scratch / "moving.log")
     try:
         client = MovingClient(VllmCodec(), secret="s3cret")
-        starting = asyncio.create_task(OpenAIFrontend.start(client, argv))
+        starting = asyncio.create_task(OpenAIFrontend.start(client, argv, is_followed=True))
+        streams = Streams("gw", list, b"")
+        streams.kept = Kept(
+            gateway_id="gw", node="n", secret="s3cret", engine_version="", replay_s=60, max_bytes=1 << 26
+        )
+        client.replicator = streams.kept.replicator
         while replica.ready is None:
             assert replica.failure is None, replica.failure
             await asyncio.sleep(0.1)
         client.set_members([Member("a", replica.ready.address)])
         frontend = await starting
-        server = uvicorn.Server(uvicorn.Config(frontend.app, port=0, log_level="error", lifespan="off"))
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"].startswith(STREAMS_PREFIX):
+                await streams.get(frontend.app, scope, receive, send)
+                return
+            message = await receive()  # uvicorn gives these small bodies in one piece
+            await streams.post(frontend.app, scope, replay(message["body"], receive), send, message["body"])
+
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", interface="asgi3"))
         serving = asyncio.create_task(server.serve())
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.05)
@@ -95,6 +111,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
         server.should_exit = True
         await serving
         await frontend.close()
+        await streams.kept.close()
         await client.close()
     finally:
         replica.kill()

@@ -162,3 +162,73 @@ async def test_no_client_says_what_a_stream_has_generated(moving: MovingFleet) -
         answer = await client.post(CHAT, json=request)
     assert answer.status_code == 400
     assert "kervan's own word" in answer.text
+
+
+# ---- clients that leave and come back: the stream goes through the app once more
+
+
+async def comes_back(client: httpx.AsyncClient, path: str, body: dict[str, Any], after: int) -> dict[str, Any]:
+    """What a client is told that leaves after so many events, and comes back."""
+    chunks: list[dict[str, Any]] = []
+    last, stream_id = "", ""
+    request = {"model": "tiny", "stream": True, "stream_options": {"include_usage": True}, **body}
+    for visit in range(2):
+        if visit == 0:
+            answering = client.stream("POST", path, json=request)
+        else:
+            answering = client.stream("GET", f"/v1/streams/{stream_id}", headers={"Last-Event-ID": last})
+        async with answering as answer:
+            assert answer.status_code == 200, await answer.aread()
+            stream_id = answer.headers["x-kervan-stream-id"]
+            async for line in answer.aiter_lines():
+                if line.startswith("id: "):
+                    last = line.removeprefix("id: ")
+                elif line.startswith("data: {"):
+                    chunks.append(json.loads(line.removeprefix("data: ")))
+                elif visit == 0 and not line and len(chunks) == after:
+                    break
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    return deltas(chunks)
+
+
+PLAIN = {"prompt": "A caravan is", "temperature": 0, "max_tokens": 12}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat(QUESTION)),
+        (CHAT, chat(QUESTION, stop=[ANSWER[ANSWER.index("pause") - 6 : ANSWER.index("pause") + 9]])),
+        (CHAT, chat(QUESTION, structured_outputs={"choice": ["na\u00efve \u6f22\u5b57 \U0001f42a\U0001f3dc!"]})),
+        (CHAT, chat(TOOL_TURN[0]["content"], tools=[WEATHER_TOOL])),
+        (CHAT, chat(REASONED[0], thinks=True)),
+        (CHAT, chat(QUESTION, seed=4, max_tokens=20) | {"temperature": 2.0}),
+        (CHAT, chat(QUESTION, max_tokens=20, logprobs=True, top_logprobs=2)),
+        (COMPLETIONS, PLAIN | {"logprobs": 1, "echo": True}),
+        (COMPLETIONS, PLAIN | {"return_token_ids": True}),
+    ],
+    ids=["text", "stop string", "characters", "tool call", "reasoning", "seed", "logprobs", "echo", "token ids"],
+)
+async def test_a_client_that_comes_back_is_told_the_rest(moving: MovingFleet, path: str, body: dict[str, Any]) -> None:
+    limits = httpx.Limits(max_connections=100)
+    async with httpx.AsyncClient(base_url=moving.url, timeout=120, limits=limits) as client:
+        whole = await streamed(client, path, body, "stay")
+        afters = range(1, 17)
+        answers = await asyncio.gather(*(comes_back(client, path, body, after) for after in afters))
+    for after, answer in zip(afters, answers, strict=True):
+        assert answer == whole, after
+
+
+async def test_an_unseeded_answer_does_not_change_where_it_was_told(moving: MovingFleet) -> None:
+    """A client that comes back twice to the same place is told the same: what was generated stays."""
+    body = {"model": "tiny", "stream": True, **chat(QUESTION, max_tokens=20)} | {"temperature": 2.0}
+    async with httpx.AsyncClient(base_url=moving.url, timeout=120) as client:
+        async with client.stream("POST", CHAT, json=body) as answer:
+            stream_id = answer.headers["x-kervan-stream-id"]
+            first = (await answer.aread()).decode()
+        again = (await client.get(f"/v1/streams/{stream_id}")).text
+
+    def told(text: str) -> dict[str, Any]:
+        return deltas([json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")])
+
+    assert told(first) == told(again)

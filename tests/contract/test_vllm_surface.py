@@ -502,6 +502,35 @@ def test_openai_app_functions(tree: Path, files: tuple[str, ...], function: str,
     assert parameters(definition(tree, first_file(tree, *files), function)) == names
 
 
+STREAMED = (
+    ("entrypoints/openai/chat_completion/serving.py", "OpenAIServingChat", "chat_completion_stream_generator"),
+    ("entrypoints/openai/completion/serving.py", "OpenAIServingCompletion", "completion_stream_generator"),
+)
+
+
+@pytest.mark.parametrize(("file", "class_", "method"), STREAMED, ids=["chat", "completions"])
+def test_streams_are_written_as_replay_counts_on(tree: Path, file: str, class_: str, method: str) -> None:
+    """One event for each output of the engine, and none for one without tokens before all others."""
+    text = ast.unparse(definition(tree, file, class_, method))
+    assert "not delta_text and (not " in text
+    assert "and (not previous_num_tokens[i])" in text
+    loop = next(n for n in ast.walk(definition(tree, file, class_, method)) if isinstance(n, ast.AsyncFor))
+    (outputs,) = (n for n in loop.body if isinstance(n, ast.For) and ast.unparse(n.iter) == "res.outputs")
+    assert sum(isinstance(node, ast.Yield) for node in ast.walk(outputs)) == 1
+    assert "self.engine_client.generate(" in (tree / "vllm" / file).read_text()
+
+
+def test_answers_are_named_by_a_header_and_outputs_have_what_replay_reads(tree: Path) -> None:
+    files = (tree / "vllm" / "entrypoints").rglob("serving.py")
+    assert any(".headers.get('X-Request-Id')" in ast.unparse(parsed(path)) for path in files)
+    assert {"text", "token_ids", "logprobs", "finish_reason", "stop_reason"} <= set(
+        fields(definition(tree, "outputs.py", "CompletionOutput"))
+    )
+    made = attributes_set(definition(tree, "outputs.py", "RequestOutput", "__init__"))
+    assert {"outputs", "finished"} <= made
+    assert fields(definition(tree, "v1/engine/__init__.py", "EngineCoreEvent")) == ["type", "timestamp"]
+
+
 def test_the_app_knows_the_names_of_its_models(tree: Path) -> None:
     models = first_file(tree, "entrypoints/openai/models/serving.py", "entrypoints/openai/serving_models.py")
     made = definition(tree, models, "OpenAIServingModels", "__init__")

@@ -26,7 +26,7 @@ import yaml
 import kervan
 from kervan.cli import COMMANDS, cli
 from kervan.facts import fleet as facts
-from kervan.gateway import server
+from kervan.gateway import kept, server
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
@@ -205,7 +205,7 @@ def test_config_files_are_valid(block: Block) -> None:
 
 def test_all_metrics_are_described() -> None:
     table = rows((ROOT / "docs/serving.md").read_text(), "## Metrics")
-    source = Path(server.__file__).read_text()
+    source = "".join(Path(str(module.__file__)).read_text() for module in (server, kept))
     real = set(re.findall(r'"(kervan_\w+)"|# TYPE (kervan_replicas) ', source))
     names = {name for pair in real for name in pair if name}
     names |= {f"kervan_replica_{field}" for field in ("running", "waiting", "kv_cache_usage")}

@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from live import START_S, Fleet, Home, eventually, is_alive, stopped
+from live import START_S, Fleet, Home, eventually, eventually_async, is_alive, stopped
 from shared_fleet import REPOSITORY, Models
 from twin_load import kervan, kill_actor, knocks, load
 
+from kervan.facts.fleet import FleetConfig
 from kervan.fleet.process import TWIN_ENGINE
+from kervan.twin.engine import answer
+from kervan.twin.settings import settings
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
@@ -30,7 +34,9 @@ def twins(home: Home, models: Models, scratch: Path) -> Iterator[Fleet]:
     """Three twins that take 30 ms a step, so that two cores carry them, and one gateway."""
     config = scratch / "twins.yaml"
     config.write_text(
-        json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.03}, "stall_timeout_s": STALL_S})
+        json.dumps(
+            {"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.03}, "stall_timeout_s": STALL_S, "replay_s": 60}
+        )
     )
     name = ("max_model_len=2048", "served_model_name=twin")
     running = home.up(models.demo, "twins", name, "--config", str(config), "--replicas", "3", "--gateways", "1")
@@ -270,6 +276,113 @@ async def test_the_serve_controller_dies(twins: Fleet, models: Models) -> None:
         await kervan(twins, "scale", "2")
         assert twins.gateway_pids() == gateways
     await kervan(twins, "scale", "3")
+
+
+@dataclass
+class Reader:
+    """A client of one stream, which may come back. `chat`: its text counts, not its tokens."""
+
+    prompt: list[int]
+    num_tokens: int
+    is_chat: bool = False
+    stream_id: str = ""
+    last_event_id: str = ""
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+    is_whole: bool = False
+    names: set[str] = field(default_factory=set)
+
+    def has(self, num_tokens: int) -> bool:
+        return int(self.last_event_id.partition(".")[0] or 0) >= num_tokens
+
+    async def ask(self, url: str, *, leave_after: int | None = None) -> None:
+        body: dict[str, Any] = {"model": "twin", "max_tokens": self.num_tokens, "ignore_eos": True, "stream": True}
+        if self.is_chat:
+            path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": str(self.prompt)}]
+        else:
+            path, body["prompt"], body["return_token_ids"] = "/v1/completions", self.prompt, True
+        await self._read("POST", url + path, leave_after, json=body)
+
+    async def come_back(self, url: str, *, leave_after: int | None = None) -> None:
+        headers = {"Last-Event-ID": self.last_event_id} if self.last_event_id else {}
+        await self._read("GET", f"{url}/v1/streams/{self.stream_id}", leave_after, headers=headers)
+
+    async def _read(self, method: str, url: str, leave_after: int | None, **more: Any) -> None:
+        async with (
+            httpx.AsyncClient(timeout=START_S, verify=False) as client,
+            client.stream(method, url, **more) as response,
+        ):
+            assert response.status_code == 200, await response.aread()
+            assert not self.stream_id or self.stream_id == response.headers["x-kervan-stream-id"]
+            self.stream_id = response.headers["x-kervan-stream-id"]
+            rest = b""
+            async for part in response.aiter_bytes():
+                *events, rest = (rest + part).split(b"\n\n")
+                for event in events:
+                    self._take(event)
+                    if leave_after is not None and len(self.tokens) >= leave_after:
+                        return
+
+    def _take(self, event: bytes) -> None:
+        name, _, data = event.partition(b"\n")
+        self.last_event_id = name.removeprefix(b"id: ").decode()
+        data = data.removeprefix(b"data: ")
+        if data == b"[DONE]":
+            self.is_whole = True
+            return
+        told = json.loads(data)
+        self.names.add(told["id"])
+        for choice in told["choices"]:
+            self.tokens += choice.get("token_ids") or []
+            self.text += (choice["delta"].get("content") or "") if self.is_chat else choice["text"]
+            self.finish = choice["finish_reason"] or self.finish
+
+
+async def test_a_killed_gateways_clients_come_back(twins: Fleet, models: Models) -> None:
+    """Their streams go on at the other gateway: not a token is missing, doubled or changed."""
+    await kervan(twins, "scale", "--gateways", "2")
+    await asyncio.to_thread(twins.wait_until_whole, 3, 2)
+    limits = settings(FleetConfig(model=str(models.demo), engine="twin", gpu="H200")).limits
+    whole = Reader([], 150, is_chat=True)
+    # One leaves by itself, and comes back twice, to whichever gateway has the connection.
+    fickle = Reader([9, 9, 9], 60)
+    await asyncio.gather(whole.ask(twins.url), fickle.ask(twins.url, leave_after=20))
+    await fickle.come_back(twins.url, leave_after=40)
+    await fickle.come_back(twins.url)
+    await fickle.come_back(twins.url)  # it has all: nothing comes again
+    assert (fickle.tokens, fickle.finish, fickle.is_whole) == (answer(fickle.prompt, 60, limits), "length", True)
+    for stream_id, headers, status in (
+        (fickle.stream_id, {"Authorization": "Bearer other"}, 404),
+        (fickle.stream_id, {"Last-Event-ID": "twelve"}, 400),
+        (fickle.stream_id, {"Last-Event-ID": "900.1"}, 410),
+        ("gw-nobody-0", {}, 404),
+    ):
+        with twins.client(headers=headers) as client:
+            refused = client.get(f"/v1/streams/{stream_id}")
+        assert (refused.status_code, "message" in refused.json()["error"]) == (status, True)
+
+    gateways = twins.gateway_pids()
+    readers = [Reader([5 + seed, 6, 7], 200) for seed in range(8)]
+    readers += [Reader([], 150, is_chat=True) for _ in range(4)]
+    asking = [asyncio.create_task(reader.ask(twins.url)) for reader in readers]
+    await eventually_async(lambda: all(reader.has(20) for reader in readers), "all streams run", START_S)
+    killed = max(gateways, key=lambda gateway: sum(reader.stream_id.startswith(gateway) for reader in readers))
+    os.kill(gateways[killed], signal.SIGKILL)
+    ends = await asyncio.gather(*asking, return_exceptions=True)
+    broken = [reader for reader, end in zip(readers, ends, strict=True) if end is not None]
+    assert {type(end) for end in ends if end is not None} <= {httpx.ReadError, httpx.RemoteProtocolError}
+    assert {reader.stream_id.rpartition("-")[0] for reader in broken} == {killed}
+    assert not any(reader.is_whole for reader in broken)
+    await asyncio.gather(*(reader.come_back(twins.url) for reader in broken))
+    for reader in readers:
+        assert (reader.finish, reader.is_whole) == ("length", True)
+        if reader.is_chat:
+            assert (reader.text, len(reader.names)) == (whole.text, 1)
+        else:
+            assert reader.tokens == answer(reader.prompt, 200, limits)
+    await asyncio.to_thread(twins.wait_until_whole, 3, 2)
+    await kervan(twins, "scale", "--gateways", "1")
 
 
 def test_a_gateway_says_where_its_log_is(twins: Fleet) -> None:

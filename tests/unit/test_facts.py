@@ -39,6 +39,8 @@ def test_invalid_names_say_what_is_valid(name: str) -> None:
         ("max_queued_streams", -1, "0.."),
         ("hold_timeout_s", -0.1, "0.."),
         ("stall_timeout_s", 0.5, "1.."),
+        ("replay_s", -1.0, "0..86400"),
+        ("replay_max_mib", 0, "1..1048576"),
         ("drain_timeout_s", float("nan"), "0.."),
         ("drain_timeout_s", float("inf"), "0.."),
     ],
@@ -54,6 +56,12 @@ def test_engine_arguments_that_kervan_sets_are_refused(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         FleetConfig(model="m", engine_args={key: "1"})
     assert str(caught.value) == f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}"
+
+
+def test_streams_that_come_every_few_tokens_cannot_be_given_again() -> None:
+    FleetConfig(model="m", replay_s=60, engine_args={"stream_interval": "1"})
+    with pytest.raises(ConfigError, match=r"replay_s=60 with stream_interval=8.*leave one of both out"):
+        FleetConfig(model="m", replay_s=60, engine_args={"stream_interval": 8})
 
 
 # ---- fleet config: vLLM's arguments

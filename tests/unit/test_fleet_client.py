@@ -119,6 +119,12 @@ class ToyCodec:
     def failure(self, request_id: str) -> Outputs:
         return Outputs([Output(request_id, [], "error")])
 
+    def record(self, output: Output) -> bytes:
+        return msgspec.msgpack.encode(msgspec.structs.replace(output, request_id=""))
+
+    def recorded(self, data: bytes, request_id: str) -> Outputs:
+        return Outputs([msgspec.structs.replace(msgspec.msgpack.decode(data, type=Output), request_id=request_id)])
+
 
 class ToyReplica:
     """Binds the two sockets and speaks the wire; one token per stream and step."""

@@ -105,7 +105,8 @@ class FleetConfig:
     cores; empty for what the cluster has at the first start, which then stays. `pools`: by market type, how many
     replicas, as "2" or "0..6"; `replicas` is the sum of their least then. When spot replicas are missing for
     `fallback_after_s`, on-demand ones cover for them within their range, until spot has been whole for
-    `fallback_hold_s`.
+    `fallback_hold_s`. `replay_s`: how long clients may come back to a stream that ended or broke, 0 for never; each
+    gateway keeps `replay_max_mib` of such streams, those of other gateways too.
     """
 
     model: str
@@ -136,6 +137,8 @@ class FleetConfig:
     drain_timeout_s: float = 60.0
     fallback_after_s: float = 15.0
     fallback_hold_s: float = 300.0
+    replay_s: float = 0.0
+    replay_max_mib: int = 256
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
@@ -158,6 +161,8 @@ class FleetConfig:
             ("drain_timeout_s", 0, 10**9),
             ("fallback_after_s", 0, 10**9),
             ("fallback_hold_s", 0, 10**9),
+            ("replay_s", 0, 86_400),
+            ("replay_max_mib", 1, 1 << 20),
         ):
             value = getattr(self, key)
             if not low <= value <= high:
@@ -190,6 +195,11 @@ class FleetConfig:
             raise ConfigError(f"{what} is for simulated replicas; add --engine twin, or leave it out")
         if self.shared_port and self.ingress == "serve":
             raise ConfigError("--shared-port is for gateways that listen themselves; use it with --ingress direct")
+        if self.replay_s and self.engine_args.get("stream_interval", 1) not in (1, "1"):
+            raise ConfigError(
+                f"replay_s={self.replay_s:g} with stream_interval={self.engine_args['stream_interval']}: only a stream "
+                "that comes token by token can be given again; leave one of both out"
+            )
         for key in self.engine_args:
             if key in OWNED_ENGINE_ARGS:
                 raise ConfigError(f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}")

@@ -7,6 +7,8 @@ outputs (`kervan.fleet.vllm.codec` for vLLM). Life of a stream:
              |      ^                |
              |      +---- moved <----+   its replica was lost or drains: prompt + generated tokens go elsewhere
              +--> held                   no replica can take it now; placed when one comes, failed after a while
+
+One whose client has come back begins with what its journal has (`kervan.fleet.replay`), and is placed after that.
 """
 
 import asyncio
@@ -35,6 +37,8 @@ from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
 from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, LinkRefusedError, Member, Tally, open_link
+from kervan.fleet.replay import Run, current_run
+from kervan.fleet.replication import Replicator
 from kervan.fleet.stalls import Stalls
 from kervan.policy import quarantine, routing
 
@@ -66,7 +70,8 @@ class ReplicaLostError(EngineError):
 class FleetClient:
     """Speaks to every replica of a fleet; the engine-core client of vLLM is built on it.
 
-    `outputs` carries decoded engine outputs, wire ids already turned back into request ids.
+    `outputs` carries decoded engine outputs, wire ids already turned back into request ids. `replicator` is given when
+    another gateway keeps copies of the journals; what an engine gave comes out when that one has it.
     """
 
     def __init__(self, codec: Codec, *, secret: str, hold_timeout_s: float = 300.0, gateway_id: str | None = None):
@@ -74,6 +79,7 @@ class FleetClient:
         self.gateway_id = gateway_id or uuid.uuid4().hex[:8]
         self.outputs: asyncio.Queue[Outputs] = asyncio.Queue()
         self.counts = Counts()
+        self.replicator: Replicator | None = None
         self.refusals: dict[str, str] = {}
         self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, self.gateway_id, secret, codec.layouts)
         self._hold_timeout_s = hold_timeout_s
@@ -194,6 +200,37 @@ class FleetClient:
             return
         stream.wire_id = stream.request_id
         self._streams[stream.request_id] = stream
+        run = current_run.get()
+        if run is not None and run.begin():
+            stream.run = run
+            if run.journal.data:
+                stream.replaying = asyncio.create_task(self._replay(stream, run))
+                return
+        await self._place(stream)
+
+    async def _replay(self, stream: Stream, run: Run) -> None:
+        """Give out what was generated before, each output when the last one was taken, and place the stream then.
+
+        One by one, because vLLM joins outputs that wait, and one that tells both what the client has and what it has
+        not could not be cut.
+        """
+        count = 0
+        for data in run.journal.outputs():
+            try:
+                outputs = self.codec.recorded(data, stream.request_id)
+            except (msgspec.MsgspecError, ValueError) as error:  # of another version of vLLM
+                self._give_up(stream, f"its journal cannot be read: {error}")
+                return
+            (output,) = outputs.outputs
+            stream.generated += output.new_token_ids
+            count += len(output.new_token_ids)
+            self.outputs.put_nowait(outputs)
+            if output.finish_reason is not None:
+                self._forget(stream)
+                return
+            await run.wait_for(count)
+        stream.replaying = None
+        stream.epoch += 1  # so that it is sent with its tokens
         await self._place(stream)
 
     async def _continue(self, stream: Stream, request: Any) -> None:
@@ -273,6 +310,8 @@ class FleetClient:
         was_suspect = stream.is_suspect
         self._unplace(stream, link)
         self._end_wait(stream)
+        if stream.replaying is not None and stream.replaying is not asyncio.current_task():
+            stream.replaying.cancel()
         self._streams.pop(stream.request_id, None)
         if stream.held_since_s is not None:
             with contextlib.suppress(ValueError):
@@ -283,7 +322,7 @@ class FleetClient:
     def _give_up(self, stream: Stream, why: str) -> None:
         logger.error("stream %s is given up: %s", stream.request_id, why)
         self._forget(stream)
-        self.outputs.put_nowait(self.codec.failure(stream.request_id))
+        self._put(self.codec.failure(stream.request_id))
 
     async def _move(self, stream: Stream, link: Link, target: str) -> None:
         self._unplace(stream, link)
@@ -450,6 +489,8 @@ class FleetClient:
                 load.add(-paid)
             if stream.epoch:
                 self.codec.restore(output, stream)
+            if stream.run is not None:
+                self._record(stream.run, output)
             if output.finish_reason is not None:
                 self._evacuations.lengths.observe(len(stream.generated))
                 link.tally.num_served += 1
@@ -459,7 +500,20 @@ class FleetClient:
         if kept or outputs.scheduler_stats is not None:
             outputs.outputs = kept
             outputs.timestamp += link.clock_skew_s
+            self._put(outputs)
+
+    def _record(self, run: Run, output: Any) -> None:
+        journal = run.journal
+        journal.record(self.codec.record(output), len(output.new_token_ids))
+        if self.replicator is not None:
+            self.replicator.change(journal)
+
+    def _put(self, outputs: Outputs) -> None:
+        """Give outputs to whoever asks for them, if need be when another gateway has a copy."""
+        if self.replicator is None:
             self.outputs.put_nowait(outputs)
+        else:
+            self.replicator.deliver(functools.partial(self.outputs.put_nowait, outputs))
 
     def _first_token(self, link: Link, stream: Stream) -> None:
         stream.gave_token = True
@@ -607,6 +661,10 @@ class FleetClient:
 
     def _convict(self, stream: Stream, why: str) -> None:
         self.counts.given_up += 1
+        if stream.run is not None:  # it would only take down more replicas
+            stream.run.journal.refusal = f"it ended with an error: {why}"
+            if self.replicator is not None:
+                self.replicator.change(stream.run.journal)
         self._give_up(stream, why)
 
     def _pass_verdict(self, stream: Stream, epoch: int, why: str) -> None:

@@ -46,3 +46,9 @@ class Codec(Protocol):
 
     def failure(self, request_id: str) -> Outputs:
         """An output that ends `request_id` with an error."""
+
+    def record(self, output: Any) -> bytes:
+        """An output for the journal of its stream, less what names the stream."""
+
+    def recorded(self, data: bytes, request_id: str) -> Outputs:
+        """What `record` has given, as if it came from an engine now."""

@@ -65,7 +65,8 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     """One gateway. `url` is public; `internal_url` reaches this very gateway, not its neighbours on the port.
 
     `busy`: the share of a core that its loop used in the last second. `models`: names by which clients may ask it.
-    `neighbours`: other fleets on its port to which it passes requests on.
+    `neighbours`: other fleets on its port to which it passes requests on. `copies_address`: where it takes copies of
+    other gateways' journals, host:port.
     """
 
     id: str
@@ -84,6 +85,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     busy: float = 0.0
     models: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
+    copies_address: str = ""
 
 
 class NodeNotice(msgspec.Struct, frozen=True):
@@ -174,7 +176,15 @@ Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
 
 def _lasting(entry: GatewayEntry) -> tuple[object, ...]:
     """What others must hear of at once when it changes."""
-    return entry.url, entry.internal_url, entry.is_ready, entry.reason, entry.version, entry.models
+    return (
+        entry.url,
+        entry.internal_url,
+        entry.copies_address,
+        entry.is_ready,
+        entry.reason,
+        entry.version,
+        entry.models,
+    )
 
 
 class Directory:

@@ -1,7 +1,10 @@
 """What is needed to move a stream: the original request and the token ids generated so far."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any
+
+from kervan.fleet.replay import Run
 
 
 @dataclass(slots=True, eq=False)
@@ -10,7 +13,8 @@ class Stream:
 
     `request` is the engine's own request object; only the codec looks inside. `wire_id` is the id the current
     replica knows the stream by: `request_id` at first, `request_id~epoch` after a move, so that late outputs of
-    an earlier placement (even on the same replica, A -> B -> A) match nothing.
+    an earlier placement (even on the same replica, A -> B -> A) match nothing. `run`: the client's answer that it is
+    for, if that can be given again (`kervan.fleet.replay`); `replaying`: gives it what was generated before.
     """
 
     request_id: str
@@ -29,6 +33,8 @@ class Stream:
     awaits_verdict: bool = False
     placed_s: float = 0.0
     held_since_s: float | None = None
+    run: Run | None = None
+    replaying: asyncio.Task[None] | None = None
 
     @property
     def is_suspect(self) -> bool:

@@ -22,6 +22,7 @@ _TYPES = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
+    410: "GoneError",
     413: "RequestTooLargeError",
     421: "MisdirectedRequestError",
     500: "InternalServerError",

@@ -6,6 +6,7 @@ directory snapshots.
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import os
 import socket
@@ -22,11 +23,13 @@ from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers
-from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer
+from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer, error_body, header
+from kervan.gateway.kept import Kept
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
-from kervan.gateway.relay import is_relayed, relay_key
+from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed, relay_key
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
+from kervan.gateway.streams import INTERNAL_PREFIX, Streams
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
 
@@ -55,7 +58,8 @@ class GatewayConfig:
 
     `opens_when_attached`: open the port only when vLLM's app answers; otherwise at once, with 503 until then.
     `shared_port`: other fleets may be on the port too; `fleet_name` and `models` (the names in the fleet's settings)
-    tell this one from them.
+    tell this one from them. `replay_s`: how long clients may come back to a stream that ended or broke, 0 for never;
+    `replay_max_bytes` of such streams are kept at most.
     """
 
     gateway_id: str
@@ -75,6 +79,8 @@ class GatewayConfig:
     shared_port: bool = False
     fleet_name: str = "default"
     models: tuple[str, ...] = ()
+    replay_s: float = 0.0
+    replay_max_bytes: int = 256 << 20
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -113,7 +119,9 @@ class Gateway:
         self._public: tuple[uvicorn.Server, socket.socket] | None = None
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
-        self.shell = GatewayShell(self, config.api_keys)
+        self._copies_port = 0
+        self.streams = Streams(config.gateway_id, lambda: self._snapshot.gateways, relay_key(config.secret))
+        self.shell = GatewayShell(self, config.api_keys, streams=self.streams)
         self.shared_port: SharedPort | None = None
         if config.shared_port:
             self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, relay_key(config.secret))
@@ -137,9 +145,25 @@ class Gateway:
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
         self._internal = self._serve(self._internal_app, internal), internal
+        if self.config.replay_s > 0:
+            await self._keep_streams()
         if serve_http and not self.config.opens_when_attached:
             self._open()
         self._attaching = asyncio.create_task(self._attach(opens=serve_http and self.config.opens_when_attached))
+
+    async def _keep_streams(self) -> None:
+        self.streams.kept = kept = Kept(
+            gateway_id=self.config.gateway_id,
+            node=self.config.node,
+            secret=self.config.secret,
+            engine_version=self.fleet.codec.engine_version,
+            replay_s=self.config.replay_s,
+            max_bytes=self.config.replay_max_bytes,
+        )
+        self.fleet.replicator = kept.replicator
+        copies = listen(self.config.internal_host, 0)
+        self._copies_port = copies.getsockname()[1]
+        await kept.listen(copies)
 
     def _open(self) -> None:
         listening = listen(self.config.host, self.config.port)
@@ -168,7 +192,12 @@ class Gateway:
         from kervan.fleet.vllm.frontend import OpenAIFrontend
 
         try:
-            self.frontend = await OpenAIFrontend.start(self.fleet, self.config.engine_argv, is_twin=self.config.is_twin)
+            self.frontend = await OpenAIFrontend.start(
+                self.fleet,
+                self.config.engine_argv,
+                is_twin=self.config.is_twin,
+                is_followed=self.config.replay_s > 0,
+            )
             self.shell.attach(self.frontend.app)
             if opens:
                 self._open()
@@ -182,9 +211,13 @@ class Gateway:
         await asyncio.shield(self._attaching)
 
     async def stop(self) -> None:
-        """Stop accepting, let open requests end (at most `stop_timeout_s`), then leave."""
-        # Other fleets' gateways are clients too.
-        doors = [door for door in (self._public, self._internal if self.shared_port else None) if door is not None]
+        """Stop accepting, let open requests end (at most `stop_timeout_s`), then leave.
+
+        Streams that are cut then go on at the gateway that has their copies, when their clients ask it.
+        """
+        # Other gateways are clients too.
+        is_relayed_to = self.shared_port is not None or self.streams.kept is not None
+        doors = [door for door in (self._public, self._internal if is_relayed_to else None) if door is not None]
         await asyncio.gather(*(send_clients_away(*door, timeout_s=self.config.stop_timeout_s) for door in doors))
         for server in self._servers:
             server.should_exit = True
@@ -195,12 +228,17 @@ class Gateway:
             self.shared_port.close()
         if self.frontend is not None:
             await self.frontend.close()
+        self.streams.close()
+        if self.streams.kept is not None:
+            await self.streams.kept.close()
         await self.fleet.close()
 
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
         self.fleet.set_members(members(snapshot))
+        if self.streams.kept is not None:
+            self.streams.kept.update(snapshot)
 
     def entry(self) -> GatewayEntry:
         """This gateway as the directory should list it."""
@@ -219,6 +257,7 @@ class Gateway:
             traffic=self.fleet.traffic(),
             models=self.frontend.model_names if self.frontend is not None else (),
             neighbours=self.shared_port.neighbours if self.shared_port is not None else (),
+            copies_address=f"{_bracket(self.config.internal_host)}:{self._copies_port}" if self._copies_port else "",
         )
 
     def _port_fleet(self) -> PortFleet:
@@ -284,12 +323,21 @@ class Gateway:
     # ---- for other gateways
 
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The page of this gateway alone; on a shared port also what other fleets' gateways pass on."""
+        """The page of this gateway alone, and what other gateways pass on: for a stream, or on a shared port."""
         if scope["type"] == "http":
-            if self.shared_port is not None and is_relayed(scope):
+            if is_relayed(scope) and scope["path"].startswith(INTERNAL_PREFIX):
+                await self._give_stream(scope, receive, send)
+            elif self.shared_port is not None and is_relayed(scope):
                 await self.shared_port.answer_relayed(scope, receive, send)
             else:
                 await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _give_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_known = hmac.compare_digest(header(scope, RELAY_HEADER), relay_key(self.config.secret))
+        if is_known and self.shell.inner is not None:
+            await self.streams.get_internal(self.shell.inner, scope, receive, send)
+        else:
+            await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here gives no stream"))
 
     def _local_page(self) -> str:
         own = [*self._counters(), *_fleet_gauges(self._model_label(), self._snapshot.replicas)]
@@ -312,6 +360,8 @@ class Gateway:
             ("kervan_streams_given_up_total", "counter", "Streams that killed two replicas.", counts.given_up),
             ("kervan_streams_expired_total", "counter", "Streams no replica took in time.", counts.expired),
             ("kervan_replicas_lost_total", "counter", "Links to replicas that broke.", counts.lost_replicas),
+            ("kervan_streams_fetched_total", "counter", "Streams whose clients came back.", self.streams.num_fetched),
+            *(self.streams.kept.metrics() if self.streams.kept is not None else ()),
         ):
             lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n")
         return lines

@@ -1,7 +1,8 @@
 """The ASGI shell around vLLM's OpenAI app: health, keys, body limits, admission, error bodies.
 
 A request passes, in this order: health and metrics pages (open) -> API key -> body read whole (size, deadline)
--> vLLM attached? -> admission -> vLLM. vLLM gets the server's own `send`, so a streamed chunk costs nothing here.
+-> vLLM attached? -> admission -> vLLM. A streamed chunk costs one plain call here, and something only in a fleet that
+keeps streams for clients that come back (`kervan.gateway.streams`).
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import msgspec
 from kervan.errors import ConfigError
 from kervan.gateway import simple
 from kervan.gateway.asgi import ASGIApp, Headers, Receive, Scope, Send, answer, error_body, header, replay, start
+from kervan.gateway.streams import STREAMS_PREFIX, Streams, with_id
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class GatewayView(Protocol):
 class GatewayShell:
     """ASGI app in front of vLLM's; serves health pages before `attach`, and 503 for the rest.
 
-    The lifespan protocol ends here: vLLM's app never sees it.
+    The lifespan protocol ends here: vLLM's app never sees it. `streams` gives answers their ids.
 
     Raises:
         ConfigError: an API key is empty.
@@ -103,6 +105,7 @@ class GatewayShell:
         api_keys: Sequence[str] = (),
         max_body_bytes: int = 8 * MIB,
         body_timeout_s: float = 30.0,
+        streams: Streams | None = None,
     ) -> None:
         for place, key in enumerate(api_keys, 1):
             if not key.strip():
@@ -111,6 +114,7 @@ class GatewayShell:
         self.inner: ASGIApp | None = None
         self.max_body_bytes = max_body_bytes
         self.body_timeout_s = body_timeout_s
+        self._streams = streams
         self._deadlines = _Deadlines(body_timeout_s)
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
@@ -172,15 +176,26 @@ class GatewayShell:
         if inner is None:
             await unavailable(send, self._not_ready() or "the gateway is starting", RETRY_NOT_READY_S)
             return
+        if path.startswith(STREAMS_PREFIX) and self._streams is not None:
+            if method != "GET":
+                await _refuse_method(path, method, "GET", receive, send)
+            else:
+                await self._streams.get(inner, scope, receive, send)
+            return
         if method == "POST":
             if makes_work(path) and (shed := self.view.admit()) is not None:
                 await unavailable(send, shed.reason, shed.retry_after_s)
                 return
             if path in SIMPLE_PATHS:
+                if self._streams is not None:
+                    send = with_id(send, self._streams.new_id())
                 await SIMPLE_PATHS[path](inner, scope, receive, send, model=self.view.model_name(), body=body)
                 return
             if (fault := _json_fault(path, body, scope)) is not None:
                 await answer(send, 400, error_body(400, fault))
+                return
+            if self._streams is not None and makes_work(path):
+                await self._streams.post(inner, scope, receive, send, body)
                 return
         await inner(scope, receive, send)
 

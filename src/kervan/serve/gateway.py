@@ -81,6 +81,8 @@ class GatewayReplica:
             shared_port=config.shared_port,
             fleet_name=config.name,
             models=served_names(config),
+            replay_s=config.replay_s,
+            replay_max_bytes=config.replay_max_mib << 20,
         )
         self._gateway: Gateway
         self._loop: asyncio.AbstractEventLoop

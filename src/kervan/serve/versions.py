@@ -9,7 +9,7 @@ from kervan.facts.fleet import FleetConfig
 # What replicas and gateways are made of; a change of anything else replaces none of them.
 GATEWAY_WORDS = (
     "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
-    "drain_timeout_s", "engine",
+    "drain_timeout_s", "engine", "replay_s", "replay_max_mib",
 )  # fmt: skip
 REPLICA_WORDS = (
     "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",

@@ -1,5 +1,6 @@
 """vLLM requests and outputs as frames."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,3 +69,18 @@ class VllmCodec:
     def failure(self, request_id: str) -> EngineCoreOutputs:
         failed = EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
         return EngineCoreOutputs(outputs=[failed], finished_requests={request_id})
+
+    def record(self, output: EngineCoreOutput) -> bytes:
+        request_id, output.request_id = output.request_id, ""
+        frames = self._encoder.encode(EngineCoreOutputs(outputs=[output]))
+        output.request_id = request_id
+        return msgspec.msgpack.encode([bytes(frame) for frame in frames])
+
+    def recorded(self, data: bytes, request_id: str) -> EngineCoreOutputs:
+        outputs = self._decoder.decode(msgspec.msgpack.decode(data, type=list[bytes]))
+        outputs.timestamp = time.monotonic()
+        for output in outputs.outputs:
+            output.request_id = request_id
+            for event in output.events or ():
+                event.timestamp = outputs.timestamp  # that of another machine would be compared with this one's
+        return outputs

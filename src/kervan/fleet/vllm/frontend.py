@@ -12,7 +12,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from kervan.fleet.client import FleetClient
-from kervan.fleet.vllm import limits, versions
+from kervan.fleet.vllm import limits, progress, versions
 from kervan.fleet.vllm.codec import VllmCodec
 from kervan.fleet.vllm.engine_client import injected
 from kervan.fleet.vllm.logs import kept_handlers
@@ -42,8 +42,10 @@ class OpenAIFrontend:
         return tuple(dict.fromkeys([*(path.name for path in models.base_model_paths), *models.lora_requests]))
 
     @classmethod
-    async def start(cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool = False) -> "OpenAIFrontend":
-        """Raises: ConfigError when vLLM refuses `argv`."""
+    async def start(
+        cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool = False, is_followed: bool = False
+    ) -> "OpenAIFrontend":
+        """`is_followed`: answers can be given again. Raises: ConfigError when vLLM refuses `argv`."""
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
         limits.install(config, is_twin=is_twin)
         await asyncio.to_thread(_import_app)  # now, while the replicas start
@@ -55,6 +57,8 @@ class OpenAIFrontend:
                 enable_log_requests=engine_args.enable_log_requests,
                 disable_log_stats=engine_args.disable_log_stats,
             )
+        if is_followed:
+            progress.follow(engine)
         app = await versions.build_openai_app(engine, args)
         frontend = cls(app, engine, args)
         await frontend._lifespan.enter_async_context(app.router.lifespan_context(app))

@@ -1,0 +1,353 @@
+"""Streams that a client can come back to: ids in the answers, and GET /v1/streams/{id} with Last-Event-ID.
+
+An answer that can be given again has a journal here and a copy of it at another gateway (`kervan.fleet.replication`),
+and each of its events says where it stands (`kervan.fleet.replay.Position`). Who has the journal gives it again: the
+gateway that began it, or when that one is gone, another that has a copy and goes on with it as its own.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from kervan.fleet.directory import GatewayEntry
+from kervan.fleet.replay import Journal, Position, Run, current_run
+from kervan.gateway.asgi import (
+    JSON,
+    ASGIApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer,
+    error_body,
+    header,
+    replay,
+)
+from kervan.gateway.kept import Kept
+from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError
+
+logger = logging.getLogger(__name__)
+
+ID_HEADER = b"x-kervan-stream-id"
+REQUEST_ID_HEADER = b"x-request-id"
+STREAMS_PREFIX = "/v1/streams/"
+INTERNAL_PREFIX = "/kervan/streams/"
+ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+REPLAYED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+# Of the client's connection, or of this very request; the journal keeps the others.
+_NOT_KEPT = frozenset({b"authorization", b"connection", b"content-length", b"host", b"transfer-encoding"})
+EVENT_STREAM = b"text/event-stream"
+END_TIMEOUT_S = 10.0
+
+
+class _Asked(msgspec.Struct):
+    """All that is read of a body to know whether its answer can be given again."""
+
+    stream: bool | None = False
+    n: int | None = 1
+    best_of: int | None = 1
+    use_beam_search: bool | None = False
+    stream_interval: int | None = 1
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
+    prompt_embeds: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_asked_decoder = msgspec.json.Decoder(_Asked)
+
+
+def refusal(body: bytes) -> str | None:
+    """Why the answer to `body` could not be given again; "" if it can, None if it is no stream (or vLLM refuses it)."""
+    try:
+        asked = _asked_decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if not asked.stream:
+        return None
+    if (asked.n or 1) > 1 or (asked.best_of or 1) > 1 or asked.use_beam_search:
+        return "it has several choices (n, best_of or beam search)"
+    if (asked.stream_interval or 1) > 1:
+        return "its events come every few tokens (stream_interval)"
+    if _num_prompts(bytes(asked.prompt)) > 1 or bytes(asked.prompt_embeds).startswith(b"["):
+        return "it answers several prompts"
+    return ""
+
+
+def _num_prompts(prompt: bytes) -> int:
+    """A list of texts or of lists is several prompts; a text, or a list of token ids, is one."""
+    if not prompt.startswith(b"[") or prompt[1:].lstrip()[:1] not in (b'"', b"["):
+        return 1
+    prompts: list[Any] = json.loads(prompt)
+    return len(prompts)
+
+
+class Streams:
+    """Gives answers their ids, and while something is `kept`, gives them again.
+
+    `gateways`: those that the directory lists. `key`: `relay_key` of the fleet.
+    """
+
+    def __init__(self, gateway_id: str, gateways: Callable[[], Sequence[GatewayEntry]], key: bytes) -> None:
+        self.kept: Kept | None = None
+        self._gateway_id = gateway_id
+        self._gateways = gateways
+        self._key = key
+        self._relay = Relay()
+        self.num_fetched = 0
+
+    def close(self) -> None:
+        self._relay.close()
+
+    def new_id(self) -> str:
+        """An id that nobody can guess: without API keys, it is all that protects a stream."""
+        return f"{self._gateway_id}-{secrets.token_hex(16)}"
+
+    # ---- POST
+
+    async def post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        """Let `app` answer; `receive` gives the body first."""
+        stream_id = self.new_id()
+        why_not = refusal(body) if self.kept is not None and scope["path"] in REPLAYED_PATHS else None
+        if self.kept is None or why_not is None:
+            await app(scope, receive, with_id(send, stream_id))
+            return
+        headers = list(scope["headers"])
+        if not header(scope, REQUEST_ID_HEADER):  # vLLM names the answer by it; the same name when it is given again
+            headers.append((REQUEST_ID_HEADER, stream_id.rpartition("-")[2].encode()))
+        kept_headers = [pair for pair in headers if pair[0] not in _NOT_KEPT]
+        kept_body = b"" if why_not else body
+        journal = Journal(stream_id, _key_digest(scope), scope["path"], kept_headers, kept_body, why_not)
+        self.kept.journals.add(journal)
+        if why_not:
+            self.kept.journals.end(journal)
+            self.kept.changed(journal)
+            await app(scope, receive, with_id(send, stream_id))
+        else:
+            await self._run(self.kept, app, Run(journal), {**scope, "headers": headers}, receive, send)
+
+    @staticmethod
+    async def _run(kept: Kept, app: ASGIApp, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
+        journal = run.journal
+        journal.run, journal.ended_s = run, None
+        kept.changed(journal)
+        events = _Events(run, send, kept.replicator.copied)
+        token = current_run.set(run)
+        try:
+            await app(scope, _until(run.must_end, receive), events.send)
+        finally:
+            current_run.reset(token)
+            journal.run = None
+            kept.journals.end(journal)
+            if not events.is_stream and run.after is None:
+                kept.journals.drop(journal)  # it was refused: there is nothing to come back to
+            kept.changed(journal)
+            run.has_ended.set()
+
+    # ---- GET
+
+    async def get(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer GET /v1/streams/{id}: here, or by the gateway that has the stream."""
+        if self.kept is None:
+            await _refuse(send, 404, "this fleet keeps no streams; give it replay_s above 0 in its config file")
+            return
+        stream_id = scope["path"].removeprefix(STREAMS_PREFIX)
+        try:
+            after = _after(scope)
+        except ValueError as error:
+            await _refuse(send, 400, str(error))
+            return
+        if not ID_PATTERN.fullmatch(stream_id):  # nor may it reach another gateway as a part of a request
+            await _unknown(send, stream_id)
+            return
+        journal = self.kept.journals.get(stream_id)
+        if journal is None or not journal.is_own:
+            origin_id = stream_id.rpartition("-")[0]
+            others = [gateway for gateway in self._gateways() if gateway.id != self._gateway_id]
+            origin = [gateway.internal_url for gateway in others if gateway.id == origin_id]
+            if await self._ask(origin, stream_id, scope, receive, send):
+                return
+            if journal is None or not _reaches(journal, after):
+                rest = [gateway.internal_url for gateway in others if gateway.id != origin_id]
+                if await self._ask(rest, stream_id, scope, receive, send):
+                    return
+        if journal is None:
+            await _unknown(send, stream_id)
+        else:
+            await self._again(self.kept, app, journal, after, scope, receive, send)
+
+    async def get_internal(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer another gateway, which has checked the request: with a stream that is here, or not at all."""
+        stream_id = scope["path"].removeprefix(INTERNAL_PREFIX)
+        journal = self.kept.journals.get(stream_id) if self.kept is not None else None
+        after = _after(scope)
+        if self.kept is None or journal is None or (not journal.is_own and not _reaches(journal, after)):
+            await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
+        else:
+            await self._again(self.kept, app, journal, after, scope, receive, send)
+
+    async def _ask(self, urls: Sequence[str], stream_id: str, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Whether one of the gateways at `urls` has answered."""
+        if not urls:
+            return False
+        path = INTERNAL_PREFIX + stream_id
+        asked = {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
+        try:
+            await self._relay.pass_on(urls, self._key, asked, b"", receive, send)
+        except RelayFailedError:
+            return False
+        return True
+
+    async def _again(
+        self,
+        kept: Kept,
+        app: ASGIApp,
+        journal: Journal,
+        after: Position | None,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        if not hmac.compare_digest(journal.key_digest, _key_digest(scope)):
+            await _unknown(send, journal.stream_id)
+            return
+        if journal.refusal:
+            await _refuse(send, 410, f"stream {journal.stream_id} cannot be given again: {journal.refusal}")
+            return
+        if not _reaches(journal, after):
+            had = f"it has {journal.num_tokens} tokens here, and Last-Event-ID says {after}"
+            await _refuse(send, 410, f"stream {journal.stream_id} cannot go on from there: {had}")
+            return
+        if not journal.is_own:
+            known = kept.journals.get(journal.stream_id)
+            if known is None or not known.is_own:  # else another request was faster
+                known = journal.adopted()
+                kept.journals.add(known)
+            journal = known
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                while journal.run is not None:  # its client has come back before its old connection was found broken
+                    await journal.run.end()
+        except TimeoutError:
+            await _refuse(send, 503, "the stream's earlier answer does not end; try again")
+            return
+        self.num_fetched += 1
+        length = (b"content-length", b"%d" % len(journal.body))
+        path = {"path": journal.path, "raw_path": journal.path.encode(), "query_string": b"", "method": "POST"}
+        again = {**scope, **path, "headers": [*journal.headers, length]}
+        await self._run(
+            kept, app, Run(journal, after or Position(0, 0)), again, replay(journal.body, _left(receive)), send
+        )
+
+
+def _key_digest(scope: Scope) -> bytes:
+    return hashlib.sha256(header(scope, b"authorization").partition(b" ")[2].strip()).digest()
+
+
+def _reaches(journal: Journal, after: Position | None) -> bool:
+    return after is None or after.count <= journal.last_count
+
+
+def _after(scope: Scope) -> Position | None:
+    """The position in Last-Event-ID, None without one.
+
+    Raises: ValueError when it tells none.
+    """
+    text = header(scope, b"last-event-id").decode("latin-1").strip()
+    position = Position.parse(text)
+    if text and position is None:
+        raise ValueError(
+            f"Last-Event-ID {text[:40]!r} is no id of an event; send the last `id` of the stream, such as 12.1"
+        )
+    return position
+
+
+async def _unknown(send: Send, stream_id: str) -> None:
+    await _refuse(send, 404, f"no stream {stream_id[:80]!r} is kept; it is unknown, or its time is over")
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    await answer(send, status, error_body(status, message), JSON)
+
+
+def with_id(send: Send, stream_id: str) -> Send:
+    """`send` that adds the id to the head of the answer; the rest passes through one plain call."""
+
+    def named(message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (ID_HEADER, stream_id.encode())]}
+        return send(message)
+
+    return named
+
+
+def _left(receive: Receive) -> Receive:
+    """`receive` without the body of a GET, which is empty: it only says that the client has left."""
+
+    async def received() -> Message:
+        while (message := await receive())["type"] != "http.disconnect":
+            pass
+        return message
+
+    return received
+
+
+def _until(must_end: asyncio.Event, receive: Receive) -> Receive:
+    """`receive` that says that the client has left as soon as `must_end` is set."""
+    is_first = True
+
+    async def received() -> Message:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            return await receive()
+        receiving, ending = asyncio.ensure_future(receive()), asyncio.ensure_future(must_end.wait())
+        try:
+            await asyncio.wait([receiving, ending], return_when=asyncio.FIRST_COMPLETED)
+            return receiving.result() if receiving.done() else {"type": "http.disconnect"}
+        finally:
+            receiving.cancel()
+            ending.cancel()
+
+    return received
+
+
+class _Events:
+    """Gives each event its id, and leaves out those that the client has. vLLM sends one event per message."""
+
+    def __init__(self, run: Run, send: Send, copied: Callable[[], Awaitable[None]]) -> None:
+        self._run = run
+        self._send = send
+        self._copied = copied
+        self.is_stream = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            self.is_stream = message["status"] == 200 and any(
+                name.lower() == b"content-type" and value.startswith(EVENT_STREAM) for name, value in headers
+            )
+            if self.is_stream:
+                await self._copied()  # so that the id can be used as soon as it is known
+            message = {**message, "headers": [*headers, (ID_HEADER, self._run.journal.stream_id.encode())]}
+        elif self.is_stream and (body := message.get("body", b"")):
+            *events, rest = body.split(b"\n\n")
+            body = b"".join(map(self._numbered, events)) + rest
+            if not body and message.get("more_body", False):
+                return
+            message = {**message, "body": body}
+        await self._send(message)
+
+    def _numbered(self, event: bytes) -> bytes:
+        if event.startswith(b":"):
+            return (
+                event + b"\n"
+            )  # a comment; after an id, OpenAI's client takes the empty line for an event without data
+        position = self._run.next_event()
+        return b"id: %b\n%b\n\n" % (str(position).encode(), event) if position is not None else b""
