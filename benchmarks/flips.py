@@ -115,7 +115,7 @@ def measured(oracle: Oracle, asks: Sequence[Sequence[int]], sampling: Row) -> It
     tens = [answer for i in range(0, len(full), 10) for answer in oracle.call("answers", full[i : i + 10])]
     yield differing("in batches of 10", whole, tens, starts)
     alone = [answer for ask in full[:NUM_ALONE] for answer in oracle.call("answers", [ask])]
-    yield differing("one by one", whole[:NUM_ALONE], alone, starts)
+    yield differing("one by one", whole[:NUM_ALONE], alone, starts[:NUM_ALONE])
     rng = random.Random(0)
     originals, moved, cuts = [], [], []
     for _ in range(NUM_MOVES):
