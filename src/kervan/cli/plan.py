@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SLO = "ttft=2s,tpot=50ms"
 SHOWN = 12
+LAYOUT_ARGUMENTS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel")
 SECTIONS = {
     "Machines": "--gpu --gpus --nodes --network --layout",
     "Load": "--isl --osl --trace --rate --concurrency",
@@ -38,7 +39,7 @@ SECTIONS = {
 @click.option("--osl", default="256", show_default=True, help="Output tokens, likewise.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals of a trace (Azure or Mooncake).")
 @click.option("--rate", help="Requests per second, like 5/s; with --trace it is sped up to that.")
-@click.option("--concurrency", type=click.IntRange(1, 1_000_000), help="Streams of a closed loop, over the whole plan.")
+@click.option("--concurrency", type=click.IntRange(1, 65_536), help="Streams of a closed loop, over the whole plan.")
 @click.option("--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} without a load, else none]")
 @click.option(
     "--goal", type=click.Choice(["cost", "throughput", "latency"]), default="cost", show_default=True,
@@ -103,6 +104,9 @@ def ask(model: str, **given: Any) -> "Question":
     table = prices.load(given["prices"])
     price = prices.parse_price_usd_per_h(given["price"]) if given["price"] else _price(table, gpu.name, "on-demand")
     pairs = [fleets.parse_assignment(text, "--engine-arg") for text in given["engine_args"]]
+    for key, _ in pairs:
+        if key.replace("-", "_") in LAYOUT_ARGUMENTS:
+            raise ConfigError(f"engine argument {key!r} is a size of the layout; use --layout, for example tp=2,pp=2")
     if given["network"] is not None and not 0 < given["network"] < 1e6:
         raise ConfigError(f"--network {given['network']} is no speed in Gbit/s; write for example --network 400")
     has_load = rate is not None or given["concurrency"] is not None or given["trace"] is not None
