@@ -11,17 +11,33 @@ import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from twins import cpu_s, kervan, memory_mib, show
+import psutil
+from meters import cpu_s
+from twins import show
 
 from kervan.bench import records
 
 SIDES = {"off": 0.0, "on": 60.0}  # replay_s
 PORTS = {"off": 18441, "on": 18442}
+
+
+def kervan(*words: str, home: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "kervan", *words],
+        env={**os.environ, "KERVAN_HOME": str(home)}, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def memory_mib(pids: list[int]) -> float:
+    """Mean proportional set size."""
+    return statistics.mean(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
 
 
 def start(side: str, model: str, step_s: float, home: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_ISL, DEFAULT_OSL = "1024", "256"
 SHOWN = 12
+LAYOUT_ARGUMENTS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel")
 SECTIONS = {
     "Machines": "--gpu --gpus --nodes --network --layout",
     "Load": "--isl --osl --trace --rate --concurrency",
@@ -39,7 +40,7 @@ SECTIONS = {
 @click.option("--osl", default=DEFAULT_OSL, show_default=True, help="Output tokens, likewise.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals of a trace (Azure or Mooncake).")
 @click.option("--rate", help="Requests per second, like 5/s; with --trace it is sped up to that.")
-@click.option("--concurrency", type=click.IntRange(1, 1_000_000), help="Streams of a closed loop, over the whole plan.")
+@click.option("--concurrency", type=click.IntRange(1, 65_536), help="Streams of a closed loop, over the whole plan.")
 @click.option("--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} without a load, else none]")
 @click.option(
     "--goal", type=click.Choice(["cost", "throughput", "latency"]), default="cost", show_default=True,
@@ -85,6 +86,9 @@ def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
     from kervan.facts import fleet
 
     pairs = [fleet.parse_assignment(text, "--engine-arg") for text in texts]
+    for key, _ in pairs:
+        if key.replace("-", "_") in LAYOUT_ARGUMENTS:
+            raise ConfigError(f"engine argument {key!r} is a size of the layout; use --layout, for example tp=2,pp=2")
     return {key.replace("-", "_"): fleet.parse_engine_value(value) for key, value in pairs}
 
 

@@ -22,8 +22,14 @@ KNOWN = frozenset(
         "gpt_neox", "falcon", "internlm2", "smollm3", "exaone4", "minimax_m2", "ernie4_5", "ernie4_5_moe",
     }
 )  # fmt: skip
-UNGATED = frozenset(["gpt2", "opt", "gpt_neox", "falcon", "starcoder2", "phi"])
-
+UNGATED = frozenset(["gpt2", "opt", "gpt_neox", "gpt_bigcode", "falcon", "starcoder2", "phi", "nemotron"])
+# Whose configs leave `tie_word_embeddings` out when it is true.
+TIED = frozenset(
+    ["gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "opt", "falcon", "cohere", "cohere2", "starcoder2"]
+)
+# Every which layer sees everything, where a config with a window does not say. Source: transformers' defaults.
+WINDOW_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
+DENSE_WIDTHS = {"llama4_text": ("intermediate_size_mlp",)}  # `intermediate_size` is there that of an expert
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0, "float": 4.0}
 MAX_SIZE = 10**8  # beyond it a field is a mistake
 
@@ -177,7 +183,7 @@ def parse(config: Mapping[str, Any], source: str) -> ModelSpec:
     hidden = get.number("hidden_size", "n_embd", "d_model")
     num_layers = get.number("num_hidden_layers", "n_layer", "num_layers", most=10_000)
     heads = get.number("num_attention_heads", "n_head", most=100_000)
-    if fields.get("multi_query"):
+    if fields.get("multi_query") and not fields.get("new_decoder_architecture"):
         kv_heads = 1
     else:
         kv_heads = get.number("num_key_value_heads", "num_kv_heads", default=heads, most=100_000)
@@ -193,8 +199,8 @@ def parse(config: Mapping[str, Any], source: str) -> ModelSpec:
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"{source}: torch_dtype={dtype!r} is none of {', '.join(DTYPE_BYTES)}; fetch the file again")
     intermediate = get.number(
-        "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size",
-        default=experts.width if experts else (4 * hidden if model_type in ("gpt2", "falcon") else None),
+        *DENSE_WIDTHS.get(model_type, ()), "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size",
+        default=experts.width if experts else (4 * hidden if model_type in ("gpt2", "gpt_bigcode", "falcon") else None),
     )  # fmt: skip
     names = fields.get("architectures") or config.get("architectures") or [model_type or "unknown"]
     return ModelSpec(
@@ -209,9 +215,7 @@ def parse(config: Mapping[str, Any], source: str) -> ModelSpec:
         intermediate=intermediate,
         mlp_matrices=2 if model_type in UNGATED else 3,
         vocab=get.number("vocab_size"),
-        is_tied=bool(
-            fields.get("tie_word_embeddings", model_type in ("gemma", "gemma2", "gemma3_text", "gpt2", "opt"))
-        ),
+        is_tied=bool(fields.get("tie_word_embeddings", model_type in TIED)),
         weight_bytes=min(2.0, DTYPE_BYTES[dtype]),  # vLLM loads float32 weights as 16 bit
         max_model_len=get.number("max_position_embeddings", "n_positions", "n_ctx", default=8192),
         window=window,
@@ -266,9 +270,18 @@ def _experts(get: _Fields, num_layers: int) -> Experts | None:
     shared = shared or width * get.number(
         "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", default=0, least=0
     )
+    if fields.get("model_type") == "llama4_text":
+        shared = width
     first = get.number("first_k_dense_replace", "moe_layer_start_index", default=0, least=0)
     every = get.number("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", default=1, least=1)
     dense = fields.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ConfigError(f"{get.source}: mlp_only_layers={dense!r} is no list of layers; fetch the file again")
+    each = fields.get("moe_layer_freq")
+    if isinstance(each, list):  # one flag for each layer
+        return Experts(
+            count, per_token, width, shared, frozenset(i for i, flag in enumerate(each[:num_layers]) if flag)
+        )
     layers = (i for i in range(num_layers) if i >= first and (i + 1) % every == 0 and i not in dense)
     if "moe_layer_freq" in fields:  # DeepSeek counts from 0, Qwen from 1
         layers = (i for i in range(num_layers) if i >= first and i % every == 0)
@@ -279,16 +292,21 @@ def _layers(get: _Fields, num_layers: int) -> tuple[tuple[LayerKind, ...], int]:
     """The kind of each layer's attention, and the window of sliding ones."""
     fields = get.fields
     window = fields.get("sliding_window")
-    window = window if isinstance(window, int) and not isinstance(window, bool) and window > 0 else 0
+    if window is None:
+        window = fields.get("attention_chunk_size")
+        if fields.get("layer_types") is None:
+            window = 0  # Llama 4 says which of its layers are chunked in newer files only
+    window = window if isinstance(window, int) and not isinstance(window, bool) and 0 < window <= MAX_SIZE else 0
     if fields.get("use_sliding_window") is False:
         window = 0
+    kinds: list[LayerKind]
     named = fields.get("layer_types")
     if isinstance(named, list):
         if len(named) < num_layers:
             raise ConfigError(
                 f"{get.source}: layer_types names {len(named)} layers of {num_layers}; fetch the file again"
             )
-        kinds: list[LayerKind] = []
+        kinds = []
         for word in named[:num_layers]:
             if word in ("full_attention", "attention", "global"):
                 kinds.append("full")
@@ -302,7 +320,13 @@ def _layers(get: _Fields, num_layers: int) -> tuple[tuple[LayerKind, ...], int]:
                     "full_attention, sliding_attention, chunked_attention and linear_attention"
                 )
         return tuple(kinds), window
-    every = fields.get("sliding_window_pattern")
+    model_type = fields.get("model_type")
+    every = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern")
+    if every is None:
+        every = WINDOW_PATTERNS.get(model_type) if isinstance(model_type, str) else None
+    if window and isinstance(every, str) and every and not set(every) - {"L", "G"}:  # EXAONE 4: LLLG
+        kinds = ["full" if every[i % len(every)] == "G" else "sliding" for i in range(num_layers)]
+        return tuple(kinds), window
     if window and isinstance(every, int) and every > 1:
         return tuple("full" if (i + 1) % every == 0 else "sliding" for i in range(num_layers)), window
     every = fields.get("full_attention_interval")
@@ -385,17 +409,23 @@ _MODULES: tuple[tuple[str, Part], ...] = (
     (r"embed", "embedding"),
     (r"self_attn|\battn|attention", "attention"),
     (r"router|mlp\.gate\b(?!_)|\bgate$", "router"),
-    (r"experts", "experts"),
+    (r"(?<!shared_)experts", "experts"),
     (r"mlp\.(gate_proj|up_proj|down_proj|\*|\.\*)|\bmlp$", "mlp"),
 )
+
+
+_NOT_TEXT = r"vision|visual|audio|multi_?modal|mm_projector"  # its weights are not counted
 
 
 def _kept(found: Mapping[str, Any]) -> frozenset[Part]:
     """Parts that are left in the model's own type as a whole: those that a list of exceptions names for many layers."""
     kept: set[Part] = {"head", "embedding", "router"}
     listed = found.get("ignore") or found.get("modules_to_not_convert") or found.get("ignored_layers") or []
+    if not isinstance(listed, list):
+        return frozenset(kept)
+    words = [name for name in listed if isinstance(name, str) and not re.search(_NOT_TEXT, name)]
     for part_pattern, part in _MODULES:
-        hits = [name for name in listed if isinstance(name, str) and re.search(part_pattern, name)]
+        hits = [name for name in words if re.search(part_pattern, name)]
         is_general = any(name.startswith("re:") or not re.search(r"\.\d+\.", name) for name in hits)
         if is_general or len(hits) > 8:
             kept.add(part)

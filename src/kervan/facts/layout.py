@@ -115,12 +115,24 @@ def sizes(spec: ModelSpec, *, gpus: int, gpus_per_node: int) -> list[Layout]:
         if tp & (tp - 1) and gpus_per_node % tp:
             continue  # three of eight GPUs leave two idle
         for pp in range(1, min(gpus // tp, spec.num_layers) + 1):
-            if gpus % (tp * pp) or (spec.num_layers % pp and pp & (pp - 1)):
+            replica = Layout(tp, pp)
+            copies = most_copies(replica, gpus=gpus, gpus_per_node=gpus_per_node)
+            is_whole = copies * tp * pp == gpus
+            # Idle GPUs only where their number leaves no choice: four of six, but not 60 of 64.
+            if not copies or not (is_whole or (gpus & (gpus - 1) and not (tp * pp) & (tp * pp - 1))):
                 continue
-            found.append(Layout(tp, pp))
+            if spec.num_layers % pp and pp & (pp - 1) and not gpus & (gpus - 1):
+                continue
+            found.append(replica)
             if spec.experts is not None and tp > 1 and spec.experts.count % tp == 0:
                 found.append(Layout(tp, pp, ep=tp))
     return found
+
+
+def most_copies(replica: Layout, *, gpus: int, gpus_per_node: int) -> int:
+    """How many replicas the GPUs hold when no TP group is cut by the end of a node."""
+    groups = gpus // gpus_per_node * (gpus_per_node // replica.tp)
+    return groups // replica.pp
 
 
 def nodes_per_replica(layout: Layout, gpus_per_node: int) -> int:

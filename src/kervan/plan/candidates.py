@@ -4,7 +4,7 @@ import dataclasses
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,9 +23,13 @@ from kervan.plan.step_time import Batch, StepTime
 
 Goal = Literal["cost", "throughput", "latency"]
 SEEDS = 3
+MANY_STREAMS = 1024
 MAX_STREAM_REQUESTS = 512  # of a closed loop, as in the measurements
 OPEN_LOOP_STEPS = 9000  # so long is an open loop followed, about
 OPEN_LOOP_REQUESTS = (48, 400)
+FAR_BEHIND_SHARE = 0.6  # of the best layout's requests/s per GPU: below it a layout's load is not refined
+PIPELINE_LOAD = 0.64  # of the arithmetic's rate, from which pipelines are refined: it knows no bubbles
+FAR_BEHIND_LOAD = 0.6  # of the arithmetic's rate, at which most such layouts keep the SLO
 WARM_UP_SHARE = 0.15  # of an open loop's first requests, which find the replica empty
 NETWORK_BYTES_S = 50e9  # between nodes, each GPU, when nobody says: 400 Gbit/s
 BINDING = {
@@ -161,6 +165,7 @@ class Evaluator:
                 f"{question.longest_tokens} if the model allows"
             )
         self._served: dict[tuple[Layout, int | float], list[Served]] = {}
+        self._rough: dict[Layout, float] = {}
 
     def memory(self, layout: Layout) -> Memory:
         isl, osl = self.question.mean_tokens
@@ -200,13 +205,15 @@ class Evaluator:
         key = (time.layout, streams)
         if key not in self._served:
             count = max(8, min(4 * streams, MAX_STREAM_REQUESTS), streams)
-            self._served[key] = [
+            seeds = SEEDS if streams <= MANY_STREAMS else 1  # of so many the quantiles hardly differ
+            runs = [
                 serving.closed_loop(
                     time, self._asks(count, seed), streams=streams, kv_tokens=room.kv_tokens,
                     frontends=self.question.frontends, seed=seed,
                 )
-                for seed in range(SEEDS)
+                for seed in range(seeds)
             ]  # fmt: skip
+            self._served[key] = runs * (SEEDS // seeds)
         return self._served[key]
 
     def _open(self, time: StepTime, room: Memory, rate: float, dp: int) -> list[list[tuple[int, Served]]]:
@@ -225,14 +232,31 @@ class Evaluator:
     def _loaded(self, time: StepTime, room: Memory, dp: int) -> list[list[tuple[int, Served]]]:
         """An open loop at about the highest rate at which the SLO holds."""
         rate = self._slo_rate(time, room)
+        rough = self._rough.get(time.layout, math.inf)
+        if rough < FAR_BEHIND_SHARE * max(self._rough.values(), default=0.0):
+            return self._open(time, room, rate * FAR_BEHIND_LOAD, dp)
+        rate *= PIPELINE_LOAD if time.layout.pp > 1 else 1.0
         parts = self._open(time, room, rate, dp)
-        for _ in range(3):
+        for _ in range(3 if time.layout.pp == 1 else 1):
             served = parts[0][0][1]
             if served.is_stable and self._meets(served):
                 break
             rate *= 0.8
             parts = self._open(time, room, rate, dp)
         return parts
+
+    def compare(self, replicas: Iterable[Layout]) -> None:
+        """Look over all layouts first, by arithmetic alone: without a load, those far behind the best are then
+        simulated once and not refined.
+        """
+        q = self.question
+        if q.concurrency is not None or q.rate is not None or q.trace:
+            return
+        for replica in replicas:
+            room = self.memory(replica)
+            if room.kv_tokens >= q.longest_tokens:
+                rate = self._slo_rate(step_time(q, replica, self.limits), room)
+                self._rough[replica] = rate / replica.gpus_per_replica
 
     def _slo_rate(self, time: StepTime, room: Memory) -> float:
         """Requests per second of one replica where the mean time per token, prompts mixed in, reaches 85% of the SLO.

@@ -60,13 +60,14 @@ def limits(spec: ModelSpec, gpu: Gpu, arguments: Mapping[str, Any], *, needed_to
             )
         return found
 
+    budget = int(number("max_num_batched_tokens", 8192 if is_large else 2048, 64, 1e7))
     fitting = max(8192, 1 << max(0, needed_tokens - 1).bit_length())
     kv_dtype = str(arguments.get("kv_cache_dtype", "auto"))
     if kv_dtype not in KV_DTYPE_BYTES:
         raise ConfigError(f"engine argument kv_cache_dtype={kv_dtype!r} is none of {', '.join(KV_DTYPE_BYTES)}")
     return EngineLimits(
-        max_num_batched_tokens=int(number("max_num_batched_tokens", 8192 if is_large else 2048, 1, 1e7)),
-        max_num_seqs=int(number("max_num_seqs", 1024 if is_large else 256, 1, 1e6)),
+        max_num_batched_tokens=budget,
+        max_num_seqs=int(number("max_num_seqs", min(budget, 1024 if is_large else 256), 1, budget)),
         max_model_len=int(number("max_model_len", min(fitting, spec.max_model_len), 1, 1e8)),
         gpu_memory_utilization=number("gpu_memory_utilization", GPU_MEMORY_UTILIZATION, 0.01, 1.0),
         kv_dtype_bytes=KV_DTYPE_BYTES[kv_dtype],

@@ -37,6 +37,7 @@ def search(question: Question) -> Plan:
     """
     evaluator = Evaluator(question)
     pairs = _pairs(question)
+    evaluator.compare(replica for replica, _ in pairs)
     found = [evaluator.evaluate(replica, dp) for replica, dp in pairs]
     if not any(candidate.fits for candidate in found):
         raise CapacityError(_nothing_fits(question, found))
@@ -52,7 +53,7 @@ def _pairs(q: Question) -> list[tuple[Layout, int]]:
         return [_given(q)]
     pairs = []
     for one in layouts.sizes(q.spec, gpus=q.gpus, gpus_per_node=q.gpus_per_node):
-        most = q.gpus // one.gpus_per_replica
+        most = layouts.most_copies(one, gpus=q.gpus, gpus_per_node=q.gpus_per_node)
         fewer = {2**i for i in range(most.bit_length())} if q.rate is not None or q.trace else set()
         pairs += [(one, dp) for dp in sorted({most, *fewer})]
     return pairs

@@ -256,7 +256,9 @@ class _Replica:
         prefill, pairs = 0, 0.0
         firsts: list[_Request] = []
         chunks: list[_Request] = []
-        running = sequences + sum(len(step.group) + len(step.firsts) for step in self.under_way if not self.is_async)
+        running = sequences
+        if not self.is_async:
+            running += sum(len(step.group.ends) + len(step.firsts) for step in self.under_way)
         while budget > 0 and running < self.limits.max_num_seqs:
             request = self.partial if self.partial is not None else (self.waiting[0] if self.waiting else None)
             if request is None or request in chunks:
@@ -325,6 +327,16 @@ class _Replica:
         return lasts
 
     def _make_room(self, group: _Group) -> None:
+        """Preempt the youngest: the prompt that is prefilled in part, if there is one, then running answers."""
+        if self.partial is not None and len(group) and self.held_tokens + len(group) > self.kv_tokens:
+            request, self.partial = self.partial, None
+            if not any(request in step.chunks for step in self.under_way):
+                self.held_tokens -= request.computed
+                request.computed = request.holds = 0
+                self.waiting.appendleft(request)
+                self.preemptions += 1
+            else:
+                self.partial = request  # its tokens are being computed
         while len(group) > 1 and self.held_tokens + len(group) > self.kv_tokens:
             request = group.remove_youngest()
             generated = request.ask.output_tokens - request.remaining
