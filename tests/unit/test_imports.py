@@ -39,6 +39,11 @@ FORBIDDEN += [
     ("observe", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("observe",)) for part in dict(FORBIDDEN)),
 ]
+# The planner knows facts alone; what is below it does not know the planner.
+FORBIDDEN += [
+    ("plan", ("policy", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    *((part, ("plan",)) for part in (*BOTTOM, "facts", "policy", "observe")),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -47,7 +52,7 @@ CONFINED = [
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("demo/", "fleet/vllm/runner_v1.py")),
-    ("plotly", ("bench/report.py",)),
+    ("plotly", ("bench/report.py", "plan/plotting.py")),
     ("aiohttp", ("notices/metadata.py",)),
     ("pynvml", ("observe/nvml.py",)),
 ]
@@ -94,7 +99,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "policy", "bench", "notices", "observe"):
+    for part in (*BOTTOM, "facts", "policy", "plan", "bench", "notices", "observe"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -114,14 +119,16 @@ def test_this_environment_has_what_must_stay_unloaded(library: str) -> None:
 
 def test_pure_packages_load_nothing_heavy() -> None:
     modules = ["kervan", "kervan.errors", "kervan.units", "kervan.stats", "kervan.cli.bench_view", "kervan.cli.render"]
-    for part in ("facts", "policy", "bench", "notices", "observe"):
+    for part in ("facts", "policy", "plan", "bench", "notices", "observe"):
         modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
     assert len(modules) > 6
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["up", "--help"], ["bench", "--help"], ["chaos", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], ["up", "--help"], ["bench", "--help"], ["chaos", "--help"], ["plan", "--help"]],
+    ids=" ".join,
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"""

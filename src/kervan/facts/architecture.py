@@ -17,8 +17,8 @@ KNOWN = frozenset(
     {
         "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "gemma", "gemma2",
         "gemma3", "gemma3_text", "phi3", "deepseek_v2", "deepseek_v3", "kimi_k2", "gpt_oss", "glm4", "glm4_moe",
-        "olmo2", "olmoe", "granite", "granitemoe", "cohere", "cohere2", "llama4_text", "starcoder2", "gpt2", "opt", "gpt_neox",
-        "falcon", "internlm2", "smollm3", "exaone4", "minimax_m2", "ernie4_5", "ernie4_5_moe",
+        "olmo2", "olmoe", "granite", "granitemoe", "cohere", "cohere2", "llama4_text", "starcoder2", "gpt2", "opt",
+        "gpt_neox", "falcon", "internlm2", "smollm3", "exaone4", "minimax_m2", "ernie4_5", "ernie4_5_moe",
     }
 )  # fmt: skip
 UNGATED = frozenset(["gpt2", "opt", "gpt_neox", "gpt_bigcode", "falcon", "starcoder2", "phi", "nemotron"])

@@ -363,10 +363,11 @@ class _Replica:
         stages_s = self.time.stages_s(batch)
         last = len(stages_s) - 1
         hand_over_s = self.time.hand_over_s(batch) * step.repeats if last else 0.0
-        for index, busy_s in enumerate(stages_s):
+        for index, once_s in enumerate(stages_s):
             begin_s = max(at_s, self.stage_free_s[index])
+            busy_s = once_s
             if again:
-                busy_s += again * busy_s + added * self.time.context_token_s(index)
+                busy_s += again * once_s + added * self.time.context_token_s(index)
             self.stage_free_s[index] = at_s = begin_s + busy_s
             if index < last:
                 at_s += hand_over_s
