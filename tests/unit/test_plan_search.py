@@ -56,7 +56,7 @@ def test_two_that_are_alike_are_told() -> None:
 
 
 def test_what_fits_nowhere_says_what_would_do() -> None:
-    with pytest.raises(CapacityError, match="GiB more than the .* use --gpus 8 or the weights in"):
+    with pytest.raises(CapacityError, match=r"GiB more than the .* use --gpus 4 or the weights in"):
         search(question("llama3-70b", gpu=hardware.gpu("L40S"), gpus=2))
     with pytest.raises(ConfigError, match="longer than max_model_len=8192"):
         search(question(isl=parse_lengths("9000")))
