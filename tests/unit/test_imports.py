@@ -39,6 +39,11 @@ FORBIDDEN += [
     ("observe", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("observe",)) for part in dict(FORBIDDEN)),
 ]
+# The planner knows facts alone; what is below it does not know the planner.
+FORBIDDEN += [
+    ("plan", ("policy", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
+    *((part, ("plan",)) for part in (*BOTTOM, "facts", "policy", "observe")),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -94,7 +99,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "policy", "bench", "notices", "observe"):
+    for part in (*BOTTOM, "facts", "policy", "plan", "bench", "notices", "observe"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -122,7 +127,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate"))],
+    [["--help"], ["--version"], *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "plan"))],
     ids=" ".join,
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:

@@ -283,7 +283,7 @@ def _experts(get: _Fields, num_layers: int) -> Experts | None:
             count, per_token, width, shared, frozenset(i for i, flag in enumerate(each[:num_layers]) if flag)
         )
     layers = (i for i in range(num_layers) if i >= first and (i + 1) % every == 0 and i not in dense)
-    if "moe_layer_freq" in fields:  # DeepSeek counts from 0, Qwen from 1
+    if each is not None:  # DeepSeek counts from 0, Qwen from 1
         layers = (i for i in range(num_layers) if i >= first and i % every == 0)
     return Experts(count, per_token, width, shared, frozenset(layers))
 

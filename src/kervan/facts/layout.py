@@ -131,6 +131,7 @@ def sizes(spec: ModelSpec, *, gpus: int, gpus_per_node: int) -> list[Layout]:
 
 def most_copies(replica: Layout, *, gpus: int, gpus_per_node: int) -> int:
     """How many replicas the GPUs hold when no TP group is cut by the end of a node."""
+    gpus_per_node = min(gpus, gpus_per_node)
     groups = gpus // gpus_per_node * (gpus_per_node // replica.tp)
     return groups // replica.pp
 

@@ -264,7 +264,7 @@ class _Replica:
             if request is None or request in chunks:
                 break
             tokens = min(budget, request.context - request.computed)
-            room = self.kv_tokens - self.held_tokens
+            room = self.kv_tokens - self.held_tokens - sequences  # those running take one each
             if tokens > room:
                 if room <= 0 or (self.partial is None and request.context > room and (sequences or self.under_way)):
                     break
