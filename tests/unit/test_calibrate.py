@@ -56,7 +56,7 @@ def test_kernels_and_collectives_are_measured_on_cpu_and_kept(tmp_path: Path) ->
     said: list[str] = []
     blank = Measurements(gpu="CPU", num_gpus=0, hardware={}, versions={}, date="2026-11-25T12:00:00+00:00")
     found = run.Found(blank, states.append)
-    parts = run.Parts(run.Settings(), found, said.append, end_s=time.monotonic() + 120)
+    parts = run.Parts(run.Settings(), found, said.append, end_s=time.monotonic() + 240)
     parts.kernels("cpu", TINY)
     parts.collectives(2, collectives.Plan(on_gpu=False, bytes=(64, 4096)))
 
@@ -489,7 +489,7 @@ def test_servers_of_a_phase_are_loaded_together_and_failures_noted(tmp_path: Pat
 
     events: list[Any] = []
     runs = Runs(
-        log_dir=tmp_path / "logs", for_s=90, on_row=events.append, on_note=events.append, say=events.append,
+        log_dir=tmp_path / "logs", for_s=240, on_row=events.append, on_note=events.append, say=events.append,
         command=stand_in,
     )  # fmt: skip
     runs.measure([one("whole", 0), one("broken", 1), one("refuses", 2), one("later", 0)])
