@@ -41,8 +41,17 @@ def search(question: Question) -> Plan:
     found = [evaluator.evaluate(replica, dp) for replica, dp in pairs]
     if not any(candidate.fits for candidate in found):
         raise CapacityError(_nothing_fits(question, found))
-    ranked = sorted(found, key=lambda c: (c.fits, c.meets_slo >= LIKELY, c.score, -c.layout.gpus), reverse=True)
+    ranked = sorted(found, key=lambda c: _rank(question, c), reverse=True)
     return Plan(question, tuple(ranked), _verdict(question, ranked), tuple(_notes(question, ranked)))
+
+
+def _rank(q: Question, c: Candidate) -> tuple[float, ...]:
+    """Larger is better: what fits, what keeps the SLO, then the goal; what does not keep it, by how little it fails."""
+    if c.meets_slo >= LIKELY:
+        return (c.fits, True, c.score, -c.layout.gpus)
+    bounds = ((c.ttft_p99_ms, q.slo.ttft_s), (c.tpot_p99_ms, q.slo.tpot_s))
+    excess = max((found / (1000 * bound) for found, bound in bounds if bound is not None), default=0.0)
+    return (c.fits, False, -excess, -c.layout.gpus)
 
 
 def _pairs(q: Question) -> list[tuple[Layout, int]]:
