@@ -337,6 +337,7 @@ def test_the_table_of_tools_is_that_of_the_record() -> None:
 # What docs/twins.md says in a row -> the values in the parts of the record.
 TWIN_ROWS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
     "fleet client, 16 replicas, 1,024 streams": lambda parts: _spread(parts["client"], 1024),
+    "fleet client, 16 replicas, 256 streams": lambda parts: _spread(parts["client-by-streams"], 256),
     "gateway as a whole, 1,024 streams": lambda parts: _spread(parts["fleet-16"], 1024, "gateway_us_per_token"),
     "shell around vLLM's app, per request": lambda parts: [parts["shell"]["shell_us_per_request"]],
     "routing decision, 256 replicas": lambda parts: [parts["routing"]["runs"][-1]["us"]],
