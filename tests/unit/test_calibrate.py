@@ -24,6 +24,7 @@ from kervan.calibrate.ranks import Rank
 from kervan.calibrate.serving import Point, Runs, Server
 from kervan.cli import calibrate as command
 from kervan.errors import ConfigError, EngineError
+from kervan.plan import calibration
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -217,7 +218,10 @@ def test_stored_measurements_are_shown(tmp_path: Path) -> None:
     for words in ("copy 2.15 TB/s", "687 TFLOP/s (m 4096)", "2.80 TB/s (m 1)", "268 GB/s (bus)", "2,303", "983,040"):
         assert words in shown.output
     assert "not complete: left out" in shown.output
-    assert measurements.from_dict(json.loads(calibrate("--measurements", str(path), "--json").output)) == whole()
+    told = json.loads(calibrate("--measurements", str(path), "--json").stdout)
+    fitted = calibration.load(Path(told.pop("calibration")))
+    assert measurements.from_dict(told) == whole()
+    assert fitted.gpu == "H100" and [one.point for one in fitted.residuals] == ["m tp 2 pp 1, 16 streams, 1024/256"]
 
 
 def test_a_host_without_a_gpu_is_told(tmp_path: Path) -> None:
