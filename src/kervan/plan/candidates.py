@@ -25,8 +25,8 @@ Goal = Literal["cost", "throughput", "latency"]
 SEEDS = 3
 MANY_STREAMS = 1024
 MAX_STREAM_REQUESTS = 512  # of a closed loop, as in the measurements
-OPEN_LOOP_STEPS = 9000  # so long is an open loop followed, about
-OPEN_LOOP_REQUESTS = (48, 400)
+OPEN_LOOP_STEPS = 5000  # so long is an open loop followed, about
+OPEN_LOOP_REQUESTS = (24, 400)
 FAR_BEHIND_SHARE = 0.6  # of the best layout's requests/s per GPU: below it a layout's load is not refined
 PIPELINE_LOAD = 0.64  # of the arithmetic's rate, from which pipelines are refined: it knows no bubbles
 FAR_BEHIND_LOAD = 0.6  # of the arithmetic's rate, at which most such layouts keep the SLO
@@ -171,8 +171,8 @@ class Evaluator:
         isl, osl = self.question.mean_tokens
         return memory.estimate(self.question.spec, layout, self.question.gpu, self.limits, context_tokens=isl + osl / 2)
 
-    def evaluate(self, replica: Layout, dp: int) -> Candidate:
-        """`dp` copies of a replica (whose own dp is 1) under the question's load."""
+    def evaluate(self, replica: Layout, dp: int, *, seeds: int = SEEDS) -> Candidate:
+        """`dp` copies of a replica (whose own dp is 1) under the question's load; closed loops run `seeds` times."""
         q = self.question
         found = self.memory(replica)
         layout = dataclasses.replace(replica, dp=dp)
@@ -183,7 +183,7 @@ class Evaluator:
             )  # fmt: skip
         time = step_time(q, replica, self.limits)
         if q.concurrency is not None:
-            parts = self._closed(time, found, q.concurrency, dp)
+            parts = self._closed(time, found, q.concurrency, dp, seeds)
         elif q.rate is not None or q.trace:
             parts = self._open(time, found, (q.rate or 0.0) / dp, dp)
         else:
@@ -192,29 +192,28 @@ class Evaluator:
 
     # ---- loads
 
-    def _closed(self, time: StepTime, room: Memory, streams: int, dp: int) -> list[list[tuple[int, Served]]]:
+    def _closed(
+        self, time: StepTime, room: Memory, streams: int, dp: int, seeds: int
+    ) -> list[list[tuple[int, Served]]]:
         """By seed: (replicas, what one of them served). Streams are dealt evenly; a replica without one idles."""
         least, more = divmod(streams, dp)
-        shares = [(dp - more, least), (more, least + 1)]
+        shares = [(copies, each) for copies, each in ((dp - more, least), (more, least + 1)) if copies and each]
+        seeds = seeds if least < MANY_STREAMS else 1  # of so many the quantiles hardly differ
         return [
-            [(copies, self._closed_one(time, room, each)[seed]) for copies, each in shares if copies and each]
-            for seed in range(SEEDS)
+            [(copies, self._closed_one(time, room, each, seed)) for copies, each in shares] for seed in range(seeds)
         ]
 
-    def _closed_one(self, time: StepTime, room: Memory, streams: int) -> list[Served]:
-        key = (time.layout, streams)
-        if key not in self._served:
+    def _closed_one(self, time: StepTime, room: Memory, streams: int, seed: int) -> Served:
+        runs = self._served.setdefault((time.layout, streams), [])
+        while len(runs) <= seed:
             count = max(8, min(4 * streams, MAX_STREAM_REQUESTS), streams)
-            seeds = SEEDS if streams <= MANY_STREAMS else 1  # of so many the quantiles hardly differ
-            runs = [
+            runs.append(
                 serving.closed_loop(
-                    time, self._asks(count, seed), streams=streams, kv_tokens=room.kv_tokens,
-                    frontends=self.question.frontends, seed=seed,
+                    time, self._asks(count, len(runs)), streams=streams, kv_tokens=room.kv_tokens,
+                    frontends=self.question.frontends, seed=len(runs),
                 )
-                for seed in range(seeds)
-            ]  # fmt: skip
-            self._served[key] = runs * (SEEDS // seeds)
-        return self._served[key]
+            )  # fmt: skip
+        return runs[seed]
 
     def _open(self, time: StepTime, room: Memory, rate: float, dp: int) -> list[list[tuple[int, Served]]]:
         key = (time.layout, rate if rate else -float(dp))
@@ -232,8 +231,7 @@ class Evaluator:
     def _loaded(self, time: StepTime, room: Memory, dp: int) -> list[list[tuple[int, Served]]]:
         """An open loop at about the highest rate at which the SLO holds."""
         rate = self._slo_rate(time, room)
-        rough = self._rough.get(time.layout, math.inf)
-        if rough < FAR_BEHIND_SHARE * max(self._rough.values(), default=0.0):
+        if self.is_far_behind(time.layout):
             return self._open(time, room, rate * FAR_BEHIND_LOAD, dp)
         rate *= PIPELINE_LOAD if time.layout.pp > 1 else 1.0
         parts = self._open(time, room, rate, dp)
@@ -245,6 +243,18 @@ class Evaluator:
             parts = self._open(time, room, rate, dp)
         return parts
 
+    def is_far_behind(self, replica: Layout) -> bool:
+        """Whether a layout takes so much less per GPU than the best, by arithmetic, that it was looked at once only."""
+        best = max(self._rough.values(), default=0.0)
+        return self._rough.get(replica, math.inf) < FAR_BEHIND_SHARE * best
+
+    def capacity(self, replica: Layout) -> float:
+        """Requests per second that one replica takes within the SLO, by arithmetic; 0 for one that does not fit."""
+        room = self.memory(replica)
+        if room.kv_tokens < self.question.longest_tokens:
+            return 0.0
+        return self._slo_rate(step_time(self.question, replica, self.limits), room)
+
     def compare(self, replicas: Iterable[Layout]) -> None:
         """Look over all layouts first, by arithmetic alone: without a load, those far behind the best are then
         simulated once and not refined.
@@ -253,9 +263,7 @@ class Evaluator:
         if q.concurrency is not None or q.rate is not None or q.trace:
             return
         for replica in replicas:
-            room = self.memory(replica)
-            if room.kv_tokens >= q.longest_tokens:
-                rate = self._slo_rate(step_time(q, replica, self.limits), room)
+            if rate := self.capacity(replica):
                 self._rough[replica] = rate / replica.gpus_per_replica
 
     def _slo_rate(self, time: StepTime, room: Memory) -> float:
@@ -315,7 +323,8 @@ class Evaluator:
             return asks[: OPEN_LOOP_REQUESTS[1]]
         isl, osl = q.mean_tokens
         alone_s = time.total_s(Batch(1, isl + osl / 2, 0, 0.0, 1))
-        busy = max(1.0, rate * osl * alone_s * 1.5)
+        # Sequences that run at once, in each of the stages' batches: so many tokens come of a step.
+        busy = max(1.0, rate * osl * alone_s * 1.5 / time.layout.pp)
         count = int(min(OPEN_LOOP_REQUESTS[1], max(OPEN_LOOP_REQUESTS[0], OPEN_LOOP_STEPS * busy / osl)))
         rng = random.Random(1)
         at_s, asks = 0.0, []

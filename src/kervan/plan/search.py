@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from kervan.errors import CapacityError, ConfigError
 from kervan.facts import layout as layouts
 from kervan.facts.layout import Layout
-from kervan.plan.candidates import Candidate, Evaluator, Question, q_utilization
+from kervan.plan.candidates import SEEDS, Candidate, Evaluator, Question, q_utilization
 from kervan.plan.memory import GIB
 
 LIKELY = 0.5  # from here on a layout counts as keeping the SLO
+REFINED = 3  # so many of many layouts are simulated with all seeds
 ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 
 
@@ -36,13 +37,20 @@ def search(question: Question) -> Plan:
     missing and what would do.
     """
     evaluator = Evaluator(question)
-    pairs = _pairs(question)
+    pairs = _pairs(question, evaluator)
     evaluator.compare(replica for replica, _ in pairs)
-    found = [evaluator.evaluate(replica, dp) for replica, dp in pairs]
+    few = len(pairs) <= REFINED
+    found = [evaluator.evaluate(replica, dp, seeds=SEEDS if few else 1) for replica, dp in pairs]
     if not any(candidate.fits for candidate in found):
         raise CapacityError(_nothing_fits(question, found))
     ranked = sorted(found, key=lambda c: _rank(question, c), reverse=True)
-    return Plan(question, tuple(ranked), _verdict(question, ranked), tuple(_notes(question, ranked)))
+    if not few:  # a second look at those in front, from more runs
+        again = [evaluator.evaluate(dataclasses.replace(c.layout, dp=1), c.layout.dp) for c in ranked[:REFINED]]
+        ranked = sorted([*again, *ranked[REFINED:]], key=lambda c: _rank(question, c), reverse=True)
+    notes = _notes(question, ranked)
+    if any(evaluator.is_far_behind(dataclasses.replace(c.layout, dp=1)) for c in ranked):
+        notes.append("layouts far behind the best were simulated once, at a lower load: their figures are rough")
+    return Plan(question, tuple(ranked), _verdict(question, ranked), tuple(notes))
 
 
 def _rank(q: Question, c: Candidate) -> tuple[float, ...]:
@@ -54,17 +62,21 @@ def _rank(q: Question, c: Candidate) -> tuple[float, ...]:
     return (c.fits, False, -excess, -c.layout.gpus)
 
 
-def _pairs(q: Question) -> list[tuple[Layout, int]]:
-    """(replica, copies): the given layout, or all, with as many copies as there are GPUs for; fewer too where requests
-    come at a rate, since fewer may do.
+def _pairs(q: Question, evaluator: Evaluator) -> list[tuple[Layout, int]]:
+    """(replica, copies): the given layout, or all, with as many copies as there are GPUs for. Where requests come at a
+    rate, also with as many as it needs by arithmetic, and twice that.
     """
     if q.fixed:
         return [_given(q)]
     pairs = []
     for one in layouts.sizes(q.spec, gpus=q.gpus, gpus_per_node=q.gpus_per_node):
         most = layouts.most_copies(one, gpus=q.gpus, gpus_per_node=q.gpus_per_node)
-        fewer = {2**i for i in range(most.bit_length())} if q.rate is not None or q.trace else set()
-        pairs += [(one, dp) for dp in sorted({most, *fewer})]
+        copies = {most}
+        rate = q.rate or (len(q.trace) / max(1.0, q.trace[-1].at_s) if q.trace else 0.0)
+        if rate and (capacity := evaluator.capacity(one)):
+            needed = math.ceil(rate / capacity)
+            copies |= {n for n in (max(1, needed // 2), needed, 2 * needed) if n < most}
+        pairs += [(one, dp) for dp in sorted(copies)]
     return pairs
 
 

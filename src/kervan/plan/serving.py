@@ -149,6 +149,7 @@ class _Step:
     lasts: list[_Request]
     chunks: list[_Request]
     repeats: int = 1  # equal steps in a row, of running sequences only
+    places: int = 1  # in the queue of batches: its own, and those of empty ones behind it
     end_s: float = 0.0
 
 
@@ -182,7 +183,9 @@ class _Replica:
         self.max_under_way = self.stages + (1 if self.is_async else 0)
         self.num_composed = 0
         self.resting: deque[tuple[int, _Group]] = deque()  # (number of the step in which it may run again, group)
-        self.stage_free_s = [0.0] * time.layout.pp
+        self.entry_free_s = self.exit_s = 0.0  # when the first stage is free, when the last batch leaves the last one
+        self.places = 0  # taken in the queue of batches
+        self.context_token_s = sum(time.context_token_s(index) for index in range(self.stages))
         self.prompts_free_s = self.outputs_free_s = 0.0
         self.arrivals: list[tuple[float, int, _Request]] = []
         self.waiting: deque[_Request] = deque()
@@ -204,11 +207,12 @@ class _Replica:
                 self._arrive(number, ask, ask.sent_s)
         now_s, num_steps = 0.0, 0
         while len(self.answers) < self.num_asks and num_steps < MAX_STEPS:
-            while len(self.under_way) < self.max_under_way and (step := self._compose(now_s)) is not None:
+            while self.places < self.max_under_way and (step := self._compose(now_s)) is not None:
                 self._run(step, now_s)
                 num_steps += 1
             if self.under_way:
                 step = self.under_way.popleft()
+                self.places -= step.places
                 now_s = max(now_s, step.end_s)
                 self._deliver(step)
             elif self.arrivals:
@@ -243,14 +247,27 @@ class _Replica:
         """The next batch of what is ready, or nothing."""
         while self.arrivals and self.arrivals[0][0] <= now_s:
             self.waiting.append(heapq.heappop(self.arrivals)[2])
-        self.num_composed += 1
-        while self.resting and self.resting[0][0] <= self.num_composed:
-            self._is_ready(self.resting.popleft()[1])
+        while True:
+            while self.resting and self.resting[0][0] <= self.num_composed + 1:
+                self._is_ready(self.resting.popleft()[1])
+            step = self._fill(now_s)
+            if step is not None or not self.resting:
+                return step
+            # Nothing may run in this step: vLLM composes empty ones until something may, each in a place of its queue.
+            empty = self.resting[0][0] - self.num_composed - 1
+            if self.places + empty + 1 > self.max_under_way:
+                return None
+            if self.under_way:
+                self.under_way[-1].places += empty
+                self.places += empty
+            self.num_composed += empty
+
+    def _fill(self, now_s: float) -> _Step | None:
         group = self.ready
         self._make_room(group)
         sequences = len(group)
         if not sequences and not self.waiting and self.partial is None:
-            return _Step(Batch(), _Group(), [], [], []) if self.resting else None
+            return None
         budget = self.limits.max_num_batched_tokens - sequences
         context = group.context_tokens + sequences
         prefill, pairs = 0, 0.0
@@ -285,7 +302,8 @@ class _Replica:
                 chunks.append(request)
                 self.partial = request
         if not sequences and not prefill:
-            return _Step(Batch(), _Group(), [], [], []) if self.resting else None
+            return None
+        self.num_composed += 1
         batch = Batch(sequences, context, prefill, pairs, sequences + len(firsts))
         repeats = self._repeats(group, batch, now_s) if not prefill else 1
         if repeats > 1:
@@ -303,12 +321,12 @@ class _Replica:
         """How many steps like this one follow each other before anything ends, comes in, or fills the pool."""
         if self.waiting or any(step.lasts or step.chunks for step in self.under_way):
             return 1
-        if self.stages > 1 and (self.resting or self.under_way):
+        if self.stages > 1 and (self.resting or (self.under_way and not self.is_async)):
             return 1
         most = group.ends[0][0] - group.steps - 1
         most = min(most, int((self.kv_tokens - self.held_tokens) / len(group)) - 1)
         if self.arrivals:
-            begin_s = max(now_s, self.stage_free_s[-1])
+            begin_s = max(now_s, self.exit_s)
             most = min(most, int((self.arrivals[0][0] - begin_s) / (self.time.total_s(batch) * 1.05)))
         return max(1, most)
 
@@ -371,30 +389,27 @@ class _Replica:
     # ---- what goes out
 
     def _run(self, step: _Step, now_s: float) -> None:
-        if not step.batch.tokens:  # an empty batch only keeps its place in the queue
-            step.end_s = now_s
-            self.under_way.append(step)
-            return
         at_s, batch, again = now_s, step.batch, step.repeats - 1
         if self.stages > 1:  # the first stage needs the tokens that the last one drew
             at_s = max(at_s, step.group.free_s)
         # Each of the equal steps reads the tokens that the ones before it have added.
         added = batch.sequences * again * (again + 1) / 2
-        stages_s = self.time.stages_s(batch)
-        last = len(stages_s) - 1
-        hand_over_s = self.time.hand_over_s(batch) * step.repeats if last else 0.0
-        for index, once_s in enumerate(stages_s):
-            begin_s = max(at_s, self.stage_free_s[index])
-            busy_s = once_s
-            if again:
-                busy_s += again * once_s + added * self.time.context_token_s(index)
-            self.stage_free_s[index] = at_s = begin_s + busy_s
-            if index < last:
-                at_s += hand_over_s
+        begin_s = max(at_s, self.entry_free_s)
+        if self.stages == 1:
+            busy_s = whole_s = self.time.stage_s(0, batch)
+            last_s = 0.0
+        else:
+            # As if all stages took what the slowest takes: the next batch follows at its distance, and none overtakes.
+            whole_s, busy_s, last_s = self.time.pass_s(batch)
+        if again:
+            busy_s = whole_s = whole_s * step.repeats + added * self.context_token_s
+        step.end_s = max(begin_s + whole_s, self.exit_s + last_s)
+        step.group.free_s = self.exit_s = step.end_s
+        self.entry_free_s = begin_s + busy_s
         self.busy_s += busy_s
         self.batch_s += busy_s * batch.samples
-        step.end_s = step.group.free_s = at_s
         self.under_way.append(step)
+        self.places += 1
 
     def _deliver(self, step: _Step) -> None:
         c = self.time.constants

@@ -106,6 +106,7 @@ class StepTime:
             self.stages.append(kinds.setdefault(key, _Stage(self, layers)))
         self._distinct = list(kinds.values())
         self._kind_of = [self._distinct.index(stage) for stage in self.stages]
+        self._counts = [self._kind_of.count(kind) for kind in range(len(self._distinct))]
         self._hand_over_s = functools.lru_cache(maxsize=4096)(self._hand_over)
 
     def stage_s(self, index: int, batch: Batch) -> float:
@@ -118,6 +119,12 @@ class StepTime:
             return [self.stages[0].total_s(batch)]
         found = [stage.total_s(batch) for stage in self._distinct]
         return [found[kind] for kind in self._kind_of]
+
+    def pass_s(self, batch: Batch) -> tuple[float, float, float]:
+        """Of a batch in a pipeline: seconds through all stages and hand-overs, in the slowest stage, in the last."""
+        found = [stage.total_s(batch) for stage in self._distinct]
+        whole_s = sum(count * one_s for count, one_s in zip(self._counts, found, strict=True))
+        return whole_s + (self.layout.pp - 1) * self.hand_over_s(batch), max(found), found[-1]
 
     def context_token_s(self, index: int) -> float:
         """What a stage takes longer for each token of context more."""
