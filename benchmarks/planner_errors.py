@@ -1,9 +1,10 @@
 """The planner against measurements: every stored point predicted, errors by set, and a plot.
 
-    python benchmarks/planner_errors.py [--plot FILE.svg] [--markdown] [--refit]
+    python benchmarks/planner_errors.py [--plot FILE.svg] [--markdown] [--refit] [--leave-out-layouts]
 
 Sets: `fit` are the points that the shipped constants were fitted to, `held back` those that they were not. --refit fits
-again and prints the constants. --plot needs matplotlib.
+again and prints the constants; with --leave-out-layouts it does so without the points of `layouts.py` on H200 (tp 2,
+pp 2, experts with tp 2), which then count as held back. --plot needs matplotlib.
 """
 
 import argparse
@@ -57,8 +58,9 @@ def specs() -> dict[str, ModelSpec]:
     return {name: architecture.parse(config, f"{name}/config.json") for name, config in configs.items()}
 
 
-def measured() -> Iterator[Measured]:
+def measured(*, leaves_out_layouts: bool = False) -> Iterator[Measured]:
     """All stored points."""
+    layouts = "held back" if leaves_out_layouts else "fit"
     for line in (RECORDS / "bare-h200-2026-11-22.jsonl").read_text().splitlines():
         yield Measured(_point(json.loads(line)), "H200", "fit")
     for run in _record("overhead-1xh200-2026-11-22-2")["summary"]:
@@ -68,7 +70,7 @@ def measured() -> Iterator[Measured]:
     for name, model in (("tensor", "llama3-70b"), ("stages", "llama3-70b"), ("experts", "qwen3-30b-a3b")):
         for row in _record(f"layouts-{name}-2xh200-2026-11-23")["rows"]:
             if "out_tok_s" in row:
-                yield Measured(_layout_point(row, model), "H200", "fit")
+                yield Measured(_layout_point(row, model), "H200", layouts)
     for row in _record("planner-points-2xh100-2026-11-25")["serving"]:
         yield Measured(_point(row), "H100", "fit")
     for path in sorted(RECORDS.glob("calibrate-*.json")):
@@ -100,11 +102,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--markdown", action="store_true", help="only the table of docs/planner.md")
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--leave-out-layouts", action="store_true")
     args = parser.parse_args()
     known = specs()
-    points = list(measured())
+    points = list(measured(leaves_out_layouts=args.leave_out_layouts))
     constants = PRIOR.constants
-    if args.refit:
+    if args.refit or args.leave_out_layouts:
         constants = calibration.fit_many(
             [(m.point, known[m.point.model], hardware.gpu(m.gpu), m.figures()) for m in points if m.group == "fit"]
         )
