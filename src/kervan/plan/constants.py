@@ -10,7 +10,8 @@ class Constants:
     `bandwidth_share`: of memory bandwidth, reading weights. `kv_bandwidth_share`: reading the KV cache.
     `flops_share`: of dense arithmetic in large matrix products; half of it at `flops_half_tokens` rows.
     `attention_share`: of arithmetic in prefill attention of long prompts, half at `attention_half_tokens`.
-    `expert_flops_share`: of arithmetic in fused expert kernels with full tiles of `expert_tile_tokens` rows.
+    `expert_flops_share`: of arithmetic in fused expert kernels with full tiles of `expert_tile_tokens` rows, half of it
+    where a product sums over `expert_half_depth` values: short sums leave the pipeline of a tile half filled.
     `layer_s`: launches and small kernels of a layer. `expert_layer_s`: more for routing and sorting tokens.
     `all_reduce_s`: of a small message. `step_s`: between two steps. `sequence_s`: per sequence in a step.
     `eager_layer_s`: least time of a layer in a step that no CUDA graph covers (the host launches each kernel); more of
@@ -27,7 +28,8 @@ class Constants:
     flops_half_tokens: float = 42.0
     attention_share: float = 0.63
     attention_half_tokens: float = 1000.0
-    expert_flops_share: float = 0.38
+    expert_flops_share: float = 0.58
+    expert_half_depth: float = 690.0
     expert_tile_tokens: float = 64.0
     layer_s: float = 28.5e-6
     expert_layer_s: float = 25e-6

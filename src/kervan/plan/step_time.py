@@ -21,6 +21,7 @@ from kervan.plan.engine import MAX_GRAPH_TOKENS, EngineLimits
 
 ROUNDING = 4.0  # exponent of the norm that joins two bounds: 19% above either where they are equal
 ACTIVATION_BYTES = 2.0
+FULLEST = 0.68  # largest of n normal values over its bound sqrt(2 log n): 0.68 for two, which move against each other
 # Passes over the residual stream and the MLP's inner width in a layer: norms, rotary embedding, activation, copies.
 RESIDUAL_PASSES, INNER_PASSES = 10.0, 3.0
 
@@ -240,12 +241,16 @@ class _Stage:
         tile = min(c.expert_tile_tokens, max(16.0, 2 ** math.ceil(math.log2(max(1.0, rows_each)))))
         rows = touched * math.ceil(rows_each / tile) * tile
         memory_s = moved / (o.gpu.bandwidth_bytes_s * c.bandwidth_share)
-        compute_s = 2 * rows * per_gpu / (o.gpu.bf16_flops * c.expert_flops_share)
-        total = _join(memory_s, compute_s)
-        if layout.ep > 1:  # the fullest GPU of several decides: by the spread of a balanced random choice
-            mean = tokens * e.per_token / layout.ep
-            total *= 1 + math.sqrt(2 * math.log(layout.ep) / max(1.0, mean))
-        return total
+        # One product sums over the hidden size, the other over the expert's width, cut by tp unless experts are whole.
+        width = e.width / (1 if layout.ep > 1 else layout.tp)
+        first = (spec.mlp_matrices - 1) / spec.mlp_matrices
+        depth = 1 + c.expert_half_depth * (first / spec.hidden + (1 - first) / width)
+        compute_s = 2 * rows * per_gpu * depth / (o.gpu.bf16_flops * c.expert_flops_share)
+        if layout.ep > 1:  # the fullest GPU decides: of a random choice, the largest of `ep` shares
+            largest = FULLEST * math.sqrt(2 * math.log(layout.ep) * (layout.ep - 1))
+            memory_s *= 1 + largest * math.sqrt((e.count - touched) / (e.count - 1) / touched)
+            compute_s *= 1 + largest / math.sqrt(tokens * e.per_token)
+        return _join(memory_s, compute_s)
 
     def context_token_s(self) -> float:
         """What a step takes longer for each token of context that running sequences read more."""
