@@ -12,6 +12,7 @@ import shlex
 import shutil
 import statistics
 import subprocess
+import sys
 import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -482,3 +483,18 @@ def test_shell_runs(block: Block, adapted: Callable[[str], str]) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         answer = json.loads(done.stdout)
         assert answer and "error" not in answer
+
+
+PLANS = re.compile(r"^```text\n\$ (kervan plan [^\n]*)\n(.*?)^```", re.M | re.S)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/planner.md"])
+def test_the_plan_shown_is_what_the_command_prints(page: str) -> None:
+    found = PLANS.findall((ROOT / page).read_text())
+    assert found
+    for command, shown in found:
+        words = [sys.executable, "-m", "kervan", *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+        printed = iter([line.rstrip() for line in done.stdout.splitlines()])
+        for line in shown.splitlines():
+            assert line == "..." or line in printed, line  # in this order
