@@ -183,7 +183,7 @@ async def main():
             length = head.lower().partition(b"content-length: ")[2].partition(b"\\r")[0]
             await reader.readexactly(int(length or 0))
             async with turn:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.015)
             writer.write(HEAD + TOKEN + END)
     await (await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))).serve_forever()
 
@@ -192,7 +192,7 @@ asyncio.run(main())
 
 
 def test_no_rate_above_the_servers_capacity_keeps_the_slo(tmp_path: Path) -> None:
-    """A server that takes 10 ms for each request, one after the other: 100 requests/s are too many, whatever the SLO."""
+    """A server that takes 15 ms for each request, one after the other: at 100 requests/s, 33 a second pile up."""
     path = tmp_path / "server.py"
     path.write_text(ONE_AT_A_TIME)
     words = ("--find-rate", "--rate", "25", "--slo", "ttft=150ms", "--isl", "8", "--osl", "1", "--model", "m")
