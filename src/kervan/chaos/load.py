@@ -132,10 +132,12 @@ class TraceDriver(CheckedDriver):
 
     def jobs(self) -> Iterator[tuple[int, float, TraceRow | None]]:
         assert self._load.duration_s is not None, "else it has no end"
+        # Without its bound, which would look like the trace's end.
+        whole = replace(self._load, duration_s=None)
         number, shift_s = 0, 0.0
         while True:
             first, last_s = number, 0.0
-            for last_s, row in self._load.arrivals():
+            for last_s, row in whole.arrivals():
                 if shift_s + last_s >= self._load.duration_s:
                     return
                 assert row is not None
