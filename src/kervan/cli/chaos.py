@@ -1,14 +1,13 @@
 """`kervan chaos`."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kervan.cli import options
+from kervan.cli import options, sigterm
 from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -110,12 +109,8 @@ def _replay(model: str, given: dict[str, Any]) -> "Report":
         duration_s=None if given["duration"] is None else parse_duration_s(given["duration"], "--for"),
         seed=given["seed"],
     )
-    signal.signal(signal.SIGTERM, _interrupt)  # its Ray and its fleet end with it
-    return replay.run(model, plan, render.progress_lines())
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    with sigterm.interrupting():  # its Ray and its fleet end with it
+        return replay.run(model, plan, render.progress_lines())
 
 
 def _strike(url: str, given: dict[str, Any]) -> "Report":

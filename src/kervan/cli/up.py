@@ -1,7 +1,6 @@
 """`kervan up`."""
 
 import os
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import click
 
-from kervan.cli import options
+from kervan.cli import options, sigterm
 from kervan.errors import ConfigError
 from kervan.facts import fleet as facts
 
@@ -60,6 +59,7 @@ SECTIONS = {
 @click.option("--yes", is_flag=True, help="Change a running fleet also where that costs its clients something.")
 @click.option("--detach", is_flag=True, help="Return when the fleet is ready.")
 @options.as_json
+@sigterm.interrupting()
 def up(
     config_path: Path | None, address: str | None, yes: bool, detach: bool, as_json: bool, auto: bool, **given: Any
 ) -> None:
@@ -74,7 +74,6 @@ def up(
 
     words = _words(config_path, given)
     source = f"config file {config_path}" if config_path else "kervan up"
-    signal.signal(signal.SIGTERM, _interrupt)
     if is_up(words["name"], address):
         _change(words, source, address, is_confirmed=yes, as_json=as_json)
         return
@@ -128,10 +127,6 @@ def _planned(words: dict[str, Any], address: str | None, say: Callable[[str], No
     size = found.best.layout
     planned = {"tp": size.tp, "pp": size.pp, "ep": size.ep, "replicas": size.dp}
     return {**words, **planned, "engine_args": {**best.engine_args, **arguments}}
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _change(words: dict[str, Any], source: str, address: str | None, *, is_confirmed: bool, as_json: bool) -> None:
