@@ -129,7 +129,7 @@ class Trial:
             sampling["logprobs"] = max(2, sampling.get("logprobs", 0))
             ask = Ask(ask.prompt, sampling, ask.structured, ask.lora, ask.embeds, ask.is_fresh)
         whole, moved = self.oracle.call("from_every_token", ask, **how)
-        again = self.oracle.call("answers", [ask] * min(len(moved), MAX_CONTROLS))
+        again = self.oracle.call("answers", [ask] * min(len(moved), MAX_CONTROLS), **how)
         return {**compared(whole, moved, with_margins=is_greedy), "control": control(whole, again)}
 
     def _resumed(self, ask: Ask) -> Row:

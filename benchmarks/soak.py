@@ -3,7 +3,8 @@
     python benchmarks/soak.py --model DIR --changes 200 --record benchmarks/records
     python benchmarks/soak.py --fleet NAME --changes 8          # a fleet of twins that runs, on this machine's Ray
 
-A change is another number of replicas (1 to 4), or, every tenth time, one gateway more and then one less. After every
+A change is another number of replicas (1 to 4); or, every tenth time, one gateway more and then one less; with
+`--settings-every N`, every so many times another engine argument, which replaces all replicas and gateways. After every
 `--every` changes the fleet is brought to the same size again, the load pauses, and it is looked at: processes by role,
 and for each long-lived process its sockets, threads and anonymous memory. (How much of a library's pages is counted as
 a process's own depends on who else runs on the machine.) Every token of every stream is checked.
@@ -147,7 +148,7 @@ class Load(threading.Thread):
         return tokens
 
 
-def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int) -> dict[str, Any]:
+def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int, settings_every: int) -> dict[str, Any]:
     """Change fleet `name` so many times and leave it as it was found."""
     before = fleets.status(name)
     config = before.config
@@ -167,6 +168,10 @@ def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int) -
             changes.scale(name, {"replicas": to_replicas, "gateways": to_gateways, "max_gateways": 0})
         replicas, gateways = to_replicas, to_gateways
 
+    def change_settings(number: int) -> None:
+        running = changes.RunningFleet(name, None, lambda _: None)
+        running.apply(running.plan({"engine_args": {"max_num_seqs": 100 + number}}, "soak.py"))
+
     def rest_and_look(number: int) -> None:
         change(*rest)
         load.is_paused = True
@@ -185,6 +190,8 @@ def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int) -
         for number in range(1, num_changes + 1):
             if number % GATEWAY_CHANGE == 0:
                 change(replicas, rest[1] + (gateways == rest[1]))
+            elif settings_every and number % settings_every == 0:
+                change_settings(number)
             else:
                 change(rng.choice([n for n in range(1, MAX_REPLICAS + 1) if n != replicas]), gateways)
             if number % every == 0 or number == num_changes:
@@ -194,6 +201,7 @@ def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int) -
         load.join(timeout=120)
     return {
         "changes": num_changes,
+        "settings_every": settings_every,
         "clients": num_clients,
         "wall_s": round(time.monotonic() - begin_s, 1),
         "streams": load.num_whole,
@@ -219,6 +227,7 @@ def main() -> None:
     parser.add_argument("--fleet", help="A fleet of twins that runs.")
     parser.add_argument("--changes", type=int, default=200)
     parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--settings-every", type=int, default=0)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=18432)
@@ -227,7 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     if (args.model is None) == (args.fleet is None):
         parser.error("give either --model or --fleet")
-    words = (args.changes, args.every, args.clients, args.seed)
+    words = (args.changes, args.every, args.clients, args.seed, args.settings_every)
     if args.fleet is not None:
         found = soak(args.fleet, *words)
     else:

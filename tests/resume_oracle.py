@@ -51,7 +51,8 @@ class Answer:
 class Oracle:
     """The process; `call` runs a method of `Core` in it.
 
-    `env`: of the engine. `log`: a file for what it prints.
+    `is_async`: steps overlap, as vLLM has them on GPUs and not on CPUs. `env`: of the engine. `log`: a file for what it
+    prints.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Oracle:
         *,
         tp: int = 1,
         pp: int = 1,
+        is_async: bool = False,
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
         **engine_args: Any,
@@ -69,7 +71,9 @@ class Oracle:
         layout: dict[str, Any] = {"tp": tp, "pp": pp}
         # A daemon may not have children, which an engine of several workers has.
         self._process = context.Process(
-            target=_serve, args=(theirs, model, layout, dict(env or {}), log, engine_args), daemon=tp * pp == 1
+            target=_serve,
+            args=(theirs, model, layout, is_async, dict(env or {}), log, engine_args),
+            daemon=tp * pp == 1,
         )
         self._process.start()
         theirs.close()
@@ -101,6 +105,7 @@ def _serve(
     connection: Connection,
     model: str,
     layout: dict[str, Any],
+    is_async: bool,
     env: dict[str, str],
     log: Path | None,
     engine_args: dict[str, Any],
@@ -117,7 +122,7 @@ def _serve(
     while True:
         try:
             if core is None:
-                core, value = Core(model, layout, engine_args), None
+                core, value = Core(model, layout, engine_args, is_async=is_async), None
             else:
                 method, args, kwargs = call
                 value = getattr(core, method)(*args, **kwargs)
@@ -133,7 +138,7 @@ def _serve(
 class Core:
     """Runs in the oracle's process."""
 
-    def __init__(self, model: str, layout: dict[str, Any], engine_args: dict[str, Any]):
+    def __init__(self, model: str, layout: dict[str, Any], engine_args: dict[str, Any], *, is_async: bool):
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.engine.core import EngineCore
@@ -147,12 +152,14 @@ class Core:
 
         argv = FleetConfig(model=model, **layout, engine_args=engine_args).engine_argv
         self.config = AsyncEngineArgs.from_cli_args(versions.parse_args(argv)).create_engine_config()
+        if is_async:  # vLLM's way on GPUs; on CPUs it turns that off, though all its parts are there
+            self.config.scheduler_config.async_scheduling = True
         self.core = EngineCore(self.config, Executor.get_class(self.config), log_stats=True)
         self._is_v1 = all(self.core.model_executor.collective_rpc(runner_v1.install))
         self.inputs = InputProcessor(self.config)
         self.codec = VllmCodec()
         self.decoder = MsgpackDecoder(EngineCoreRequest)
-        self._num_requests = self._num_accepted_guesses = 0
+        self._num_requests = self._num_accepted_guesses = self._num_preemptions = 0
         self._ended: Any = None
 
     def runner_is_v1(self) -> bool:
@@ -177,6 +184,9 @@ class Core:
 
     def num_accepted_guesses(self) -> int:
         return self._num_accepted_guesses
+
+    def num_preemptions(self) -> int:
+        return self._num_preemptions
 
     def token_id(self, text: str) -> int:
         (id_,) = self.inputs.renderer.get_tokenizer().encode(text, add_special_tokens=False)
@@ -284,9 +294,9 @@ class Core:
             time.sleep(0.001)  # a grammar is being compiled, perhaps
         return outputs.get(0) if outputs else None
 
-    @staticmethod
-    def _take(answers: dict[str, Answer], outputs: Any) -> None:
+    def _take(self, answers: dict[str, Answer], outputs: Any) -> None:
         for output in outputs.outputs if outputs is not None else ():
+            self._num_preemptions += sum(event.type.name == "PREEMPTED" for event in output.events or ())
             answer = answers.get(output.request_id)
             if answer is None:
                 continue
@@ -303,13 +313,15 @@ class Core:
         request = self.request(ask)
         return self.run([self.place(request, (), 0)])[request.request_id]
 
-    def answers(self, asks: Sequence[Ask], generated: Sequence[Sequence[int]] = ()) -> list[Answer]:
+    def answers(
+        self, asks: Sequence[Ask], generated: Sequence[Sequence[int]] = (), *, preempt_after: int | None = None
+    ) -> list[Answer]:
         """All at once; `generated`: what each has on arrival, which its answer begins with, too."""
         placed = []
         for number, ask in enumerate(asks):
             tokens = generated[number] if generated else ()
             placed.append(self.place(self.request(ask), tokens, 1 if generated else 0))
-        found = self.run(placed)
+        found = self.run(placed, preempt_after=preempt_after)
         if generated:
             for id_, tokens in zip(placed, generated, strict=True):
                 found[id_].tokens = [*tokens, *found[id_].tokens]

@@ -16,6 +16,8 @@ from kervan.demo import make_lora_adapter, make_random_model
 
 pytestmark = pytest.mark.timeout(600)
 
+SEEDED = {**TALKING, "temperature": 1.0, "seed": 3}
+
 
 @pytest.fixture(scope="module")
 def model(scratch: Path) -> Path:
@@ -46,10 +48,19 @@ GUESSING_ENGINE = {
 }
 
 
-@pytest.fixture(scope="module")
-def oracle(model: Path) -> Iterator[Oracle]:
-    oracle = Oracle(str(model), **WHOLE_ENGINE)
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "overlapping"])
+def oracle(model: Path, request: pytest.FixtureRequest) -> Iterator[Oracle]:
+    """One whose steps come one after the other, and one that schedules the next before it knows the last one's tokens."""
+    oracle = Oracle(str(model), **WHOLE_ENGINE, is_async=request.param)
     oracle.call("use_reasoning_parser", None)
+    yield oracle
+    oracle.close()
+
+
+@pytest.fixture
+def full(model: Path) -> Iterator[Oracle]:
+    """One whose KV cache holds a third of a batch of moved streams, and whose steps overlap."""
+    oracle = Oracle(str(model), **ENGINE, max_num_batched_tokens=64, num_gpu_blocks_override=20, is_async=True)
     yield oracle
     oracle.close()
 
@@ -74,8 +85,10 @@ def check(whole: Answer, moved: list[Answer], *, min_tokens: int = 8) -> None:
             assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], abs=1e-4)
 
 
-def test_the_engine_is_the_one_that_needs_the_most(oracle: Oracle) -> None:
-    assert oracle.call("runner_is_v1") is True
+def test_the_engines_are_those_that_need_the_most(oracle: Oracle, request: pytest.FixtureRequest) -> None:
+    is_async = "overlapping" in request.node.callspec.id
+    facts = oracle.call("facts")
+    assert (facts["runner"], facts["async_scheduling"]) == ("V1", is_async)
 
 
 @pytest.mark.parametrize("is_fresh", [False, True], ids=["prefix cached", "not cached"])
@@ -221,18 +234,26 @@ def test_an_adapter(oracle: Oracle, lora: str, is_fresh: bool) -> None:
     assert whole.tokens != oracle.call("whole", Ask(PROMPT, TALKING)).tokens
 
 
-@pytest.mark.parametrize("sampling", [TALKING, {**TALKING, "temperature": 1.0, "seed": 3}], ids=["greedy", "seed"])
+@pytest.mark.parametrize("sampling", [TALKING, SEEDED], ids=["greedy", "seed"])
 def test_a_long_stream_comes_in_chunks(oracle: Oracle, sampling: dict[str, Any]) -> None:
     """A prompt of 100 tokens and up to 60 generated ones, 64 a step."""
     whole, moved = oracle.call("from_every_token", Ask(LONG_PROMPT, {**sampling, "max_tokens": 60}, is_fresh=True))
     check(whole, moved)
 
 
-@pytest.mark.parametrize("sampling", [TALKING, {**TALKING, "temperature": 1.0, "seed": 3}], ids=["greedy", "seed"])
-def test_an_engine_that_preempts_a_moved_stream(oracle: Oracle, sampling: dict[str, Any]) -> None:
-    """In its third step the engine drops everybody's KV cache, as it does when that is full."""
-    whole, moved = oracle.call("from_every_token", Ask(PROMPT, sampling, is_fresh=True), preempt_after=3)
+def test_an_engine_that_drops_the_kv_cache_of_moved_streams(oracle: Oracle) -> None:
+    whole, moved = oracle.call("from_every_token", Ask(PROMPT, TALKING, is_fresh=True), preempt_after=3)
     check(whole, moved)
+
+
+def test_an_engine_that_preempts_moved_streams(full: Oracle) -> None:
+    for sampling in (TALKING, SEEDED, {**SEEDED, **PENALTIES}):
+        ask = Ask(PROMPT, {**sampling, "max_tokens": 60}, is_fresh=True)
+        whole = full.call("whole", ask)
+        before = full.call("num_preemptions")
+        moved = full.call("answers", [ask] * 32, [whole.tokens[:4]] * 32)
+        assert [answer.tokens for answer in moved] == [whole.tokens] * 32
+        assert full.call("num_preemptions") > before
 
 
 def test_a_moved_stream_is_aborted(oracle: Oracle) -> None:
@@ -278,7 +299,7 @@ def test_two_workers(model: Path) -> None:
         assert oracle.call("runner_is_v1") is True
         for ask in (
             Ask(PROMPT, {**TALKING, "logprobs": 3}),
-            Ask(LONG_PROMPT, {**TALKING, "temperature": 1.0, "seed": 3, "max_tokens": 40}, is_fresh=True),
+            Ask(LONG_PROMPT, {**SEEDED, "max_tokens": 40}, is_fresh=True),
             Ask(PROMPT, {"temperature": 0.0, "max_tokens": 48, **PENALTIES}, GRAMMARS["regex"]),
         ):
             check(*oracle.call("from_every_token", ask))

@@ -385,6 +385,24 @@ async def test_a_killed_gateways_clients_come_back(twins: Fleet, models: Models)
     await kervan(twins, "scale", "--gateways", "1")
 
 
+async def test_a_leaving_gateways_clients_come_back(twins: Fleet, models: Models) -> None:
+    """Streams with a client end where they are; those that a client has left are kept by the gateway that stays."""
+    await kervan(twins, "scale", "--gateways", "2")
+    await asyncio.to_thread(twins.wait_until_whole, 3, 2)
+    limits = settings(FleetConfig(model=str(models.demo), engine="twin", gpu="H200")).limits
+    staying = [Reader([5 + seed, 8], 400) for seed in range(6)]
+    leaving = [Reader([5 + seed, 9], 400) for seed in range(6)]
+    asking = [asyncio.create_task(reader.ask(twins.url)) for reader in staying]
+    await asyncio.gather(*(reader.ask(twins.url, leave_after=20) for reader in leaving))
+    gateways = {reader.stream_id.rpartition("-")[0] for reader in leaving}
+    await kervan(twins, "scale", "--gateways", "1")
+    assert len(gateways - set(twins.gateway_pids())) == 1
+    await asyncio.gather(*asking, *(reader.come_back(twins.url) for reader in leaving))
+    for reader in (*staying, *leaving):
+        assert (reader.finish, reader.is_whole) == ("length", True)
+        assert reader.tokens == answer(reader.prompt, 400, limits)
+
+
 def test_a_gateway_says_where_its_log_is(twins: Fleet) -> None:
     log = Path(twins.status()["gateways"][0]["log"])
     assert log.parent == twins.home.path / "logs"
