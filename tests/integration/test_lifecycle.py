@@ -111,6 +111,28 @@ def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], li
     assert_refused(home.kervan("status"), "kervan up")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_fleet_in_the_foreground_ends_with_its_command(
+    scratch: Path, models: Any, strays: Callable[[], list[str]], number: signal.Signals
+) -> None:
+    """Systemd and Kubernetes send SIGTERM, for which Ray brings a handler of its own."""
+    home = Home(scratch, f"fore{number}")
+    known, alive_before = home.ray_directories(), set(strays())
+    words = home.command("up", str(models.demo), "--port", str(free_port()), "--engine", "twin", "--gpu", "H200")
+    with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        lines = []
+        while "Ctrl-C ends it" not in lines:
+            line = process.stdout.readline()
+            assert line, lines
+            lines.append(line.strip())
+        process.send_signal(number)
+        rest, said = process.communicate(timeout=120)
+    assert (process.returncode, rest) == (0, "ending\n"), said
+    assert (home.fleets(), home.ray_directories()) == ([], known)
+    eventually(lambda: set(strays()) <= alive_before, "no process is left", 20)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_metrics(fleet: Fleet, stream: bool) -> None:
     """One valid page for the whole fleet, whose counters agree with what was asked and answered."""

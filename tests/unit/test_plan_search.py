@@ -96,6 +96,16 @@ def test_an_unknown_architecture_is_said() -> None:
     assert any("NewForCausalLM is not an architecture that kervan knows" in note for note in plan.notes)
 
 
+def test_engine_arguments_that_no_figure_depends_on_are_told() -> None:
+    (told,) = (
+        note
+        for note in search(question(arguments={"max_num_seqs": 32, "gpu_memory_utilisation": 0.5, "seed": 1})).notes
+        if "engine argument" in note
+    )
+    assert "gpu_memory_utilisation, seed; kervan up hands it to vLLM" in told
+    assert not any("engine argument" in note for note in search(question(arguments={"max_num_seqs": 32})).notes)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"max_num_seqs": "abc"}, {"max_num_seqs": "nan"}, {"max_num_batched_tokens": 1}, {"kv_cache_dtype": "int3"},

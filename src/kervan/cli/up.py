@@ -90,8 +90,8 @@ def up(
     if detach:
         startup.keep()
         return
-    print("Ctrl-C ends it", flush=True)
     try:
+        print("Ctrl-C ends it", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         from kervan.serve.fleet import down

@@ -20,6 +20,10 @@ RUNNER_V2 = frozenset(
     }
 )  # fmt: skip
 KV_DTYPE_BYTES = {"auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
+# The engine arguments that `limits` reads.
+COUNTED = frozenset(
+    {"max_num_batched_tokens", "max_num_seqs", "max_model_len", "gpu_memory_utilization", "kv_cache_dtype"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

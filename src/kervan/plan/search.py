@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kervan.errors import CapacityError, ConfigError
 from kervan.facts import layout as layouts
 from kervan.facts.layout import Layout
+from kervan.plan import engine
 from kervan.plan.candidates import SEEDS, Candidate, Evaluator, Question, q_utilization
 from kervan.plan.memory import GIB
 
@@ -164,6 +165,11 @@ def _notes(q: Question, ranked: Sequence[Candidate]) -> list[str]:
         notes.append(f"constants are those of {q.calibration.gpu} ({q.calibration.name}): calibrate for {q.gpu.name}")
     if not q.gpu.link.has_peer_to_peer and best.layout.tp > 1:
         notes.append(f"{q.gpu.name} has no direct link: the time of its all-reduce is assumed, not measured")
+    if passed_on := sorted(q.arguments.keys() - engine.COUNTED):
+        notes.append(
+            f"the figures do not depend on engine argument {', '.join(passed_on)}; kervan up hands it to vLLM, which "
+            "refuses a name that it does not know"
+        )
     missing = [c for c in ranked if not c.fits]
     if missing:
         notes.append(f"does not fit: {', '.join(sorted({str(dataclasses.replace(c.layout, dp=1)) for c in missing}))}")

@@ -6,12 +6,14 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -204,13 +206,14 @@ def connect(address: str) -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(
-            address=address,
-            namespace="kervan",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-        )
+        with sigterm_kept():
+            ray.init(
+                address=address,
+                namespace="kervan",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
         # Ray prints to a driver's output that a node died; the output is the command's, and may be JSON.
         ray._private.worker._worker_logs_enabled = False
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -218,6 +221,17 @@ def connect(address: str) -> None:
             f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, and RAY_AUTH_TOKEN if the "
             "cluster has a token; or leave --address out to start Ray on this machine"
         ) from error
+
+
+@contextlib.contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Within the block Ray is started or joined. It replaces the process's handler of SIGTERM; here it gets it back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def check_address(address: str) -> None:

@@ -22,15 +22,18 @@ def main() -> None:
 
     import ray
 
-    context = ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level="ERROR",
-        namespace="kervan",
-        _temp_dir=temp_dir,
-    )
+    from kervan.serve.cluster import sigterm_kept
+
+    with sigterm_kept():
+        context = ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            namespace="kervan",
+            _temp_dir=temp_dir,
+        )
     sys.stdout.write(json.dumps({"address": context.address_info["gcs_address"], "pid": os.getpid()}) + "\n")
     sys.stdout.flush()
 
