@@ -87,7 +87,9 @@ class Oracle:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         layout: dict[str, Any] = {"tp": tp, "pp": pp}
-        env = {**(triton_on_cpu.ENV if is_interpreted else {}), **(env or {})}
+        env = dict(env or {})
+        if is_interpreted:
+            env = triton_on_cpu.ENV | (triton_on_cpu.WORKERS_ENV if tp * pp > 1 else {}) | env
         # A daemon may not have children, which an engine of several workers has.
         self._process = context.Process(
             target=_serve,

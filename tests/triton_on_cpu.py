@@ -9,11 +9,21 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 WHERE = os.environ.get("KERVAN_TRITON")  # a directory with the package, where it is not among the installed ones
 ENV = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+HERE = Path(__file__).parent
+# Of an engine with several workers: they call `interpret` too, and compile nothing.
+WORKERS_ENV = {
+    "PYTHONPATH": os.pathsep.join(
+        [str(HERE / "interpreted_workers"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+}
 
 
 def interpret() -> None:

@@ -117,3 +117,21 @@ def test_a_stream_survives_move_after_move(oracle: Oracle) -> None:
     ask = Ask(PROMPT, {**TALKING, "max_tokens": 12, "temperature": 1.0, "seed": 5})
     whole, tokens = oracle.call("moved_after_each_token", ask)
     assert tokens == whole.tokens
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["tp 2", "pp 2"])
+def test_two_workers(model: Path, layout: dict[str, int]) -> None:
+    """Model runner V1 cannot do pp 2 on a CPU."""
+    engine = {key: ENGINE[key] for key in ("dtype", "enforce_eager", "max_model_len", "block_size", "max_num_seqs")}
+    oracle = Oracle(str(model), **layout, **engine, max_num_batched_tokens=64, is_interpreted=True, is_async=True)
+    try:
+        assert oracle.call("facts")["runner"] == "V2"
+        for ask in (
+            Ask(PROMPT, {**TALKING, "logprobs": 3}),
+            Ask(LONG_PROMPT, {**SEEDED, "max_tokens": 24}, is_fresh=True),
+            Ask(PROMPT, {"temperature": 0.0, "max_tokens": 48, **PENALTIES}, GRAMMARS["regex"]),
+        ):
+            whole, moved = oracle.call("from_every_token", ask, every=EVERY)
+            check(whole, moved, every=EVERY, min_tokens=3)
+    finally:
+        oracle.close()
