@@ -37,7 +37,7 @@ $(OTHER_VLLM): | $(STAMP)
 
 # For model runner V2 on a CPU, in Triton's interpreter. Not among the packages: it is for GPUs, and half a GB.
 $(TRITON): | $(STAMP)
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.part triton==3.4.0
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.part triton==3.5.1
 	@mv $@.part $@
 
 test: lint $(OTHER_VLLM) $(TRITON)

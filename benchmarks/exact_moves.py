@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # not first: a tests/ may hold any name
 
-from resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, TAG, TALKING
+from resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, SEEDED, TAG, TALKING
 from resume_oracle import Answer, Ask, Oracle
 
 from kervan.demo import make_lora_adapter, make_random_model
@@ -24,7 +24,6 @@ from kervan.demo import make_lora_adapter, make_random_model
 Row = dict[str, Any]
 Keep = Callable[[Row], None]
 MAX_CONTROLS = 32
-SEEDED = {**TALKING, "temperature": 1.0, "seed": 3}
 SMALL = {"max_model_len": 256, "block_size": 32, "max_num_seqs": 48}
 REASONING = {
     "reasoning_parser": "deepseek_r1",

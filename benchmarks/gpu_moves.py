@@ -1,13 +1,14 @@
 """What a move does to streams, on this machine's GPUs. `benchmarks/h100_moves.sh` has the environment it wants.
 
     python benchmarks/gpu_moves.py exact    # 1 GPU: streams moved after each token, on model runners V2 and V1
-    python benchmarks/gpu_moves.py interpreted   # no GPU: model runner V2, its kernels in Triton's interpreter; an hour
+    python benchmarks/gpu_moves.py interpreted   # no GPU: model runner V2, its kernels in Triton's interpreter
     python benchmarks/gpu_moves.py flips    # 1 GPU: how often bf16 rounding changes an answer, with and without a move
     python benchmarks/gpu_moves.py tp       # 2 GPUs: as exact, with tensor and pipeline parallel engines
     python benchmarks/gpu_moves.py storm    # 2 GPUs: 8B shape, 2 replicas, 64 streams: a kill, then a drain
 
 Rows are printed as they come, the table last. A record (--out DIR) is written anew after each row, so a run that is cut
-short keeps what it has. Without a GPU all parts but storm run as they are, slowly; storm wants --model there.
+short keeps what it has. `interpreted` wants Triton, as `make test` puts it into .venv/triton (KERVAN_TRITON), and took
+16 minutes on two cores. Without a GPU all parts but storm run as they are, slowly; storm wants --model there.
 """
 
 import argparse
@@ -69,7 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=tuple(SETTINGS))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="logs and the record")
-    parser.add_argument("--limit-s", type=float, default=540.0, help="begin to end after so many seconds")
+    parser.add_argument(
+        "--limit-s", type=float, help="begin to end after so many seconds; 3600 for interpreted, else 540"
+    )
     parser.add_argument("--only", default="", help="of exact and tp: engines whose name has this")
     parser.add_argument("--train-s", type=float, default=60.0, help="of flips: seconds to train the model")
     parser.add_argument("--answers", type=int, default=100, help="of flips")
@@ -82,6 +85,8 @@ def main() -> None:
     parser.add_argument("--env", action="append", default=[], metavar="K=V", help="of storm's fleet, repeatable")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.limit_s is None:
+        args.limit_s = 3600.0 if args.part == "interpreted" else 540.0
     args.deadline_s = time.monotonic() + args.limit_s
     has_gpu = shutil.which("nvidia-smi") is not None
     settings = {key: getattr(args, key) for key in (*SETTINGS[args.part], "limit_s")}

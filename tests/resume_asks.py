@@ -10,6 +10,7 @@ FEW = tuple(range(60, 76))
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
 # Of few tokens, each says what was said before: penalties that forget show at once.
 TALKING: dict[str, Any] = {**GREEDY, **PENALTIES, "allowed_token_ids": FEW}
+SEEDED: dict[str, Any] = {**TALKING, "temperature": 1.0, "seed": 3}
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 150}},

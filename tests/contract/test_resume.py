@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, TAG, TALKING
+from resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, SEEDED, TAG, TALKING
 from resume_oracle import Ask, Oracle, check
 
 from kervan.demo import make_lora_adapter, make_random_model
 
 pytestmark = pytest.mark.timeout(600)
-
-SEEDED = {**TALKING, "temperature": 1.0, "seed": 3}
 
 
 @pytest.fixture(scope="module")

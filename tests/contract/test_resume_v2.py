@@ -1,7 +1,6 @@
 """Exact resume on model runner V2, as GPUs have it: here its kernels run in Triton's interpreter, slowly.
 
-`test_resume.py` has more cases, on V1; `python benchmarks/gpu_moves.py interpreted` runs those on V2, in a quarter of an
-hour. What V2 needs of kervan is less: it takes all from vLLM's scheduler.
+`test_resume.py` has more cases, on V1; `python benchmarks/gpu_moves.py interpreted` runs those on V2. What V2 needs of kervan is less: it takes all from vLLM's scheduler.
 """
 
 import importlib.util
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import triton_on_cpu
-from resume_asks import BAD_WORDS, FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, TALKING
+from resume_asks import BAD_WORDS, FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, SEEDED, TALKING
 from resume_oracle import Ask, Oracle, check
 
 from kervan.demo import make_lora_adapter, make_random_model
@@ -24,7 +23,6 @@ pytestmark = [
     ),
 ]
 EVERY = 8  # tokens, after which streams are moved
-SEEDED = {**TALKING, "temperature": 1.0, "seed": 3}
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
