@@ -1,137 +1,32 @@
 """Parts of the fleet die under load, and no client can tell: texts are compared with those of an undisturbed run."""
 
 import asyncio
-import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 from live import START_S, Fleet, Take, eventually, eventually_async, stopped, take_chat
+from undisturbed import Undisturbed, answers_undisturbed, long_body, under_load
 
 from kervan.demo import PAIRS
 
 pytestmark = pytest.mark.destructive
 
 NUM_STREAMS = 32
-LONG = 600
 LONGEST = 1900
-# After its learned answer the model babbles. Where two tokens are about as likely, float noise between the kernels of
-# prefill and decode may choose either; such questions prove nothing. Logits differ by less than 1e-4 there.
-MIN_MARGIN = 2e-3
 # ZMQ declares a silent peer dead after 2 s; the rest is the load of the machine.
 NOTICE_S = 20.0
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """Question -> text of `LONG` tokens, and the tokens of its prompt."""
-
-    texts: dict[str, str]
-    prompt_tokens: dict[str, int]
-
-
-def body(question: str, num_tokens: int = LONG) -> dict[str, Any]:
-    messages = [{"role": "user", "content": question}]
-    return {
-        "model": "tiny",
-        "messages": messages,
-        "temperature": 0,
-        "max_tokens": num_tokens,
-        "ignore_eos": True,
-    }
 
 
 @pytest.fixture(scope="module")
 def undisturbed(fleet: Fleet) -> Undisturbed:
     fleet.wait_until_whole()
-    return asyncio.run(run_undisturbed(fleet))
-
-
-async def run_undisturbed(fleet: Fleet) -> Undisturbed:
-    """The questions whose texts leave no doubt, answered by a fleet at peace."""
-
-    async def one(client: httpx.AsyncClient, question: str) -> tuple[str, str, float, int]:
-        asked = {**body(question), "logprobs": True, "top_logprobs": 2}
-        told = (await client.post("/v1/chat/completions", json=asked)).json()
-        assert "choices" in told, told
-        choice = told["choices"][0]
-        tops = [token["top_logprobs"] for token in choice["logprobs"]["content"]]
-        margin = min(first["logprob"] - second["logprob"] for first, second in tops)
-        return question, choice["message"]["content"], margin, told["usage"]["prompt_tokens"]
-
-    async with httpx.AsyncClient(base_url=fleet.url, timeout=300) as client:
-        runs = await asyncio.gather(*(one(client, question) for question in PAIRS))
-    sure = [(question, text, prompt) for question, text, margin, prompt in runs if margin > MIN_MARGIN]
-    assert len(sure) >= 3, [margin for _, _, margin, _ in runs]
-    return Undisturbed({q: text for q, text, _ in sure}, {q: prompt for q, _, prompt in sure})
-
-
-@dataclass
-class Load:
-    """Streams in flight. Each has a connection of its own; `gateways` tells at which gateway it ends."""
-
-    questions: list[str]
-    takes: list[Take]
-    gateways: list[str]
-    tasks: list["asyncio.Task[Take]"]
-
-    async def finish(self) -> None:
-        await asyncio.gather(*self.tasks)
-
-    def assert_whole(self, expected: Undisturbed, *, besides_gateway: str = "") -> None:
-        """Every stream came to its end with the text and usage of an undisturbed run."""
-        broken = []
-        for question, take, gateway in zip(self.questions, self.takes, self.gateways, strict=True):
-            if gateway == besides_gateway:
-                continue
-            usage = take.usage or {}
-            counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-            if not take.is_whole:
-                broken.append(f"{gateway}: not whole after {take.num_pieces} pieces: {take.error}")
-            elif take.text != expected.texts[question]:
-                wanted = expected.texts[question]
-                same = next((i for i, (a, b) in enumerate(zip(take.text, wanted, strict=False)) if a != b), "its end")
-                broken.append(f"{gateway}: {len(take.text)} of {len(wanted)} characters, differs after {same}")
-            elif counts != (expected.prompt_tokens[question], LONG) or take.finish_reason != "length":
-                broken.append(f"{gateway}: {take.finish_reason}, usage {usage}")
-        assert broken == []
-
-
-@asynccontextmanager
-async def under_load(
-    fleet: Fleet, expected: Undisturbed, num_streams: int = NUM_STREAMS, num_tokens: int = LONG
-) -> AsyncIterator[Load]:
-    """So many streams, every one of which has begun to answer."""
-    questions = [list(expected.texts)[i % len(expected.texts)] for i in range(num_streams)]
-    async with contextlib.AsyncExitStack() as stack:
-        limits = httpx.Limits(max_connections=1)
-        clients = [
-            await stack.enter_async_context(
-                # Without `verify` each would read the system's certificates, which takes longer than a stream.
-                httpx.AsyncClient(base_url=fleet.url, timeout=START_S, limits=limits, verify=False)
-            )
-            for _ in questions
-        ]
-        # The same connection carries the stream: the gateway that answers here has it.
-        told = await asyncio.gather(*(client.get("/kervan/status") for client in clients))
-        load = Load(questions, [Take() for _ in questions], [response.json()["gateway"] for response in told], [])
-        load.tasks = [
-            asyncio.create_task(take_chat(client, take, body(question, num_tokens)))
-            for client, take, question in zip(clients, load.takes, questions, strict=True)
-        ]
-        try:
-            await asyncio.gather(*(take.began.wait() for take in load.takes))
-            yield load
-        finally:
-            for task in load.tasks:
-                task.cancel()
-            await asyncio.gather(*load.tasks, return_exceptions=True)
+    return asyncio.run(answers_undisturbed(fleet))
 
 
 @asynccontextmanager
@@ -143,7 +38,7 @@ async def steady_load(fleet: Fleet, expected: Undisturbed) -> AsyncIterator[None
     async def ask_again(question: str) -> None:
         async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S, verify=False) as client:
             while not is_over:
-                take = await take_chat(client, Take(), body(question))
+                take = await take_chat(client, Take(), long_body(question))
                 if not take.is_whole or take.text != expected.texts[question]:
                     broken.append(f"{take.finish_reason} after {take.num_pieces} pieces: {take.error}")
 
@@ -165,7 +60,7 @@ async def test_replica_killed(whole_fleet: Fleet, undisturbed: Undisturbed) -> N
     fleet = whole_fleet
     victim, survivor = fleet.pids()
     moved = fleet.total("kervan_streams_moved_total")
-    async with under_load(fleet, undisturbed) as load:
+    async with under_load(fleet, undisturbed, NUM_STREAMS) as load:
         os.kill(victim, signal.SIGKILL)
         await load.finish()
     load.assert_whole(undisturbed)
@@ -187,7 +82,7 @@ STATEFUL: tuple[dict[str, Any], ...] = (
 
 async def test_a_killed_replicas_streams_keep_their_penalties_seeds_grammars_and_budgets(whole_fleet: Fleet) -> None:
     fleet = whole_fleet
-    bodies = [body(question) | extra for question in list(PAIRS)[:4] for extra in STATEFUL]
+    bodies = [long_body(question) | extra for question in list(PAIRS)[:4] for extra in STATEFUL]
     victim = fleet.pids()[0]
     async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S) as client:
         undisturbed = await asyncio.gather(*(take_chat(client, Take(), one) for one in bodies))
@@ -210,7 +105,7 @@ async def test_replica_hangs(whole_fleet: Fleet, undisturbed: Undisturbed) -> No
     fleet = whole_fleet
     victim = fleet.pids()[0]
     moved = fleet.total("kervan_streams_moved_total")
-    async with under_load(fleet, undisturbed) as load:
+    async with under_load(fleet, undisturbed, NUM_STREAMS) as load:
         with stopped(victim):
             await eventually_async(
                 lambda: fleet.total("kervan_streams_moved_total") > moved, "streams have moved", NOTICE_S
@@ -244,13 +139,13 @@ async def test_gateway_killed(whole_fleet: Fleet, undisturbed: Undisturbed) -> N
     fleet = whole_fleet
     gateways = fleet.gateway_pids()
     victim, survivor = gateways
-    async with under_load(fleet, undisturbed) as load:
+    async with under_load(fleet, undisturbed, NUM_STREAMS) as load:
         assert set(load.gateways) == {victim, survivor}  # 32 connections, spread by the kernel: 1 in 2**31 fails
         os.kill(gateways[victim], signal.SIGKILL)
         for _ in range(5):
             assert fleet.get("/health").status_code == 200
         await load.finish()
-    load.assert_whole(undisturbed, besides_gateway=victim)
+    load.assert_whole(undisturbed, besides_gateways=[victim])
     await asyncio.to_thread(fleet.wait_until_whole)
     assert survivor in fleet.gateway_pids()
     assert victim not in fleet.gateway_pids()
@@ -285,7 +180,7 @@ async def test_scale_down_and_up(whole_fleet: Fleet, undisturbed: Undisturbed) -
     assert kept in before
     (gone,) = before - {kept}
     assert not psutil.pid_exists(gone)
-    async with under_load(fleet, undisturbed) as load:
+    async with under_load(fleet, undisturbed, NUM_STREAMS) as load:
         up = await asyncio.to_thread(fleet.home.kervan, "scale", "2", "--name", fleet.name)
         assert up.returncode == 0, up.stderr
         await load.finish()

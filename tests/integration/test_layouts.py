@@ -8,25 +8,24 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
-from live import REQUEST_S, SMALL, START_S, Fleet, Home, Take, eventually, is_alive, take_chat
+from live import REQUEST_S, SMALL, START_S, Fleet, Home, eventually, is_alive
 from ray_cluster import SECOND, RayCluster, ray_cluster
 from shared_fleet import Models
-
-from kervan.demo import PAIRS
+from undisturbed import answers_undisturbed, under_load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
-QUESTION, ANSWER = next(iter(PAIRS.items()))
 NUM_STREAMS = 4
 
 
 @pytest.fixture
 def pair(home: Home, models: Models) -> Iterator[Fleet]:
     """One replica of two workers that share each layer."""
-    running = home.up(models.demo, "pair", (*SMALL, "max_model_len=1024"), "--tp", "2", "--gateways", "1")
+    running = home.up(
+        models.demo, "pair", (*SMALL, "max_model_len=1024", "served_model_name=tiny"), "--tp", "2", "--gateways", "1"
+    )
     yield running
     assert home.kervan("down", "--name", "pair").returncode == 0
 
@@ -37,21 +36,18 @@ def workers(engine_pid: int) -> list[int]:
 
 async def test_half_of_a_tensor_parallel_group_dies(pair: Fleet) -> None:
     """The whole replica is replaced; streams wait, since there is no other, and go on where they were."""
+    expected = await answers_undisturbed(pair)
     (engine,) = pair.pids()
     both = workers(engine)
-    assert len(both) == 2
-    body = {"model": pair.status()["model"], "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
-    takes = [Take() for _ in range(NUM_STREAMS)]
-    async with httpx.AsyncClient(base_url=pair.url, timeout=START_S) as client:
-        streams = [asyncio.create_task(take_chat(client, take, body)) for take in takes]
-        await asyncio.gather(*(take.began.wait() for take in takes))
+    assert len(both) == 2, [p.cmdline() for p in psutil.Process(engine).children(recursive=True)]
+    async with under_load(pair, expected, NUM_STREAMS) as load:
         os.kill(both[1], signal.SIGKILL)
-        await asyncio.gather(*streams)
-    assert [(take.text, take.error, take.finish_reason) for take in takes] == [(ANSWER, "", "stop")] * NUM_STREAMS
+        await load.finish()
+    load.assert_whole(expected)
     assert pair.total("kervan_streams_moved_total") > 0
     assert not is_alive(engine)
     assert not any(is_alive(worker) for worker in both)
-    pair.wait_until_whole(1, 1)
+    await asyncio.to_thread(pair.wait_until_whole, 1, 1)
 
 
 @pytest.fixture

@@ -5,15 +5,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
-from live import SMALL, START_S, Fleet, Take, eventually, take_chat
+from live import SMALL, START_S, Fleet, eventually
 from ray_cluster import AS_IF_GPU, RayCluster, ray_cluster
 from ray_cluster import SECOND as LOST
 from shared_fleet import Models
 from twin_load import NUM_STREAMS, kervan, load
-
-from kervan.demo import PAIRS
+from undisturbed import answers_undisturbed, under_load
 
 FINE = "all is as it should be"
 
@@ -50,23 +48,20 @@ async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, mo
     eventually(lambda: "0.5/1.0 GPU" in one_gpu.status(), "Ray counts half a GPU as taken", START_S)
     while on(fleet, LOST)[1] == set(fleet.gateway_pids()):  # 1 in 2: a gateway takes no resources
         await kervan(fleet, "scale", "--gateways", str(len(fleet.gateway_pids()) + 1))
-    question, answer = next(iter(PAIRS.items()))
-    body = {"model": "tiny", "messages": [{"role": "user", "content": question}], "temperature": 0}
-    takes = [Take() for _ in range(NUM_STREAMS)]
-    async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S) as client:
-        streams = [asyncio.create_task(take_chat(client, take, body)) for take in takes]
-        await asyncio.gather(*(take.began.wait() for take in takes))
+    expected = await answers_undisturbed(fleet)
+    lost_gateways = on(fleet, LOST)[1]
+    async with under_load(fleet, expected, NUM_STREAMS) as running:
         one_gpu.kill_node(LOST)
         told = ""
         while "1 replica of 1 waits for 0.5 GPU: no node has any; add a node, or kervan scale 0" not in told:
             told = await kervan(fleet, "status", "--why")
         refused = await asyncio.to_thread(fleet.home.kervan, "scale", "2", "--name", "last")
         assert (refused.returncode, "free are none; room for" in refused.stderr) == (1, True), refused.stderr
-        waiting = [take for take, stream in zip(takes, streams, strict=True) if not stream.done()]
-        assert waiting  # the others' gateway was on the node, or they were done before
+        waiting = [stream for stream in running.tasks if not stream.done()]
+        assert len(waiting) == sum(gateway not in lost_gateways for gateway in running.gateways) > 0
         one_gpu.start_node("127.0.0.3", "--num-gpus=1")
-        await asyncio.gather(*streams)
-    assert {(take.text, take.error, take.finish_reason) for take in waiting} == {(answer, "", "stop")}
+        await running.finish()
+    running.assert_whole(expected, besides_gateways=lost_gateways)
     assert (await kervan(fleet, "status", "--why")).splitlines()[-1] == FINE
     await kervan(fleet, "down")
 

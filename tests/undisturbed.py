@@ -1,0 +1,121 @@
+"""Long streams whose every character is known: texts are compared with those of an undisturbed run.
+
+The demo's own answers of some hundred tokens may be over before a test has taken anything from under them.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from live import START_S, Fleet, Take, take_chat
+
+from kervan.demo import PAIRS
+
+LONG = 600
+# After its learned answer the model babbles. Where two tokens are about as likely, float noise between the kernels of
+# prefill and decode may choose either; such questions prove nothing. Logits differ by less than 1e-4 there.
+MIN_MARGIN = 2e-3
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """Question -> text of `LONG` tokens, and the tokens of its prompt."""
+
+    texts: dict[str, str]
+    prompt_tokens: dict[str, int]
+
+
+def long_body(question: str, num_tokens: int = LONG) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}]
+    return {
+        "model": "tiny",
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+    }
+
+
+async def answers_undisturbed(fleet: Fleet) -> Undisturbed:
+    """The questions whose texts leave no doubt, answered by a fleet at peace."""
+
+    async def one(client: httpx.AsyncClient, question: str) -> tuple[str, str, float, int]:
+        asked = {**long_body(question), "logprobs": True, "top_logprobs": 2}
+        told = (await client.post("/v1/chat/completions", json=asked)).json()
+        assert "choices" in told, told
+        choice = told["choices"][0]
+        tops = [token["top_logprobs"] for token in choice["logprobs"]["content"]]
+        margin = min(first["logprob"] - second["logprob"] for first, second in tops)
+        return question, choice["message"]["content"], margin, told["usage"]["prompt_tokens"]
+
+    async with httpx.AsyncClient(base_url=fleet.url, timeout=300) as client:
+        runs = await asyncio.gather(*(one(client, question) for question in PAIRS))
+    sure = [(question, text, prompt) for question, text, margin, prompt in runs if margin > MIN_MARGIN]
+    assert len(sure) >= 3, [margin for _, _, margin, _ in runs]
+    return Undisturbed({q: text for q, text, _ in sure}, {q: prompt for q, _, prompt in sure})
+
+
+@dataclass
+class Load:
+    """Streams in flight. Each has a connection of its own; `gateways` tells at which gateway it ends."""
+
+    questions: list[str]
+    takes: list[Take]
+    gateways: list[str]
+    tasks: list["asyncio.Task[Take]"]
+
+    async def finish(self) -> None:
+        await asyncio.gather(*self.tasks)
+
+    def assert_whole(self, expected: Undisturbed, *, besides_gateways: Collection[str] = ()) -> None:
+        """Every stream came to its end with the text and usage of an undisturbed run."""
+        broken = []
+        for question, take, gateway in zip(self.questions, self.takes, self.gateways, strict=True):
+            if gateway in besides_gateways:
+                continue
+            usage = take.usage or {}
+            counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            if not take.is_whole:
+                broken.append(f"{gateway}: not whole after {take.num_pieces} pieces: {take.error}")
+            elif take.text != expected.texts[question]:
+                wanted = expected.texts[question]
+                same = next((i for i, (a, b) in enumerate(zip(take.text, wanted, strict=False)) if a != b), "its end")
+                broken.append(f"{gateway}: {len(take.text)} of {len(wanted)} characters, differs after {same}")
+            elif counts != (expected.prompt_tokens[question], LONG) or take.finish_reason != "length":
+                broken.append(f"{gateway}: {take.finish_reason}, usage {usage}")
+        assert broken == []
+
+
+@asynccontextmanager
+async def under_load(
+    fleet: Fleet, expected: Undisturbed, num_streams: int, num_tokens: int = LONG
+) -> AsyncIterator[Load]:
+    """So many streams, every one of which has begun to answer."""
+    questions = [list(expected.texts)[i % len(expected.texts)] for i in range(num_streams)]
+    async with contextlib.AsyncExitStack() as stack:
+        limits = httpx.Limits(max_connections=1)
+        clients = [
+            await stack.enter_async_context(
+                # Without `verify` each would read the system's certificates, which takes longer than a stream.
+                httpx.AsyncClient(base_url=fleet.url, timeout=START_S, limits=limits, verify=False)
+            )
+            for _ in questions
+        ]
+        # The same connection carries the stream: the gateway that answers here has it.
+        told = await asyncio.gather(*(client.get("/kervan/status") for client in clients))
+        load = Load(questions, [Take() for _ in questions], [response.json()["gateway"] for response in told], [])
+        load.tasks = [
+            asyncio.create_task(take_chat(client, take, long_body(question, num_tokens)))
+            for client, take, question in zip(clients, load.takes, questions, strict=True)
+        ]
+        try:
+            await asyncio.gather(*(take.began.wait() for take in load.takes))
+            yield load
+        finally:
+            for task in load.tasks:
+                task.cancel()
+            await asyncio.gather(*load.tasks, return_exceptions=True)
