@@ -22,12 +22,19 @@ NUM_STREAMS = 4
 
 @pytest.fixture
 def pair(home: Home, models: Models) -> Iterator[Fleet]:
-    """One replica of two workers that share each layer."""
+    """One replica of two workers that share each layer; what they shared is gone with the fleet."""
+    before = shared_by_workers(home)
     running = home.up(
         models.demo, "pair", (*SMALL, "max_model_len=1024", "served_model_name=tiny"), "--tp", "2", "--gateways", "1"
     )
     yield running
     assert home.kervan("down", "--name", "pair").returncode == 0
+    eventually(lambda: shared_by_workers(home) <= before, "nothing that the workers shared is left", 10)
+
+
+def shared_by_workers(home: Home) -> set[Path]:
+    """Shared memory of Python's making, on this machine, and sockets directly in the directory for such things."""
+    return {*Path("/dev/shm").glob("psm_*"), *(path for path in home.scratch.iterdir() if path.is_socket())}
 
 
 def workers(engine_pid: int) -> list[int]:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,12 +18,16 @@ import msgspec
 from kervan.facts.fault import Fault
 from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
 from kervan.fleet.log_files import open_log
+from kervan.fleet.process_group import end_group
 from kervan.fleet.vllm import start_parts
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
 
 VLLM_ENGINE = "kervan.fleet.vllm"
 TWIN_ENGINE = "kervan.twin.replica"
+# vLLM's workers talk over sockets there that nobody removes. A Unix socket's path has at most 107 bytes, 37 of them
+# vLLM's name for it.
+MAX_SOCKET_DIRECTORY = 70
 
 
 class EngineProcess:
@@ -50,6 +55,10 @@ class EngineProcess:
         self.failure: Failed | None = None
         self._on_change = on_change
         self._last_report_s = self._last_step_s = time.monotonic()
+        environment = dict(os.environ if env is None else env)
+        self._sockets_of_workers = tempfile.TemporaryDirectory(prefix="kervan-", ignore_cleanup_errors=True)
+        if len(self._sockets_of_workers.name) <= MAX_SOCKET_DIRECTORY:
+            environment.setdefault("VLLM_RPC_BASE_PATH", self._sockets_of_workers.name)
         ours, theirs = socket.socketpair()
         with open_log(log_path) as log, theirs:
             self._process = subprocess.Popen(
@@ -59,7 +68,7 @@ class EngineProcess:
                 stderr=log,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env=dict(os.environ if env is None else env),
+                env=environment,
             )
         self._control = ControlEnd(ours)
         self._control.send(spec)
@@ -86,8 +95,9 @@ class EngineProcess:
 
     def _on_end(self) -> None:
         # The core is gone; its workers would hold their GPU memory for seconds more.
-        self._kill_group()
+        end_group(self._process.pid)
         status = self._process.wait()
+        self._sockets_of_workers.cleanup()
         if self.ready is None and self.failure is None:
             self.failure = Failed("EngineError", self._post_mortem(status))
         self.ended.set()
@@ -135,13 +145,10 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End the engine and its workers now."""
-        self._kill_group()
+        if not self.ended.is_set():  # after that the number may be another's
+            end_group(self._process.pid)
         self.ended.wait(10.0)
 
     def _command(self, word: Literal["drain", "stop", "fault"], fault: Fault | None = None) -> None:
         with contextlib.suppress(OSError):
             self._control.send(Command(word, fault))
-
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)

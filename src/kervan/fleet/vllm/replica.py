@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -35,6 +34,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready
+from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
 from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions
@@ -292,7 +292,7 @@ def _report_load(core: FleetEngineCore, control: ControlEnd) -> None:
 
 def _end_process_group() -> None:
     """End this process and vLLM's workers at once; the process leads its own group."""
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    end_group(os.getpgrp())
 
 
 class _Phases:
