@@ -62,6 +62,15 @@ def test_two_that_are_alike_are_told() -> None:
     assert any("cannot be told apart" in note for note in search(question(calibration=vague)).notes)
 
 
+def test_rough_figures_are_told_and_no_few_gpus_have_them() -> None:
+    """Long pipelines far behind the best are looked at shortly; of what is measured on a few GPUs nothing is."""
+    note = "simulated once, with less load: their figures are rough"
+    assert any(note in told for told in search(question("llama3-70b", gpus=32, concurrency=32)).notes)
+    assert not any(note in told for told in search(question("llama3-70b", gpus=4, concurrency=32)).notes)
+    pipeline = search(question("llama3-70b", gpus=32, concurrency=32, fixed={"pp": 32}))
+    assert not any(note in told for told in pipeline.notes)
+
+
 def test_what_fits_nowhere_says_what_would_do() -> None:
     with pytest.raises(CapacityError, match=r"GiB more than the .* use --gpus 4 or the weights in"):
         search(question("llama3-70b", gpu=hardware.gpu("L40S"), gpus=2))

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ Market = Literal["on-demand", "spot"]
 LARGE_PROVIDERS = ("AWS", "Azure", "Google Cloud")
 STALE_AFTER_DAYS = 180
 MAX_USD_PER_H = 10_000
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in Python it takes a plan's tenth of a second
 OPTIONAL = ("provider", "instance", "source", "note")
 USD_PER_H = re.compile(r"\$?\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(?:/\s*(?:gpu\s*[-/]?\s*)?h(?:our)?)?", re.I)
 
@@ -61,7 +63,7 @@ def load(path: Path | None = None) -> tuple[Price, ...]:
 
     Raises: ConfigError for a file that is missing, unreadable, or has a row that makes no sense.
     """
-    shipped = _read(resources.files("kervan.facts").joinpath("prices.yaml").read_text(), "kervan's price file")
+    shipped = _shipped()
     if path is None:
         return shipped
     subject = f"price file {path}"
@@ -74,6 +76,11 @@ def load(path: Path | None = None) -> tuple[Price, ...]:
     own = _read(text, subject)
     replaced = {(price.gpu, price.market) for price in own}
     return own + tuple(price for price in shipped if (price.gpu, price.market) not in replaced)
+
+
+@functools.cache
+def _shipped() -> tuple[Price, ...]:
+    return _read(resources.files("kervan.facts").joinpath("prices.yaml").read_text(), "kervan's price file")
 
 
 def lookup(gpu: str, market: Market = "on-demand", prices: Sequence[Price] | None = None) -> Price | None:
@@ -108,7 +115,7 @@ def parse_price_usd_per_h(text: str) -> float:
 
 def _read(text: str, subject: str) -> tuple[Price, ...]:
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that does not exist
         raise ConfigError(f"{subject} cannot be read: {' '.join(str(error).split())}") from error
     rows = data.get("prices") if isinstance(data, dict) else None

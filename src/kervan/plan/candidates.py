@@ -29,6 +29,7 @@ OPEN_LOOP_STEPS = 1800  # so long is an open loop followed, about
 OPEN_LOOP_REQUESTS = (12, 160)
 FAR_BEHIND_SHARE = 0.6  # of the best layout's requests/s per GPU: below it a layout's load is not refined
 PIPELINE_LOAD = 0.64  # of the arithmetic's rate, from which pipelines are refined: it knows no bubbles
+LONG_PIPELINE = 8  # stages from which on a closed loop is so many steps that it matters
 FAR_BEHIND_LOAD = 0.6  # of the arithmetic's rate, at which most such layouts keep the SLO
 WARM_UP_SHARE = 0.15  # of an open loop's first requests, which find the replica empty
 NETWORK_BYTES_S = 50e9  # between nodes, each GPU, when nobody says: 400 Gbit/s
@@ -165,7 +166,7 @@ class Evaluator:
                 f"{question.longest_tokens} if the model allows"
             )
         self._served: dict[tuple[Layout, int | float], list[Served]] = {}
-        self._rough: dict[Layout, float] = {}
+        self._by_arithmetic: dict[Layout, float] = {}
 
     def memory(self, layout: Layout) -> Memory:
         isl, osl = self.question.mean_tokens
@@ -206,7 +207,8 @@ class Evaluator:
     def _closed_one(self, time: StepTime, room: Memory, streams: int, seed: int) -> Served:
         runs = self._served.setdefault((time.layout, streams), [])
         while len(runs) <= seed:
-            count = max(8, min(4 * streams, MAX_STREAM_REQUESTS), streams)
+            each = 1 if self.is_rough(time.layout) else 4
+            count = max(8, min(each * streams, MAX_STREAM_REQUESTS), streams)
             runs.append(
                 serving.closed_loop(
                     time, self._asks(count, len(runs)), streams=streams, kv_tokens=room.kv_tokens,
@@ -231,7 +233,7 @@ class Evaluator:
     def _loaded(self, time: StepTime, room: Memory, dp: int) -> list[list[tuple[int, Served]]]:
         """An open loop at about the highest rate at which the SLO holds."""
         rate = self._slo_rate(time, room)
-        if self.is_far_behind(time.layout):
+        if self.is_rough(time.layout):
             return self._open(time, room, rate * FAR_BEHIND_LOAD, dp)
         rate *= PIPELINE_LOAD if time.layout.pp > 1 else 1.0
         parts = self._open(time, room, rate, dp)
@@ -243,10 +245,11 @@ class Evaluator:
             parts = self._open(time, room, rate, dp)
         return parts
 
-    def is_far_behind(self, replica: Layout) -> bool:
-        """Whether a layout takes so much less per GPU than the best, by arithmetic, that it was looked at once only."""
-        best = max(self._rough.values(), default=0.0)
-        return self._rough.get(replica, math.inf) < FAR_BEHIND_SHARE * best
+    def is_rough(self, replica: Layout) -> bool:
+        """Whether a layout takes so much less per GPU than the best, by arithmetic, that it is looked at once only."""
+        best = max(self._by_arithmetic.values(), default=0.0)
+        is_far_behind = self._by_arithmetic.get(replica, math.inf) < FAR_BEHIND_SHARE * best
+        return is_far_behind and (self.question.concurrency is None or replica.pp >= LONG_PIPELINE)
 
     def capacity(self, replica: Layout) -> float:
         """Requests per second that one replica takes within the SLO, by arithmetic; 0 for one that does not fit."""
@@ -255,16 +258,19 @@ class Evaluator:
             return 0.0
         return self._slo_rate(step_time(self.question, replica, self.limits), room)
 
-    def compare(self, replicas: Iterable[Layout]) -> None:
-        """Look over all layouts first, by arithmetic alone: without a load, those far behind the best are then
-        simulated once and not refined.
+    def compare(self, pairs: Iterable[tuple[Layout, int]]) -> None:
+        """Look over all layouts (replica, copies) first, by arithmetic alone. Those far behind the best are then
+        simulated once: without a load, not refined; in a closed loop, long pipelines with one request per stream.
         """
         q = self.question
-        if q.concurrency is not None or q.rate is not None or q.trace:
+        if q.rate is not None or q.trace:
             return
-        for replica in replicas:
+        for replica, dp in pairs:
             if rate := self.capacity(replica):
-                self._rough[replica] = rate / replica.gpus_per_replica
+                if q.concurrency is not None:
+                    streams = min(math.ceil(q.concurrency / dp), self.limits.max_num_seqs)
+                    rate = self._steady(step_time(q, replica, self.limits), streams)[0]
+                self._by_arithmetic[replica] = rate / replica.gpus_per_replica
 
     def _slo_rate(self, time: StepTime, room: Memory) -> float:
         """Requests per second of one replica where the mean time per token, prompts mixed in, reaches 85% of the SLO.

@@ -39,7 +39,7 @@ def search(question: Question) -> Plan:
     """
     evaluator = Evaluator(question)
     pairs = _pairs(question, evaluator)
-    evaluator.compare(replica for replica, _ in pairs)
+    evaluator.compare(pairs)
     few = len(pairs) <= REFINED
     found = [evaluator.evaluate(replica, dp, seeds=SEEDS if few else 1) for replica, dp in pairs]
     if not any(candidate.fits for candidate in found):
@@ -49,8 +49,8 @@ def search(question: Question) -> Plan:
         again = [evaluator.evaluate(dataclasses.replace(c.layout, dp=1), c.layout.dp) for c in ranked[:REFINED]]
         ranked = sorted([*again, *ranked[REFINED:]], key=lambda c: _rank(question, c), reverse=True)
     notes = _notes(question, ranked)
-    if any(evaluator.is_far_behind(dataclasses.replace(c.layout, dp=1)) for c in ranked):
-        notes.append("layouts far behind the best were simulated once, at a lower load: their figures are rough")
+    if any(evaluator.is_rough(dataclasses.replace(c.layout, dp=1)) for c in ranked):
+        notes.append("layouts far behind the best were simulated once, with less load: their figures are rough")
     return Plan(question, tuple(ranked), _verdict(question, ranked), tuple(notes))
 
 

@@ -319,9 +319,9 @@ class _Replica:
 
     def _repeats(self, group: _Group, batch: Batch, now_s: float) -> int:
         """How many steps like this one follow each other before anything ends, comes in, or fills the pool."""
-        if self.waiting or any(step.lasts or step.chunks for step in self.under_way):
+        if self.waiting or (self.stages > 1 and (self.resting or (self.under_way and not self.is_async))):
             return 1
-        if self.stages > 1 and (self.resting or (self.under_way and not self.is_async)):
+        if any(step.lasts or step.chunks for step in self.under_way):
             return 1
         most = group.ends[0][0] - group.steps - 1
         most = min(most, int((self.kv_tokens - self.held_tokens) / len(group)) - 1)

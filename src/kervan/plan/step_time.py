@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from kervan.facts.architecture import ModelSpec, Part
 from kervan.facts.hardware import Gpu
@@ -26,8 +27,7 @@ FULLEST = 0.68  # largest of n normal values over its bound sqrt(2 log n): 0.68 
 RESIDUAL_PASSES, INNER_PASSES = 10.0, 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What a step computes: `sequences` that get one token each and read `context_tokens` in all, and
     `prefill_tokens` of prompts whose attention looks at `prefill_pairs` pairs of tokens. `samples`: tokens drawn.
     """
@@ -291,12 +291,14 @@ class _Stage:
         return dataclasses.replace(found, host=max(0.0, self._host_s(batch) - found.total_s))
 
     def total_s(self, batch: Batch) -> float:
-        busy_s: float = self._linear_total_s(batch.tokens) + self._kv_read_s(batch) + self._overhead_s(batch)
+        busy_s: float = self._linear_total_s(batch.tokens) + self._kv_read_s(batch)
+        if self.is_last:
+            busy_s += self._overhead_s(batch)
         if batch.prefill_tokens:
             busy_s += self._prefill_attention_s(batch)
         if self.is_last and batch.samples:
             busy_s += self._head_s(batch.samples)
-        return max(busy_s, self._host_s(batch))
+        return busy_s if batch.tokens <= MAX_GRAPH_TOKENS else max(busy_s, self._host_s(batch))
 
     def _host_s(self, batch: Batch) -> float:
         if batch.tokens <= MAX_GRAPH_TOKENS:

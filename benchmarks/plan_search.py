@@ -1,0 +1,85 @@
+"""What a plan costs: seconds of `kervan plan`, from a cold process to the table, and its memory.
+
+    python benchmarks/plan_search.py --record DIR
+
+Every question is asked several times, in turns, each time by a process of its own. None of them needs a GPU.
+"""
+
+import argparse
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kervan.bench import records
+
+MODELS = "benchmarks/models"
+MIB = 2**20
+QUESTIONS = {
+    "8B on 1 GPU": f"{MODELS}/llama3-8b --gpu H200 --gpus 1",
+    "8B on 8 GPUs": f"{MODELS}/llama3-8b --gpu H200 --gpus 8",
+    "70B on 8 GPUs": f"{MODELS}/llama3-70b --gpu H200 --gpus 8",
+    "70B on 64 GPUs": f"{MODELS}/llama3-70b --gpu H200 --gpus 64",
+    "70B on 64 GPUs, 256 streams": f"{MODELS}/llama3-70b --gpu H200 --gpus 64 --concurrency 256",
+    "70B on 64 GPUs, 20 requests/s": f"{MODELS}/llama3-70b --gpu H200 --gpus 64 --rate 20/s",
+    "experts (8x7B) on 64 GPUs": f"{MODELS}/mixtral-8x7b --gpu H200 --gpus 64",
+}
+
+
+def ask(words: str) -> dict[str, float]:
+    """One plan by a process of its own: seconds on the clock and of CPU, and the most memory that it held."""
+    begin_s = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kervan", "plan", *words.split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    told = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    wall_s = time.perf_counter() - begin_s
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"kervan plan {words} ended with {process.returncode}: {told.decode()}")
+    return {"wall_s": wall_s, "cpu_s": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss * 1024 / MIB}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [f"{'question':34}{'seconds':>9}{'min':>8}{'max':>8}{'CPU s':>8}{'MiB':>8}"]
+    for name, one in found.items():
+        wall = one["wall_s"]
+        lines.append(
+            f"{name:34}{wall['median']:9.2f}{wall['min']:8.2f}{wall['max']:8.2f}{one['cpu_s']['median']:8.2f}"
+            f"{one['peak_mib']['max']:8.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--record", type=Path)
+    args = parser.parse_args()
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in QUESTIONS}
+    for number in range(args.repeat + 1):
+        for name, words in QUESTIONS.items():
+            told = ask(words)
+            if number:  # the first reads files that no one has read
+                runs[name].append(told)
+    found = {name: {key: spread([run[key] for run in told]) for key in told[0]} for name, told in runs.items()}
+    print(table(found))
+    if args.record is not None:
+        command = shlex.join(["python", "benchmarks/plan_search.py", *sys.argv[1:]])
+        settings = {"repeat": args.repeat, "questions": QUESTIONS}
+        made = {**records.record("plan-search", {"questions": found, "load_average": os.getloadavg()})}
+        print(records.write(args.record, {**made, "command": command, "settings": settings}))
+
+
+if __name__ == "__main__":
+    main()
