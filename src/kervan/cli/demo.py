@@ -51,18 +51,20 @@ def demo() -> None:
             say(f"chat: POST http://127.0.0.1:{port}/v1/chat/completions\n\n> {_QUESTION}\n")
             started = time.monotonic()
             answer, first_s, last_s, pauses_s = "", 0.0, 0.0, [0.0]
-            killed = ""
+            answering, is_killed = "", False
             for piece in _stream_chat("127.0.0.1", port, _QUESTION):
                 now_s = time.monotonic() - started
+                # Asked at the first piece already: some hundred tokens may be over before a later question is answered.
+                answering = answering or _answering("127.0.0.1", port)
                 first_s = first_s or now_s
                 pauses_s.append(now_s - (last_s or now_s))
                 last_s = now_s
                 answer += piece
                 click.echo(piece, nl=False)
-                if not killed and len(answer) > len(PAIRS[_QUESTION]) // 3:
-                    killed = _answering("127.0.0.1", port)
-                    _kill(killed, pids)
-                    click.echo(f"\n\n    kill -9 {pids[killed]}    ({killed}, which is answering)\n")
+                if not is_killed and len(answer) > len(PAIRS[_QUESTION]) // 3:
+                    _kill(answering, pids)
+                    is_killed = True
+                    click.echo(f"\n\n    kill -9 {pids[answering]}    ({answering}, which is answering)\n")
             click.echo("\n")
             if answer != PAIRS[_QUESTION]:
                 raise FleetError(
