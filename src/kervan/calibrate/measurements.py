@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kervan.errors import ConfigError
+from kervan.facts.workload import ClosedLoop
 
 FORMAT = 1
 
@@ -81,26 +82,13 @@ class Floor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """vLLM's own server, default settings, prefix caching off, in a closed loop of `concurrency` streams.
-
-    Prompts of exactly `isl` random tokens, exactly `osl` output tokens; quantiles over requests. All streams start at
-    once, and TTFT has that opening burst in it.
-    """
+class Serving(ClosedLoop):
+    """vLLM's own server, default settings, prefix caching off. Prompts are random tokens, and no answer is shorter."""
 
     model: str
     tp: int
     pp: int
     ep: int
-    isl: int
-    osl: int
-    concurrency: int
-    num_requests: int
-    out_tok_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    tpot_p50_s: float
-    tpot_p99_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

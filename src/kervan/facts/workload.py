@@ -38,6 +38,25 @@ class Slo:
         return ",".join(f"{name}={bound:g}s" for name, bound in bounds if bound is not None)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClosedLoop:
+    """What came of `concurrency` streams, each of which sends its next request when its last one has ended.
+
+    Prompts of `isl` tokens and answers of `osl`, `num_requests` in all; quantiles over them. All streams start at once:
+    TTFT has that opening burst in it.
+    """
+
+    isl: int
+    osl: int
+    concurrency: int
+    num_requests: int
+    out_tok_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+
+
 def parse_slo(text: str) -> Slo:
     """`"ttft=1s,tpot=50ms,e2e=20s"`, any of the three.
 

@@ -13,6 +13,7 @@ from kervan.errors import ConfigError
 from kervan.facts.architecture import ModelSpec
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout
+from kervan.facts.workload import ClosedLoop
 from kervan.plan import engine, memory, serving
 from kervan.plan.constants import Constants
 from kervan.plan.step_time import StepTime
@@ -28,25 +29,13 @@ FREE = tuple(f.name for f in dataclasses.fields(Constants) if f.name not in ("ex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A measured closed loop of one replica: `concurrency` streams that start at once, `num_requests` in all.
-
-    Lengths in tokens; quantiles over requests. `frontends`: API server processes or gateways.
-    """
+class Point(ClosedLoop):
+    """A measured closed loop of one replica. `frontends`: API server processes or gateways."""
 
     model: str
     tp: int = 1
     pp: int = 1
     ep: int = 1
-    isl: int
-    osl: int
-    concurrency: int
-    num_requests: int
-    out_tok_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    tpot_p50_s: float
-    tpot_p99_s: float
     frontends: int = 1
 
     def __str__(self) -> str:
