@@ -1,9 +1,12 @@
 """Spot nodes of a recorded trace come, and are killed, under recorded requests: on a real Ray cluster of twins."""
 
 import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from live import Home
+from live import START_S, Home, eventually
 from shared_fleet import REPOSITORY, Models
 
 from kervan.facts.workload import read_trace
@@ -33,3 +36,22 @@ def test_a_trace_of_nodes_is_played(home: Home, models: Models) -> None:
     assert max(row["nodes"] for row in rows) == 2
     assert rows[-1]["on-demand"] == 2  # cover
     assert (home.fleets(), home.ray_directories()) == before
+
+
+def test_a_replay_that_is_told_to_end_leaves_nothing(
+    scratch: Path, models: Models, strays: Callable[[], list[str]]
+) -> None:
+    """By SIGTERM, for which Ray, and there is one in the command itself, brings a handler of its own."""
+    home = Home(scratch, "untold")
+    known, alive_before = home.ray_directories(), set(strays())
+    words = ("--replay", str(TRACES / "spotserve_0304.txt"), "--trace", str(REQUESTS), "--json")
+    with subprocess.Popen(**home.command("chaos", str(models.demo), *words), stdout=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = [process.stderr.readline()]
+        while said[-1] and "the fleet comes first" not in said[-1]:
+            said.append(process.stderr.readline())
+        process.terminate()
+        told, rest = process.communicate(timeout=START_S)
+    assert (process.returncode, told) == (130, ""), [*said, rest]
+    assert (home.fleets(), home.ray_directories()) == ([], known)
+    eventually(lambda: set(strays()) <= alive_before, "no process is left", 20)
