@@ -64,14 +64,14 @@ def test_a_replica_killed_during_the_load_costs_no_request(whole_fleet: Fleet, h
         "--streams",
         "8",
         "--num-requests",
-        "48",
+        "64",
         "--osl",
-        "60",
+        "200",
         "--at",
-        f"2s kill -9 {victim}",
+        f"500ms kill -9 {victim}",
         is_strict=False,
     )
-    assert (found["requests"]["ok"], found["requests"]["errors"]) == (48, 0)
+    assert (found["requests"]["ok"], found["requests"]["errors"]) == (64, 0)
     (effect,) = found["faults"]
     assert effect["exit_code"] == 0
     assert effect["errors"] == 0

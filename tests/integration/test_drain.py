@@ -87,7 +87,7 @@ async def test_a_graceful_end_that_takes_too_long_is_taken_back(pair: Fleet, mod
     await asyncio.to_thread(pair.wait_until_whole, 2, 1)
     long = Load(pair.url, models.demo)
     async with httpx.AsyncClient(base_url=pair.url, timeout=START_S) as client:
-        stream = asyncio.create_task(long.stream(client, [7], 600))  # 18 s
+        stream = asyncio.create_task(long.stream(client, [7], 900))  # 27 s
         await asyncio.to_thread(eventually, lambda: sum(streams_of(pair).values()) == 1, "it is placed", START_S)
         words = ("down", "--graceful", "--deadline", "6s", "--name", "pair")
         ending = asyncio.create_task(asyncio.to_thread(pair.home.kervan, *words))
@@ -99,7 +99,7 @@ async def test_a_graceful_end_that_takes_too_long_is_taken_back(pair: Fleet, mod
         failed = await ending
         assert (failed.returncode, "waiting for 1 stream after" in failed.stderr) == (1, True)
         assert await long.stream(client, [8], 10) == (answer([8], 10, long.limits), "length")
-        assert await stream == (answer([7], 600, long.limits), "length")
+        assert await stream == (answer([7], 900, long.limits), "length")
 
 
 def test_what_cannot_be_drained_is_refused(pair: Fleet) -> None:

@@ -25,10 +25,10 @@ def pair(home: Home, models: Models) -> Iterator[Fleet]:
     """One replica of two workers that share each layer; what they shared is gone with the fleet."""
     before = shared_by_workers(home)
     running = home.up(
-        models.demo, "pair", (*SMALL, "max_model_len=1024", "served_model_name=tiny"), "--tp", "2", "--gateways", "1"
+        models.demo, "tensor", (*SMALL, "max_model_len=1024", "served_model_name=tiny"), "--tp", "2", "--gateways", "1"
     )
     yield running
-    assert home.kervan("down", "--name", "pair").returncode == 0
+    assert home.kervan("down", "--name", "tensor").returncode == 0
     eventually(lambda: shared_by_workers(home) <= before, "nothing that the workers shared is left", 10)
 
 
