@@ -10,6 +10,8 @@ import openai
 import pytest
 from live import SMALL, Fleet, Home, eventually, is_alive
 from openai import OpenAI
+from shared_fleet import Models
+from tokenizers import Tokenizer
 
 from kervan.demo import PAIRS, TOOL_TURN, WEATHER_TOOL
 
@@ -154,9 +156,15 @@ def test_usage_is_exact(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_json_schema(client: OpenAI, stream: bool) -> None:
+def test_json_schema(client: OpenAI, models: Models, stream: bool) -> None:
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
-    arguments: dict[str, Any] = {"model": MODEL, "messages": ask("Who?"), "max_tokens": 200, "seed": 1}
+    # The schema bounds all but the space between its parts, and some models that this training makes love new lines.
+    tokenizer = Tokenizer.from_file(str(models.demo / "tokenizer.json"))
+    blanks = [number for number in range(tokenizer.get_vocab_size()) if tokenizer.decode([number]).isspace()]
+    arguments: dict[str, Any] = {
+        "model": MODEL, "messages": ask("Who?"), "max_tokens": 200, "seed": 1,
+        "logit_bias": {str(number): -100 for number in blanks},
+    }  # fmt: skip
     if stream:
         chunks = client.chat.completions.create(**arguments, response_format=wanted, stream=True)
         text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
