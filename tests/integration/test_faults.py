@@ -90,7 +90,8 @@ async def test_a_killed_replicas_streams_keep_their_penalties_seeds_grammars_and
         moved = fleet.total("kervan_streams_moved_total")
         takes = [Take() for _ in bodies]
         tasks = [asyncio.create_task(take_chat(client, *pair)) for pair in zip(takes, bodies, strict=True)]
-        await asyncio.gather(*(take.began.wait() for take in takes))
+        all_began = asyncio.gather(*(take.began.wait() for take in takes))
+        await asyncio.wait([all_began, *tasks], return_when=asyncio.FIRST_COMPLETED)  # short ones may end first
         os.kill(victim, signal.SIGKILL)
         await asyncio.gather(*tasks)
     assert fleet.total("kervan_streams_moved_total") >= moved + len(bodies) / 4
