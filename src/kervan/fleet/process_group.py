@@ -37,6 +37,6 @@ def _members(leader_pid: int) -> set[int]:
 
 
 def _is_tracker(pid: int) -> bool:
-    with contextlib.suppress(psutil.ZombieProcess):
+    with contextlib.suppress(psutil.ZombieProcess, psutil.AccessDenied):
         return any(_TRACKER in word for word in psutil.Process(pid).cmdline())
     return False
