@@ -15,6 +15,10 @@ SAMPLE_PERIOD_S = 0.25
 MIB = 2**20
 
 
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def cpu_s(pids: Sequence[int]) -> float:
     return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 

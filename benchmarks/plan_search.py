@@ -8,17 +8,17 @@ Every question is asked several times, in turns, each time by a process of its o
 import argparse
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from meters import MIB, spread
+
 from kervan.bench import records
 
 MODELS = "benchmarks/models"
-MIB = 2**20
 QUESTIONS = {
     "8B on 1 GPU": f"{MODELS}/llama3-8b --gpu H200 --gpus 1",
     "8B on 8 GPUs": f"{MODELS}/llama3-8b --gpu H200 --gpus 8",
@@ -30,24 +30,30 @@ QUESTIONS = {
 }
 
 
+# The kernel's own peak for a child begins with what the parent held when it started it; this one is of the plan alone.
+PLAN = """
+import atexit, pathlib, runpy, sys
+status = pathlib.Path("/proc/self/status")
+atexit.register(lambda: print(status.read_text().partition("VmHWM:")[2].split()[0], file=sys.stderr))
+runpy.run_module("kervan", run_name="__main__")
+"""
+
+
 def ask(words: str) -> dict[str, float]:
     """One plan by a process of its own: seconds on the clock and of CPU, and the most memory that it held."""
     begin_s = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "kervan", "plan", *words.split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", PLAN, "plan", *words.split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     assert process.stderr is not None
-    told = process.stderr.read()
+    told = process.stderr.read().decode()
     _, status, used = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - begin_s
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"kervan plan {words} ended with {process.returncode}: {told.decode()}")
-    return {"wall_s": wall_s, "cpu_s": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss * 1024 / MIB}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        sys.exit(f"kervan plan {words} ended with {process.returncode}: {told}")
+    peak_mib = int(told.split()[-1]) * 1024 / MIB
+    return {"wall_s": wall_s, "cpu_s": used.ru_utime + used.ru_stime, "peak_mib": peak_mib}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -77,7 +83,7 @@ def main() -> None:
     if args.record is not None:
         command = shlex.join(["python", "benchmarks/plan_search.py", *sys.argv[1:]])
         settings = {"repeat": args.repeat, "questions": QUESTIONS}
-        made = {**records.record("plan-search", {"questions": found, "load_average": os.getloadavg()})}
+        made = records.record("plan-search", {"questions": found, "load_average": os.getloadavg()})
         print(records.write(args.record, {**made, "command": command, "settings": settings}))
 
 

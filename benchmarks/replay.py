@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from meters import cpu_s
+from meters import cpu_s, spread
 from twins import show
 
 from kervan.bench import records
@@ -73,10 +73,6 @@ def load(side: str, fleet: dict[str, Any], streams: int, duration_s: float, home
     }
     show(told)
     return told
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def summary(pairs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:

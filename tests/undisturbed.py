@@ -19,7 +19,6 @@ LONG = 600
 # After its learned answer the model babbles. Where two tokens are about as likely, float noise between the kernels of
 # prefill and decode may choose either; such questions prove nothing. Logits differ by less than 1e-4 there.
 MIN_MARGIN = 2e-3
-
 # What an engine or a gateway does for the first time may take longer than a whole stream elsewhere.
 MAX_BEGINS = 5
 

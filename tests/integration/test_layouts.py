@@ -27,6 +27,7 @@ def pair(home: Home, models: Models) -> Iterator[Fleet]:
     running = home.up(
         models.demo, "tensor", (*SMALL, "max_model_len=1024", "served_model_name=tiny"), "--tp", "2", "--gateways", "1"
     )
+    assert shared_by_workers(home) > before
     yield running
     assert home.kervan("down", "--name", "tensor").returncode == 0
     eventually(lambda: shared_by_workers(home) <= before, "nothing that the workers shared is left", 10)

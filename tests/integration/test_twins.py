@@ -143,6 +143,8 @@ async def test_streams_leave_a_hung_replica_before_it_is_ended(twins: Fleet, mod
         await asyncio.to_thread(eventually, lambda: bool(streams_there()), "it has streams", START_S)
         await kervan(twins, "fault", hung, "hang")
         await asyncio.to_thread(eventually, lambda: not streams_there(), "all have left", START_S)
+        # By its id, and quickly: a command takes seconds, after which it may have been ended.
+        assert hung in {labels["replica"] for labels, _ in twins.metrics()["kervan_replica_running"]}
         assert twins.total("kervan_replicas", state="ready") == 3
     await kervan(twins, "fault", hung, "none")
     assert twins.total("kervan_streams_given_up_total") == 0
@@ -397,7 +399,9 @@ async def test_a_leaving_gateways_clients_come_back(twins: Fleet, models: Models
         more = [Reader([5 + len(leaving) + seed, 9], 400) for seed in range(6)]
         await asyncio.gather(*(reader.ask(twins.url, leave_after=20) for reader in more))
         leaving += more
+    gateways = {reader.stream_id.rpartition("-")[0] for reader in leaving}
     await kervan(twins, "scale", "--gateways", "1")
+    assert len(gateways - set(twins.gateway_pids())) == 1
     await asyncio.gather(*asking, *(reader.come_back(twins.url) for reader in leaving))
     for reader in (*staying, *leaving):
         assert (reader.finish, reader.is_whole) == ("length", True)

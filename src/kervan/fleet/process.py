@@ -25,8 +25,8 @@ from kervan.policy.watchdog import decide as judge
 
 VLLM_ENGINE = "kervan.fleet.vllm"
 TWIN_ENGINE = "kervan.twin.replica"
-# vLLM's workers talk over sockets there that nobody removes. A Unix socket's path has at most 107 bytes, 37 of them
-# vLLM's name for it.
+# Nobody removes the sockets over which vLLM's workers talk, so they get a directory that goes with the engine. The path
+# of a Unix socket has at most 107 bytes, 37 of them vLLM's name for it.
 MAX_SOCKET_DIRECTORY = 70
 
 

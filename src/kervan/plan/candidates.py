@@ -269,7 +269,8 @@ class Evaluator:
             if rate := self.capacity(replica):
                 if q.concurrency is not None:
                     streams = min(math.ceil(q.concurrency / dp), self.limits.max_num_seqs)
-                    rate = self._steady(step_time(q, replica, self.limits), streams)[0]
+                    busy = min(dp, q.concurrency)  # replicas that have a stream
+                    rate = self._steady(step_time(q, replica, self.limits), streams)[0] * busy / dp
                 self._by_arithmetic[replica] = rate / replica.gpus_per_replica
 
     def _slo_rate(self, time: StepTime, room: Memory) -> float:
