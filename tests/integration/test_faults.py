@@ -128,7 +128,7 @@ async def test_all_replicas_killed(whole_fleet: Fleet, undisturbed: Undisturbed)
         )
         assert "no replica is ready" in ready.json()["reason"]
         assert fleet.get("/health").status_code == 200
-        assert not any(task.done() for task in load.tasks)
+        assert load.ended() == []
         await load.finish()
     load.assert_whole(undisturbed)
     await asyncio.to_thread(fleet.wait_until_whole)
@@ -160,7 +160,7 @@ async def test_client_leaves(whole_fleet: Fleet, undisturbed: Undisturbed) -> No
     await asyncio.to_thread(eventually, fleet.is_idle, "the fleet is idle", 60)
     made = fleet.total("vllm:generation_tokens_total")
     async with under_load(fleet, undisturbed, 8, LONGEST) as load:
-        assert not any(task.done() for task in load.tasks)
+        assert load.ended() == []
         for task in load.tasks:
             task.cancel()
     await asyncio.to_thread(eventually, fleet.is_idle, "all replicas are idle", NOTICE_S)
