@@ -73,6 +73,9 @@ def measured(*, leaves_out_layouts: bool = False) -> Iterator[Measured]:
                 yield Measured(_layout_point(row, model), "H200", layouts)
     for row in _record("planner-points-2xh100-2026-11-25")["serving"]:
         yield Measured(_point(row), "H100", "fit")
+    for name in ("", "-2"):
+        for row in _record(f"planner-points-2xh100-2026-11-27{name}")["serving"]:
+            yield Measured(_point(row), "H100", "held back")
     for path in sorted(RECORDS.glob("calibrate-*.json")):
         content = json.loads(path.read_text())
         for row in content["serving"]:
