@@ -369,6 +369,62 @@ def test_the_costs_of_twins_are_those_of_the_record() -> None:
         assert written == real, what
 
 
+def _table(page: str, marker: str) -> tuple[list[Any], list[list[str]]]:
+    """The records that the marker above a table names, and its rows."""
+    match = re.search(rf"^<!-- {marker}: (.+?) -->\n((?:\|.*\n)+)", (ROOT / "docs" / page).read_text(), re.M)
+    assert match is not None
+    found = [json.loads((ROOT / f"benchmarks/records/{name}.json").read_text()) for name in match[1].split()]
+    _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[2].splitlines()]
+    return found, lines
+
+
+def test_the_gateways_on_a_large_host_are_those_of_the_record() -> None:
+    (record,), lines = _table("twins.md", "gateways")
+    scaling = record["parts"]["scaling"]
+    alone = {run["streams"]: run["client_us_per_token"] for run in scaling["client"]}
+    runs = {(str(run["gateways"]), f"{run['streams']:,}"): run for run in scaling["runs"]}
+    assert {(gateways, streams) for gateways, streams, *_ in lines} == runs.keys()
+    for gateways, streams, *cells in lines:
+        run = runs[gateways, streams]
+        assert not run["errors"]
+        assert cells == [
+            f"{run['tok_s']:,.0f}",
+            f"{run['tok_s'] / run['twins_offer_tok_s']:.0%}",
+            f"{run['tokens_per_chunk']:.1f}",
+            f"{run['tok_s_per_gateway_core']:,.0f}",
+            f"{run['gateway_us_per_token']:.0f}, {alone[run['streams'] // run['gateways']]:.1f}",
+        ], (gateways, streams)
+
+
+def test_moves_on_gpus_are_those_of_the_records() -> None:
+    found, lines = _table("migration.md", "moves")
+    sums: dict[str, list[int]] = {}
+    for row in (row for record in found for row in record["rows"] if "same" in row and "naive" not in row["case"]):
+        control = row.get("control", {"same": 0, "asked": 0})
+        counts = row["same"], row["moved"], control["same"], control["asked"]
+        sums[row["engine"]] = [a + b for a, b in zip(sums.get(row["engine"], [0] * 4), counts, strict=True)]
+    real = {name: [f"{a:,} of {b:,}", f"{c:,} of {d:,}"] for name, (a, b, c, d) in sums.items()}
+    assert {name: cells for name, *cells in lines} == real
+
+
+def test_how_often_bf16_changes_an_answer_is_that_of_the_record() -> None:
+    (record,), lines = _table("migration.md", "flips")
+    rows = {(row["engine"], row["sampling"], row["what"]): row for row in record["rows"] if "differ" in row}
+    assert lines
+    for engine, sampling, *cells in lines:
+        both = [rows[engine, sampling, what] for what in ("in batches of 10", "moved at a random token")]
+        counts = [f"{row['differ']} of {row['asked']}" for row in both]
+        assert cells == [*counts, ", ".join(f"{row['per_1000_tokens']:.1f}" for row in both)]
+
+
+def test_the_planners_errors_are_those_of_its_records() -> None:
+    match = re.search(r"^<!-- planner errors -->\n((?:\|.*\n)+)", (ROOT / "docs/planner.md").read_text(), re.M)
+    assert match is not None
+    command = [sys.executable, str(ROOT / "benchmarks/planner_errors.py"), "--markdown"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert match[1] == printed
+
+
 CHAOS_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "disruptions": lambda found: str(found["disruptions"]),
     "streams": lambda found: f"{found['streams']:,}",

@@ -38,6 +38,24 @@ def test_what_vllm_reported_on_h200(line: str) -> None:
     assert found.kv_tokens == pytest.approx(row["kv_cache_tokens"], rel=0.02)
 
 
+REPORTED_H100 = [
+    row
+    for path in sorted((MODELS.parent / "records").glob("planner-points-2xh100-2026-11-27*.json"))
+    for row in json.loads(path.read_text())["memory"]
+]
+
+
+@pytest.mark.parametrize("row", REPORTED_H100, ids=[f"{row['model']}-{n}" for n, row in enumerate(REPORTED_H100)])
+def test_what_vllm_reported_on_two_h100(row: dict[str, Any]) -> None:
+    """Experts shared out, two stages, two tensor parallel GPUs; model runners V1 and V2."""
+    gpu = hardware.gpu("H100")
+    spec = parse(config(row["model"]), "test")
+    limits = engine.limits(spec, gpu, {"gpu_memory_utilization": row["gpu_memory_utilization"]})
+    found = memory.estimate(spec, Layout(row["tp"], row["pp"], ep=row["ep"]), gpu, limits)
+    assert found.weights_gib == pytest.approx(row["weights_gib_per_gpu"], rel=0.01)
+    assert found.kv_tokens == pytest.approx(row["kv_cache_tokens"], rel=0.02)
+
+
 def test_the_table_is_on_the_first_stage_and_the_head_on_the_last() -> None:
     table = 128256 * 4096 * 2
     first, last = (memory.weight_bytes(SMALL, Layout(pp=2), stage) for stage in stages(SMALL, 2))

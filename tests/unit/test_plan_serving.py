@@ -1,5 +1,6 @@
 """A replica under load: nothing is lost, the pool holds, and shortcuts change no time."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kervan.facts.layout import Layout
 from kervan.plan import engine, serving
 from kervan.plan.constants import Constants
 from kervan.plan.serving import Ask
-from kervan.plan.step_time import StepTime
+from kervan.plan.step_time import Batch, StepTime
 
 MODELS = Path(__file__).parents[2] / "benchmarks/models"
 
@@ -28,6 +29,10 @@ GPU = hardware.gpu("H200")
 SPEC = parse(config("llama3-8b"), "8b")
 LIMITS = engine.limits(SPEC, GPU, {})
 TIMES = {pp: StepTime(SPEC, Layout(pp=pp), GPU, LIMITS, Constants()) for pp in (1, 2, 4)}
+TURNS = {
+    pp: StepTime(SPEC, Layout(pp=pp), GPU, dataclasses.replace(LIMITS, is_runner_v2=False), Constants())
+    for pp in (2, 4)
+}  # model runner V1: stages take turns
 ROOM = 900_000
 
 
@@ -42,13 +47,13 @@ def closed(
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 60)), min_size=1, max_size=30),
-    st.integers(1, 30), st.sampled_from([1, 2, 4]), st.integers(3100, 9000),
+    st.integers(1, 30), st.sampled_from([*TIMES.values(), *TURNS.values()]), st.integers(3100, 9000),
 )  # fmt: skip
 def test_every_request_is_answered_in_any_pool(
-    lengths: list[tuple[int, int]], streams: int, pp: int, room: int
+    lengths: list[tuple[int, int]], streams: int, time: StepTime, room: int
 ) -> None:
     asks = [Ask(0.0, prompt, answer) for prompt, answer in lengths]
-    found = serving.closed_loop(TIMES[pp], asks, streams=streams, kv_tokens=room)
+    found = serving.closed_loop(time, asks, streams=streams, kv_tokens=room)
     assert found.is_stable
     assert sorted(a.output_tokens for a in found.answers) == sorted(answer for _, answer in lengths)
     assert all(a.sent_s < a.first_s <= a.last_s for a in found.answers)
@@ -84,11 +89,12 @@ def test_a_seed_fixes_the_run() -> None:
     assert closed(8, seed=3) != closed(8, seed=4)
 
 
-@pytest.mark.parametrize("pp", [1, 2])
-def test_steps_taken_together_change_no_time(pp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = closed(16, pp=pp)
+@pytest.mark.parametrize("time", [TIMES[1], TIMES[2], TURNS[2]], ids=["pp 1", "pp 2", "pp 2, V1"])
+def test_steps_taken_together_change_no_time(time: StepTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = serving.fixed(64, 512, 64)
+    together = serving.closed_loop(time, asks, streams=16, kv_tokens=ROOM)
     monkeypatch.setattr(serving._Replica, "_repeats", lambda *_: 1)
-    single = closed(16, pp=pp)
+    single = serving.closed_loop(time, asks, streams=16, kv_tokens=ROOM)
     assert together.out_tok_s == pytest.approx(single.out_tok_s, rel=1e-3)
     assert together.tpot_s(0.5) == pytest.approx(single.tpot_s(0.5), rel=2e-3)
     assert together.ttft_s(0.5) == pytest.approx(single.ttft_s(0.5), rel=2e-2)
@@ -97,6 +103,35 @@ def test_steps_taken_together_change_no_time(pp: int, monkeypatch: pytest.Monkey
 def test_stages_do_nothing_for_one_stream() -> None:
     assert closed(1, pp=4, count=4).out_tok_s < 1.01 * closed(1, count=4).out_tok_s
     assert closed(1, pp=2, count=4).tpot_s(0.5) > 0.95 * closed(1, count=4).tpot_s(0.5)
+
+
+def prefill_s(time: StepTime, prompts: int, tokens: int) -> float:
+    """Until the last of so many prompts that come at once has its first token, the frontend left out."""
+    quick = dataclasses.replace(time.constants, prompt_s=0.0, prompt_token_s=0.0, output_s=0.0, delivery_s=0.0)
+    time = StepTime(time.spec, time.layout, time.gpu, time.limits, quick)
+    found = serving.closed_loop(time, serving.fixed(prompts, tokens, 1), streams=prompts, kv_tokens=ROOM)
+    return max(answer.first_s for answer in found.answers)
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_stages_of_runner_v1_wait_for_the_tokens_that_are_drawn(pp: int) -> None:
+    """64 prompts of 1,024 tokens are 8 steps of 8: through p stages at once 8 + p - 1 times a stage, in turns 8 p."""
+    batch = Batch(0, 0, 8192, 8 * 1024**2 / 2, 8)
+    whole_s, stage_s, _ = TURNS[pp].pass_s(batch)
+    assert prefill_s(TURNS[pp], 64, 1024) == pytest.approx(8 * whole_s, rel=0.01)
+    assert prefill_s(TIMES[pp], 64, 1024) == pytest.approx(7 * stage_s + whole_s, rel=0.03)
+
+
+def test_parts_of_a_prompt_follow_each_other_on_runner_v1_too() -> None:
+    """No token is drawn from them: 8 steps of one prompt take as long as with V2."""
+    assert prefill_s(TURNS[2], 1, 64 * 1024) == pytest.approx(prefill_s(TIMES[2], 1, 64 * 1024), rel=0.01)
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_one_stream_is_as_fast_on_both_runners(pp: int) -> None:
+    asks = serving.fixed(4, 512, 64)
+    turns, piped = (serving.closed_loop(time[pp], asks, streams=1, kv_tokens=ROOM) for time in (TURNS, TIMES))
+    assert turns.tpot_s(0.5) == pytest.approx(piped.tpot_s(0.5), rel=0.01)
 
 
 def test_an_open_loop_waits_above_its_capacity() -> None:

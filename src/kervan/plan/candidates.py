@@ -301,7 +301,8 @@ class Evaluator:
         prefill = Batch(batch, batch * (isl + osl / 2), chunk, chunk * min(isl, chunk) / 2, batch + int(prompts))
         slowest = max(time.stage_s(i, decode) for i in range(time.layout.pp))
         decode_s = max(time.total_s(decode), slowest * time.layout.pp) if time.layout.pp > 1 else slowest
-        extra_s = max(time.stage_s(i, prefill) - time.stage_s(i, decode) for i in range(time.layout.pp))
+        extras_s = [time.stage_s(i, prefill) - time.stage_s(i, decode) for i in range(time.layout.pp)]
+        extra_s = max(extras_s) if time.is_pipelined else sum(extras_s)
         # While a sequence runs, each of the others is replaced once: so many prompts are prefilled in between.
         per_token_s = decode_s + batch / osl * extra_s * isl / chunk
         return batch / (osl * per_token_s), per_token_s
@@ -416,9 +417,9 @@ class Evaluator:
             ):
                 for key, word in BINDING.items():
                     spent[word] = spent.get(word, 0.0) + weight * getattr(terms, key)
-        if time.layout.pp > 1 and sequences < time.layout.pp:
-            busy = sum(spent.values())
-            spent["pipeline bubble"] = busy * (time.layout.pp - sequences) / sequences / time.layout.pp
+        at_once = sequences if time.is_pipelined else 1  # batches that the stages work on
+        if at_once < time.layout.pp:
+            spent["pipeline bubble"] = sum(spent.values()) * (time.layout.pp - at_once) / at_once / time.layout.pp
         return max(spent, key=lambda word: spent[word])
 
 

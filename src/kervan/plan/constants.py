@@ -16,8 +16,7 @@ class Constants:
     `all_reduce_s`: of a small message. `step_s`: between two steps. `sequence_s`: per sequence in a step.
     `eager_layer_s`: least time of a layer in a step that no CUDA graph covers (the host launches each kernel); more of
     it with each doubling of `tp` (`eager_group_layer_s`), for experts (`eager_expert_layer_s`) and for sharing them out
-    (`eager_ep_layer_s`). `stage_s`: handing a batch to the next stage; `stage_sync_s`: more of it where steps are not
-    composed ahead (model runner V1 with stages).
+    (`eager_ep_layer_s`). `stage_s`: handing a batch to the next stage.
     `prompt_s`, `prompt_token_s`: the frontend's work on a request. `output_s`: on a streamed token.
     `delivery_s`: from a step's end to the client.
     """
@@ -41,7 +40,6 @@ class Constants:
     eager_expert_layer_s: float = 900e-6
     eager_ep_layer_s: float = 520e-6
     stage_s: float = 50e-6
-    stage_sync_s: float = 1e-3
     prompt_s: float = 2.2e-3
     prompt_token_s: float = 1e-6
     output_s: float = 60e-6

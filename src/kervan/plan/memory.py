@@ -74,8 +74,10 @@ def activation_bytes(spec: ModelSpec, layout: Layout, limits: EngineLimits, stag
     widths = [spec.mlp_matrices * spec.intermediate / layout.tp]
     if spec.experts is not None:
         e = spec.experts
-        # Two workspaces of the fused kernels: gate and up of all chosen experts, and their outputs.
-        widths = [e.per_token * (spec.mlp_matrices * e.width / layout.tp + spec.hidden)]
+        # Two workspaces of the fused kernels: gate and up of all chosen experts, and their outputs. Expert parallel
+        # GPUs have whole experts, and room for all tokens.
+        width = e.width / (1 if layout.ep > 1 else layout.tp)
+        widths = [e.per_token * (spec.mlp_matrices * width + spec.hidden)]
     peak = residual + tokens * max(widths) * 2
     if stage.stop == spec.num_layers:
         rows = min(limits.max_num_seqs, tokens)

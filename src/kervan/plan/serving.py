@@ -5,8 +5,11 @@ What is followed, from the source of vLLM 0.24 to 0.32 (V1 scheduler):
 - Each step has a budget of `max_num_batched_tokens`: running answers take one token each, prompts what is left, in the
   order of arrival, as many as fit, the last one in part.
 - A step is composed while the one before it runs (async scheduling), so a request that comes in meanwhile waits for
-  two. With pipeline stages, as many batches as stages are under way (one more with model runner V2, which composes
-  ahead: a sequence is in every p-th of p stages' batches), and a sequence is in one of them at a time.
+  two.
+- With p pipeline stages and model runner V2, p + 1 batches are under way, and a sequence is in every p-th of them.
+- With stages and V1, p batches are under way, but one after the other: the first stage waits for the tokens that the
+  last one draws (`_pp_receive_prev_sampled_token_ids_to_input_batch`, a broadcast on the stream that computes). Only
+  after a batch that draws none, all of it parts of longer prompts, may the next one follow at once.
 - KV blocks are taken as tokens come. A prompt waits until the pool has room; when running answers fill the pool, the
   youngest is preempted and computed again later.
 - The frontend is one event loop per process: prompts pass it one after the other, and so do streamed tokens.
@@ -179,8 +182,8 @@ class _Replica:
         self.kv_tokens = kv_tokens
         self.frontends = frontends
         self.stages = time.layout.pp
-        self.is_async = self.stages == 1 or time.limits.is_runner_v2
-        self.max_under_way = self.stages + (1 if self.is_async else 0)
+        self.is_pipelined = time.is_pipelined
+        self.max_under_way = self.stages + (1 if self.stages == 1 or self.is_pipelined else 0)
         self.num_composed = 0
         self.resting: deque[tuple[int, _Group]] = deque()  # (number of the step in which it may run again, group)
         self.entry_free_s = self.exit_s = 0.0  # when the first stage is free, when the last batch leaves the last one
@@ -274,8 +277,6 @@ class _Replica:
         firsts: list[_Request] = []
         chunks: list[_Request] = []
         running = sequences
-        if not self.is_async:
-            running += sum(len(step.group.ends) + len(step.firsts) for step in self.under_way)
         while budget > 0 and running < self.limits.max_num_seqs:
             request = self.partial if self.partial is not None else (self.waiting[0] if self.waiting else None)
             if request is None or request in chunks:
@@ -313,13 +314,12 @@ class _Replica:
         lasts = self._advance(group, sequences)
         step = _Step(batch, group, firsts, lasts, chunks, repeats)
         self.ready = _Group()
-        if self.is_async:
-            self._requeue(step)
+        self._requeue(step)
         return step
 
     def _repeats(self, group: _Group, batch: Batch, now_s: float) -> int:
         """How many steps like this one follow each other before anything ends, comes in, or fills the pool."""
-        if self.waiting or (self.stages > 1 and (self.resting or (self.under_way and not self.is_async))):
+        if self.waiting or self.resting:
             return 1
         if any(step.lasts or step.chunks for step in self.under_way):
             return 1
@@ -374,7 +374,7 @@ class _Replica:
             else:
                 self.held_tokens -= request.computed
                 step.lasts.append(request)
-        if self.stages > 1 and self.is_async:
+        if self.is_pipelined:
             if len(step.group):
                 self.resting.append((self.num_composed + self.stages, step.group))
         else:
@@ -390,7 +390,7 @@ class _Replica:
 
     def _run(self, step: _Step, now_s: float) -> None:
         at_s, batch, again = now_s, step.batch, step.repeats - 1
-        if self.stages > 1:  # the first stage needs the tokens that the last one drew
+        if self.stages > 1 and batch.sequences:  # the first stage needs the tokens that the last one drew
             at_s = max(at_s, step.group.free_s)
         # Each of the equal steps reads the tokens that the ones before it have added.
         added = batch.sequences * again * (again + 1) / 2
@@ -401,6 +401,8 @@ class _Replica:
         else:
             # As if all stages took what the slowest takes: the next batch follows at its distance, and none overtakes.
             whole_s, busy_s, last_s = self.time.pass_s(batch)
+            if not self.is_pipelined and batch.samples:
+                busy_s = whole_s
         if again:
             busy_s = whole_s = whole_s * step.repeats + added * self.context_token_s
         step.end_s = max(begin_s + whole_s, self.exit_s + last_s)
@@ -413,8 +415,6 @@ class _Replica:
 
     def _deliver(self, step: _Step) -> None:
         c = self.time.constants
-        if not self.is_async:
-            self._requeue(step)
         if not step.batch.samples:
             return
         work_s = step.batch.samples * c.output_s / self.frontends

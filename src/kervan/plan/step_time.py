@@ -121,6 +121,11 @@ class StepTime:
         found = [stage.total_s(batch) for stage in self._distinct]
         return [found[kind] for kind in self._kind_of]
 
+    @property
+    def is_pipelined(self) -> bool:
+        """Stages work on several batches at once. With model runner V1 they take turns, but for parts of prompts."""
+        return self.layout.pp > 1 and self.limits.is_runner_v2
+
     def pass_s(self, batch: Batch) -> tuple[float, float, float]:
         """Of a batch in a pipeline: seconds through all stages and hand-overs, in the slowest stage, in the last."""
         found = [stage.total_s(batch) for stage in self._distinct]
@@ -145,8 +150,7 @@ class StepTime:
         if self.layout.tp > 1:  # each rank sends its share, and the stage gathers them
             gathered = all_reduce_s(self.gpu, self.layout.tp, payload * self.layout.tp / 2, self.constants.all_reduce_s)
             sent += gathered
-        waits = 0.0 if self.limits.is_runner_v2 else self.constants.stage_sync_s
-        return self.constants.stage_s + waits + sent
+        return self.constants.stage_s + sent
 
     def total_s(self, batch: Batch) -> float:
         """A batch from the first stage to the last, nothing else in the pipeline."""
