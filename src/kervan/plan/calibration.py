@@ -65,12 +65,12 @@ class Calibration:
     format: int = FORMAT
 
 
-# Fitted to 20 points on H200 and 28 on H100, vLLM 0.24: `python benchmarks/planner_errors.py` predicts them all. The
+# Fitted to 20 points on H200 and 32 on H100, vLLM 0.24: `python benchmarks/planner_errors.py` predicts them all. The
 # spreads are about what is left there, and at points that were held back (docs/planner.md).
 PRIOR = Calibration(
-    name="prior-h200-2026-11-25",
+    name="prior-h200-2026-11-28",
     gpu="H200",
-    date="2026-11-25",
+    date="2026-11-28",
     constants=Constants(),
     spread={"out_tok_s": 0.05, "tpot_p50_s": 0.04, "ttft_p50_s": 0.18, "ttft_p99_s": 0.15},
     source="vLLM 0.24.0 on H200 and H100",

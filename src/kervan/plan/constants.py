@@ -27,8 +27,8 @@ class Constants:
     flops_half_tokens: float = 42.0
     attention_share: float = 0.63
     attention_half_tokens: float = 1000.0
-    expert_flops_share: float = 0.58
-    expert_half_depth: float = 690.0
+    expert_flops_share: float = 0.455
+    expert_half_depth: float = 620.0
     expert_tile_tokens: float = 64.0
     layer_s: float = 28.5e-6
     expert_layer_s: float = 25e-6
