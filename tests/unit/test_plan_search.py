@@ -11,6 +11,7 @@ from kervan.errors import CapacityError, ConfigError
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
 from kervan.facts.workload import Slo, parse_lengths
+from kervan.plan import engine
 from kervan.plan.candidates import Question
 from kervan.plan.search import search
 
@@ -113,6 +114,18 @@ def test_engine_arguments_that_no_figure_depends_on_are_told() -> None:
     )
     assert "gpu_memory_utilisation, seed; kervan up hands it to vLLM" in told
     assert not any("engine argument" in note for note in search(question(arguments={"max_num_seqs": 32})).notes)
+
+
+def test_engine_arguments_that_count_are_those_that_are_read() -> None:
+    read: set[str] = set()
+
+    class Recorded(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+            read.add(name)
+            return super().get(name, default)
+
+    engine.limits(parse(config("llama3-8b"), "8b"), H200, Recorded())
+    assert read == engine.COUNTED
 
 
 @pytest.mark.parametrize(
