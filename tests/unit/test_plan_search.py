@@ -106,6 +106,14 @@ def test_an_unknown_architecture_is_said() -> None:
     assert any("NewForCausalLM is not an architecture that kervan knows" in note for note in plan.notes)
 
 
+def test_stages_that_take_turns_are_told() -> None:
+    told = {name: search(question(name)).notes for name in ("llama3-8b", "qwen25-14b")}
+    assert [note for note in told["llama3-8b"] if "turns" in note] == []
+    (note,) = (note for note in told["qwen25-14b"] if "turns" in note)
+    assert note.startswith("vLLM 0.24 serves Qwen2ForCausalLM with its model runner V1: pipeline stages take turns")
+    assert not any("turns" in note for note in search(question("qwen25-14b", fixed={"tp": 2})).notes)
+
+
 def test_engine_arguments_that_no_figure_depends_on_are_told() -> None:
     (told,) = (
         note

@@ -165,6 +165,11 @@ def _notes(q: Question, ranked: Sequence[Candidate]) -> list[str]:
         notes.append(f"constants are those of {q.calibration.gpu} ({q.calibration.name}): calibrate for {q.gpu.name}")
     if not q.gpu.link.has_peer_to_peer and best.layout.tp > 1:
         notes.append(f"{q.gpu.name} has no direct link: the time of its all-reduce is assumed, not measured")
+    if q.spec.architecture not in engine.RUNNER_V2 and any(c.fits and c.layout.pp > 1 for c in ranked):
+        notes.append(
+            f"vLLM 0.24 serves {q.spec.architecture} with its model runner V1: pipeline stages take turns, so they add "
+            "memory and no speed"
+        )
     if passed_on := sorted(q.arguments.keys() - engine.COUNTED):
         notes.append(
             f"the figures do not depend on engine argument {', '.join(passed_on)}; kervan up hands it to vLLM, which "
