@@ -87,12 +87,13 @@ async def test_a_lost_node(cluster: RayCluster, models: Models, scratch: Path) -
         before = running.num_whole
         scaled = asyncio.create_task(kervan(fleet, "scale", str(replicas + 1), "--json"))
         cluster.kill_node(LOST)
-        async with asyncio.timeout(30):  # a beat is missed after 3 s
-            while FINE in (told := await kervan(fleet, "status", "--why")):
+        # A beat is missed after 3 s. Until then all may seem well, though the change may be done.
+        async with asyncio.timeout(60):
+            while f"node {LOST} is dead; what was on it is started elsewhere" not in (
+                told := await kervan(fleet, "status", "--why")
+            ):
                 pass
-        while f"node {LOST} is dead; what was on it is started elsewhere" not in told:
-            assert FINE not in told
-            told = await kervan(fleet, "status", "--why")
+        assert FINE not in told
         assert len(json.loads(await scaled)["replicas"]) == replicas + 1
         await asyncio.to_thread(fleet.wait_until_whole, replicas + 1, gateways)
         assert running.num_whole > before
