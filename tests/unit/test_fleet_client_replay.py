@@ -92,7 +92,9 @@ async def test_a_stream_that_kills_replicas_cannot_be_asked_for_again(bench: Ben
         replica = await bench.start(name)
         if name == "r":
             await add(bench, "poison", Run(one), prompt=[1, POISON])
-        await until(lambda replica=replica: replica.running)
+        link = bench.link(replica)
+        await until(lambda k=link: any(k.pong_s > s.placed_s for s in k.streams.values()), "it was alive with it")
+        await bench.placed(replica, *link.streams)
         await replica.step()
         await bench.lost(replica)
     await bench.ended("poison")
