@@ -72,6 +72,16 @@ def test_too_little_memory_for_the_cache(fleet: Fleet, home: Home, models: Any) 
     assert fleet.get("/health/ready").status_code == 200
 
 
+def test_a_gateway_that_vllm_refuses(fleet: Fleet, home: Home, models: Any) -> None:
+    """Twins read no engine arguments, so the gateway is the first to see that this one makes no sense."""
+    done = home.kervan(
+        *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach"),
+        *("--engine", "twin", "--gpu", "H200", *arguments("max_model_len=4096")),
+    )
+    assert_refused(done, "Fix: a max_model_len within the model's own context length")
+    assert home.fleets() == [fleet.name]
+
+
 def processes_of(fleet_name: str) -> list[str]:
     import psutil
 

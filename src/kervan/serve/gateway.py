@@ -18,6 +18,7 @@ from kervan.errors import FleetError
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import StartFailure
 from kervan.fleet.log_files import new_log, open_log
+from kervan.fleet.vllm import failures
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.serve import directory as directories
 from kervan.serve import watchers
@@ -132,8 +133,9 @@ class GatewayReplica:
         await self._gateway.start(serve_http=serve_http)
 
     def _report(self, error: BaseException) -> None:
-        kind = type(error).__name__
-        failure = StartFailure(self._gateway_config.gateway_id, kind, " ".join(str(error).split()), str(self._log_path))
+        told = failures.known(error) or error
+        text = " ".join(str(told).split())
+        failure = StartFailure(self._gateway_config.gateway_id, type(told).__name__, text, str(self._log_path))
         ray.get(self._directory.fail.remote(msgspec.msgpack.encode(failure)))
 
     async def _follow(self) -> None:

@@ -6,8 +6,8 @@ from kervan.errors import CapacityError, ConfigError, EngineError, KervanError
 from kervan.fleet.control import FailureKind
 
 
-def explain(error: BaseException) -> KervanError:
-    """The kervan error for what vLLM raised while it started."""
+def known(error: BaseException) -> KervanError | None:
+    """The kervan error for what vLLM raised while it started, if its cause has a known fix."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -17,9 +17,16 @@ def explain(error: BaseException) -> KervanError:
         if isinstance(cause, KervanError):
             return cause
         text = " ".join(str(cause).split())
-        for pattern, known, fix in KNOWN:
+        for pattern, kervan_error, fix in KNOWN:
             if re.search(pattern, text, re.IGNORECASE):
-                return known(f"{_shorten(text)} Fix: {fix}")
+                return kervan_error(f"{_shorten(text)} Fix: {fix}")
+    return None
+
+
+def explain(error: BaseException) -> KervanError:
+    """The same for every cause."""
+    if (found := known(error)) is not None:
+        return found
     text = " ".join(str(error).split())
     told = ConfigError if type(error).__name__ in ("ValidationError", "ValueError", "OSError") else EngineError
     return told(f"vLLM did not start: {type(error).__name__}: {_shorten(text)}")
