@@ -2,9 +2,9 @@
 
     python benchmarks/planner_errors.py [--plot FILE.svg] [--markdown] [--refit] [--leave-out-layouts]
 
-Sets: `fit` are the points that the shipped constants were fitted to, `held back` those that they were not. --refit fits
-again and prints the constants; with --leave-out-layouts it does so without the points of `layouts.py` on H200 (tp 2,
-pp 2, experts with tp 2), which then count as held back. --plot needs matplotlib.
+Sets: `fit` are the points that the shipped constants were fitted to, `taught` those of which a rule came, `held back`
+the others. --refit fits again and prints the constants; with --leave-out-layouts it does so without the points of
+`layouts.py` on H200 (tp 2, pp 2, experts with tp 2), which then count as held back. --plot needs matplotlib.
 """
 
 import argparse
@@ -28,8 +28,9 @@ KEYS = ("out_tok_s", "tpot_p50_s", "ttft_p50_s", "ttft_p99_s")
 NAMES = {"out_tok_s": "tokens/s", "tpot_p50_s": "TPOT p50", "ttft_p50_s": "TTFT p50", "ttft_p99_s": "TTFT p99"}
 # A kernel was compiled in the middle of this run (a gap of 1.86 s, seen in its longest gap): its rate is not one.
 STALLED = ("qwen3-30b-a3b", 2, 64)
-# Held back when it was measured; then the two constants of expert kernels were fitted with it.
-FITTED_LATER = ("mixtral-8x7b",)
+# Held back when they were measured. Then the two constants of expert kernels were fitted with the first; the second
+# showed that the stages of model runner V1 take turns (and that no wait between them is to be added).
+LATER = {("mixtral-8x7b", 1): "fit", ("qwen25-32b", 2): "taught"}  # by model and pp
 # Of runs with 8 output tokens only the time to the first token says something.
 SHORT_TOKENS = 8
 
@@ -77,7 +78,7 @@ def measured(*, leaves_out_layouts: bool = False) -> Iterator[Measured]:
         yield Measured(_point(row), "H100", "fit")
     for name in ("", "-2"):
         for row in _record(f"planner-points-2xh100-2026-11-27{name}")["serving"]:
-            yield Measured(_point(row), "H100", "fit" if row["model"] in FITTED_LATER else "held back")
+            yield Measured(_point(row), "H100", LATER.get((row["model"], row["pp"]), "held back"))
     for path in sorted(RECORDS.glob("calibrate-*.json")):
         content = json.loads(path.read_text())
         for row in content["serving"]:

@@ -238,6 +238,6 @@ def engine_environment(config: FleetConfig, *, is_on_cpu: bool) -> dict[str, str
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     if is_on_cpu and config.engine_args.get("enforce_eager") is True:
         # vLLM 0.24 to 0.32 compile how log probabilities are ranked all the same, at the first request that wants some.
-        # All streams of the replica would stand still meanwhile: 19 s on two cores, 2 s with a filled cache.
+        # All streams of the replica would stand still meanwhile: 19 s on two cores, 2 s with a filled cache (by hand).
         env.setdefault("TORCH_COMPILE_DISABLE", "1")
     return {**env, **config.env}
