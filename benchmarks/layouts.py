@@ -33,6 +33,7 @@ from kervan.bench.calibrate import Floor
 from kervan.bench.load import Load
 from kervan.bench.run import measure, prepare
 from kervan.errors import KervanError
+from kervan.ports import free_port
 
 Row = dict[str, Any]
 SHAPES = {"replicas": "llama3-8b", "tensor": "llama3-70b", "stages": "llama3-70b", "experts": "qwen3-30b-a3b"}
@@ -168,7 +169,7 @@ def bare(bench: Bench, what: str, model: str, env: Mapping[str, str], **layout: 
 def two_ray_nodes(num_gpus: int, log_dir: Path) -> Iterator[dict[str, str]]:
     """A Ray cluster of two nodes on this host, each with half of the GPUs (or one core); its environment."""
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--block"]
-    port = servers.free_port()
+    port = free_port()
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "benchmark-" * 4, "RAY_worker_niceness": "0"}
     environment["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] = "0.5"
     half = num_gpus // 2

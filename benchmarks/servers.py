@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from kervan.ports import free_port
 
 HERE = Path(__file__).resolve().parent
 EngineArgs = Mapping[str, Any]
@@ -65,13 +66,6 @@ class Starting:
     def fail(self, reason: str) -> ServerError:
         tail = self.log.read_text(errors="replace").splitlines()[-25:] if self.log.exists() else []
         return ServerError("\n".join([f"{self.name}: {reason}; end of {self.log}:", *tail]))
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def parse_assignments(items: Iterable[str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,15 +17,12 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from kervan.ports import free_port
+
 # Starts take a minute on two idle cores; several minutes mean that the machine is shared, not that it hangs.
 START_S = 600.0
 REQUEST_S = 60.0
 SMALL = ("dtype=float32", "enforce_eager=true")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def eventually(check: Callable[[], Any], what: str, timeout_s: float, every_s: float = 0.3) -> Any:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from live import Home, free_port
+from live import Home
+
+from kervan.ports import free_port
 
 SETTINGS = {
     "RAY_AUTH_MODE": "token",

@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from live import SMALL, Fleet, Home, Take, eventually, free_port, take_chat
+from live import SMALL, Fleet, Home, Take, eventually, take_chat
 from ray_cluster import RayCluster, ray_cluster
 
 from kervan.demo import PAIRS
+from kervan.ports import free_port
 
 QUESTION, ANSWER = next(iter(PAIRS.items()))
 

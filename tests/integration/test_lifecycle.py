@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live import SMALL, START_S, Fleet, Home, eventually, free_port
+from live import SMALL, START_S, Fleet, Home, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 from kervan.demo import PAIRS
+from kervan.ports import free_port
 
 QUESTION, ANSWER = next(iter(PAIRS.items()))
 

@@ -8,11 +8,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live import Fleet, Home, eventually, eventually_async, free_port
+from live import Fleet, Home, eventually, eventually_async
 from shared_fleet import Models
 from twin_load import NUM_STREAMS, kervan, kill_actor, load
 
 from kervan.facts.fleet import FleetConfig
+from kervan.ports import free_port
 from kervan.twin.engine import answer
 from kervan.twin.settings import settings
 

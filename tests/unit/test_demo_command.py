@@ -13,6 +13,7 @@ import pytest
 
 from kervan.cli import demo
 from kervan.errors import FleetError
+from kervan.ports import free_port
 
 MODELS = json.dumps({"data": [{"id": "tiny"}]}).encode()
 
@@ -84,7 +85,7 @@ def test_a_stream_that_breaks_off(last: str, why: str) -> None:
 
 @pytest.mark.parametrize("ask", [demo._answering, lambda host, port: list(demo._stream_chat(host, port, "Hello?"))])
 def test_a_gateway_that_is_gone(ask: Callable[[str, int], object]) -> None:
-    port = demo._free_port()
+    port = free_port()
     with pytest.raises(FleetError, match=f"127.0.0.1:{port} does not answer: .*refused; see `kervan status`"):
         ask("127.0.0.1", port)
 

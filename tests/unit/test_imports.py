@@ -13,12 +13,12 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
-BOTTOM = ("errors.py", "units.py", "stats.py")
+BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py")
 ABOVE = ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
-#   errors, units, stats <- facts, policy <- fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
+#   errors, units, stats, ports <- facts, policy <- fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
 #   bench <- calibrate <- cli
 FORBIDDEN = [
     *((part, ("facts", "policy", *ABOVE)) for part in BOTTOM),
@@ -118,7 +118,15 @@ def test_this_environment_has_what_must_stay_unloaded(library: str) -> None:
 
 
 def test_pure_packages_load_nothing_heavy() -> None:
-    modules = ["kervan", "kervan.errors", "kervan.units", "kervan.stats", "kervan.cli.bench_view", "kervan.cli.render"]
+    modules = [
+        "kervan",
+        "kervan.errors",
+        "kervan.units",
+        "kervan.stats",
+        "kervan.ports",
+        "kervan.cli.bench_view",
+        "kervan.cli.render",
+    ]
     for part in ("facts", "policy", "plan", "bench", "notices", "observe", "calibrate"):
         modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
     assert len(modules) > 6

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kervan.errors import FleetError
+from kervan.ports import free_port
 
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
@@ -31,8 +31,7 @@ def reach(where: str, say: Callable[[str], None] = lambda _: None) -> Iterator[s
     if PLACE not in where:
         yield where
         return
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
+    port = free_port()
     command = where.replace(PLACE, str(port))
     with tempfile.TemporaryDirectory(prefix="kervan-bench-") as folder:
         log = Path(folder) / "server.log"

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from kervan.bench.result import Result
 from kervan.bench.run import Client, Prepared, measure, prepare
 from kervan.calibrate.measurements import Memory, Serving
 from kervan.errors import ConfigError, EngineError, KervanError
+from kervan.ports import free_port
 
 ENGINE_ARGS: Mapping[str, Any] = {"load_format": "dummy", "enable_prefix_caching": False, "max_model_len": 8192}
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.92  # of vLLM 0.24 to 0.32
@@ -204,8 +204,7 @@ def _start(
     server: Server, command: CommandOf, engine_args: Mapping[str, Any], log_dir: Path, env: Mapping[str, str]
 ) -> _Running:
     """Start a server and return at once; its output goes to a file in `log_dir`."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
+    port = free_port()
     log_dir.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", str(server)) + "-gpu" + "-".join(map(str, server.gpus))
     log = log_dir / f"{name}-{port}.log"

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from kervan.facts import fleet as facts
 from kervan.facts.fleet import ON_DEMAND, SPOT, FleetConfig
 from kervan.facts.workload import Slo, read_trace
 from kervan.fleet.directory import ReplicaEntry, Snapshot
+from kervan.ports import free_port
 from kervan.serve import cluster, start
 from kervan.serve import fleet as fleets
 from kervan.serve.fleet import plural
@@ -130,7 +130,7 @@ def run(model: str, plan: ReplayPlan, say: Say) -> Report:
     course = plan.course()
     for _ in read_trace(Path(plan.trace)):
         pass  # a broken row is told now, not in the middle
-    config = start.validate(fleet_config(model, plan, f"replay-{os.getpid()}", _free_port()))
+    config = start.validate(fleet_config(model, plan, f"replay-{os.getpid()}", free_port()))
     drive.raise_file_limit()
     say("starting a Ray cluster of its own on this machine")
     nodes = LocalNodes()
@@ -147,12 +147,6 @@ def run(model: str, plan: ReplayPlan, say: Say) -> Report:
     finally:
         nodes.close()
         cluster.forget(config.name)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 class Playing(Run):

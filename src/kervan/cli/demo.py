@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import click
 
 from kervan.demo import PAIRS, make_demo_model
 from kervan.errors import FleetError
+from kervan.ports import free_port
 
 _MODEL_DIRECTORY: Final = Path(".demo/model")
 _QUESTION: Final = "What happens when a replica dies?"
@@ -39,7 +39,7 @@ def demo() -> None:
     with _sigterm_unwinds():
         say(f"model: {_MODEL_DIRECTORY} (trained here for about half a minute if it is not there yet)")
         make_demo_model(_MODEL_DIRECTORY, on_progress=say)
-        port = _free_port()
+        port = free_port()
         try:
             say("fleet: Ray and two vLLM replicas; ready when each has produced a token")
             _kervan(
@@ -85,12 +85,6 @@ def demo() -> None:
 def _clock() -> Callable[[str], None]:
     started = time.monotonic()
     return lambda text: click.echo(f"[{time.monotonic() - started:6.1f} s] {text}")
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 @contextmanager
