@@ -34,7 +34,7 @@ import psutil
 import servers
 from servers import HERE, Meter, Server
 
-from kervan.bench import calibrate, run
+from kervan.bench import calibrate, records, run
 from kervan.bench.calibrate import Floor
 from kervan.bench.load import Load
 from kervan.bench.result import Result
@@ -303,11 +303,9 @@ def output_of(*command: str) -> str:
 
 
 def hardware() -> Record:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [ln.partition(":")[2].strip() for ln in cpuinfo.read_text().splitlines() if ln.startswith("model name")]
-    gpus = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").splitlines()
-    cpu = names[0] if names else platform.processor()
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "gpu": "; ".join(gpus), "num_gpus": len(gpus)}
+    found = records.environment()["hardware"]
+    gpus = found.pop("gpus")
+    return {**found, "gpu": "; ".join(gpus), "num_gpus": len(gpus)}
 
 
 def hardware_slug(facts: Record) -> str:
