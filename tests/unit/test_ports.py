@@ -10,6 +10,8 @@ from kervan import ports
 
 def test_a_free_port_is_none_that_the_kernel_gives_to_connections() -> None:
     first = int(ports.EPHEMERAL.read_text().split()[0])
+    if first <= ports.FIRST:
+        pytest.skip("the kernel takes ports from below 20,000 here")
     for _ in range(20):
         port = ports.free_port()
         assert ports.FIRST <= port < first
@@ -18,12 +20,13 @@ def test_a_free_port_is_none_that_the_kernel_gives_to_connections() -> None:
 
 
 def test_a_taken_port_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = ports.free_port()
+    monkeypatch.setattr(ports, "FIRST", only)
     monkeypatch.setattr(ports, "EPHEMERAL", tmp_path / "range")
-    ports.EPHEMERAL.write_text(f"{ports.FIRST + 2}\t60999\n")  # two to choose from
-    with socket.create_server(("127.0.0.1", ports.FIRST)):
-        assert {ports.free_port() for _ in range(20)} <= {ports.FIRST + 1, *range(ports.FIRST + 2, 65536)}
-        with socket.create_server(("127.0.0.1", ports.FIRST + 1)):
-            assert ports.free_port() > ports.FIRST + 1
+    ports.EPHEMERAL.write_text(f"{only + 1}\t60999\n")
+    assert ports.free_port() == only
+    with socket.create_server(("127.0.0.1", only)):
+        assert ports.free_port() != only
 
 
 @pytest.mark.parametrize("told", ["1024\t65535\n", None])
