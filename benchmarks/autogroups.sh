@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What Linux's autogroups cost on busy cores: bash benchmarks/autogroups.sh MODEL_DIR, as root, in about 6 minutes.
+# What Linux's autogroups cost on busy cores: bash benchmarks/autogroups.sh MODEL_DIR, as root, in about 7 minutes.
 # Two vLLM CPU replicas, 32 streams for ${FOR:-45s}: with autogroups, without, without, with. Records go to ${OUT:-out}.
 # A process is in the group of its session from its start, so each run has a fleet of its own.
 set -euo pipefail

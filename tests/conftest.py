@@ -11,12 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kervan.bench.records import has_autogroups
+
 pytest_plugins = ["shared_fleet"]
 
 MARK = "KERVAN_TEST_SESSION"
 REPOSITORY = Path(__file__).parent.parent
 LEAVE_S = 20.0
-AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str | None:
-    if AUTOGROUP.exists() and AUTOGROUP.read_text().strip() == "1":
+    if has_autogroups():
         return "autogroups: on; if fleets stall, see docs/serving.md, 'When everything stands still for seconds'"
     return None
 

@@ -91,9 +91,13 @@ def _hardware() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus,
         "kernel": platform.release(),
-        # With it some kernels starve whole sessions: docs/serving.md, "When everything stands still for seconds".
-        "sched_autogroup": AUTOGROUP.exists() and AUTOGROUP.read_text().strip() == "1",
+        "sched_autogroup": has_autogroups(),
     }
+
+
+def has_autogroups() -> bool:
+    """Whether Linux schedules each session as a group, with which 6.18.44 starves some: docs/serving.md, at its end."""
+    return AUTOGROUP.exists() and AUTOGROUP.read_text().strip() == "1"
 
 
 def _output(*command: str) -> str:
