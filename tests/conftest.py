@@ -13,7 +13,7 @@ import pytest
 
 from kervan.bench.records import has_autogroups
 
-pytest_plugins = ["shared_fleet"]
+pytest_plugins = ["shared_fleet", "toy_fleet"]
 
 MARK = "KERVAN_TEST_SESSION"
 REPOSITORY = Path(__file__).parent.parent

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -210,8 +211,8 @@ async def events(response: httpx.Response) -> AsyncIterator[Any]:
             yield None if data == "[DONE]" else json.loads(data)
 
 
-async def take_chat(client: httpx.AsyncClient, take: Take, body: dict[str, Any]) -> Take:
-    """Stream one chat answer into `take`; every failure ends in `take.error`."""
+async def take_chat(client: httpx.AsyncClient, take: Take, body: dict[str, Any], max_chars: float = math.inf) -> Take:
+    """Stream one chat answer into `take`; every failure ends in `take.error`. Who has `max_chars` of it leaves."""
     body = {"stream": True, "stream_options": {"include_usage": True}, **body}
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -232,6 +233,8 @@ async def take_chat(client: httpx.AsyncClient, take: Take, body: dict[str, Any])
                             take.at_s.append(time.monotonic())
                             take.began.set()
                         take.finish_reason = choice["finish_reason"] or take.finish_reason
+                if len(take.text) >= max_chars:
+                    return take
     except httpx.HTTPError as error:
         take.error = repr(error)
     finally:

@@ -1,20 +1,12 @@
 """Streams whose clients come back, in the fleet client: what the journal has comes first, and a replica goes on."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
-import pytest
-from test_fleet_client import POISON, Bench, make_bench, until
 from test_replication import Holder, journal, new_journals
+from toy_fleet import POISON, Bench, until
 
 from kervan.fleet.replay import Journal, Run, current_run
 from kervan.fleet.replication import Replicator
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    async with make_bench() as made:
-        yield made
 
 
 async def add(bench: Bench, request_id: str, run: Run, max_tokens: int = 6, prompt: list[int] | None = None) -> None:

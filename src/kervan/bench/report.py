@@ -16,6 +16,7 @@ from kervan.errors import ConfigError
 from kervan.units import format_duration
 
 COLOURS = ("#2457c5", "#d1622b", "#1a7f4b", "#8a3ffc", "#b3261e", "#0f8b8d", "#946200", "#5b6472")
+FAULT_COLOUR = "#b3261e"
 LABELS = {
     "ttft_s": "TTFT from sending",
     "ttft_from_arrival_s": "TTFT from arrival",
@@ -347,84 +348,75 @@ def _cdf(runs: Sequence[Shown]) -> dict[str, Any]:
 
 def _timeline(runs: Sequence[Shown]) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
-    shapes, notes = [], []
     for number, run in enumerate(runs):
-        lists = run.record["timeline"]
-        width_s = lists["bucket_s"]
-        times = [(i + 0.5) * width_s for i in range(len(lists["tokens"]))]
-        colour = COLOURS[number % len(COLOURS)]
-        name = "" if len(runs) == 1 else f", {run.name}"
-        in_flight, running = [], 0
-        for started, ok, errors in zip(lists["started"], lists["ok"], lists["errors"], strict=True):
-            running += started - ok - errors
-            in_flight.append(max(0, running))
-        rows = [
-            ("tokens/s", [n / width_s for n in lists["tokens"]], "y", colour),
-            ("in flight", in_flight, "y2", COLOURS[2] if len(runs) == 1 else colour),
-            ("longest gap, ms", [1e3 * g for g in lists["gap_max_s"]], "y3", COLOURS[1] if len(runs) == 1 else colour),
-        ]
-        for what, values, axis, line in rows:
-            data.append(
-                {
-                    "x": times,
-                    "y": values,
-                    "name": what + name,
-                    "yaxis": axis,
-                    "mode": "lines",
-                    "line": {"color": line, "width": 1.7},
-                    "showlegend": axis == "y" and len(runs) > 1,
-                    "legendgroup": run.name,
-                    "hovertemplate": "%{y:,.4g} at %{x:.1f} s<extra>" + what + name + "</extra>",
-                }
-            )
-        if any(lists["errors"]):
-            marked = [(t, v, n) for t, v, n in zip(times, rows[0][1], lists["errors"], strict=True) if n]
-            data.append(
-                {
-                    "x": [t for t, _, _ in marked],
-                    "y": [v for _, v, _ in marked],
-                    "text": [f"{n} failed" for _, _, n in marked],
-                    "name": "failed requests" + name,
-                    "mode": "markers",
-                    "marker": {"color": "#b3261e", "symbol": "x", "size": 9},
-                    "hovertemplate": "%{text} at %{x:.1f} s<extra></extra>",
-                }
-            )
-        for effect in run.record["result"]["faults"]:
-            dashed = {"color": "#b3261e", "width": 1.5, "dash": "dash"}
-            shapes.append(
-                {
-                    "type": "line",
-                    "x0": effect["at_s"],
-                    "x1": effect["at_s"],
-                    "yref": "paper",
-                    "y0": 0,
-                    "y1": 1,
-                    "line": dashed,
-                }
-            )
-            notes.append(
-                {
-                    "x": effect["at_s"],
-                    "y": 1,
-                    "yref": "paper",
-                    "text": html.escape(effect["command"][:48]),
-                    "showarrow": False,
-                    "xanchor": "left",
-                    "yanchor": "top",
-                    "font": {"size": 12, "color": "#b3261e"},
-                }
-            )
+        data += _lines_over_time(run, COLOURS[number % len(COLOURS)], is_alone=len(runs) == 1)
+    effects = [effect for run in runs for effect in run.record["result"]["faults"]]
     layout = _layout(
         xaxis={"title": {"text": "seconds since the start"}, "anchor": "y3"},
         yaxis={"title": {"text": "tokens/s"}, "domain": [0.5, 1], "rangemode": "tozero"},
         yaxis2={"title": {"text": "in flight"}, "domain": [0.25, 0.44], "rangemode": "tozero"},
         yaxis3={"title": {"text": "gap, ms"}, "domain": [0, 0.19], "rangemode": "tozero"},
-        shapes=shapes,
-        annotations=notes,
+        shapes=[_fault_line(effect["at_s"]) for effect in effects],
+        annotations=[_fault_note(effect["at_s"], effect["command"]) for effect in effects],
         hovermode="x unified" if len(runs) == 1 else "closest",
     )
     return {"data": data, "layout": layout}
+
+
+def _lines_over_time(run: Shown, colour: str, *, is_alone: bool) -> list[dict[str, Any]]:
+    """Tokens/s, streams in flight and the longest gap; and crosses where requests failed."""
+    lists = run.record["timeline"]
+    width_s = lists["bucket_s"]
+    times = [(i + 0.5) * width_s for i in range(len(lists["tokens"]))]
+    name = "" if is_alone else f", {run.name}"
+    in_flight, running = [], 0
+    for started, ok, errors in zip(lists["started"], lists["ok"], lists["errors"], strict=True):
+        running += started - ok - errors
+        in_flight.append(max(0, running))
+    rates = [n / width_s for n in lists["tokens"]]
+    rows = [
+        ("tokens/s", rates, "y", colour),
+        ("in flight", in_flight, "y2", COLOURS[2] if is_alone else colour),
+        ("longest gap, ms", [1e3 * g for g in lists["gap_max_s"]], "y3", COLOURS[1] if is_alone else colour),
+    ]
+    data: list[dict[str, Any]] = [
+        {
+            "x": times,
+            "y": values,
+            "name": what + name,
+            "yaxis": axis,
+            "mode": "lines",
+            "line": {"color": line, "width": 1.7},
+            "showlegend": axis == "y" and not is_alone,
+            "legendgroup": run.name,
+            "hovertemplate": "%{y:,.4g} at %{x:.1f} s<extra>" + what + name + "</extra>",
+        }
+        for what, values, axis, line in rows
+    ]
+    if any(lists["errors"]):
+        marked = [(t, v, n) for t, v, n in zip(times, rates, lists["errors"], strict=True) if n]
+        data.append(
+            {
+                "x": [t for t, _, _ in marked],
+                "y": [v for _, v, _ in marked],
+                "text": [f"{n} failed" for _, _, n in marked],
+                "name": "failed requests" + name,
+                "mode": "markers",
+                "marker": {"color": FAULT_COLOUR, "symbol": "x", "size": 9},
+                "hovertemplate": "%{text} at %{x:.1f} s<extra></extra>",
+            }
+        )
+    return data
+
+
+def _fault_line(at_s: float) -> dict[str, Any]:
+    line = {"color": FAULT_COLOUR, "width": 1.5, "dash": "dash"}
+    return {"type": "line", "x0": at_s, "x1": at_s, "yref": "paper", "y0": 0, "y1": 1, "line": line}
+
+
+def _fault_note(at_s: float, command: str) -> dict[str, Any]:
+    text = {"text": html.escape(command[:48]), "font": {"size": 12, "color": FAULT_COLOUR}}
+    return {"x": at_s, "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "top", "showarrow": False, **text}
 
 
 def _sweep(runs: Sequence[Shown]) -> dict[str, Any]:

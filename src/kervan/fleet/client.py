@@ -16,19 +16,16 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
-import statistics
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
 
 from kervan.errors import EngineError
 from kervan.fleet import stalls, wire
@@ -36,20 +33,17 @@ from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
 from kervan.fleet.journal import Stream
-from kervan.fleet.link import Link, LinkRefusedError, Member, Tally, open_link
+from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
+from kervan.fleet.listener import ENGINE_DIED, Listener, send_ping
 from kervan.fleet.replay import Run, current_run
 from kervan.fleet.replication import Replicator
 from kervan.fleet.stalls import Stalls
+from kervan.fleet.traffic import TrafficMeter
 from kervan.policy import quarantine, routing
 
 logger = logging.getLogger(__name__)
 
 RECONNECT_PERIOD_S = 0.5
-RATE_WINDOW_S = 10.0
-SETTLE_S = 0.01
-KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are told too
-MAX_TTFTS = 1000  # kept between two looks at the traffic
-ENGINE_DIED = "the engine died"
 
 
 @dataclass(slots=True)
@@ -86,7 +80,7 @@ class FleetClient:
         self._context = zmq.asyncio.Context()
         self._members: dict[str, Member] = {}
         self._links: dict[str, Link] = {}
-        self._tallies: dict[str, Tally] = {}
+        self._meter = TrafficMeter()
         self._loads: list[routing.ReplicaLoad] = []
         self._link_tasks: dict[Member, asyncio.Task[None]] = {}
         self._streams: dict[str, Stream] = {}
@@ -94,8 +88,6 @@ class FleetClient:
         self._num_awaiting = 0
         self._link_up = asyncio.Event()
         self._call_ids = itertools.count(1)
-        self._completed_per_s = 0.0
-        self._rate_at_s = self._traffic_s = time.monotonic()
         self._is_closing = False
         self._evacuations = Evacuations(self._links, self._move, codec)
         self._stalls = Stalls()
@@ -123,25 +115,11 @@ class FleetClient:
     @property
     def completed_per_s(self) -> float:
         """Completed streams per second, averaged over about 10 s."""
-        return self._completed_per_s * math.exp((self._rate_at_s - time.monotonic()) / RATE_WINDOW_S)
+        return self._meter.completed_per_s
 
     def traffic(self) -> dict[str, Traffic]:
         """What came from each replica since the last call, by its id; of those that are gone, their last counts."""
-        now_s = time.monotonic()
-        elapsed_s, self._traffic_s = now_s - self._traffic_s, now_s
-        told = {}
-        for replica_id, tally in list(self._tallies.items()):
-            if replica_id not in self._links and now_s - tally.unlinked_s > KEEP_TALLY_S:
-                del self._tallies[replica_id]
-            else:
-                told[replica_id] = Traffic(0.0, None, tally.num_served, tally.num_moved)
-        for link in self._links.values():
-            ttft_s = statistics.median(link.ttfts_s) if link.ttfts_s else None
-            rate = round(link.num_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0
-            told[link.replica_id] = Traffic(rate, ttft_s, link.tally.num_served, link.tally.num_moved)
-            link.num_tokens = 0
-            link.ttfts_s.clear()
-        return told
+        return self._meter.look(self._links)
 
     async def wait_for_link(self) -> Link:
         """The first live link, as soon as there is one."""
@@ -283,7 +261,7 @@ class FleetClient:
         stream.placed_s = time.monotonic()
         await link.input.send_multipart(self.codec.encode_add(stream), copy=False)
         if stream.is_suspect:  # should the replica die, its answer tells that it was alive until then
-            await self._send_ping(link)
+            await send_ping(link)
 
     def _is_long(self, stream: Stream) -> bool:
         """Whether much is still to come: as much as may, or where that says little, as usually does."""
@@ -392,7 +370,7 @@ class FleetClient:
                 continue
             self.refusals.pop(member.replica_id, None)
             self._hear_of_leaving(link)
-            link.tally = self._tallies.setdefault(member.replica_id, link.tally)
+            link.tally = self._meter.tally(member.replica_id)
             self._links[member.replica_id] = link
             self._sort_loads()
             self._link_up.set()
@@ -401,8 +379,7 @@ class FleetClient:
                 await self._acquit(link)
                 await self._place_held()
                 self._evacuations.look()
-                reason = await self._first_of(self._pump(link), self._watch(link), self._ping(link))
-                await self._read_rest(link)
+                reason = await Listener(link, self.codec, self._deliver, self._evacuations.look).run()
             finally:
                 await self._lose(link, reason)
             await asyncio.sleep(RECONNECT_PERIOD_S)
@@ -410,62 +387,6 @@ class FleetClient:
     def _sort_loads(self) -> None:
         """By id, so that ties go the same way everywhere."""
         self._loads = sorted((link.load for link in self._links.values()), key=lambda load: load.replica_id)
-
-    @staticmethod
-    async def _first_of(*jobs: Awaitable[str]) -> str:
-        tasks = [asyncio.ensure_future(job) for job in jobs]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _pump(self, link: Link) -> str:
-        """Deliver outputs until the engine says that it is dead."""
-        receive = link.output.recv_multipart
-        while True:
-            ending = self._take(link, await receive(copy=False))
-            if ending is not None:
-                return ending
-
-    def _take(self, link: Link, frames: Sequence[zmq.Frame]) -> str | None:
-        """Deliver one output message; why the link is over, if it is."""
-        if len(frames) == 1 and frames[0].bytes == wire.ENGINE_DEAD:
-            return ENGINE_DIED
-        number = wire.decode_number(frames[0].bytes)
-        if number != link.num_outputs + 1:
-            return f"output {link.num_outputs + 1} was lost, {number} came"
-        link.num_outputs, link.output_s = number, time.monotonic()
-        outputs = self.codec.decode(frames[1:])
-        if outputs.utility_output is not None:
-            self._answer(link, outputs.utility_output)
-        else:
-            self._deliver(link, outputs)
-        return None
-
-    async def _read_rest(self, link: Link) -> None:
-        """Take what came before the link ended: tokens need not be computed again, and signs of life count."""
-        await asyncio.sleep(SETTLE_S)  # the other connection's last bytes may come a moment after the first one broke
-        with contextlib.suppress(zmq.Again):
-            while self._take(link, await link.output.recv_multipart(zmq.NOBLOCK, copy=False)) is None:
-                pass
-        with contextlib.suppress(zmq.Again):
-            while True:
-                kind, payload = await link.input.recv_multipart(zmq.NOBLOCK)
-                if kind == wire.PONG:
-                    link.hear(msgspec.msgpack.decode(payload, type=wire.Pong))
-
-    @staticmethod
-    def _answer(link: Link, answer: Any) -> None:
-        future = link.calls.pop(answer.call_id, None)
-        if future is None or future.done():
-            return
-        if answer.failure_message is not None:
-            future.set_exception(EngineError(f"replica {link.replica_id}: {answer.failure_message}"))
-        else:
-            future.set_result(answer.result.result if answer.result is not None else None)
 
     def _deliver(self, link: Link, outputs: Outputs) -> None:
         kept = []
@@ -495,7 +416,7 @@ class FleetClient:
                 self._evacuations.lengths.observe(len(stream.generated))
                 link.tally.num_served += 1
                 self._forget(stream)
-                self._count_completed()
+                self._meter.count_completed()
             kept.append(output)
         if kept or outputs.scheduler_stats is not None:
             outputs.outputs = kept
@@ -520,8 +441,7 @@ class FleetClient:
         ttft_s = time.monotonic() - stream.placed_s
         prefilled_tokens = stream.prompt_tokens + len(stream.generated)
         self._evacuations.prefill.observe(prefilled_tokens, ttft_s)
-        if len(link.ttfts_s) < MAX_TTFTS:
-            link.ttfts_s.append(ttft_s)
+        link.note_ttft(ttft_s)
         queued = min(stream.cost_tokens - 1, prefilled_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)
@@ -531,53 +451,6 @@ class FleetClient:
             link.load.num_suspects -= 1
             if self._held:
                 asyncio.get_running_loop().create_task(self._place_held())
-
-    def _count_completed(self) -> None:
-        now_s = time.monotonic()
-        decay = math.exp((self._rate_at_s - now_s) / RATE_WINDOW_S)
-        self._completed_per_s = self._completed_per_s * decay + 1 / RATE_WINDOW_S
-        self._rate_at_s = now_s
-
-    @staticmethod
-    async def _watch(link: Link) -> str:
-        watches = [asyncio.ensure_future(recv_monitor_message(monitor)) for monitor in link.monitors]
-        try:
-            await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for watch in watches:
-                watch.cancel()
-        return "its connection broke"
-
-    @staticmethod
-    async def _send_ping(link: Link) -> None:
-        await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(wire.Ping(link.load.own_tokens))])
-
-    async def _ping(self, link: Link) -> str:
-        """Keep the lease; follow the replica's load and whether it drains; miss outputs that were sent."""
-
-        async def send() -> None:
-            while True:
-                await self._send_ping(link)
-                await asyncio.sleep(wire.PING_PERIOD_S)
-
-        sender = asyncio.create_task(send())
-        try:
-            while True:
-                kind, payload = await link.input.recv_multipart()
-                if kind != wire.PONG:
-                    continue
-                was_draining = link.is_draining
-                link.hear(msgspec.msgpack.decode(payload, type=wire.Pong))
-                now_s = link.pong_s
-                if link.pong.num_outputs <= link.num_outputs:
-                    link.output_s = now_s
-                elif now_s - link.output_s > wire.OUTPUT_TIMEOUT_S:
-                    return f"{link.pong.num_outputs} outputs were sent and {link.num_outputs} came"
-                if link.is_draining and not was_draining:
-                    logger.info("replica %s drains", link.replica_id)
-                    self._evacuations.look()
-        finally:
-            sender.cancel()
 
     async def _watch_for_stalls(self) -> None:
         while True:

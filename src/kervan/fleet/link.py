@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 LONGEST_STEP_S = 2.0
 STEP_WEIGHT = 0.1
+MAX_TTFTS = 1000  # kept between two looks at the traffic
 # A replica stands still if nothing has come for so many of its steps, and so many seconds.
 STILL_STEPS, STILL_S = 5, 0.25
 NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
@@ -144,6 +145,11 @@ class Link:
         if self._step_s is None or now_s - self._stepped_s > max(STILL_STEPS * self._step_s, STILL_S):
             return None
         return self._step_s
+
+    def note_ttft(self, ttft_s: float) -> None:
+        """Of one stream; `fleet.traffic` takes them away."""
+        if len(self.ttfts_s) < MAX_TTFTS:
+            self.ttfts_s.append(ttft_s)
 
     def close(self) -> None:
         for socket, monitor in zip((self.input, self.output), self.monitors, strict=True):

@@ -1,0 +1,56 @@
+"""What a gateway has seen of its replicas: streams that ended or moved, tokens, first tokens, answers per second."""
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+
+from kervan.fleet.directory import Traffic
+from kervan.fleet.link import Link, Tally
+
+RATE_WINDOW_S = 10.0
+KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are told too
+
+
+class TrafficMeter:
+    """Of one client. Counts of a replica outlive its link."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[str, Tally] = {}
+        self._completed_per_s = 0.0
+        self._rate_at_s = self._looked_s = time.monotonic()
+
+    def tally(self, replica_id: str) -> Tally:
+        """Its streams so far, also over links that it had before."""
+        return self._tallies.setdefault(replica_id, Tally())
+
+    def look(self, links: Mapping[str, Link]) -> dict[str, Traffic]:
+        """What came from each replica since the last look, by its id; of those that are gone, their last counts."""
+        now_s = time.monotonic()
+        elapsed_s, self._looked_s = now_s - self._looked_s, now_s
+        told = {}
+        for replica_id, tally in list(self._tallies.items()):
+            if replica_id not in links and now_s - tally.unlinked_s > KEEP_TALLY_S:
+                del self._tallies[replica_id]
+            else:
+                told[replica_id] = Traffic(0.0, None, tally.num_served, tally.num_moved)
+        for link in links.values():
+            ttft_s = statistics.median(link.ttfts_s) if link.ttfts_s else None
+            rate = round(link.num_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0
+            told[link.replica_id] = Traffic(rate, ttft_s, link.tally.num_served, link.tally.num_moved)
+            link.num_tokens = 0
+            link.ttfts_s.clear()
+        return told
+
+    @property
+    def completed_per_s(self) -> float:
+        """Completed streams per second, averaged over about `RATE_WINDOW_S`."""
+        return self._completed_per_s * self._decay(time.monotonic())
+
+    def count_completed(self) -> None:
+        now_s = time.monotonic()
+        self._completed_per_s = self._completed_per_s * self._decay(now_s) + 1 / RATE_WINDOW_S
+        self._rate_at_s = now_s
+
+    def _decay(self, now_s: float) -> float:
+        return math.exp((self._rate_at_s - now_s) / RATE_WINDOW_S)
