@@ -23,6 +23,7 @@ from kervan.ports import free_port
 # Starts take a minute on two idle cores; several minutes mean that the machine is shared, not that it hangs.
 START_S = 600.0
 REQUEST_S = 60.0
+UNTIL_S = 120.0
 SMALL = ("dtype=float32", "enforce_eager=true")
 
 
@@ -46,6 +47,14 @@ async def eventually_async(check: Callable[[], Any], what: str, timeout_s: float
             return value
         assert time.monotonic() < deadline_s, f"after {timeout_s:.0f} s still not: {what}"
         await asyncio.sleep(every_s)
+
+
+async def until(condition: Callable[[], Any], what: str = "") -> None:
+    """Until what this loop does has made it true; for conditions that take no time to look at."""
+    deadline_s = time.monotonic() + UNTIL_S
+    while not condition():
+        assert time.monotonic() < deadline_s, what or "the condition never came true"
+        await asyncio.sleep(0.002)
 
 
 def is_alive(pid: int) -> bool:

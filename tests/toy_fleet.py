@@ -7,13 +7,14 @@ computed from a wrong prefix changes every later one. Replicas step when the tes
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
 import zmq.asyncio
+from live import until
 
 from kervan.fleet import client as client_module
 from kervan.fleet import stalls, wire
@@ -25,7 +26,6 @@ from kervan.policy import quarantine
 SECRET = "s3cret"
 VERSION = "toy-1"
 POISON = 666  # a prompt that holds it kills its replica at the first step
-DEADLINE_S = 20.0
 
 ADD, ABORT, UTILITY = b"\x00", b"\x01", b"\x02"
 
@@ -289,13 +289,6 @@ class ToyReplica:
 
 
 # ---- the test bench
-
-
-async def until(condition: Callable[[], Any], what: str = "") -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, what or "the condition never came true"
-        await asyncio.sleep(0.001)
 
 
 class Bench:

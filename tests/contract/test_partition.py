@@ -4,7 +4,8 @@ import asyncio
 import re
 from pathlib import Path
 
-from test_twin import LIMITS, Bench, until
+from live import until
+from test_twin import LIMITS, Bench
 
 from kervan.fleet.link import Link, Member
 from kervan.twin.engine import StepTiming, answer

@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from live import until
 
 from kervan.facts.fault import Fault
 from kervan.fleet.client import FleetClient
@@ -18,17 +19,9 @@ from kervan.twin.engine import Limits, StepTiming, TwinSettings, answer
 from kervan.twin.replica import TwinSpec
 
 SECRET = "s3cret"
-DEADLINE_S = 120.0
 NUM_LONG = 1500
 LIMITS = Limits(num_blocks=1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, last_token=899)
 FAST = StepTiming(base_s=1e-3, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
-
-
-async def until(condition: Callable[[], Any], what: str = "") -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, what or "the condition never came true"
-        await asyncio.sleep(0.005)
 
 
 class Bench:

@@ -33,7 +33,7 @@ def undisturbed(fleet: Fleet) -> Undisturbed:
 async def steady_load(fleet: Fleet, expected: Undisturbed) -> AsyncIterator[None]:
     """Streams all the time, every one of which has far more to write than its client waits for.
 
-    A client leaves once it has the text it knows, and asks again: so no stream is ever near its end, on any machine.
+    A client leaves once it has the text it knows, and asks again: so no stream is near its end.
     """
     is_over = False
     broken: list[str] = []

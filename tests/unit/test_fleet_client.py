@@ -7,7 +7,8 @@ import random
 import time
 
 import pytest
-from toy_fleet import SECRET, Bench, Request, ToyReplica, make_bench, until
+from live import until
+from toy_fleet import SECRET, Bench, Request, ToyReplica, make_bench
 
 from kervan.errors import EngineError
 from kervan.fleet import link as link_module

@@ -4,7 +4,8 @@ import asyncio
 import dataclasses
 
 import pytest
-from toy_fleet import SECRET, Bench, Request, ToyCodec, until
+from live import until
+from toy_fleet import SECRET, Bench, Request, ToyCodec
 
 from kervan.errors import EngineError
 from kervan.fleet import stalls, traffic, wire

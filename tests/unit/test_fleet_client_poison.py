@@ -3,7 +3,8 @@
 import asyncio
 
 import pytest
-from toy_fleet import POISON, Bench, ToyReplica, until
+from live import until
+from toy_fleet import POISON, Bench, ToyReplica
 
 from kervan.policy import quarantine
 

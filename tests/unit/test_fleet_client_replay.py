@@ -2,8 +2,9 @@
 
 import asyncio
 
+from live import until
 from test_replication import Holder, journal, new_journals
-from toy_fleet import POISON, Bench, until
+from toy_fleet import POISON, Bench
 
 from kervan.fleet.replay import Journal, Run, current_run
 from kervan.fleet.replication import Replicator

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from live import until
 from openai._streaming import SSEDecoder
 from test_gateway_shared_port import listening
 from test_gateway_shell import View
-from toy_fleet import until
 
 from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.replay import current_run

@@ -5,7 +5,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from clouds import Azure, scheduled_event, serving
+from live import until
 
 from kervan.errors import FleetError
 from kervan.fleet.directory import Directory, Drain, GatewayEntry, NodeEntry, ReplicaEntry, Traffic
@@ -107,11 +108,6 @@ async def guarded(
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-
-
-async def until(check: Callable[[], Any]) -> None:
-    while not check():  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
 
 
 async def rounds(cluster: Cluster, count: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from toy_fleet import until
+from live import until
 
 from kervan.fleet import replication
 from kervan.fleet.replay import Journal, Journals, Run

@@ -14,7 +14,7 @@ from kervan import errors
 from kervan.errors import EngineError, FleetError, KervanError
 from kervan.facts.fault import Fault
 from kervan.facts.fleet import FleetConfig
-from kervan.fleet.directory import Order, Snapshot, StartFailure, Suffer
+from kervan.fleet.directory import GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure, Suffer
 from kervan.serve import cluster, pools
 from kervan.serve.versions import versions
 from kervan.serve.why import explain, notice_lines
@@ -57,60 +57,64 @@ class FleetStatus:
                 }
                 for pool, bounds in self.config.bounds.items()
             },
-            "replicas": [
-                {
-                    "id": r.id,
-                    "pool": r.pool,
-                    "node": r.node,
-                    "nodes": r.nodes or [r.node],
-                    "pid": r.pid,
-                    "state": r.state,
-                    "running": r.running,
-                    "waiting": r.waiting,
-                    "kv_cache_usage": round(r.kv_cache_usage, 4),
-                    "draining": r.state == "draining",
-                    "reason": r.reason,
-                    "log": r.log_path,
-                    "start_s": r.start_s,
-                }
-                for r in self.snapshot.replicas
-            ],
-            "gateways": [
-                {
-                    "id": g.id,
-                    "pid": g.pid,
-                    "node": g.node,
-                    "ready": g.is_ready,
-                    "busy": round(g.busy, 3),
-                    "reason": g.reason,
-                    "log": g.log_path,
-                }
-                for g in self.snapshot.gateways
-            ],
-            "nodes": [
-                {
-                    "node": n.node,
-                    "watches": n.watches,
-                    "problem": n.problem,
-                    "drained": n.is_drained,
-                    "before": n.before,
-                    "notices": [
-                        {
-                            "kind": notice.kind,
-                            "source": notice.source,
-                            "certain": notice.is_certain,
-                            "deadline_s": notice.deadline_s,
-                            "seen_s": notice.seen_s,
-                        }
-                        for notice in n.notices
-                    ],
-                }
-                for n in self.snapshot.nodes
-            ],
+            "replicas": [_replica(entry) for entry in self.snapshot.replicas],
+            "gateways": [_gateway(entry) for entry in self.snapshot.gateways],
+            "nodes": [_node(entry) for entry in self.snapshot.nodes],
             "failed_starts": [
                 {"who": f.who, "kind": f.kind, "message": f.message, "log": f.log_path} for f in self.snapshot.failures
             ],
         }
+
+
+def _replica(entry: ReplicaEntry) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "pool": entry.pool,
+        "node": entry.node,
+        "nodes": entry.nodes or [entry.node],
+        "pid": entry.pid,
+        "state": entry.state,
+        "running": entry.running,
+        "waiting": entry.waiting,
+        "kv_cache_usage": round(entry.kv_cache_usage, 4),
+        "draining": entry.state == "draining",
+        "reason": entry.reason,
+        "log": entry.log_path,
+        "start_s": entry.start_s,
+    }
+
+
+def _gateway(entry: GatewayEntry) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "pid": entry.pid,
+        "node": entry.node,
+        "ready": entry.is_ready,
+        "busy": round(entry.busy, 3),
+        "reason": entry.reason,
+        "log": entry.log_path,
+    }
+
+
+def _node(entry: NodeEntry) -> dict[str, Any]:
+    notices = [
+        {
+            "kind": notice.kind,
+            "source": notice.source,
+            "certain": notice.is_certain,
+            "deadline_s": notice.deadline_s,
+            "seen_s": notice.seen_s,
+        }
+        for notice in entry.notices
+    ]
+    return {
+        "node": entry.node,
+        "watches": entry.watches,
+        "problem": entry.problem,
+        "drained": entry.is_drained,
+        "before": entry.before,
+        "notices": notices,
+    }
 
 
 def plural(count: int, noun: str) -> str:
