@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # not first: a tests/ may hold any name
 
-from resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, SEEDED, TAG, TALKING
-from resume_oracle import Answer, Ask, Oracle
+from harness.resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, SEEDED, TAG, TALKING
+from harness.resume_oracle import Answer, Ask, Oracle
 
 from kervan.demo import make_lora_adapter, make_random_model
 
@@ -60,7 +60,7 @@ class Engine:
 
 
 GUESSING = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
-EXTRAS = {"enable_prompt_embeds": True, "logits_processors": "counting_processor:CountingProcessor"}
+EXTRAS = {"enable_prompt_embeds": True, "logits_processors": "harness.counting_processor:CountingProcessor"}
 EAGER = {"enforce_eager": True}
 ENGINES = (
     Engine("V2 float32", "float32", REASONING, IEEE, is_chunked=True),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from exact_moves import first_difference, last_line, margin, took
-from resume_oracle import Answer, Ask, Oracle
+from harness.resume_oracle import Answer, Ask, Oracle
 
 Row = dict[str, Any]
 Keep = Callable[[Row], None]

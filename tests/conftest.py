@@ -13,10 +13,9 @@ import pytest
 
 from kervan.bench.records import has_autogroups
 
-pytest_plugins = ["shared_fleet", "toy_fleet"]
+pytest_plugins = ["harness.shared_fleet", "harness.toy_fleet"]
 
 MARK = "KERVAN_TEST_SESSION"
-REPOSITORY = Path(__file__).parent.parent
 LEAVE_S = 20.0
 
 

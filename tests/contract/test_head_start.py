@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from live import eventually
+from harness.live import eventually
 
 from kervan.fleet.vllm import head_start
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from moving_fleet import MovingFleet, deltas
-from shared_fleet import Models
+from harness.moving_fleet import MovingFleet, deltas
+from harness.shared_fleet import Models
 
 from kervan.demo import PAIRS, REASONED, TOOL_TURN, WEATHER_TOOL
 

@@ -4,8 +4,8 @@ import asyncio
 import re
 from pathlib import Path
 
-from live import until
-from test_twin import LIMITS, Bench
+from harness.live import until
+from harness.twin_bench import LIMITS, TwinBench
 
 from kervan.fleet.link import Link, Member
 from kervan.twin.engine import StepTiming, answer
@@ -78,7 +78,7 @@ class Wire:
         return b"tcp://127.0.0.1:%d" % self._outputs.port
 
 
-def link(bench: Bench, name: str) -> Link:
+def link(bench: TwinBench, name: str) -> Link:
     return next(link for link in bench.client.links if link.replica_id == name)
 
 
@@ -86,13 +86,13 @@ def prompts(kind: str, count: int) -> dict[str, list[int]]:
     return {f"{kind}{i}": [len(kind), i, *range(i + 3)] for i in range(count)}
 
 
-async def run(bench: Bench, asked: dict[str, list[int]], num_tokens: int) -> None:
+async def run(bench: TwinBench, asked: dict[str, list[int]], num_tokens: int) -> None:
     for name, prompt in asked.items():
         await bench.add(name, prompt, num_tokens)
     await until(lambda: all(len(bench.tokens(name)) > 5 for name in asked))
 
 
-def assert_exact(bench: Bench, asked: dict[str, list[int]], num_tokens: int) -> None:
+def assert_exact(bench: TwinBench, asked: dict[str, list[int]], num_tokens: int) -> None:
     assert {name: bench.tokens(name) for name in asked} == {
         name: answer(prompt, num_tokens, LIMITS) for name, prompt in asked.items()
     }
@@ -101,7 +101,7 @@ def assert_exact(bench: Bench, asked: dict[str, list[int]], num_tokens: int) -> 
 async def test_a_partition_between_one_gateway_and_one_replica(tmp_path: Path) -> None:
     outputs = Wire()
     inputs = Wire(outputs)
-    near, far = Bench(tmp_path), Bench(tmp_path)  # two gateways; the wire is between `far` and "a"
+    near, far = TwinBench(tmp_path), TwinBench(tmp_path)  # two gateways; the wire is between `far` and "a"
     try:
         for name in "ab":
             await near.start(name, TIMING)

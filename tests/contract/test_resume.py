@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, SEEDED, TAG, TALKING
-from resume_oracle import Ask, Oracle, check
+from harness.resume_asks import FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, SEEDED, TAG, TALKING
+from harness.resume_oracle import Ask, Oracle, check
 
 from kervan.demo import make_lora_adapter, make_random_model
 
@@ -35,7 +35,7 @@ WHOLE_ENGINE = {
     "enable_lora": True,
     "max_lora_rank": 8,
     "enable_prompt_embeds": True,
-    "logits_processors": "counting_processor:CountingProcessor",
+    "logits_processors": "harness.counting_processor:CountingProcessor",
     "reasoning_parser": "deepseek_r1",
     "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
 }

@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import triton_on_cpu
-from resume_asks import BAD_WORDS, FEW, GRAMMARS, GREEDY, LONG_PROMPT, PENALTIES, PROMPT, SAMPLINGS, SEEDED, TALKING
-from resume_oracle import Ask, Oracle, check
+from harness import triton_on_cpu
+from harness.resume_asks import (
+    BAD_WORDS,
+    FEW,
+    GRAMMARS,
+    GREEDY,
+    LONG_PROMPT,
+    PENALTIES,
+    PROMPT,
+    SAMPLINGS,
+    SEEDED,
+    TALKING,
+)
+from harness.resume_oracle import Ask, Oracle, check
 
 from kervan.demo import make_lora_adapter, make_random_model
 

@@ -4,93 +4,24 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from live import until
+from harness.live import until
+from harness.twin_bench import LIMITS, SECRET, TwinBench
 
 from kervan.facts.fault import Fault
 from kervan.fleet.client import FleetClient
 from kervan.fleet.link import Member
-from kervan.fleet.process import TWIN_ENGINE, EngineProcess
 from kervan.twin import wire as twin_wire
-from kervan.twin.engine import Limits, StepTiming, TwinSettings, answer
-from kervan.twin.replica import TwinSpec
+from kervan.twin.engine import StepTiming, answer
 
-SECRET = "s3cret"
 NUM_LONG = 1500
-LIMITS = Limits(num_blocks=1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, last_token=899)
-FAST = StepTiming(base_s=1e-3, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
-
-
-class Bench:
-    """Twins in processes, and a fleet client as a gateway has it."""
-
-    def __init__(self, directory: Path) -> None:
-        from kervan.fleet.vllm.codec import VllmCodec
-
-        self.directory = directory
-        self.twins: dict[str, EngineProcess] = {}
-        self.client = FleetClient(VllmCodec(), secret=SECRET)
-        self.outputs: dict[str, list[Any]] = {}
-        self._reader = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        while True:
-            outputs = await self.client.outputs.get()
-            for output in outputs.outputs:
-                self.outputs.setdefault(output.request_id, []).append(output)
-
-    async def start(self, name: str, timing: StepTiming = FAST, limits: Limits = LIMITS) -> EngineProcess:
-        spec = TwinSpec(name, "127.0.0.1", SECRET, TwinSettings(timing, limits))
-        twin = self.twins[name] = EngineProcess(spec, log_path=self.directory / f"{name}.log", module=TWIN_ENGINE)
-        await until(lambda: twin.ready)
-        self.follow()
-        await until(lambda: any(link.replica_id == name for link in self.client.links))
-        return twin
-
-    def follow(self) -> None:
-        live = {name: twin for name, twin in self.twins.items() if not twin.ended.is_set()}
-        self.client.set_members(Member(name, twin.ready.address) for name, twin in live.items() if twin.ready)
-
-    async def add(self, request_id: str, prompt: list[int], max_tokens: int | None = 20, **sampling: Any) -> None:
-        from vllm.sampling_params import SamplingParams
-        from vllm.v1.engine import EngineCoreRequest
-
-        await self.client.add(
-            EngineCoreRequest(
-                request_id=request_id,
-                prompt_token_ids=prompt,
-                mm_features=None,
-                sampling_params=SamplingParams(max_tokens=max_tokens, **({"ignore_eos": True} | sampling)),
-                pooling_params=None,
-                arrival_time=time.time(),
-                lora_request=None,
-                cache_salt=None,
-                data_parallel_rank=None,
-            )
-        )
-
-    def tokens(self, request_id: str) -> list[int]:
-        return [token for output in self.outputs.get(request_id, ()) for token in output.new_token_ids]
-
-    def is_over(self, request_id: str) -> bool:
-        return bool(self.outputs.get(request_id)) and self.outputs[request_id][-1].finish_reason is not None
-
-    async def ended(self, *request_ids: str) -> None:
-        await until(lambda: all(self.is_over(i) for i in request_ids), f"{request_ids} did not all end")
-
-    async def close(self) -> None:
-        self._reader.cancel()
-        await self.client.close()
-        for twin in self.twins.values():
-            twin.kill()
 
 
 @pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    bench = Bench(tmp_path)
+async def bench(tmp_path: Path) -> AsyncIterator[TwinBench]:
+    bench = TwinBench(tmp_path)
     yield bench
     await bench.close()
 
@@ -111,7 +42,7 @@ def test_the_defaults_that_vllm_leaves_out() -> None:
     assert (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED) == (twin_wire.QUEUED, twin_wire.SCHEDULED)
 
 
-async def test_answers_their_ends_and_their_first_tokens(bench: Bench) -> None:
+async def test_answers_their_ends_and_their_first_tokens(bench: TwinBench) -> None:
     await bench.start("a")
     prompt = list(range(700))
     whole = answer(prompt, 20, LIMITS)
@@ -132,14 +63,14 @@ async def test_answers_their_ends_and_their_first_tokens(bench: Bench) -> None:
     assert (second.prefill_stats, second.events, second.finish_reason) == (None, None, None)
 
 
-async def test_utility_calls_are_answered(bench: Bench) -> None:
+async def test_utility_calls_are_answered(bench: TwinBench) -> None:
     await bench.start("a")
     assert await bench.client.call("get_supported_tasks", ()) == [["generate"]]
     assert await bench.client.call("is_sleeping", ()) == [False]
     assert await bench.client.call("anything_else", (1, "x")) == [None]
 
 
-async def test_answers_survive_kills_drains_and_crashes(bench: Bench) -> None:
+async def test_answers_survive_kills_drains_and_crashes(bench: TwinBench) -> None:
     """40 answers, too long to end on a draining twin, on three twins: one is killed, one drains, one is told to crash; every token is checked."""
     timing = StepTiming(base_s=1e-2, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
     for name in "abc":
@@ -162,7 +93,7 @@ async def test_answers_survive_kills_drains_and_crashes(bench: Bench) -> None:
     assert bench.client.counts.given_up == 0
 
 
-async def test_faults_show_in_load_and_end(bench: Bench) -> None:
+async def test_faults_show_in_load_and_end(bench: TwinBench) -> None:
     twin = await bench.start("a")
     await bench.add("s", [1, 2, 3], 4000)
     await until(lambda: len(bench.tokens("s")) > 10)
@@ -181,7 +112,7 @@ async def test_faults_show_in_load_and_end(bench: Bench) -> None:
     await until(lambda: not twin.load.has_work)
 
 
-async def test_a_process_is_struck(bench: Bench) -> None:
+async def test_a_process_is_struck(bench: TwinBench) -> None:
     """Killed, it is gone; stopped, it lives and says nothing, until somebody ends it."""
     killed, hung = await bench.start("a"), await bench.start("b")
     killed.strike("kill")
@@ -195,7 +126,7 @@ async def test_a_process_is_struck(bench: Bench) -> None:
     assert hung.ended.is_set()
 
 
-async def test_a_gateway_without_layouts_is_refused(bench: Bench) -> None:
+async def test_a_gateway_without_layouts_is_refused(bench: TwinBench) -> None:
     await bench.start("a")
     bench.client.codec.layouts = {}
     stranger = FleetClient(bench.client.codec, secret=SECRET)

@@ -22,15 +22,15 @@ from typing import Any
 import click
 import pytest
 import yaml
+from harness.places import REPOSITORY
 
 import kervan
 from kervan.cli import COMMANDS, cli
 from kervan.facts import fleet as facts
 from kervan.gateway import kept, server
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 README_URL = "http://127.0.0.1:8000"
 README_MODEL = "Qwen/Qwen3-8B"
 SHELLS = ("bash", "sh", "console")
@@ -94,7 +94,7 @@ def cases(found: list[tuple[str, str]]) -> list[Any]:
 # ---- what every page keeps to
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_pages_are_ascii(page: Path) -> None:
     assert page.read_text().isascii()
 
@@ -105,7 +105,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(prose(page)):
         if target.startswith(("https://", "http://")):
@@ -116,20 +116,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(there), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_named_files_and_tests_exist(page: Path) -> None:
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
     for code in CODE.findall(prose(page)):
         if re.fullmatch(r"test_\w+", code):
             assert re.search(rf"def {code}\(", tests), code
         elif re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(py|sh|md|toml)|[\w.-]+(/[\w.-]+)+\.(json|in|txt)", code):
-            near = [ROOT, page.parent, ROOT / "src/kervan", ROOT / "src/kervan/fleet/vllm"]
+            near = [REPOSITORY, page.parent, REPOSITORY / "src/kervan", REPOSITORY / "src/kervan/fleet/vllm"]
             assert any((folder / code).exists() for folder in near), code
 
 
 @pytest.mark.parametrize("line", cases(list(commands("make"))))
 def test_make_targets_exist(line: str) -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
     words = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
     assert set(words) <= targets
 
@@ -137,7 +137,7 @@ def test_make_targets_exist(line: str) -> None:
 @pytest.mark.parametrize("line", cases(list(commands("bash")) + list(commands("python"))))
 def test_scripts_exist(line: str) -> None:
     script = shlex.split(line, comments=True)[1]
-    assert (ROOT / script).exists()
+    assert (REPOSITORY / script).exists()
 
 
 # ---- the command line
@@ -173,7 +173,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
 
 
 def test_the_readme_lists_all_commands() -> None:
-    listed = [row[0].strip("`").split()[1] for row in rows((ROOT / "README.md").read_text(), "| command |")]
+    listed = [row[0].strip("`").split()[1] for row in rows((REPOSITORY / "README.md").read_text(), "| command |")]
     assert sorted(listed) == sorted(COMMANDS)
 
 
@@ -181,12 +181,12 @@ def test_all_options_of_up_are_described() -> None:
     command = cli.get_command(click.Context(cli), "up")
     assert command is not None
     real = {name for p in command.params if isinstance(p, click.Option) for name in p.opts} - {"--help", "-h"}
-    table = rows((ROOT / "docs/serving.md").read_text(), "## Options of `kervan up`")
+    table = rows((REPOSITORY / "docs/serving.md").read_text(), "## Options of `kervan up`")
     assert {name for row in table for name in CODE.findall(row[0])} == real
 
 
 def test_all_settings_are_described_with_their_defaults() -> None:
-    table = rows((ROOT / "docs/serving.md").read_text(), "## Config keys")
+    table = rows((REPOSITORY / "docs/serving.md").read_text(), "## Config keys")
     described = {row[0].strip("`"): row[1].strip("`") for row in table}
     real = {}
     for field in dataclasses.fields(facts.FleetConfig):
@@ -204,7 +204,7 @@ def test_config_files_are_valid(block: Block) -> None:
 
 
 def test_all_metrics_are_described() -> None:
-    table = rows((ROOT / "docs/serving.md").read_text(), "## Metrics")
+    table = rows((REPOSITORY / "docs/serving.md").read_text(), "## Metrics")
     source = "".join(Path(str(module.__file__)).read_text() for module in (server, kept))
     real = set(re.findall(r'"(kervan_\w+)"|# TYPE (kervan_replicas) ', source))
     names = {name for pair in real for name in pair if name}
@@ -213,7 +213,7 @@ def test_all_metrics_are_described() -> None:
 
 
 def test_the_changelog_has_this_version() -> None:
-    assert f"\n## [{kervan.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## [{kervan.__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
 # ---- the first lines of the README
@@ -286,11 +286,11 @@ PLANS = re.compile(r"^```text\n\$ (kervan plan [^\n]*)\n(.*?)^```", re.M | re.S)
 
 @pytest.mark.parametrize("page", ["README.md", "docs/planner.md"])
 def test_the_plan_shown_is_what_the_command_prints(page: str) -> None:
-    found = PLANS.findall((ROOT / page).read_text())
+    found = PLANS.findall((REPOSITORY / page).read_text())
     assert found
     for command, shown in found:
         words = [sys.executable, "-m", "kervan", *shlex.split(command)[1:]]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
         printed = iter([line.rstrip() for line in done.stdout.splitlines()])
         for line in shown.splitlines():
             assert line == "..." or line in printed, line  # in this order

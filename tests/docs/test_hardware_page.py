@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from harness.places import DOCS
 
 from kervan.facts import prices
 from kervan.facts.hardware import GPUS, Gpu
 from kervan.facts.hardware_sources import ITSELF, SOURCES
 from kervan.facts.instances import INSTANCES
 
-PAGE = Path(__file__).parents[2] / "docs/hardware.md"
+PAGE = DOCS / "hardware.md"
 
 
 def number(value: float, unit: float) -> str:

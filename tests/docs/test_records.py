@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.places import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 Getter = Callable[[dict[str, Any]], list[float]]
 
@@ -86,7 +86,7 @@ TABLE = re.compile(r"^<!-- numbers: (\S+) -->\n((?:\|.*\n)+)", re.M)
 def measured() -> list[Any]:
     """(record, heads, cells) of each row in a marked table."""
     found = []
-    for record, table in TABLE.findall((ROOT / "README.md").read_text()):
+    for record, table in TABLE.findall((REPOSITORY / "README.md").read_text()):
         lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
         found += [pytest.param(record, lines[0], row, id=f"{Path(record).stem} {row[0]}") for row in lines[2:]]
     return found
@@ -98,7 +98,7 @@ def test_the_readme_has_numbers() -> None:
 
 @pytest.mark.parametrize(("record", "heads", "cells"), measured())
 def test_numbers_are_those_of_the_record(record: str, heads: list[str], cells: list[str]) -> None:
-    summary = json.loads((ROOT / record).read_text())["summary"]
+    summary = json.loads((REPOSITORY / record).read_text())["summary"]
     named = OPPONENTS[cells[heads.index("against")]] if "against" in heads else summary[0]["against"]
     level = next(row for row in summary if (row["concurrency"], row["against"]) == (int(cells[0]), named))
     assert level["pairs_with_errors"] == 0
@@ -115,10 +115,10 @@ def test_numbers_are_those_of_the_record(record: str, heads: list[str], cells: l
 
 
 def test_the_table_of_tools_is_that_of_the_record() -> None:
-    text = (ROOT / "docs/bench.md").read_text()
+    text = (REPOSITORY / "docs/bench.md").read_text()
     match = re.search(r"^<!-- truth: (\S+) -->\n((?:\|.*\n)+)", text, re.M)
     assert match is not None
-    found = json.loads((ROOT / match[1]).read_text())["rows"]
+    found = json.loads((REPOSITORY / match[1]).read_text())["rows"]
     heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[2].splitlines()]
     for streams, *cells in lines:
         for tool, cell in zip(heads[1:], cells, strict=True):
@@ -152,9 +152,9 @@ def _spread(part: dict[str, Any], streams: int, name: str = "client_us_per_token
 
 
 def test_the_costs_of_twins_are_those_of_the_record() -> None:
-    match = re.search(r"^<!-- twins: (\S+) -->\n((?:\|.*\n)+)", (ROOT / "docs/twins.md").read_text(), re.M)
+    match = re.search(r"^<!-- twins: (\S+) -->\n((?:\|.*\n)+)", (REPOSITORY / "docs/twins.md").read_text(), re.M)
     assert match is not None
-    parts = json.loads((ROOT / match[1]).read_text())["parts"]
+    parts = json.loads((REPOSITORY / match[1]).read_text())["parts"]
     _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[2].splitlines()]
     assert {what for what, _ in lines} == TWIN_ROWS.keys()
     for what, cell in lines:
@@ -165,9 +165,9 @@ def test_the_costs_of_twins_are_those_of_the_record() -> None:
 
 def _table(page: str, marker: str) -> tuple[list[Any], list[list[str]]]:
     """The records that the marker above a table names, and its rows."""
-    match = re.search(rf"^<!-- {marker}: (.+?) -->\n((?:\|.*\n)+)", (ROOT / "docs" / page).read_text(), re.M)
+    match = re.search(rf"^<!-- {marker}: (.+?) -->\n((?:\|.*\n)+)", (REPOSITORY / "docs" / page).read_text(), re.M)
     assert match is not None
-    found = [json.loads((ROOT / f"benchmarks/records/{name}.json").read_text()) for name in match[1].split()]
+    found = [json.loads((REPOSITORY / f"benchmarks/records/{name}.json").read_text()) for name in match[1].split()]
     _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[2].splitlines()]
     return found, lines
 
@@ -212,9 +212,9 @@ def test_how_often_bf16_changes_an_answer_is_that_of_the_record() -> None:
 
 
 def test_the_planners_errors_are_those_of_its_records() -> None:
-    match = re.search(r"^<!-- planner errors -->\n((?:\|.*\n)+)", (ROOT / "docs/planner.md").read_text(), re.M)
+    match = re.search(r"^<!-- planner errors -->\n((?:\|.*\n)+)", (REPOSITORY / "docs/planner.md").read_text(), re.M)
     assert match is not None
-    command = [sys.executable, str(ROOT / "benchmarks/planner_errors.py"), "--markdown"]
+    command = [sys.executable, str(REPOSITORY / "benchmarks/planner_errors.py"), "--markdown"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert match[1] == printed
 
@@ -234,7 +234,7 @@ CHAOS_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def test_the_table_of_chaos_is_that_of_its_records() -> None:
-    text = (ROOT / "docs/chaos.md").read_text()
+    text = (REPOSITORY / "docs/chaos.md").read_text()
     match = re.search(r"^<!-- chaos records -->\n((?:\|.*\n)+)", text, re.M)
     assert match is not None
     heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[1].splitlines()]
@@ -242,12 +242,12 @@ def test_the_table_of_chaos_is_that_of_its_records() -> None:
     for cells in lines:
         link = LINK.fullmatch(cells[0])
         assert link is not None, cells[0]
-        found = json.loads((ROOT / "docs" / link[1]).read_text())["result"]
+        found = json.loads((REPOSITORY / "docs" / link[1]).read_text())["result"]
         assert cells[1:] == [CHAOS_COLUMNS[head](found) for head in heads[1:]], cells[0]
 
 
 def test_what_autogroups_cost_is_that_of_the_records() -> None:
-    text = (ROOT / "docs/serving.md").read_text()
+    text = (REPOSITORY / "docs/serving.md").read_text()
     match = re.search(r"^<!-- autogroups -->\n((?:\|.*\n)+)", text, re.M)
     assert match is not None
     _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[1].splitlines()]
@@ -255,7 +255,7 @@ def test_what_autogroups_cost_is_that_of_the_records() -> None:
     for first, *cells in lines:
         link = LINK.fullmatch(first)
         assert link is not None, first
-        record = json.loads((ROOT / "docs" / link[1]).read_text())
+        record = json.loads((REPOSITORY / "docs" / link[1]).read_text())
         assert record["hardware"]["sched_autogroup"] is first.startswith("[on"), first
         found = record["result"]
         assert cells == [
@@ -269,12 +269,12 @@ def test_what_autogroups_cost_is_that_of_the_records() -> None:
 
 
 def test_versions_and_hardware_are_those_of_the_records() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (REPOSITORY / "README.md").read_text()
     match = re.search(r"^<!-- versions: (.+?) -->\n(.+?)\n\n", text, re.M | re.S)
     assert match is not None
     section = text[text.index("\n## Measured") :]
     for path in match[1].split():
-        record = json.loads((ROOT / path).read_text())
+        record = json.loads((REPOSITORY / path).read_text())
         versions, hardware, settings = record["versions"], record["hardware"], record["settings"]
         words = match[2].replace("\n", " ")
         for name, key in (

@@ -19,8 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from harness.places import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(900),

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from live import REQUEST_S, Fleet
+from harness.live import REQUEST_S, Fleet
 
 from kervan.demo import PAIRS
 

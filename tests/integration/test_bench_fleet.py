@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from live import Fleet, Home, eventually
+from harness.live import Fleet, Home, eventually
 
 
 def bench(home: Home, fleet: Fleet, *words: str, is_strict: bool = False) -> dict[str, Any]:

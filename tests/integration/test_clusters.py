@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live import SMALL, Fleet, Home, Take, eventually, take_chat
-from ray_cluster import RayCluster, ray_cluster
+from harness.live import SMALL, Fleet, Home, Take, eventually, take_chat
+from harness.ray_cluster import RayCluster, ray_cluster
 
 from kervan.demo import PAIRS
 from kervan.ports import free_port

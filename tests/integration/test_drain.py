@@ -7,10 +7,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live import START_S, Fleet, Home, eventually
-from ray_cluster import AS_IF_GPU, SECOND, RayCluster, ray_cluster
-from shared_fleet import Models
-from twin_load import Load, kervan, load
+from harness.live import START_S, Fleet, Home, eventually
+from harness.ray_cluster import AS_IF_GPU, SECOND, RayCluster, ray_cluster
+from harness.shared_fleet import Models
+from harness.twin_load import Load, kervan, load
 
 from kervan.twin.engine import answer
 

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from live import START_S, Fleet, Take, eventually, eventually_async, stopped, take_chat
-from undisturbed import Undisturbed, answers_undisturbed, long_body, under_load
+from harness.live import START_S, Fleet, Take, eventually, eventually_async, stopped, take_chat
+from harness.undisturbed import Undisturbed, answers_undisturbed, long_body, under_load
 
 from kervan.demo import PAIRS
 

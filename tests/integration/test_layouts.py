@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from live import REQUEST_S, SMALL, START_S, Fleet, Home, eventually, is_alive
-from ray_cluster import SECOND, RayCluster, ray_cluster
-from shared_fleet import Models
-from undisturbed import answers_undisturbed, under_load
+from harness.live import REQUEST_S, SMALL, START_S, Fleet, Home, eventually, is_alive
+from harness.ray_cluster import SECOND, RayCluster, ray_cluster
+from harness.shared_fleet import Models
+from harness.undisturbed import answers_undisturbed, under_load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 

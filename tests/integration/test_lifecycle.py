@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live import SMALL, START_S, Fleet, Home, eventually
+from harness.live import SMALL, START_S, Fleet, Home, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 from kervan.demo import PAIRS

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from live import START_S, Home, eventually
-from shared_fleet import REPOSITORY, Models
+from harness.live import START_S, Home, eventually
+from harness.shared_fleet import REPOSITORY, Models
 
 from kervan.facts.workload import read_trace
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live import SMALL, START_S, Fleet, eventually
-from ray_cluster import AS_IF_GPU, RayCluster, ray_cluster
-from ray_cluster import SECOND as LOST
-from shared_fleet import Models
-from twin_load import NUM_STREAMS, kervan, load
-from undisturbed import answers_undisturbed, under_load
+from harness.live import SMALL, START_S, Fleet, eventually
+from harness.ray_cluster import AS_IF_GPU, RayCluster, ray_cluster
+from harness.ray_cluster import SECOND as LOST
+from harness.shared_fleet import Models
+from harness.twin_load import NUM_STREAMS, kervan, load
+from harness.undisturbed import answers_undisturbed, under_load
 
 FINE = "all is as it should be"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from clouds import Aws, Server, serving
-from live import START_S, Fleet, eventually_async
-from ray_cluster import RayCluster
-from shared_fleet import Models
-from twin_load import NUM_STREAMS, Load, kervan, load
+from harness.clouds import Aws, Server, serving
+from harness.live import START_S, Fleet, eventually_async
+from harness.ray_cluster import RayCluster
+from harness.shared_fleet import Models
+from harness.twin_load import NUM_STREAMS, Load, kervan, load
 
 from kervan.notices import state_file
 from kervan.notices.state_file import NodeState

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live import SMALL, Fleet, Home, eventually, is_alive
+from harness.live import SMALL, Fleet, Home, eventually, is_alive
+from harness.shared_fleet import Models
 from openai import OpenAI
-from shared_fleet import Models
 from tokenizers import Tokenizer
 
 from kervan.demo import PAIRS, TOOL_TURN, WEATHER_TOOL

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live import START_S, Fleet, eventually_async
-from ray_cluster import RayCluster
-from shared_fleet import Models
-from twin_load import kervan, load
+from harness.live import START_S, Fleet, eventually_async
+from harness.ray_cluster import RayCluster
+from harness.shared_fleet import Models
+from harness.twin_load import kervan, load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 

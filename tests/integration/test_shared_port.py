@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live import Fleet, Home, eventually, eventually_async
-from shared_fleet import Models
-from twin_load import NUM_STREAMS, kervan, kill_actor, load
+from harness.live import Fleet, Home, eventually, eventually_async
+from harness.shared_fleet import Models
+from harness.twin_load import NUM_STREAMS, kervan, kill_actor, load
 
 from kervan.facts.fleet import FleetConfig
 from kervan.ports import free_port

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from live import START_S, Fleet, Home, eventually, eventually_async, is_alive, stopped
-from shared_fleet import REPOSITORY, Models
-from twin_load import kervan, kill_actor, knocks, load
+from harness.live import START_S, Fleet, Home, eventually, eventually_async, is_alive, stopped
+from harness.shared_fleet import REPOSITORY, Models
+from harness.twin_load import kervan, kill_actor, knocks, load
 
 from kervan.facts.fleet import FleetConfig
 from kervan.fleet.process import TWIN_ENGINE

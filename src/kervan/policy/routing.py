@@ -28,7 +28,7 @@ class ReplicaLoad:
     `outstanding_tokens` is an estimate: of the other gateways' streams only news that is half a second old comes in.
     Until the next news each of them is taken to do what this one does, because all see the same gap and would fill it
     at once: with 4 gateways, 4 replicas and 256 streams in a closed loop, replicas then differ by 4 streams on
-    average instead of 14 (`tests/unit/test_policy_routing.py`). `own_tokens` is exact.
+    average instead of 14 (`tests/unit/policy/test_routing.py`). `own_tokens` is exact.
 
     `is_risky`: it is likelier to go soon than others (`risky_for_s`).
 

@@ -1,0 +1,70 @@
+"""A gateway's surroundings: the fleet that it sees, and a server for its app."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+
+from kervan.gateway import Shed
+
+
+class View:
+    """A fleet in memory."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.shed: Shed | None = None
+        self.admitted = 0
+        self.open = 0
+        self.opened = 0
+        self.is_open = asyncio.Event()
+        self.is_idle = asyncio.Event()
+
+    def readiness(self) -> str | None:
+        return self.reason
+
+    def admit(self) -> Shed | None:
+        self.admitted += 1
+        return self.shed
+
+    def model_name(self) -> str:
+        return "tiny"
+
+    async def metrics(self) -> bytes:
+        return b"up 1\n"
+
+    async def status(self) -> dict[str, object]:
+        return {"model": "tiny", "replicas": []}
+
+    def stream_opened(self) -> None:
+        self.open += 1
+        self.opened += 1
+        self.is_open.set()
+
+    def stream_closed(self) -> None:
+        self.open -= 1
+        self.is_idle.set()
+
+
+@asynccontextmanager
+async def listening(app: Any, **options: Any) -> AsyncIterator[str]:
+    """A real uvicorn on a free port, in this event loop."""
+    config = uvicorn.Config(
+        app, log_level="critical", lifespan="off", http="httptools", ws="none", interface="asgi3", **options
+    )
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await server.startup(sockets=[listener])
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            for connection in list(server.server_state.connections):
+                connection.transport.close()
+            for running in server.servers:
+                running.close()
+                await running.wait_closed()

@@ -1,0 +1,37 @@
+"""Journals of streams, and a gateway that takes copies of them."""
+
+import time
+
+from kervan.fleet.replay import Journal, Journals
+from kervan.fleet.replication import CopyHolder
+from kervan.gateway.server import listen
+from kervan.policy.replication import Peer
+
+SECRET, VERSION = "s3cret", "toy-1"
+
+
+def new_journals() -> Journals:
+    return Journals(replay_s=60, max_bytes=1 << 24, now=time.monotonic)
+
+
+def journal(stream_id: str = "gw-a-1", body: bytes = b"{}") -> Journal:
+    return Journal(stream_id, b"digest", "/v1/completions", [(b"x", b"y")], body)
+
+
+class Holder:
+    """A gateway that takes copies."""
+
+    def __init__(self, name: str, *, secret: str = SECRET, version: str = VERSION):
+        self.name = name
+        self.journals = new_journals()
+        self.copies = CopyHolder(self.journals, secret=secret, engine_version=version)
+        self.peer: Peer
+
+    async def start(self) -> None:
+        sock = listen("127.0.0.1", 0)
+        self.peer = Peer(self.name, "n2", f"127.0.0.1:{sock.getsockname()[1]}")
+        await self.copies.listen(sock)
+
+    def has(self, stream_id: str) -> int:
+        copy = self.journals.get(stream_id)
+        return -1 if copy is None else copy.num_tokens

@@ -1,0 +1,64 @@
+"""One fleet of two replicas and two gateways, shared by all tests that want one; models are made once and kept."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness.live import SMALL, Fleet, Home, eventually, is_alive
+from harness.places import REPOSITORY
+from kervan.demo import make_demo_model, make_embedding_model, make_lora_adapter
+
+FLEET_ARGS = (
+    *SMALL,
+    "max_model_len=2048",
+    "served_model_name=tiny",
+    "enable_auto_tool_choice=true",
+    "tool_call_parser=hermes",
+    "enable_lora=true",
+)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Directories beside the demo's own model, which is trained once and found again."""
+
+    demo: Path
+    embedding: Path
+    adapter: Path
+
+
+@pytest.fixture(scope="session")
+def models() -> Models:
+    place = REPOSITORY / ".demo"
+    demo = make_demo_model(place / "model")
+    return Models(demo, make_embedding_model(place / "embedding"), make_lora_adapter(demo, place / "adapter"))
+
+
+@pytest.fixture(scope="session")
+def home(scratch: Path) -> Home:
+    return Home(scratch)
+
+
+@pytest.fixture(scope="session")
+def fleet(home: Home, models: Models) -> Iterator[Fleet]:
+    """Two replicas and two gateways of the demo model, named "main"; nothing is left after `kervan down`."""
+    arguments = (*FLEET_ARGS, f'lora_modules=["adapter={models.adapter}"]')
+    running = home.up(models.demo, "main", arguments, "--replicas", "2", "--gateways", "2")
+    yield running
+    pids = [*running.pids(), *running.gateway_pids().values()]
+    done = home.kervan("down", "--name", "main")
+    assert (done.returncode, done.stdout) == (0, "main: stopped with Ray\n"), done.stderr
+    assert home.fleets() == []
+    assert home.ray_directories() == []
+    eventually(lambda: not any(map(is_alive, pids)), f"processes {pids} are gone", 10)
+
+
+@pytest.fixture
+def whole_fleet(fleet: Fleet) -> Fleet:
+    """The shared fleet once it has recovered from whatever a test before did to it."""
+    if fleet.status()["target_replicas"] != 2:  # a test failed between two scalings
+        assert fleet.home.kervan("scale", "2", "--name", fleet.name).returncode == 0
+    fleet.wait_until_whole()
+    return fleet

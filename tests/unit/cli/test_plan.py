@@ -1,0 +1,127 @@
+"""`kervan plan`: its JSON, and one clear line for what makes no sense."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.places import MODELS
+
+from kervan import cli
+
+
+def config(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((MODELS / name / "config.json").read_text())
+    return found
+
+
+SMALL = str(MODELS / "llama3-8b")
+KEYS = {
+    "tp", "pp", "dp", "ep", "gpus", "fits", "kv_tokens", "concurrency", "out_tok_s", "ttft_p50_ms", "ttft_p99_ms",
+    "tpot_p50_ms", "tpot_p99_ms", "usd_per_mtok", "binding", "score",
+}  # fmt: skip
+
+
+class Kervan:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def run(self, *words: object) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["kervan", "plan", *map(str, words)])
+        self._capsys.readouterr()
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        done = self._capsys.readouterr()
+        return int(str(code)), done.out, done.err
+
+    def json(self, *words: object) -> dict[str, Any]:
+        code, out, err = self.run(*words, "--json")
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    def fails(self, *words: object) -> str:
+        code, out, err = self.run(*words)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+
+@pytest.fixture
+def kervan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kervan:
+    return Kervan(monkeypatch, capsys)
+
+
+def test_json(kervan: Kervan) -> None:
+    found = kervan.json(SMALL, "--gpu", "H200", "--gpus", 2, "--concurrency", 4, "--osl", 32, "--price", "3.40/h")
+    assert found["best"] == 0
+    assert {(c["tp"], c["pp"], c["dp"]) for c in found["candidates"]} == {(1, 1, 2), (2, 1, 1), (1, 2, 1)}
+    for row in found["candidates"]:
+        assert row.keys() >= KEYS
+        # Dollars per hour over millions of tokens per hour.
+        assert row["usd_per_mtok"] == pytest.approx(2 * 3.4 / (row["out_tok_s"] * 3600 / 1e6), rel=1e-3)
+
+
+def test_one_layout_and_a_table(kervan: Kervan) -> None:
+    words = (SMALL, "--gpu", "H200", "--gpus", 4, "--layout", "tp=2,pp=2", "--isl", "32..512", "--osl", 16)
+    [row] = kervan.json(*words, "--concurrency", 2)["candidates"]
+    assert (row["tp"], row["pp"], row["dp"], row["gpus"]) == (2, 2, 1, 4)
+    code, out, _ = kervan.run(*words, "--concurrency", 2, "--explain")
+    assert code == 0
+    assert "TP2xPP2" in out
+    assert "kervan up" in out
+
+
+def test_a_trace_and_rates(kervan: Kervan, tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    rows = [f"2023-11-16 18:17:{i:02d}.0000000,{200 + i},{20 + i}" for i in range(30)]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    words = (SMALL, "--gpu", "H200", "--gpus", 1)
+    # 30 requests in 29 s, of 34.5 tokens each.
+    assert kervan.json(*words, "--trace", path)["candidates"][0]["out_tok_s"] == pytest.approx(35.7, rel=0.3)
+    slow, fast = (kervan.json(*words, "--osl", 32, "--rate", rate)["candidates"][0] for rate in ("2/s", "9000/s"))
+    assert slow["ttft_p50_ms"] < fast["ttft_p50_ms"]
+    assert "faster" in fast["reason"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (("--gpu", "H201"), "did you mean H200"),
+        (("--gpu", "H200", "--gpus", 7, "--nodes", 2), "multiple of --nodes"),
+        (("--gpu", "H200", "--layout", "tp=3"), "use 1, 2, 4, 8, 16 or 32"),
+        (("--gpu", "H200", "--layout", "tp=x"), "write for example tp=2,pp=2"),
+        (("--gpu", "H200", "--rate", "0/s"), "write for example --rate 5/s"),
+        (("--gpu", "H200", "--rate", "5/s", "--concurrency", 3), "give one of them"),
+        (("--gpu", "H200", "--engine-arg", "foo"), "key=value"),
+        (("--gpu", "H200", "--engine-arg", "max_num_seqs=abc"), "is no number"),
+        (("--gpu", "H200", "--engine-arg", "tensor-parallel-size=2"), "use --layout"),
+        (("--gpu", "H200", "--price", "abc"), "--price 3.40/h"),
+        (("--gpu", "H200", "--isl", "9000"), "shorter --isl"),
+        (("--gpu", "H200", "--slo", "foo"), "ttft=1s,tpot=50ms"),
+        (("--gpu", "H200", "--network", "nan"), "--network 400"),
+        (("--gpu", "H200", "--trace", "/nowhere.csv"), "cannot be read"),
+    ],
+)
+def test_options_that_make_no_sense(kervan: Kervan, words: tuple[object, ...], fix: str) -> None:
+    assert fix in kervan.fails(SMALL, *words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "{}", '{"a": 1\0}', '{"architectures": ["X"], "model_type": "x"}',
+     json.dumps(config("llama3-8b") | {"num_attention_heads": 0}),
+     json.dumps(config("llama3-8b") | {"hidden_size": -4}), json.dumps(config("llama3-8b") | {"vocab_size": 10**40})],
+)  # fmt: skip
+def test_configs_that_make_no_sense(kervan: Kervan, tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json" in kervan.fails(tmp_path, "--gpu", "H200")
+
+
+def test_a_model_that_is_not_here(kervan: Kervan) -> None:
+    assert "fetch that one file" in kervan.fails("Qwen/Qwen3-8B", "--gpu", "H200")

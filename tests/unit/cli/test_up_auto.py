@@ -1,0 +1,44 @@
+"""`kervan up --auto`: the settings that a plan gives."""
+
+from typing import Any
+
+import pytest
+from harness.places import MODELS
+
+from kervan.cli.up import _planned
+from kervan.errors import ConfigError
+from kervan.facts import fleet as facts
+
+MODEL = str(MODELS / "llama3-70b")
+
+
+def planned(**words: Any) -> tuple[dict[str, Any], list[str]]:
+    said: list[str] = []
+    return _planned({"model": MODEL, "engine": "twin", "gpu": "H200", **words}, None, said.append), said
+
+
+def test_the_plan_fills_in_what_is_not_given() -> None:
+    words, said = planned(engine_args={"max_model_len": "4096"}, name="chat")
+    config = facts.from_mapping(words, "test")
+    assert config.tp * config.pp * config.replicas == 8  # a twin stands for one of eight GPUs
+    assert config.tp > 1  # 131 GiB of weights do not fit one
+    assert config.name == "chat"
+    assert words["engine_args"]["max_model_len"] == "4096"
+    assert set(words["engine_args"]) == {"max_model_len", "max_num_batched_tokens", "max_num_seqs"}
+    assert said == [line for line in said if line.startswith("plan: ")] and len(said) == 1
+
+
+@pytest.mark.parametrize("given", [{"tp": 2}, {"replicas": 3}, {"pools": {"spot": "2"}}], ids=str)
+def test_a_layout_beside_it_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"--auto chooses the layout, and {next(iter(given))} is given too"):
+        planned(**given)
+
+
+def test_gpus_of_another_cluster_are_not_guessed() -> None:
+    with pytest.raises(ConfigError, match="kervan plan --gpu KIND --gpus N"):
+        _planned({"model": MODEL}, "10.0.0.1:6379", print)
+
+
+def test_a_model_that_is_not_here_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"reads its config\.json"):
+        planned(model="Qwen/Qwen3-8B")

@@ -1,0 +1,85 @@
+"""Which layouts a model allows."""
+
+import json
+from typing import Any
+
+import pytest
+from harness.places import MODELS
+
+from kervan.errors import ConfigError
+from kervan.facts import layout
+from kervan.facts.architecture import parse
+from kervan.facts.layout import Layout
+
+
+def config(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((MODELS / name / "config.json").read_text())
+    return found
+
+
+SPEC = parse(config("llama3-70b"), "70b")
+EXPERTS = parse(config("qwen3-30b-a3b"), "30b")
+
+
+def names(gpus: int, gpus_per_node: int = 8) -> set[str]:
+    return {str(one) for one in layout.sizes(SPEC, gpus=gpus, gpus_per_node=gpus_per_node)}
+
+
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        (Layout(tp=3), "tp=3 does not divide 64 attention heads; use 1, 2, 4, 8, 16, 32 or 64"),
+        (Layout(pp=81), "at most pp=80"),
+        (Layout(tp=2, ep=2), "the model has none"),
+    ],
+)
+def test_cuts_that_are_refused(one: Layout, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        layout.check(SPEC, one)
+
+
+def test_experts_are_shared_out_over_all_gpus_of_a_layer_or_none() -> None:
+    layout.check(EXPERTS, Layout(tp=2, ep=2))
+    with pytest.raises(ConfigError, match="neither 1 nor tp=4"):
+        layout.check(EXPERTS, Layout(tp=4, ep=2))
+
+
+def test_stages_as_vllm_deals_them() -> None:
+    assert [len(stage) for stage in layout.stages(SPEC, 3)] == [26, 27, 27] or [
+        len(stage) for stage in layout.stages(SPEC, 3)
+    ] == [27, 27, 26]
+    assert [i for stage in layout.stages(SPEC, 7) for i in stage] == list(range(80))
+
+
+def test_six_gpus_may_leave_two_idle() -> None:
+    assert {"TP4", "TP2xPP3", "TP2xPP2", "TP1"} <= names(6)
+    assert "TP3" not in names(6)  # 64 heads
+    assert names(1) == {"TP1"}
+
+
+def test_powers_of_two_leave_no_gpu_idle() -> None:
+    for one in layout.sizes(SPEC, gpus=64, gpus_per_node=8):
+        assert 64 % one.gpus_per_replica == 0
+        assert one.tp <= 8
+
+
+def test_three_nodes_are_three_stages() -> None:
+    assert "TP8xPP3" in names(24)
+
+
+def test_no_tensor_parallel_group_is_cut_by_a_node() -> None:
+    # Two nodes of six: a TP4 on each, not three of them.
+    assert layout.most_copies(Layout(tp=4), gpus=12, gpus_per_node=6) == 2
+    assert layout.most_copies(Layout(tp=2, pp=2), gpus=12, gpus_per_node=6) == 3
+    assert layout.nodes_per_replica(Layout(tp=8, pp=2), 8) == 2
+    assert layout.nodes_per_replica(Layout(tp=4, pp=2), 8) == 1
+
+
+@pytest.mark.parametrize("text", ["", "tp", "tp=0", "tp=-1", "x=2", "tp=2,tp=2", "tp=99999999", "tp=two"])
+def test_bad_layouts(text: str) -> None:
+    with pytest.raises(ConfigError):
+        layout.parse_layout(text)
+
+
+def test_a_layout_as_users_write_it() -> None:
+    assert layout.parse_layout("tp=2, pp=2") == {"tp": 2, "pp": 2}

@@ -1,0 +1,184 @@
+"""Streams that kill their replicas, and those that only seem to, in the fleet client."""
+
+import asyncio
+
+import pytest
+from harness.live import until
+from harness.toy_fleet import POISON, Bench, ToyReplica
+
+from kervan.policy import quarantine
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_finish(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    for i in range(4):
+        await bench.add(f"old{i}", max_tokens=9)
+    await until(lambda: len(a.running) == len(b.running) == 2)
+    await bench.steps(a, 2)
+    await bench.steps(b, 2)
+    await bench.add("poison", prompt=[1, POISON])
+    await until(lambda: "poison" in a.running or "poison" in b.running)
+    first, second = (a, b) if "poison" in a.running else (b, a)
+    await first.step()
+    await bench.lost(first)
+    await until(lambda: "poison~1" in second.running)
+    link = bench.link(second)
+    await until(lambda: link.pong_s > link.streams["poison~1"].placed_s, "the second one was alive with it")
+    await second.step()
+    await bench.lost(second)
+    await bench.ended("poison")
+    assert bench.failed("poison")
+    c = await bench.start("c")
+    c.run()
+    await bench.finished(*(f"old{i}" for i in range(4)))
+    assert bench.client.counts.given_up == 1
+    assert bench.client.counts.lost_replicas == 2
+
+
+@pytest.mark.parametrize("position", range(4))
+async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench: Bench, position: int) -> None:
+    """Four streams wait on a replica when it dies at its first step; any of them may be the poison."""
+    names = [f"s{i}" for i in range(4)]
+    a = await bench.start("a")
+    for i, name in enumerate(names):
+        await bench.add(name, prompt=[1, POISON] if i == position else [1, i + 2])
+    await bench.placed(a, *names)
+    await a.step()
+    await bench.lost(a)
+    await until(lambda: bench.client.num_held == 4)
+
+    b, c = await bench.start("b"), await bench.start("c")
+    await until(lambda: len(b.running) == len(c.running) == 1)
+    assert bench.client.num_held == 2
+    spares = iter("defg")
+    while not all(name in bench.endings for name in names):
+        for replica in [r for r in bench.replicas.values() if r.is_alive]:
+            link = bench.link(replica)
+            suspects = [stream for stream in link.streams.values() if stream.is_suspect]
+            assert len(suspects) <= 1
+            for stream in suspects:  # a death that follows too fast for a sign of life is judged as less
+                await until(lambda s=stream, k=link: k.pong_s > s.placed_s or not s.is_suspect)  # type: ignore[misc]
+            await replica.step()
+            if not replica.is_alive:
+                await bench.lost(replica)
+                await bench.start(next(spares))
+        await asyncio.sleep(0)
+    for i, name in enumerate(names):
+        if i == position:
+            assert bench.failed(name)
+        else:
+            assert (bench.tokens[name], bench.endings[name]) == (bench.expected[name], ["length"])
+    assert bench.client.counts.lost_replicas == 2
+
+
+async def test_a_token_acquits_of_earlier_deaths_only(bench: Bench) -> None:
+    """Both gave a token on the first replica and none on the second: suspects, which a third tries one by one."""
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.add("t")
+    await bench.placed(a, "s", "t")
+    await bench.steps(a, 1)
+    await bench.kill(a)
+    b = await bench.start("b")
+    await bench.placed(b, "s~1", "t~1")
+    await bench.kill(b)
+    c = await bench.start("c")
+    await bench.placed(c, "s~2")
+    await bench.steps(c, 1)
+    await bench.placed(c, "s~2", "t~2")
+    await bench.finished("s", "t")
+
+
+async def silence(bench: Bench, replica: ToyReplica) -> None:
+    """The link to a replica that lives, and was heard of since its last stream came, breaks; then it is back."""
+    link = bench.link(replica)
+    await until(lambda: any(link.pong_s > s.placed_s for s in link.streams.values()))
+    await replica.break_output_connection()
+    await until(lambda: any(k.replica_id == replica.replica_id and k is not link for k in bench.client.links))
+
+
+async def test_replicas_that_come_back_convict_nobody(bench: Bench) -> None:
+    """As when the whole machine stands still for seconds, twice: nobody died, so no request is a killer."""
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.add("t")
+    await bench.placed(a, "s", "t")
+    for _ in range(3):
+        await silence(bench, a)
+    await bench.finished("s", "t")
+    assert bench.client.counts.given_up == 0
+
+
+async def test_a_verdict_waits_for_the_return_of_a_replica(bench: Bench) -> None:
+    """One replica falls silent, the next dies; the first one's return clears the stream of both."""
+    a = await bench.start("a")
+    await bench.add("s")
+    link = bench.link(a)
+    await until(lambda: any(link.pong_s > s.placed_s for s in link.streams.values()))
+    bench.client.set_members([])
+    await a.break_output_connection()
+    await until(lambda: not bench.client.links)
+    b = bench.replicas["b"] = ToyReplica("b")
+    bench.client.set_members([b.member])
+    await bench.placed(b, "s~1")
+    link = bench.link(b)
+    await until(lambda: any(link.pong_s > s.placed_s for s in link.streams.values()))
+    b.kill()
+    await until(lambda: not bench.client.links and bench.client.num_held == 1)
+    bench.follow()
+    await bench.placed(a, "s~2")
+    await bench.finished("s")
+    assert bench.client.counts.given_up == 0
+
+
+async def test_a_stream_can_be_aborted_while_its_verdict_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "RETURN_WAIT_S", 3600.0)
+    await bench.add("s")
+    for name in "ab":
+        replica = await bench.start(name)
+        link = bench.link(replica)
+        await until(lambda k=link: any(k.pong_s > s.placed_s for s in k.streams.values()))  # type: ignore[misc]
+        await bench.kill(replica)
+    await until(lambda: bench.client.num_held == 1)
+    await bench.client.abort(["s"])
+    assert bench.client.num_held == 0
+
+
+async def test_a_stream_that_silences_its_replica_again_and_again_is_given_up(bench: Bench) -> None:
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.placed(a, "s")
+    for _ in range(quarantine.MAX_UNSEEN_LOSSES):
+        await silence(bench, a)
+    link = bench.link(a)
+    await until(lambda: bench.failed("s") or link.streams)
+    if not bench.failed("s"):
+        await a.break_output_connection()
+    await bench.ended("s")
+    assert bench.failed("s")
+
+
+async def test_a_suspect_does_not_keep_others_away(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("suspect", max_tokens=50)
+    await bench.placed(a, "suspect")
+    await bench.kill(a)
+    await bench.placed(b, "suspect~1")
+    await bench.add("s")
+    await bench.placed(b, "suspect~1", "s")
+    await bench.finished("s", "suspect")
+
+
+async def test_an_aborted_suspect_makes_room_for_the_next(bench: Bench) -> None:
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.add("t")
+    await bench.placed(a, "s", "t")
+    await bench.kill(a)
+    b = await bench.start("b")
+    await bench.placed(b, "s~1")
+    await bench.client.abort(["s"])
+    await bench.placed(b, "t~1")
+    await bench.finished("t")

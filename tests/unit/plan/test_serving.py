@@ -1,0 +1,148 @@
+"""A replica under load: nothing is lost, the pool holds, and shortcuts change no time."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from harness.places import MODELS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kervan.facts import hardware
+from kervan.facts.architecture import parse
+from kervan.facts.layout import Layout
+from kervan.plan import engine, serving
+from kervan.plan.constants import Constants
+from kervan.plan.serving import Ask
+from kervan.plan.step_time import Batch, StepTime
+
+
+def config(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((MODELS / name / "config.json").read_text())
+    return found
+
+
+GPU = hardware.gpu("H200")
+SPEC = parse(config("llama3-8b"), "8b")
+LIMITS = engine.limits(SPEC, GPU, {})
+TIMES = {pp: StepTime(SPEC, Layout(pp=pp), GPU, LIMITS, Constants()) for pp in (1, 2, 4)}
+TURNS = {
+    pp: StepTime(SPEC, Layout(pp=pp), GPU, dataclasses.replace(LIMITS, is_runner_v2=False), Constants())
+    for pp in (2, 4)
+}  # model runner V1: stages take turns
+ROOM = 900_000
+
+
+def closed(
+    streams: int, *, pp: int = 1, count: int = 64, room: int = ROOM, seed: int = 0, **more: int
+) -> serving.Served:
+    return serving.closed_loop(
+        TIMES[pp], serving.fixed(count, 512, 64), streams=streams, kv_tokens=room, seed=seed, **more
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 60)), min_size=1, max_size=30),
+    st.integers(1, 30), st.sampled_from([*TIMES.values(), *TURNS.values()]), st.integers(3100, 9000),
+)  # fmt: skip
+def test_every_request_is_answered_in_any_pool(
+    lengths: list[tuple[int, int]], streams: int, time: StepTime, room: int
+) -> None:
+    asks = [Ask(0.0, prompt, answer) for prompt, answer in lengths]
+    found = serving.closed_loop(time, asks, streams=streams, kv_tokens=room)
+    assert found.is_stable
+    assert sorted(a.output_tokens for a in found.answers) == sorted(answer for _, answer in lengths)
+    assert all(a.sent_s < a.first_s <= a.last_s for a in found.answers)
+
+
+def test_a_full_pool_preempts_and_is_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = []
+    compose = serving._Replica._compose
+
+    def watched(self: serving._Replica, now_s: float) -> object:
+        step = compose(self, now_s)
+        most.append(self.held_tokens)
+        assert self.held_tokens >= 0
+        return step
+
+    monkeypatch.setattr(serving._Replica, "_compose", watched)
+    asks = serving.fixed(24, 100, 400)
+    found = serving.closed_loop(TIMES[1], asks, streams=24, kv_tokens=3000)
+    assert found.is_stable
+    assert found.preemptions > 0
+    assert len(found.answers) == 24
+    assert max(most) <= 3000
+
+
+def test_more_streams_give_more_tokens_while_nothing_is_full() -> None:
+    rates = [closed(streams, count=4 * streams).out_tok_s for streams in (1, 4, 16, 64)]
+    assert rates == sorted(rates)
+    assert rates[-1] < 64 * rates[0]
+
+
+def test_a_seed_fixes_the_run() -> None:
+    assert closed(8, seed=3) == closed(8, seed=3)
+    assert closed(8, seed=3) != closed(8, seed=4)
+
+
+@pytest.mark.parametrize("time", [TIMES[1], TIMES[2], TURNS[2]], ids=["pp 1", "pp 2", "pp 2, V1"])
+def test_steps_taken_together_change_no_time(time: StepTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = serving.fixed(64, 512, 64)
+    together = serving.closed_loop(time, asks, streams=16, kv_tokens=ROOM)
+    monkeypatch.setattr(serving._Replica, "_repeats", lambda *_: 1)
+    single = serving.closed_loop(time, asks, streams=16, kv_tokens=ROOM)
+    assert together.out_tok_s == pytest.approx(single.out_tok_s, rel=1e-3)
+    assert together.tpot_s(0.5) == pytest.approx(single.tpot_s(0.5), rel=2e-3)
+    assert together.ttft_s(0.5) == pytest.approx(single.ttft_s(0.5), rel=2e-2)
+
+
+def test_stages_do_nothing_for_one_stream() -> None:
+    assert closed(1, pp=4, count=4).out_tok_s < 1.01 * closed(1, count=4).out_tok_s
+    assert closed(1, pp=2, count=4).tpot_s(0.5) > 0.95 * closed(1, count=4).tpot_s(0.5)
+
+
+def prefill_s(time: StepTime, prompts: int, tokens: int) -> float:
+    """Until the last of so many prompts that come at once has its first token, the frontend left out."""
+    quick = dataclasses.replace(time.constants, prompt_s=0.0, prompt_token_s=0.0, output_s=0.0, delivery_s=0.0)
+    time = StepTime(time.spec, time.layout, time.gpu, time.limits, quick)
+    found = serving.closed_loop(time, serving.fixed(prompts, tokens, 1), streams=prompts, kv_tokens=ROOM)
+    return max(answer.first_s for answer in found.answers)
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_stages_of_runner_v1_wait_for_the_tokens_that_are_drawn(pp: int) -> None:
+    """64 prompts of 1,024 tokens are 8 steps of 8: through p stages at once 8 + p - 1 times a stage, in turns 8 p."""
+    batch = Batch(0, 0, 8192, 8 * 1024**2 / 2, 8)
+    whole_s, stage_s, _ = TURNS[pp].pass_s(batch)
+    assert prefill_s(TURNS[pp], 64, 1024) == pytest.approx(8 * whole_s, rel=0.01)
+    assert prefill_s(TIMES[pp], 64, 1024) == pytest.approx(7 * stage_s + whole_s, rel=0.03)
+
+
+def test_parts_of_a_prompt_follow_each_other_on_runner_v1_too() -> None:
+    """No token is drawn from them: 8 steps of one prompt take as long as with V2."""
+    assert prefill_s(TURNS[2], 1, 64 * 1024) == pytest.approx(prefill_s(TIMES[2], 1, 64 * 1024), rel=0.01)
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_one_stream_is_as_fast_on_both_runners(pp: int) -> None:
+    asks = serving.fixed(4, 512, 64)
+    turns, piped = (serving.closed_loop(time[pp], asks, streams=1, kv_tokens=ROOM) for time in (TURNS, TIMES))
+    assert turns.tpot_s(0.5) == pytest.approx(piped.tpot_s(0.5), rel=0.01)
+
+
+def test_an_open_loop_waits_above_its_capacity() -> None:
+    slow, fast = (
+        serving.open_loop(TIMES[1], serving.poisson(200, rate, 512, 64), kv_tokens=ROOM) for rate in (5.0, 5000.0)
+    )
+    assert len(slow.answers) == len(fast.answers) == 200
+    assert slow.requests_s == pytest.approx(5.0, rel=0.2)
+    assert fast.requests_s < 500
+    assert fast.ttft_s(0.5) > 5 * slow.ttft_s(0.5)
+
+
+def test_frontends_share_the_prompts() -> None:
+    many, one = closed(64, frontends=8), closed(64)
+    assert many.ttft_s(0.0) < one.ttft_s(0.0)  # the first prompt passes sooner
+    assert many.duration_s < one.duration_s

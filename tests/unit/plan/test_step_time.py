@@ -1,0 +1,78 @@
+"""Step times: the terms, and what may never make a step slower."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from harness.places import MODELS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kervan.facts import hardware
+from kervan.facts.architecture import parse
+from kervan.facts.layout import Layout
+from kervan.plan import engine
+from kervan.plan.constants import Constants
+from kervan.plan.step_time import Batch, StepTime
+
+
+def config(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((MODELS / name / "config.json").read_text())
+    return found
+
+
+GPU = hardware.gpu("H200")
+SPECS = {name: parse(config(name), name) for name in ("llama3-8b", "llama3-70b", "qwen3-30b-a3b")}
+BATCHES = st.builds(
+    lambda sequences, length, prompt: Batch(
+        sequences, float(sequences * length), prompt, prompt * prompt / 2.0, sequences + 1
+    ),
+    st.integers(1, 512), st.integers(1, 8000), st.integers(0, 8000),
+)  # fmt: skip
+
+
+def step_time(name: str = "llama3-8b", layout: Layout = Layout(), gpu: hardware.Gpu = GPU) -> StepTime:  # noqa: B008
+    return StepTime(SPECS[name], layout, gpu, engine.limits(SPECS[name], gpu, {}), Constants())
+
+
+@settings(max_examples=40, deadline=None)
+@given(BATCHES, st.sampled_from(sorted(SPECS)), st.sampled_from([1, 2, 4]), st.floats(1.0, 4.0))
+def test_better_hardware_is_never_slower(batch: Batch, name: str, tp: int, factor: float) -> None:
+    base = step_time(name, Layout(tp)).total_s(batch)
+    for changed in ("bandwidth_bytes_s", "bf16_flops"):
+        better = dataclasses.replace(GPU, **{changed: getattr(GPU, changed) * factor})
+        assert step_time(name, Layout(tp), better).total_s(batch) <= base * (1 + 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(BATCHES, st.sampled_from(sorted(SPECS)), st.sampled_from([Layout(), Layout(2), Layout(2, 2), Layout(1, 3)]))
+def test_terms_add_up_to_the_whole(batch: Batch, name: str, layout: Layout) -> None:
+    time = step_time(name, layout)
+    parts = [time.terms(i, batch).total_s for i in range(layout.pp)]
+    assert parts == pytest.approx([time.stage_s(i, batch) for i in range(layout.pp)])
+    assert time.stages_s(batch) == pytest.approx(parts)
+    assert time.total_s(batch) == pytest.approx(sum(parts) + (layout.pp - 1) * time.hand_over_s(batch))
+
+
+def test_one_stream_reads_all_weights_once() -> None:
+    # 7.50e9 weights of 2 bytes beside the table at 4.8 TB/s are 3.13 ms; kernels and less than full speed come on top.
+    found_s = step_time().total_s(Batch(1, 1024.0, 0, 0.0, 1))
+    assert 3.13e-3 < found_s < 6e-3
+
+
+def test_stages_share_out_the_layers_but_not_their_sum() -> None:
+    batch = Batch(16, 16 * 1024.0, 0, 0.0, 16)
+    one, two = step_time(), step_time(layout=Layout(pp=2))
+    assert max(two.stages_s(batch)) < one.total_s(batch)
+    assert two.total_s(batch) > 0.95 * one.total_s(batch)
+
+
+def test_a_network_between_stages_takes_longer() -> None:
+    spec = SPECS["llama3-70b"]
+    limits = engine.limits(spec, GPU, {})
+    batch = Batch(0, 0.0, 8192, 8192 * 512.0, 8)
+    inside = StepTime(spec, Layout(8, 2), GPU, limits, Constants())
+    across = StepTime(spec, Layout(8, 2), GPU, limits, Constants(), network_bytes_s=12.5e9)
+    # 2 x 8192 tokens x 8192 x 2 bytes / 8 ranks = 33.6 MB at 12.5 GB/s: 2.7 ms.
+    assert across.hand_over_s(batch) - inside.hand_over_s(batch) == pytest.approx(2.7e-3, rel=0.1)
