@@ -29,7 +29,7 @@ import httpx
 import psutil
 
 from kervan.bench import records
-from kervan.facts.fleet import FleetConfig
+from kervan.config.fleet import FleetConfig
 from kervan.serve import changes, cluster
 from kervan.serve import fleet as fleets
 from kervan.twin.engine import answer

@@ -28,7 +28,7 @@ from kervan.chaos import effects
 from kervan.chaos import fleet as fleets
 from kervan.chaos.effects import Disruption
 from kervan.chaos.load import SAMPLING, CheckedDriver, CheckedExchange
-from kervan.facts.workload import Slo
+from kervan.config.workload import Slo
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.serve import drain
 from kervan.stats import quantile

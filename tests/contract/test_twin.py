@@ -10,7 +10,7 @@ import pytest
 from harness.live import until
 from harness.twin_bench import LIMITS, SECRET, TwinBench
 
-from kervan.facts.fault import Fault
+from kervan.config.fault import Fault
 from kervan.fleet.client import FleetClient
 from kervan.fleet.link import Member
 from kervan.twin import wire as twin_wire

@@ -653,8 +653,8 @@ def probe(model: str) -> dict[str, Any]:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+    from kervan.config.fleet import FleetConfig
     from kervan.errors import ConfigError
-    from kervan.facts.fleet import FleetConfig
     from kervan.fleet.vllm import codec as codecs
     from kervan.fleet.vllm import engine_client, frontend, limits, replica, resume, versions
 

@@ -26,7 +26,7 @@ from harness.places import REPOSITORY
 
 import kervan
 from kervan.cli import COMMANDS, cli
-from kervan.facts import fleet as facts
+from kervan.config import fleet as facts
 from kervan.gateway import kept, server
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]

@@ -2,8 +2,8 @@
 
 import time
 
-from kervan.fleet.replay import Journal, Journals
-from kervan.fleet.replication import CopyHolder
+from kervan.fleet.reconnect.journal import Journal, Journals
+from kervan.fleet.reconnect.replication import CopyHolder
 from kervan.gateway.server import listen
 from kervan.policy.replication import Peer
 

@@ -50,7 +50,7 @@ def _serve(connection: Connection, model: str, arguments: dict[str, Any], scratc
 async def _run(connection: Connection, model: str, arguments: dict[str, Any], scratch: Path) -> None:
     import uvicorn
 
-    from kervan.facts.fleet import FleetConfig
+    from kervan.config.fleet import FleetConfig
     from kervan.fleet.client import FleetClient
     from kervan.fleet.control import EngineSpec
     from kervan.fleet.link import Link, Member

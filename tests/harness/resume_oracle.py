@@ -169,7 +169,7 @@ class Core:
         from vllm.v1.executor import Executor
         from vllm.v1.serial_utils import MsgpackDecoder
 
-        from kervan.facts.fleet import FleetConfig
+        from kervan.config.fleet import FleetConfig
         from kervan.fleet.vllm import runner_v1, versions
         from kervan.fleet.vllm.codec import VllmCodec
 

@@ -19,8 +19,8 @@ from harness.live import until
 from kervan.fleet import client as client_module
 from kervan.fleet import stalls, wire
 from kervan.fleet.client import FleetClient
-from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, Member
+from kervan.fleet.stream import Stream
 from kervan.policy import quarantine
 
 SECRET = "s3cret"

@@ -14,7 +14,7 @@ import httpx
 
 from harness.live import START_S, Fleet
 from harness.shared_fleet import Models
-from kervan.facts.fleet import FleetConfig
+from kervan.config.fleet import FleetConfig
 from kervan.twin.engine import answer
 from kervan.twin.settings import settings
 

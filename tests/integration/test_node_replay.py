@@ -9,7 +9,7 @@ import pytest
 from harness.live import START_S, Home, eventually
 from harness.shared_fleet import REPOSITORY, Models
 
-from kervan.facts.workload import read_trace
+from kervan.config.workload import read_trace
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(900)]
 

@@ -12,7 +12,7 @@ from harness.live import Fleet, Home, eventually, eventually_async
 from harness.shared_fleet import Models
 from harness.twin_load import NUM_STREAMS, kervan, kill_actor, load
 
-from kervan.facts.fleet import FleetConfig
+from kervan.config.fleet import FleetConfig
 from kervan.ports import free_port
 from kervan.twin.engine import answer
 from kervan.twin.settings import settings

@@ -19,7 +19,7 @@ from harness.live import START_S, Fleet, Home, eventually, eventually_async, is_
 from harness.shared_fleet import REPOSITORY, Models
 from harness.twin_load import kervan, kill_actor, knocks, load
 
-from kervan.facts.fleet import FleetConfig
+from kervan.config.fleet import FleetConfig
 from kervan.fleet.process import TWIN_ENGINE
 from kervan.twin.engine import answer
 from kervan.twin.settings import settings

@@ -14,21 +14,40 @@ import kervan
 
 PACKAGE = Path(kervan.__file__).parent
 BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py")
-ABOVE = ("fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
+ABOVE = ("sim", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
-#   errors, units, stats, ports <- facts, policy <- fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
+#   errors, units, stats, ports <- facts <- config, policy <- sim, fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
 #   bench <- calibrate <- cli
 FORBIDDEN = [
-    *((part, ("facts", "policy", *ABOVE)) for part in BOTTOM),
-    ("facts", ("policy", *ABOVE)),
-    ("policy", ("facts", *ABOVE)),
+    *((part, ("facts", "config", "policy", *ABOVE)) for part in BOTTOM),
+    ("facts", ("config", "policy", *ABOVE)),
+    ("config", ("policy", *ABOVE)),
+    ("policy", ("facts", "config", *ABOVE)),
+    ("sim", ("policy", *(part for part in ABOVE if part != "sim"))),
     ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     ("bench", ("fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     ("gateway", ("twin", "bench", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
-    ("notices", ("facts", "policy", "fleet", "twin", "bench", "gateway", "serve", "chaos", "calibrate", "cli", "demo")),
+    (
+        "notices",
+        (
+            "facts",
+            "config",
+            "policy",
+            "sim",
+            "fleet",
+            "twin",
+            "bench",
+            "gateway",
+            "serve",
+            "chaos",
+            "calibrate",
+            "cli",
+            "demo",
+        ),
+    ),
     ("serve", ("bench", "chaos", "calibrate", "cli", "demo")),
     ("chaos", ("policy", "gateway", "notices", "calibrate", "cli", "demo")),
     ("calibrate", ("policy", "fleet", "twin", "gateway", "notices", "serve", "chaos", "cli", "demo")),
@@ -39,10 +58,10 @@ FORBIDDEN += [
     ("observe", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("observe",)) for part in dict(FORBIDDEN)),
 ]
-# The planner knows facts alone; what is below it does not know the planner.
+# The planner knows facts and the engine on paper; what is below it does not know the planner.
 FORBIDDEN += [
     ("plan", ("policy", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
-    *((part, ("plan",)) for part in (*BOTTOM, "facts", "policy", "observe")),
+    *((part, ("plan",)) for part in (*BOTTOM, "facts", "config", "policy", "sim", "observe")),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
@@ -99,7 +118,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "policy", "plan", "bench", "notices", "observe"):
+    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "bench", "notices", "observe"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -127,7 +146,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.cli.bench_view",
         "kervan.cli.render",
     ]
-    for part in ("facts", "policy", "plan", "bench", "notices", "observe", "calibrate"):
+    for part in ("facts", "config", "policy", "sim", "plan", "bench", "notices", "observe", "calibrate"):
         modules += [f"kervan.{part}.{path.stem}" for path in source_files(part) if path.stem != "__init__"]
     assert len(modules) > 6
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()

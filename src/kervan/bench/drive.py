@@ -16,8 +16,8 @@ from kervan.bench.load import Load, Target
 from kervan.bench.prompts import Alphabet
 from kervan.bench.sketch import Sketch
 from kervan.bench.tally import Tally, merge_all
+from kervan.config.workload import Slo
 from kervan.errors import ConfigError, FleetError
-from kervan.facts.workload import Slo
 
 # Gets the seconds since the start and each worker's newest report; true ends the run.
 OnProgress = Callable[[float, list[worker.Progress]], bool | None]

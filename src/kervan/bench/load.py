@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kervan.bench.arrivals import Process, Stage, offsets_s
+from kervan.config.workload import Slo, TraceRow, parse_lengths, read_trace
 from kervan.errors import ConfigError
-from kervan.facts.workload import Slo, TraceRow, parse_lengths, read_trace
 
 Api = Literal["completions", "chat"]
 

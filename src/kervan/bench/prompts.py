@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from kervan.bench.load import Load, Target
+from kervan.config.workload import BLOCK_TOKENS, TraceRow, parse_lengths
 from kervan.errors import ConfigError
-from kervan.facts.workload import BLOCK_TOKENS, TraceRow, parse_lengths
 
 encode = msgspec.json.encode
 

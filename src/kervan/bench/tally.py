@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kervan.bench.exchange import Exchange
 from kervan.bench.sketch import Sketch, binned, merged
-from kervan.facts.workload import Slo
+from kervan.config.workload import Slo
 
 NUM_BLOCKS = 32
 FIRST_BUCKET_S = 0.125

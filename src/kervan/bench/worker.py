@@ -24,8 +24,8 @@ from kervan.bench.load import Load, Target
 from kervan.bench.prompts import Alphabet, Ask, Prompts, http_request
 from kervan.bench.sketch import Sketch
 from kervan.bench.tally import Tally, block_of
+from kervan.config.workload import Slo, TraceRow
 from kervan.errors import KervanError
-from kervan.facts.workload import Slo, TraceRow
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 REPORT_PERIOD_S = 0.5

@@ -17,7 +17,7 @@ from kervan.facts.hardware import Gpu
 from kervan.facts.layout import parse_layout
 from kervan.plan import calibration
 from kervan.plan.calibration import PRIOR, Calibration, Point
-from kervan.plan.constants import Constants
+from kervan.sim.constants import Constants
 
 LARGE_ROWS = 2048  # matrix products of so many rows are bound by arithmetic
 SMALL_ROWS = 16  # and of so few by memory

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kervan.config.workload import ClosedLoop
 from kervan.errors import ConfigError
-from kervan.facts.workload import ClosedLoop
 
 FORMAT = 1
 

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from kervan.bench.load import Target
 from kervan.bench.target import RequestError, get_text
 from kervan.chaos.schedule import Kind
+from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import Drain, Snapshot, Strike
 from kervan.serve import cluster
 from kervan.serve import fleet as fleets

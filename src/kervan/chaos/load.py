@@ -12,7 +12,7 @@ from kervan.bench.exchange import Exchange
 from kervan.bench.load import Load, Target
 from kervan.bench.prompts import Alphabet, Ask, Prompts
 from kervan.bench.worker import Driver, Share
-from kervan.facts.workload import TraceRow
+from kervan.config.workload import TraceRow
 from kervan.twin.engine import Limits, answer
 
 # A request -> the tokens of its answer.

@@ -22,9 +22,9 @@ from kervan.chaos.load import SAMPLING, CheckedDriver, CheckedExchange, Truth, s
 from kervan.chaos.report import Report
 from kervan.chaos.schedule import Kind, Moment
 from kervan.chaos.tally import Tally
+from kervan.config.fleet import FleetConfig
+from kervan.config.workload import Slo, parse_lengths
 from kervan.errors import ConfigError, FleetError
-from kervan.facts.fleet import FleetConfig
-from kervan.facts.workload import Slo, parse_lengths
 from kervan.fleet.directory import Snapshot
 from kervan.serve.fleet import plural
 from kervan.twin import settings as twins

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from kervan.cli import options
+from kervan.config.workload import LENGTHS_HELP
 from kervan.errors import ConfigError
-from kervan.facts.workload import LENGTHS_HELP
 
 SECTIONS = {
     "Arrivals": "--streams --rate --arrivals --burstiness --burst --stages --trace --trace-speed --num-requests "
@@ -328,7 +328,7 @@ def _prefix(text: str | None) -> tuple[int, int]:
 
 
 def _slo(text: str | None) -> Any:
-    from kervan.facts.workload import Slo, parse_slo
+    from kervan.config.workload import Slo, parse_slo
 
     return Slo() if text is None else parse_slo(text)
 

@@ -95,7 +95,7 @@ def _check_mode(context: click.Context, given: dict[str, Any]) -> None:
 
 
 def _replay(model: str, given: dict[str, Any]) -> "Report":
-    from kervan.chaos import replay
+    from kervan.chaos import node_replay as replay
     from kervan.cli import render
     from kervan.units import parse_duration_s
 

@@ -5,7 +5,7 @@ from typing import get_args
 import click
 
 from kervan.cli import options
-from kervan.facts.fault import Fault, FaultKind
+from kervan.config.fault import Fault, FaultKind
 
 AMOUNTS = {
     "slow": (1.0, 1e6, "how many times as long a step takes, at least 1"),

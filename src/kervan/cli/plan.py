@@ -83,7 +83,7 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
 
 def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
     """vLLM's arguments by their names, from `KEY=VALUE` texts."""
-    from kervan.facts import fleet
+    from kervan.config import fleet
 
     pairs = [fleet.parse_assignment(text, "--engine-arg") for text in texts]
     for key, _ in pairs:
@@ -117,10 +117,10 @@ def ask(
 
     Raises: ConfigError for any that makes no sense.
     """
+    from kervan.config.workload import Slo, parse_lengths, parse_slo, read_trace
     from kervan.facts import architecture
     from kervan.facts import model as models
     from kervan.facts import prices as price_table
-    from kervan.facts.workload import Slo, parse_lengths, parse_slo, read_trace
     from kervan.plan import calibration as calibrations
     from kervan.plan.candidates import NETWORK_BYTES_S, Question
 

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from kervan.cli import options, sigterm
+from kervan.config import fleet as facts
 from kervan.errors import ConfigError
-from kervan.facts import fleet as facts
 
 SECTIONS = {
     "Layout": "--auto --tp --pp --ep --replicas --pool --gateways --nodes-per-replica --gpus-per-replica",

@@ -15,7 +15,7 @@ import yaml
 
 from kervan.errors import ConfigError
 from kervan.facts import hardware
-from kervan.facts.fleet import POOLS
+from kervan.facts.markets import MARKETS
 
 Market = Literal["on-demand", "spot"]
 LARGE_PROVIDERS = ("AWS", "Azure", "Google Cloud")
@@ -139,8 +139,8 @@ def _price(row: Any, subject: str) -> Price:
     missing = [key for key in known if key not in row and key not in OPTIONAL]
     if missing:
         raise ConfigError(f"{subject} has no {', '.join(missing)}; give gpu, market, usd_per_gpu_h and date")
-    if row["market"] not in POOLS:
-        raise ConfigError(f"{subject}: market {row['market']!r} is not one of {', '.join(POOLS)}")
+    if row["market"] not in MARKETS:
+        raise ConfigError(f"{subject}: market {row['market']!r} is not one of {', '.join(MARKETS)}")
     usd, date = row["usd_per_gpu_h"], row["date"]
     if isinstance(usd, bool) or not isinstance(usd, int | float):
         raise ConfigError(f"{subject}: usd_per_gpu_h={usd!r} is no number; give US dollars per GPU and hour, like 3.40")

@@ -8,7 +8,8 @@ outputs (`kervan.fleet.vllm.codec` for vLLM). Life of a stream:
              |      +---- moved <----+   its replica was lost or drains: prompt + generated tokens go elsewhere
              +--> held                   no replica can take it now; placed when one comes, failed after a while
 
-One whose client has come back begins with what its journal has (`kervan.fleet.replay`), and is placed after that.
+One whose client has come back begins with what its journal has (`kervan.fleet.reconnect.journal`), and is placed
+after that.
 """
 
 import asyncio
@@ -32,12 +33,12 @@ from kervan.fleet import stalls, wire
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
-from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
 from kervan.fleet.listener import ENGINE_DIED, Listener, send_ping
-from kervan.fleet.replay import Run, current_run
-from kervan.fleet.replication import Replicator
+from kervan.fleet.reconnect.journal import Run, current_run
+from kervan.fleet.reconnect.replication import Replicator
 from kervan.fleet.stalls import Stalls
+from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import TrafficMeter
 from kervan.policy import quarantine, routing
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from kervan.fleet.journal import Stream
+from kervan.fleet.stream import Stream
 
 
 class Output(Protocol):

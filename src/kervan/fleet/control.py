@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from kervan.facts.fault import Fault
+from kervan.config.fault import Fault
 from kervan.fleet.wire import EngineFacts
 
 FailureKind = Literal["ConfigError", "CapacityError", "EngineError"]

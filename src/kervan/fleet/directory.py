@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from kervan.facts.fault import Fault
+from kervan.config.fault import Fault
 
 EXPIRY_S = 10.0
 SILENT_S = 3.0  # three beats late

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from kervan.fleet import evacuees
 from kervan.fleet.codec import Codec
 from kervan.fleet.evacuees import PrefillSpeed
-from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link
+from kervan.fleet.stream import Stream
 from kervan.policy import evacuation
 from kervan.policy.output_length import LengthEstimate
 

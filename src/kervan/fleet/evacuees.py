@@ -3,8 +3,8 @@
 import time
 from collections.abc import Iterable
 
-from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link
+from kervan.fleet.stream import Stream
 from kervan.policy.evacuation import EvacuationState, LeavingStream, Target
 from kervan.policy.output_length import LengthEstimate
 

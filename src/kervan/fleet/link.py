@@ -12,10 +12,10 @@ import zmq
 import zmq.asyncio
 
 from kervan.errors import EngineError
-from kervan.facts.fleet import SPOT
+from kervan.facts.markets import SPOT
 from kervan.fleet import wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
-from kervan.fleet.journal import Stream
+from kervan.fleet.stream import Stream
 from kervan.policy import routing
 
 logger = logging.getLogger(__name__)

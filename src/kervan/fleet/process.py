@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from kervan.facts.fault import Fault
+from kervan.config.fault import Fault
 from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
 from kervan.fleet.log_files import open_log
 from kervan.fleet.process_group import end_group

@@ -5,8 +5,8 @@ import socket
 import time
 
 from kervan.fleet.directory import Snapshot
-from kervan.fleet.replay import Journal, Journals
-from kervan.fleet.replication import CopyHolder, Replicator
+from kervan.fleet.reconnect.journal import Journal, Journals
+from kervan.fleet.reconnect.replication import CopyHolder, Replicator
 from kervan.policy.replication import Peer
 
 SWEEP_PERIOD_S = 1.0

@@ -1,8 +1,9 @@
 """Streams that a client can come back to: ids in the answers, and GET /v1/streams/{id} with Last-Event-ID.
 
-An answer that can be given again has a journal here and a copy of it at another gateway (`kervan.fleet.replication`),
-and each of its events says where it stands (`kervan.fleet.replay.Position`). Who has the journal gives it again: the
-gateway that began it, or when that one is gone, another that has a copy and goes on with it as its own.
+An answer that can be given again has a journal here and a copy of it at another gateway
+(`kervan.fleet.reconnect.replication`), and each of its events says where it stands
+(`kervan.fleet.reconnect.journal.Position`). Who has the journal gives it again: the gateway that began it, or when that
+one is gone, another that has a copy and goes on with it as its own.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from typing import Any
 import msgspec
 
 from kervan.fleet.directory import GatewayEntry
-from kervan.fleet.replay import Journal, Position, Run, current_run
+from kervan.fleet.reconnect.journal import Journal, Position, Run, current_run
 from kervan.gateway.asgi import (
     JSON,
     ASGIApp,

@@ -9,14 +9,16 @@ from typing import Any
 
 import msgspec
 
+from kervan.config.workload import ClosedLoop
 from kervan.errors import ConfigError
 from kervan.facts.architecture import ModelSpec
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout
-from kervan.facts.workload import ClosedLoop
-from kervan.plan import engine, memory, serving
-from kervan.plan.constants import Constants
-from kervan.plan.step_time import StepTime
+from kervan.plan import serving
+from kervan.sim import limits as engine
+from kervan.sim import memory
+from kervan.sim.constants import Constants
+from kervan.sim.step_time import StepTime
 
 FORMAT = 1
 # How far a prediction may be off before it counts (one standard deviation), by what is predicted. The time to the

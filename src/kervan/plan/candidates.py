@@ -8,18 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kervan.config.workload import Lengths, Slo, TraceRow
 from kervan.errors import ConfigError
 from kervan.facts import layout as layouts
 from kervan.facts.architecture import ModelSpec
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout
-from kervan.facts.workload import Lengths, Slo, TraceRow
-from kervan.plan import engine, memory, serving
+from kervan.plan import serving
 from kervan.plan.calibration import PRIOR, Calibration
-from kervan.plan.engine import EngineLimits
-from kervan.plan.memory import Memory
 from kervan.plan.serving import Ask, Served
-from kervan.plan.step_time import Batch, StepTime
+from kervan.sim import limits as engine
+from kervan.sim import memory
+from kervan.sim.limits import EngineLimits
+from kervan.sim.memory import Memory
+from kervan.sim.step_time import Batch, StepTime
 
 Goal = Literal["cost", "throughput", "latency"]
 SEEDS = 3

@@ -8,7 +8,7 @@ from typing import Any
 
 from kervan.facts import layout as layouts
 from kervan.plan.candidates import Candidate, Question, step_time
-from kervan.plan.step_time import Batch
+from kervan.sim.step_time import Batch
 
 GRAPH_STEP = 8  # vLLM's captured batches are multiples of it
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from kervan.errors import CapacityError, ConfigError
 from kervan.facts import layout as layouts
 from kervan.facts.layout import Layout
-from kervan.plan import engine
 from kervan.plan.candidates import SEEDS, Candidate, Evaluator, Question, q_utilization
-from kervan.plan.memory import GIB
+from kervan.sim import limits as engine
+from kervan.sim.memory import GIB
 
 LIKELY = 0.5  # from here on a layout counts as keeping the SLO
 REFINED = 3  # so many of many layouts are simulated with all seeds

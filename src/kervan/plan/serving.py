@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kervan.plan.step_time import Batch, StepTime
+from kervan.sim.step_time import Batch, StepTime
 from kervan.stats import quantile
 
 MAX_STEPS = 400_000

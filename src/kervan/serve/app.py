@@ -9,8 +9,8 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.facts.fleet import FleetConfig
 from kervan.serve import autoscaling, placement, pools
 from kervan.serve.engine import EngineReplica
 from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica

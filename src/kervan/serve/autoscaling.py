@@ -4,7 +4,8 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-from kervan.facts.fleet import SPOT, FleetConfig
+from kervan.config.fleet import FleetConfig
+from kervan.facts.markets import SPOT
 from kervan.policy import gateway_count
 from kervan.policy import pools as pool_sizes
 from kervan.serve import pools

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kervan.config.fleet import FleetConfig, from_mapping
 from kervan.errors import ConfigError, FleetError, KervanError
 from kervan.facts import model as models
-from kervan.facts.fleet import ON_DEMAND, FleetConfig, from_mapping
+from kervan.facts.markets import ON_DEMAND
 from kervan.serve import cluster, placement, pools
 from kervan.serve.fleet import FleetStatus, Progress, attach, snapshot_of, stored_config, wait_until_ready
 from kervan.serve.start import check_port, num_gateways, validate

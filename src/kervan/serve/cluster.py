@@ -21,8 +21,9 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
+from kervan.config.fleet import Device, FleetConfig
 from kervan.errors import EngineError, FleetError
-from kervan.facts.fleet import SPOT, Device, FleetConfig
+from kervan.facts.markets import SPOT
 from kervan.serve.placement import NodeDevices
 
 START_TIMEOUT_S = 120.0

@@ -9,8 +9,8 @@ import msgspec
 import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
 from kervan.serve import pools
 

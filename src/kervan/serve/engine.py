@@ -13,8 +13,8 @@ import msgspec
 import ray
 from ray.util import placement_group_table
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import EngineError
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.control import EngineSpec, Placement
 from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import msgspec
 
 from kervan import errors
+from kervan.config.fault import Fault
+from kervan.config.fleet import FleetConfig
 from kervan.errors import EngineError, FleetError, KervanError
-from kervan.facts.fault import Fault
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure, Suffer
 from kervan.serve import cluster, pools
 from kervan.serve.versions import versions

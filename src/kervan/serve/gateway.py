@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import ray
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import StartFailure
 from kervan.fleet.log_files import new_log, open_log
 from kervan.fleet.vllm import failures

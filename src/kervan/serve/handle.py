@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.client import FleetClient
 from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers

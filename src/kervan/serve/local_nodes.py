@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from kervan.errors import EngineError, FleetError
-from kervan.facts.fleet import ON_DEMAND, SPOT
+from kervan.facts.markets import ON_DEMAND, SPOT
 from kervan.serve import cluster
 
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not pass through Ray's object store

@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kervan.config.fleet import Device, FleetConfig
 from kervan.errors import CapacityError
-from kervan.facts.fleet import Device, FleetConfig
 
 ROUNDING = 1e-6
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError
-from kervan.facts.fleet import ON_DEMAND, SPOT, FleetConfig
+from kervan.facts.markets import ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.serve import cluster, placement
 from kervan.serve.placement import NodeDevices

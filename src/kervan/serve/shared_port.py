@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import ray
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import Snapshot
 from kervan.gateway.relay import relay_key
 from kervan.gateway.shared_port import Neighbour

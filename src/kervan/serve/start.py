@@ -8,9 +8,9 @@ import secrets
 import socket
 from typing import Any
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import model as models
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.vllm import argument_names
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from kervan.facts.fleet import FleetConfig
+from kervan.config.fleet import FleetConfig
 
 # What replicas and gateways are made of; a change of anything else replaces none of them.
 GATEWAY_WORDS = (

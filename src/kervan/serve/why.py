@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from kervan.facts.fleet import ON_DEMAND, FleetConfig
+from kervan.config.fleet import FleetConfig
+from kervan.facts.markets import ON_DEMAND
 from kervan.fleet.directory import Snapshot
 from kervan.serve import placement, pools
 from kervan.serve.placement import NodeDevices

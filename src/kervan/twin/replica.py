@@ -16,7 +16,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from kervan.facts.fault import Fault
+from kervan.config.fault import Fault
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready
 from kervan.fleet.sessions import Session, Sessions

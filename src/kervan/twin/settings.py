@@ -6,18 +6,18 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError, ConfigError
 from kervan.facts import architecture, hardware
 from kervan.facts import model as models
 from kervan.facts.architecture import ModelSpec
-from kervan.facts.fleet import FleetConfig
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout
-from kervan.plan import engine as plan_engine
-from kervan.plan import memory
 from kervan.plan.calibration import PRIOR
-from kervan.plan.engine import EngineLimits
-from kervan.plan.step_time import Batch, StepTime
+from kervan.sim import limits as plan_engine
+from kervan.sim import memory
+from kervan.sim.limits import EngineLimits
+from kervan.sim.step_time import Batch, StepTime
 from kervan.twin.engine import BLOCK_SIZE, Limits, StepTiming, TwinSettings
 
 # Where the straight lines through the planner's step time are taken.

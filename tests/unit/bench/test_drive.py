@@ -15,8 +15,8 @@ from kervan.bench.pacer import Pacer, Schedule
 from kervan.bench.prompts import Alphabet
 from kervan.bench.tally import Tally
 from kervan.bench.worker import Driver, Share
+from kervan.config.workload import Slo
 from kervan.errors import ConfigError
-from kervan.facts.workload import Slo
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 Handler = Callable[[bytes, asyncio.StreamWriter, int], Awaitable[None]]

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from kervan.bench.load import Load, Target
 from kervan.bench.prompts import Alphabet, Prompts, check_api, http_request, read_prompts
 from kervan.bench.target import _local_words, parse_url
+from kervan.config.workload import TraceRow
 from kervan.errors import ConfigError
-from kervan.facts.workload import TraceRow
 
 IDS = Alphabet(vocab_size=500)
 WORDS = Alphabet(words=(" ab", " cd", " ef"), extra_tokens=7)

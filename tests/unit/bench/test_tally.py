@@ -9,7 +9,7 @@ from kervan.bench.drive import Event
 from kervan.bench.exchange import Exchange
 from kervan.bench.reconcile import Counters, compare, read_counters
 from kervan.bench.tally import MAX_BUCKETS, NUM_BLOCKS, Tally, Timeline, block_of, merge_all
-from kervan.facts.workload import Slo
+from kervan.config.workload import Slo
 
 HEADERS = {"content-type": "text/event-stream"}
 

@@ -9,7 +9,7 @@ from kervan.chaos.effects import Disruption
 from kervan.chaos.report import Report
 from kervan.chaos.schedule import Moment, choose, moments
 from kervan.chaos.verify import Difference, compare
-from kervan.facts.fleet import FleetConfig
+from kervan.config.fleet import FleetConfig
 from kervan.stats import quantile
 from kervan.twin.engine import Limits, answer
 

@@ -19,8 +19,8 @@ from kervan.bench.load import Target
 from kervan.chaos import run
 from kervan.chaos.run import Plan
 from kervan.chaos.schedule import Kind
+from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 
 

@@ -6,8 +6,8 @@ import pytest
 from harness.places import MODELS
 
 from kervan.cli.up import _planned
+from kervan.config import fleet as facts
 from kervan.errors import ConfigError
-from kervan.facts import fleet as facts
 
 MODEL = str(MODELS / "llama3-70b")
 

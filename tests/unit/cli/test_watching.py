@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from kervan.cli import render, top
-from kervan.facts.fleet import FleetConfig
+from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import GatewayEntry, NodeEntry, NodeNotice, ReplicaEntry, Snapshot, StartFailure, Traffic
 from kervan.serve.fleet import FleetStatus
 from kervan.serve.placement import NodeDevices

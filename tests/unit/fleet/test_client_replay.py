@@ -6,8 +6,8 @@ from harness.journals import Holder, journal, new_journals
 from harness.live import until
 from harness.toy_fleet import POISON, Bench
 
-from kervan.fleet.replay import Journal, Run, current_run
-from kervan.fleet.replication import Replicator
+from kervan.fleet.reconnect.journal import Journal, Run, current_run
+from kervan.fleet.reconnect.replication import Replicator
 
 
 async def add(bench: Bench, request_id: str, run: Run, max_tokens: int = 6, prompt: list[int] | None = None) -> None:

@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from kervan.facts.fault import Fault
+from kervan.config.fault import Fault
 from kervan.fleet.directory import (
     EXPIRY_S,
     MAX_FAILURES,

@@ -7,8 +7,8 @@ import pytest
 
 from kervan.fleet import evacuees, wire
 from kervan.fleet.evacuees import DEFAULT_PREFILL_TOKENS_PER_S, MIN_PROMPTS, PrefillSpeed
-from kervan.fleet.journal import Stream
 from kervan.fleet.link import Link, Member
+from kervan.fleet.stream import Stream
 from kervan.policy.evacuation import LeavingStream, Target
 from kervan.policy.output_length import MIN_ANSWERS, LengthEstimate
 from kervan.policy.routing import ReplicaLoad

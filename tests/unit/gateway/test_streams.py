@@ -14,7 +14,7 @@ from harness.live import until
 from openai._streaming import SSEDecoder
 
 from kervan.fleet.directory import GatewayEntry, Snapshot
-from kervan.fleet.replay import current_run
+from kervan.fleet.reconnect.journal import current_run
 from kervan.gateway import GatewayShell
 from kervan.gateway.asgi import Receive, Scope, Send, answer
 from kervan.gateway.kept import Kept

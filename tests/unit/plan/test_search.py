@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from harness.places import MODELS
 
+from kervan.config.workload import Slo, parse_lengths
 from kervan.errors import CapacityError, ConfigError
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
-from kervan.facts.workload import Slo, parse_lengths
-from kervan.plan import engine
 from kervan.plan.candidates import Question
 from kervan.plan.search import search
+from kervan.sim import limits as engine
 
 
 def config(name: str) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
 from kervan.facts.layout import Layout
-from kervan.plan import engine, serving
-from kervan.plan.constants import Constants
+from kervan.plan import serving
 from kervan.plan.serving import Ask
-from kervan.plan.step_time import Batch, StepTime
+from kervan.sim import limits as engine
+from kervan.sim.constants import Constants
+from kervan.sim.step_time import Batch, StepTime
 
 
 def config(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kervan.facts.fleet import FleetConfig
+from kervan.config.fleet import FleetConfig
 from kervan.serve.engine import engine_environment
 
 EAGER = {"enforce_eager": True}

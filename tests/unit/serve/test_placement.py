@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError, ConfigError
-from kervan.facts.fleet import FleetConfig
 from kervan.serve import placement
 from kervan.serve.placement import NodeDevices
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from kervan.config.fleet import FleetConfig, from_mapping
 from kervan.errors import CapacityError, ConfigError
-from kervan.facts.fleet import FleetConfig, from_mapping
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.serve import pools
 from kervan.serve.changes import merge

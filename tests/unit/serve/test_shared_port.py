@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError
-from kervan.facts.fleet import FleetConfig
 from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.serve.shared_port import Neighbourhood, check, meet, served_names
 

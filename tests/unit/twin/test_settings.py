@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError, ConfigError
-from kervan.facts.fleet import FleetConfig
 from kervan.twin.engine import Ask, TwinEngine, TwinSettings
 from kervan.twin.settings import settings
 

@@ -15,7 +15,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from kervan.fleet.journal import Stream
+from kervan.fleet.stream import Stream
 from kervan.fleet.vllm import resume, versions
 
 

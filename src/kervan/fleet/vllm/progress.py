@@ -7,7 +7,7 @@ from typing import Any
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from kervan.fleet.replay import Run, current_run
+from kervan.fleet.reconnect.journal import Run, current_run
 
 CHAT_PATH = "/v1/chat/completions"
 BROKEN = ("abort", "error")  # finish reasons of an answer that is not whole, and may go on for a client that comes back

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kervan.config.workload import Slo, TraceRow, parse_lengths, parse_slo, read_trace
 from kervan.errors import ConfigError
-from kervan.facts.workload import Slo, TraceRow, parse_lengths, parse_slo, read_trace
 
 
 def test_slo() -> None:

@@ -13,14 +13,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from kervan.errors import ConfigError
+from kervan.facts.markets import MARKETS, ON_DEMAND
 
 Ingress = Literal["direct", "serve"]
 Engine = Literal["vllm", "twin"]
 Device = Literal["GPU", "CPU"]
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
-# Pools are named by the market type of their nodes: what Ray's label `ray.io/market-type` says.
-ON_DEMAND, SPOT = POOLS = ("on-demand", "spot")
 MAX_REPLICAS = 4096
 COUNT_PATTERN = re.compile(r"(\d{1,9})(?:\.\.(\d{1,9}))?")
 
@@ -208,8 +207,10 @@ class FleetConfig:
         if not self.pools:
             return
         for pool in self.pools:
-            if pool not in POOLS:
-                raise ConfigError(f"pool {pool!r} is not one of {', '.join(POOLS)}; write for example --pool spot:0..6")
+            if pool not in MARKETS:
+                raise ConfigError(
+                    f"pool {pool!r} is not one of {', '.join(MARKETS)}; write for example --pool spot:0..6"
+                )
         if ON_DEMAND not in self.pools:
             raise ConfigError(
                 "a fleet with pools needs to know its on-demand replicas too; add --pool on-demand:1, or "
@@ -230,7 +231,7 @@ class FleetConfig:
         """The least and most replicas of each pool; a fleet without pools has one, of a fixed number."""
         if not self.pools:
             return {ON_DEMAND: PoolBounds(self.replicas, self.replicas)}
-        return {pool: parse_bounds(pool, self.pools[pool]) for pool in POOLS if pool in self.pools}
+        return {pool: parse_bounds(pool, self.pools[pool]) for pool in MARKETS if pool in self.pools}
 
     @property
     def world_size(self) -> int:

@@ -17,10 +17,10 @@ from kervan.bench.load import Target
 from kervan.bench.prompts import Alphabet
 from kervan.bench.worker import Share
 from kervan.chaos.load import TraceDriver
-from kervan.chaos.replay import Playing, ReplayPlan, fleet_config
+from kervan.chaos.node_replay import Playing, ReplayPlan, fleet_config
 from kervan.chaos.schedule import Kind
+from kervan.config.workload import Slo
 from kervan.errors import ConfigError, EngineError
-from kervan.facts.workload import Slo
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 
 ARRIVALS = str(TRACES / "azure_conv_2023_first_3min.csv")

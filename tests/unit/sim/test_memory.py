@@ -9,8 +9,9 @@ from harness.places import MODELS
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
 from kervan.facts.layout import Layout, stages
-from kervan.plan import engine, memory
-from kervan.plan.memory import GIB
+from kervan.sim import limits as engine
+from kervan.sim import memory
+from kervan.sim.memory import GIB
 
 
 def config(name: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from kervan.facts.architecture import ModelSpec, Part
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout, stages
-from kervan.plan.collectives import all_reduce_s, send_s
-from kervan.plan.constants import Constants
-from kervan.plan.engine import MAX_GRAPH_TOKENS, EngineLimits
+from kervan.sim.collectives import all_reduce_s, send_s
+from kervan.sim.constants import Constants
+from kervan.sim.limits import MAX_GRAPH_TOKENS, EngineLimits
 
 ROUNDING = 4.0  # exponent of the norm that joins two bounds: 19% above either where they are equal
 ACTIVATION_BYTES = 2.0

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from kervan.fleet.replay import Run
+from kervan.fleet.reconnect.journal import Run
 
 
 @dataclass(slots=True, eq=False)
@@ -14,7 +14,7 @@ class Stream:
     `request` is the engine's own request object; only the codec looks inside. `wire_id` is the id the current
     replica knows the stream by: `request_id` at first, `request_id~epoch` after a move, so that late outputs of
     an earlier placement (even on the same replica, A -> B -> A) match nothing. `run`: the client's answer that it is
-    for, if that can be given again (`kervan.fleet.replay`); `replaying`: gives it what was generated before.
+    for, if that can be given again (`kervan.fleet.reconnect.journal`); `replaying`: gives it what was generated before.
     """
 
     request_id: str

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kervan.config.fleet import GPU_MEMORY_UTILIZATION
 from kervan.errors import ConfigError
 from kervan.facts.architecture import ModelSpec
-from kervan.facts.fleet import GPU_MEMORY_UTILIZATION
 from kervan.facts.hardware import Gpu
 
 LARGE_GPU_GIB = 70  # from here on vLLM's defaults are larger; source: EngineArgs.get_batch_defaults, 0.24

@@ -23,10 +23,11 @@ from kervan.chaos.report import Report
 from kervan.chaos.run import TIMEOUT_S, Questions, Run, Say, first_look, twin_questions
 from kervan.chaos.schedule import Kind
 from kervan.chaos.tally import Tally
+from kervan.config import fleet as facts
+from kervan.config.fleet import FleetConfig
+from kervan.config.workload import Slo, read_trace
 from kervan.errors import ConfigError, FleetError, KervanError
-from kervan.facts import fleet as facts
-from kervan.facts.fleet import ON_DEMAND, SPOT, FleetConfig
-from kervan.facts.workload import Slo, read_trace
+from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.ports import free_port
 from kervan.serve import cluster, start
@@ -298,4 +299,4 @@ class Playing(Run):
 
 def _ready_by_pool(snapshot: Snapshot) -> dict[str, int]:
     ready = [replica.pool for replica in snapshot.replicas if replica.state == "ready"]
-    return {pool: ready.count(pool) for pool in facts.POOLS}
+    return {pool: ready.count(pool) for pool in MARKETS}

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import msgspec
 
-from kervan.fleet.replay import Journal, Journals
+from kervan.fleet.reconnect.journal import Journal, Journals
 from kervan.policy import replication
 from kervan.policy.replication import Peer
 

@@ -10,9 +10,9 @@ import pytest
 from harness.journals import SECRET, VERSION, Holder, journal, new_journals
 from harness.live import until
 
-from kervan.fleet import replication
-from kervan.fleet.replay import Journal, Journals, Run
-from kervan.fleet.replication import Replicator
+from kervan.fleet.reconnect import replication
+from kervan.fleet.reconnect.journal import Journal, Journals, Run
+from kervan.fleet.reconnect.replication import Replicator
 from kervan.policy.replication import Peer
 
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kervan.config import fleet
+from kervan.config.fleet import OWNED_ENGINE_ARGS, FleetConfig, PoolBounds, from_mapping
 from kervan.errors import ConfigError
-from kervan.facts import fleet, model
-from kervan.facts.fleet import OWNED_ENGINE_ARGS, FleetConfig, PoolBounds, from_mapping
+from kervan.facts import model
 
 # ---- fleet config: values
 

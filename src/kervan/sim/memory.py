@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kervan.facts.architecture import ModelSpec
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout, stages
-from kervan.plan.engine import BLOCK_TOKENS, EngineLimits
+from kervan.sim.limits import BLOCK_TOKENS, EngineLimits
 
 GIB = 2**30
 # Beside weights and activations: CUDA's context, cuBLAS and attention workspaces, and captured graphs; NCCL's buffers

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kervan.fleet.replay import Journal, Journals, Position, Run
+from kervan.fleet.reconnect.journal import Journal, Journals, Position, Run
 
 
 def journal(stream_id: str = "gw-a-1", body: bytes = b"{}", refusal: str = "") -> Journal:
