@@ -105,7 +105,8 @@ class FleetConfig:
     replicas, as "2" or "0..6"; `replicas` is the sum of their least then. When spot replicas are missing for
     `fallback_after_s`, on-demand ones cover for them within their range, until spot has been whole for
     `fallback_hold_s`. `replay_s`: how long clients may come back to a stream that ended or broke, 0 for never; each
-    gateway keeps `replay_max_mib` of such streams, those of other gateways too.
+    gateway keeps `replay_max_mib` of such streams, those of other gateways too. `warm_start`: each node keeps a process
+    that has vLLM imported, and forks engines from it (`kervan.fleet.warm_start`).
     """
 
     model: str
@@ -138,6 +139,7 @@ class FleetConfig:
     fallback_hold_s: float = 300.0
     replay_s: float = 0.0
     replay_max_mib: int = 256
+    warm_start: bool = True
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):

@@ -16,14 +16,18 @@ from typing import Literal
 import msgspec
 
 from kervan.config.fault import Fault
-from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
+from kervan.fleet import warm_start
+from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready, Report
 from kervan.fleet.log_files import open_log
 from kervan.fleet.process_group import end_group
 from kervan.fleet.vllm import start_parts
+from kervan.fleet.vllm.head_start import model_classes
+from kervan.fleet.warm_start import ForkedProcess, WarmStartError
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
 
 VLLM_ENGINE = "kervan.fleet.vllm"
+WARM_ENGINES = "kervan.fleet.vllm.warm_engines"
 TWIN_ENGINE = "kervan.twin.replica"
 # Nobody removes the sockets over which vLLM's workers talk, so they get a directory that goes with the engine. The path
 # of a Unix socket has at most 107 bytes, 37 of them vLLM's name for it.
@@ -33,9 +37,10 @@ MAX_SOCKET_DIRECTORY = 70
 class EngineProcess:
     """One engine replica in a process group of its own.
 
-    `spec` is what `module` reads first; `env` is its whole environment (None: this process's). `ready`, `load` and
-    `failure` hold the latest reports, `start_s` the seconds of a start by part; `on_change` is called from a thread
-    after each report.
+    `spec` is what `module` reads first; `env` is its whole environment (None: this process's). `fork_for_pid`: fork a
+    vLLM engine from this node's fork server, which stays as long as that process does, and start it anew only where
+    that fails. `ready`, `load` and `failure` hold the latest reports, `start_s` the seconds of a start by part;
+    `on_change` is called from a thread after each report.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class EngineProcess:
         log_path: Path,
         env: Mapping[str, str] | None = None,
         module: str = VLLM_ENGINE,
+        fork_for_pid: int | None = None,
         on_change: Callable[[], None] = lambda: None,
     ):
         self.spec = spec
@@ -59,9 +65,21 @@ class EngineProcess:
         self._sockets_of_workers = tempfile.TemporaryDirectory(prefix="kervan-", ignore_cleanup_errors=True)
         if len(self._sockets_of_workers.name) <= MAX_SOCKET_DIRECTORY:
             environment.setdefault("VLLM_RPC_BASE_PATH", self._sockets_of_workers.name)
+        self.ended = threading.Event()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
+        self._control: ControlEnd | None = None
+        if fork_for_pid is None:
+            self._begin(*self._spawn(module, environment))
+        else:
+            threading.Thread(
+                target=self._fork_or_spawn, args=(environment, fork_for_pid), daemon=True, name="engine-start"
+            ).start()
+
+    def _spawn(self, module: str, environment: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", ControlEnd]:
         ours, theirs = socket.socketpair()
-        with open_log(log_path) as log, theirs:
-            self._process = subprocess.Popen(
+        with open_log(self.log_path) as log, theirs:
+            process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -70,14 +88,44 @@ class EngineProcess:
                 start_new_session=True,
                 env=environment,
             )
-        self._control = ControlEnd(ours)
-        self._control.send(spec)
-        self.ended = threading.Event()
-        self._control.follow(self._on_line, self._on_end)
+        return process, ControlEnd(ours)
+
+    def _fork(self, environment: Mapping[str, str], owner_pid: int) -> tuple[ForkedProcess, ControlEnd]:
+        ours, theirs = socket.socketpair()
+        hints = model_classes(self.spec.engine_argv) if isinstance(self.spec, EngineSpec) else []
+        with open_log(self.log_path) as log, theirs:
+            try:
+                process = warm_start.fork(
+                    WARM_ENGINES, env=environment, control=theirs, log_fd=log.fileno(), hints=hints, owner_pid=owner_pid
+                )
+            except WarmStartError as error:
+                ours.close()  # should there be an engine all the same, it ends by this
+                log.write(f"starts anew: {error}\n".encode())
+                raise
+        return process, ControlEnd(ours)
+
+    def _fork_or_spawn(self, environment: Mapping[str, str], owner_pid: int) -> None:
+        try:
+            self._begin(*self._fork(environment, owner_pid))
+        except WarmStartError:
+            self._begin(*self._spawn(VLLM_ENGINE, environment))
+
+    def _begin(self, process: "subprocess.Popen[bytes] | ForkedProcess", control: ControlEnd) -> None:
+        with self._lock:
+            self._process, self._control = process, control
+            if self.ended.is_set():  # killed before it was there
+                end_group(process.pid)
+                control.close()
+                process.wait()
+                return
+        with contextlib.suppress(OSError):  # it has ended: `_on_end` tells how
+            control.send(self.spec)
+        control.follow(self._on_line, lambda: self._on_end(process))
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        """Its number; 0 before there is a process."""
+        return 0 if self._process is None else self._process.pid
 
     def _on_line(self, line: bytes) -> None:
         report = msgspec.json.decode(line, type=Report)
@@ -93,18 +141,21 @@ class EngineProcess:
             self.load = report
         self._on_change()
 
-    def _on_end(self) -> None:
+    def _on_end(self, process: "subprocess.Popen[bytes] | ForkedProcess") -> None:
         # The core is gone; its workers would hold their GPU memory for seconds more.
-        end_group(self._process.pid)
-        status = self._process.wait()
+        end_group(process.pid)
+        status = process.wait()
         self._sockets_of_workers.cleanup()
         if self.ready is None and self.failure is None:
             self.failure = Failed("EngineError", self._post_mortem(status))
         self.ended.set()
         self._on_change()
 
-    def _post_mortem(self, status: int) -> str:
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    def _post_mortem(self, status: int | None) -> str:
+        if status is None:
+            how = "an exit status that nobody knows, as the process that forked it ended too"
+        else:
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         if status == -signal.SIGKILL:
             how += " (killed; when the machine was out of memory, by its kernel)"
         last = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()][-1:]
@@ -134,8 +185,9 @@ class EngineProcess:
 
     def strike(self, how: Literal["kill", "hang"]) -> None:
         """Do to the engine's process what a fault would: it dies, or gets no CPU any more."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
     def stop(self, timeout_s: float) -> None:
         """End the engine: asked first, killed after `timeout_s`."""
@@ -145,10 +197,15 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End the engine and its workers now."""
-        if not self.ended.is_set():  # after that the number may be another's
-            end_group(self._process.pid)
+        with self._lock:
+            if self._process is None:
+                self.failure = Failed("EngineError", "told to end before it had started")
+                self.ended.set()
+            elif not self.ended.is_set():  # after that the number may be another's
+                end_group(self._process.pid)
         self.ended.wait(10.0)
 
     def _command(self, word: Literal["drain", "stop", "fault"], fault: Fault | None = None) -> None:
-        with contextlib.suppress(OSError):
-            self._control.send(Command(word, fault))
+        if self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.send(Command(word, fault))

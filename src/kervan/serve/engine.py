@@ -66,6 +66,8 @@ class EngineReplica:
             log_path=log_path,
             env=engine_environment(self._config, is_on_cpu=_is_on_cpu(self._config)),
             module=module,
+            # The parent is the node's raylet, which outlives replicas.
+            fork_for_pid=os.getppid() if module == VLLM_ENGINE and self._config.warm_start else None,
             on_change=self._on_change,
         )
         threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()

@@ -13,7 +13,7 @@ GATEWAY_WORDS = (
 )  # fmt: skip
 REPLICA_WORDS = (
     "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",
-    "stall_timeout_s", "drain_timeout_s",
+    "stall_timeout_s", "drain_timeout_s", "warm_start",
 )  # fmt: skip
 
 

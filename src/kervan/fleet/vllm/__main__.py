@@ -4,23 +4,26 @@ import logging
 import signal
 import socket
 import sys
+from typing import NoReturn
 
 import msgspec
+import psutil
 
 from kervan.fleet.control import ControlEnd, EngineSpec
 from kervan.fleet.vllm import head_start
 
 
-def main() -> None:
+def run(control_fd: int, asked_s: float) -> NoReturn:
+    """Be the engine that the other end of the control line asks for. `asked_s`: `time.time()` when it was wanted."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control = ControlEnd(socket.socket(fileno=int(sys.argv[1])))
+    control = ControlEnd(socket.socket(fileno=control_fd))
     spec = msgspec.json.decode(control.receive(), type=EngineSpec)
     ahead = head_start.begin(spec.engine_argv)
-    from kervan.fleet.vllm import replica  # and vLLM with it: 5 to 20 s
+    from kervan.fleet.vllm import replica  # and vLLM with it: 5 to 20 s, where this process is not forked
 
-    replica.serve(control, spec, ahead)
+    replica.serve(control, spec, ahead, asked_s=asked_s)
 
 
 if __name__ == "__main__":
-    main()
+    run(int(sys.argv[1]), psutil.Process().create_time())

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -40,8 +41,7 @@ def begin(engine_argv: Sequence[str]) -> "subprocess.Popen[bytes] | None":
         return None  # vLLM will say what is wrong
     if config is None:
         return None
-    classes = [str(name) for name in config.get("architectures") or ()]
-    unknown = [name for name in classes if not _mark(name).exists()]
+    unknown = [name for name in _classes(config) if not _mark(name).exists()]
     weights = [] if _option(engine_argv, "--load-format") == "dummy" else list(_to_read(Path(model)))
     if not unknown and not weights:
         return None
@@ -58,12 +58,23 @@ def wait_for_class(process: "subprocess.Popen[bytes] | None", engine_argv: Seque
     if process is None:
         return
     config = models.read_config(_option(engine_argv, "--model")) or {}
-    deadline_s = time.monotonic() + WAIT_S
-    classes = [str(name) for name in config.get("architectures") or ()]
+    deadline_s, classes = time.monotonic() + WAIT_S, _classes(config)
     while process.poll() is None and time.monotonic() < deadline_s:
         if all(_mark(name).exists() for name in classes):
             return
         time.sleep(0.05)
+
+
+def model_classes(engine_argv: Sequence[str]) -> list[str]:
+    """Of the model that an engine with these arguments serves; none when its config cannot be read."""
+    model = _option(engine_argv, "--model")
+    with contextlib.suppress(ConfigError):
+        return _classes((models.read_config(model) if model else None) or {})
+    return []
+
+
+def _classes(config: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name in config.get("architectures") or ()]
 
 
 def _option(argv: Sequence[str], name: str) -> str:
@@ -102,16 +113,23 @@ def _read(paths: Sequence[str]) -> None:
             logger.warning("%s: %s", path, error)
 
 
-def _look_at(classes: Sequence[str]) -> None:
+def look_at(classes: Sequence[str]) -> None:
+    """Import these models' classes here, and let vLLM keep what it wants to know of them."""
     from vllm.model_executor.models import registry
 
     # vLLM looks in a process of its own, so that the engine's does not touch the GPU; this one is that process.
-    registry._run_in_subprocess = lambda look: look()
+    in_a_subprocess, registry._run_in_subprocess = registry._run_in_subprocess, lambda look: look()
     for name in classes:
         if (model := registry.ModelRegistry.models.get(name)) is not None:
-            model.inspect_model_cls()
+            try:
+                model.inspect_model_cls()
+                model.load_model_cls()
+            except ImportError as error:  # the engine will say so where it matters
+                logger.warning("%s: %s", name, error)
+                continue
         _mark(name).parent.mkdir(parents=True, exist_ok=True)
         _mark(name).touch()
+    registry._run_in_subprocess = in_a_subprocess
 
 
 def main() -> None:
@@ -120,7 +138,7 @@ def main() -> None:
     reader = threading.Thread(target=_read, args=(sys.argv[split + 1 :],))
     reader.start()
     if classes := sys.argv[1:split]:
-        _look_at(classes)
+        look_at(classes)
     reader.join()
 
 

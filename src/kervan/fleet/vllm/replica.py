@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import msgspec
-import psutil
 import zmq
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -296,10 +295,10 @@ def _end_process_group() -> None:
 
 
 class _Phases:
-    """Seconds of the phases of this process's start."""
+    """Seconds of the phases of an engine's start, from when it was wanted."""
 
-    def __init__(self) -> None:
-        self.seconds = {"imports": time.time() - psutil.Process().create_time()}
+    def __init__(self, asked_s: float) -> None:
+        self.seconds = {"imports": time.time() - asked_s}
         self._since_s = time.monotonic()
 
     def end(self, name: str) -> None:
@@ -319,9 +318,9 @@ def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases) -> No
     control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds))
 
 
-def run(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None") -> int:
+def run(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None", asked_s: float) -> int:
     """Serve until told to stop; the exit status."""
-    phases = _Phases()
+    phases = _Phases(asked_s)
     core: FleetEngineCore | None = None
 
     def on_command(line: bytes) -> None:
@@ -371,9 +370,14 @@ def run(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] |
     return 0
 
 
-def serve(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None") -> NoReturn:
-    """Be the engine that `spec` asks for until the end of this process. `ahead`: of `head_start`."""
-    status = run(control, spec, ahead)
+def serve(
+    control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None", *, asked_s: float
+) -> NoReturn:
+    """Be the engine that `spec` asks for until the end of this process.
+
+    `ahead`: of `head_start`; `asked_s`: `time.time()` when the engine was wanted.
+    """
+    status = run(control, spec, ahead, asked_s)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

@@ -1,0 +1,278 @@
+"""A process that has imported once what its children need, and is forked for each of them.
+
+It has one thread and no device when it forks, or it refuses. A child gets its own environment, working directory,
+output, session and control line; everything else that a process inherits is the same for all (`warm_start.identity`).
+
+    client                                   server
+      | connect, 3 descriptors ------------------>|  the request as a file, the control line, the log
+      | <----------------------------- {"pid": N} |  or {"error": why}, and the connection is closed
+      | <-------------------------- {"status": N} |  when the child has ended; it stays a zombie until the client
+      | close ----------------------------------->|  is gone, so that nobody else gets its number
+
+It ends when nobody has needed it for `linger_s`, and at once when no child and none of the processes is left for which
+it has been started (`Request.owner_pid`; for Ray, the node's raylet).
+"""
+
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+REQUEST_TIMEOUT_S = 5.0
+NUM_DESCRIPTORS = 3
+THREADS = Path("/proc/self/task")
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What a client asks for. `asked_s`: `time.time()` then; `hints`: what else to import before forking."""
+
+    env: dict[str, str]
+    cwd: str
+    owner_pid: int
+    asked_s: float
+    hints: list[str]
+
+
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line: the child's `pid`, or the `error` that there is none; later its exit `status`, as Popen has it."""
+
+    pid: int | None = None
+    status: int | None = None
+    error: str = ""
+
+
+class NotForkableError(Exception):
+    """The process has threads or a device, which a child would not have."""
+
+
+class ForkServer:
+    """Forks `run(control_fd, asked_s)` for each client of `listener`.
+
+    `prepare(hints)` imports, first and before each fork. `may_end` is asked before it ends unneeded, with the selector
+    empty: a client may be on its way.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        prepare: Callable[[Sequence[str]], None],
+        run: Callable[[int, float], Any],
+        *,
+        linger_s: float,
+        may_end: Callable[[], bool] = lambda: True,
+    ):
+        self._listener = listener
+        self._prepare = prepare
+        self._run = run
+        self._linger_s = linger_s
+        self._may_end = may_end
+        self._selector = selectors.DefaultSelector()
+        self._owners: dict[int, int] = {}  # pid -> pidfd
+        self._clients: dict[socket.socket, int] = {}  # connection -> pid of its child
+        self._children: dict[int, int] = {}  # pid -> pidfd, until it is reaped
+        self._idle_since_s = time.monotonic()
+
+    def serve(self) -> None:
+        """Until nobody needs it. Raises: NotForkableError."""
+        self._prepare(())
+        check_forkable()
+        gc.collect()
+        gc.freeze()  # or each child's first collection would copy all pages
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        while self._is_needed() or not self._may_end():
+            for key, _ in self._selector.select(POLL_S):
+                key.data()
+
+    def _is_needed(self) -> bool:
+        now_s = time.monotonic()
+        if self._clients or self._children:
+            self._idle_since_s = now_s
+            return True
+        for pid in [pid for pid, pidfd in self._owners.items() if has_ended(pidfd)]:
+            os.close(self._owners.pop(pid))
+            if not self._owners:
+                return False
+        return now_s - self._idle_since_s < self._linger_s
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        connection.settimeout(REQUEST_TIMEOUT_S)
+        descriptors: list[int] = []
+        try:
+            message, descriptors, _, _ = socket.recv_fds(connection, 1, NUM_DESCRIPTORS)
+            if not message or len(descriptors) != NUM_DESCRIPTORS:
+                connection.close()  # it only looked whether anybody is here
+                return
+            with os.fdopen(os.dup(descriptors[0]), "rb") as file:
+                file.seek(0)
+                request = msgspec.json.decode(file.read(), type=Request)
+            self._follow_owner(request.owner_pid)
+            self._prepare(request.hints)
+            check_forkable()
+            pid = self._fork(request, connection, *descriptors)
+        except (OSError, msgspec.DecodeError) as error:
+            _reply(connection, Reply(error=f"the request cannot be read: {error}"))
+            connection.close()
+        else:
+            self._follow(connection, pid)
+            _reply(connection, Reply(pid=pid))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _follow_owner(self, pid: int) -> None:
+        if pid not in self._owners:
+            self._owners[pid] = os.pidfd_open(pid)
+
+    def _follow(self, connection: socket.socket, pid: int) -> None:
+        pidfd = os.pidfd_open(pid)
+        self._clients[connection] = pid
+        self._children[pid] = pidfd
+        self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._child_ended(connection, pid))
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._client_left(connection))
+
+    def _child_ended(self, connection: socket.socket, pid: int) -> None:
+        pidfd = self._children[pid]
+        self._selector.unregister(pidfd)
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+        assert result is not None
+        if connection in self._clients:
+            is_exit = result.si_code == os.CLD_EXITED
+            _reply(connection, Reply(status=result.si_status if is_exit else -result.si_status))
+        else:
+            self._reap(pid)
+
+    def _client_left(self, connection: socket.socket) -> None:
+        pid = self._clients.pop(connection)
+        self._selector.unregister(connection)
+        connection.close()
+        if has_ended(self._children[pid]):
+            with contextlib.suppress(KeyError):  # its end may have been seen already
+                self._selector.unregister(self._children[pid])
+            self._reap(pid)
+
+    def _reap(self, pid: int) -> None:
+        os.close(self._children.pop(pid))
+        os.waitpid(pid, 0)
+
+    def _fork(self, request: Request, connection: socket.socket, file: int, control: int, log: int) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            os.close(file)
+            connection.close()
+            self._become_child(request, control, log)
+        return pid
+
+    def _become_child(self, request: Request, control: int, log: int) -> NoReturn:
+        status = 1
+        try:
+            os.setsid()
+            for descriptor in (*self._owners.values(), *self._children.values()):
+                os.close(descriptor)
+            for connection in self._clients:
+                connection.close()
+            self._selector.close()
+            self._listener.close()
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(log)
+            os.environ.clear()
+            os.environ.update(request.env)
+            os.chdir(request.cwd)
+            status = self._run(control, request.asked_s) or 0
+        except BaseException:
+            logger.exception("a forked process failed")
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+
+def check_forkable() -> None:
+    """Raises: NotForkableError when a fork of this process would lose a thread or share a device."""
+    # OpenBLAS ends its threads when their process forks and starts them again when it computes.
+    if num_threads() > 1:
+        if (pid := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    if (count := num_threads()) > 1:
+        names = ", ".join(sorted((task / "comm").read_text().strip() for task in THREADS.iterdir()))
+        raise NotForkableError(f"{count} threads run after the imports ({names}), and a fork has one")
+    if devices := [target for target in _open_files() if target.startswith("/dev/nvidia-uvm")]:
+        raise NotForkableError(f"the imports opened a device ({devices[0]}), which a fork cannot use")
+
+
+def num_threads() -> int:
+    """Of this process."""
+    return len(list(THREADS.iterdir()))
+
+
+def _open_files() -> list[str]:
+    targets = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that listed them
+            targets.append(str(descriptor.readlink()))
+    return targets
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process has ended, reaped or not."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pidfd, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Held by one process at a time: clients connect, and a server ends, with its lock held."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _reply(connection: socket.socket, reply: Reply) -> None:
+    with contextlib.suppress(OSError):  # a client that has left needs no reply
+        connection.sendall(msgspec.json.encode(reply) + b"\n")
+
+
+def main(prepare: Callable[[Sequence[str]], None], run: Callable[[int, float], Any], *, linger_s: float) -> NoReturn:
+    """`FD PLACE`: serve on the listening socket FD; PLACE is where its files are, without their endings."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if os.fork():  # nobody's child: who started it may end before it, and take its children along
+        os._exit(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    listener, place = socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2])
+
+    def may_end() -> bool:
+        with locked(place.with_suffix(".lock")):
+            with selectors.DefaultSelector() as selector:
+                selector.register(listener, selectors.EVENT_READ)
+                if selector.select(0):
+                    return False
+            place.with_suffix(".sock").unlink(missing_ok=True)
+        return True
+
+    status = 0
+    try:
+        ForkServer(listener, prepare, run, linger_s=linger_s, may_end=may_end).serve()
+    except NotForkableError as error:
+        logger.warning("no engine can be forked: %s", error)
+        place.with_suffix(".refused").write_text(str(error))  # the next ones need not wait to hear it
+        status = 3
+    os._exit(status)

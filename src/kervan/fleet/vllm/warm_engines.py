@@ -1,0 +1,58 @@
+"""`python -m kervan.fleet.vllm.warm_engines FD PLACE`: the process from which a node's engines are forked.
+
+It imports what every engine imports before it touches its device (`kervan.fleet.fork_server`).
+"""
+
+import importlib
+import logging
+from collections.abc import Sequence
+
+from kervan.fleet import fork_server
+from kervan.fleet.vllm.__main__ import run
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 120.0  # longer than Serve takes to start a replica in the place of one that is gone
+# What an engine loads after `replica`, before its first step; those of other devices cannot be imported.
+LATE_MODULES = (
+    "vllm.v1.worker.gpu_worker",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.v1.worker.gpu.model_runner",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.model_executor.model_loader.default_loader",
+    "vllm.compilation.backends",
+    "xgrammar",
+    "transformers",
+)
+_known: set[str] = set()
+
+
+def prepare(model_classes: Sequence[str]) -> None:
+    """Import vLLM, and the classes of these models as a Hugging Face config names them."""
+    if not _known:
+        _import("kervan.fleet.vllm.replica")
+        from vllm.platforms import current_platform
+
+        cpu = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+        for name in (*LATE_MODULES, *(cpu if current_platform.is_cpu() else ())):
+            _import(name)
+        from kervan.fleet.vllm import versions
+
+        versions.parse_args(["--model", "none"])  # builds the parser, whose help texts take a second
+        _known.add("")
+    if fresh := set(model_classes) - _known:
+        from kervan.fleet.vllm import head_start
+
+        head_start.look_at(sorted(fresh))
+        _known.update(fresh)
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:  # the engine will do without it, or say what is wrong
+        logger.info("%s: %s", name, error)
+
+
+if __name__ == "__main__":
+    fork_server.main(prepare, run, linger_s=LINGER_S)

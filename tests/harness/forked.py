@@ -1,0 +1,33 @@
+"""`python -m harness.forked FD PLACE`: a fork server whose children import nothing and do as they are told.
+
+The first line on a child's control line is Python to run there; its result goes back as a line.
+"""
+
+import importlib
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from kervan.fleet import fork_server
+
+prepared: list[str] = []
+
+
+def prepare(hints: Sequence[str]) -> None:
+    prepared.extend(hints)
+    if "thread" in hints:
+        threading.Thread(target=threading.Event().wait, daemon=True, name="idle").start()
+
+
+def run(control_fd: int, asked_s: float) -> None:
+    with socket.socket(fileno=control_fd) as control, control.makefile("rw") as lines:
+        names: dict[str, Any] = {"prepared": prepared, "asked_s": asked_s, "os": os, "importlib": importlib}
+        for line in lines:
+            lines.write(f"{eval(line, names)}\n")
+            lines.flush()
+
+
+if __name__ == "__main__":
+    fork_server.main(prepare, run, linger_s=float(os.environ.get("LINGER_S", "60")))
