@@ -13,8 +13,11 @@ from kervan.fleet.control import ControlEnd, EngineSpec
 from kervan.fleet.vllm import head_start
 
 
-def run(control_fd: int, asked_s: float) -> NoReturn:
-    """Be the engine that the other end of the control line asks for. `asked_s`: `time.time()` when it was wanted."""
+def run(control_fd: int, asked_s: float, *, is_forked: bool = False) -> NoReturn:
+    """Be the engine that the other end of the control line asks for.
+
+    `asked_s`: `time.time()` when it was wanted; `is_forked`: this process had vLLM imported before.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = ControlEnd(socket.socket(fileno=control_fd))
@@ -22,7 +25,7 @@ def run(control_fd: int, asked_s: float) -> NoReturn:
     ahead = head_start.begin(spec.engine_argv)
     from kervan.fleet.vllm import replica  # and vLLM with it: 5 to 20 s, where this process is not forked
 
-    replica.serve(control, spec, ahead, asked_s=asked_s)
+    replica.serve(control, spec, ahead, asked_s=asked_s, is_forked=is_forked)
 
 
 if __name__ == "__main__":

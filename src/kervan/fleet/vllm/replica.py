@@ -36,7 +36,7 @@ from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, 
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
-from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions
+from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions, warm_engines
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +318,9 @@ def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases) -> No
     control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds))
 
 
-def run(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None", asked_s: float) -> int:
+def run(
+    control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None", asked_s: float, is_forked: bool
+) -> int:
     """Serve until told to stop; the exit status."""
     phases = _Phases(asked_s)
     core: FleetEngineCore | None = None
@@ -344,6 +346,8 @@ def run(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] |
             from kervan.fleet.vllm import stages  # and Ray with it
 
             stages.join(spec.placement, vllm_config)
+        if is_forked:
+            warm_engines.fork_workers()
         phases.end("config")
         with gpu_memory.taking(vllm_config, is_shared=spec.shares_gpu, is_here=spec.placement is None):
             core = FleetEngineCore(vllm_config, spec)
@@ -371,13 +375,18 @@ def run(control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] |
 
 
 def serve(
-    control: ControlEnd, spec: EngineSpec, ahead: "subprocess.Popen[bytes] | None", *, asked_s: float
+    control: ControlEnd,
+    spec: EngineSpec,
+    ahead: "subprocess.Popen[bytes] | None",
+    *,
+    asked_s: float,
+    is_forked: bool = False,
 ) -> NoReturn:
     """Be the engine that `spec` asks for until the end of this process.
 
-    `ahead`: of `head_start`; `asked_s`: `time.time()` when the engine was wanted.
+    `ahead`: of `head_start`; `asked_s`: `time.time()` when the engine was wanted; `is_forked`: from `warm_engines`.
     """
-    status = run(control, spec, ahead, asked_s)
+    status = run(control, spec, ahead, asked_s, is_forked)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

@@ -3,8 +3,10 @@
 It imports what every engine imports before it touches its device (`kervan.fleet.fork_server`).
 """
 
+import functools
 import importlib
 import logging
+import os
 from collections.abc import Sequence
 
 from kervan.fleet import fork_server
@@ -47,6 +49,19 @@ def prepare(model_classes: Sequence[str]) -> None:
         _known.update(fresh)
 
 
+def fork_workers() -> None:
+    """Let vLLM's workers of a forked engine be forked too, where its platform would start them anew for nothing.
+
+    On a GPU it forks them by itself. On a CPU it spawns them, because OpenMP reads where its threads are bound when a
+    process starts; without a binding, fork is as good. Called when the platform has decided.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+
 def _import(name: str) -> None:
     try:
         importlib.import_module(name)
@@ -55,4 +70,4 @@ def _import(name: str) -> None:
 
 
 if __name__ == "__main__":
-    fork_server.main(prepare, run, linger_s=LINGER_S)
+    fork_server.main(prepare, functools.partial(run, is_forked=True), linger_s=LINGER_S)
