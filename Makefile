@@ -1,8 +1,11 @@
-# make demo    from nothing to a streamed answer: environment, tiny model, Ray, two vLLM CPU replicas
-# make test    the same environment, then every check and test
-# make lint    ruff and mypy only
-# make lock    requirements/cpu.txt from cpu.in
-# make clean   removes the environment, the demo's model and all caches
+# make demo         from nothing to a streamed answer: environment, tiny model, Ray, two vLLM CPU replicas
+# make test         the same environment, then lint, types and tests; of long sweeps a sample, another one each day
+# make exhaustive   the sweeps whole, and what takes longest
+# make unit         tests without Ray, vLLM and engines: while editing, `make unit PYTEST_ARGS=-kNAME`
+# make lint         ruff and mypy
+# make environment  what all of them need, and nothing else
+# make lock         requirements/cpu.txt from cpu.in
+# make clean        removes the environment, the demo's model and all caches
 
 # The tests and the demo need Python 3.11 or newer: make demo PYTHON=/path/to/python3.12
 PYTHON ?= python3
@@ -19,7 +22,10 @@ else
 TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 endif
 
-.PHONY: demo test lint lock clean
+PYTEST := KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) \
+  KERVAN_TRITON=$(CURDIR)/$(TRITON) $(BIN)/pytest
+
+.PHONY: demo environment test exhaustive unit lint lock clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -40,9 +46,16 @@ $(TRITON): | $(STAMP)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.part triton==3.5.1
 	@mv $@.part $@
 
+environment: $(STAMP) $(OTHER_VLLM) $(TRITON)
+
 test: lint $(OTHER_VLLM) $(TRITON)
-	KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) KERVAN_TRITON=$(CURDIR)/$(TRITON) \
-	  $(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) --cov $(PYTEST_ARGS)
+
+exhaustive: $(OTHER_VLLM) $(TRITON)
+	$(PYTEST) --exhaustive $(PYTEST_ARGS)
+
+unit: $(STAMP)
+	$(BIN)/pytest tests/unit -n 2 $(PYTEST_ARGS)
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 $(TORCH) \

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kervan.bench.records import has_autogroups
+from kervan import autogroups
 
-pytest_plugins = ["harness.shared_fleet", "harness.toy_fleet"]
+pytest_plugins = ["harness.sweeps", "harness.shared_fleet", "harness.toy_fleet"]
 
 MARK = "KERVAN_TEST_SESSION"
 LEAVE_S = 20.0
@@ -27,9 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str | None:
-    if has_autogroups():
-        return "autogroups: on; if fleets stall, see docs/serving.md, 'When everything stands still for seconds'"
-    return None
+    return autogroups.warning()
 
 
 SCRATCH = pytest.StashKey[Path]()

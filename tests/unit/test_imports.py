@@ -13,7 +13,7 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
-BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py")
+BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "autogroups.py")
 ABOVE = ("sim", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
@@ -143,6 +143,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.units",
         "kervan.stats",
         "kervan.ports",
+        "kervan.autogroups",
         "kervan.cli.bench_view",
         "kervan.cli.render",
     ]

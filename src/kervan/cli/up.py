@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kervan import autogroups
 from kervan.cli import options, sigterm
 from kervan.config import fleet as facts
 from kervan.errors import ConfigError
@@ -78,6 +79,8 @@ def up(
         _change(words, source, address, is_confirmed=yes, as_json=as_json)
         return
     say = render.progress_lines()
+    if starved := autogroups.warning():
+        say(starved)
     if auto:
         words = _planned(words, address, say)
     config = facts.from_mapping(words, source)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from kervan import autogroups
 from kervan.bench import records
 
 
@@ -14,5 +15,5 @@ def test_a_record_tells_whether_sessions_are_groups(
     switch = tmp_path / "sched_autogroup_enabled"
     if written is not None:
         switch.write_text(written)
-    monkeypatch.setattr(records, "AUTOGROUP", switch)
+    monkeypatch.setattr(autogroups, "SWITCH", switch)
     assert records.environment()["hardware"]["sched_autogroup"] is told
