@@ -140,20 +140,21 @@ class Side:
         )  # fmt: skip
         return time.monotonic() - begin_s
 
-    async def replicas(self, session: aiohttp.ClientSession) -> list[Row]:
-        async with session.get(f"{self.url}/kervan/status") as response:
-            found: list[Row] = (await response.json())["replicas"]
-            return found
+    def replicas(self) -> list[Row]:
+        """As `kervan status` shows them."""
+        found: list[Row] = json.loads(self.kervan("status", "--name", self.name, "--json"))["replicas"]
+        return found
 
-    async def until_ready(self, session: aiohttp.ClientSession, count: int, gone: int = 0) -> list[Row]:
-        """Until so many replicas are ready, none of them the process `gone`."""
+    async def until_linked(self, session: aiohttp.ClientSession, count: int, gone: str = "") -> None:
+        """Until the gateway gives work to so many replicas, none of them `gone`."""
         deadline_s = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline_s:
-            ready = [r for r in await self.replicas(session) if r["state"] == "ready" and r["pid"] != gone]
-            if len(ready) == count:
-                return ready
+            async with session.get(f"{self.url}/kervan/status") as response:
+                linked = set((await response.json())["replicas"])
+            if len(linked) == count and gone not in linked:
+                return
             await asyncio.sleep(POLL_S)
-        raise TimeoutError(f"after {TIMEOUT_S:.0f} s not {count} replicas ready")
+        raise TimeoutError(f"after {TIMEOUT_S:.0f} s not {count} replicas linked: {linked}")
 
     async def measure(self) -> Row:
         """All of one side."""
@@ -162,8 +163,9 @@ class Side:
         try:
             timeout = aiohttp.ClientTimeout(total=60)
             async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
-                ready = await self.until_ready(session, 2)
-                row["starts"] = [r["start_s"] for r in ready]
+                await self.until_linked(session, 2)
+                ready = await asyncio.to_thread(self.replicas)
+                row["starts"] = [replica["start_s"] for replica in ready]
                 row["memory"] = memory(ready)
                 streams = Streams(self.url, "shape", self.args.streams, self.args.max_tokens)
                 await streams.start()
@@ -174,8 +176,9 @@ class Side:
                 await asyncio.to_thread(self.kervan, "scale", "1", "--name", self.name)
                 begin_s = time.monotonic()
                 await asyncio.to_thread(self.kervan, "scale", "2", "--name", self.name)
-                ready = await self.until_ready(session, 2)
-                row["scale"] = {"to_ready_s": round(time.monotonic() - begin_s, 1), "start_s": youngest(ready)}
+                await self.until_linked(session, 2)
+                to_ready_s = round(time.monotonic() - begin_s, 1)
+                row["scale"] = {"to_ready_s": to_ready_s, "start_s": youngest(await asyncio.to_thread(self.replicas))}
                 await streams.stop()
                 row["streams"] = {"whole": streams.whole, "tokens": streams.tokens, "broken": streams.broken}
         finally:
@@ -184,15 +187,16 @@ class Side:
 
     async def kill(self, session: aiohttp.ClientSession, streams: Streams) -> Row:
         """Kill the replica that has lived longest; what that cost."""
-        oldest = max(await self.until_ready(session, 2), key=lambda replica: replica["ready_for_s"])
+        oldest = max(await asyncio.to_thread(self.replicas), key=lambda replica: replica["ready_for_s"])
         streams.longest_gap_s()
         begin_s = time.monotonic()
         os.kill(oldest["pid"], signal.SIGKILL)
-        ready = await self.until_ready(session, 2, gone=oldest["pid"])
+        await self.until_linked(session, 2, gone=oldest["id"])
+        to_ready_s = round(time.monotonic() - begin_s, 1)
         row = {
-            "to_ready_s": round(time.monotonic() - begin_s, 1),
+            "to_ready_s": to_ready_s,
             "longest_gap_s": round(streams.longest_gap_s(), 2),
-            "start_s": youngest(ready),
+            "start_s": youngest(await asyncio.to_thread(self.replicas)),
         }
         print(f"{self.name}: {json.dumps(row)}", flush=True)
         await asyncio.sleep(SETTLE_S)

@@ -1,4 +1,4 @@
-"""Processes of twins, and a fleet client beside them, without Ray and HTTP."""
+"""Processes of engines, mostly twins, and a fleet client beside them, without Ray and HTTP."""
 
 import asyncio
 import time
@@ -37,11 +37,27 @@ class TwinBench:
 
     async def start(self, name: str, timing: StepTiming = FAST, limits: Limits = LIMITS) -> EngineProcess:
         spec = TwinSpec(name, "127.0.0.1", SECRET, TwinSettings(timing, limits))
-        twin = self.twins[name] = EngineProcess(spec, log_path=self.directory / f"{name}.log", module=TWIN_ENGINE)
-        await until(lambda: twin.ready)
-        self.follow()
-        await until(lambda: any(link.replica_id == name for link in self.client.links))
+        twin = EngineProcess(spec, log_path=self.directory / f"{name}.log", module=TWIN_ENGINE)
+        await self.join(name, twin)
         return twin
+
+    async def join(self, name: str, engine: EngineProcess) -> None:
+        """Returns when it is ready and linked."""
+        self.twins[name] = engine
+        await until(lambda: engine.ready or engine.failure)
+        assert engine.failure is None, engine.failure
+        self.follow()
+        await self.is_linked(name)
+
+    async def is_linked(self, name: str) -> None:
+        await until(lambda: any(link.replica_id == name for link in self.client.links))
+
+    async def only(self, name: str) -> None:
+        """From now on requests go to this one."""
+        engine = self.twins[name]
+        assert engine.ready is not None
+        self.client.set_members([Member(name, engine.ready.address)])
+        await until(lambda: [link.replica_id for link in self.client.links] == [name])
 
     def follow(self) -> None:
         live = {name: twin for name, twin in self.twins.items() if not twin.ended.is_set()}

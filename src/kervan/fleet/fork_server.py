@@ -56,13 +56,13 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class NotForkableError(Exception):
-    """The process has threads or a device, which a child would not have."""
+    """The process has threads or a device that its children would not have."""
 
 
 class ForkServer:
     """Forks `run(control_fd, asked_s)` for each client of `listener`.
 
-    `prepare(hints)` imports, first and before each fork. `may_end` is asked before it ends unneeded, with the selector
+    `prepare(hints)` imports, first and before each fork. `harmless_threads`: see `check_forkable`. `may_end` is asked before it ends unneeded, with the selector
     empty: a client may be on its way.
     """
 
@@ -73,12 +73,14 @@ class ForkServer:
         run: Callable[[int, float], Any],
         *,
         linger_s: float,
+        harmless_threads: Sequence[str] = (),
         may_end: Callable[[], bool] = lambda: True,
     ):
         self._listener = listener
         self._prepare = prepare
         self._run = run
         self._linger_s = linger_s
+        self._harmless_threads = harmless_threads
         self._may_end = may_end
         self._selector = selectors.DefaultSelector()
         self._owners: dict[int, int] = {}  # pid -> pidfd
@@ -89,7 +91,7 @@ class ForkServer:
     def serve(self) -> None:
         """Until nobody needs it. Raises: NotForkableError."""
         self._prepare(())
-        check_forkable()
+        check_forkable(self._harmless_threads)
         gc.collect()
         gc.freeze()  # or each child's first collection would copy all pages
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -122,7 +124,7 @@ class ForkServer:
                 request = msgspec.json.decode(file.read(), type=Request)
             self._follow_owner(request.owner_pid)
             self._prepare(request.hints)
-            check_forkable()
+            check_forkable(self._harmless_threads)
             pid = self._fork(request, connection, *descriptors)
         except (OSError, msgspec.DecodeError) as error:
             _reply(connection, Reply(error=f"the request cannot be read: {error}"))
@@ -204,31 +206,35 @@ class ForkServer:
             os._exit(status)
 
 
-def check_forkable() -> None:
-    """Raises: NotForkableError when a fork of this process would lose a thread or share a device."""
+def check_forkable(harmless_threads: Sequence[str] = ()) -> None:
+    """Raises: NotForkableError when a fork of this process would lose a thread.
+
+    `harmless_threads`: beginnings of the names of those that a child can do without.
+    """
     # OpenBLAS ends its threads when their process forks and starts them again when it computes.
-    if num_threads() > 1:
-        if (pid := os.fork()) == 0:
-            os._exit(0)
-        os.waitpid(pid, 0)
-    if (count := num_threads()) > 1:
-        names = ", ".join(sorted((task / "comm").read_text().strip() for task in THREADS.iterdir()))
-        raise NotForkableError(f"{count} threads run after the imports ({names}), and a fork has one")
-    if devices := [target for target in _open_files() if target.startswith("/dev/nvidia-uvm")]:
-        raise NotForkableError(f"the imports opened a device ({devices[0]}), which a fork cannot use")
+    if len(_threads()) > 1:
+        in_a_fork(lambda: True)
+    others = [name for name in _threads()[1:] if not name.startswith(tuple(harmless_threads))]
+    if others:
+        raise NotForkableError(
+            f"{len(others) + 1} threads run after the imports ({', '.join(others)}), and a fork has one"
+        )
 
 
-def num_threads() -> int:
-    """Of this process."""
-    return len(list(THREADS.iterdir()))
+def in_a_fork(check: Callable[[], bool]) -> bool:
+    """What `check` says in a child of this process that does nothing else."""
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            status = 0 if check() else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def _open_files() -> list[str]:
-    targets = []
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one that listed them
-            targets.append(str(descriptor.readlink()))
-    return targets
+def _threads() -> list[str]:
+    """Names of this process's threads, the first one's first."""
+    return [(task / "comm").read_text().strip() for task in sorted(THREADS.iterdir(), key=lambda task: int(task.name))]
 
 
 def has_ended(pidfd: int) -> bool:
@@ -251,7 +257,13 @@ def _reply(connection: socket.socket, reply: Reply) -> None:
         connection.sendall(msgspec.json.encode(reply) + b"\n")
 
 
-def main(prepare: Callable[[Sequence[str]], None], run: Callable[[int, float], Any], *, linger_s: float) -> NoReturn:
+def main(
+    prepare: Callable[[Sequence[str]], None],
+    run: Callable[[int, float], Any],
+    *,
+    linger_s: float,
+    harmless_threads: Sequence[str] = (),
+) -> NoReturn:
     """`FD PLACE`: serve on the listening socket FD; PLACE is where its files are, without their endings."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if os.fork():  # nobody's child: who started it may end before it, and take its children along
@@ -270,7 +282,10 @@ def main(prepare: Callable[[Sequence[str]], None], run: Callable[[int, float], A
 
     status = 0
     try:
-        ForkServer(listener, prepare, run, linger_s=linger_s, may_end=may_end).serve()
+        server = ForkServer(
+            listener, prepare, run, linger_s=linger_s, harmless_threads=harmless_threads, may_end=may_end
+        )
+        server.serve()
     except NotForkableError as error:
         logger.warning("no engine can be forked: %s", error)
         place.with_suffix(".refused").write_text(str(error))  # the next ones need not wait to hear it

@@ -3,6 +3,7 @@
 It imports what every engine imports before it touches its device (`kervan.fleet.fork_server`).
 """
 
+import ctypes
 import functools
 import importlib
 import logging
@@ -26,11 +27,17 @@ LATE_MODULES = (
     "xgrammar",
     "transformers",
 )
+# NVML's (driver 580: "cuda" and a number) and pyarrow's, which Ray brings: libraries that put themselves right in a fork.
+HARMLESS_THREADS = ("cuda0", "jemalloc_bg_thd")
+CUDA_SUCCESS, CUDA_ERROR_NO_DEVICE = 0, 100
 _known: set[str] = set()
 
 
 def prepare(model_classes: Sequence[str]) -> None:
-    """Import vLLM, and the classes of these models as a Hugging Face config names them."""
+    """Import vLLM, and the classes of these models as a Hugging Face config names them.
+
+    Raises: NotForkableError when CUDA could not be used in a fork any more.
+    """
     if not _known:
         _import("kervan.fleet.vllm.replica")
         from vllm.platforms import current_platform
@@ -47,6 +54,17 @@ def prepare(model_classes: Sequence[str]) -> None:
 
         head_start.look_at(sorted(fresh))
         _known.update(fresh)
+        if not fork_server.in_a_fork(_cuda_starts):
+            raise fork_server.NotForkableError("the imports have started CUDA, which a fork cannot use then")
+
+
+def _cuda_starts() -> bool:
+    """Whether this process can begin to use CUDA, if there is any."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return cuda.cuInit(0) in (CUDA_SUCCESS, CUDA_ERROR_NO_DEVICE)
 
 
 def fork_workers() -> None:
@@ -70,4 +88,6 @@ def _import(name: str) -> None:
 
 
 if __name__ == "__main__":
-    fork_server.main(prepare, functools.partial(run, is_forked=True), linger_s=LINGER_S)
+    fork_server.main(
+        prepare, functools.partial(run, is_forked=True), linger_s=LINGER_S, harmless_threads=HARMLESS_THREADS
+    )

@@ -1,0 +1,124 @@
+"""Forked vLLM engines: the tokens of one that was started anew, one process from which they come, and its end."""
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from harness.live import eventually_async, is_alive
+from harness.shared_fleet import Models
+from harness.twin_bench import SECRET, TwinBench
+
+from kervan.config.fleet import FleetConfig
+from kervan.fleet.control import EngineSpec
+from kervan.fleet.process import EngineProcess
+
+pytestmark = pytest.mark.timeout(600)
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+ARGUMENTS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
+PROMPT = list(range(40, 72))
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "penalties": {"temperature": 0.0, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    "seed": {"temperature": 1.0, "seed": 7, "top_p": 0.9},
+}
+Start = Callable[..., EngineProcess]
+
+
+@pytest.fixture
+def start(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Engines of the demo model, forked for this process or not, from a server of this test's own."""
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(prefix="kt-"))
+    argv = list(FleetConfig(model=str(models.demo), engine_args=ARGUMENTS).engine_argv)
+
+    def start(name: str, *, is_forked: bool, **env: str) -> EngineProcess:
+        return EngineProcess(
+            EngineSpec(name, argv, "127.0.0.1", SECRET),
+            log_path=tmp_path / f"{name}.log",
+            env={**os.environ, **ENVIRONMENT, **env},
+            fork_for_pid=os.getpid() if is_forked else None,
+        )
+
+    return start
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[TwinBench]:
+    bench = TwinBench(tmp_path)
+    yield bench
+    await bench.close()
+
+
+async def answers(bench: TwinBench, name: str) -> dict[str, list[int]]:
+    await bench.only(name)
+    for request, sampling in REQUESTS.items():
+        await bench.add(f"{name} {request}", PROMPT, 24, **sampling)
+    await bench.ended(*(f"{name} {request}" for request in REQUESTS))
+    return {request: bench.tokens(f"{name} {request}") for request in REQUESTS}
+
+
+async def test_forked_engines(start: Start, bench: TwinBench) -> None:
+    engines = {"anew": start("anew", is_forked=False), "one": start("one", is_forked=True)}
+    engines["two"] = start("two", is_forked=True)
+    for name, engine in engines.items():
+        await bench.join(name, engine)
+    told = {name: await answers(bench, name) for name in engines}
+    assert told["one"] == told["two"] == told["anew"]
+    assert all(len(tokens) == 24 for tokens in told["anew"].values())
+
+    servers = {name: psutil.Process(engine.pid).ppid() for name, engine in engines.items()}
+    assert servers["one"] == servers["two"] != os.getpid() == servers["anew"]
+    # Its workers are forked too: no process of it has been started from a program since.
+    workers = psutil.Process(engines["two"].pid).children(recursive=True)
+    assert [w for w in workers if "warm_engines" in " ".join(w.cmdline())]
+
+    # Killed: the end is seen, nothing of it is left, and the next one comes from where it came.
+    group = [engines["one"].pid, *(child.pid for child in psutil.Process(engines["one"].pid).children(recursive=True))]
+    engines["one"].strike("kill")
+    await eventually_async(engines["one"].ended.is_set, "its end is seen", 20)
+    await eventually_async(lambda: not any(map(is_alive, group)), "nothing is left", 20)
+    engines["three"] = start("three", is_forked=True)
+    await bench.join("three", engines["three"])
+    assert psutil.Process(engines["three"].pid).ppid() == servers["two"]
+    assert await answers(bench, "three") == told["anew"]
+
+    # Without its server an engine goes on and ends as any.
+    server = psutil.Process(servers["two"])
+    server.kill()
+    await eventually_async(lambda: not is_alive(server.pid), "the server is gone", 20)
+    await bench.only("two")
+    await bench.add("after", PROMPT, 24, temperature=0.0)
+    await bench.ended("after")
+    assert bench.tokens("after") == told["anew"]["greedy"]
+    for name in ("two", "three"):
+        engines[name].stop(20)
+        assert engines[name].ended.is_set()
+
+
+async def test_an_engine_starts_anew_where_none_can_be_forked(start: Start, bench: TwinBench, tmp_path: Path) -> None:
+    place = Path(tempfile.gettempdir()) / f"kervan-warm-{os.getuid()}"
+    place.mkdir(mode=0o755)  # others may write there
+    engine = start("alone", is_forked=True)
+    await bench.join("alone", engine)
+    assert psutil.Process(engine.pid).ppid() == os.getpid()
+    log = (tmp_path / "alone.log").read_text()
+    assert log.startswith(f"starts anew: {place} is not this user's alone: chmod 700, or remove it\n")
+
+
+async def test_an_engine_that_is_told_to_end_before_it_is_there(start: Start) -> None:
+    engine = start("never", is_forked=True)
+    assert engine.pid == 0
+    engine.kill()
+    assert engine.ended.is_set()
+    assert engine.failure is not None
+    await eventually_async(lambda: not psutil.pid_exists(engine.pid) if engine.pid else False, "it is gone", 400)
