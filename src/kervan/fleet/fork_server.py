@@ -62,8 +62,8 @@ class NotForkableError(Exception):
 class ForkServer:
     """Forks `run(control_fd, asked_s)` for each client of `listener`.
 
-    `prepare(hints)` imports, first and before each fork. `harmless_threads`: see `check_forkable`. `may_end` is asked before it ends unneeded, with the selector
-    empty: a client may be on its way.
+    `prepare(hints)` imports, first and before each fork. `harmless_threads`: see `check_forkable`. `may_end` is asked
+    before it ends unneeded: a client may be on its way.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ LATE_MODULES = (
     "xgrammar",
     "transformers",
 )
-# NVML's (driver 580: "cuda" and a number) and pyarrow's, which Ray brings: libraries that put themselves right in a fork.
+# NVML's (driver 580: "cuda" and a number) and pyarrow's: libraries that put themselves right in a fork.
 HARMLESS_THREADS = ("cuda0", "jemalloc_bg_thd")
 CUDA_SUCCESS, CUDA_ERROR_NO_DEVICE = 0, 100
 _known: set[str] = set()
