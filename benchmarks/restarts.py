@@ -117,6 +117,7 @@ class Side:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._model = model
+        self._known: list[str] = []  # replicas, in the order in which they came
         self._config = place / f"{self.name}.yaml"
         self._config.write_text(f"warm_start: {str(is_warm).lower()}\n")
 
@@ -145,6 +146,13 @@ class Side:
         found: list[Row] = json.loads(self.kervan("status", "--name", self.name, "--json"))["replicas"]
         return found
 
+    def new_start(self) -> Row:
+        """What the start of the replica was spent on that had not been there before."""
+        (new,) = (replica for replica in self.replicas() if replica["id"] not in self._known)
+        self._known.append(new["id"])
+        start: Row = new["start_s"]
+        return start
+
     async def until_linked(self, session: aiohttp.ClientSession, count: int, gone: str = "") -> None:
         """Until the gateway gives work to so many replicas, none of them `gone`."""
         deadline_s = time.monotonic() + TIMEOUT_S
@@ -166,6 +174,7 @@ class Side:
                 await self.until_linked(session, 2)
                 ready = await asyncio.to_thread(self.replicas)
                 row["starts"] = [replica["start_s"] for replica in ready]
+                self._known = [replica["id"] for replica in ready]
                 row["memory"] = memory(ready)
                 streams = Streams(self.url, "shape", self.args.streams, self.args.max_tokens)
                 await streams.start()
@@ -178,7 +187,7 @@ class Side:
                 await asyncio.to_thread(self.kervan, "scale", "2", "--name", self.name)
                 await self.until_linked(session, 2)
                 to_ready_s = round(time.monotonic() - begin_s, 1)
-                row["scale"] = {"to_ready_s": to_ready_s, "start_s": youngest(await asyncio.to_thread(self.replicas))}
+                row["scale"] = {"to_ready_s": to_ready_s, "start_s": await asyncio.to_thread(self.new_start)}
                 await streams.stop()
                 row["streams"] = {"whole": streams.whole, "tokens": streams.tokens, "broken": streams.broken}
         finally:
@@ -187,7 +196,8 @@ class Side:
 
     async def kill(self, session: aiohttp.ClientSession, streams: Streams) -> Row:
         """Kill the replica that has lived longest; what that cost."""
-        oldest = max(await asyncio.to_thread(self.replicas), key=lambda replica: replica["ready_for_s"])
+        of_id = {replica["id"]: replica for replica in await asyncio.to_thread(self.replicas)}
+        oldest = of_id[next(known for known in self._known if known in of_id)]
         streams.longest_gap_s()
         begin_s = time.monotonic()
         os.kill(oldest["pid"], signal.SIGKILL)
@@ -196,16 +206,11 @@ class Side:
         row = {
             "to_ready_s": to_ready_s,
             "longest_gap_s": round(streams.longest_gap_s(), 2),
-            "start_s": youngest(await asyncio.to_thread(self.replicas)),
+            "start_s": await asyncio.to_thread(self.new_start),
         }
         print(f"{self.name}: {json.dumps(row)}", flush=True)
         await asyncio.sleep(SETTLE_S)
         return row
-
-
-def youngest(replicas: list[Row]) -> Row:
-    start: Row = min(replicas, key=lambda replica: replica["ready_for_s"])["start_s"]
-    return start
 
 
 def memory(replicas: list[Row]) -> Row:
