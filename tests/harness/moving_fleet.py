@@ -55,10 +55,10 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
     from kervan.fleet.control import EngineSpec
     from kervan.fleet.link import Link, Member
     from kervan.fleet.process import EngineProcess
+    from kervan.fleet.reconnect.replicated_store import ReplicatedStore
     from kervan.fleet.vllm.frontend import OpenAIFrontend, VllmCodec
     from kervan.gateway.asgi import Receive, Scope, Send, replay
-    from kervan.gateway.kept import Kept
-    from kervan.gateway.streams import STREAMS_PREFIX, Streams
+    from kervan.gateway.reconnect import STREAMS_PREFIX, Streams
 
     class MovingClient(FleetClient):
         def _deliver(self, link: Link, outputs: Any) -> None:
@@ -85,10 +85,10 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
         client = MovingClient(VllmCodec(), secret="s3cret")
         starting = asyncio.create_task(OpenAIFrontend.start(client, argv, is_followed=True))
         streams = Streams("gw", list, b"")
-        streams.kept = Kept(
+        streams.store = ReplicatedStore(
             gateway_id="gw", node="n", secret="s3cret", engine_version="", replay_s=60, max_bytes=1 << 26
         )
-        client.replicator = streams.kept.replicator
+        client.copy_sender = streams.store.copy_sender
         while replica.ready is None:
             assert replica.failure is None, replica.failure
             await asyncio.sleep(0.1)
@@ -111,7 +111,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
         server.should_exit = True
         await serving
         await frontend.close()
-        await streams.kept.close()
+        await streams.store.close()
         await client.close()
     finally:
         replica.kill()

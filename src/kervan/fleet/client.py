@@ -35,8 +35,8 @@ from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
 from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
 from kervan.fleet.listener import ENGINE_DIED, Listener, send_ping
-from kervan.fleet.reconnect.journal import Run, current_run
-from kervan.fleet.reconnect.replication import Replicator
+from kervan.fleet.reconnect.copy_sender import CopySender
+from kervan.fleet.reconnect.journal import Attempt, current_attempt
 from kervan.fleet.stalls import Stalls
 from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import TrafficMeter
@@ -65,7 +65,7 @@ class ReplicaLostError(EngineError):
 class FleetClient:
     """Speaks to every replica of a fleet; the engine-core client of vLLM is built on it.
 
-    `outputs` carries decoded engine outputs, wire ids already turned back into request ids. `replicator` is given when
+    `outputs` carries decoded engine outputs, wire ids already turned back into request ids. `copy_sender` is given when
     another gateway keeps copies of the journals; what an engine gave comes out when that one has it.
     """
 
@@ -74,7 +74,7 @@ class FleetClient:
         self.gateway_id = gateway_id or uuid.uuid4().hex[:8]
         self.outputs: asyncio.Queue[Outputs] = asyncio.Queue()
         self.counts = Counts()
-        self.replicator: Replicator | None = None
+        self.copy_sender: CopySender | None = None
         self.refusals: dict[str, str] = {}
         self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, self.gateway_id, secret, codec.layouts)
         self._hold_timeout_s = hold_timeout_s
@@ -179,22 +179,22 @@ class FleetClient:
             return
         stream.wire_id = stream.request_id
         self._streams[stream.request_id] = stream
-        run = current_run.get()
-        if run is not None and run.begin():
-            stream.run = run
-            if run.journal.data:
-                stream.replaying = asyncio.create_task(self._replay(stream, run))
+        attempt = current_attempt.get()
+        if attempt is not None and attempt.begin():
+            stream.attempt = attempt
+            if attempt.journal.data:
+                stream.replaying = asyncio.create_task(self._replay(stream, attempt))
                 return
         await self._place(stream)
 
-    async def _replay(self, stream: Stream, run: Run) -> None:
+    async def _replay(self, stream: Stream, attempt: Attempt) -> None:
         """Give out what was generated before, each output when the last one was taken, and place the stream then.
 
         One by one, because vLLM joins outputs that wait, and one that tells both what the client has and what it has
         not could not be cut.
         """
         count = 0
-        for data in run.journal.outputs():
+        for data in attempt.journal.outputs():
             try:
                 outputs = self.codec.recorded(data, stream.request_id)
             except (msgspec.MsgspecError, ValueError) as error:  # of another version of vLLM
@@ -207,7 +207,7 @@ class FleetClient:
             if output.finish_reason is not None:
                 self._forget(stream)
                 return
-            await run.wait_for(count)
+            await attempt.wait_for(count)
         stream.replaying = None
         stream.epoch += 1  # so that it is sent with its tokens
         await self._place(stream)
@@ -411,8 +411,8 @@ class FleetClient:
                 load.add(-paid)
             if stream.epoch:
                 self.codec.restore(output, stream)
-            if stream.run is not None:
-                self._record(stream.run, output)
+            if stream.attempt is not None:
+                self._record(stream.attempt, output)
             if output.finish_reason is not None:
                 self._evacuations.lengths.observe(len(stream.generated))
                 link.tally.num_served += 1
@@ -424,18 +424,18 @@ class FleetClient:
             outputs.timestamp += link.clock_skew_s
             self._put(outputs)
 
-    def _record(self, run: Run, output: Any) -> None:
-        journal = run.journal
+    def _record(self, attempt: Attempt, output: Any) -> None:
+        journal = attempt.journal
         journal.record(self.codec.record(output), len(output.new_token_ids))
-        if self.replicator is not None:
-            self.replicator.change(journal)
+        if self.copy_sender is not None:
+            self.copy_sender.change(journal)
 
     def _put(self, outputs: Outputs) -> None:
         """Give outputs to whoever asks for them, if need be when another gateway has a copy."""
-        if self.replicator is None:
+        if self.copy_sender is None:
             self.outputs.put_nowait(outputs)
         else:
-            self.replicator.deliver(functools.partial(self.outputs.put_nowait, outputs))
+            self.copy_sender.deliver(functools.partial(self.outputs.put_nowait, outputs))
 
     def _first_token(self, link: Link, stream: Stream) -> None:
         stream.gave_token = True
@@ -535,10 +535,10 @@ class FleetClient:
 
     def _convict(self, stream: Stream, why: str) -> None:
         self.counts.given_up += 1
-        if stream.run is not None:  # it would only take down more replicas
-            stream.run.journal.refusal = f"it ended with an error: {why}"
-            if self.replicator is not None:
-                self.replicator.change(stream.run.journal)
+        if stream.attempt is not None:  # it would only take down more replicas
+            stream.attempt.journal.refusal = f"it ended with an error: {why}"
+            if self.copy_sender is not None:
+                self.copy_sender.change(stream.attempt.journal)
         self._give_up(stream, why)
 
     def _pass_verdict(self, stream: Stream, epoch: int, why: str) -> None:

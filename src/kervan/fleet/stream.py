@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from kervan.fleet.reconnect.journal import Run
+from kervan.fleet.reconnect.journal import Attempt
 
 
 @dataclass(slots=True, eq=False)
@@ -13,8 +13,8 @@ class Stream:
 
     `request` is the engine's own request object; only the codec looks inside. `wire_id` is the id the current
     replica knows the stream by: `request_id` at first, `request_id~epoch` after a move, so that late outputs of
-    an earlier placement (even on the same replica, A -> B -> A) match nothing. `run`: the client's answer that it is
-    for, if that can be given again (`kervan.fleet.reconnect.journal`); `replaying`: gives it what was generated before.
+    an earlier placement (even on the same replica, A -> B -> A) match nothing. `attempt`: to give a client the answer,
+    if that can be given again (`kervan.fleet.reconnect`); `replaying`: gives it what was generated before.
     """
 
     request_id: str
@@ -33,7 +33,7 @@ class Stream:
     awaits_verdict: bool = False
     placed_s: float = 0.0
     held_since_s: float | None = None
-    run: Run | None = None
+    attempt: Attempt | None = None
     replaying: asyncio.Task[None] | None = None
 
     @property

@@ -10,47 +10,48 @@ import pytest
 from harness.journals import SECRET, VERSION, Holder, journal, new_journals
 from harness.live import until
 
-from kervan.fleet.reconnect import replication
-from kervan.fleet.reconnect.journal import Journal, Journals, Run
-from kervan.fleet.reconnect.replication import Replicator
+from kervan.fleet.reconnect import copy_sender as copy_sender_module
+from kervan.fleet.reconnect.copy_sender import CopySender
+from kervan.fleet.reconnect.journal import Attempt, Journal
+from kervan.fleet.reconnect.store import JournalStore
 from kervan.policy.replication import Peer
 
 
 @asynccontextmanager
-async def sending(*holders: Holder) -> AsyncIterator[tuple[Journals, Replicator]]:
+async def sending(*holders: Holder) -> AsyncIterator[tuple[JournalStore, CopySender]]:
     journals = new_journals()
     async with AsyncExitStack() as stack:
         for holder in holders:
             await holder.start()
             stack.callback(holder.copies.close)
-        replicator = Replicator(journals, own_id="gw-a", own_node="n1", secret=SECRET, engine_version=VERSION)
-        stack.push_async_callback(replicator.close)
-        replicator.set_peers([holder.peer for holder in holders])
-        yield journals, replicator
+        copy_sender = CopySender(journals, own_id="gw-a", own_node="n1", secret=SECRET, engine_version=VERSION)
+        stack.push_async_callback(copy_sender.close)
+        copy_sender.set_peers([holder.peer for holder in holders])
+        yield journals, copy_sender
 
 
-def record(journals: Journals, replicator: Replicator, one: Journal, num_tokens: int = 1) -> None:
+def record(journals: JournalStore, copy_sender: CopySender, one: Journal, num_tokens: int = 1) -> None:
     if journals.get(one.stream_id) is None:
         journals.add(one)
     for _ in range(num_tokens):
         one.record(b"output", 1)
-    replicator.change(one)
+    copy_sender.change(one)
 
 
 async def test_a_copy_is_whole_before_the_client_sees_more() -> None:
     holder = Holder("gw-b")
-    async with sending(holder) as (journals, replicator):
-        await until(lambda: replicator.is_holding)
+    async with sending(holder) as (journals, copy_sender):
+        await until(lambda: copy_sender.is_holding)
         seen = []
         one = journal()
         for number in range(1, 51):
-            record(journals, replicator, one)
+            record(journals, copy_sender, one)
 
             def show(number: int = number) -> None:
                 assert holder.has("gw-a-1") >= number
                 seen.append(number)
 
-            replicator.deliver(show)
+            copy_sender.deliver(show)
             assert len(seen) < number  # not at once
             if number % 7 == 0:
                 await asyncio.sleep(0)
@@ -61,25 +62,25 @@ async def test_a_copy_is_whole_before_the_client_sees_more() -> None:
         same = ("key_digest", "path", "headers", "body", "data", "num_tokens")
         assert [getattr(copy, name) for name in same] == [getattr(one, name) for name in same]
         assert not copy.is_own
-        assert replicator.num_late == 0
+        assert copy_sender.num_late == 0
 
 
 async def test_what_changes_nothing_waits_for_nothing() -> None:
-    async with sending(Holder("gw-b")) as (_, replicator):
-        await until(lambda: replicator.is_holding)
+    async with sending(Holder("gw-b")) as (_, copy_sender):
+        await until(lambda: copy_sender.is_holding)
         seen: list[int] = []
-        replicator.deliver(lambda: seen.append(1))
+        copy_sender.deliver(lambda: seen.append(1))
         assert seen == [1]
 
 
 async def test_ends_refusals_and_drops_are_told() -> None:
     holder = Holder("gw-b")
-    async with sending(holder) as (journals, replicator):
-        await until(lambda: replicator.is_holding)
+    async with sending(holder) as (journals, copy_sender):
+        await until(lambda: copy_sender.is_holding)
         one, two = journal("gw-a-1"), journal("gw-a-2")
-        record(journals, replicator, one)
-        record(journals, replicator, two)
-        await replicator.copied()
+        record(journals, copy_sender, one)
+        record(journals, copy_sender, two)
+        await copy_sender.copied()
         copy = holder.journals.get("gw-a-1")
         assert copy is not None
         assert copy.ended_s is None
@@ -87,44 +88,44 @@ async def test_ends_refusals_and_drops_are_told() -> None:
         one.refusal, one.is_finished = "it ended with an error", True
         journals.drop(two)
         for changed in (one, two):
-            replicator.change(changed)
-        await replicator.copied()
+            copy_sender.change(changed)
+        await copy_sender.copied()
         assert (copy.refusal, copy.is_finished, copy.ended_s is not None) == ("it ended with an error", True, True)
         assert holder.journals.get("gw-a-2") is None
-        one.run, one.ended_s = Run(one), None  # its client is back
-        replicator.change(one)
-        await replicator.copied()
+        one.attempt, one.ended_s = Attempt(one), None  # its client is back
+        copy_sender.change(one)
+        await copy_sender.copied()
         assert copy.ended_s is None
 
 
 async def test_a_peer_that_comes_late_gets_what_there_is() -> None:
     """More than one frame of it."""
     holder = Holder("gw-b")
-    async with sending(holder) as (journals, replicator):
-        replicator.set_peers([])
+    async with sending(holder) as (journals, copy_sender):
+        copy_sender.set_peers([])
         for number in range(40):
-            record(journals, replicator, journal(f"gw-a-{number}", b"x" * 100_000), 20)
-        replicator.set_peers([holder.peer])
-        await until(lambda: replicator.is_holding)
-        await replicator.copied()
+            record(journals, copy_sender, journal(f"gw-a-{number}", b"x" * 100_000), 20)
+        copy_sender.set_peers([holder.peer])
+        await until(lambda: copy_sender.is_holding)
+        await copy_sender.copied()
         assert [holder.has(f"gw-a-{number}") for number in range(40)] == [20] * 40
 
 
 async def test_a_lost_peer_is_replaced_and_the_next_one_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replication, "RETRY_S", 0.01)
+    monkeypatch.setattr(copy_sender_module, "RETRY_S", 0.01)
     first, second = Holder("gw-b"), Holder("gw-c")
-    async with sending(first, second) as (journals, replicator):
-        await until(lambda: replicator.is_holding)
-        record(journals, replicator, journal(), 5)
-        await replicator.copied()
+    async with sending(first, second) as (journals, copy_sender):
+        await until(lambda: copy_sender.is_holding)
+        record(journals, copy_sender, journal(), 5)
+        await copy_sender.copied()
         kept, other = (first, second) if first.has("gw-a-1") == 5 else (second, first)
         seen: list[int] = []
-        record(journals, replicator, next(iter(journals)), 5)
-        replicator.deliver(lambda: seen.append(1))
+        record(journals, copy_sender, next(iter(journals)), 5)
+        copy_sender.deliver(lambda: seen.append(1))
         kept.copies.close()
         await until(lambda: seen == [1], "outputs do not wait for a peer that is gone")
         await until(lambda: other.has("gw-a-1") == 10)
-        await until(lambda: replicator.is_holding)
+        await until(lambda: copy_sender.is_holding)
         left = kept.journals.get("gw-a-1")
         assert left is not None
         assert left.ended_s is not None  # its time runs from when the connection broke
@@ -151,22 +152,22 @@ async def silent_peer() -> AsyncIterator[tuple[Peer, Callable[[int], None]]]:
 
 
 async def test_a_slow_peer_is_waited_for_a_little_only_until_it_is_fast_again() -> None:
-    async with sending() as (journals, replicator), silent_peer() as (peer, say):
-        replicator.set_peers([peer])
-        await until(lambda: replicator.is_holding)
+    async with sending() as (journals, copy_sender), silent_peer() as (peer, say):
+        copy_sender.set_peers([peer])
+        await until(lambda: copy_sender.is_holding)
         seen: list[int] = []
-        record(journals, replicator, journal())
-        replicator.deliver(lambda: seen.append(1))
+        record(journals, copy_sender, journal())
+        copy_sender.deliver(lambda: seen.append(1))
         assert seen == []
         await until(lambda: seen == [1])
-        assert (replicator.is_holding, replicator.num_late) == (False, 1)
-        record(journals, replicator, next(iter(journals)))
-        replicator.deliver(lambda: seen.append(2))
+        assert (copy_sender.is_holding, copy_sender.num_late) == (False, 1)
+        record(journals, copy_sender, next(iter(journals)))
+        copy_sender.deliver(lambda: seen.append(2))
         assert seen == [1, 2]
         say(1)  # then it is sent what has come since, and is waited for again
-        await until(lambda: replicator.is_holding)
-        record(journals, replicator, next(iter(journals)))
-        replicator.deliver(lambda: seen.append(3))
+        await until(lambda: copy_sender.is_holding)
+        record(journals, copy_sender, next(iter(journals)))
+        copy_sender.deliver(lambda: seen.append(3))
         assert seen == [1, 2]
         say(3)
         await until(lambda: seen == [1, 2, 3])
@@ -174,24 +175,24 @@ async def test_a_slow_peer_is_waited_for_a_little_only_until_it_is_fast_again() 
 
 
 async def test_a_silent_peer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replication, "LOST_S", 0.1)
+    monkeypatch.setattr(copy_sender_module, "LOST_S", 0.1)
     holder = Holder("gw-c")
-    async with sending(holder) as (journals, replicator), silent_peer() as (peer, _):
-        replicator.set_peers([peer])
-        await until(lambda: replicator.peer == peer and replicator.is_holding)
-        record(journals, replicator, journal())
-        replicator.set_peers([peer, holder.peer])
-        replicator.flush()
+    async with sending(holder) as (journals, copy_sender), silent_peer() as (peer, _):
+        copy_sender.set_peers([peer])
+        await until(lambda: copy_sender.peer == peer and copy_sender.is_holding)
+        record(journals, copy_sender, journal())
+        copy_sender.set_peers([peer, holder.peer])
+        copy_sender.flush()
         await until(lambda: holder.has("gw-a-1") == 1)
 
 
 @pytest.mark.parametrize("other", [{"secret": "another"}, {"version": "toy-2"}], ids=lambda other: next(iter(other)))
 async def test_strangers_are_refused(other: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     holder = Holder("gw-b", **other)
-    async with sending(holder) as (journals, replicator):
+    async with sending(holder) as (journals, copy_sender):
         seen: list[int] = []
-        record(journals, replicator, journal())
-        replicator.deliver(lambda: seen.append(1))
+        record(journals, copy_sender, journal())
+        copy_sender.deliver(lambda: seen.append(1))
         assert seen == [1]  # nobody waits for it
         await until(lambda: "refused" in caplog.text)
         assert len(holder.journals) == 0
@@ -212,8 +213,8 @@ async def test_what_is_no_gateway_is_hung_up_on(said: bytes) -> None:
 
 async def test_the_last_words_of_a_leaving_gateway_are_copied() -> None:
     holder = Holder("gw-b")
-    async with sending(holder) as (journals, replicator):
-        await until(lambda: replicator.is_holding)
-        record(journals, replicator, journal(), 7)
-        await replicator.close()
+    async with sending(holder) as (journals, copy_sender):
+        await until(lambda: copy_sender.is_holding)
+        record(journals, copy_sender, journal(), 7)
+        await copy_sender.close()
         assert holder.has("gw-a-1") == 7
