@@ -140,6 +140,7 @@ class ToyReplica:
         self.other_tokens = 0
         self.obeys_aborts = True
         self.last_ping: wire.Ping | None = None
+        self.received = bytearray()  # over both sockets
         self.num_outputs = 0
         self.num_to_lose = 0
         self.stalled_s = 0.0
@@ -163,6 +164,7 @@ class ToyReplica:
     async def _serve_input(self) -> None:
         while True:
             identity, kind, *payload = await self._input.recv_multipart()
+            self.received += b"".join([identity, kind, *payload])
             if kind == wire.HELLO:
                 await self._input.send_multipart([identity, *self._greet(identity, payload[0])])
             elif identity not in self._sessions:
@@ -184,7 +186,13 @@ class ToyReplica:
 
     def _greet(self, identity: bytes, payload: bytes) -> tuple[bytes, bytes]:
         hello = msgspec.msgpack.decode(payload, type=wire.Hello)
-        refusal = wire.refusal(hello, engine_version=self.engine_version, secret=self.secret)
+        refusal = wire.refusal(
+            hello,
+            session=identity,
+            replica_id=self.replica_id,
+            engine_version=self.engine_version,
+            secret=self.secret,
+        )
         if refusal is not None:
             return wire.REFUSED, refusal.encode()
         self._sessions = {identity}  # one client, so one count of outputs; a new session starts it again
@@ -199,7 +207,8 @@ class ToyReplica:
 
     async def _serve_output(self) -> None:
         while True:
-            identity, _ = await self._output.recv_multipart()
+            identity, kind = await self._output.recv_multipart()
+            self.received += identity + kind
             self._subscribed.add(identity)
             await self._output.send_multipart([identity, wire.SUBSCRIBED])
 

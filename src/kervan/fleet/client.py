@@ -76,7 +76,8 @@ class FleetClient:
         self.counts = Counts()
         self.copy_sender: CopySender | None = None
         self.refusals: dict[str, str] = {}
-        self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, self.gateway_id, secret, codec.layouts)
+        self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, self.gateway_id, layouts=codec.layouts)
+        self._secret = secret
         self._hold_timeout_s = hold_timeout_s
         self._context = zmq.asyncio.Context()
         self._members: dict[str, Member] = {}
@@ -355,7 +356,7 @@ class FleetClient:
         """Link to a member, again and again, for as long as it is listed."""
         while self._members.get(member.replica_id) == member:
             try:
-                link = await open_link(self._context, member, self._hello)
+                link = await open_link(self._context, member, self._hello, self._secret)
             except LinkRefusedError as error:
                 if self.refusals.get(member.replica_id) != str(error):
                     logger.error("replica %s refuses this gateway: %s", member.replica_id, error)

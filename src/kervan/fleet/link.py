@@ -13,7 +13,7 @@ import zmq.asyncio
 
 from kervan.errors import EngineError
 from kervan.facts.markets import SPOT
-from kervan.fleet import wire
+from kervan.fleet import auth, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.stream import Stream
 from kervan.policy import routing
@@ -160,12 +160,14 @@ class LinkRefusedError(EngineError):
     """The replica named a reason not to serve this gateway."""
 
 
-async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.Hello) -> Link:
-    """A link over which requests may be sent.
+async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.Hello, secret: str) -> Link:
+    """A link over which requests may be sent. `hello`: all but the proof, which is made of `secret` for this link.
 
     Raises: TimeoutError without an answer in `HANDSHAKE_TIMEOUT_S`; LinkRefusedError.
     """
     identity = uuid.uuid4().bytes
+    proof = auth.link_proof(secret, session=identity, gateway_id=hello.gateway_id, replica_id=member.replica_id)
+    hello = msgspec.structs.replace(hello, proof=proof)
     opened = [_connect(context, member.address, identity)]
     input_socket = opened[0][0]
     try:

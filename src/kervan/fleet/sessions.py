@@ -74,7 +74,11 @@ class Sessions:
         except msgspec.MsgspecError as error:
             return wire.REFUSED, f"unreadable HELLO ({error})".encode()
         version = self._engine_version or hello.engine_version
-        refusal = wire.refusal(hello, engine_version=version, secret=self._secret)
+        refusal = wire.refusal(
+            hello, session=identity, replica_id=self._replica_id, engine_version=version, secret=self._secret
+        )
+        if refusal is None and any(session.identity == identity for session in self.all):
+            refusal = "this session has been here before; a gateway draws a new identity for each link"
         if refusal is not None:
             logger.warning("refused gateway %s: %s", hello.gateway_id, refusal)
             return wire.REFUSED, refusal.encode()

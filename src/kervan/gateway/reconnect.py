@@ -92,7 +92,7 @@ def _num_prompts(prompt: bytes) -> int:
 class Streams:
     """Gives answers their ids, and while something is in `store`, gives them again.
 
-    `gateways`: those that the directory lists. `key`: `relay_key` of the fleet.
+    `gateways`: those that the directory lists. `key`: `auth.relay_key` of the fleet.
     """
 
     def __init__(self, gateway_id: str, gateways: Callable[[], Sequence[GatewayEntry]], key: bytes) -> None:

@@ -6,7 +6,6 @@ directory snapshots.
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from kervan.errors import ConfigError
+from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 from kervan.fleet.link import members
@@ -27,7 +27,7 @@ from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer, error_body, header
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
-from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed, relay_key
+from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy import admission
@@ -333,7 +333,7 @@ class Gateway:
                 await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _give_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_known = hmac.compare_digest(header(scope, RELAY_HEADER), relay_key(self.config.secret))
+        is_known = is_proof(header(scope, RELAY_HEADER), relay_key(self.config.secret))
         if is_known and self.shell.inner is not None:
             await self.streams.get_internal(self.shell.inner, scope, receive, send)
         else:

@@ -218,6 +218,20 @@ async def test_a_refused_gateway_knows_why_and_uses_the_others(
     await bench.finished("s")
 
 
+async def test_the_secret_is_in_nothing_that_a_gateway_sends(bench: Bench) -> None:
+    a = await bench.start("a")
+    b = await bench.start("b", is_awaited=False, secret="another")
+    await until(lambda: "b" in bench.client.refusals)
+    await bench.add("s")
+    await bench.placed(a, "s")
+    await bench.client.call("is_sleeping", ())
+    await bench.finished("s")
+    await until(lambda: a.last_ping)
+    for replica in (a, b):
+        assert wire.HELLO in replica.received
+        assert SECRET.encode() not in replica.received
+
+
 async def test_a_refusal_is_forgotten_when_the_replica_accepts(bench: Bench) -> None:
     a = await bench.start("a", is_awaited=False, secret="another")
     await until(lambda: "a" in bench.client.refusals)

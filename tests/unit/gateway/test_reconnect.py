@@ -13,13 +13,13 @@ from harness.gateway import View, listening
 from harness.live import until
 from openai._streaming import SSEDecoder
 
+from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.reconnect.journal import current_attempt
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.gateway import GatewayShell
 from kervan.gateway.asgi import Receive, Scope, Send, answer
 from kervan.gateway.reconnect import Streams, refusal
-from kervan.gateway.relay import relay_key
 from kervan.gateway.server import listen
 
 NUM_TOKENS = 8

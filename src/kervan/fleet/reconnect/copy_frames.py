@@ -3,13 +3,12 @@
 The sender connects to one peer, the holder. Frames are msgpack behind their length; `number` counts those of a
 connection:
 
+    holder -> sender    nonce: `NONCE_BYTES` bytes, once and first
     sender -> holder    CopyHello    [number, [record, ...]]: what is new in all journals since the last one
     holder -> sender    0: welcome    number: all up to it is held
 """
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import socket
 from typing import cast
@@ -18,19 +17,19 @@ import msgspec
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME_BYTES = 1 << 28  # a frame with a longer length is no frame
 _HEAD_BYTES = 4
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
 class CopyHello(msgspec.Struct, frozen=True):
-    """A gateway introduces itself. `key`: proves that it knows the fleet's secret, which does not travel."""
+    """A gateway introduces itself. `proof`: `auth.copies_proof`."""
 
     protocol: int
     engine_version: str
     gateway_id: str
-    key: str
+    proof: bytes
 
 
 class Open(msgspec.Struct, frozen=True, tag="o", array_like=True):
@@ -72,11 +71,6 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
 
 frame_decoder = msgspec.msgpack.Decoder(Frame)
 encode = msgspec.msgpack.Encoder().encode
-
-
-def copy_key(secret: str) -> str:
-    """What `CopyHello` must carry in the fleet with this secret."""
-    return hmac.new(secret.encode(), b"kervan copies", hashlib.sha256).hexdigest()
 
 
 class FramedConnection(asyncio.Protocol):

@@ -1,12 +1,13 @@
 """Takes copies of other gateways' journals, so that their clients can come back here."""
 
 import asyncio
-import hmac
 import logging
+import secrets
 import socket
 
 import msgspec
 
+from kervan.fleet import auth
 from kervan.fleet.reconnect.copy_frames import (
     PROTOCOL,
     CopyHello,
@@ -15,7 +16,6 @@ from kervan.fleet.reconnect.copy_frames import (
     More,
     Open,
     State,
-    copy_key,
     encode,
     frame_decoder,
 )
@@ -32,16 +32,18 @@ class _SenderConnection(FramedConnection):
         super().__init__()
         self._holder = holder
         self._is_known = False
+        self._nonce = secrets.token_bytes(auth.NONCE_BYTES)
         self._copies: dict[int, Journal] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._holder.connections.add(self)
+        self.write(self._nonce)
 
     def took(self, frames: list[bytes]) -> bool:
         if not self._is_known:
             hello = msgspec.msgpack.decode(frames.pop(0), type=CopyHello)
-            if not self._holder.welcomes(hello):
+            if not self._holder.welcomes(hello, self._nonce):
                 return False
             self._is_known = True
             self.write(encode(0))
@@ -89,15 +91,17 @@ class CopyHolder:
     def __init__(self, journals: JournalStore, *, secret: str, engine_version: str):
         self.journals = journals
         self.connections: set[_SenderConnection] = set()
-        self._key = copy_key(secret)
+        self._secret = secret
         self._engine_version = engine_version
         self._server: asyncio.Server | None = None
 
     async def listen(self, sock: socket.socket) -> None:
+        """Take copies there, from any number of gateways."""
         self._server = await asyncio.get_running_loop().create_server(lambda: _SenderConnection(self), sock=sock)
 
-    def welcomes(self, hello: CopyHello) -> bool:
-        if not hmac.compare_digest(hello.key.encode(), self._key.encode()):
+    def welcomes(self, hello: CopyHello, nonce: bytes) -> bool:
+        """Whether a gateway that was sent `nonce` may send copies; the log says why not."""
+        if not auth.is_proof(hello.proof, auth.copies_proof(self._secret, nonce=nonce, gateway_id=hello.gateway_id)):
             logger.warning("gateway %s does not know this fleet's secret; its copies are refused", hello.gateway_id)
             return False
         theirs, ours = (hello.protocol, hello.engine_version), (PROTOCOL, self._engine_version)
@@ -108,6 +112,7 @@ class CopyHolder:
         return theirs == ours
 
     def close(self) -> None:
+        """Break all connections; the copies stay in `journals`."""
         if self._server is not None:
             self._server.close()
         for connection in list(self.connections):

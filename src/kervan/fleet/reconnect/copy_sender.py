@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from kervan.fleet import auth
 from kervan.fleet.reconnect.copy_frames import (
     PROTOCOL,
     CopyHello,
@@ -25,7 +26,6 @@ from kervan.fleet.reconnect.copy_frames import (
     More,
     Open,
     State,
-    copy_key,
     encode,
 )
 from kervan.fleet.reconnect.journal import Journal
@@ -45,15 +45,26 @@ MAX_CATCH_UP_BYTES = 1 << 20  # of a frame, while the peer catches up
 
 
 class _HolderConnection(FramedConnection):
-    """The connection to the peer. `acknowledged`: None before the welcome."""
+    """The connection to the peer. `introduce` makes the hello of the peer's nonce."""
 
-    def __init__(self, heard: Callable[[int], None], lost: Callable[["_HolderConnection"], None]):
+    def __init__(
+        self,
+        introduce: Callable[[bytes], bytes],
+        heard: Callable[[int], None],
+        lost: Callable[["_HolderConnection"], None],
+    ):
         super().__init__()
+        self._introduce = introduce
+        self._has_introduced = False
         self._heard = heard
         self._lost = lost
 
     def took(self, frames: list[bytes]) -> bool:
-        self._heard(msgspec.msgpack.decode(frames[-1], type=int))
+        if not self._has_introduced:
+            self._has_introduced = True
+            self.write(self._introduce(frames.pop(0)))
+        if frames:
+            self._heard(msgspec.msgpack.decode(frames[-1], type=int))
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -77,7 +88,7 @@ class CopySender:
     def __init__(self, journals: JournalStore, *, own_id: str, own_node: str, secret: str, engine_version: str):
         self._journals = journals
         self._own_id, self._own_node = own_id, own_node
-        self._hello = encode(CopyHello(PROTOCOL, engine_version, own_id, copy_key(secret)))
+        self._secret, self._engine_version = secret, engine_version
         self._peers: Sequence[Peer] = ()
         self._failed: dict[str, float] = {}
         self._peers_changed = asyncio.Event()
@@ -178,17 +189,22 @@ class CopySender:
 
     async def _connect(self, peer: Peer) -> None:
         host, _, port = peer.address.rpartition(":")
+        self._cursors.clear()
+        self._sent, self._acknowledged, self._next_journal = 0, -1, 0
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _HolderConnection(self._hear, self._lose), host.strip("[]"), int(port)
+                lambda: _HolderConnection(self._hello, self._hear, self._lose), host.strip("[]"), int(port)
             )
-            self._cursors.clear()
-            self._sent, self._acknowledged, self._next_journal = 0, -1, 0
+            if connection.is_lost:
+                raise ConnectionError("the connection was lost")
             self._connection = connection
-            connection.write(self._hello)
             while self._acknowledged < 0:
                 await self._next_progress()
         self._changed = {journal: None for journal in self._journals if journal.is_own}
+
+    def _hello(self, nonce: bytes) -> bytes:
+        proof = auth.copies_proof(self._secret, nonce=nonce, gateway_id=self._own_id)
+        return encode(CopyHello(PROTOCOL, self._engine_version, self._own_id, proof))
 
     async def _catch_up(self) -> None:
         """Send all journals piece by piece, and begin to hold outputs back when the peer has them; until it is lost."""

@@ -10,6 +10,7 @@ import pytest
 from harness.journals import SECRET, VERSION, Holder, journal, new_journals
 from harness.live import until
 
+from kervan.fleet.auth import NONCE_BYTES
 from kervan.fleet.reconnect import copy_sender as copy_sender_module
 from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Attempt, Journal
@@ -131,18 +132,24 @@ async def test_a_lost_peer_is_replaced_and_the_next_one_gets_all(monkeypatch: py
         assert left.ended_s is not None  # its time runs from when the connection broke
 
 
+def framed(payload: bytes) -> bytes:
+    return len(payload).to_bytes(4, "big") + payload
+
+
 @asynccontextmanager
-async def silent_peer() -> AsyncIterator[tuple[Peer, Callable[[int], None]]]:
+async def silent_peer(received: bytearray | None = None) -> AsyncIterator[tuple[Peer, Callable[[int], None]]]:
     """Welcomes, and says that it holds something when it is told to."""
     writers: list[asyncio.StreamWriter] = []
 
     def say(number: int) -> None:
-        payload = msgspec.msgpack.encode(number)
-        writers[-1].write(len(payload).to_bytes(4, "big") + payload)
+        writers[-1].write(framed(msgspec.msgpack.encode(number)))
 
-    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
+        writer.write(framed(b"nonce"))
         say(0)
+        while received is not None and (data := await reader.read(65536)):
+            received.extend(data)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
@@ -198,6 +205,25 @@ async def test_strangers_are_refused(other: dict[str, Any], caplog: pytest.LogCa
         assert len(holder.journals) == 0
 
 
+async def test_the_secret_does_not_travel_and_what_does_opens_no_second_connection() -> None:
+    sent, holder = bytearray(), Holder("gw-c")
+    async with sending() as (journals, copy_sender), silent_peer(sent) as (peer, _):
+        copy_sender.set_peers([peer])
+        await until(lambda: copy_sender.is_holding)
+        record(journals, copy_sender, journal(body=b"the last"))
+        copy_sender.flush()
+        await until(lambda: b"the last" in sent)
+    assert SECRET.encode() not in sent
+    async with sending(holder):
+        host, _, port = holder.peer.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(sent)
+        async with asyncio.timeout(10):
+            assert len(await reader.read()) == 4 + NONCE_BYTES  # hung up on, without a welcome
+        writer.close()
+        assert len(holder.journals) == 0
+
+
 @pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\1x", b"\0\0\0\2\x92\x01", b"\xff\xff\xff\xff"])
 async def test_what_is_no_gateway_is_hung_up_on(said: bytes) -> None:
     holder = Holder("gw-b")
@@ -205,8 +231,9 @@ async def test_what_is_no_gateway_is_hung_up_on(said: bytes) -> None:
         host, _, port = holder.peer.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(said)
-        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-            async with asyncio.timeout(10):
+        async with asyncio.timeout(10):
+            await reader.readexactly(4 + NONCE_BYTES)
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                 await reader.readexactly(1)
         writer.close()
 
