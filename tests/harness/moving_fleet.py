@@ -53,7 +53,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
     from kervan.config.fleet import FleetConfig
     from kervan.fleet.client import FleetClient
     from kervan.fleet.control import EngineSpec
-    from kervan.fleet.link import Link, Member
+    from kervan.fleet.link import Member, ReplicaLink
     from kervan.fleet.process import EngineProcess
     from kervan.fleet.reconnect.replicated_store import ReplicatedStore
     from kervan.fleet.vllm.frontend import OpenAIFrontend, VllmCodec
@@ -61,7 +61,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
     from kervan.gateway.reconnect import STREAMS_PREFIX, Streams
 
     class MovingClient(FleetClient):
-        def _deliver(self, link: Link, outputs: Any) -> None:
+        def _deliver(self, link: ReplicaLink, outputs: Any) -> None:
             super()._deliver(link, outputs)
             for stream in list(link.streams.values()):
                 wanted = re.search(r"move(-always|\d+)", stream.request_id)
@@ -73,7 +73,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
                     moving.add(task := asyncio.create_task(self._force(stream, link, old_wire_id)))
                     task.add_done_callback(moving.discard)
 
-        async def _force(self, stream: Any, link: Link, old_wire_id: str) -> None:
+        async def _force(self, stream: Any, link: ReplicaLink, old_wire_id: str) -> None:
             await link.input.send_multipart(self.codec.encode_abort([old_wire_id]), copy=False)
             if self._streams.get(stream.request_id) is stream:
                 await self._move(stream, link, target=link.replica_id)

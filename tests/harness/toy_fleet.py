@@ -19,7 +19,7 @@ from harness.live import until
 from kervan.fleet import client as client_module
 from kervan.fleet import stalls, wire
 from kervan.fleet.client import FleetClient
-from kervan.fleet.link import Link, Member
+from kervan.fleet.link import Member, ReplicaLink
 from kervan.fleet.stream import Stream
 from kervan.policy import quarantine
 
@@ -321,7 +321,7 @@ class Bench:
                 if output.finish_reason is not None:
                     self.endings.setdefault(output.request_id, []).append(output.finish_reason)
 
-    def link(self, replica: ToyReplica) -> Link:
+    def link(self, replica: ToyReplica) -> ReplicaLink:
         return next(link for link in self.client.links if link.replica_id == replica.replica_id)
 
     async def start(self, replica_id: str, *, is_awaited: bool = True, **settings: Any) -> ToyReplica:

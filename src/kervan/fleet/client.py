@@ -33,11 +33,11 @@ from kervan.fleet import stalls, wire
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
-from kervan.fleet.link import Link, LinkRefusedError, Member, open_link
-from kervan.fleet.listener import ENGINE_DIED, Listener, send_ping
+from kervan.fleet.link import LinkRefusedError, Member, ReplicaLink, open_link
+from kervan.fleet.listener import ENGINE_DIED, LinkListener, send_ping
 from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Attempt, current_attempt
-from kervan.fleet.stalls import Stalls
+from kervan.fleet.stalls import StallDetector
 from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import TrafficMeter
 from kervan.policy import quarantine, routing
@@ -48,7 +48,7 @@ RECONNECT_PERIOD_S = 0.5
 
 
 @dataclass(slots=True)
-class Counts:
+class ClientCounts:
     """Events since the client started."""
 
     moved: int = 0
@@ -73,7 +73,7 @@ class FleetClient:
         self.codec = codec
         self.gateway_id = gateway_id or uuid.uuid4().hex[:8]
         self.outputs: asyncio.Queue[Outputs] = asyncio.Queue()
-        self.counts = Counts()
+        self.counts = ClientCounts()
         self.copy_sender: CopySender | None = None
         self.refusals: dict[str, str] = {}
         self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, self.gateway_id, layouts=codec.layouts)
@@ -81,7 +81,7 @@ class FleetClient:
         self._hold_timeout_s = hold_timeout_s
         self._context = zmq.asyncio.Context()
         self._members: dict[str, Member] = {}
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, ReplicaLink] = {}
         self._meter = TrafficMeter()
         self._loads: list[routing.ReplicaLoad] = []
         self._link_tasks: dict[Member, asyncio.Task[None]] = {}
@@ -92,13 +92,13 @@ class FleetClient:
         self._call_ids = itertools.count(1)
         self._is_closing = False
         self._evacuations = Evacuations(self._links, self._move, codec)
-        self._stalls = Stalls()
+        self._stalls = StallDetector()
         self._own_tasks = [asyncio.create_task(self._expire_held()), asyncio.create_task(self._watch_for_stalls())]
 
     # ---- what a gateway asks
 
     @property
-    def links(self) -> list[Link]:
+    def links(self) -> list[ReplicaLink]:
         return list(self._links.values())
 
     @property
@@ -123,7 +123,7 @@ class FleetClient:
         """What came from each replica since the last call, by its id; of those that are gone, their last counts."""
         return self._meter.look(self._links)
 
-    async def wait_for_link(self) -> Link:
+    async def wait_for_link(self) -> ReplicaLink:
         """The first live link, as soon as there is one."""
         while not self._links:
             await self._link_up.wait()
@@ -145,7 +145,7 @@ class FleetClient:
             self._hear_of_leaving(link)
         self._evacuations.look()
 
-    def _hear_of_leaving(self, link: Link) -> None:
+    def _hear_of_leaving(self, link: ReplicaLink) -> None:
         member = self._members.get(link.replica_id)
         if member is not None:
             link.be_risky(member.risky_for_s)
@@ -279,7 +279,7 @@ class FleetClient:
             if self._streams.get(stream.request_id) is stream:
                 await self._place(stream)
 
-    def _unplace(self, stream: Stream, link: Link | None) -> None:
+    def _unplace(self, stream: Stream, link: ReplicaLink | None) -> None:
         if link is not None and link.streams.pop(stream.wire_id, None) is not None:
             link.load.add(-stream.cost_tokens)
             link.load.num_suspects -= stream.is_suspect
@@ -304,12 +304,12 @@ class FleetClient:
         self._forget(stream)
         self._put(self.codec.failure(stream.request_id))
 
-    async def _move(self, stream: Stream, link: Link, target: str) -> None:
+    async def _move(self, stream: Stream, link: ReplicaLink, target: str) -> None:
         self._unplace(stream, link)
         self._count_move(stream, link)
         await self._place(stream, target)
 
-    def _count_move(self, stream: Stream, link: Link) -> None:
+    def _count_move(self, stream: Stream, link: ReplicaLink) -> None:
         stream.epoch += 1
         self.counts.moved += 1
         link.tally.num_moved += 1
@@ -343,7 +343,7 @@ class FleetClient:
             if self._is_closing:
                 raise EngineError(f"the gateway ended before a replica answered {method}")
 
-    async def _call_one(self, link: Link, method: str, args: tuple[Any, ...]) -> Any:
+    async def _call_one(self, link: ReplicaLink, method: str, args: tuple[Any, ...]) -> Any:
         call_id = next(self._call_ids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         link.calls[call_id] = future
@@ -381,7 +381,7 @@ class FleetClient:
                 await self._acquit(link)
                 await self._place_held()
                 self._evacuations.look()
-                reason = await Listener(link, self.codec, self._deliver, self._evacuations.look).run()
+                reason = await LinkListener(link, self.codec, self._deliver, self._evacuations.look).run()
             finally:
                 await self._lose(link, reason)
             await asyncio.sleep(RECONNECT_PERIOD_S)
@@ -390,7 +390,7 @@ class FleetClient:
         """By id, so that ties go the same way everywhere."""
         self._loads = sorted((link.load for link in self._links.values()), key=lambda load: load.replica_id)
 
-    def _deliver(self, link: Link, outputs: Outputs) -> None:
+    def _deliver(self, link: ReplicaLink, outputs: Outputs) -> None:
         kept = []
         streams, load = link.streams, link.load
         if outputs.outputs:
@@ -438,7 +438,7 @@ class FleetClient:
         else:
             self.copy_sender.deliver(functools.partial(self.outputs.put_nowait, outputs))
 
-    def _first_token(self, link: Link, stream: Stream) -> None:
+    def _first_token(self, link: ReplicaLink, stream: Stream) -> None:
         stream.gave_token = True
         ttft_s = time.monotonic() - stream.placed_s
         prefilled_tokens = stream.prompt_tokens + len(stream.generated)
@@ -465,7 +465,7 @@ class FleetClient:
             if any(link.replica_id in was_stalled and not link.load.is_stalled for link in self.links):
                 await self._place_held()
 
-    async def _leave_stalled(self, link: Link, reason: str) -> None:
+    async def _leave_stalled(self, link: ReplicaLink, reason: str) -> None:
         """Move streams off a replica that stands still; it may go on, so this is no loss.
 
         A stream without a token may be what it stands still over: such a one is tried alone elsewhere, and if that
@@ -486,7 +486,7 @@ class FleetClient:
             logger.warning("%d streams leave replica %s: it %s", len(left), link.replica_id, reason)
             await link.input.send_multipart(self.codec.encode_abort(left), copy=False)
 
-    async def _lose(self, link: Link, reason: str) -> None:
+    async def _lose(self, link: ReplicaLink, reason: str) -> None:
         if self._links.get(link.replica_id) is link:
             del self._links[link.replica_id]
             self._sort_loads()
@@ -506,7 +506,7 @@ class FleetClient:
             await self._judge(stream, link, reason)
         await self._place_held()
 
-    async def _judge(self, stream: Stream, link: Link, reason: str) -> None:
+    async def _judge(self, stream: Stream, link: ReplicaLink, reason: str) -> None:
         verdict = quarantine.decide(
             strikes=len(stream.struck),
             unseen_losses=stream.unseen_losses,
@@ -551,7 +551,7 @@ class FleetClient:
         self._num_awaiting -= stream.awaits_verdict
         stream.awaits_verdict = False
 
-    async def _acquit(self, link: Link) -> None:
+    async def _acquit(self, link: ReplicaLink) -> None:
         """A lost replica is back: it was silent, not dead, so no stream has killed it."""
         for stream in list(self._streams.values()):
             if link.replica_id not in stream.struck:

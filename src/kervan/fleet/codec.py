@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from kervan.fleet.stream import Stream
 
 
-class Output(Protocol):
+class StreamOutput(Protocol):
     """One stream's part of an engine step."""
 
     request_id: str

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from kervan.fleet import evacuees
 from kervan.fleet.codec import Codec
 from kervan.fleet.evacuees import PrefillSpeed
-from kervan.fleet.link import Link
+from kervan.fleet.link import ReplicaLink
 from kervan.fleet.stream import Stream
 from kervan.policy import evacuation
 from kervan.policy.output_length import LengthEstimate
@@ -28,14 +28,17 @@ class Evacuations:
     """
 
     def __init__(
-        self, links: Mapping[str, Link], move: Callable[[Stream, Link, str], Awaitable[None]], codec: Codec
+        self,
+        links: Mapping[str, ReplicaLink],
+        move: Callable[[Stream, ReplicaLink, str], Awaitable[None]],
+        codec: Codec,
     ) -> None:
         self.lengths = LengthEstimate()
         self.prefill = PrefillSpeed()
         self._links = links
         self._move = move
         self._codec = codec
-        self._tasks: dict[Link, asyncio.Task[None]] = {}
+        self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
         self._targets_changed = asyncio.Event()
 
     @property
@@ -53,12 +56,12 @@ class Evacuations:
                 self._tasks[link] = task
                 task.add_done_callback(functools.partial(self._ended, link))
 
-    def _ended(self, link: Link, task: asyncio.Task[None]) -> None:
+    def _ended(self, link: ReplicaLink, task: asyncio.Task[None]) -> None:
         self._tasks.pop(link, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("evacuation of %s ended: %r", link.replica_id, error, exc_info=error)
 
-    async def _evacuate(self, link: Link) -> None:
+    async def _evacuate(self, link: ReplicaLink) -> None:
         while self._links.get(link.replica_id) is link and link.is_draining:
             self._targets_changed.clear()
             pause_s: float | None = None
@@ -76,7 +79,7 @@ class Evacuations:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._targets_changed.wait(), pause_s or IDLE_PERIOD_S)
 
-    async def _carry_out(self, link: Link, moves: Sequence[evacuation.Move]) -> None:
+    async def _carry_out(self, link: ReplicaLink, moves: Sequence[evacuation.Move]) -> None:
         left = []
         for move in moves:
             stream = link.streams.get(move.stream_id)

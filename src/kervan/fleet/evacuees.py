@@ -3,9 +3,9 @@
 import time
 from collections.abc import Iterable
 
-from kervan.fleet.link import Link
+from kervan.fleet.link import ReplicaLink
 from kervan.fleet.stream import Stream
-from kervan.policy.evacuation import EvacuationState, LeavingStream, Target
+from kervan.policy.evacuation import EvacuationState, LeavingStream, TargetReplica
 from kervan.policy.output_length import LengthEstimate
 
 # Until prompts have been seen; assumed, not measured. Too high a guess moves streams sooner than the bound on
@@ -40,7 +40,7 @@ class PrefillSpeed:
 
 
 def state(
-    link: Link, targets: Iterable[Link], *, lengths: LengthEstimate, prefill_tokens_per_s: float
+    link: ReplicaLink, targets: Iterable[ReplicaLink], *, lengths: LengthEstimate, prefill_tokens_per_s: float
 ) -> EvacuationState:
     """What one gateway knows. It takes its share of the targets' room and speed; the other gateways take theirs."""
     now_s = time.monotonic()
@@ -66,13 +66,13 @@ def _leaving(stream: Stream, lengths: LengthEstimate) -> LeavingStream:
     )
 
 
-def _target(link: Link, prefill_tokens_per_s: float, now_s: float) -> Target:
+def _target(link: ReplicaLink, prefill_tokens_per_s: float, now_s: float) -> TargetReplica:
     facts, pong = link.facts, link.pong
     share = 1 / max(1, pong.num_gateways)
     running = max(pong.running + pong.waiting, len(link.streams))
     queued = sum(s.prompt_tokens + len(s.generated) for s in link.streams.values() if not s.gave_token)
     free_kv_tokens = facts.num_gpu_blocks * facts.block_size * (1 - pong.kv_cache_usage)
-    return Target(
+    return TargetReplica(
         replica_id=link.replica_id,
         free_streams=int(share * max(0, facts.max_num_seqs - running)),
         free_kv_tokens=int(share * free_kv_tokens) - queued,

@@ -62,7 +62,7 @@ def _risky_for_s(replica: ReplicaEntry, called_likely: set[str]) -> float:
 
 
 @dataclass(slots=True)
-class Tally:
+class ReplicaTally:
     """Streams of one replica so far: those that ended there, and those that went on elsewhere. It outlives its link."""
 
     num_served: int = 0
@@ -71,7 +71,7 @@ class Tally:
 
 
 @dataclass(slots=True, eq=False)
-class Link:
+class ReplicaLink:
     """A live connection to one replica."""
 
     member: Member
@@ -85,7 +85,7 @@ class Link:
     calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
     pong: wire.Pong = NO_LOAD
     pong_s: float = 0.0
-    tally: Tally = field(default_factory=Tally)
+    tally: ReplicaTally = field(default_factory=ReplicaTally)
     num_tokens: int = 0
     ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
     num_outputs: int = 0  # received
@@ -160,7 +160,7 @@ class LinkRefusedError(EngineError):
     """The replica named a reason not to serve this gateway."""
 
 
-async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.Hello, secret: str) -> Link:
+async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.Hello, secret: str) -> ReplicaLink:
     """A link over which requests may be sent. `hello`: all but the proof, which is made of `secret` for this link.
 
     Raises: TimeoutError without an answer in `HANDSHAKE_TIMEOUT_S`; LinkRefusedError.
@@ -195,7 +195,9 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
     logger.info("linked to replica %s at %s", member.replica_id, member.address)
     monitors = tuple(monitor for _, monitor in opened)
     load = routing.ReplicaLoad(member.replica_id, 0)
-    return Link(member, input_socket, output_socket, monitors, welcome.facts, skew_s, load, output_s=time.monotonic())
+    return ReplicaLink(
+        member, input_socket, output_socket, monitors, welcome.facts, skew_s, load, output_s=time.monotonic()
+    )
 
 
 def _connect(

@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.codec import Codec, Outputs
-from kervan.fleet.link import Link
+from kervan.fleet.link import ReplicaLink
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +22,19 @@ SETTLE_S = 0.01
 ENGINE_DIED = "the engine died"
 
 
-async def send_ping(link: Link) -> None:
+async def send_ping(link: ReplicaLink) -> None:
     await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(wire.Ping(link.load.own_tokens))])
 
 
-class Listener:
+class LinkListener:
     """Of one link. `deliver` gets the engine's outputs; `drains` is called when the replica says that it drains."""
 
     def __init__(
-        self, link: Link, codec: Codec, deliver: Callable[[Link, Outputs], None], drains: Callable[[], None]
+        self,
+        link: ReplicaLink,
+        codec: Codec,
+        deliver: Callable[[ReplicaLink, Outputs], None],
+        drains: Callable[[], None],
     ) -> None:
         self._link = link
         self._codec = codec

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 from kervan.config.fault import Fault
-from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready, Report
+from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, Ready, Report
 from kervan.fleet.log_files import open_log
 from kervan.fleet.process_group import end_group
 from kervan.fleet.vllm import start_parts
@@ -51,8 +51,8 @@ class EngineProcess:
         self.log_path = log_path
         self.ready: Ready | None = None
         self.start_s: dict[str, float] = {}
-        self.load = Load(0, 0, 0.0, 0, False)
-        self.failure: Failed | None = None
+        self.load = EngineLoad(0, 0, 0.0, 0, False)
+        self.failure: EngineFailed | None = None
         self._on_change = on_change
         self._last_report_s = self._last_step_s = time.monotonic()
         environment = dict(os.environ if env is None else env)
@@ -85,7 +85,7 @@ class EngineProcess:
         if isinstance(report, Ready):
             self.start_s = start_parts.split(report.start_s, self.log_path.read_text(errors="replace"))
             self.ready = report
-        elif isinstance(report, Failed):
+        elif isinstance(report, EngineFailed):
             self.failure = report
         else:
             if report.num_steps != self.load.num_steps or not report.has_work:
@@ -99,7 +99,7 @@ class EngineProcess:
         status = self._process.wait()
         self._sockets_of_workers.cleanup()
         if self.ready is None and self.failure is None:
-            self.failure = Failed("EngineError", self._post_mortem(status))
+            self.failure = EngineFailed("EngineError", self._post_mortem(status))
         self.ended.set()
         self._on_change()
 

@@ -4,21 +4,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from kervan.fleet.link import Link
+from kervan.fleet.link import ReplicaLink
 from kervan.policy import stall
 
 PERIOD_S = 0.25
 LATE_S = 0.5  # a gateway that was itself held up for longer has signs of life to read first
 
 
-class Stalls:
+class StallDetector:
     """Looks at links every `PERIOD_S`, and remembers how many were found stalled lately."""
 
     def __init__(self) -> None:
         self._looked_s = time.monotonic()
         self._found_s: deque[float] = deque()
 
-    def look(self, links: Sequence[Link], prefill_tokens_per_s: float | None) -> dict[str, str]:
+    def look(self, links: Sequence[ReplicaLink], prefill_tokens_per_s: float | None) -> dict[str, str]:
         """Mark the links that are stalled; why, by their ids, if their streams should leave now."""
         now_s = time.monotonic()
         is_late, self._looked_s = now_s - self._looked_s > PERIOD_S + LATE_S, now_s
@@ -39,8 +39,8 @@ class Stalls:
         return found.reasons if found.can_leave else {}
 
 
-def _progress(link: Link, now_s: float) -> stall.Progress:
-    return stall.Progress(
+def _progress(link: ReplicaLink, now_s: float) -> stall.StepProgress:
+    return stall.StepProgress(
         link.replica_id,
         stalled_s=link.stalled_s(now_s),
         step_s=link.step_s,
@@ -49,7 +49,7 @@ def _progress(link: Link, now_s: float) -> stall.Progress:
     )
 
 
-def _prefill_tokens(link: Link) -> int:
+def _prefill_tokens(link: ReplicaLink) -> int:
     """The most that its present step may prefill: of this gateway's streams, and of others' if some wait there."""
     most = link.facts.max_num_batched_tokens or link.facts.max_model_len
     own = [s.prompt_tokens + len(s.generated) for s in link.streams.values() if not s.gave_token]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from kervan.fleet.directory import Traffic
-from kervan.fleet.link import Link, Tally
+from kervan.fleet.link import ReplicaLink, ReplicaTally
 
 RATE_WINDOW_S = 10.0
 KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are told too
@@ -16,15 +16,15 @@ class TrafficMeter:
     """Of one client. Counts of a replica outlive its link."""
 
     def __init__(self) -> None:
-        self._tallies: dict[str, Tally] = {}
+        self._tallies: dict[str, ReplicaTally] = {}
         self._completed_per_s = 0.0
         self._rate_at_s = self._looked_s = time.monotonic()
 
-    def tally(self, replica_id: str) -> Tally:
+    def tally(self, replica_id: str) -> ReplicaTally:
         """Its streams so far, also over links that it had before."""
-        return self._tallies.setdefault(replica_id, Tally())
+        return self._tallies.setdefault(replica_id, ReplicaTally())
 
-    def look(self, links: Mapping[str, Link]) -> dict[str, Traffic]:
+    def look(self, links: Mapping[str, ReplicaLink]) -> dict[str, Traffic]:
         """What came from each replica since the last look, by its id; of those that are gone, their last counts."""
         now_s = time.monotonic()
         elapsed_s, self._looked_s = now_s - self._looked_s, now_s

@@ -49,7 +49,7 @@ EVENT_STREAM = b"text/event-stream"
 END_TIMEOUT_S = 10.0
 
 
-class _Asked(msgspec.Struct):
+class _BodyFields(msgspec.Struct):
     """All that is read of a body to know whether its answer can be given again."""
 
     stream: bool | None = False
@@ -61,13 +61,13 @@ class _Asked(msgspec.Struct):
     prompt_embeds: msgspec.Raw = msgspec.Raw(b"null")
 
 
-_asked_decoder = msgspec.json.Decoder(_Asked)
+_body_decoder = msgspec.json.Decoder(_BodyFields)
 
 
 def refusal(body: bytes) -> str | None:
     """Why the answer to `body` could not be given again; "" if it can, None if it is no stream (or vLLM refuses it)."""
     try:
-        asked = _asked_decoder.decode(body)
+        asked = _body_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if not asked.stream:

@@ -19,7 +19,7 @@ MOVING_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class StepProgress:
     """What a gateway knows of one replica. `stalled_s`: it has had work and made no step for so long.
 
     `step_s`: between its last steps on average, None if not known. `prefill_tokens`: the most that the step it is in
@@ -34,21 +34,21 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Stalls:
+class StallDecision:
     """`reasons`: why, by the id of each stalled replica. `can_leave`: some other one can take their streams."""
 
     reasons: dict[str, str]
     can_leave: bool
 
 
-def patience_s(progress: Progress, *, prefill_tokens_per_s: float | None, num_recent: int) -> float:
+def patience_s(progress: StepProgress, *, prefill_tokens_per_s: float | None, num_recent: int) -> float:
     """How long a step may take; `num_recent` replicas were found stalled in the last `MEMORY_S`."""
     prefill_s = progress.prefill_tokens / (prefill_tokens_per_s or CAUTIOUS_PREFILL_TOKENS_PER_S)
     longest_s = max(MIN_PATIENCE_S, DECODE_STEPS * (progress.step_s or 0.0), PREFILL_STEPS * prefill_s)
     return longest_s * 2.0 ** min(num_recent, MAX_DOUBLINGS)
 
 
-def decide(replicas: Sequence[Progress], *, prefill_tokens_per_s: float | None, num_recent: int) -> Stalls:
+def decide(replicas: Sequence[StepProgress], *, prefill_tokens_per_s: float | None, num_recent: int) -> StallDecision:
     """`prefill_tokens_per_s`: as learned from first tokens, None while it is not known."""
     reasons = {}
     for one in replicas:
@@ -58,4 +58,4 @@ def decide(replicas: Sequence[Progress], *, prefill_tokens_per_s: float | None, 
     can_leave = any(
         one.takes_streams and one.stalled_s <= MOVING_S and one.replica_id not in reasons for one in replicas
     )
-    return Stalls(reasons, can_leave)
+    return StallDecision(reasons, can_leave)

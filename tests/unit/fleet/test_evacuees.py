@@ -7,9 +7,9 @@ import pytest
 
 from kervan.fleet import evacuees, wire
 from kervan.fleet.evacuees import DEFAULT_PREFILL_TOKENS_PER_S, MIN_PROMPTS, PrefillSpeed
-from kervan.fleet.link import Link, Member
+from kervan.fleet.link import Member, ReplicaLink
 from kervan.fleet.stream import Stream
-from kervan.policy.evacuation import LeavingStream, Target
+from kervan.policy.evacuation import LeavingStream, TargetReplica
 from kervan.policy.output_length import MIN_ANSWERS, LengthEstimate
 from kervan.policy.routing import ReplicaLoad
 
@@ -18,9 +18,9 @@ FACTS = wire.EngineFacts(
 )
 
 
-def link(name: str, *streams: Stream, pong: wire.Pong | None = None) -> Link:
+def link(name: str, *streams: Stream, pong: wire.Pong | None = None) -> ReplicaLink:
     unused: Any = None
-    made = Link(Member(name, "tcp://h:1"), unused, unused, (), FACTS, 0.0, ReplicaLoad(name, 0))
+    made = ReplicaLink(Member(name, "tcp://h:1"), unused, unused, (), FACTS, 0.0, ReplicaLoad(name, 0))
     made.streams = {stream.wire_id: stream for stream in streams}
     made.pong = pong or made.pong
     return made
@@ -47,7 +47,7 @@ def test_streams_and_targets_as_a_gateway_knows_them() -> None:
     assert (s.stream_id, s.context_tokens, s.max_remaining_tokens, s.gave_token) == ("s", 1100, 200, True)
     assert s.expected_remaining_tokens == pytest.approx(100, rel=0.15)  # answers get about 200 tokens long
     assert t == LeavingStream("t", 50, 300, t.expected_remaining_tokens, gave_token=False)
-    assert found.targets == [Target("b", 26, 5592, 5_000, 408, 0.0, 2048)]  # 52/2; 16,000*0.75/2 - 408
+    assert found.targets == [TargetReplica("b", 26, 5592, 5_000, 408, 0.0, 2048)]  # 52/2; 16,000*0.75/2 - 408
 
 
 def test_a_replica_that_stands_still_has_no_pace() -> None:
