@@ -69,14 +69,14 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
                     continue
                 if wanted[1] == "-always" or (len(stream.generated) == int(wanted[1]) and stream.epoch == 0):
                     old_wire_id = stream.wire_id
-                    self._unplace(stream, link)  # at once: no token may come between
+                    self._placements.unplace(stream, link)  # at once: no token may come between
                     moving.add(task := asyncio.create_task(self._force(stream, link, old_wire_id)))
                     task.add_done_callback(moving.discard)
 
         async def _force(self, stream: Any, link: ReplicaLink, old_wire_id: str) -> None:
             await link.input.send_multipart(self.codec.encode_abort([old_wire_id]), copy=False)
-            if self._streams.get(stream.request_id) is stream:
-                await self._move(stream, link, target=link.replica_id)
+            if self._placements.streams.get(stream.request_id) is stream:
+                await self._placements.move(stream, link, target=link.replica_id)
 
     moving: set[asyncio.Task[None]] = set()
     argv = FleetConfig(model=model, engine_args=arguments).engine_argv

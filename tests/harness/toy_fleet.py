@@ -16,8 +16,7 @@ import zmq
 import zmq.asyncio
 
 from harness.live import until
-from kervan.fleet import client as client_module
-from kervan.fleet import stalls, wire
+from kervan.fleet import links, stalls, wire
 from kervan.fleet.client import FleetClient
 from kervan.fleet.link import Member, ReplicaLink
 from kervan.fleet.stream import Stream
@@ -25,7 +24,7 @@ from kervan.policy import quarantine
 
 SECRET = "s3cret"
 VERSION = "toy-1"
-POISON = 666  # a prompt that holds it kills its replica at the first step
+FATAL = 666  # a prompt that holds it kills its replica at the first step
 
 ADD, ABORT, UTILITY = b"\x00", b"\x01", b"\x02"
 
@@ -253,9 +252,9 @@ class ToyReplica:
         self._tasks.insert(1, asyncio.create_task(self._serve_output()))
 
     async def step(self, num_steps: int = 1) -> None:
-        """One token for each running stream per step, in one message; poison kills the replica instead."""
+        """One token for each running stream per step, in one message; a fatal prompt kills the replica instead."""
         for _ in range(num_steps):
-            if any(POISON in request.prompt for request in self.running.values()):
+            if any(FATAL in request.prompt for request in self.running.values()):
                 self.kill()
                 return
             outputs = []
@@ -420,7 +419,7 @@ async def make_bench(**settings: Any) -> AsyncIterator[Bench]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds in a fleet takes some milliseconds on the bench."""
-    monkeypatch.setattr(client_module, "RECONNECT_PERIOD_S", 0.01)
+    monkeypatch.setattr(links, "RECONNECT_PERIOD_S", 0.01)
     monkeypatch.setattr(wire, "PING_PERIOD_S", 0.02)
     monkeypatch.setattr(stalls, "PERIOD_S", 0.02)
     monkeypatch.setattr(quarantine, "RETURN_WAIT_S", 0.2)

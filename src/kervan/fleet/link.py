@@ -33,13 +33,13 @@ NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
 class Member:
     """A replica as the directory lists it.
 
-    `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
+    `is_draining`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
     streams may use that time. `risky_for_s`: for so long it is likelier to go than others.
     """
 
     replica_id: str
     address: str
-    is_leaving: bool = field(default=False, compare=False)
+    is_draining: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
     may_linger: bool = field(default=False, compare=False)
     risky_for_s: float = field(default=0.0, compare=False)
@@ -90,9 +90,9 @@ class ReplicaLink:
     ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
     num_outputs: int = 0  # received
     output_s: float = 0.0  # when the last one was received, or nothing was missing
-    is_told_to_leave: bool = False  # by the directory, which may know before the replica does
-    leaving_since_s: float = 0.0
-    leaves_at_s: float | None = None
+    is_told_to_drain: bool = False  # by the directory, which may know before the replica does
+    draining_since_s: float = 0.0
+    drain_deadline_s: float | None = None
     risky_until_s: float = 0.0
     may_linger: bool = False
     _step_s: float | None = None  # between two steps, a mean over about the last ten
@@ -109,18 +109,21 @@ class ReplicaLink:
         self.load.is_draining = self.is_draining
         self.load.is_risky = self.pong_s < self.risky_until_s
 
+    def follow(self, member: Member) -> None:
+        """Take what the directory says of the replica now. A drain that it has told of is not taken back."""
+        now_s = time.monotonic()
+        self.risky_until_s = now_s + member.risky_for_s
+        self.load.is_risky = member.risky_for_s > 0
+        if member.is_draining:
+            self.is_told_to_drain = self.load.is_draining = True
+            self.may_linger = member.may_linger
+            if member.leaves_in_s is not None:
+                self.drain_deadline_s = now_s + member.leaves_in_s
+
     @property
     def is_draining(self) -> bool:
-        return self.is_told_to_leave or self.pong.is_draining
-
-    def leave(self) -> None:
-        """The replica is to get nothing more."""
-        self.is_told_to_leave = self.load.is_draining = True
-
-    def be_risky(self, for_s: float) -> None:
-        """For so long from now, long answers better go elsewhere."""
-        self.risky_until_s = time.monotonic() + for_s
-        self.load.is_risky = for_s > 0
+        """Whether it is to get nothing more; the directory or the replica has said so."""
+        return self.is_told_to_drain or self.pong.is_draining
 
     def stepped(self) -> None:
         """Its engine has sent what a step gave."""

@@ -125,7 +125,7 @@ class EngineProcess:
         return time.monotonic() - self._last_step_s if self.load.has_work else 0.0
 
     def drain(self) -> None:
-        """Announce to all gateways that this replica leaves."""
+        """Announce to all gateways that this replica drains."""
         self._command("drain")
 
     def suffer(self, fault: Fault) -> None:

@@ -28,9 +28,9 @@ class Stream:
     replica_id: str | None = None
     cost_tokens: int = 0
     gave_token: bool = False
-    struck: list[str] = field(default_factory=list)  # replicas lost before it gave a token
-    unseen_losses: int = 0
-    awaits_verdict: bool = False
+    losses: list[str] = field(default_factory=list)  # replicas lost before it gave a token, once each was proven alive
+    unproven_losses: int = 0
+    is_rejection_pending: bool = False
     placed_s: float = 0.0
     held_since_s: float | None = None
     attempt: Attempt | None = None
@@ -39,8 +39,9 @@ class Stream:
     @property
     def is_suspect(self) -> bool:
         """Whether its last replica was lost before it gave a token."""
-        return bool(self.struck) or self.unseen_losses > 0
+        return bool(self.losses) or self.unproven_losses > 0
 
     @property
     def remaining_output_tokens(self) -> int:
+        """What it may still write at most."""
         return max(0, self.max_output_tokens - len(self.generated))

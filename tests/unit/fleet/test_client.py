@@ -13,8 +13,8 @@ from harness.toy_fleet import SECRET, Bench, Request, ToyReplica, make_bench
 from kervan.errors import EngineError
 from kervan.fleet import link as link_module
 from kervan.fleet import wire
-from kervan.fleet.evacuees import PrefillSpeed
 from kervan.fleet.link import Member
+from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.policy.output_length import MIN_ANSWERS
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -339,7 +339,7 @@ async def test_a_call_whose_replicas_all_die_is_made_to_the_next(bench: Bench) -
 async def test_every_stream_ends_once_and_whole_whatever_happens(seed: int) -> None:
     """Adds, kills, starts, drains and aborts in random order over replicas that step by themselves.
 
-    A stream whose replica is killed twice before it gave a token is taken for poison, so a kill waits until the last
+    A stream whose replica is killed twice before it gave a token is taken for a fatal one, so a kill waits until the last
     one was noticed and no stream is a suspect; everything else may happen at any moment.
     """
     rng = random.Random(seed)
@@ -357,7 +357,7 @@ async def test_every_stream_ends_once_and_whole_whatever_happens(seed: int) -> N
 
         def may_kill() -> bool:
             noticed = all(bench.replicas[link.replica_id].is_alive for link in bench.client.links)
-            return noticed and not any(stream.is_suspect for stream in bench.client._streams.values())
+            return noticed and not any(stream.is_suspect for stream in bench.client._placements.streams.values())
 
         for _ in range(60):
             event = rng.choices(["add", "kill", "start", "drain", "abort", "breathe"], [10, 2, 3, 2, 1, 6])[0]

@@ -186,7 +186,7 @@ async def test_a_client_that_closes_moves_nothing() -> None:
 # ---- standing still
 
 
-async def test_streams_leave_a_replica_that_stands_still_and_it_may_go_on(bench: Bench) -> None:
+async def test_streams_move_off_a_replica_that_stands_still_and_it_may_go_on(bench: Bench) -> None:
     a, b = await bench.start("a"), await bench.start("b")
     await bench.add("s", max_tokens=8)
     await bench.placed(a, "s")
@@ -204,7 +204,7 @@ async def test_streams_leave_a_replica_that_stands_still_and_it_may_go_on(bench:
     assert (bench.client.counts.moved, bench.client.counts.lost_replicas) == (1, 0)
 
 
-async def test_nothing_leaves_when_all_stand_still(bench: Bench) -> None:
+async def test_nothing_moves_when_all_stand_still(bench: Bench) -> None:
     a, b = await bench.start("a"), await bench.start("b")
     await bench.add("s", max_tokens=8)
     await bench.add("t", max_tokens=8)
@@ -259,7 +259,7 @@ async def test_the_directory_may_know_of_a_drain_before_the_replica(bench: Bench
     await bench.add("s", max_tokens=8)
     await bench.placed(a, "s")
     await bench.steps(a, 3)
-    bench.client.set_members([dataclasses.replace(a.member, is_leaving=True), b.member])
+    bench.client.set_members([dataclasses.replace(a.member, is_draining=True), b.member])
     await bench.placed(b, "s~1")
     await until(lambda: a.aborted == ["s"])
     await a.drain(is_draining=False)  # an older answer of the replica changes nothing
@@ -284,7 +284,7 @@ async def test_if_only_a_draining_replica_is_left_its_streams_stay_and_new_ones_
     await bench.finished("new")
 
 
-async def test_streams_leave_a_draining_replica_when_a_replacement_links(bench: Bench) -> None:
+async def test_streams_move_off_a_draining_replica_when_a_replacement_links(bench: Bench) -> None:
     a = await bench.start("a")
     await bench.add("s")
     await bench.placed(a, "s")

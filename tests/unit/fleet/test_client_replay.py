@@ -4,7 +4,7 @@ import asyncio
 
 from harness.journals import Holder, journal, new_journals
 from harness.live import until
-from harness.toy_fleet import POISON, Bench
+from harness.toy_fleet import FATAL, Bench
 
 from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Attempt, Journal, current_attempt
@@ -86,14 +86,14 @@ async def test_a_stream_that_kills_replicas_cannot_be_asked_for_again(bench: Ben
     for name in ("r", "s"):
         replica = await bench.start(name)
         if name == "r":
-            await add(bench, "poison", Attempt(one), prompt=[1, POISON])
+            await add(bench, "fatal", Attempt(one), prompt=[1, FATAL])
         link = bench.link(replica)
         await until(lambda k=link: any(k.pong_s > s.placed_s for s in k.streams.values()), "it was alive with it")
         await bench.placed(replica, *link.streams)
         await replica.step()
         await bench.lost(replica)
-    await bench.ended("poison")
-    assert bench.failed("poison")
+    await bench.ended("fatal")
+    assert bench.failed("fatal")
     assert one.refusal.startswith("it ended with an error")
 
 

@@ -40,7 +40,7 @@ def test_a_replica_without_a_step_for_longer_than_that_is_stalled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "can_leave"),
+    ("other", "can_move"),
     [
         pytest.param(StepProgress("b", 0.3, 0.02, 0), True, id="one that steps"),
         pytest.param(StepProgress("b", 1.2, 0.02, 0), False, id="one that may be about to stall too"),
@@ -49,9 +49,9 @@ def test_a_replica_without_a_step_for_longer_than_that_is_stalled() -> None:
         pytest.param(None, False, id="none"),
     ],
 )
-def test_streams_leave_only_for_a_replica_that_moves(other: StepProgress | None, can_leave: bool) -> None:
+def test_streams_move_only_to_a_replica_that_steps(other: StepProgress | None, can_move: bool) -> None:
     replicas = [StepProgress("a", 9.0, 0.02, 0), *([other] if other else [])]
-    assert decide(replicas, prefill_tokens_per_s=None, num_recent=0).can_leave is can_leave
+    assert decide(replicas, prefill_tokens_per_s=None, num_recent=0).can_move is can_move
 
 
 PROGRESS = st.builds(
@@ -70,11 +70,11 @@ PROGRESS = st.builds(
     st.integers(0, 9),
 )
 def test_whatever_is_known(replicas: list[StepProgress], rate: float | None, num_recent: int) -> None:
-    found = decide(replicas, prefill_tokens_per_s=rate, num_recent=num_recent)
+    decision = decide(replicas, prefill_tokens_per_s=rate, num_recent=num_recent)
     by_id = {one.replica_id: one for one in replicas}
-    assert all(by_id[replica_id].stalled_s > MIN_PATIENCE_S for replica_id in found.reasons)
-    assert not found.can_leave or set(by_id) - set(found.reasons)
+    assert all(by_id[replica_id].stalled_s > MIN_PATIENCE_S for replica_id in decision.reasons)
+    assert not decision.can_move or set(by_id) - set(decision.reasons)
     later = decide(replicas, prefill_tokens_per_s=rate, num_recent=num_recent + 1)
-    assert set(later.reasons) <= set(found.reasons)
+    assert set(later.reasons) <= set(decision.reasons)
     if num_recent >= MAX_DOUBLINGS:
-        assert later == found
+        assert later == decision

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from harness.live import until
-from harness.toy_fleet import POISON, Bench, ToyReplica
+from harness.toy_fleet import FATAL, Bench, ToyReplica
 
 from kervan.policy import quarantine
 
@@ -18,18 +18,18 @@ async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_f
     await until(lambda: len(a.running) == len(b.running) == 2)
     await bench.steps(a, 2)
     await bench.steps(b, 2)
-    await bench.add("poison", prompt=[1, POISON])
-    await until(lambda: "poison" in a.running or "poison" in b.running)
-    first, second = (a, b) if "poison" in a.running else (b, a)
+    await bench.add("fatal", prompt=[1, FATAL])
+    await until(lambda: "fatal" in a.running or "fatal" in b.running)
+    first, second = (a, b) if "fatal" in a.running else (b, a)
     await first.step()
     await bench.lost(first)
-    await until(lambda: "poison~1" in second.running)
+    await until(lambda: "fatal~1" in second.running)
     link = bench.link(second)
-    await until(lambda: link.pong_s > link.streams["poison~1"].placed_s, "the second one was alive with it")
+    await until(lambda: link.pong_s > link.streams["fatal~1"].placed_s, "the second one was alive with it")
     await second.step()
     await bench.lost(second)
-    await bench.ended("poison")
-    assert bench.failed("poison")
+    await bench.ended("fatal")
+    assert bench.failed("fatal")
     c = await bench.start("c")
     c.run()
     await bench.finished(*(f"old{i}" for i in range(4)))
@@ -38,12 +38,12 @@ async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_f
 
 
 @pytest.mark.parametrize("position", range(4))
-async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench: Bench, position: int) -> None:
-    """Four streams wait on a replica when it dies at its first step; any of them may be the poison."""
+async def test_suspects_are_tried_one_by_one_and_only_the_fatal_one_is_rejected(bench: Bench, position: int) -> None:
+    """Four streams wait on a replica when it dies at its first step; any of them may be the fatal one."""
     names = [f"s{i}" for i in range(4)]
     a = await bench.start("a")
     for i, name in enumerate(names):
-        await bench.add(name, prompt=[1, POISON] if i == position else [1, i + 2])
+        await bench.add(name, prompt=[1, FATAL] if i == position else [1, i + 2])
     await bench.placed(a, *names)
     await a.step()
     await bench.lost(a)
@@ -58,7 +58,7 @@ async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench:
             link = bench.link(replica)
             suspects = [stream for stream in link.streams.values() if stream.is_suspect]
             assert len(suspects) <= 1
-            for stream in suspects:  # a death that follows too fast for a sign of life is judged as less
+            for stream in suspects:  # a death that follows too fast for a sign of life counts for less
                 await until(lambda s=stream, k=link: k.pong_s > s.placed_s or not s.is_suspect)  # type: ignore[misc]
             await replica.step()
             if not replica.is_alive:
@@ -73,7 +73,7 @@ async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench:
     assert bench.client.counts.lost_replicas == 2
 
 
-async def test_a_token_acquits_of_earlier_deaths_only(bench: Bench) -> None:
+async def test_a_token_clears_of_earlier_losses_only(bench: Bench) -> None:
     """Both gave a token on the first replica and none on the second: suspects, which a third tries one by one."""
     a = await bench.start("a")
     await bench.add("s")
@@ -99,7 +99,7 @@ async def silence(bench: Bench, replica: ToyReplica) -> None:
     await until(lambda: any(k.replica_id == replica.replica_id and k is not link for k in bench.client.links))
 
 
-async def test_replicas_that_come_back_convict_nobody(bench: Bench) -> None:
+async def test_no_stream_is_rejected_for_replicas_that_come_back(bench: Bench) -> None:
     """As when the whole machine stands still for seconds, twice: nobody died, so no request is a killer."""
     a = await bench.start("a")
     await bench.add("s")
@@ -111,7 +111,7 @@ async def test_replicas_that_come_back_convict_nobody(bench: Bench) -> None:
     assert bench.client.counts.given_up == 0
 
 
-async def test_a_verdict_waits_for_the_return_of_a_replica(bench: Bench) -> None:
+async def test_a_rejection_waits_for_the_return_of_a_replica(bench: Bench) -> None:
     """One replica falls silent, the next dies; the first one's return clears the stream of both."""
     a = await bench.start("a")
     await bench.add("s")
@@ -133,7 +133,9 @@ async def test_a_verdict_waits_for_the_return_of_a_replica(bench: Bench) -> None
     assert bench.client.counts.given_up == 0
 
 
-async def test_a_stream_can_be_aborted_while_its_verdict_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_can_be_aborted_while_its_rejection_is_pending(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quarantine, "RETURN_WAIT_S", 3600.0)
     await bench.add("s")
     for name in "ab":
@@ -150,7 +152,7 @@ async def test_a_stream_that_silences_its_replica_again_and_again_is_given_up(be
     a = await bench.start("a")
     await bench.add("s")
     await bench.placed(a, "s")
-    for _ in range(quarantine.MAX_UNSEEN_LOSSES):
+    for _ in range(quarantine.MAX_UNPROVEN_LOSSES):
         await silence(bench, a)
     link = bench.link(a)
     await until(lambda: bench.failed("s") or link.streams)
