@@ -114,4 +114,5 @@ class ControlEnd:
         return thread
 
     def close(self) -> None:
+        """The other end sees end-of-file."""
         self._sock.close()

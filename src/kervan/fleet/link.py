@@ -100,6 +100,7 @@ class ReplicaLink:
 
     @property
     def replica_id(self) -> str:
+        """As the directory lists it."""
         return self.member.replica_id
 
     def hear(self, pong: wire.Pong) -> None:
@@ -155,6 +156,7 @@ class ReplicaLink:
             self.ttfts_s.append(ttft_s)
 
     def close(self) -> None:
+        """Close its sockets; what was not sent is dropped."""
         for socket, monitor in zip((self.input, self.output), self.monitors, strict=True):
             _close(socket, monitor)
 

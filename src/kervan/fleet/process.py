@@ -77,6 +77,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
+        """Of the engine process, which leads the group."""
         return self._process.pid
 
     def _on_line(self, line: bytes) -> None:
@@ -108,7 +109,7 @@ class EngineProcess:
         if status == -signal.SIGKILL:
             how += " (killed; when the machine was out of memory, by its kernel)"
         last = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        return f"the engine process ended during start-up with {how}; its last words: {' '.join(last)[:300]}"
+        return f"the engine process ended during start-up with {how}; its last line: {' '.join(last)[:300]}"
 
     def health(self, stall_timeout_s: float) -> Health:
         """Whether a ready engine still reports, and steps while it has work."""
@@ -149,6 +150,6 @@ class EngineProcess:
             end_group(self._process.pid)
         self.ended.wait(10.0)
 
-    def _command(self, word: Literal["drain", "stop", "fault"], fault: Fault | None = None) -> None:
+    def _command(self, command: Literal["drain", "stop", "fault"], fault: Fault | None = None) -> None:
         with contextlib.suppress(OSError):
-            self._control.send(Command(word, fault))
+            self._control.send(Command(command, fault))

@@ -10,7 +10,7 @@ from kervan.fleet.directory import Traffic
 from kervan.fleet.link import ReplicaLink, ReplicaTally
 
 RATE_WINDOW_S = 10.0
-KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are told too
+KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are counted too
 
 
 @dataclass(slots=True)

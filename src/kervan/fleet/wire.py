@@ -109,6 +109,7 @@ def encode_number(number: int) -> bytes:
 
 
 def decode_number(frame: bytes) -> int:
+    """The reverse of `encode_number`."""
     return int.from_bytes(frame, "big")
 
 

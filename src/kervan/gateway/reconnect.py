@@ -90,7 +90,7 @@ def _num_prompts(prompt: bytes) -> int:
 
 
 class Streams:
-    """Gives answers their ids, and while something is in `store`, gives them again.
+    """Gives answers their ids, and in a fleet with `replay_s`, whose `store` has their journals, gives them again.
 
     `gateways`: those that the directory lists. `key`: `auth.relay_key` of the fleet.
     """
@@ -104,6 +104,7 @@ class Streams:
         self.num_fetched = 0
 
     def close(self) -> None:
+        """Close the connections to other gateways that are not in use."""
         self._relay.close()
 
     def new_id(self) -> str:
@@ -174,16 +175,16 @@ class Streams:
             origin_id = stream_id.rpartition("-")[0]
             others = [gateway for gateway in self._gateways() if gateway.id != self._gateway_id]
             origin = [gateway.internal_url for gateway in others if gateway.id == origin_id]
-            if await self._ask(origin, stream_id, scope, receive, send):
+            if await self._ask_gateways(origin, stream_id, scope, receive, send):
                 return
             if journal is None or not _reaches(journal, after):
                 rest = [gateway.internal_url for gateway in others if gateway.id != origin_id]
-                if await self._ask(rest, stream_id, scope, receive, send):
+                if await self._ask_gateways(rest, stream_id, scope, receive, send):
                     return
         if journal is None:
             await _unknown(send, stream_id)
         else:
-            await self._again(self.store, app, journal, after, scope, receive, send)
+            await self._answer_again(self.store, app, journal, after, scope, receive, send)
 
     async def get_internal(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer another gateway, which has checked the request: with a stream that is here, or not at all."""
@@ -193,9 +194,11 @@ class Streams:
         if self.store is None or journal is None or (not journal.is_own and not _reaches(journal, after)):
             await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
         else:
-            await self._again(self.store, app, journal, after, scope, receive, send)
+            await self._answer_again(self.store, app, journal, after, scope, receive, send)
 
-    async def _ask(self, urls: Sequence[str], stream_id: str, scope: Scope, receive: Receive, send: Send) -> bool:
+    async def _ask_gateways(
+        self, urls: Sequence[str], stream_id: str, scope: Scope, receive: Receive, send: Send
+    ) -> bool:
         """Whether one of the gateways at `urls` has answered."""
         if not urls:
             return False
@@ -207,7 +210,7 @@ class Streams:
             return False
         return True
 
-    async def _again(
+    async def _answer_again(
         self,
         store: ReplicatedStore,
         app: ASGIApp,
@@ -235,9 +238,7 @@ class Streams:
             journal = known
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
-                while (
-                    journal.attempt is not None
-                ):  # its client has come back before its old connection was found broken
+                while journal.attempt is not None:  # its client's old connection was not yet found broken
                     await journal.attempt.end()
         except TimeoutError:
             await _refuse(send, 503, "the stream's earlier answer does not end; try again")
@@ -351,8 +352,7 @@ class _Events:
 
     def _numbered(self, event: bytes) -> bytes:
         if event.startswith(b":"):
-            return (
-                event + b"\n"
-            )  # a comment; after an id, OpenAI's client takes the empty line for an event without data
+            # A comment. After an id, OpenAI's client would take the empty line for an event without data.
+            return event + b"\n"
         position = self._attempt.next_event()
         return b"id: %b\n%b\n\n" % (str(position).encode(), event) if position is not None else b""

@@ -61,10 +61,14 @@ class State(msgspec.Struct, frozen=True, tag="s", array_like=True):
 
 
 class Drop(msgspec.Struct, frozen=True, tag="d", array_like=True):
+    """It is kept no longer; its number is not used again."""
+
     number: int
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """What is new in several journals."""
+
     number: int
     records: list[Open | More | State | Drop]
 
@@ -74,14 +78,15 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 class FramedConnection(asyncio.Protocol):
-    """Cuts what comes into frames, and gives them to `took` until it says that the connection is over."""
+    """Cuts what comes into frames, and gives them to `receive` until that says that the connection is over."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport
         self._rest = b""
         self.is_lost = False
 
-    def took(self, frames: list[bytes]) -> bool:
+    def receive(self, frames: list[bytes]) -> bool:
+        """Take at least one frame; False ends the connection. Raises: LookupError, MsgspecError for no frame."""
         raise NotImplementedError
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -106,7 +111,7 @@ class FramedConnection(asyncio.Protocol):
             at = end
         self._rest = data[at:]
         try:
-            is_good = not frames or self.took(frames)
+            is_good = not frames or self.receive(frames)
         except (msgspec.MsgspecError, LookupError) as error:
             logger.warning("what came over a connection for copies is none: %r", error)
             is_good = False
@@ -117,7 +122,9 @@ class FramedConnection(asyncio.Protocol):
         self.is_lost = True
 
     def write(self, payload: bytes) -> None:
+        """Send one frame."""
         self._transport.write(len(payload).to_bytes(_HEAD_BYTES, "big") + payload)
 
     def close(self) -> None:
+        """Break the connection; what was not sent is dropped."""
         self._transport.abort()

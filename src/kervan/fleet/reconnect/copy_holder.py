@@ -40,10 +40,10 @@ class _SenderConnection(FramedConnection):
         self._holder.connections.add(self)
         self.write(self._nonce)
 
-    def took(self, frames: list[bytes]) -> bool:
+    def receive(self, frames: list[bytes]) -> bool:
         if not self._is_known:
             hello = msgspec.msgpack.decode(frames.pop(0), type=CopyHello)
-            if not self._holder.welcomes(hello, self._nonce):
+            if not self._holder.accepts(hello, self._nonce):
                 return False
             self._is_known = True
             self.write(encode(0))
@@ -99,7 +99,7 @@ class CopyHolder:
         """Take copies there, from any number of gateways."""
         self._server = await asyncio.get_running_loop().create_server(lambda: _SenderConnection(self), sock=sock)
 
-    def welcomes(self, hello: CopyHello, nonce: bytes) -> bool:
+    def accepts(self, hello: CopyHello, nonce: bytes) -> bool:
         """Whether a gateway that was sent `nonce` may send copies; the log says why not."""
         if not auth.is_proof(hello.proof, auth.copies_proof(self._secret, nonce=nonce, gateway_id=hello.gateway_id)):
             logger.warning("gateway %s does not know this fleet's secret; its copies are refused", hello.gateway_id)

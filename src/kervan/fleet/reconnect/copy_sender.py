@@ -59,7 +59,7 @@ class _HolderConnection(FramedConnection):
         self._heard = heard
         self._lost = lost
 
-    def took(self, frames: list[bytes]) -> bool:
+    def receive(self, frames: list[bytes]) -> bool:
         if not self._has_introduced:
             self._has_introduced = True
             self.write(self._introduce(frames.pop(0)))

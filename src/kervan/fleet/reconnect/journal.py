@@ -17,7 +17,7 @@ _LENGTH_BYTES = 4
 
 @dataclass(frozen=True, slots=True, order=True)
 class Position:
-    """An event of an answer, as told in its SSE `id`.
+    """An event of an answer, as named in its SSE `id`.
 
     `count`: tokens that it and all before it tell, and 1 more when the end is among them. It does not depend on how
     many tokens an event has, which another gateway's pace decides. `ordinal`: of several events of one count.
@@ -31,9 +31,9 @@ class Position:
 
     @classmethod
     def parse(cls, text: str) -> "Position | None":
-        """The position that `text` tells; None if it tells none."""
-        found = PATTERN.fullmatch(text)
-        return cls(int(found[1]), int(found[2])) if found is not None else None
+        """The position that `text` names; None if it names none."""
+        match = PATTERN.fullmatch(text)
+        return cls(int(match[1]), int(match[2])) if match is not None else None
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +61,7 @@ class Journal:
 
     @property
     def num_bytes(self) -> int:
+        """What it takes of the store."""
         return len(self.body) + len(self.data)
 
     @property

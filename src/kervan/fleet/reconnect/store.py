@@ -34,6 +34,7 @@ class JournalStore:
         return None if journal is None or self._is_over(journal) else journal
 
     def add(self, journal: Journal) -> None:
+        """Keep it, and drop others for it if they are too many."""
         self._all[journal.stream_id] = journal
         self.num_bytes += journal.num_bytes
         if self.num_bytes > self._max_bytes:
@@ -44,6 +45,7 @@ class JournalStore:
         journal.ended_s = self._now()
 
     def drop(self, journal: Journal) -> None:
+        """Keep it no longer; its stream goes on, and nothing more is recorded."""
         journal.is_dropped = True
         if self._all.get(journal.stream_id) is journal:
             del self._all[journal.stream_id]
