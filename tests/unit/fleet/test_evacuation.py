@@ -1,9 +1,12 @@
-"""What the evacuation policy hears from a gateway, by hand-worked tables."""
+"""Streams of replicas that drain, and what the evacuation policy hears of them."""
 
+import dataclasses
 import time
 from typing import Any
 
 import pytest
+from harness.live import until
+from harness.toy_fleet import Bench
 
 from kervan.fleet import wire
 from kervan.fleet.evacuation import evacuation_state
@@ -59,3 +62,76 @@ def test_a_replica_that_stands_still_has_no_pace() -> None:
     now_s = time.monotonic()
     assert source.pace_s(now_s) == pytest.approx(0, abs=0.1)
     assert source.pace_s(now_s + 5) is None
+
+
+# ---- in the fleet client
+
+
+async def test_a_draining_replicas_streams_move_and_are_aborted_there(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    await a.drain()
+    await bench.placed(b, "s~1")
+    await until(lambda: a.aborted == ["s"])
+    assert bench.link(a).load.own_tokens == 0
+    await bench.add("t")
+    await bench.placed(b, "s~1", "t")
+    await bench.finished("s", "t")
+    assert bench.client.counts.lost_replicas == 0
+
+
+async def test_the_directory_may_know_of_a_drain_before_the_replica(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    bench.client.set_members([dataclasses.replace(a.member, is_draining=True), b.member])
+    await bench.placed(b, "s~1")
+    await until(lambda: a.aborted == ["s"])
+    await a.drain(is_draining=False)  # an older answer of the replica changes nothing
+    await bench.add("t")
+    await bench.placed(b, "s~1", "t")
+    await bench.finished("s", "t")
+
+
+async def test_if_only_a_draining_replica_is_left_its_streams_stay_and_new_ones_wait(bench: Bench) -> None:
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.placed(a, "s")
+    await bench.steps(a, 1)
+    await a.drain()
+    await until(lambda: bench.link(a).pong.is_draining)
+    await bench.add("new")
+    assert bench.client.num_held == 1
+    await bench.finished("s")
+    assert a.aborted == []
+    b = await bench.start("b")
+    await bench.placed(b, "new")
+    await bench.finished("new")
+
+
+async def test_streams_move_off_a_draining_replica_when_a_replacement_links(bench: Bench) -> None:
+    a = await bench.start("a")
+    await bench.add("s")
+    await bench.placed(a, "s")
+    await bench.steps(a, 2)
+    await a.drain()
+    await until(lambda: bench.link(a).pong.is_draining)
+    b = await bench.start("b")
+    await bench.placed(b, "s~1")
+    await until(lambda: a.aborted == ["s"])
+    await bench.finished("s")
+
+
+async def test_a_stream_that_cannot_move_stays_on_its_draining_replica(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("audio", is_resumable=True)
+    await bench.add("s")
+    await bench.placed(a, "audio")
+    await bench.placed(b, "s")
+    await a.drain()
+    await until(lambda: bench.link(a).pong.is_draining)
+    await bench.finished("s", "audio")
+    assert a.aborted == []

@@ -1,14 +1,118 @@
-"""Streams that kill their replicas, and those that only seem to, in the fleet client."""
+"""Streams of replicas that are lost or stand still: they go on elsewhere, or are rejected when they take those down."""
 
 import asyncio
 
 import pytest
 from harness.live import until
-from harness.toy_fleet import FATAL, Bench, ToyReplica
+from harness.toy_fleet import FATAL, Bench, Request, ToyReplica
 
+from kervan.fleet import stalls
 from kervan.policy import quarantine
 
 pytestmark = pytest.mark.usefixtures("quick")
+
+
+# ---- they go on elsewhere
+
+
+async def test_a_killed_replicas_stream_goes_on_elsewhere_without_a_seam(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", prompt=[7, 8, 9], max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    await bench.kill(a)
+    await bench.placed(b, "s~1")
+    assert b.added == [Request("s~1", [7, 8, 9, *bench.expected["s"][:3]], 5)]
+    await bench.finished("s")
+    assert bench.client.counts.moved == 1
+    assert bench.client.counts.lost_replicas == 1
+
+
+async def test_an_engine_that_says_it_is_dead_is_left_at_once(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s")
+    await bench.placed(a, "s")
+    await bench.steps(a, 2)
+    await a.say_dead()
+    await bench.placed(b, "s~1")
+    a.kill()
+    await bench.lost(a)
+    await bench.finished("s")
+
+
+async def test_a_stream_survives_one_replica_after_another(bench: Bench) -> None:
+    await bench.add("s", max_tokens=10)
+    for i in range(5):
+        replica = await bench.start(f"r{i}")
+        await until(lambda replica=replica: replica.running)
+        await bench.steps(replica, 2)
+        if i < 4:
+            await bench.kill(replica)
+    await bench.finished("s")
+    assert bench.client.counts.moved == 4
+
+
+async def test_what_cannot_be_moved_is_failed(bench: Bench) -> None:
+    a, _ = await bench.start("a"), await bench.start("b")
+    await bench.add("audio", is_resumable=True)
+    await bench.placed(a, "audio")
+    await bench.steps(a, 1)
+    await bench.kill(a)
+    await bench.ended("audio")
+    assert bench.failed("audio")
+
+
+async def test_streams_move_off_a_replica_that_stands_still_and_it_may_go_on(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    a.stalled_s = 100.0
+    await bench.placed(b, "s~1")
+    await until(lambda: a.aborted == ["s"])
+    await bench.add("t")  # though `a` has less to do
+    await bench.placed(b, "s~1", "t")
+    a.stalled_s = 0.0
+    await until(lambda: not bench.link(a).load.is_stalled)
+    await bench.add("u")
+    await bench.placed(a, "u")
+    await bench.finished("s", "t", "u")
+    assert (bench.client.counts.moved, bench.client.counts.lost_replicas) == (1, 0)
+
+
+async def test_nothing_moves_when_all_stand_still(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.add("t", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.placed(b, "t")
+    await bench.steps(a, 1)
+    await bench.steps(b, 1)
+    a.stalled_s = b.stalled_s = 100.0
+    await until(lambda: all(link.load.is_stalled for link in bench.client.links))
+    await bench.add("u")  # and what comes is not refused
+    await until(lambda: "u" in a.running or "u" in b.running)
+    assert bench.client.counts.moved == 0
+    a.stalled_s = b.stalled_s = 0.0
+    await bench.finished("s", "t", "u")
+
+
+async def test_what_a_replica_may_stand_still_over_is_tried_once_elsewhere(bench: Bench) -> None:
+    a, b, c = [await bench.start(name) for name in "abc"]
+    await bench.add("s")
+    await bench.placed(a, "s")
+    a.stalled_s = 100.0
+    await bench.placed(b, "s~1")
+    a.stalled_s, b.stalled_s = 0.0, 200.0
+    await until(lambda: bench.link(b).load.is_stalled)
+    await asyncio.sleep(10 * stalls.PERIOD_S)
+    assert (set(b.running), c.running) == ({"s~1"}, {})
+    await bench.kill(b)
+    await until(lambda: len(a.running) + len(c.running) == 1)
+    await bench.finished("s")
+
+
+# ---- they are suspected
 
 
 async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_finish(bench: Bench) -> None:
