@@ -72,7 +72,12 @@ class ReplicaTally:
 
 @dataclass(slots=True, eq=False)
 class ReplicaLink:
-    """A live connection to one replica."""
+    """A live connection to one replica.
+
+    `streams`, by wire id, and their part of `load` are kept by `placement.Placements`; `calls`, by number, by
+    `calls.Calls`. The listener keeps what the replica says (`pong`, `num_outputs`, `output_s`), `follow` what the
+    directory says. `drain_deadline_s` and all other moments are of this process's monotonic clock.
+    """
 
     member: Member
     input: zmq.asyncio.Socket

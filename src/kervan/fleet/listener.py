@@ -28,19 +28,22 @@ async def send_ping(link: ReplicaLink) -> None:
 
 
 class LinkListener:
-    """Of one link. `deliver` gets the engine's outputs; `drains` is called when the replica says that it drains."""
+    """Of one link. `deliver` gets the engine's outputs.
+
+    `drain_changed` is called when the replica says that it drains.
+    """
 
     def __init__(
         self,
         link: ReplicaLink,
         codec: Codec,
         deliver: Callable[[ReplicaLink, Outputs], None],
-        drains: Callable[[], None],
+        drain_changed: Callable[[], None],
     ) -> None:
         self._link = link
         self._codec = codec
         self._deliver = deliver
-        self._drains = drains
+        self._drain_changed = drain_changed
 
     async def run(self) -> str:
         """Why the link is over. All that came before that has been delivered."""
@@ -115,7 +118,7 @@ class LinkListener:
                     return f"{link.pong.num_outputs} outputs were sent and {link.num_outputs} came"
                 if link.is_draining and not was_draining:
                     logger.info("replica %s drains", link.replica_id)
-                    self._drains()
+                    self._drain_changed()
         finally:
             sender.cancel()
 

@@ -15,7 +15,10 @@ SWEEP_PERIOD_S = 1.0
 
 
 class ReplicatedStore:
-    """JournalStore for `replay_s` after their end, `max_bytes` of them at most."""
+    """Journals for `replay_s` after their end, `max_bytes` of them at most; and a connection for copies each way.
+
+    `journals` has both kinds, this gateway's own and copies of others'; of its own, `copy_sender` sends what is new.
+    """
 
     def __init__(
         self, *, gateway_id: str, node: str, secret: str, engine_version: str, replay_s: float, max_bytes: int
