@@ -140,8 +140,8 @@ class FleetClient:
         tasks = [*self._tasks, *self._evacuations.tasks]
         for task in tasks:
             task.cancel()
+        await self._links.close()  # at once: a link that opened now would begin anew what has been cancelled
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._links.close()
 
     # ---- streams
 

@@ -30,7 +30,7 @@ class Codec(Protocol):
     layouts: dict[str, list[str]]  # of `wire.Hello`
 
     def describe(self, request: Any) -> Stream:
-        """A new journal entry for `request`."""
+        """A new stream for `request`, placed nowhere yet."""
 
     def encode_add(self, stream: Stream) -> Sequence[Any]:
         """Frames that place `stream` under its wire id, resuming after its generated tokens."""
