@@ -17,7 +17,7 @@ from kervan.policy.output_length import LengthEstimate
 
 logger = logging.getLogger(__name__)
 
-IDLE_PERIOD_S = 1.0
+IDLE_PERIOD_S = 1.0  # how often a draining replica without a decision to come is looked at
 
 
 class Evacuations:

@@ -20,9 +20,9 @@ from kervan.policy import routing
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_S = 5.0
-LONGEST_STEP_S = 2.0
-STEP_WEIGHT = 0.1
+HANDSHAKE_TIMEOUT_S = 5.0  # chosen, not measured: its two round trips take milliseconds
+LONGEST_STEP_S = 2.0  # what is longer between two steps was a time without work
+STEP_WEIGHT = 0.1  # of the newest step in the mean: about the last ten count
 MAX_TTFTS = 1000  # kept between two looks at the traffic
 # A replica stands still if nothing has come for so many of its steps, and so many seconds.
 STILL_STEPS, STILL_S = 5, 0.25

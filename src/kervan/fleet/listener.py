@@ -18,7 +18,7 @@ from kervan.fleet.link import ReplicaLink
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S = 0.01
+SETTLE_S = 0.01  # between the break of one connection and the last bytes of the other
 ENGINE_DIED = "the engine died"
 
 

@@ -144,7 +144,7 @@ class Streams:
         events = _Events(attempt, send, store.copy_sender.copied)
         token = current_attempt.set(attempt)
         try:
-            await app(scope, _until(attempt.must_end, receive), events.send)
+            await app(scope, _disconnect_when(attempt.must_end, receive), events.send)
         finally:
             current_attempt.reset(token)
             journal.attempt = None
@@ -163,7 +163,7 @@ class Streams:
             return
         stream_id = scope["path"].removeprefix(STREAMS_PREFIX)
         try:
-            after = _after(scope)
+            after = _last_event(scope)
         except ValueError as error:
             await _refuse(send, 400, str(error))
             return
@@ -190,7 +190,7 @@ class Streams:
         """Answer another gateway, which has checked the request: with a stream that is here, or not at all."""
         stream_id = scope["path"].removeprefix(INTERNAL_PREFIX)
         journal = self.store.journals.get(stream_id) if self.store is not None else None
-        after = _after(scope)
+        after = _last_event(scope)
         if self.store is None or journal is None or (not journal.is_own and not _reaches(journal, after)):
             await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
         else:
@@ -248,7 +248,12 @@ class Streams:
         path = {"path": journal.path, "raw_path": journal.path.encode(), "query_string": b"", "method": "POST"}
         again = {**scope, **path, "headers": [*journal.headers, length]}
         await self._answer(
-            store, app, Attempt(journal, after or Position(0, 0)), again, replay(journal.body, _left(receive)), send
+            store,
+            app,
+            Attempt(journal, after or Position(0, 0)),
+            again,
+            replay(journal.body, _only_disconnect(receive)),
+            send,
         )
 
 
@@ -260,7 +265,7 @@ def _reaches(journal: Journal, after: Position | None) -> bool:
     return after is None or after.count <= journal.last_count
 
 
-def _after(scope: Scope) -> Position | None:
+def _last_event(scope: Scope) -> Position | None:
     """The position in Last-Event-ID, None without one.
 
     Raises: ValueError when it tells none.
@@ -293,7 +298,7 @@ def with_id(send: Send, stream_id: str) -> Send:
     return named
 
 
-def _left(receive: Receive) -> Receive:
+def _only_disconnect(receive: Receive) -> Receive:
     """`receive` without the body of a GET, which is empty: it only says that the client has left."""
 
     async def received() -> Message:
@@ -304,7 +309,7 @@ def _left(receive: Receive) -> Receive:
     return received
 
 
-def _until(must_end: asyncio.Event, receive: Receive) -> Receive:
+def _disconnect_when(must_end: asyncio.Event, receive: Receive) -> Receive:
     """`receive` that says that the client has left as soon as `must_end` is set."""
     is_first = True
 

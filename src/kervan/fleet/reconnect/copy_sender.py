@@ -35,8 +35,8 @@ from kervan.policy.replication import Peer
 
 logger = logging.getLogger(__name__)
 
-HOLD_S = 0.25
-LOST_S = 5.0
+HOLD_S = 0.25  # clients wait no longer for a copy
+LOST_S = 5.0  # a peer that acknowledges nothing for so long is left
 RETRY_S = 0.5
 FAILED_S = 5.0  # how long others come before a peer that did not answer
 CONNECT_TIMEOUT_S = 2.0
