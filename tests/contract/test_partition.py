@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.live import until
 from harness.twin_bench import LIMITS, TwinBench
 
-from kervan.fleet.link import Link, Member
+from kervan.fleet.link import Member, ReplicaLink
 from kervan.twin.engine import StepTiming, answer
 
 TIMING = StepTiming(base_s=0.01, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
@@ -78,7 +78,7 @@ class Wire:
         return b"tcp://127.0.0.1:%d" % self._outputs.port
 
 
-def link(bench: TwinBench, name: str) -> Link:
+def link(bench: TwinBench, name: str) -> ReplicaLink:
     return next(link for link in bench.client.links if link.replica_id == name)
 
 

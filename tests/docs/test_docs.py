@@ -27,7 +27,8 @@ from harness.places import REPOSITORY
 import kervan
 from kervan.cli import COMMANDS, cli
 from kervan.config import fleet as facts
-from kervan.gateway import kept, server
+from kervan.fleet.reconnect import replicated_store
+from kervan.gateway import server
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
@@ -205,7 +206,7 @@ def test_config_files_are_valid(block: Block) -> None:
 
 def test_all_metrics_are_described() -> None:
     table = rows((REPOSITORY / "docs/serving.md").read_text(), "## Metrics")
-    source = "".join(Path(str(module.__file__)).read_text() for module in (server, kept))
+    source = "".join(Path(str(module.__file__)).read_text() for module in (server, replicated_store))
     real = set(re.findall(r'"(kervan_\w+)"|# TYPE (kervan_replicas) ', source))
     names = {name for pair in real for name in pair if name}
     names |= {f"kervan_replica_{field}" for field in ("running", "waiting", "kv_cache_usage")}

@@ -2,16 +2,17 @@
 
 import time
 
-from kervan.fleet.reconnect.journal import Journal, Journals
-from kervan.fleet.reconnect.replication import CopyHolder
+from kervan.fleet.reconnect.copy_holder import CopyHolder
+from kervan.fleet.reconnect.journal import Journal
+from kervan.fleet.reconnect.store import JournalStore
 from kervan.gateway.server import listen
 from kervan.policy.replication import Peer
 
 SECRET, VERSION = "s3cret", "toy-1"
 
 
-def new_journals() -> Journals:
-    return Journals(replay_s=60, max_bytes=1 << 24, now=time.monotonic)
+def new_journals() -> JournalStore:
+    return JournalStore(replay_s=60, max_bytes=1 << 24, now=time.monotonic)
 
 
 def journal(stream_id: str = "gw-a-1", body: bytes = b"{}") -> Journal:

@@ -53,15 +53,15 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
     from kervan.config.fleet import FleetConfig
     from kervan.fleet.client import FleetClient
     from kervan.fleet.control import EngineSpec
-    from kervan.fleet.link import Link, Member
+    from kervan.fleet.link import Member, ReplicaLink
     from kervan.fleet.process import EngineProcess
+    from kervan.fleet.reconnect.replicated_store import ReplicatedStore
     from kervan.fleet.vllm.frontend import OpenAIFrontend, VllmCodec
     from kervan.gateway.asgi import Receive, Scope, Send, replay
-    from kervan.gateway.kept import Kept
-    from kervan.gateway.streams import STREAMS_PREFIX, Streams
+    from kervan.gateway.reconnect import STREAMS_PREFIX, Streams
 
     class MovingClient(FleetClient):
-        def _deliver(self, link: Link, outputs: Any) -> None:
+        def _deliver(self, link: ReplicaLink, outputs: Any) -> None:
             super()._deliver(link, outputs)
             for stream in list(link.streams.values()):
                 wanted = re.search(r"move(-always|\d+)", stream.request_id)
@@ -69,14 +69,14 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
                     continue
                 if wanted[1] == "-always" or (len(stream.generated) == int(wanted[1]) and stream.epoch == 0):
                     old_wire_id = stream.wire_id
-                    self._unplace(stream, link)  # at once: no token may come between
+                    self._placements.unplace(stream, link)  # at once: no token may come between
                     moving.add(task := asyncio.create_task(self._force(stream, link, old_wire_id)))
                     task.add_done_callback(moving.discard)
 
-        async def _force(self, stream: Any, link: Link, old_wire_id: str) -> None:
+        async def _force(self, stream: Any, link: ReplicaLink, old_wire_id: str) -> None:
             await link.input.send_multipart(self.codec.encode_abort([old_wire_id]), copy=False)
-            if self._streams.get(stream.request_id) is stream:
-                await self._move(stream, link, target=link.replica_id)
+            if self._placements.streams.get(stream.request_id) is stream:
+                await self._placements.move(stream, link, target=link.replica_id)
 
     moving: set[asyncio.Task[None]] = set()
     argv = FleetConfig(model=model, engine_args=arguments).engine_argv
@@ -85,10 +85,10 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
         client = MovingClient(VllmCodec(), secret="s3cret")
         starting = asyncio.create_task(OpenAIFrontend.start(client, argv, is_followed=True))
         streams = Streams("gw", list, b"")
-        streams.kept = Kept(
+        streams.store = ReplicatedStore(
             gateway_id="gw", node="n", secret="s3cret", engine_version="", replay_s=60, max_bytes=1 << 26
         )
-        client.replicator = streams.kept.replicator
+        client.copy_sender = streams.store.copy_sender
         while replica.ready is None:
             assert replica.failure is None, replica.failure
             await asyncio.sleep(0.1)
@@ -111,7 +111,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
         server.should_exit = True
         await serving
         await frontend.close()
-        await streams.kept.close()
+        await streams.store.close()
         await client.close()
     finally:
         replica.kill()

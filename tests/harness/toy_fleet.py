@@ -16,16 +16,15 @@ import zmq
 import zmq.asyncio
 
 from harness.live import until
-from kervan.fleet import client as client_module
-from kervan.fleet import stalls, wire
+from kervan.fleet import links, stalls, wire
 from kervan.fleet.client import FleetClient
-from kervan.fleet.link import Link, Member
+from kervan.fleet.link import Member, ReplicaLink
 from kervan.fleet.stream import Stream
 from kervan.policy import quarantine
 
 SECRET = "s3cret"
 VERSION = "toy-1"
-POISON = 666  # a prompt that holds it kills its replica at the first step
+FATAL = 666  # a prompt that holds it kills its replica at the first step
 
 ADD, ABORT, UTILITY = b"\x00", b"\x01", b"\x02"
 
@@ -140,6 +139,7 @@ class ToyReplica:
         self.other_tokens = 0
         self.obeys_aborts = True
         self.last_ping: wire.Ping | None = None
+        self.received = bytearray()  # over both sockets
         self.num_outputs = 0
         self.num_to_lose = 0
         self.stalled_s = 0.0
@@ -163,6 +163,7 @@ class ToyReplica:
     async def _serve_input(self) -> None:
         while True:
             identity, kind, *payload = await self._input.recv_multipart()
+            self.received += b"".join([identity, kind, *payload])
             if kind == wire.HELLO:
                 await self._input.send_multipart([identity, *self._greet(identity, payload[0])])
             elif identity not in self._sessions:
@@ -184,7 +185,13 @@ class ToyReplica:
 
     def _greet(self, identity: bytes, payload: bytes) -> tuple[bytes, bytes]:
         hello = msgspec.msgpack.decode(payload, type=wire.Hello)
-        refusal = wire.refusal(hello, engine_version=self.engine_version, secret=self.secret)
+        refusal = wire.refusal(
+            hello,
+            session=identity,
+            replica_id=self.replica_id,
+            engine_version=self.engine_version,
+            secret=self.secret,
+        )
         if refusal is not None:
             return wire.REFUSED, refusal.encode()
         self._sessions = {identity}  # one client, so one count of outputs; a new session starts it again
@@ -199,7 +206,8 @@ class ToyReplica:
 
     async def _serve_output(self) -> None:
         while True:
-            identity, _ = await self._output.recv_multipart()
+            identity, kind = await self._output.recv_multipart()
+            self.received += identity + kind
             self._subscribed.add(identity)
             await self._output.send_multipart([identity, wire.SUBSCRIBED])
 
@@ -244,9 +252,9 @@ class ToyReplica:
         self._tasks.insert(1, asyncio.create_task(self._serve_output()))
 
     async def step(self, num_steps: int = 1) -> None:
-        """One token for each running stream per step, in one message; poison kills the replica instead."""
+        """One token for each running stream per step, in one message; a fatal prompt kills the replica instead."""
         for _ in range(num_steps):
-            if any(POISON in request.prompt for request in self.running.values()):
+            if any(FATAL in request.prompt for request in self.running.values()):
                 self.kill()
                 return
             outputs = []
@@ -312,7 +320,7 @@ class Bench:
                 if output.finish_reason is not None:
                     self.endings.setdefault(output.request_id, []).append(output.finish_reason)
 
-    def link(self, replica: ToyReplica) -> Link:
+    def link(self, replica: ToyReplica) -> ReplicaLink:
         return next(link for link in self.client.links if link.replica_id == replica.replica_id)
 
     async def start(self, replica_id: str, *, is_awaited: bool = True, **settings: Any) -> ToyReplica:
@@ -411,7 +419,7 @@ async def make_bench(**settings: Any) -> AsyncIterator[Bench]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds in a fleet takes some milliseconds on the bench."""
-    monkeypatch.setattr(client_module, "RECONNECT_PERIOD_S", 0.01)
+    monkeypatch.setattr(links, "RECONNECT_PERIOD_S", 0.01)
     monkeypatch.setattr(wire, "PING_PERIOD_S", 0.02)
     monkeypatch.setattr(stalls, "PERIOD_S", 0.02)
     monkeypatch.setattr(quarantine, "RETURN_WAIT_S", 0.2)

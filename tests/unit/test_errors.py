@@ -6,7 +6,7 @@ import pytest
 
 from kervan import errors
 from kervan.errors import KervanError
-from kervan.fleet.control import Failed
+from kervan.fleet.control import EngineFailed
 
 TREE = {name: thing for name, thing in vars(errors).items() if inspect.isclass(thing) and thing is not KervanError}
 
@@ -22,4 +22,4 @@ def test_each_error_is_a_kervan_error_of_its_own_with_a_sentence(kind: type[Kerv
 
 
 def test_what_an_engine_process_reports_names_an_error_class() -> None:
-    assert set(get_args(get_type_hints(Failed)["kind"])) <= set(TREE)
+    assert set(get_args(get_type_hints(EngineFailed)["kind"])) <= set(TREE)

@@ -1,1 +1,1 @@
-"""The engine-core seam: one client that speaks to all replicas, and the journal of every stream."""
+"""The engine-core seam: one client that speaks to all replicas, and keeps what moves each stream."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from kervan.fleet.stream import Stream
 
 
-class Output(Protocol):
+class StreamOutput(Protocol):
     """One stream's part of an engine step."""
 
     request_id: str
@@ -30,16 +30,19 @@ class Codec(Protocol):
     layouts: dict[str, list[str]]  # of `wire.Hello`
 
     def describe(self, request: Any) -> Stream:
-        """A new journal entry for `request`."""
+        """A new stream for `request`, placed nowhere yet."""
 
     def encode_add(self, stream: Stream) -> Sequence[Any]:
         """Frames that place `stream` under its wire id, resuming after its generated tokens."""
 
-    def encode_abort(self, wire_ids: list[str]) -> Sequence[Any]: ...
+    def encode_abort(self, wire_ids: list[str]) -> Sequence[Any]:
+        """Frames that end these streams at the replica that they are sent to."""
 
-    def encode_utility(self, call_id: int, method: str, args: tuple[Any, ...]) -> Sequence[Any]: ...
+    def encode_utility(self, call_id: int, method: str, args: tuple[Any, ...]) -> Sequence[Any]:
+        """Frames that call a method of the engine; its answer carries `call_id`."""
 
-    def decode(self, frames: Sequence[Any]) -> Outputs: ...
+    def decode(self, frames: Sequence[Any]) -> Outputs:
+        """What an engine step gave, or the answer to a call."""
 
     def restore(self, output: Any, stream: Stream) -> None:
         """Give a moved stream's output the id, and only the statistics, that its client expects."""

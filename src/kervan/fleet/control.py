@@ -17,7 +17,7 @@ from kervan.fleet.wire import EngineFacts
 FailureKind = Literal["ConfigError", "CapacityError", "EngineError"]
 
 
-class Placement(msgspec.Struct, frozen=True):
+class WorkerPlacement(msgspec.Struct, frozen=True):
     """Where a replica's workers live when it has more than one node: bundles of a Ray placement group.
 
     `bundles`: their indices in the order of the pipeline stages, each `workers_per_bundle` workers on one node, the
@@ -40,7 +40,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     engine_argv: list[str]
     host: str
     secret: str
-    placement: Placement | None = None
+    placement: WorkerPlacement | None = None
     shares_gpu: bool = False
 
 
@@ -60,7 +60,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     start_s: dict[str, float] = {}
 
 
-class Load(msgspec.Struct, frozen=True, tag="load"):
+class EngineLoad(msgspec.Struct, frozen=True, tag="load"):
     """Sent every second. `num_steps`: engine steps since start. `note`: shown beside the state."""
 
     running: int
@@ -71,14 +71,14 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     note: str = ""
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine cannot start; `kind` names the class of `kervan.errors`, `message` has the fix."""
 
     kind: FailureKind
     message: str
 
 
-Report = Ready | Load | Failed
+Report = Ready | EngineLoad | EngineFailed
 
 
 class ControlEnd:
@@ -114,4 +114,5 @@ class ControlEnd:
         return thread
 
     def close(self) -> None:
+        """The other end sees end-of-file."""
         self._sock.close()

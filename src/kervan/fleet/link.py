@@ -13,16 +13,16 @@ import zmq.asyncio
 
 from kervan.errors import EngineError
 from kervan.facts.markets import SPOT
-from kervan.fleet import wire
+from kervan.fleet import auth, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.stream import Stream
 from kervan.policy import routing
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_S = 5.0
-LONGEST_STEP_S = 2.0
-STEP_WEIGHT = 0.1
+HANDSHAKE_TIMEOUT_S = 5.0  # chosen, not measured: its two round trips take milliseconds
+LONGEST_STEP_S = 2.0  # what is longer between two steps was a time without work
+STEP_WEIGHT = 0.1  # of the newest step in the mean: about the last ten count
 MAX_TTFTS = 1000  # kept between two looks at the traffic
 # A replica stands still if nothing has come for so many of its steps, and so many seconds.
 STILL_STEPS, STILL_S = 5, 0.25
@@ -33,13 +33,13 @@ NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
 class Member:
     """A replica as the directory lists it.
 
-    `is_leaving`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
+    `is_draining`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
     streams may use that time. `risky_for_s`: for so long it is likelier to go than others.
     """
 
     replica_id: str
     address: str
-    is_leaving: bool = field(default=False, compare=False)
+    is_draining: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
     may_linger: bool = field(default=False, compare=False)
     risky_for_s: float = field(default=0.0, compare=False)
@@ -62,7 +62,7 @@ def _risky_for_s(replica: ReplicaEntry, called_likely: set[str]) -> float:
 
 
 @dataclass(slots=True)
-class Tally:
+class ReplicaTally:
     """Streams of one replica so far: those that ended there, and those that went on elsewhere. It outlives its link."""
 
     num_served: int = 0
@@ -71,8 +71,13 @@ class Tally:
 
 
 @dataclass(slots=True, eq=False)
-class Link:
-    """A live connection to one replica."""
+class ReplicaLink:
+    """A live connection to one replica.
+
+    `streams`, by wire id, and their part of `load` are kept by `placement.Placements`; `calls`, by number, by
+    `calls.Calls`. The listener keeps what the replica says (`pong`, `num_outputs`, `output_s`), `follow` what the
+    directory says. `drain_deadline_s` and all other moments are of this process's monotonic clock.
+    """
 
     member: Member
     input: zmq.asyncio.Socket
@@ -85,14 +90,14 @@ class Link:
     calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
     pong: wire.Pong = NO_LOAD
     pong_s: float = 0.0
-    tally: Tally = field(default_factory=Tally)
+    tally: ReplicaTally = field(default_factory=ReplicaTally)
     num_tokens: int = 0
     ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
     num_outputs: int = 0  # received
     output_s: float = 0.0  # when the last one was received, or nothing was missing
-    is_told_to_leave: bool = False  # by the directory, which may know before the replica does
-    leaving_since_s: float = 0.0
-    leaves_at_s: float | None = None
+    is_told_to_drain: bool = False  # by the directory, which may know before the replica does
+    draining_since_s: float = 0.0
+    drain_deadline_s: float | None = None
     risky_until_s: float = 0.0
     may_linger: bool = False
     _step_s: float | None = None  # between two steps, a mean over about the last ten
@@ -100,6 +105,7 @@ class Link:
 
     @property
     def replica_id(self) -> str:
+        """As the directory lists it."""
         return self.member.replica_id
 
     def hear(self, pong: wire.Pong) -> None:
@@ -109,18 +115,21 @@ class Link:
         self.load.is_draining = self.is_draining
         self.load.is_risky = self.pong_s < self.risky_until_s
 
+    def follow(self, member: Member) -> None:
+        """Take what the directory says of the replica now. A drain that it has told of is not taken back."""
+        now_s = time.monotonic()
+        self.risky_until_s = now_s + member.risky_for_s
+        self.load.is_risky = member.risky_for_s > 0
+        if member.is_draining:
+            self.is_told_to_drain = self.load.is_draining = True
+            self.may_linger = member.may_linger
+            if member.leaves_in_s is not None:
+                self.drain_deadline_s = now_s + member.leaves_in_s
+
     @property
     def is_draining(self) -> bool:
-        return self.is_told_to_leave or self.pong.is_draining
-
-    def leave(self) -> None:
-        """The replica is to get nothing more."""
-        self.is_told_to_leave = self.load.is_draining = True
-
-    def be_risky(self, for_s: float) -> None:
-        """For so long from now, long answers better go elsewhere."""
-        self.risky_until_s = time.monotonic() + for_s
-        self.load.is_risky = for_s > 0
+        """Whether it is to get nothing more; the directory or the replica has said so."""
+        return self.is_told_to_drain or self.pong.is_draining
 
     def stepped(self) -> None:
         """Its engine has sent what a step gave."""
@@ -152,6 +161,7 @@ class Link:
             self.ttfts_s.append(ttft_s)
 
     def close(self) -> None:
+        """Close its sockets; what was not sent is dropped."""
         for socket, monitor in zip((self.input, self.output), self.monitors, strict=True):
             _close(socket, monitor)
 
@@ -160,12 +170,14 @@ class LinkRefusedError(EngineError):
     """The replica named a reason not to serve this gateway."""
 
 
-async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.Hello) -> Link:
-    """A link over which requests may be sent.
+async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.Hello, secret: str) -> ReplicaLink:
+    """A link over which requests may be sent. `hello`: all but the proof, which is made of `secret` for this link.
 
     Raises: TimeoutError without an answer in `HANDSHAKE_TIMEOUT_S`; LinkRefusedError.
     """
     identity = uuid.uuid4().bytes
+    proof = auth.link_proof(secret, session=identity, gateway_id=hello.gateway_id, replica_id=member.replica_id)
+    hello = msgspec.structs.replace(hello, proof=proof)
     opened = [_connect(context, member.address, identity)]
     input_socket = opened[0][0]
     try:
@@ -193,7 +205,9 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
     logger.info("linked to replica %s at %s", member.replica_id, member.address)
     monitors = tuple(monitor for _, monitor in opened)
     load = routing.ReplicaLoad(member.replica_id, 0)
-    return Link(member, input_socket, output_socket, monitors, welcome.facts, skew_s, load, output_s=time.monotonic())
+    return ReplicaLink(
+        member, input_socket, output_socket, monitors, welcome.facts, skew_s, load, output_s=time.monotonic()
+    )
 
 
 def _connect(

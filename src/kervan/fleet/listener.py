@@ -14,28 +14,36 @@ from zmq.utils.monitor import recv_monitor_message
 from kervan.errors import EngineError
 from kervan.fleet import wire
 from kervan.fleet.codec import Codec, Outputs
-from kervan.fleet.link import Link
+from kervan.fleet.link import ReplicaLink
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S = 0.01
+SETTLE_S = 0.01  # between the break of one connection and the last bytes of the other
 ENGINE_DIED = "the engine died"
 
 
-async def send_ping(link: Link) -> None:
+async def send_ping(link: ReplicaLink) -> None:
+    """Renew the lease; the replica answers with PONG."""
     await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(wire.Ping(link.load.own_tokens))])
 
 
-class Listener:
-    """Of one link. `deliver` gets the engine's outputs; `drains` is called when the replica says that it drains."""
+class LinkListener:
+    """Of one link. `deliver` gets the engine's outputs.
+
+    `drain_changed` is called when the replica says that it drains.
+    """
 
     def __init__(
-        self, link: Link, codec: Codec, deliver: Callable[[Link, Outputs], None], drains: Callable[[], None]
+        self,
+        link: ReplicaLink,
+        codec: Codec,
+        deliver: Callable[[ReplicaLink, Outputs], None],
+        drain_changed: Callable[[], None],
     ) -> None:
         self._link = link
         self._codec = codec
         self._deliver = deliver
-        self._drains = drains
+        self._drain_changed = drain_changed
 
     async def run(self) -> str:
         """Why the link is over. All that came before that has been delivered."""
@@ -110,7 +118,7 @@ class Listener:
                     return f"{link.pong.num_outputs} outputs were sent and {link.num_outputs} came"
                 if link.is_draining and not was_draining:
                     logger.info("replica %s drains", link.replica_id)
-                    self._drains()
+                    self._drain_changed()
         finally:
             sender.cancel()
 

@@ -17,7 +17,7 @@ import msgspec
 
 from kervan.config.fault import Fault
 from kervan.fleet import warm_start
-from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready, Report
+from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready, Report
 from kervan.fleet.log_files import open_log
 from kervan.fleet.process_group import end_group
 from kervan.fleet.vllm import start_parts
@@ -57,8 +57,8 @@ class EngineProcess:
         self.log_path = log_path
         self.ready: Ready | None = None
         self.start_s: dict[str, float] = {}
-        self.load = Load(0, 0, 0.0, 0, False)
-        self.failure: Failed | None = None
+        self.load = EngineLoad(0, 0, 0.0, 0, False)
+        self.failure: EngineFailed | None = None
         self._on_change = on_change
         self._last_report_s = self._last_step_s = time.monotonic()
         environment = dict(os.environ if env is None else env)
@@ -124,7 +124,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """Its number; 0 before there is a process."""
+        """Of the engine process, which leads the group; 0 before there is a process."""
         return 0 if self._process is None else self._process.pid
 
     def _on_line(self, line: bytes) -> None:
@@ -133,7 +133,7 @@ class EngineProcess:
         if isinstance(report, Ready):
             self.start_s = start_parts.split(report.start_s, self.log_path.read_text(errors="replace"))
             self.ready = report
-        elif isinstance(report, Failed):
+        elif isinstance(report, EngineFailed):
             self.failure = report
         else:
             if report.num_steps != self.load.num_steps or not report.has_work:
@@ -147,7 +147,7 @@ class EngineProcess:
         status = process.wait()
         self._sockets_of_workers.cleanup()
         if self.ready is None and self.failure is None:
-            self.failure = Failed("EngineError", self._post_mortem(status))
+            self.failure = EngineFailed("EngineError", self._post_mortem(status))
         self.ended.set()
         self._on_change()
 
@@ -159,7 +159,7 @@ class EngineProcess:
         if status == -signal.SIGKILL:
             how += " (killed; when the machine was out of memory, by its kernel)"
         last = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        return f"the engine process ended during start-up with {how}; its last words: {' '.join(last)[:300]}"
+        return f"the engine process ended during start-up with {how}; its last line: {' '.join(last)[:300]}"
 
     def health(self, stall_timeout_s: float) -> Health:
         """Whether a ready engine still reports, and steps while it has work."""
@@ -176,7 +176,7 @@ class EngineProcess:
         return time.monotonic() - self._last_step_s if self.load.has_work else 0.0
 
     def drain(self) -> None:
-        """Announce to all gateways that this replica leaves."""
+        """Announce to all gateways that this replica drains."""
         self._command("drain")
 
     def suffer(self, fault: Fault) -> None:
@@ -199,13 +199,13 @@ class EngineProcess:
         """End the engine and its workers now."""
         with self._lock:
             if self._process is None:
-                self.failure = Failed("EngineError", "told to end before it had started")
+                self.failure = EngineFailed("EngineError", "told to end before it had started")
                 self.ended.set()
             elif not self.ended.is_set():  # after that the number may be another's
                 end_group(self._process.pid)
         self.ended.wait(10.0)
 
-    def _command(self, word: Literal["drain", "stop", "fault"], fault: Fault | None = None) -> None:
+    def _command(self, command: Literal["drain", "stop", "fault"], fault: Fault | None = None) -> None:
         if self._control is not None:
             with contextlib.suppress(OSError):
-                self._control.send(Command(word, fault))
+                self._control.send(Command(command, fault))

@@ -28,12 +28,12 @@ def end_group(leader_pid: int) -> None:
 
 def _members(leader_pid: int) -> set[int]:
     """All of the group but a resource tracker."""
-    found = set()
+    members = set()
     for pid in psutil.pids():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
             if os.getpgid(pid) == leader_pid and not _is_tracker(pid):
-                found.add(pid)
-    return found
+                members.add(pid)
+    return members
 
 
 def _is_tracker(pid: int) -> bool:

@@ -32,10 +32,9 @@ class Session:
 class Sessions:
     """Sessions by index (their place in `all`) and by identity.
 
-    `begin` is called with a new session's index and tells where its outputs come from, and what the engine is, or
-    raises RefusalError; `end`
-    with the index of a session that is over: it aborts the session's requests and tells how many there were.
-    `engine_version` None: gateways of any version are welcome.
+    `begin` is called with a new session's index and returns where its outputs come from, and what the engine is, or
+    raises RefusalError. `end` is called with the index of a session that is over: it aborts the session's requests and
+    returns how many there were. `engine_version` None: gateways of any version are welcome.
     """
 
     def __init__(
@@ -74,7 +73,11 @@ class Sessions:
         except msgspec.MsgspecError as error:
             return wire.REFUSED, f"unreadable HELLO ({error})".encode()
         version = self._engine_version or hello.engine_version
-        refusal = wire.refusal(hello, engine_version=version, secret=self._secret)
+        refusal = wire.refusal(
+            hello, session=identity, replica_id=self._replica_id, engine_version=version, secret=self._secret
+        )
+        if refusal is None and any(session.identity == identity for session in self.all):
+            refusal = "this session has been here before; a gateway draws a new identity for each link"
         if refusal is not None:
             logger.warning("refused gateway %s: %s", hello.gateway_id, refusal)
             return wire.REFUSED, refusal.encode()
@@ -93,6 +96,7 @@ class Sessions:
         return wire.WELCOME, msgspec.msgpack.encode(welcome)
 
     def ping(self, index: int, payload: bytes) -> None:
+        """Take what the gateway of a session has outstanding here. Raises: msgspec.MsgspecError."""
         self.all[index].outstanding_tokens = msgspec.msgpack.decode(payload, type=wire.Ping).outstanding_tokens
 
     def pong(self, session: Session, load: tuple[int, int, float], *, is_draining: bool, stalled_s: float) -> bytes:

@@ -4,43 +4,43 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from kervan.fleet.link import Link
+from kervan.fleet.link import ReplicaLink
 from kervan.policy import stall
 
 PERIOD_S = 0.25
 LATE_S = 0.5  # a gateway that was itself held up for longer has signs of life to read first
 
 
-class Stalls:
-    """Looks at links every `PERIOD_S`, and remembers how many were found stalled lately."""
+class StallDetector:
+    """Looks at links every `PERIOD_S`, and remembers when replicas began to stall lately."""
 
     def __init__(self) -> None:
         self._looked_s = time.monotonic()
-        self._found_s: deque[float] = deque()
+        self._stalled_at_s: deque[float] = deque()
 
-    def look(self, links: Sequence[Link], prefill_tokens_per_s: float | None) -> dict[str, str]:
-        """Mark the links that are stalled; why, by their ids, if their streams should leave now."""
+    def look(self, links: Sequence[ReplicaLink], prefill_tokens_per_s: float | None) -> dict[str, str]:
+        """Mark the links that are stalled; why, by their ids, if their streams should move now."""
         now_s = time.monotonic()
         is_late, self._looked_s = now_s - self._looked_s > PERIOD_S + LATE_S, now_s
         if is_late:
             return {}
-        while self._found_s and self._found_s[0] < now_s - stall.MEMORY_S:
-            self._found_s.popleft()
-        found = stall.decide(
+        while self._stalled_at_s and self._stalled_at_s[0] < now_s - stall.MEMORY_S:
+            self._stalled_at_s.popleft()
+        decision = stall.decide(
             [_progress(link, now_s) for link in links],
             prefill_tokens_per_s=prefill_tokens_per_s,
-            num_recent=len(self._found_s),
+            num_recent=len(self._stalled_at_s),
         )
         for link in links:
-            is_stalled = link.replica_id in found.reasons
+            is_stalled = link.replica_id in decision.reasons
             if is_stalled and not link.load.is_stalled:
-                self._found_s.append(now_s)
+                self._stalled_at_s.append(now_s)
             link.load.is_stalled = is_stalled
-        return found.reasons if found.can_leave else {}
+        return decision.reasons if decision.can_move else {}
 
 
-def _progress(link: Link, now_s: float) -> stall.Progress:
-    return stall.Progress(
+def _progress(link: ReplicaLink, now_s: float) -> stall.StepProgress:
+    return stall.StepProgress(
         link.replica_id,
         stalled_s=link.stalled_s(now_s),
         step_s=link.step_s,
@@ -49,7 +49,7 @@ def _progress(link: Link, now_s: float) -> stall.Progress:
     )
 
 
-def _prefill_tokens(link: Link) -> int:
+def _prefill_tokens(link: ReplicaLink) -> int:
     """The most that its present step may prefill: of this gateway's streams, and of others' if some wait there."""
     most = link.facts.max_num_batched_tokens or link.facts.max_model_len
     own = [s.prompt_tokens + len(s.generated) for s in link.streams.values() if not s.gave_token]

@@ -10,6 +10,7 @@ class StepClock:
         self._since_s = time.monotonic()
 
     def stepped(self) -> None:
+        """A step has ended."""
         self._since_s = time.monotonic()
 
     def work_comes(self, *, has_work: bool) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from kervan.fleet.reconnect.journal import Run
+from kervan.fleet.reconnect.journal import Attempt
 
 
 @dataclass(slots=True, eq=False)
@@ -13,8 +13,8 @@ class Stream:
 
     `request` is the engine's own request object; only the codec looks inside. `wire_id` is the id the current
     replica knows the stream by: `request_id` at first, `request_id~epoch` after a move, so that late outputs of
-    an earlier placement (even on the same replica, A -> B -> A) match nothing. `run`: the client's answer that it is
-    for, if that can be given again (`kervan.fleet.reconnect.journal`); `replaying`: gives it what was generated before.
+    an earlier placement (even on the same replica, A -> B -> A) match nothing. `attempt`: to give a client the answer,
+    if that can be given again (`kervan.fleet.reconnect`); `replaying`: gives it what was generated before.
     """
 
     request_id: str
@@ -28,19 +28,20 @@ class Stream:
     replica_id: str | None = None
     cost_tokens: int = 0
     gave_token: bool = False
-    struck: list[str] = field(default_factory=list)  # replicas lost before it gave a token
-    unseen_losses: int = 0
-    awaits_verdict: bool = False
+    losses: list[str] = field(default_factory=list)  # replicas lost before it gave a token, once each was proven alive
+    unproven_losses: int = 0
+    is_rejection_pending: bool = False
     placed_s: float = 0.0
     held_since_s: float | None = None
-    run: Run | None = None
+    attempt: Attempt | None = None
     replaying: asyncio.Task[None] | None = None
 
     @property
     def is_suspect(self) -> bool:
         """Whether its last replica was lost before it gave a token."""
-        return bool(self.struck) or self.unseen_losses > 0
+        return bool(self.losses) or self.unproven_losses > 0
 
     @property
     def remaining_output_tokens(self) -> int:
+        """What it may still write at most."""
         return max(0, self.max_output_tokens - len(self.generated))

@@ -4,43 +4,59 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from kervan.fleet.directory import Traffic
-from kervan.fleet.link import Link, Tally
+from kervan.fleet.link import ReplicaLink, ReplicaTally
 
 RATE_WINDOW_S = 10.0
-KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are told too
+KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are counted too
+
+
+@dataclass(slots=True)
+class ClientCounts:
+    """Events since the client started.
+
+    `moved`: streams placed again; `given_up`: rejected, because their replicas were lost with them; `expired`: held too
+    long; `late_outputs`: of placements that were over.
+    """
+
+    moved: int = 0
+    lost_replicas: int = 0
+    given_up: int = 0
+    expired: int = 0
+    late_outputs: int = 0
 
 
 class TrafficMeter:
     """Of one client. Counts of a replica outlive its link."""
 
     def __init__(self) -> None:
-        self._tallies: dict[str, Tally] = {}
+        self._tallies: dict[str, ReplicaTally] = {}
         self._completed_per_s = 0.0
         self._rate_at_s = self._looked_s = time.monotonic()
 
-    def tally(self, replica_id: str) -> Tally:
+    def tally(self, replica_id: str) -> ReplicaTally:
         """Its streams so far, also over links that it had before."""
-        return self._tallies.setdefault(replica_id, Tally())
+        return self._tallies.setdefault(replica_id, ReplicaTally())
 
-    def look(self, links: Mapping[str, Link]) -> dict[str, Traffic]:
+    def look(self, links: Mapping[str, ReplicaLink]) -> dict[str, Traffic]:
         """What came from each replica since the last look, by its id; of those that are gone, their last counts."""
         now_s = time.monotonic()
         elapsed_s, self._looked_s = now_s - self._looked_s, now_s
-        told = {}
+        traffic = {}
         for replica_id, tally in list(self._tallies.items()):
             if replica_id not in links and now_s - tally.unlinked_s > KEEP_TALLY_S:
                 del self._tallies[replica_id]
             else:
-                told[replica_id] = Traffic(0.0, None, tally.num_served, tally.num_moved)
+                traffic[replica_id] = Traffic(0.0, None, tally.num_served, tally.num_moved)
         for link in links.values():
             ttft_s = statistics.median(link.ttfts_s) if link.ttfts_s else None
             rate = round(link.num_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0
-            told[link.replica_id] = Traffic(rate, ttft_s, link.tally.num_served, link.tally.num_moved)
+            traffic[link.replica_id] = Traffic(rate, ttft_s, link.tally.num_served, link.tally.num_moved)
             link.num_tokens = 0
             link.ttfts_s.clear()
-        return told
+        return traffic
 
     @property
     def completed_per_s(self) -> float:
@@ -48,6 +64,7 @@ class TrafficMeter:
         return self._completed_per_s * self._decay(time.monotonic())
 
     def count_completed(self) -> None:
+        """A stream has ended."""
         now_s = time.monotonic()
         self._completed_per_s = self._completed_per_s * self._decay(now_s) + 1 / RATE_WINDOW_S
         self._rate_at_s = now_s

@@ -21,7 +21,9 @@ from typing import Any
 import msgspec
 import zmq
 
-PROTOCOL = 3
+from kervan.fleet import auth
+
+PROTOCOL = 4
 
 HELLO = b"HELLO"
 WELCOME = b"WELCOME"
@@ -57,14 +59,14 @@ class EngineFacts(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, frozen=True):
     """A gateway introduces a session.
 
-    `layouts`: fields of vLLM's positional structs, in order, by the struct's name. A twin has no vLLM and reads them
-    here; an engine has its own.
+    `proof`: `auth.link_proof` of this session; gateways of earlier protocols have none. `layouts`: fields of vLLM's
+    positional structs, in order, by the struct's name. A twin has no vLLM and reads them here; an engine has its own.
     """
 
     protocol: int
     engine_version: str
     gateway_id: str
-    secret: str
+    proof: bytes = b""
     layouts: dict[str, list[str]] = {}
 
 
@@ -107,15 +109,17 @@ def encode_number(number: int) -> bytes:
 
 
 def decode_number(frame: bytes) -> int:
+    """The reverse of `encode_number`."""
     return int.from_bytes(frame, "big")
 
 
-def refusal(hello: Hello, *, engine_version: str, secret: str) -> str | None:
-    """Why a replica must not serve this gateway, or None."""
-    if hello.secret != secret:
-        return "the gateway does not know this fleet's secret; it belongs to another fleet"
+def refusal(hello: Hello, *, session: bytes, replica_id: str, engine_version: str, secret: str) -> str | None:
+    """Why a replica must not serve the gateway that said `hello` over `session` (its ZMQ identity), or None."""
     if hello.protocol != PROTOCOL:
         return f"gateway speaks protocol {hello.protocol}, replica {PROTOCOL}; install one kervan version on all nodes"
+    proof = auth.link_proof(secret, session=session, gateway_id=hello.gateway_id, replica_id=replica_id)
+    if not auth.is_proof(hello.proof, proof):
+        return "the gateway does not know this fleet's secret; it belongs to another fleet"
     if hello.engine_version != engine_version:
         return (
             f"gateway runs vLLM {hello.engine_version}, replica vLLM {engine_version}; "

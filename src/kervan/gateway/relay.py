@@ -5,8 +5,6 @@ write. What the client sent goes on as it came, its API key too, which is the ot
 """
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import socket
 import time
@@ -20,7 +18,7 @@ from kervan.gateway.asgi import Message, Receive, Scope, Send, header
 
 logger = logging.getLogger(__name__)
 
-# Proves to the internal port of a gateway that a gateway of its Ray cluster asks.
+# Proves to the internal port of a gateway that a gateway of its Ray cluster asks (`fleet.auth.relay_key`).
 RELAY_HEADER = b"x-kervan-relay"
 
 MISDIRECTED = 421  # the answer to a wrong key: another fleet's gateway got the address
@@ -44,11 +42,6 @@ def is_relayed(scope: Scope) -> bool:
 
 class RelayFailedError(Exception):
     """No gateway began to answer; nothing was sent to the client."""
-
-
-def relay_key(secret: str) -> bytes:
-    """What RELAY_HEADER must carry for the fleet with this secret; the secret itself does not travel."""
-    return hmac.new(secret.encode(), b"kervan relay", hashlib.sha256).hexdigest().encode()
 
 
 class Relay:

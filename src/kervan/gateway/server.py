@@ -6,7 +6,6 @@ directory snapshots.
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import socket
@@ -19,17 +18,18 @@ from typing import Any
 import uvicorn
 
 from kervan.errors import ConfigError
+from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 from kervan.fleet.link import members
+from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer, error_body, header
-from kervan.gateway.kept import Kept
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
-from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed, relay_key
+from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
+from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
-from kervan.gateway.streams import INTERNAL_PREFIX, Streams
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
 
@@ -152,7 +152,7 @@ class Gateway:
         self._attaching = asyncio.create_task(self._attach(opens=serve_http and self.config.opens_when_attached))
 
     async def _keep_streams(self) -> None:
-        self.streams.kept = kept = Kept(
+        self.streams.store = store = ReplicatedStore(
             gateway_id=self.config.gateway_id,
             node=self.config.node,
             secret=self.config.secret,
@@ -160,10 +160,10 @@ class Gateway:
             replay_s=self.config.replay_s,
             max_bytes=self.config.replay_max_bytes,
         )
-        self.fleet.replicator = kept.replicator
+        self.fleet.copy_sender = store.copy_sender
         copies = listen(self.config.internal_host, 0)
         self._copies_port = copies.getsockname()[1]
-        await kept.listen(copies)
+        await store.listen(copies)
 
     def _open(self) -> None:
         listening = listen(self.config.host, self.config.port)
@@ -216,7 +216,7 @@ class Gateway:
         Streams that are cut then go on at the gateway that has their copies, when their clients ask it.
         """
         # Other gateways are clients too.
-        is_relayed_to = self.shared_port is not None or self.streams.kept is not None
+        is_relayed_to = self.shared_port is not None or self.streams.store is not None
         doors = [door for door in (self._public, self._internal if is_relayed_to else None) if door is not None]
         await asyncio.gather(*(send_clients_away(*door, timeout_s=self.config.stop_timeout_s) for door in doors))
         for server in self._servers:
@@ -229,16 +229,16 @@ class Gateway:
         if self.frontend is not None:
             await self.frontend.close()
         self.streams.close()
-        if self.streams.kept is not None:
-            await self.streams.kept.close()
+        if self.streams.store is not None:
+            await self.streams.store.close()
         await self.fleet.close()
 
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
         self.fleet.set_members(members(snapshot))
-        if self.streams.kept is not None:
-            self.streams.kept.update(snapshot)
+        if self.streams.store is not None:
+            self.streams.store.update(snapshot)
 
     def entry(self) -> GatewayEntry:
         """This gateway as the directory should list it."""
@@ -333,7 +333,7 @@ class Gateway:
                 await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _give_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_known = hmac.compare_digest(header(scope, RELAY_HEADER), relay_key(self.config.secret))
+        is_known = is_proof(header(scope, RELAY_HEADER), relay_key(self.config.secret))
         if is_known and self.shell.inner is not None:
             await self.streams.get_internal(self.shell.inner, scope, receive, send)
         else:
@@ -361,7 +361,7 @@ class Gateway:
             ("kervan_streams_expired_total", "counter", "Streams no replica took in time.", counts.expired),
             ("kervan_replicas_lost_total", "counter", "Links to replicas that broke.", counts.lost_replicas),
             ("kervan_streams_fetched_total", "counter", "Streams whose clients came back.", self.streams.num_fetched),
-            *(self.streams.kept.metrics() if self.streams.kept is not None else ()),
+            *(self.streams.store.metrics() if self.streams.store is not None else ()),
         ):
             lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n")
         return lines

@@ -5,7 +5,6 @@ what to do with each request. Stands before the shell; a fleet that has its port
 """
 
 import asyncio
-import hmac
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from kervan.fleet.auth import is_proof
 from kervan.fleet.directory import GatewayEntry
 from kervan.gateway.asgi import Collected, Message, Receive, Scope, Send, answer, error_body, header, replay
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
@@ -70,7 +70,7 @@ class SharedPort:
     """ASGI app: `shell` for this fleet's requests, a gateway of their fleet for the others.
 
     `own` tells this fleet's name and models as they are now; `node` is this gateway's; `key` is what other gateways
-    must know (`relay_key`).
+    must know (`auth.relay_key`).
     """
 
     def __init__(self, shell: GatewayShell, own: Callable[[], PortFleet], node: str, key: bytes) -> None:
@@ -105,7 +105,7 @@ class SharedPort:
 
     async def answer_relayed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that another gateway has passed on: straight to the shell, so that it is passed on only once."""
-        if hmac.compare_digest(header(scope, RELAY_HEADER), self._key):
+        if is_proof(header(scope, RELAY_HEADER), self._key):
             kept = [pair for pair in scope["headers"] if pair[0] != RELAY_HEADER]
             await self._shell({**scope, "headers": kept}, receive, send)
         else:

@@ -2,7 +2,7 @@
 
 A request passes, in this order: health and metrics pages (open) -> API key -> body read whole (size, deadline)
 -> vLLM attached? -> admission -> vLLM. A streamed chunk costs one plain call here, and something only in a fleet that
-keeps streams for clients that come back (`kervan.gateway.streams`).
+keeps streams for clients that come back (`kervan.gateway.reconnect`).
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import msgspec
 from kervan.errors import ConfigError
 from kervan.gateway import simple
 from kervan.gateway.asgi import ASGIApp, Headers, Receive, Scope, Send, answer, error_body, header, replay, start
-from kervan.gateway.streams import STREAMS_PREFIX, Streams, with_id
+from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
 
 logger = logging.getLogger(__name__)
 

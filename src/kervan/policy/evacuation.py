@@ -51,7 +51,7 @@ class LeavingStream:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetReplica:
     """A replica that may take streams.
 
     `free_streams`, `free_kv_tokens`: room beyond all that was sent there. `queued_prefill_tokens`: sent there and not
@@ -95,7 +95,7 @@ class EvacuationState:
     """
 
     streams: Sequence[LeavingStream]
-    targets: Sequence[Target]
+    targets: Sequence[TargetReplica]
     deadline_s: float | None
     may_linger: bool = False
     elapsed_s: float = 0.0
@@ -240,7 +240,7 @@ def _times(tokens: float, token_s: float) -> float:
     return tokens * token_s if tokens > 0 else 0.0
 
 
-def _place(target: Target, limits: EvacuationLimits) -> _Place:
+def _place(target: TargetReplica, limits: EvacuationLimits) -> _Place:
     rate = target.prefill_tokens_per_s
     step_tokens = math.inf if target.max_step_tokens is None else float(max(1, target.max_step_tokens))
     bound_tokens = max(0.0, limits.max_inter_token_s - target.step_s) * rate

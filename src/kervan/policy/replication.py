@@ -15,7 +15,7 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PeerChoice:
     """The peer, or None."""
 
     peer: Peer | None
@@ -24,18 +24,18 @@ class Choice:
 
 def decide(
     *, own_id: str, own_node: str, peers: Sequence[Peer], current: Peer | None, failed: Collection[str] = ()
-) -> Choice:
+) -> PeerChoice:
     """`current` stays while it is listed: a change sends all journals again. `failed`: ids of those that do not answer.
 
     Else one on another node, which does not go when this gateway's does. Of several, each gateway picks by a hash of
     both ids, so that the copies spread.
     """
     if current is not None and current in peers and current.gateway_id not in failed:
-        return Choice(current, "it has the copies")
+        return PeerChoice(current, "it has the copies")
     others = [peer for peer in peers if peer.gateway_id != own_id]
     able = [peer for peer in others if peer.gateway_id not in failed] or others
     if not able:
-        return Choice(None, "there is no other gateway")
+        return PeerChoice(None, "there is no other gateway")
 
     def rank(peer: Peer) -> tuple[bool, int, str]:
         spread = zlib.crc32(f"{own_id} {peer.gateway_id}".encode())
@@ -43,4 +43,4 @@ def decide(
 
     best = min(able, key=rank)
     where = "this node, as there is none on another" if best.node == own_node else f"node {best.node}"
-    return Choice(best, f"on {where}")
+    return PeerChoice(best, f"on {where}")

@@ -72,7 +72,7 @@ def decide(replicas: Sequence[ReplicaLoad], *, is_suspect: bool = False) -> Plac
     """The replica with the fewest outstanding tokens; of several, the first.
 
     A suspect (its last replica died before it gave a token) is tried alone: only a replica that hosts no
-    other suspect takes it, so that a second death convicts one stream and not its neighbours. One that stands still
+    other suspect takes it, so that a second death leads to one stream and not to its neighbours. One that stands still
     takes streams only if all do.
     """
     best = min(replicas, key=_tokens, default=None)

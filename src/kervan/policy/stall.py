@@ -15,11 +15,11 @@ CAUTIOUS_PREFILL_TOKENS_PER_S = 1_000.0  # while the engines' speed is not known
 MEMORY_S = 60.0
 MAX_DOUBLINGS = 4
 # Streams go to replicas that have stepped, or had nothing to do, so lately; else all may wait for the same thing.
-MOVING_S = 1.0
+RECENT_STEP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class StepProgress:
     """What a gateway knows of one replica. `stalled_s`: it has had work and made no step for so long.
 
     `step_s`: between its last steps on average, None if not known. `prefill_tokens`: the most that the step it is in
@@ -34,28 +34,31 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Stalls:
-    """`reasons`: why, by the id of each stalled replica. `can_leave`: some other one can take their streams."""
+class StallDecision:
+    """`reasons`: why, by the id of each stalled replica. `can_move`: some other one can take their streams."""
 
     reasons: dict[str, str]
-    can_leave: bool
+    can_move: bool
 
 
-def patience_s(progress: Progress, *, prefill_tokens_per_s: float | None, num_recent: int) -> float:
+def patience_s(progress: StepProgress, *, prefill_tokens_per_s: float | None, num_recent: int) -> float:
     """How long a step may take; `num_recent` replicas were found stalled in the last `MEMORY_S`."""
     prefill_s = progress.prefill_tokens / (prefill_tokens_per_s or CAUTIOUS_PREFILL_TOKENS_PER_S)
     longest_s = max(MIN_PATIENCE_S, DECODE_STEPS * (progress.step_s or 0.0), PREFILL_STEPS * prefill_s)
     return longest_s * 2.0 ** min(num_recent, MAX_DOUBLINGS)
 
 
-def decide(replicas: Sequence[Progress], *, prefill_tokens_per_s: float | None, num_recent: int) -> Stalls:
-    """`prefill_tokens_per_s`: as learned from first tokens, None while it is not known."""
+def decide(replicas: Sequence[StepProgress], *, prefill_tokens_per_s: float | None, num_recent: int) -> StallDecision:
+    """Which of `replicas` stand still.
+
+    `prefill_tokens_per_s`: as learned from first tokens, None while it is not known. `num_recent`: see `patience_s`.
+    """
     reasons = {}
     for one in replicas:
         limit_s = patience_s(one, prefill_tokens_per_s=prefill_tokens_per_s, num_recent=num_recent)
         if one.stalled_s > limit_s:
             reasons[one.replica_id] = f"has work but made no step for {one.stalled_s:.1f} s (patience {limit_s:.1f} s)"
-    can_leave = any(
-        one.takes_streams and one.stalled_s <= MOVING_S and one.replica_id not in reasons for one in replicas
+    can_move = any(
+        one.takes_streams and one.stalled_s <= RECENT_STEP_S and one.replica_id not in reasons for one in replicas
     )
-    return Stalls(reasons, can_leave)
+    return StallDecision(reasons, can_move)

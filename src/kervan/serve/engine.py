@@ -15,7 +15,7 @@ from ray.util import placement_group_table
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import EngineError
-from kervan.fleet.control import EngineSpec, Placement
+from kervan.fleet.control import EngineSpec, WorkerPlacement
 from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
@@ -197,7 +197,7 @@ class EngineReplica:
 
 
 def _spec(
-    config: FleetConfig, replica_id: str, host: str, secret: str, placement: Placement | None
+    config: FleetConfig, replica_id: str, host: str, secret: str, placement: WorkerPlacement | None
 ) -> tuple[msgspec.Struct, str]:
     """The first message to an engine process, and the module it runs."""
     if config.engine == "twin":
@@ -206,7 +206,7 @@ def _spec(
     return EngineSpec(replica_id, list(config.engine_argv), host, secret, placement, shares_gpu), VLLM_ENGINE
 
 
-def _placement(config: FleetConfig) -> Placement | None:
+def _placement(config: FleetConfig) -> WorkerPlacement | None:
     """The bundles that Serve has reserved for this replica, this node's first; None when it has one node."""
     group = ray.util.get_current_placement_group()
     if group is None or config.nodes_per_replica < 2:
@@ -214,10 +214,10 @@ def _placement(config: FleetConfig) -> Placement | None:
     context = ray.get_runtime_context()
     node_of = placement_group_table(group)["bundles_to_node_id"]
     bundles = sorted(node_of, key=lambda bundle: (node_of[bundle] != context.get_node_id(), bundle))
-    return Placement(group.id.hex(), context.gcs_address, bundles, config.world_size // config.nodes_per_replica)
+    return WorkerPlacement(group.id.hex(), context.gcs_address, bundles, config.world_size // config.nodes_per_replica)
 
 
-def _node_ids(placement: Placement) -> list[str]:
+def _node_ids(placement: WorkerPlacement) -> list[str]:
     """Ray's ids of the nodes of the stages, in their order."""
     node_of = placement_group_table(ray.util.get_current_placement_group())["bundles_to_node_id"]
     return [node_of[bundle] for bundle in placement.bundles]

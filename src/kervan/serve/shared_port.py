@@ -12,8 +12,8 @@ import ray
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
+from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import Snapshot
-from kervan.gateway.relay import relay_key
 from kervan.gateway.shared_port import Neighbour
 from kervan.serve import directory as directories
 

@@ -18,7 +18,7 @@ import zmq
 
 from kervan.config.fault import Fault
 from kervan.fleet import wire
-from kervan.fleet.control import Command, ControlEnd, Failed, Load, Ready
+from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, Ready
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
 from kervan.twin.engine import Output, Step, TwinEngine, TwinSettings
@@ -179,7 +179,7 @@ class TwinReplica:
             notes.append(f"this machine is too slow for it: {100 * self._lost_share:.0f}% of its time is lost")
         if self.fault.kind != "none":
             notes.append(f"told to suffer: {self.fault.kind} {self.fault.amount:g}")
-        self._report(Load(*self._load, self._num_steps, self.engine.has_work, "; ".join(notes)))
+        self._report(EngineLoad(*self._load, self._num_steps, self.engine.has_work, "; ".join(notes)))
 
     # ---- what others want
 
@@ -239,7 +239,7 @@ def main() -> None:
         spec = msgspec.json.decode(control.receive(), type=TwinSpec)
         twin = TwinReplica(spec, control.send)
     except (msgspec.MsgspecError, zmq.ZMQError) as error:
-        control.send(Failed("EngineError", f"the twin did not start: {error}"))
+        control.send(EngineFailed("EngineError", f"the twin did not start: {error}"))
         sys.exit(1)
 
     def on_command(line: bytes) -> None:

@@ -1,30 +1,19 @@
-"""The fleet client against toy replicas: placement, held streams, refusals, aborts, calls, and any order of events."""
+"""The fleet client against toy replicas: answers, aborts, what is counted, and any order of events."""
 
 import asyncio
-import dataclasses
-import math
 import random
 import time
 
 import pytest
 from harness.live import until
-from harness.toy_fleet import SECRET, Bench, Request, ToyReplica, make_bench
+from harness.toy_fleet import SECRET, Bench, Request, ToyCodec, ToyReplica, make_bench
 
 from kervan.errors import EngineError
-from kervan.fleet import link as link_module
-from kervan.fleet import wire
-from kervan.fleet.evacuees import PrefillSpeed
-from kervan.fleet.link import Member
-from kervan.policy.output_length import MIN_ANSWERS
+from kervan.fleet import traffic
+from kervan.fleet.client import FleetClient
+from kervan.fleet.prefill_speed import PrefillSpeed
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-# ---- placement
-
-
-def replace_risky(member: Member) -> Member:
-    return dataclasses.replace(member, risky_for_s=math.inf)
 
 
 async def test_a_stream_is_placed_answered_and_forgotten(bench: Bench) -> None:
@@ -70,56 +59,6 @@ async def test_at_its_first_token_a_moved_stream_was_prefilled_with_what_it_had_
     await bench.finished("s")
 
 
-async def test_streams_go_where_the_fewest_tokens_are_outstanding(bench: Bench) -> None:
-    a, b = await bench.start("a"), await bench.start("b")
-    # tokens (a, b):     (0, 0)        (100, 0)      (100, 40)      (100, 80)      (100, 120)
-    for i, (length, output) in enumerate([(90, 10), (30, 10), (30, 10), (30, 10), (10, 5)]):
-        await bench.add(f"s{i}", prompt=[1] * length, max_tokens=output)
-    await bench.placed(a, "s0", "s4")
-    await bench.placed(b, "s1", "s2", "s3")
-    await bench.finished(*(f"s{i}" for i in range(5)))
-
-
-async def test_other_gateways_load_counts(bench: Bench) -> None:
-    a, b = await bench.start("a"), await bench.start("b")
-    a.other_tokens = 500
-    await until(lambda: bench.link(a).pong.other_tokens == 500)
-    await bench.add("s")
-    await bench.placed(b, "s")
-    await until(lambda: b.last_ping == wire.Ping(9), "the replica learns what is outstanding: 3 prompt + 6 output")
-    await bench.finished("s")
-
-
-async def test_long_answers_pass_a_risky_replica_over_for_as_long_as_it_is_one(bench: Bench) -> None:
-    a, b = await bench.start("a"), await bench.start("b")
-    bench.client.set_members([replace_risky(a.member), b.member])
-    before_s = bench.link(a).pong_s
-    await until(lambda: bench.link(a).pong_s > before_s + 0.05, "signs of life do not end it")
-    await bench.add("short", max_tokens=1023)
-    await bench.placed(a, "short")
-    await bench.add("short2", prompt=[1] * 200, max_tokens=1023)
-    await bench.placed(b, "short2")  # a: 1026, b: 1223
-    await bench.add("long", max_tokens=1024)
-    await bench.placed(b, "short2", "long")
-    bench.client.set_members([dataclasses.replace(a.member, risky_for_s=0.01), b.member])
-    await until(lambda: not bench.link(a).load.is_risky)
-    await bench.add("long2", max_tokens=1024)
-    await bench.placed(a, "short", "long2")
-    await bench.finished("short", "short2", "long", "long2")
-
-
-async def test_answers_that_may_be_long_and_never_are_go_anywhere(bench: Bench) -> None:
-    a = await bench.start("a")
-    for i in range(MIN_ANSWERS):
-        await bench.add(f"s{i}", max_tokens=4)
-    await bench.finished(*(f"s{i}" for i in range(MIN_ANSWERS)))
-    await bench.start("b")
-    bench.client.set_members([replace_risky(a.member), bench.replicas["b"].member])
-    await bench.add("s", max_tokens=2000)  # as many as there may be; those before it had 4
-    await bench.placed(a, "s")
-    await bench.finished("s")
-
-
 async def test_capacity_is_the_sum_over_replicas_that_take_work(bench: Bench) -> None:
     assert bench.client.capacity_streams == 0
     await bench.start("a")
@@ -148,98 +87,6 @@ async def test_timestamps_are_shifted_to_this_hosts_clock(bench: Bench) -> None:
     assert all(begin_s - 1 <= stamp <= time.monotonic() + 1 for stamp in stamps)
 
 
-# ---- held streams
-
-
-async def test_without_a_replica_a_stream_is_held_and_placed_when_one_links(bench: Bench) -> None:
-    for name in ("s", "t"):
-        await bench.add(name)
-    assert bench.client.num_held == 2
-    a = await bench.start("a")
-    await bench.placed(a, "s", "t")
-    assert bench.client.num_held == 0
-    await bench.finished("s", "t")
-
-
-async def test_a_lost_fleet_holds_its_streams_for_the_next_replica(bench: Bench) -> None:
-    a = await bench.start("a")
-    await bench.add("s")
-    await bench.placed(a, "s")
-    await bench.steps(a, 2)
-    await bench.kill(a)
-    await until(lambda: bench.client.num_held == 1)
-    b = await bench.start("b")
-    await bench.placed(b, "s~1")
-    await bench.finished("s")
-
-
-async def test_a_stream_held_too_long_is_failed() -> None:
-    async with make_bench(hold_timeout_s=0.0) as bench:
-        await bench.add("s")
-        await bench.ended("s")
-        assert bench.failed("s")
-        assert bench.client.counts.expired == 1
-        assert bench.client.num_held == 0
-
-
-async def test_a_held_stream_can_be_aborted(bench: Bench) -> None:
-    await bench.add("s")
-    await bench.client.abort(["s"])
-    assert (bench.client.num_held, bench.client.num_streams) == (0, 0)
-    a = await bench.start("a")
-    await bench.add("t")
-    await bench.placed(a, "t")
-    await bench.finished("t")
-    assert [request.request_id for request in a.added] == ["t"]
-
-
-# ---- refusals
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        pytest.param(
-            {"engine_version": "toy-2"}, ["gateway runs vLLM toy-1, replica vLLM toy-2", "install"], id="version"
-        ),
-        pytest.param({"secret": "another"}, ["another fleet"], id="secret"),
-    ],
-)
-async def test_a_refused_gateway_knows_why_and_uses_the_others(
-    bench: Bench, settings: dict[str, str], words: list[str]
-) -> None:
-    await bench.start("a", is_awaited=False, **settings)
-    await until(lambda: "a" in bench.client.refusals)
-    assert all(word in bench.client.refusals["a"] for word in words)
-    assert bench.client.links == []
-    b = await bench.start("b")
-    await bench.add("s")
-    await bench.placed(b, "s")
-    await bench.finished("s")
-
-
-async def test_a_refusal_is_forgotten_when_the_replica_accepts(bench: Bench) -> None:
-    a = await bench.start("a", is_awaited=False, secret="another")
-    await until(lambda: "a" in bench.client.refusals)
-    a.secret = SECRET
-    await until(lambda: bench.client.links)
-    assert bench.client.refusals == {}
-
-
-async def test_an_address_where_nobody_answers_harms_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_S", 0.05)
-    gone = ToyReplica("gone")
-    gone.kill()
-    bench.client.set_members([gone.member])
-    await bench.add("s")
-    a = await bench.start("a")
-    await bench.placed(a, "s")
-    await bench.finished("s")
-
-
-# ---- aborts
-
-
 async def test_an_abort_frees_the_replica(bench: Bench) -> None:
     a = await bench.start("a")
     await bench.add("s", prompt=[1] * 64, max_tokens=500)
@@ -266,66 +113,89 @@ async def test_a_moved_stream_is_aborted_by_the_id_its_replica_knows(bench: Benc
     assert b.running == {}
 
 
-# ---- utility calls
-
-
-async def test_a_call_gathers_the_answers_of_all_replicas(bench: Bench) -> None:
+async def test_a_replicas_streams_are_counted_beyond_its_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway tells its counts once a second: the last ones of a replica that is gone must not be lost."""
     a, b = await bench.start("a"), await bench.start("b")
-    assert sorted(await bench.client.call("add_lora", (7, "x"))) == ["a did add_lora", "b did add_lora"]
-    assert a.calls == b.calls == [("add_lora", (7, "x"))]
-
-
-async def test_a_call_waits_for_the_first_replica(bench: Bench) -> None:
-    call = asyncio.create_task(bench.client.call("get_supported_tasks", ()))
-    await bench.start("a")
-    assert await call == ["a did get_supported_tasks"]
-
-
-async def test_a_call_after_the_fleet_was_lost_waits_for_the_next_replica(bench: Bench) -> None:
-    await bench.kill(await bench.start("a"))
-    call = asyncio.create_task(bench.client.call("is_sleeping", ()))
-    await bench.start("b")
-    assert await call == ["b did is_sleeping"]
-
-
-async def test_a_failed_call_names_the_replica(bench: Bench) -> None:
-    await bench.start("a")
-    b = await bench.start("b")
-    b.call_failure = "no such adapter"
-    with pytest.raises(EngineError, match="replica b: no such adapter"):
-        await bench.client.call("add_lora", (7,))
-    await until(lambda: not any(link.calls for link in bench.client.links), "the other replica has answered")
-
-
-async def test_a_replica_that_dies_meanwhile_needs_not_answer_a_call(bench: Bench) -> None:
-    a = await bench.start("a")
-    await bench.start("b")
-    a.is_silent_to_calls = True
-    call = asyncio.create_task(bench.client.call("sleep", ()))
-    await until(lambda: a.calls)
+    await bench.add("s", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.finished("s")
+    await bench.add("t", max_tokens=8)
+    await bench.placed(a, "t")
     await bench.kill(a)
-    assert await call == ["b did sleep"]
+    await bench.placed(b, "t~1")
+    await bench.finished("t")
+    counts = {name: (told.num_served, told.num_moved) for name, told in bench.client.traffic().items()}
+    assert counts == {"a": (1, 1), "b": (1, 0)}
+    monkeypatch.setattr(traffic, "KEEP_TALLY_S", 0.0)
+    assert set(bench.client.traffic()) == {"b"}
 
 
-async def test_a_call_whose_replicas_all_die_is_made_to_the_next(bench: Bench) -> None:
-    """As when a gateway starts while the only replica is replaced."""
-    a = await bench.start("a")
-    a.is_silent_to_calls = True
-    call = asyncio.create_task(bench.client.call("get_supported_tasks", ()))
-    await until(lambda: a.calls)
+async def test_only_moved_streams_are_restored(bench: Bench) -> None:
+    a, _ = await bench.start("a"), await bench.start("b")
+    await bench.add("moved", max_tokens=4)
+    await bench.add("stays", max_tokens=4)
+    await bench.steps(a, 1)
     await bench.kill(a)
-    await bench.start("b")
-    assert await call == ["b did get_supported_tasks"]
+    await bench.finished("moved", "stays")
+    restored = {o.request_id for message in bench.messages for o in message.outputs if o.is_restored}
+    assert restored == {"moved"}
 
 
-# ---- any order of events
+async def test_late_outputs_of_an_earlier_placement_on_the_same_replica_are_ignored(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=12)
+    await bench.placed(a, "s")
+    await bench.steps(a, 2)
+    a.obeys_aborts = False  # a keeps stepping what it was told to forget
+    await a.drain()
+    await bench.placed(b, "s~1")
+    await bench.steps(b, 2)
+    await a.drain(False)
+    await until(lambda: not bench.link(a).pong.is_draining)
+    await bench.kill(b)
+    await bench.placed(a, "s", "s~2")
+    await bench.finished("s")
+    assert bench.client.counts.late_outputs >= 1
+    assert bench.client.counts.moved == 2
+
+
+async def test_a_further_part_of_an_input_goes_where_the_first_went(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("audio", prompt=[1] * 50, is_resumable=True)
+    await bench.placed(a, "audio")
+    await bench.client.add(Request("audio", [2] * 50, 3, is_resumable=True))
+    await until(lambda: len(a.added) == 2)
+    assert b.added == []
+    assert bench.client.num_streams == 1
+    await bench.client.abort(["audio"])
+    await bench.placed(a)
+
+
+async def test_a_client_that_closes_moves_nothing() -> None:
+    bench = Bench(FleetClient(ToyCodec(), secret=SECRET))
+    try:
+        a, b = await bench.start("a"), await bench.start("b")
+        a.is_silent_to_calls = b.is_silent_to_calls = True
+        await bench.add("s")
+        await bench.add("t")
+        await bench.placed(a, "s")
+        await bench.placed(b, "t")
+        call = asyncio.create_task(bench.client.call("sleep", ()))
+        await until(lambda: a.calls and b.calls)
+        await bench.client.close()
+        with pytest.raises(EngineError, match="ended before a replica answered sleep"):
+            await call
+        assert bench.client.links == []
+        assert (bench.client.counts.moved, bench.client.counts.lost_replicas, bench.endings) == (0, 0, {})
+    finally:
+        await bench.close()
 
 
 @pytest.mark.parametrize("seed", range(25))
 async def test_every_stream_ends_once_and_whole_whatever_happens(seed: int) -> None:
     """Adds, kills, starts, drains and aborts in random order over replicas that step by themselves.
 
-    A stream whose replica is killed twice before it gave a token is taken for poison, so a kill waits until the last
+    A stream whose replica is killed twice before it gave a token is taken for a fatal one, so a kill waits until the last
     one was noticed and no stream is a suspect; everything else may happen at any moment.
     """
     rng = random.Random(seed)
@@ -343,7 +213,7 @@ async def test_every_stream_ends_once_and_whole_whatever_happens(seed: int) -> N
 
         def may_kill() -> bool:
             noticed = all(bench.replicas[link.replica_id].is_alive for link in bench.client.links)
-            return noticed and not any(stream.is_suspect for stream in bench.client._streams.values())
+            return noticed and not any(stream.is_suspect for stream in bench.client._placements.streams.values())
 
         for _ in range(60):
             event = rng.choices(["add", "kill", "start", "drain", "abort", "breathe"], [10, 2, 3, 2, 1, 6])[0]

@@ -200,7 +200,7 @@ def test_members_are_the_replicas_that_can_be_linked_to_and_when_they_leave(dire
     directory.order("b", Drain(30.0, may_linger=True))
     clock.now_s += 2.0
     listed = members(directory.snapshot())
-    found = [(m.replica_id, m.address, m.is_leaving, m.leaves_in_s, m.may_linger) for m in listed]
+    found = [(m.replica_id, m.address, m.is_draining, m.leaves_in_s, m.may_linger) for m in listed]
     assert found == [
         ("a", "tcp://h:1", False, None, False),
         ("b", "tcp://h:2", True, 28.0, True),

@@ -1,23 +1,34 @@
+from typing import Any
+
 import msgspec
 import pytest
 import zmq
 
-from kervan.fleet import wire
+from kervan.fleet import auth, wire
 
 WELCOME_FACTS = wire.EngineFacts(max_model_len=4096, num_gpu_blocks=100, block_size=16, max_num_seqs=64)
 
 
-def hello(**changes: object) -> wire.Hello:
-    return msgspec.structs.replace(wire.Hello(wire.PROTOCOL, "0.32.0", "g1", "s3cret"), **changes)
+SESSION = b"0123456789abcdef"
+
+
+def hello(secret: str = "s3cret", **changes: object) -> wire.Hello:
+    """Of gateway g1 to replica r1."""
+    proof = auth.link_proof(secret, session=SESSION, gateway_id="g1", replica_id="r1")
+    return msgspec.structs.replace(wire.Hello(wire.PROTOCOL, "0.32.0", "g1", proof), **changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         pytest.param({}, None, id="welcome"),
-        pytest.param({"gateway_id": "another"}, None, id="any gateway of the fleet"),
+        pytest.param({"gateway_id": "another"}, ["belongs to another fleet"], id="another gateway's proof"),
         pytest.param({"secret": "guess"}, ["belongs to another fleet"], id="wrong secret"),
         pytest.param({"secret": ""}, ["belongs to another fleet"], id="no secret"),
+        pytest.param({"proof": b""}, ["belongs to another fleet"], id="no proof"),
+        pytest.param(
+            {"proof": b"", "protocol": 3}, ["protocol 3", "install one kervan version"], id="before there were proofs"
+        ),
         pytest.param(
             {"protocol": wire.PROTOCOL + 1},
             [f"protocol {wire.PROTOCOL + 1}, replica {wire.PROTOCOL}", "install one kervan version"],
@@ -33,8 +44,8 @@ def hello(**changes: object) -> wire.Hello:
         ),
     ],
 )
-def test_refusals(changes: dict[str, object], words: list[str] | None) -> None:
-    refusal = wire.refusal(hello(**changes), engine_version="0.32.0", secret="s3cret")
+def test_refusals(changes: dict[str, Any], words: list[str] | None) -> None:
+    refusal = wire.refusal(hello(**changes), session=SESSION, replica_id="r1", engine_version="0.32.0", secret="s3cret")
     if words is None:
         assert refusal is None
         return

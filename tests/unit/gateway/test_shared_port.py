@@ -11,10 +11,11 @@ import pytest
 import uvloop
 from harness.gateway import View, listening
 
+from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry
 from kervan.gateway import GatewayShell
 from kervan.gateway.asgi import Receive, Scope, Send, answer
-from kervan.gateway.relay import MAX_UNSENT_BYTES, RELAY_HEADER, relay_key
+from kervan.gateway.relay import MAX_UNSENT_BYTES, RELAY_HEADER
 from kervan.gateway.shared_port import Neighbour, SharedPort
 from kervan.policy.model_routing import PortFleet
 

@@ -15,7 +15,7 @@ from kervan.policy.evacuation import (
     EvacuationLimits,
     EvacuationState,
     LeavingStream,
-    Target,
+    TargetReplica,
 )
 
 LIMITS = EvacuationLimits()  # 0.2 s between tokens, 3 s margin, stay 3 s, 30 s for a drain, 0.5 s window
@@ -26,10 +26,10 @@ def stream(name: str, context: int = 1000, most: int = 100_000, expected: float 
     return LeavingStream(name, context, most, expected, **more)
 
 
-def target(name: str = "t", *, rate: float = 10_000, queued: int = 0, **more: object) -> Target:
+def target(name: str = "t", *, rate: float = 10_000, queued: int = 0, **more: object) -> TargetReplica:
     """10k prefill tokens/s, 20 ms a decode step, 1,024 tokens a step: 122 ms a step at most, within the bound."""
     values: dict[str, object] = {"free_streams": 100, "free_kv_tokens": 10**7, "step_s": 0.02, "max_step_tokens": 1024}
-    return Target(
+    return TargetReplica(
         name,
         prefill_tokens_per_s=rate,
         queued_prefill_tokens=queued,
@@ -39,7 +39,7 @@ def target(name: str = "t", *, rate: float = 10_000, queued: int = 0, **more: ob
 
 def decide(
     streams: list[LeavingStream],
-    targets: list[Target],
+    targets: list[TargetReplica],
     deadline_s: float | None,
     *,
     elapsed_s: float = 0.0,
@@ -136,7 +136,7 @@ def test_what_cannot_be_moved_is_told() -> None:
 
 
 @pytest.mark.parametrize("targets", [[], [target(rate=0)]])
-def test_without_a_target_nothing_moves_and_the_question_comes_again(targets: list[Target]) -> None:
+def test_without_a_target_nothing_moves_and_the_question_comes_again(targets: list[TargetReplica]) -> None:
     decision = decide([stream("a")], targets, 30)
     assert (decision.moves, decision.stuck, decision.ask_again_s) == ((), ("a",), 1.0)
 
@@ -288,7 +288,7 @@ STREAMS = st.lists(
 )
 TARGETS = st.lists(
     st.builds(
-        Target,
+        TargetReplica,
         st.sampled_from("abcdefgh"),
         st.integers(0, 40),
         st.integers(0, 200_000),
@@ -308,7 +308,7 @@ TOKEN_TIMES = st.none() | st.floats(0, 0.2)
 @given(STREAMS, TARGETS, DEADLINES, st.floats(0, 60), TOKEN_TIMES, st.booleans())
 def test_no_stream_is_lost_and_none_is_moved_twice(
     streams: list[LeavingStream],
-    targets: list[Target],
+    targets: list[TargetReplica],
     deadline_s: float | None,
     elapsed_s: float,
     token_s: float | None,
@@ -336,7 +336,7 @@ def test_no_stream_is_lost_and_none_is_moved_twice(
 @given(STREAMS, TARGETS, DEADLINES, st.floats(0, 60), TOKEN_TIMES)
 def test_the_pace_is_kept_unless_the_decision_says_otherwise(
     streams: list[LeavingStream],
-    targets: list[Target],
+    targets: list[TargetReplica],
     deadline_s: float | None,
     elapsed_s: float,
     token_s: float | None,
@@ -358,7 +358,7 @@ def test_the_pace_is_kept_unless_the_decision_says_otherwise(
 @settings(deadline=None)
 @given(STREAMS, TARGETS, st.floats(0, 200), TOKEN_TIMES)
 def test_room_is_kept_until_the_last_moment(
-    streams: list[LeavingStream], targets: list[Target], deadline_s: float, token_s: float | None
+    streams: list[LeavingStream], targets: list[TargetReplica], deadline_s: float, token_s: float | None
 ) -> None:
     decision = decide(streams, targets, deadline_s, token_s=token_s)
     if "exceed the room" in decision.reason:
@@ -373,7 +373,7 @@ def test_room_is_kept_until_the_last_moment(
 @settings(deadline=None)
 @given(STREAMS, TARGETS, st.floats(0, 200), st.floats(0, 200), TOKEN_TIMES)
 def test_more_time_lets_more_streams_stay_and_is_never_more_urgent(
-    streams: list[LeavingStream], targets: list[Target], one_s: float, other_s: float, token_s: float | None
+    streams: list[LeavingStream], targets: list[TargetReplica], one_s: float, other_s: float, token_s: float | None
 ) -> None:
     soon = decide(streams, targets, min(one_s, other_s), token_s=token_s)
     late = decide(streams, targets, max(one_s, other_s), token_s=token_s)
@@ -385,7 +385,7 @@ def test_more_time_lets_more_streams_stay_and_is_never_more_urgent(
 @settings(deadline=None)
 @given(STREAMS, TARGETS, DEADLINES, TOKEN_TIMES)
 def test_at_the_margin_everything_that_can_move_has_its_target(
-    streams: list[LeavingStream], targets: list[Target], deadline_s: float | None, token_s: float | None
+    streams: list[LeavingStream], targets: list[TargetReplica], deadline_s: float | None, token_s: float | None
 ) -> None:
     decision = decide(
         streams,
@@ -402,7 +402,7 @@ def test_at_the_margin_everything_that_can_move_has_its_target(
 
 def play(
     streams: list[LeavingStream],
-    targets: list[Target],
+    targets: list[TargetReplica],
     deadline_s: float | None,
     *,
     true_rest: dict[str, int],
@@ -472,7 +472,7 @@ def play(
     return moved_s, ended_s, steps, decisions
 
 
-def fleet(num: int, **more: object) -> list[Target]:
+def fleet(num: int, **more: object) -> list[TargetReplica]:
     return [target(f"t{n}", **more) for n in range(num)]  # type: ignore[arg-type]
 
 

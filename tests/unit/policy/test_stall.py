@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kervan.policy.stall import MAX_DOUBLINGS, MIN_PATIENCE_S, Progress, decide, patience_s
+from kervan.policy.stall import MAX_DOUBLINGS, MIN_PATIENCE_S, StepProgress, decide, patience_s
 
 
-def stalled(*replicas: Progress, rate: float | None = 20_000.0, num_recent: int = 0) -> set[str]:
+def stalled(*replicas: StepProgress, rate: float | None = 20_000.0, num_recent: int = 0) -> set[str]:
     return set(decide(replicas, prefill_tokens_per_s=rate, num_recent=num_recent).reasons)
 
 
@@ -27,33 +27,35 @@ def stalled(*replicas: Progress, rate: float | None = 20_000.0, num_recent: int 
 def test_patience(
     step_s: float | None, prefill_tokens: int, rate: float | None, num_recent: int, expected_s: float
 ) -> None:
-    one = Progress("a", 0.0, step_s, prefill_tokens)
+    one = StepProgress("a", 0.0, step_s, prefill_tokens)
     assert patience_s(one, prefill_tokens_per_s=rate, num_recent=num_recent) == pytest.approx(expected_s)
 
 
 def test_a_replica_without_a_step_for_longer_than_that_is_stalled() -> None:
-    assert stalled(Progress("a", 1.5, 0.02, 0), Progress("b", 1.6, 0.02, 0), Progress("c", 0.0, None, 0)) == {"b"}
-    (reason,) = decide([Progress("a", 2.04, 0.02, 0)], prefill_tokens_per_s=None, num_recent=0).reasons.values()
+    assert stalled(
+        StepProgress("a", 1.5, 0.02, 0), StepProgress("b", 1.6, 0.02, 0), StepProgress("c", 0.0, None, 0)
+    ) == {"b"}
+    (reason,) = decide([StepProgress("a", 2.04, 0.02, 0)], prefill_tokens_per_s=None, num_recent=0).reasons.values()
     assert reason == "has work but made no step for 2.0 s (patience 1.5 s)"
 
 
 @pytest.mark.parametrize(
-    ("other", "can_leave"),
+    ("other", "can_move"),
     [
-        pytest.param(Progress("b", 0.3, 0.02, 0), True, id="one that steps"),
-        pytest.param(Progress("b", 1.2, 0.02, 0), False, id="one that may be about to stall too"),
-        pytest.param(Progress("b", 9.0, 0.02, 0), False, id="one that is stalled"),
-        pytest.param(Progress("b", 0.0, 0.02, 0, takes_streams=False), False, id="one that drains"),
+        pytest.param(StepProgress("b", 0.3, 0.02, 0), True, id="one that steps"),
+        pytest.param(StepProgress("b", 1.2, 0.02, 0), False, id="one that may be about to stall too"),
+        pytest.param(StepProgress("b", 9.0, 0.02, 0), False, id="one that is stalled"),
+        pytest.param(StepProgress("b", 0.0, 0.02, 0, takes_streams=False), False, id="one that drains"),
         pytest.param(None, False, id="none"),
     ],
 )
-def test_streams_leave_only_for_a_replica_that_moves(other: Progress | None, can_leave: bool) -> None:
-    replicas = [Progress("a", 9.0, 0.02, 0), *([other] if other else [])]
-    assert decide(replicas, prefill_tokens_per_s=None, num_recent=0).can_leave is can_leave
+def test_streams_move_only_to_a_replica_that_steps(other: StepProgress | None, can_move: bool) -> None:
+    replicas = [StepProgress("a", 9.0, 0.02, 0), *([other] if other else [])]
+    assert decide(replicas, prefill_tokens_per_s=None, num_recent=0).can_move is can_move
 
 
 PROGRESS = st.builds(
-    Progress,
+    StepProgress,
     st.sampled_from("abcdef"),
     st.floats(0, 100),
     st.none() | st.floats(0, 1),
@@ -67,12 +69,12 @@ PROGRESS = st.builds(
     st.none() | st.floats(10, 1e5),
     st.integers(0, 9),
 )
-def test_whatever_is_known(replicas: list[Progress], rate: float | None, num_recent: int) -> None:
-    found = decide(replicas, prefill_tokens_per_s=rate, num_recent=num_recent)
+def test_whatever_is_known(replicas: list[StepProgress], rate: float | None, num_recent: int) -> None:
+    decision = decide(replicas, prefill_tokens_per_s=rate, num_recent=num_recent)
     by_id = {one.replica_id: one for one in replicas}
-    assert all(by_id[replica_id].stalled_s > MIN_PATIENCE_S for replica_id in found.reasons)
-    assert not found.can_leave or set(by_id) - set(found.reasons)
+    assert all(by_id[replica_id].stalled_s > MIN_PATIENCE_S for replica_id in decision.reasons)
+    assert not decision.can_move or set(by_id) - set(decision.reasons)
     later = decide(replicas, prefill_tokens_per_s=rate, num_recent=num_recent + 1)
-    assert set(later.reasons) <= set(found.reasons)
+    assert set(later.reasons) <= set(decision.reasons)
     if num_recent >= MAX_DOUBLINGS:
-        assert later == found
+        assert later == decision

@@ -7,7 +7,7 @@ What comes after the journal is generated as for a stream that moves.
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,7 @@ _LENGTH_BYTES = 4
 
 @dataclass(frozen=True, slots=True, order=True)
 class Position:
-    """An event of an answer, as told in its SSE `id`.
+    """An event of an answer, as named in its SSE `id`.
 
     `count`: tokens that it and all before it tell, and 1 more when the end is among them. It does not depend on how
     many tokens an event has, which another gateway's pace decides. `ordinal`: of several events of one count.
@@ -31,9 +31,9 @@ class Position:
 
     @classmethod
     def parse(cls, text: str) -> "Position | None":
-        """The position that `text` tells; None if it tells none."""
-        found = PATTERN.fullmatch(text)
-        return cls(int(found[1]), int(found[2])) if found is not None else None
+        """The position that `text` names; None if it names none."""
+        match = PATTERN.fullmatch(text)
+        return cls(int(match[1]), int(match[2])) if match is not None else None
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +41,7 @@ class Journal:
     """One client's stream. `key_digest`: of the API key that may read it. `headers`: those the app must see again.
 
     `outputs` are one after the other in `data`, each behind its length. `is_finished`: vLLM's app has taken all of them
-    and ended the answer. `refusal`: why it cannot be given again. `run`: the answer that is being given from it now.
+    and ended the answer. `refusal`: why it cannot be given again. `attempt`: the one that is being made now.
     `ended_s`: when the last one ended. `is_own`: this gateway generates it; else it is the copy of another's.
     """
 
@@ -56,11 +56,12 @@ class Journal:
     is_finished: bool = False
     is_own: bool = True
     is_dropped: bool = False
-    run: "Run | None" = None
+    attempt: "Attempt | None" = None
     ended_s: float | None = None
 
     @property
     def num_bytes(self) -> int:
+        """What it takes of the store."""
         return len(self.body) + len(self.data)
 
     @property
@@ -91,8 +92,8 @@ class Journal:
             at = end
 
 
-class Run:
-    """One answer given from a journal: what vLLM's app has taken so far, and which event comes next.
+class Attempt:
+    """One attempt to give a client the answer: what vLLM's app has taken so far, and which event comes next.
 
     `after`: the last event that the client has, None if it has none.
     """
@@ -140,70 +141,5 @@ class Run:
         await self.has_ended.wait()
 
 
-# The answer for which the current task works.
-current_run: ContextVar[Run | None] = ContextVar("current_run", default=None)
-
-
-class Journals:
-    """The journals that a gateway holds, its own and copies of others'.
-
-    They are kept for `replay_s` from their end, and `max_bytes` of them at most.
-    When there are more bytes, those that ended go first, the oldest before the others, and then the oldest that run.
-    `dropped` is called with each that goes.
-    """
-
-    def __init__(self, *, replay_s: float, max_bytes: int, now: Callable[[], float]):
-        self._replay_s = replay_s
-        self._max_bytes = max_bytes
-        self._now = now
-        self.dropped: Callable[[Journal], None] = lambda journal: None
-        self._all: dict[str, Journal] = {}
-        self.num_bytes = 0  # at the last look, and what has been added since
-        self.num_dropped = 0
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def __iter__(self) -> Iterator[Journal]:
-        return iter(list(self._all.values()))
-
-    def get(self, stream_id: str) -> Journal | None:
-        """The journal, unless its time is over."""
-        journal = self._all.get(stream_id)
-        return None if journal is None or self._is_over(journal) else journal
-
-    def add(self, journal: Journal) -> None:
-        self._all[journal.stream_id] = journal
-        self.num_bytes += journal.num_bytes
-        if self.num_bytes > self._max_bytes:
-            self.sweep()
-
-    def end(self, journal: Journal) -> None:
-        """Its answer ended or broke off now."""
-        journal.ended_s = self._now()
-
-    def drop(self, journal: Journal) -> None:
-        journal.is_dropped = True
-        if self._all.get(journal.stream_id) is journal:
-            del self._all[journal.stream_id]
-        self.dropped(journal)
-
-    def _is_over(self, journal: Journal) -> bool:
-        return journal.ended_s is not None and self._now() - journal.ended_s > self._replay_s
-
-    def sweep(self) -> list[Journal]:
-        """Drop what is over, and what is too much; what was dropped."""
-        dropped = [journal for journal in self if self._is_over(journal)]
-        for journal in dropped:
-            self.drop(journal)
-        self.num_bytes = sum(journal.num_bytes for journal in self._all.values())
-        if self.num_bytes > self._max_bytes:
-            ended = sorted((j for j in self if j.ended_s is not None), key=lambda journal: journal.ended_s or 0.0)
-            for journal in [*ended, *(j for j in self if j.ended_s is None)]:
-                if self.num_bytes <= self._max_bytes:
-                    break
-                self.drop(journal)
-                dropped.append(journal)
-                self.num_bytes -= journal.num_bytes
-                self.num_dropped += 1
-        return dropped
+# The attempt for which the current task works.
+current_attempt: ContextVar[Attempt | None] = ContextVar("current_attempt", default=None)

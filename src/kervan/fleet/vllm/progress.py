@@ -7,35 +7,37 @@ from typing import Any
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from kervan.fleet.reconnect.journal import Run, current_run
+from kervan.fleet.reconnect.journal import Attempt, current_attempt
 
 CHAT_PATH = "/v1/chat/completions"
 BROKEN = ("abort", "error")  # finish reasons of an answer that is not whole, and may go on for a client that comes back
 
 
 def follow(engine: AsyncLLM) -> None:
-    """Let each `Run` know what the app takes for it."""
+    """Let each `Attempt` know what the app takes for it."""
     generate = engine.generate
 
     def followed(*args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
-        run = current_run.get()
+        attempt = current_attempt.get()
         outputs: AsyncGenerator[RequestOutput, None] = generate(*args, **kwargs)
-        return outputs if run is None else _followed(run, outputs)
+        return outputs if attempt is None else _followed(attempt, outputs)
 
     engine.generate = followed
 
 
-async def _followed(run: Run, outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+async def _followed(
+    attempt: Attempt, outputs: AsyncGenerator[RequestOutput, None]
+) -> AsyncGenerator[RequestOutput, None]:
     # A chat begins with an event of its own for the role, which vLLM writes with the first output, however many tokens
     # that has. An output without tokens before it (as of a prefill in chunks) makes it an event before all tokens.
-    is_chat_begun = run.journal.path != CHAT_PATH
+    is_chat_begun = attempt.journal.path != CHAT_PATH
     try:
         async for output in outputs:
             if not is_chat_begun:
                 is_chat_begun = True
                 yield _without_tokens(output)
             is_whole = output.finished and all(choice.finish_reason not in BROKEN for choice in output.outputs)
-            run.take(sum(len(choice.token_ids) for choice in output.outputs), is_finished=is_whole)
+            attempt.take(sum(len(choice.token_ids) for choice in output.outputs), is_finished=is_whole)
             yield output
     finally:
         await outputs.aclose()

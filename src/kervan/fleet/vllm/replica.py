@@ -32,7 +32,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kervan.errors import EngineError
 from kervan.fleet import wire
-from kervan.fleet.control import Command, ControlEnd, EngineSpec, Failed, Load, Ready
+from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
@@ -283,7 +283,7 @@ def _report_load(core: FleetEngineCore, control: ControlEnd) -> None:
     while True:
         running, waiting, kv_cache_usage = core.load
         try:
-            control.send(Load(running, waiting, kv_cache_usage, core.num_steps, core.has_work()))
+            control.send(EngineLoad(running, waiting, kv_cache_usage, core.num_steps, core.has_work()))
         except OSError:
             return
         time.sleep(LOAD_PERIOD_S)
@@ -311,7 +311,7 @@ def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases) -> No
     try:
         core.run_canary()
     except EngineError as error:
-        control.send(Failed("EngineError", str(error)))
+        control.send(EngineFailed("EngineError", str(error)))
         return
     threading.Thread(target=_report_load, args=(core, control), daemon=True, name="load").start()
     phases.end("canary")
@@ -355,7 +355,7 @@ def run(
     except BaseException as error:  # whatever stops the start is reported, in one line, to the starter
         logger.exception("engine start failed")
         explained = failures.explain(error)
-        control.send(Failed(failures.kind(explained), str(explained)))
+        control.send(EngineFailed(failures.kind(explained), str(explained)))
         return 1
     threading.Thread(target=_announce, args=(core, control, phases), daemon=True, name="canary").start()
     try:
@@ -366,7 +366,7 @@ def run(
         logger.exception("engine died")
         with contextlib.suppress(OSError):
             explained = failures.explain(error)
-            control.send(Failed(failures.kind(explained), str(explained)))
+            control.send(EngineFailed(failures.kind(explained), str(explained)))
         core._send_engine_dead()
         return 1
     finally:

@@ -14,10 +14,10 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 
-from kervan.fleet.control import Placement
+from kervan.fleet.control import WorkerPlacement
 
 
-def join(placement: Placement, vllm_config: VllmConfig) -> None:
+def join(placement: WorkerPlacement, vllm_config: VllmConfig) -> None:
     """Connect this process to Ray as a driver, and let `StagesExecutor` use the placement group.
 
     Ray ends the workers when this process ends, on whatever node they are.

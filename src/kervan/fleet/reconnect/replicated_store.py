@@ -5,21 +5,26 @@ import socket
 import time
 
 from kervan.fleet.directory import Snapshot
-from kervan.fleet.reconnect.journal import Journal, Journals
-from kervan.fleet.reconnect.replication import CopyHolder, Replicator
+from kervan.fleet.reconnect.copy_holder import CopyHolder
+from kervan.fleet.reconnect.copy_sender import CopySender
+from kervan.fleet.reconnect.journal import Journal
+from kervan.fleet.reconnect.store import JournalStore
 from kervan.policy.replication import Peer
 
 SWEEP_PERIOD_S = 1.0
 
 
-class Kept:
-    """Journals for `replay_s` after their end, `max_bytes` of them at most."""
+class ReplicatedStore:
+    """Journals for `replay_s` after their end, `max_bytes` of them at most; and a connection for copies each way.
+
+    `journals` has both kinds, this gateway's own and copies of others'; of its own, `copy_sender` sends what is new.
+    """
 
     def __init__(
         self, *, gateway_id: str, node: str, secret: str, engine_version: str, replay_s: float, max_bytes: int
     ) -> None:
-        self.journals = Journals(replay_s=replay_s, max_bytes=max_bytes, now=time.monotonic)
-        self.replicator = Replicator(
+        self.journals = JournalStore(replay_s=replay_s, max_bytes=max_bytes, now=time.monotonic)
+        self.copy_sender = CopySender(
             self.journals, own_id=gateway_id, own_node=node, secret=secret, engine_version=engine_version
         )
         self.journals.dropped = self._dropped
@@ -34,28 +39,28 @@ class Kept:
         """Follow the directory; one that has just started and knows nobody changes nothing."""
         peers = [Peer(g.id, g.node, g.copies_address) for g in snapshot.gateways if g.copies_address]
         if peers:
-            self.replicator.set_peers(peers)
+            self.copy_sender.set_peers(peers)
 
     def changed(self, journal: Journal) -> None:
         """Tell the gateway with the copies, at once."""
-        self.replicator.change(journal)
-        self.replicator.flush()
+        self.copy_sender.change(journal)
+        self.copy_sender.flush()
 
     def _dropped(self, journal: Journal) -> None:
         if journal.is_own:
-            self.replicator.change(journal)
+            self.copy_sender.change(journal)
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_PERIOD_S)
             self.journals.sweep()
-            self.replicator.flush()
+            self.copy_sender.flush()
 
     async def close(self) -> None:
         """Leave; what was sent stays with the gateway that has it."""
         self._sweeping.cancel()
         await asyncio.gather(self._sweeping, return_exceptions=True)
-        await self.replicator.close()
+        await self.copy_sender.close()
         self._holder.close()
 
     def metrics(self) -> list[tuple[str, str, str, float]]:
@@ -63,9 +68,9 @@ class Kept:
         return [
             ("kervan_replay_bytes", "gauge", "Journals and copies that this gateway keeps.", self.journals.num_bytes),
             ("kervan_replay_is_copied", "gauge", "1: another gateway has all that clients have seen.",
-             float(self.replicator.is_holding)),
+             float(self.copy_sender.is_holding)),
             ("kervan_replay_late_total", "counter", "Times when the copy was too slow to wait for.",
-             self.replicator.num_late),
-            ("kervan_replay_dropped_total", "counter", "Journals dropped before their time for want of memory.",
+             self.copy_sender.num_late),
+            ("kervan_replay_dropped_total", "counter", "JournalStore dropped before their time for want of memory.",
              self.journals.num_dropped),
         ]  # fmt: skip

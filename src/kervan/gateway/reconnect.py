@@ -1,7 +1,7 @@
 """Streams that a client can come back to: ids in the answers, and GET /v1/streams/{id} with Last-Event-ID.
 
-An answer that can be given again has a journal here and a copy of it at another gateway
-(`kervan.fleet.reconnect.replication`), and each of its events says where it stands
+The HTTP side of `kervan.fleet.reconnect`, which tells the whole way. An answer that can be given again has a journal
+here and a copy of it at another gateway, and each of its events says where it stands
 (`kervan.fleet.reconnect.journal.Position`). Who has the journal gives it again: the gateway that began it, or when that
 one is gone, another that has a copy and goes on with it as its own.
 """
@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from kervan.fleet.directory import GatewayEntry
-from kervan.fleet.reconnect.journal import Journal, Position, Run, current_run
+from kervan.fleet.reconnect.journal import Attempt, Journal, Position, current_attempt
+from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.gateway.asgi import (
     JSON,
     ASGIApp,
@@ -32,7 +33,6 @@ from kervan.gateway.asgi import (
     header,
     replay,
 )
-from kervan.gateway.kept import Kept
 from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ EVENT_STREAM = b"text/event-stream"
 END_TIMEOUT_S = 10.0
 
 
-class _Asked(msgspec.Struct):
+class _BodyFields(msgspec.Struct):
     """All that is read of a body to know whether its answer can be given again."""
 
     stream: bool | None = False
@@ -61,13 +61,13 @@ class _Asked(msgspec.Struct):
     prompt_embeds: msgspec.Raw = msgspec.Raw(b"null")
 
 
-_asked_decoder = msgspec.json.Decoder(_Asked)
+_body_decoder = msgspec.json.Decoder(_BodyFields)
 
 
 def refusal(body: bytes) -> str | None:
     """Why the answer to `body` could not be given again; "" if it can, None if it is no stream (or vLLM refuses it)."""
     try:
-        asked = _asked_decoder.decode(body)
+        asked = _body_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if not asked.stream:
@@ -90,13 +90,13 @@ def _num_prompts(prompt: bytes) -> int:
 
 
 class Streams:
-    """Gives answers their ids, and while something is `kept`, gives them again.
+    """Gives answers their ids, and in a fleet with `replay_s`, whose `store` has their journals, gives them again.
 
-    `gateways`: those that the directory lists. `key`: `relay_key` of the fleet.
+    `gateways`: those that the directory lists. `key`: `auth.relay_key` of the fleet.
     """
 
     def __init__(self, gateway_id: str, gateways: Callable[[], Sequence[GatewayEntry]], key: bytes) -> None:
-        self.kept: Kept | None = None
+        self.store: ReplicatedStore | None = None
         self._gateway_id = gateway_id
         self._gateways = gateways
         self._key = key
@@ -104,6 +104,7 @@ class Streams:
         self.num_fetched = 0
 
     def close(self) -> None:
+        """Close the connections to other gateways that are not in use."""
         self._relay.close()
 
     def new_id(self) -> str:
@@ -115,8 +116,8 @@ class Streams:
     async def post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         """Let `app` answer; `receive` gives the body first."""
         stream_id = self.new_id()
-        why_not = refusal(body) if self.kept is not None and scope["path"] in REPLAYED_PATHS else None
-        if self.kept is None or why_not is None:
+        why_not = refusal(body) if self.store is not None and scope["path"] in REPLAYED_PATHS else None
+        if self.store is None or why_not is None:
             await app(scope, receive, with_id(send, stream_id))
             return
         headers = list(scope["headers"])
@@ -125,75 +126,79 @@ class Streams:
         kept_headers = [pair for pair in headers if pair[0] not in _NOT_KEPT]
         kept_body = b"" if why_not else body
         journal = Journal(stream_id, _key_digest(scope), scope["path"], kept_headers, kept_body, why_not)
-        self.kept.journals.add(journal)
+        self.store.journals.add(journal)
         if why_not:
-            self.kept.journals.end(journal)
-            self.kept.changed(journal)
+            self.store.journals.end(journal)
+            self.store.changed(journal)
             await app(scope, receive, with_id(send, stream_id))
         else:
-            await self._run(self.kept, app, Run(journal), {**scope, "headers": headers}, receive, send)
+            await self._answer(self.store, app, Attempt(journal), {**scope, "headers": headers}, receive, send)
 
     @staticmethod
-    async def _run(kept: Kept, app: ASGIApp, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
-        journal = run.journal
-        journal.run, journal.ended_s = run, None
-        kept.changed(journal)
-        events = _Events(run, send, kept.replicator.copied)
-        token = current_run.set(run)
+    async def _answer(
+        store: ReplicatedStore, app: ASGIApp, attempt: Attempt, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        journal = attempt.journal
+        journal.attempt, journal.ended_s = attempt, None
+        store.changed(journal)
+        events = _Events(attempt, send, store.copy_sender.copied)
+        token = current_attempt.set(attempt)
         try:
-            await app(scope, _until(run.must_end, receive), events.send)
+            await app(scope, _disconnect_when(attempt.must_end, receive), events.send)
         finally:
-            current_run.reset(token)
-            journal.run = None
-            kept.journals.end(journal)
-            if not events.is_stream and run.after is None:
-                kept.journals.drop(journal)  # it was refused: there is nothing to come back to
-            kept.changed(journal)
-            run.has_ended.set()
+            current_attempt.reset(token)
+            journal.attempt = None
+            store.journals.end(journal)
+            if not events.is_stream and attempt.after is None:
+                store.journals.drop(journal)  # it was refused: there is nothing to come back to
+            store.changed(journal)
+            attempt.has_ended.set()
 
     # ---- GET
 
     async def get(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer GET /v1/streams/{id}: here, or by the gateway that has the stream."""
-        if self.kept is None:
+        if self.store is None:
             await _refuse(send, 404, "this fleet keeps no streams; give it replay_s above 0 in its config file")
             return
         stream_id = scope["path"].removeprefix(STREAMS_PREFIX)
         try:
-            after = _after(scope)
+            after = _last_event(scope)
         except ValueError as error:
             await _refuse(send, 400, str(error))
             return
         if not ID_PATTERN.fullmatch(stream_id):  # nor may it reach another gateway as a part of a request
             await _unknown(send, stream_id)
             return
-        journal = self.kept.journals.get(stream_id)
+        journal = self.store.journals.get(stream_id)
         if journal is None or not journal.is_own:
             origin_id = stream_id.rpartition("-")[0]
             others = [gateway for gateway in self._gateways() if gateway.id != self._gateway_id]
             origin = [gateway.internal_url for gateway in others if gateway.id == origin_id]
-            if await self._ask(origin, stream_id, scope, receive, send):
+            if await self._ask_gateways(origin, stream_id, scope, receive, send):
                 return
             if journal is None or not _reaches(journal, after):
                 rest = [gateway.internal_url for gateway in others if gateway.id != origin_id]
-                if await self._ask(rest, stream_id, scope, receive, send):
+                if await self._ask_gateways(rest, stream_id, scope, receive, send):
                     return
         if journal is None:
             await _unknown(send, stream_id)
         else:
-            await self._again(self.kept, app, journal, after, scope, receive, send)
+            await self._answer_again(self.store, app, journal, after, scope, receive, send)
 
     async def get_internal(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer another gateway, which has checked the request: with a stream that is here, or not at all."""
         stream_id = scope["path"].removeprefix(INTERNAL_PREFIX)
-        journal = self.kept.journals.get(stream_id) if self.kept is not None else None
-        after = _after(scope)
-        if self.kept is None or journal is None or (not journal.is_own and not _reaches(journal, after)):
+        journal = self.store.journals.get(stream_id) if self.store is not None else None
+        after = _last_event(scope)
+        if self.store is None or journal is None or (not journal.is_own and not _reaches(journal, after)):
             await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
         else:
-            await self._again(self.kept, app, journal, after, scope, receive, send)
+            await self._answer_again(self.store, app, journal, after, scope, receive, send)
 
-    async def _ask(self, urls: Sequence[str], stream_id: str, scope: Scope, receive: Receive, send: Send) -> bool:
+    async def _ask_gateways(
+        self, urls: Sequence[str], stream_id: str, scope: Scope, receive: Receive, send: Send
+    ) -> bool:
         """Whether one of the gateways at `urls` has answered."""
         if not urls:
             return False
@@ -205,9 +210,9 @@ class Streams:
             return False
         return True
 
-    async def _again(
+    async def _answer_again(
         self,
-        kept: Kept,
+        store: ReplicatedStore,
         app: ASGIApp,
         journal: Journal,
         after: Position | None,
@@ -226,15 +231,15 @@ class Streams:
             await _refuse(send, 410, f"stream {journal.stream_id} cannot go on from there: {had}")
             return
         if not journal.is_own:
-            known = kept.journals.get(journal.stream_id)
+            known = store.journals.get(journal.stream_id)
             if known is None or not known.is_own:  # else another request was faster
                 known = journal.adopted()
-                kept.journals.add(known)
+                store.journals.add(known)
             journal = known
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
-                while journal.run is not None:  # its client has come back before its old connection was found broken
-                    await journal.run.end()
+                while journal.attempt is not None:  # its client's old connection was not yet found broken
+                    await journal.attempt.end()
         except TimeoutError:
             await _refuse(send, 503, "the stream's earlier answer does not end; try again")
             return
@@ -242,8 +247,13 @@ class Streams:
         length = (b"content-length", b"%d" % len(journal.body))
         path = {"path": journal.path, "raw_path": journal.path.encode(), "query_string": b"", "method": "POST"}
         again = {**scope, **path, "headers": [*journal.headers, length]}
-        await self._run(
-            kept, app, Run(journal, after or Position(0, 0)), again, replay(journal.body, _left(receive)), send
+        await self._answer(
+            store,
+            app,
+            Attempt(journal, after or Position(0, 0)),
+            again,
+            replay(journal.body, _only_disconnect(receive)),
+            send,
         )
 
 
@@ -255,7 +265,7 @@ def _reaches(journal: Journal, after: Position | None) -> bool:
     return after is None or after.count <= journal.last_count
 
 
-def _after(scope: Scope) -> Position | None:
+def _last_event(scope: Scope) -> Position | None:
     """The position in Last-Event-ID, None without one.
 
     Raises: ValueError when it tells none.
@@ -288,7 +298,7 @@ def with_id(send: Send, stream_id: str) -> Send:
     return named
 
 
-def _left(receive: Receive) -> Receive:
+def _only_disconnect(receive: Receive) -> Receive:
     """`receive` without the body of a GET, which is empty: it only says that the client has left."""
 
     async def received() -> Message:
@@ -299,7 +309,7 @@ def _left(receive: Receive) -> Receive:
     return received
 
 
-def _until(must_end: asyncio.Event, receive: Receive) -> Receive:
+def _disconnect_when(must_end: asyncio.Event, receive: Receive) -> Receive:
     """`receive` that says that the client has left as soon as `must_end` is set."""
     is_first = True
 
@@ -322,8 +332,8 @@ def _until(must_end: asyncio.Event, receive: Receive) -> Receive:
 class _Events:
     """Gives each event its id, and leaves out those that the client has. vLLM sends one event per message."""
 
-    def __init__(self, run: Run, send: Send, copied: Callable[[], Awaitable[None]]) -> None:
-        self._run = run
+    def __init__(self, attempt: Attempt, send: Send, copied: Callable[[], Awaitable[None]]) -> None:
+        self._attempt = attempt
         self._send = send
         self._copied = copied
         self.is_stream = False
@@ -336,7 +346,7 @@ class _Events:
             )
             if self.is_stream:
                 await self._copied()  # so that the id can be used as soon as it is known
-            message = {**message, "headers": [*headers, (ID_HEADER, self._run.journal.stream_id.encode())]}
+            message = {**message, "headers": [*headers, (ID_HEADER, self._attempt.journal.stream_id.encode())]}
         elif self.is_stream and (body := message.get("body", b"")):
             *events, rest = body.split(b"\n\n")
             body = b"".join(map(self._numbered, events)) + rest
@@ -347,8 +357,7 @@ class _Events:
 
     def _numbered(self, event: bytes) -> bytes:
         if event.startswith(b":"):
-            return (
-                event + b"\n"
-            )  # a comment; after an id, OpenAI's client takes the empty line for an event without data
-        position = self._run.next_event()
+            # A comment. After an id, OpenAI's client would take the empty line for an event without data.
+            return event + b"\n"
+        position = self._attempt.next_event()
         return b"id: %b\n%b\n\n" % (str(position).encode(), event) if position is not None else b""

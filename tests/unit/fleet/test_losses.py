@@ -1,14 +1,118 @@
-"""Streams that kill their replicas, and those that only seem to, in the fleet client."""
+"""Streams of replicas that are lost or stand still: they go on elsewhere, or are rejected when they take those down."""
 
 import asyncio
 
 import pytest
 from harness.live import until
-from harness.toy_fleet import POISON, Bench, ToyReplica
+from harness.toy_fleet import FATAL, Bench, Request, ToyReplica
 
+from kervan.fleet import stalls
 from kervan.policy import quarantine
 
 pytestmark = pytest.mark.usefixtures("quick")
+
+
+# ---- they go on elsewhere
+
+
+async def test_a_killed_replicas_stream_goes_on_elsewhere_without_a_seam(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", prompt=[7, 8, 9], max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    await bench.kill(a)
+    await bench.placed(b, "s~1")
+    assert b.added == [Request("s~1", [7, 8, 9, *bench.expected["s"][:3]], 5)]
+    await bench.finished("s")
+    assert bench.client.counts.moved == 1
+    assert bench.client.counts.lost_replicas == 1
+
+
+async def test_an_engine_that_says_it_is_dead_is_left_at_once(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s")
+    await bench.placed(a, "s")
+    await bench.steps(a, 2)
+    await a.say_dead()
+    await bench.placed(b, "s~1")
+    a.kill()
+    await bench.lost(a)
+    await bench.finished("s")
+
+
+async def test_a_stream_survives_one_replica_after_another(bench: Bench) -> None:
+    await bench.add("s", max_tokens=10)
+    for i in range(5):
+        replica = await bench.start(f"r{i}")
+        await until(lambda replica=replica: replica.running)
+        await bench.steps(replica, 2)
+        if i < 4:
+            await bench.kill(replica)
+    await bench.finished("s")
+    assert bench.client.counts.moved == 4
+
+
+async def test_what_cannot_be_moved_is_failed(bench: Bench) -> None:
+    a, _ = await bench.start("a"), await bench.start("b")
+    await bench.add("audio", is_resumable=True)
+    await bench.placed(a, "audio")
+    await bench.steps(a, 1)
+    await bench.kill(a)
+    await bench.ended("audio")
+    assert bench.failed("audio")
+
+
+async def test_streams_move_off_a_replica_that_stands_still_and_it_may_go_on(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    a.stalled_s = 100.0
+    await bench.placed(b, "s~1")
+    await until(lambda: a.aborted == ["s"])
+    await bench.add("t")  # though `a` has less to do
+    await bench.placed(b, "s~1", "t")
+    a.stalled_s = 0.0
+    await until(lambda: not bench.link(a).load.is_stalled)
+    await bench.add("u")
+    await bench.placed(a, "u")
+    await bench.finished("s", "t", "u")
+    assert (bench.client.counts.moved, bench.client.counts.lost_replicas) == (1, 0)
+
+
+async def test_nothing_moves_when_all_stand_still(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=8)
+    await bench.add("t", max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.placed(b, "t")
+    await bench.steps(a, 1)
+    await bench.steps(b, 1)
+    a.stalled_s = b.stalled_s = 100.0
+    await until(lambda: all(link.load.is_stalled for link in bench.client.links))
+    await bench.add("u")  # and what comes is not refused
+    await until(lambda: "u" in a.running or "u" in b.running)
+    assert bench.client.counts.moved == 0
+    a.stalled_s = b.stalled_s = 0.0
+    await bench.finished("s", "t", "u")
+
+
+async def test_what_a_replica_may_stand_still_over_is_tried_once_elsewhere(bench: Bench) -> None:
+    a, b, c = [await bench.start(name) for name in "abc"]
+    await bench.add("s")
+    await bench.placed(a, "s")
+    a.stalled_s = 100.0
+    await bench.placed(b, "s~1")
+    a.stalled_s, b.stalled_s = 0.0, 200.0
+    await until(lambda: bench.link(b).load.is_stalled)
+    await asyncio.sleep(10 * stalls.PERIOD_S)
+    assert (set(b.running), c.running) == ({"s~1"}, {})
+    await bench.kill(b)
+    await until(lambda: len(a.running) + len(c.running) == 1)
+    await bench.finished("s")
+
+
+# ---- they are suspected
 
 
 async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_finish(bench: Bench) -> None:
@@ -18,18 +122,18 @@ async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_f
     await until(lambda: len(a.running) == len(b.running) == 2)
     await bench.steps(a, 2)
     await bench.steps(b, 2)
-    await bench.add("poison", prompt=[1, POISON])
-    await until(lambda: "poison" in a.running or "poison" in b.running)
-    first, second = (a, b) if "poison" in a.running else (b, a)
+    await bench.add("fatal", prompt=[1, FATAL])
+    await until(lambda: "fatal" in a.running or "fatal" in b.running)
+    first, second = (a, b) if "fatal" in a.running else (b, a)
     await first.step()
     await bench.lost(first)
-    await until(lambda: "poison~1" in second.running)
+    await until(lambda: "fatal~1" in second.running)
     link = bench.link(second)
-    await until(lambda: link.pong_s > link.streams["poison~1"].placed_s, "the second one was alive with it")
+    await until(lambda: link.pong_s > link.streams["fatal~1"].placed_s, "the second one was alive with it")
     await second.step()
     await bench.lost(second)
-    await bench.ended("poison")
-    assert bench.failed("poison")
+    await bench.ended("fatal")
+    assert bench.failed("fatal")
     c = await bench.start("c")
     c.run()
     await bench.finished(*(f"old{i}" for i in range(4)))
@@ -38,12 +142,12 @@ async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_f
 
 
 @pytest.mark.parametrize("position", range(4))
-async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench: Bench, position: int) -> None:
-    """Four streams wait on a replica when it dies at its first step; any of them may be the poison."""
+async def test_suspects_are_tried_one_by_one_and_only_the_fatal_one_is_rejected(bench: Bench, position: int) -> None:
+    """Four streams wait on a replica when it dies at its first step; any of them may be the fatal one."""
     names = [f"s{i}" for i in range(4)]
     a = await bench.start("a")
     for i, name in enumerate(names):
-        await bench.add(name, prompt=[1, POISON] if i == position else [1, i + 2])
+        await bench.add(name, prompt=[1, FATAL] if i == position else [1, i + 2])
     await bench.placed(a, *names)
     await a.step()
     await bench.lost(a)
@@ -58,7 +162,7 @@ async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench:
             link = bench.link(replica)
             suspects = [stream for stream in link.streams.values() if stream.is_suspect]
             assert len(suspects) <= 1
-            for stream in suspects:  # a death that follows too fast for a sign of life is judged as less
+            for stream in suspects:  # a death that follows too fast for a sign of life counts for less
                 await until(lambda s=stream, k=link: k.pong_s > s.placed_s or not s.is_suspect)  # type: ignore[misc]
             await replica.step()
             if not replica.is_alive:
@@ -73,7 +177,7 @@ async def test_suspects_are_tried_one_by_one_and_only_poison_is_convicted(bench:
     assert bench.client.counts.lost_replicas == 2
 
 
-async def test_a_token_acquits_of_earlier_deaths_only(bench: Bench) -> None:
+async def test_a_token_clears_of_earlier_losses_only(bench: Bench) -> None:
     """Both gave a token on the first replica and none on the second: suspects, which a third tries one by one."""
     a = await bench.start("a")
     await bench.add("s")
@@ -99,7 +203,7 @@ async def silence(bench: Bench, replica: ToyReplica) -> None:
     await until(lambda: any(k.replica_id == replica.replica_id and k is not link for k in bench.client.links))
 
 
-async def test_replicas_that_come_back_convict_nobody(bench: Bench) -> None:
+async def test_no_stream_is_rejected_for_replicas_that_come_back(bench: Bench) -> None:
     """As when the whole machine stands still for seconds, twice: nobody died, so no request is a killer."""
     a = await bench.start("a")
     await bench.add("s")
@@ -111,7 +215,7 @@ async def test_replicas_that_come_back_convict_nobody(bench: Bench) -> None:
     assert bench.client.counts.given_up == 0
 
 
-async def test_a_verdict_waits_for_the_return_of_a_replica(bench: Bench) -> None:
+async def test_a_rejection_waits_for_the_return_of_a_replica(bench: Bench) -> None:
     """One replica falls silent, the next dies; the first one's return clears the stream of both."""
     a = await bench.start("a")
     await bench.add("s")
@@ -133,7 +237,9 @@ async def test_a_verdict_waits_for_the_return_of_a_replica(bench: Bench) -> None
     assert bench.client.counts.given_up == 0
 
 
-async def test_a_stream_can_be_aborted_while_its_verdict_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_can_be_aborted_while_its_rejection_is_pending(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quarantine, "RETURN_WAIT_S", 3600.0)
     await bench.add("s")
     for name in "ab":
@@ -150,7 +256,7 @@ async def test_a_stream_that_silences_its_replica_again_and_again_is_given_up(be
     a = await bench.start("a")
     await bench.add("s")
     await bench.placed(a, "s")
-    for _ in range(quarantine.MAX_UNSEEN_LOSSES):
+    for _ in range(quarantine.MAX_UNPROVEN_LOSSES):
         await silence(bench, a)
     link = bench.link(a)
     await until(lambda: bench.failed("s") or link.streams)

@@ -1,9 +1,4 @@
-"""Copies of journals at another gateway, so that a stream outlives its own gateway.
-
-The sender connects to one peer. Frames are msgpack behind their length; `number` counts those of a connection:
-
-    sender -> holder    Hello    [number, [record, ...]]: what is new in all journals since the last one
-    holder -> sender    0: welcome    number: all up to it is held
+"""Sends copies of a gateway's journals to another gateway, so that a stream outlives its own gateway.
 
 What a step of an engine gave goes to the peer in one frame, and to the clients when the peer has it: so what a client
 has seen is never lost with its gateway. A peer that takes longer than `HOLD_S` to say so is not waited for until it has
@@ -12,247 +7,64 @@ caught up; a peer that is lost is replaced, and the next one gets all journals f
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import logging
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
-from kervan.fleet.reconnect.journal import Journal, Journals
+from kervan.fleet import auth
+from kervan.fleet.reconnect.copy_frames import (
+    PROTOCOL,
+    CopyHello,
+    Drop,
+    Frame,
+    FramedConnection,
+    More,
+    Open,
+    State,
+    encode,
+)
+from kervan.fleet.reconnect.journal import Journal
+from kervan.fleet.reconnect.store import JournalStore
 from kervan.policy import replication
 from kervan.policy.replication import Peer
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 1
-HOLD_S = 0.25
-LOST_S = 5.0
+HOLD_S = 0.25  # clients wait no longer for a copy
+LOST_S = 5.0  # a peer that acknowledges nothing for so long is left
 RETRY_S = 0.5
 FAILED_S = 5.0  # how long others come before a peer that did not answer
 CONNECT_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 2.0
-MAX_FRAME_BYTES = 1 << 20  # of what is sent while the peer catches up
-MAX_HELD_FRAME_BYTES = 1 << 28  # a frame with a longer length is no frame
-_HEAD_BYTES = 4
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+MAX_CATCH_UP_BYTES = 1 << 20  # of a frame, while the peer catches up
 
 
-class Hello(msgspec.Struct, frozen=True):
-    """A gateway introduces itself. `key`: proves that it knows the fleet's secret, which does not travel."""
+class _HolderConnection(FramedConnection):
+    """The connection to the peer. `introduce` makes the hello of the peer's nonce."""
 
-    protocol: int
-    engine_version: str
-    gateway_id: str
-    key: str
-
-
-class Open(msgspec.Struct, frozen=True, tag="o", array_like=True):
-    """A journal, from now on called `number` on this connection."""
-
-    number: int
-    stream_id: str
-    key_digest: bytes
-    path: str
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-
-class More(msgspec.Struct, frozen=True, tag="m", array_like=True):
-    """Its `data` goes on."""
-
-    number: int
-    data: bytes
-    num_tokens: int
-
-
-class State(msgspec.Struct, frozen=True, tag="s", array_like=True):
-    """Whether it is being answered from, whether it is whole, and why it cannot be given again."""
-
-    number: int
-    is_running: bool
-    is_finished: bool
-    refusal: str
-
-
-class Drop(msgspec.Struct, frozen=True, tag="d", array_like=True):
-    number: int
-
-
-class Frame(msgspec.Struct, frozen=True, array_like=True):
-    number: int
-    records: list[Open | More | State | Drop]
-
-
-_frames = msgspec.msgpack.Decoder(Frame)
-_encode = msgspec.msgpack.Encoder().encode
-
-
-def copy_key(secret: str) -> str:
-    """What `Hello` must carry in the fleet with this secret."""
-    return hmac.new(secret.encode(), b"kervan copies", hashlib.sha256).hexdigest()
-
-
-class _Framed(asyncio.Protocol):
-    """Cuts what comes into frames, and gives them to `took` until it says that the connection is over."""
-
-    def __init__(self) -> None:
-        self._transport: asyncio.Transport
-        self._rest = b""
-        self.is_lost = False
-
-    def took(self, frames: list[bytes]) -> bool:
-        raise NotImplementedError
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        sock = transport.get_extra_info("socket")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-    def data_received(self, data: bytes) -> None:
-        data = self._rest + data if self._rest else data
-        frames, at = [], 0
-        while len(data) - at >= _HEAD_BYTES:
-            end = at + _HEAD_BYTES + int.from_bytes(data[at : at + _HEAD_BYTES], "big")
-            if end - at > MAX_HELD_FRAME_BYTES:
-                self.close()
-                return
-            if end > len(data):
-                break
-            frames.append(data[at + _HEAD_BYTES : end])
-            at = end
-        self._rest = data[at:]
-        try:
-            is_good = not frames or self.took(frames)
-        except (msgspec.MsgspecError, LookupError) as error:
-            logger.warning("what came over a connection for copies is none: %r", error)
-            is_good = False
-        if not is_good:
-            self.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.is_lost = True
-
-    def write(self, payload: bytes) -> None:
-        self._transport.write(len(payload).to_bytes(_HEAD_BYTES, "big") + payload)
-
-    def close(self) -> None:
-        self._transport.abort()
-
-
-# ---- the gateway that holds copies
-
-
-class _Holding(_Framed):
-    """One sender's connection."""
-
-    def __init__(self, holder: "CopyHolder"):
+    def __init__(
+        self,
+        introduce: Callable[[bytes], bytes],
+        heard: Callable[[int], None],
+        lost: Callable[["_HolderConnection"], None],
+    ):
         super().__init__()
-        self._holder = holder
-        self._is_known = False
-        self._copies: dict[int, Journal] = {}
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._holder.connections.add(self)
-
-    def took(self, frames: list[bytes]) -> bool:
-        if not self._is_known:
-            hello = msgspec.msgpack.decode(frames.pop(0), type=Hello)
-            if not self._holder.welcomes(hello):
-                return False
-            self._is_known = True
-            self.write(_encode(0))
-        number = 0
-        for payload in frames:
-            frame = _frames.decode(payload)
-            for record in frame.records:
-                self._take(record)
-            number = frame.number
-        if number:
-            self.write(_encode(number))
-        return True
-
-    def _take(self, record: Open | More | State | Drop) -> None:
-        journals = self._holder.journals
-        if isinstance(record, More):
-            self._copies[record.number].extend(record.data, record.num_tokens)
-        elif isinstance(record, Open):
-            copy = Journal(record.stream_id, record.key_digest, record.path, record.headers, record.body, is_own=False)
-            self._copies[record.number] = copy
-            known = journals.get(record.stream_id)
-            if known is None or not known.is_own:  # else its client has come here, and it goes on here
-                journals.add(copy)
-        elif isinstance(record, State):
-            copy = self._copies[record.number]
-            copy.refusal, copy.is_finished = record.refusal, record.is_finished
-            if record.is_running:
-                copy.ended_s = None
-            elif copy.ended_s is None:
-                journals.end(copy)
-        else:
-            journals.drop(self._copies.pop(record.number))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._holder.connections.discard(self)
-        for copy in self._copies.values():
-            if not copy.is_own and copy.ended_s is None:
-                self._holder.journals.end(copy)
-
-
-class CopyHolder:
-    """Takes the copies of other gateways of the fleet into `journals`."""
-
-    def __init__(self, journals: Journals, *, secret: str, engine_version: str):
-        self.journals = journals
-        self.connections: set[_Holding] = set()
-        self._key = copy_key(secret)
-        self._engine_version = engine_version
-        self._server: asyncio.Server | None = None
-
-    async def listen(self, sock: socket.socket) -> None:
-        self._server = await asyncio.get_running_loop().create_server(lambda: _Holding(self), sock=sock)
-
-    def welcomes(self, hello: Hello) -> bool:
-        if not hmac.compare_digest(hello.key.encode(), self._key.encode()):
-            logger.warning("gateway %s does not know this fleet's secret; its copies are refused", hello.gateway_id)
-            return False
-        theirs, ours = (hello.protocol, hello.engine_version), (PROTOCOL, self._engine_version)
-        if theirs != ours:
-            logger.warning(
-                "copies of gateway %s are refused: it speaks %s, this one %s", hello.gateway_id, theirs, ours
-            )
-        return theirs == ours
-
-    def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        for connection in list(self.connections):
-            connection.close()
-
-
-# ---- the gateway that sends copies
-
-
-class _Sending(_Framed):
-    """The connection to the peer. `acknowledged`: None before the welcome."""
-
-    def __init__(self, heard: Callable[[int], None], lost: Callable[["_Sending"], None]):
-        super().__init__()
+        self._introduce = introduce
+        self._has_introduced = False
         self._heard = heard
         self._lost = lost
 
-    def took(self, frames: list[bytes]) -> bool:
-        self._heard(msgspec.msgpack.decode(frames[-1], type=int))
+    def receive(self, frames: list[bytes]) -> bool:
+        if not self._has_introduced:
+            self._has_introduced = True
+            self.write(self._introduce(frames.pop(0)))
+        if frames:
+            self._heard(msgspec.msgpack.decode(frames[-1], type=int))
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -270,17 +82,17 @@ class _Cursor:
     state: tuple[bool, bool, str] = (True, False, "")
 
 
-class Replicator:
+class CopySender:
     """Sends this gateway's own journals to a peer, and holds back what clients must not see before the peer has it."""
 
-    def __init__(self, journals: Journals, *, own_id: str, own_node: str, secret: str, engine_version: str):
+    def __init__(self, journals: JournalStore, *, own_id: str, own_node: str, secret: str, engine_version: str):
         self._journals = journals
         self._own_id, self._own_node = own_id, own_node
-        self._hello = _encode(Hello(PROTOCOL, engine_version, own_id, copy_key(secret)))
+        self._secret, self._engine_version = secret, engine_version
         self._peers: Sequence[Peer] = ()
         self._failed: dict[str, float] = {}
         self._peers_changed = asyncio.Event()
-        self._connection: _Sending | None = None
+        self._connection: _HolderConnection | None = None
         self._changed: dict[Journal, None] = {}  # in the order of their first change
         self._cursors: dict[Journal, _Cursor] = {}
         self._next_journal = 0
@@ -377,23 +189,28 @@ class Replicator:
 
     async def _connect(self, peer: Peer) -> None:
         host, _, port = peer.address.rpartition(":")
+        self._cursors.clear()
+        self._sent, self._acknowledged, self._next_journal = 0, -1, 0
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Sending(self._hear, self._lose), host.strip("[]"), int(port)
+                lambda: _HolderConnection(self._hello, self._hear, self._lose), host.strip("[]"), int(port)
             )
-            self._cursors.clear()
-            self._sent, self._acknowledged, self._next_journal = 0, -1, 0
+            if connection.is_lost:
+                raise ConnectionError("the connection was lost")
             self._connection = connection
-            connection.write(self._hello)
             while self._acknowledged < 0:
                 await self._next_progress()
         self._changed = {journal: None for journal in self._journals if journal.is_own}
+
+    def _hello(self, nonce: bytes) -> bytes:
+        proof = auth.copies_proof(self._secret, nonce=nonce, gateway_id=self._own_id)
+        return encode(CopyHello(PROTOCOL, self._engine_version, self._own_id, proof))
 
     async def _catch_up(self) -> None:
         """Send all journals piece by piece, and begin to hold outputs back when the peer has them; until it is lost."""
         while True:
             if not self.is_holding and self._acknowledged == self._sent:
-                self._send(MAX_FRAME_BYTES)
+                self._send(MAX_CATCH_UP_BYTES)
                 self.is_holding = not self._changed
             await self._next_progress()
 
@@ -413,7 +230,7 @@ class Replicator:
         if not self.is_holding or self._is_closing:
             self._progress.set()
 
-    def _lose(self, connection: _Sending) -> None:
+    def _lose(self, connection: _HolderConnection) -> None:
         if self._connection is connection:
             self._connection = None
             self.is_holding = False
@@ -456,7 +273,7 @@ class Replicator:
             num_bytes += self._add_records(journal, records)
         if records:
             self._sent += 1
-            self._connection.write(_encode(Frame(self._sent, records)))
+            self._connection.write(encode(Frame(self._sent, records)))
 
     def _add_records(self, journal: Journal, records: list[Any]) -> int:
         """What is new in one; its size."""

@@ -13,14 +13,14 @@ from harness.gateway import View, listening
 from harness.live import until
 from openai._streaming import SSEDecoder
 
+from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry, Snapshot
-from kervan.fleet.reconnect.journal import current_run
+from kervan.fleet.reconnect.journal import current_attempt
+from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.gateway import GatewayShell
 from kervan.gateway.asgi import Receive, Scope, Send, answer
-from kervan.gateway.kept import Kept
-from kervan.gateway.relay import relay_key
+from kervan.gateway.reconnect import Streams, refusal
 from kervan.gateway.server import listen
-from kervan.gateway.streams import Streams, refusal
 
 NUM_TOKENS = 8
 BODY = {"model": "tiny", "prompt": "Hello", "stream": True}
@@ -51,8 +51,8 @@ class App:
             return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         leaving = asyncio.create_task(receive())
-        run = current_run.get()
-        known = [] if run is None else list(run.journal.outputs())
+        attempt = current_attempt.get()
+        known = [] if attempt is None else list(attempt.journal.outputs())
         for n in range(NUM_TOKENS):
             if n >= len(known):
                 while n >= self.ready and not leaving.done():
@@ -63,10 +63,10 @@ class App:
                 if leaving.done():
                     return
                 self.num_generated += 1
-                if run is not None:
-                    run.journal.record(b"t%d" % n, 1)
-            if run is not None:
-                run.take(1, is_finished=n == NUM_TOKENS - 1)
+                if attempt is not None:
+                    attempt.journal.record(b"t%d" % n, 1)
+            if attempt is not None:
+                attempt.take(1, is_finished=n == NUM_TOKENS - 1)
             await send({"type": "http.response.body", "body": b"data: t%d\n\n" % n, "more_body": True})
         leaving.cancel()
         await send({"type": "http.response.body", "body": b": all\n\ndata: [DONE]\n\n", "more_body": True})
@@ -74,7 +74,7 @@ class App:
 
 
 class Site:
-    """A gateway of the fleet. Its app tells the replicator what is new, as the fleet client does."""
+    """A gateway of the fleet. Its app tells the copy_sender what is new, as the fleet client does."""
 
     def __init__(self, name: str, sites: list["Site"], *, keeps: bool, api_keys: tuple[str, ...]):
         self.name = name
@@ -93,7 +93,7 @@ class Site:
         internal = await self._stack.enter_async_context(listening(self._internal))
         address = ""
         if self.keeps:
-            self.streams.kept = Kept(
+            self.streams.store = ReplicatedStore(
                 gateway_id=self.name,
                 node=self.name,
                 secret="s3cret",
@@ -103,37 +103,37 @@ class Site:
             )
             sock = listen("127.0.0.1", 0)
             address = f"127.0.0.1:{sock.getsockname()[1]}"
-            await self.streams.kept.listen(sock)
+            await self.streams.store.listen(sock)
         self.entry = GatewayEntry(self.name, self.name, 1, self.url, internal, True, copies_address=address)
 
     @property
-    def kept(self) -> Kept:
-        assert self.streams.kept is not None
-        return self.streams.kept
+    def store(self) -> ReplicatedStore:
+        assert self.streams.store is not None
+        return self.streams.store
 
     async def _internal(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.streams.get_internal(self.app, scope, receive, send)
 
     async def copy(self) -> None:
         """What the app has recorded is at the other gateway."""
-        for journal in self.kept.journals:
+        for journal in self.store.journals:
             if journal.is_own:
-                self.kept.replicator.change(journal)
-        await self.kept.replicator.copied()
+                self.store.copy_sender.change(journal)
+        await self.store.copy_sender.copied()
 
     async def leave(self) -> None:
         """As a gateway whose time to drain is over: connections are cut, and it goes."""
         await self._stack.aclose()
-        await until(lambda: all(journal.run is None for journal in self.kept.journals))
-        await self.kept.close()
+        await until(lambda: all(journal.attempt is None for journal in self.store.journals))
+        await self.store.close()
         self.streams.close()
         self.sites.remove(self)
 
     async def stop(self) -> None:
         await self._stack.aclose()
         self.streams.close()
-        if self.streams.kept is not None:
-            await self.streams.kept.close()
+        if self.streams.store is not None:
+            await self.streams.store.close()
 
 
 @pytest.fixture
@@ -144,10 +144,10 @@ async def sites() -> AsyncIterator[list[Site]]:
         await site.start()
     snapshot = Snapshot(1, [], [site.entry for site in found], [])
     for site in found:
-        site.kept.update(snapshot)
+        site.store.update(snapshot)
     everyone = list(found)
     for site in found:
-        await until(lambda site=site: site.kept.replicator.is_holding)
+        await until(lambda site=site: site.store.copy_sender.is_holding)
     yield found
     for site in everyone:
         await site.stop()
@@ -336,11 +336,11 @@ async def test_an_answer_that_vllm_refuses_leaves_nothing(sites: list[Site]) -> 
     a, b = sites
     client = Client()
     assert await client.ask(a, prompt="bad") == 400
-    await a.kept.replicator.copied()
-    assert [len(site.kept.journals) for site in sites] == [0, 0]
+    await a.store.copy_sender.copied()
+    assert [len(site.store.journals) for site in sites] == [0, 0]
     assert await client.ask(b, stream=False) == 200
     assert client.stream_id.startswith("gw-b-")
-    assert len(b.kept.journals) == 0
+    assert len(b.store.journals) == 0
 
 
 async def test_what_a_full_gateway_forgets_is_forgotten_by_the_other_too(sites: list[Site]) -> None:
@@ -349,12 +349,12 @@ async def test_what_a_full_gateway_forgets_is_forgotten_by_the_other_too(sites: 
     first = Client()
     await first.ask(a)
     await a.copy()
-    assert len(b.kept.journals) == 1
+    assert len(b.store.journals) == 1
     large = Client()
     await large.ask(a, user="x" * (1 << 20))  # as much as there may be in all
     assert await first.again(a) == 404
     await a.copy()
-    assert len(b.kept.journals) == 0
+    assert len(b.store.journals) == 0
 
 
 async def test_streams_are_only_read(sites: list[Site]) -> None:
@@ -370,7 +370,7 @@ async def test_a_copy_that_is_too_short_is_not_used(sites: list[Site]) -> None:
     asking = asyncio.create_task(client.ask(a))
     await until(lambda: client.told == WHOLE[:4])
     await a.copy()
-    (copy,) = b.kept.journals
+    (copy,) = b.store.journals
     copy.data.clear()
     copy.num_tokens = 1
     await a.leave()

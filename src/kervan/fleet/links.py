@@ -1,0 +1,141 @@
+"""A client's links to its replicas: one for each that the directory lists, made again when it breaks."""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from kervan.fleet import wire
+from kervan.fleet.codec import Codec, Outputs
+from kervan.fleet.link import LinkRefusedError, Member, ReplicaLink, open_link
+from kervan.fleet.listener import LinkListener
+from kervan.policy.routing import ReplicaLoad
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_PERIOD_S = 0.5
+
+
+class Links:
+    """Owns the links of one client and the tasks that make and read them.
+
+    A link is in `live`, by its replica's id, from when requests may be sent over it until it is lost. `opened` is
+    called with each that has come into it, and `lost` with each that has left it and why; before that, `deliver` has
+    got all outputs that came. `drain_changed` is called when a replica says that it drains. `loads`: those of the live
+    ones, in the order of the ids, so that ties in routing go the same way everywhere. `refusals`: why, by id, for each
+    member that refuses this gateway.
+
+    A member that is no longer listed keeps its link as long as that lives: the directory is soft state, and its loss
+    must not cut streams.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        gateway_id: str,
+        secret: str,
+        deliver: Callable[[ReplicaLink, Outputs], None],
+        opened: Callable[[ReplicaLink], Awaitable[None]],
+        lost: Callable[[ReplicaLink, str], Awaitable[None]],
+        drain_changed: Callable[[], None],
+    ) -> None:
+        self.live: dict[str, ReplicaLink] = {}
+        self.loads: list[ReplicaLoad] = []
+        self.refusals: dict[str, str] = {}
+        self._codec = codec
+        self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, gateway_id, layouts=codec.layouts)
+        self._secret = secret
+        self._deliver = deliver
+        self._opened = opened
+        self._lost = lost
+        self._drain_changed = drain_changed
+        self._context = zmq.asyncio.Context()
+        self._members: dict[str, Member] = {}
+        self._tasks: dict[Member, asyncio.Task[None]] = {}
+        self._has_live = asyncio.Event()
+
+    async def first(self) -> ReplicaLink:
+        """A live link, as soon as there is one."""
+        while not self.live:
+            await self._has_live.wait()
+        return next(iter(self.live.values()))
+
+    def set_members(self, members: Iterable[Member]) -> None:
+        """Follow the directory: link to new members, and tell the links what it says of theirs."""
+        self._members = {member.replica_id: member for member in members}
+        for member in self._members.values():
+            if member not in self._tasks:
+                task = asyncio.create_task(self._keep(member), name=f"link-{member.replica_id}")
+                self._tasks[member] = task
+                task.add_done_callback(functools.partial(self._task_ended, member))
+        for link in self.live.values():
+            self._tell(link)
+
+    def _tell(self, link: ReplicaLink) -> None:
+        member = self._members.get(link.replica_id)
+        if member is not None:
+            link.follow(member)
+
+    def _task_ended(self, member: Member, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(member, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("link to replica %s ended: %r", member.replica_id, error, exc_info=error)
+
+    async def close(self) -> None:
+        """End all links; `lost` is called with each."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._context.destroy(linger=0)
+
+    async def _keep(self, member: Member) -> None:
+        """Link to a member, again and again, for as long as it is listed."""
+        while self._members.get(member.replica_id) == member:
+            try:
+                link = await open_link(self._context, member, self._hello, self._secret)
+            except LinkRefusedError as error:
+                if self.refusals.get(member.replica_id) != str(error):
+                    logger.error("replica %s refuses this gateway: %s", member.replica_id, error)
+                self.refusals[member.replica_id] = str(error)
+                await asyncio.sleep(10 * RECONNECT_PERIOD_S)
+                continue
+            except TimeoutError:
+                await asyncio.sleep(RECONNECT_PERIOD_S)
+                continue
+            except (zmq.ZMQError, msgspec.MsgspecError, ValueError) as error:
+                logger.error("what answers at %s is no replica: %r", member.address, error)
+                await asyncio.sleep(10 * RECONNECT_PERIOD_S)
+                continue
+            self._add(link)
+            reason = "closed"
+            try:
+                await self._opened(link)
+                reason = await LinkListener(link, self._codec, self._deliver, self._drain_changed).run()
+            finally:
+                self._remove(link)
+                await self._lost(link, reason)
+            await asyncio.sleep(RECONNECT_PERIOD_S)
+
+    def _add(self, link: ReplicaLink) -> None:
+        self.refusals.pop(link.replica_id, None)
+        self._tell(link)
+        self.live[link.replica_id] = link
+        self._sort_loads()
+        self._has_live.set()
+
+    def _remove(self, link: ReplicaLink) -> None:
+        if self.live.get(link.replica_id) is link:
+            del self.live[link.replica_id]
+            self._sort_loads()
+        if not self.live:
+            self._has_live.clear()
+        link.close()
+
+    def _sort_loads(self) -> None:
+        self.loads = sorted((link.load for link in self.live.values()), key=lambda load: load.replica_id)

@@ -1,0 +1,146 @@
+"""Where each stream of a client is: on a replica, or held until one can take it."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from kervan.fleet.codec import Codec
+from kervan.fleet.link import ReplicaLink
+from kervan.fleet.links import Links
+from kervan.fleet.listener import send_ping
+from kervan.fleet.stream import Stream
+from kervan.fleet.traffic import ClientCounts
+from kervan.policy import routing
+from kervan.policy.output_length import LengthEstimate
+
+EXPIRY_PERIOD_S = 1.0
+
+
+class Placements:
+    """Owns the streams of one client, by request id in `streams`, and which of them are held.
+
+    Each is in one place: in `streams` of the link that its `replica_id` names, with its cost (and itself, if it is a
+    suspect) charged to that link's load; or held; or in neither, while its journal is given out again or its rejection
+    is pending. A stream is in no place when it is forgotten. It gets a new `epoch` whenever it is placed again.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        links: Links,
+        lengths: LengthEstimate,
+        counts: ClientCounts,
+        *,
+        hold_timeout_s: float,
+        give_up: Callable[[Stream, str], None],
+    ) -> None:
+        self.streams: dict[str, Stream] = {}
+        self._codec = codec
+        self._links = links
+        self._lengths = lengths
+        self._counts = counts
+        self._hold_timeout_s = hold_timeout_s
+        self._give_up = give_up
+        self._held: dict[Stream, None] = {}  # in the order in which they came
+        self._retry: asyncio.Task[None] | None = None
+
+    @property
+    def num_held(self) -> int:
+        """Streams that wait for a replica, or for what becomes of the one that was lost with them."""
+        return len(self._held) + sum(stream.is_rejection_pending for stream in self.streams.values())
+
+    async def place(self, stream: Stream, target: str | None = None) -> None:
+        """On replica `target` if it can take it, else where routing says; held if none can."""
+        placement = self._choose(stream, target)
+        if placement.replica_id is None:
+            if stream.held_since_s is None:
+                stream.held_since_s = time.monotonic()
+            self._held[stream] = None
+            return
+        link = self._links.live[placement.replica_id]
+        stream.held_since_s = None
+        stream.replica_id = link.replica_id
+        stream.gave_token = False
+        if stream.epoch:
+            stream.wire_id = f"{stream.request_id}~{stream.epoch}"
+        stream.cost_tokens = routing.cost_tokens(
+            stream.prompt_tokens + len(stream.generated), stream.remaining_output_tokens
+        )
+        link.load.add(stream.cost_tokens)
+        link.load.num_suspects += stream.is_suspect
+        link.streams[stream.wire_id] = stream
+        stream.placed_s = time.monotonic()
+        await link.input.send_multipart(self._codec.encode_add(stream), copy=False)
+        if stream.is_suspect:  # should the replica die, its answer tells that it was alive until then
+            await send_ping(link)
+
+    def _choose(self, stream: Stream, target: str | None) -> routing.Placement:
+        live = self._links.live
+        if target in live and not live[target].is_draining and not stream.is_suspect:
+            return routing.Placement(target, "evacuated to it")
+        placement = routing.decide(self._links.loads, is_suspect=stream.is_suspect)
+        chosen = live.get(placement.replica_id or "")
+        if chosen is not None and chosen.load.is_risky and self._is_long(stream):
+            return routing.safer(self._links.loads, chosen.load, is_suspect=stream.is_suspect) or placement
+        return placement
+
+    def _is_long(self, stream: Stream) -> bool:
+        """Whether much is still to come: as much as may, or where that says little, as usually does."""
+        num_generated, rest = len(stream.generated), stream.remaining_output_tokens
+        if rest < routing.LONG_OUTPUT_TOKENS:
+            return False
+        expected = self._lengths.remaining_tokens(num_generated, max_remaining_tokens=rest)
+        return expected is None or expected >= routing.LONG_OUTPUT_TOKENS
+
+    async def move(self, stream: Stream, link: ReplicaLink, target: str | None = None) -> None:
+        """Off `link`, where it was placed, to another replica (see `place`); the engine there is not told."""
+        self.unplace(stream, link)
+        link.tally.num_moved += 1
+        await self.place_again(stream, target)
+
+    async def place_again(self, stream: Stream, target: str | None = None) -> None:
+        """A stream that is in no place, after it has been in one."""
+        stream.epoch += 1
+        self._counts.moved += 1
+        await self.place(stream, target)
+
+    def unplace(self, stream: Stream, link: ReplicaLink | None) -> None:
+        """Take it off `link`, if it is there."""
+        if link is not None and link.streams.pop(stream.wire_id, None) is not None:
+            link.load.add(-stream.cost_tokens)
+            link.load.num_suspects -= stream.is_suspect
+        stream.replica_id = None
+
+    def forget(self, stream: Stream) -> None:
+        """It is over."""
+        was_suspect = stream.is_suspect
+        self.unplace(stream, self._links.live.get(stream.replica_id or ""))
+        stream.is_rejection_pending = False
+        if stream.replaying is not None and stream.replaying is not asyncio.current_task():
+            stream.replaying.cancel()
+        self.streams.pop(stream.request_id, None)
+        self._held.pop(stream, None)
+        if was_suspect:
+            self.place_held_soon()
+
+    async def place_held(self) -> None:
+        """Try all that are held, in their order."""
+        for stream in list(self._held):
+            if stream in self._held:  # neither placed nor over since
+                del self._held[stream]
+                await self.place(stream)
+
+    def place_held_soon(self) -> None:
+        """The same after what is being done now: a replica may take a suspect again."""
+        if self._held:
+            self._retry = asyncio.get_running_loop().create_task(self.place_held())
+
+    async def expire_held(self) -> None:
+        """Give up what is held for longer than `hold_timeout_s`, once a second, until cancelled."""
+        while True:
+            await asyncio.sleep(EXPIRY_PERIOD_S)
+            deadline_s = time.monotonic() - self._hold_timeout_s
+            for stream in list(self._held):
+                if stream.held_since_s is not None and stream.held_since_s < deadline_s:
+                    self._counts.expired += 1
+                    self._give_up(stream, f"no replica could take it for {self._hold_timeout_s:.0f} s")

@@ -1,0 +1,56 @@
+"""A replica's end of the handshake."""
+
+import msgspec
+import pytest
+
+from kervan.fleet import auth, wire
+from kervan.fleet.sessions import Sessions
+
+SECRET = "s3cret"
+FACTS = wire.EngineFacts(max_model_len=4096, num_gpu_blocks=100, block_size=16, max_num_seqs=64)
+
+
+def sessions(replica_id: str = "r1") -> Sessions:
+    return Sessions(
+        replica_id=replica_id,
+        secret=SECRET,
+        engine_version="0.32.0",
+        begin=lambda index: ("tcp://h:2", FACTS),
+        end=lambda index: 0,
+    )
+
+
+def hello(identity: bytes, gateway_id: str = "g1") -> bytes:
+    """What gateway `gateway_id` says to replica r1."""
+    proof = auth.link_proof(SECRET, session=identity, gateway_id=gateway_id, replica_id="r1")
+    return msgspec.msgpack.encode(wire.Hello(wire.PROTOCOL, "0.32.0", gateway_id, proof))
+
+
+def test_a_gateway_that_comes_again_has_a_session_of_its_own() -> None:
+    ours = sessions()
+    assert ours.greet(b"one", hello(b"one"))[0] == wire.WELCOME
+    assert ours.greet(b"two", hello(b"two"))[0] == wire.WELCOME
+    assert [session.identity for session in ours.live] == [b"two"]
+    assert ours.greet(b"three", hello(b"three", "g2"))[0] == wire.WELCOME
+    assert [session.identity for session in ours.live] == [b"two", b"three"]
+
+
+@pytest.mark.parametrize(
+    ("replica_id", "identity", "words"),
+    [
+        pytest.param("r1", b"thief", b"does not know this fleet's secret", id="from another session"),
+        pytest.param("r2", b"one", b"does not know this fleet's secret", id="to another replica"),
+        pytest.param("r1", b"one", b"has been here before", id="of a session that is over"),
+    ],
+)
+def test_what_was_overheard_opens_no_session(replica_id: str, identity: bytes, words: bytes) -> None:
+    overheard = hello(b"one")
+    ours = sessions(replica_id)
+    if replica_id == "r1":
+        assert ours.greet(b"one", overheard)[0] == wire.WELCOME
+        ours.greet(b"two", hello(b"two"))  # the gateway came again: the first session is over
+    before = [session.identity for session in ours.live]
+    kind, reason = ours.greet(identity, overheard)
+    assert (kind, words in reason) == (wire.REFUSED, True)
+    assert [session.identity for session in ours.live] == before
+    assert ours.seen(identity) is None
