@@ -11,7 +11,7 @@ from kervan.errors import ConfigError, FleetError, KervanError
 from kervan.facts import model as models
 from kervan.facts.markets import ON_DEMAND
 from kervan.serve import cluster, placement, pools
-from kervan.serve.fleet import FleetStatus, Progress, attach, snapshot_of, stored_config, wait_until_ready
+from kervan.serve.fleet import FleetStatus, Progress, attach, snapshot_of, store_config, stored_config, wait_until_ready
 from kervan.serve.start import check_port, num_gateways, validate
 from kervan.serve.versions import versions
 
@@ -104,15 +104,13 @@ class RunningFleet:
 
         Raises: the KervanError of a start that failed; the fleet goes on as before then.
         """
-        import ray
-
         from kervan.serve import app, shared_port
 
         snapshot = snapshot_of(self._handle)
         known = snapshot.failures[-1].number if snapshot.failures else 0
         nodes = cluster.devices_by_node(change.after.device)
         room = pools.placeable(change.after, cluster.nodes_for(change.after), pools.held(snapshot))
-        ray.get(self._handle.set_config.remote(change.after.to_json()))
+        store_config(self._handle, change.after)
         app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
         try:
             status = wait_until_ready(
@@ -124,7 +122,7 @@ class RunningFleet:
             )
         except KervanError as error:
             self.progress("it failed; going back")
-            ray.get(self._handle.set_config.remote(change.before.to_json()))
+            store_config(self._handle, change.before)
             app.deploy(app.build(change.before, nodes, surges=change.surges), change.before)
             raise type(error)(f"{error} (the fleet goes on as before)") from error
         shared_port.wait_until_known(change.after, self.progress)

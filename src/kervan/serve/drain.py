@@ -3,12 +3,10 @@
 import time
 from dataclasses import dataclass
 
-import msgspec
-
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Drain, Snapshot
 from kervan.serve import cluster
-from kervan.serve.fleet import DIRECTORY_TIMEOUT_S, Progress, attach, snapshot_of
+from kervan.serve.fleet import Progress, attach, order, snapshot_of
 
 POLL_S = 0.2
 GATEWAY_BEAT_S = 1.5  # after which all gateways have told what they moved
@@ -94,19 +92,16 @@ def _drain(
     progress: Progress,
 ) -> Drained:
     """`replicas` and `gateways`: those to go, by fleet. Gateways are ended by Serve, which sees the node drain."""
-    import ray
-
     from kervan.serve import directory
 
     begin_s = time.monotonic()
     handles = {name: directory.find(name) for name in replicas}
     before = {name: snapshot_of(handle) for name, handle in handles.items()}
-    order = msgspec.msgpack.encode(Drain(deadline_s))
     for name, ids in replicas.items():
         if ids and not any(r.state == "ready" and r.id not in ids for r in before[name].replicas):
             progress(f"fleet {name!r} has no other ready replica: its streams stay, or wait for the next one")
         for replica_id in ids:
-            ray.get(handles[name].order.remote(replica_id, order), timeout=DIRECTORY_TIMEOUT_S)
+            order(handles[name], replica_id, Drain(deadline_s))
     told = ""
     while True:
         now = {name: snapshot_of(handle) for name, handle in handles.items()}

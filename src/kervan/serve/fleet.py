@@ -205,6 +205,11 @@ def next_snapshot(handle: Any, version: int, timeout_s: float) -> Snapshot:
     return directory.read(_told(handle.wait.remote(version, timeout_s)))
 
 
+def store_config(handle: Any, config: FleetConfig) -> None:
+    """Let the directory have new settings of the fleet. Raises: FleetError."""
+    _told(handle.set_config.remote(config.to_json()))
+
+
 def order(handle: Any, replica_id: str, what: Order) -> bool:
     """Order something of a replica, which obeys within about a second; whether there is such a replica."""
     return bool(_told(handle.order.remote(replica_id, msgspec.msgpack.encode(what))))
@@ -216,7 +221,7 @@ def _told(asked: Any) -> Any:
 
     try:
         return ray.get(asked, timeout=DIRECTORY_TIMEOUT_S)
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, RuntimeError, OSError) as error:  # the latter two while Ray itself is away
         raise FleetError(
             f"the fleet's directory does not answer ({type(error).__name__}); try again in a few seconds"
         ) from error
@@ -280,9 +285,8 @@ def _reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:
 
 
 def stored_config(handle: Any) -> FleetConfig:
-    import ray
-
-    stored, _ = ray.get(handle.fleet.remote(), timeout=DIRECTORY_TIMEOUT_S)
+    """The settings of the fleet as its directory has them. Raises: FleetError."""
+    stored, _ = _told(handle.fleet.remote())
     return FleetConfig.from_json(stored)
 
 
