@@ -12,9 +12,9 @@ from ray.serve.context import _get_global_client
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
 from kervan.serve import autoscaling, placement, pools
-from kervan.serve.engine import EngineReplica
-from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica
+from kervan.serve.gateway_actor import GatewayReplica, IngressGatewayReplica
 from kervan.serve.placement import NodeDevices
+from kervan.serve.replica_actor import EngineReplica
 from kervan.serve.versions import versions
 
 HEALTH_CHECK_PERIOD_S = 1.0

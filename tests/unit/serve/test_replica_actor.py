@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kervan.config.fleet import FleetConfig
-from kervan.serve.engine import engine_environment
+from kervan.serve.replica_actor import engine_environment
 
 EAGER = {"enforce_eager": True}
 
