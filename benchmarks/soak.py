@@ -31,7 +31,7 @@ import psutil
 from kervan.bench import records
 from kervan.config.fleet import FleetConfig
 from kervan.serve import changes, cluster
-from kervan.serve import fleet as fleets
+from kervan.serve import status as fleets
 from kervan.twin.engine import answer
 from kervan.twin.settings import settings
 

@@ -12,8 +12,8 @@ from kervan.chaos.schedule import Kind
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Drain, Snapshot, Strike
+from kervan.serve import attach as fleets
 from kervan.serve import cluster
-from kervan.serve import fleet as fleets
 
 STATUS_PATH = "/kervan/status"
 

@@ -30,11 +30,11 @@ from kervan.errors import ConfigError, FleetError, KervanError
 from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.ports import free_port
+from kervan.serve import attach as fleets
 from kervan.serve import cluster, start
-from kervan.serve import fleet as fleets
-from kervan.serve.fleet import plural
 from kervan.serve.local_nodes import LocalNodes
 from kervan.twin import settings as twins
+from kervan.units import plural
 
 GPU = "H200"
 # Slow steps: answers live for seconds, so a node that goes has streams, and two cores can serve them.

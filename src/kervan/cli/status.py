@@ -13,13 +13,13 @@ from kervan.cli import options
 def status(name: str, address: str | None, with_why: bool, as_json: bool) -> None:
     """Show a fleet: its replicas, their load, its gateways."""
     from kervan.cli import render
-    from kervan.serve import fleet
+    from kervan.serve import status as fleets
 
     sentences = None
     if with_why:
-        found, sentences = fleet.why(name, address)
+        found, sentences = fleets.why(name, address)
     else:
-        found = fleet.status(name, address)
+        found = fleets.status(name, address)
     if as_json:
         render.print_json(found.to_dict() | ({} if sentences is None else {"why": sentences}))
         return

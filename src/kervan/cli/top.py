@@ -15,7 +15,7 @@ from rich.text import Text
 from kervan.cli import options
 from kervan.cli.render import STATE_STYLE, print_json
 from kervan.fleet.directory import Snapshot
-from kervan.serve.fleet import FleetStatus, Watch
+from kervan.serve.status import FleetStatus, Watch
 from kervan.serve.why import notice_lines
 from kervan.units import format_duration
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,10 @@ from kervan.errors import ConfigError, FleetError, KervanError
 from kervan.facts import model as models
 from kervan.facts.markets import ON_DEMAND
 from kervan.serve import cluster, placement, pools
-from kervan.serve.fleet import FleetStatus, Progress, attach, snapshot_of, store_config, stored_config, wait_until_ready
+from kervan.serve.attach import attach, snapshot_of, store_config, stored_config
+from kervan.serve.readiness import wait_until_ready
 from kervan.serve.start import check_port, num_gateways, validate
+from kervan.serve.status import FleetStatus
 from kervan.serve.versions import versions
 
 # What a running fleet cannot change, and why.
@@ -39,7 +41,7 @@ class Change:
 class RunningFleet:
     """A fleet that is up, to be changed."""
 
-    def __init__(self, name: str, address: str | None, progress: Progress):
+    def __init__(self, name: str, address: str | None, progress: Callable[[str], None]):
         """Raises: FleetError when there is no such fleet."""
         self.progress = progress
         self._handle = attach(name, address)
@@ -180,7 +182,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 
 
 def scale(
-    name: str, words: Mapping[str, Any], address: str | None = None, progress: Progress = lambda _: None
+    name: str, words: Mapping[str, Any], address: str | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> FleetStatus:
     """Change `replicas`, `pools`, `gateways`, `max_gateways`; returns when they are there, or gone.
 

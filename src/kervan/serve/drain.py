@@ -1,12 +1,13 @@
 """Taking a replica, or all that is on a node, out of service: what `kervan drain` calls."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Drain, Snapshot
 from kervan.serve import cluster
-from kervan.serve.fleet import Progress, attach, order, snapshot_of
+from kervan.serve.attach import attach, order, snapshot_of
 
 POLL_S = 0.2
 GATEWAY_BEAT_S = 1.5  # after which all gateways have told what they moved
@@ -35,7 +36,11 @@ class Drained:
 
 
 def drain(
-    name: str, target: str, deadline_s: float, address: str | None = None, progress: Progress = lambda _: None
+    name: str,
+    target: str,
+    deadline_s: float,
+    address: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Drained:
     """Drain replica `target` of fleet `name`, or node `target` with the replicas and gateways of all fleets on it.
 
@@ -72,7 +77,7 @@ def drain(
     return drain_from_node(target, nodes[node_id], deadline_s, progress)
 
 
-def drain_from_node(target: str, ip: str, deadline_s: float, progress: Progress) -> Drained:
+def drain_from_node(target: str, ip: str, deadline_s: float, progress: Callable[[str], None]) -> Drained:
     """Drain what all fleets have on node `ip`, which gets nothing new any more."""
     from kervan.serve import directory
 
@@ -89,7 +94,7 @@ def _drain(
     replicas: dict[str, list[str]],
     gateways: dict[str, list[str]],
     deadline_s: float,
-    progress: Progress,
+    progress: Callable[[str], None],
 ) -> Drained:
     """`replicas` and `gateways`: those to go, by fleet. Gateways are ended by Serve, which sees the node drain."""
     from kervan.serve import directory

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from kervan.config.fleet import FleetConfig
@@ -14,16 +15,12 @@ from kervan.facts import model as models
 from kervan.fleet.vllm import argument_names
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
-from kervan.serve.fleet import (
-    FleetStatus,
-    Progress,
-    end_fleet,
-    plural,
-    slowest_start,
-    stored_config,
-    wait_until_ready,
-)
+from kervan.serve.attach import stored_config
+from kervan.serve.down import end_fleet
+from kervan.serve.readiness import slowest_start, wait_until_ready
+from kervan.serve.status import FleetStatus
 from kervan.twin import settings as twins
+from kervan.units import plural
 
 
 def validate(config: FleetConfig) -> FleetConfig:
@@ -82,7 +79,7 @@ def num_gateways(config: FleetConfig) -> int:
 class Startup:
     """A fleet on its way up; `cancel` undoes whatever has been started."""
 
-    def __init__(self, config: FleetConfig, address: str | None, progress: Progress):
+    def __init__(self, config: FleetConfig, address: str | None, progress: Callable[[str], None]):
         self.config = config
         self.progress = progress
         self._address = address
