@@ -24,6 +24,7 @@ import psutil
 from kervan.config.fleet import Device, FleetConfig
 from kervan.errors import EngineError, FleetError
 from kervan.facts.markets import SPOT
+from kervan.serve import ray_internals
 from kervan.serve.placement import NodeDevices
 
 START_TIMEOUT_S = 120.0
@@ -142,12 +143,10 @@ def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        # Ray's workers give way to everything else (nice 15); here they are the server itself.
-        "RAY_worker_niceness": "0",
-        # Serve looks at its replicas 10 times a second by default: idle work beside the gateways.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        ray_internals.NICENESS_VARIABLE: "0",
+        ray_internals.CONTROL_LOOP_VARIABLE: "0.5",
     }
-    return env | ({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if has_haproxy else {})
+    return env | ({ray_internals.HAPROXY_VARIABLE: "1"} if has_haproxy else {})
 
 
 def stop_local_ray(local: LocalRay) -> None:
@@ -215,8 +214,7 @@ def connect(address: str) -> None:
                 logging_level=logging.ERROR,
                 configure_logging=False,
             )
-        # Ray prints to a driver's output that a node died; the output is the command's, and may be JSON.
-        ray._private.worker._worker_logs_enabled = False
+        ray_internals.silence_driver()
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise FleetError(
             f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, and RAY_AUTH_TOKEN if the "
@@ -265,7 +263,7 @@ def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
     """
     import ray
 
-    available = ray._private.state.available_resources_per_node()
+    free_by_node = ray_internals.free_resources()
     found: dict[Device, list[NodeDevices]] = {"GPU": [], "CPU": []}
     for node in ray.nodes():
         resources: dict[str, Any] = node["Resources"]
@@ -274,7 +272,7 @@ def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
         kind = next((name for name in resources if name.startswith("accelerator_type:")), None)
         for name, nodes in found.items():
             if total := int(resources.get(name, 0)):
-                free = available.get(node["NodeID"], {}).get(name, 0.0)
+                free = free_by_node.get(node["NodeID"], {}).get(name, 0.0)
                 is_spot = node["Labels"].get(MARKET_LABEL) == SPOT
                 nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, name, is_spot))
     if device:
@@ -299,18 +297,9 @@ def drain_node(node_id: str, deadline_s: float) -> None:
 
     Raises: FleetError when Ray refuses.
     """
-    import ray
-    from ray.core.generated import autoscaler_pb2
-
-    gcs = ray._private.worker.global_worker.gcs_client
-    is_accepted, why = gcs.drain_node(
-        node_id,
-        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),  # cannot be refused for being busy
-        "kervan drain",
-        time.time_ns() // 1_000_000 + int(deadline_s * 1000),
-    )
-    if not is_accepted:
-        raise FleetError(f"Ray does not drain node {node_id}: {why}")
+    refusal = ray_internals.drain_node(node_id, time.time_ns() // 1_000_000 + int(deadline_s * 1000))
+    if refusal:
+        raise FleetError(f"Ray does not drain node {node_id}: {refusal}")
 
 
 def dead_nodes() -> list[str]:

@@ -7,21 +7,19 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
 from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
-from kervan.serve import pools
+from kervan.serve import pools, ray_internals
 
 NAMESPACE = "kervan"
 _PREFIX = "directory-"
-_STORE = b"kervan"
 PUBLISH_PERIOD_S = 0.5
 
 
-def _key(name: str) -> bytes:
-    return f"config of fleet {name}".encode()
+def _key(name: str) -> str:
+    return f"config of fleet {name}"
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, lifetime="detached")
@@ -34,7 +32,7 @@ class DirectoryActor:
 
     def __init__(self, name: str, config_json: str, secret: str) -> None:
         self._key = _key(name)
-        stored = _internal_kv_get(self._key, namespace=_STORE)
+        stored = ray_internals.kv_get(self._key)
         self._config_json = stored.decode() if stored is not None else config_json
         self._secret = secret
         self._directory = Directory(time.monotonic)
@@ -71,7 +69,7 @@ class DirectoryActor:
         return str(ray.get_runtime_context().get_node_id())
 
     async def set_config(self, config_json: str) -> None:
-        _internal_kv_put(self._key, config_json.encode(), overwrite=True, namespace=_STORE)
+        ray_internals.kv_put(self._key, config_json.encode())
         self._config_json = config_json
         before = self._directory.version
         self._directory.version += 1  # fleets on the same port look at the config again
@@ -144,7 +142,7 @@ def create(name: str, config_json: str, secret: str) -> Any:
 
 def forget(name: str) -> None:
     """Forget the stored config of a fleet that is no more."""
-    _internal_kv_del(_key(name), namespace=_STORE)
+    ray_internals.kv_delete(_key(name))
     pools.forget(name)
 
 

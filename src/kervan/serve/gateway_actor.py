@@ -204,7 +204,7 @@ class IngressGatewayReplica(GatewayReplica):
     def _begin(self) -> None:
         """Serve asks for the app next."""
 
-    async def __serve_build_asgi_app__(self) -> Any:
+    async def __serve_build_asgi_app__(self) -> Any:  # the name by which Serve asks (BUILD_APP_METHOD)
         await self._start_gateway(serve_http=False)
         self._jobs = [asyncio.create_task(job) for job in (self._follow(), self._beat_forever())]
         return self._gateway.shell

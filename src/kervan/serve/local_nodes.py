@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import psutil
 from kervan.errors import EngineError, FleetError
 from kervan.facts.markets import ON_DEMAND, SPOT
 from kervan.serve import cluster
+from kervan.serve.ray_internals import NodeCluster
 
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not pass through Ray's object store
 REGISTER_TIMEOUT_S = 120.0
@@ -118,9 +118,7 @@ class _Nodes:
     """Spot nodes by address."""
 
     def __init__(self, temp_dir: str) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster()
+        self._cluster = NodeCluster()
         self._nodes: dict[str, Any] = {}
         self._start(
             num_cpus=os.cpu_count() or 1,
@@ -132,17 +130,17 @@ class _Nodes:
 
     @property
     def address(self) -> str:
-        return str(self._cluster.address)
+        return self._cluster.address
 
     def _start(self, **words: Any) -> Any:
         for last in (*[False] * (TRIES - 1), True):
             try:
-                node = self._cluster.add_node(wait=False, object_store_memory=OBJECT_STORE_BYTES, **words)
+                node = self._cluster.add(object_store_memory=OBJECT_STORE_BYTES, **words)
             except Exception as error:
                 if last or "timed out" not in str(error):
                     raise
             else:
-                self._cluster._wait_for_node(node, REGISTER_TIMEOUT_S)
+                self._cluster.wait_for(node, REGISTER_TIMEOUT_S)
                 return node
         raise AssertionError("not reached")
 
@@ -151,22 +149,13 @@ class _Nodes:
 
     def remove(self, ip: str) -> None:
         node = self._nodes.pop(ip)
-        for process in [*_tree(node)]:  # first, so that no part of it sees another one end
+        for process in [*self._cluster.processes(node)]:  # first, so that no part of it sees another one end
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        self._cluster.remove_node(node, allow_graceful=False)
+        self._cluster.remove(node)
 
     def close(self) -> None:
-        self._cluster.shutdown()
-
-
-def _tree(node: Any) -> Iterator[psutil.Process]:
-    for part in node.live_processes():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(part[1].pid)
-            below = process.children(recursive=True)
-            yield process
-            yield from below
+        self._cluster.close()
 
 
 def main() -> None:

@@ -9,12 +9,11 @@ from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError
 from kervan.facts.markets import ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
-from kervan.serve import cluster, placement
+from kervan.serve import cluster, placement, ray_internals
 from kervan.serve.placement import NodeDevices
 from kervan.serve.versions import versions
 from kervan.twin import settings as twins
 
-_STORE = b"kervan"
 MARKET_LABEL = cluster.MARKET_LABEL
 
 
@@ -181,25 +180,21 @@ def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices
 # ---- what the directory writes and Serve's controller reads: neither may wait for the other
 
 
-def _key(fleet_name: str) -> bytes:
-    return f"spot pool of fleet {fleet_name}".encode()
+def _key(fleet_name: str) -> str:
+    return f"spot pool of fleet {fleet_name}"
 
 
 def publish(fleet_name: str, facts: SpotFacts) -> None:
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(_key(fleet_name), msgspec.json.encode(facts), overwrite=True, namespace=_STORE)
+    """Let Serve's controller know of the spot pool."""
+    ray_internals.kv_put(_key(fleet_name), msgspec.json.encode(facts))
 
 
 def published(fleet_name: str) -> SpotFacts | None:
     """What was published last, None for nothing."""
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    stored = _internal_kv_get(_key(fleet_name), namespace=_STORE)
+    stored = ray_internals.kv_get(_key(fleet_name))
     return None if stored is None else msgspec.json.decode(stored, type=SpotFacts)
 
 
 def forget(fleet_name: str) -> None:
-    from ray.experimental.internal_kv import _internal_kv_del
-
-    _internal_kv_del(_key(fleet_name), namespace=_STORE)
+    """Forget what was published of a fleet that is no more."""
+    ray_internals.kv_delete(_key(fleet_name))

@@ -17,6 +17,7 @@ from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
 from kervan.serve.attach import stored_config
 from kervan.serve.down import end_fleet
+from kervan.serve.ray_internals import HAPROXY_VARIABLE
 from kervan.serve.readiness import slowest_start, wait_until_ready
 from kervan.serve.status import FleetStatus
 from kervan.twin import settings as twins
@@ -138,9 +139,9 @@ class Startup:
     def _reach_ray(self) -> str:
         needs_haproxy = self.config.ingress == "serve"
         if self._address is not None:
-            if needs_haproxy and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+            if needs_haproxy and os.environ.get(HAPROXY_VARIABLE) != "1":
                 raise FleetError(
-                    "--ingress serve needs HAProxy on the cluster: RAY_SERVE_ENABLE_HA_PROXY=1 in the environment of "
+                    f"--ingress serve needs HAProxy on the cluster: {HAPROXY_VARIABLE}=1 in the environment of "
                     "Ray on all nodes and of kervan up; or use --ingress direct"
                 )
             cluster.connect(self._address)

@@ -27,7 +27,7 @@ from kervan.notices.detect import detect
 from kervan.notices.metadata import Metadata
 from kervan.notices.node import NodeWatch, watching
 from kervan.notices.settings import NoticeSettings, from_environment
-from kervan.serve import cluster
+from kervan.serve import cluster, ray_internals
 from kervan.serve import directory as directories
 from kervan.serve.node_guard import NodeGuard, Sight
 
@@ -175,7 +175,7 @@ def _as_fleet_error(what: str) -> Iterator[None]:
 
 def _nodes() -> tuple[list[str], dict[str, int]]:
     """Alive nodes, and the deadlines of the draining ones (Unix time in ms, 0 without)."""
-    return list(cluster.nodes()), ray._private.state.state.get_draining_nodes()
+    return list(cluster.nodes()), ray_internals.draining_nodes()
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, lifetime="detached")
