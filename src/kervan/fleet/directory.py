@@ -220,19 +220,21 @@ class Directory:
             self.version += 1
         return True
 
-    def close(self, *, is_closing: bool) -> None:
+    def set_closing(self, is_closing: bool) -> None:
         """Let the gateways take no more requests, or take them again."""
         if is_closing != self._is_closing:
             self._is_closing = is_closing
             self.version += 1
 
     def beat_gateway(self, entry: GatewayEntry) -> None:
+        """Take a beat of a gateway."""
         known = self._gateways.get(entry.id)
         self._gateways[entry.id] = (entry, self._now())
         if known is None or _lasting(known[0]) != _lasting(entry):
             self.version += 1
 
     def beat_node(self, entry: NodeEntry) -> None:
+        """Take a beat of a node's watcher."""
         known = self._nodes.get(entry.node)
         self._nodes[entry.node] = (entry, self._now())
         if known is None or known[0] != entry:
@@ -245,7 +247,8 @@ class Directory:
         if self._replicas.pop(entry_id, None) or self._gateways.pop(entry_id, None):
             self.version += 1
 
-    def fail(self, failure: StartFailure) -> None:
+    def report_failure(self, failure: StartFailure) -> None:
+        """Keep why a replica or gateway could not start; the last `MAX_FAILURES` are kept."""
         self._num_failures += 1
         numbered = msgspec.structs.replace(failure, number=self._num_failures)
         self._failures = [*self._failures, numbered][-MAX_FAILURES:]

@@ -11,7 +11,7 @@ from kervan.errors import ConfigError, FleetError, KervanError
 from kervan.facts import model as models
 from kervan.facts.markets import ON_DEMAND
 from kervan.serve import cluster, placement, pools
-from kervan.serve.attach import attach, snapshot_of, store_config, stored_config
+from kervan.serve.attach import attach
 from kervan.serve.readiness import wait_until_ready
 from kervan.serve.start import check_port, num_gateways, validate
 from kervan.serve.status import FleetStatus
@@ -44,8 +44,8 @@ class RunningFleet:
     def __init__(self, name: str, address: str | None, progress: Callable[[str], None]):
         """Raises: FleetError when there is no such fleet."""
         self.progress = progress
-        self._handle = attach(name, address)
-        self._config = stored_config(self._handle)
+        self._directory = attach(name, address)
+        self._config = self._directory.fleet().result().config
 
     def plan(self, words: Mapping[str, Any], source: str) -> Change:
         """What it takes to bring in `words`; what they do not name stays. Nothing is changed yet.
@@ -74,7 +74,7 @@ class RunningFleet:
                 check_port(after.host, after.port)
             warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
         pool_nodes = cluster.nodes_for(after)
-        live = pools.held(snapshot_of(self._handle))
+        live = pools.held(self._directory.snapshot().result())
         same_size = before.world_size == after.world_size
         taken = before.world_size * before.gpu_share
         pools.check(after, pool_nodes, {pool: count * taken for pool, count in live.items()})
@@ -108,23 +108,23 @@ class RunningFleet:
         """
         from kervan.serve import app, shared_port
 
-        snapshot = snapshot_of(self._handle)
+        snapshot = self._directory.snapshot().result()
         known = snapshot.failures[-1].number if snapshot.failures else 0
         nodes = cluster.devices_by_node(change.after.device)
         room = pools.placeable(change.after, cluster.nodes_for(change.after), pools.held(snapshot))
-        store_config(self._handle, change.after)
+        self._directory.set_config(change.after).result()
         app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
         try:
             status = wait_until_ready(
                 change.after,
-                self._handle,
+                self._directory,
                 self.progress,
                 after_failure=known,
                 awaited=pools.awaited(change.after, room),
             )
         except KervanError as error:
             self.progress("it failed; going back")
-            store_config(self._handle, change.before)
+            self._directory.set_config(change.before).result()
             app.deploy(app.build(change.before, nodes, surges=change.surges), change.before)
             raise type(error)(f"{error} (the fleet goes on as before)") from error
         shared_port.wait_until_known(change.after, self.progress)

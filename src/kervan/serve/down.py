@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-import msgspec
-
 from kervan.errors import FleetError, KervanError
-from kervan.fleet.directory import Snapshot
 from kervan.serve import cluster
-from kervan.serve.attach import attach, told_by
+from kervan.serve.attach import attach
+from kervan.serve.directory.client import find_directory, fleet_names
+from kervan.units import plural
 
 POLL_S = 0.2
 HEARD_S = 2.5  # after which all gateways have heard of a change, and all counts are newer
@@ -33,10 +32,8 @@ def down(name: str, address: str | None = None) -> Literal["stopped", "stopped w
     attach(name, address)
     end_fleet(name)
     cluster.forget(name)
-    from kervan.serve import directory
-
     is_local = local is not None and (address or (known.address if known else local.address)) == local.address
-    if local is not None and is_local and not directory.names():
+    if local is not None and is_local and not fleet_names():
         import ray
 
         ray.shutdown()
@@ -53,40 +50,39 @@ def let_streams_end(
     Raises: FleetError when some are left after `deadline_s`; the gateways take requests again then, as they do when the
     wait is given up (Ctrl-C).
     """
-    handle = attach(name, address)
+    directory = attach(name, address)
     begin_s = time.monotonic()
-    told = ""
+    last_line = ""
     is_over = False
     try:
         while True:
             # Asked again and again: a directory that was started anew knows nothing of it.
-            snapshot = msgspec.msgpack.decode(told_by(handle.close.remote(True)), type=Snapshot)
+            snapshot = directory.set_closing(True).result()
             at_gateways = sum(gateway.streams for gateway in snapshot.gateways)
             streams = max(at_gateways, sum(replica.running + replica.waiting for replica in snapshot.replicas))
             waited_s = time.monotonic() - begin_s
             if waited_s > HEARD_S and not streams:
                 is_over = True
                 return
-            what = f"waiting for {streams} stream{'s' if streams != 1 else ''}"
+            line = f"waiting for {plural(streams, 'stream')}"
             if waited_s > deadline_s:
                 raise FleetError(
-                    f"{what} after {waited_s:.0f} s, and --deadline was {deadline_s:.0f} s; fleet {name!r} takes "
+                    f"{line} after {waited_s:.0f} s, and --deadline was {deadline_s:.0f} s; fleet {name!r} takes "
                     "requests again; give it longer, or leave --graceful out to cut them"
                 )
-            if streams and what != told:
-                told = what
-                progress(what)
+            if streams and line != last_line:
+                last_line = line
+                progress(line)
             time.sleep(POLL_S)
     finally:
         if not is_over:
-            told_by(handle.close.remote(False))
+            directory.set_closing(False).result()
 
 
 def end_fleet(name: str) -> None:
     """End the application, then the directory, without which the fleet is no longer listed."""
-    import ray
-
-    from kervan.serve import app, directory, watchers
+    from kervan.serve import app, watchers
+    from kervan.serve.directory.actor import forget_directory
 
     try:
         app.delete(name)
@@ -94,7 +90,7 @@ def end_fleet(name: str) -> None:
         pass  # a replica that waits for a GPU outlasts Serve's patience; Serve goes on ending it
     finally:
         with contextlib.suppress(FleetError):
-            ray.kill(directory.find(name))
-            directory.forget(name)
-        if not directory.names():
+            find_directory(name).kill(restarts=False)
+            forget_directory(name)
+        if not fleet_names():
             watchers.end_all()

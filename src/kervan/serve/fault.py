@@ -3,7 +3,7 @@
 from kervan.config.fault import Fault
 from kervan.errors import FleetError
 from kervan.fleet.directory import Suffer
-from kervan.serve.attach import attach, order, snapshot_of, stored_config
+from kervan.serve.attach import attach
 
 
 def suffer(name: str, replica_id: str, fault: Fault, address: str | None = None) -> None:
@@ -11,10 +11,10 @@ def suffer(name: str, replica_id: str, fault: Fault, address: str | None = None)
 
     Raises: FleetError when the fleet has no such replica, or it is no twin.
     """
-    handle = attach(name, address)
-    if stored_config(handle).engine != "twin":
+    directory = attach(name, address)
+    if directory.fleet().result().config.engine != "twin":
         raise FleetError(f"the replicas of fleet {name!r} are real engines; faults are for --engine twin, or use kill")
-    ids = [r.id for r in snapshot_of(handle).replicas]
+    ids = [r.id for r in directory.snapshot().result().replicas]
     if replica_id not in ids:
         raise FleetError(f"fleet {name!r} has no replica {replica_id!r}; it has {', '.join(ids) or 'none'}")
-    order(handle, replica_id, Suffer(fault))
+    directory.order(replica_id, Suffer(fault)).result()

@@ -20,10 +20,10 @@ from kervan.fleet.directory import StartFailure
 from kervan.fleet.log_files import new_log, open_log
 from kervan.fleet.vllm import failures
 from kervan.gateway.server import Gateway, GatewayConfig
-from kervan.serve import directory as directories
 from kervan.serve import watchers
 from kervan.serve.autoscaling import BUSY
 from kervan.serve.cluster import home
+from kervan.serve.directory.client import find_directory
 from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,9 @@ class GatewayReplica:
         gateway_id = f"gw-{uuid.uuid4().hex[:6]}"
         self._log_path = new_log(home() / "logs", f"{config.name}-{gateway_id}")
         _log_to(self._log_path)
-        self._directory = directories.find(config.name)
-        _, secret = ray.get(self._directory.fleet.remote())
-        others = directories.read(ray.get(self._directory.snapshot.remote())).gateways
+        self._directory = find_directory(config.name)
+        _, secret = self._directory.fleet().result(timeout_s=None)
+        others = self._directory.snapshot().result(timeout_s=None).gateways
         self._neighbourhood = Neighbourhood(config)
         # Known before the port is open: a request for another fleet may be the first.
         self._neighbours = self._neighbourhood.look() if config.shared_port else []
@@ -104,7 +104,7 @@ class GatewayReplica:
             except Exception as error:  # noqa: BLE001 - whatever stopped vLLM's app is reported, in one line
                 self._start_error = error
         if self._start_error is not None:
-            self._report(self._start_error)
+            self._directory.report_failure(self._failure(self._start_error)).result(timeout_s=None)
             raise FleetError(f"gateway: {self._start_error}")
 
     def _run(self, started: threading.Event) -> None:
@@ -118,9 +118,13 @@ class GatewayReplica:
                 return
             finally:
                 started.set()
-            following = asyncio.create_task(self._follow_neighbours())
-            await asyncio.gather(self._follow(), self._beat_forever(), self._stopped.wait())
-            following.cancel()
+            following_neighbours = asyncio.create_task(self._follow_neighbours())
+            async with asyncio.TaskGroup() as group:
+                following = group.create_task(self._follow())
+                group.create_task(self._beat_forever())
+                await self._stopped.wait()
+                following.cancel()
+            following_neighbours.cancel()
 
         uvloop.run(main())
 
@@ -132,25 +136,17 @@ class GatewayReplica:
             self._gateway.shared_port.update(self._neighbours)
         await self._gateway.start(serve_http=serve_http)
 
-    def _report(self, error: BaseException) -> None:
-        told = failures.known(error) or error
-        text = " ".join(str(told).split())
-        failure = StartFailure(self._gateway_config.gateway_id, type(told).__name__, text, str(self._log_path))
-        ray.get(self._directory.fail.remote(msgspec.msgpack.encode(failure)))
+    def _failure(self, error: BaseException) -> StartFailure:
+        cause = failures.known(error) or error
+        message = " ".join(str(cause).split())
+        return StartFailure(self._gateway_config.gateway_id, type(cause).__name__, message, str(self._log_path))
 
     async def _follow(self) -> None:
         """Hand the directory's changes to the gateway; a directory that is away changes nothing."""
-        version = -1
-        while not self._stopped.is_set():
-            try:
-                snapshot = directories.read(await self._directory.wait.remote(version, BEAT_PERIOD_S))
-            except ray.exceptions.RayError as error:
-                logger.warning("the directory does not answer: %s", error)
-                await asyncio.sleep(BEAT_PERIOD_S)
-                continue
-            version = snapshot.version
+        async for snapshot in self._directory.follow(poll_s=BEAT_PERIOD_S, retry_s=BEAT_PERIOD_S):
             self._gateway.update(snapshot)
-            await asyncio.sleep(0.05)
+            if self._stopped.is_set():
+                return
 
     async def _follow_neighbours(self) -> None:
         """Tell the gateway of the other fleets on its port."""
@@ -168,9 +164,9 @@ class GatewayReplica:
                 entry = msgspec.structs.replace(
                     self._gateway.entry(), version=self._version, log_path=str(self._log_path), busy=self._busy
                 )
-                self._directory.beat_gateway.remote(msgspec.msgpack.encode(entry))
+                self._directory.beat_gateway(entry)
             if self._gateway.failure is not None:
-                self._report(self._gateway.failure)
+                await self._directory.report_failure(self._failure(self._gateway.failure))
                 return
             await asyncio.sleep(BEAT_PERIOD_S)
 
@@ -192,8 +188,8 @@ class GatewayReplica:
         if self._is_leaving or not hasattr(self, "_gateway"):
             return
         self._is_leaving = True
-        with contextlib.suppress(ray.exceptions.RayError):
-            await self._directory.remove.remote(self._gateway_config.gateway_id)
+        with contextlib.suppress(FleetError):
+            await self._directory.remove(self._gateway_config.gateway_id)
         await self._in_gateway(self._gateway.stop())
         self._loop.call_soon_threadsafe(self._stopped.set)
 

@@ -4,14 +4,13 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from kervan import errors
 from kervan.config.fleet import FleetConfig
 from kervan.errors import EngineError, FleetError, KervanError
 from kervan.fleet.directory import Snapshot, StartFailure
 from kervan.serve import cluster, pools
-from kervan.serve.attach import snapshot_of
+from kervan.serve.directory.client import DirectoryClient, find_directory
 from kervan.serve.status import FleetStatus, fleet_status, reasons
 from kervan.serve.versions import versions
 from kervan.units import plural
@@ -22,7 +21,7 @@ PATIENCE_S = 15.0
 
 def wait_until_ready(
     config: FleetConfig,
-    handle: Any,
+    directory: DirectoryClient,
     progress: Callable[[str], None],
     *,
     after_failure: int = 0,
@@ -35,33 +34,31 @@ def wait_until_ready(
 
     Raises: the KervanError that a replica or gateway reported with a number above `after_failure`.
     """
-    from kervan.serve import directory
-
     made = versions(config)
-    told = ""
+    last_line = ""
     changed_s, explained = time.monotonic(), set[str]()
     while True:
         try:
-            snapshot = snapshot_of(handle)
+            snapshot = directory.snapshot().result()
         except FleetError as error:
-            directory.find(config.name)  # raises when it is gone for good; else what was asked for is under way
+            find_directory(config.name)  # raises when it is gone for good; else what was asked for is under way
             progress(str(error))
             time.sleep(POLL_S)
             continue
         for failure in snapshot.failures:
             if failure.number > after_failure:
-                raise _raised(failure)
+                raise _as_error(failure)
         ready = sum(r.state == "ready" and r.version == made.replicas for r in snapshot.replicas)
         answering = sum(g.is_ready and g.version == made.gateways for g in snapshot.gateways)
         present = sum(g.version == made.gateways for g in snapshot.gateways)
-        words = f"{ready}/{sum(awaited.values())} replicas and {answering}/{config.gateways} gateways ready"
+        line = f"{ready}/{sum(awaited.values())} replicas and {answering}/{config.gateways} gateways ready"
         old = len(snapshot.replicas) - sum(r.version == made.replicas for r in snapshot.replicas)
         old_gateways = len(snapshot.gateways) - present
         if old or old_gateways:
-            words += f", {plural(old, 'replica')} and {plural(old_gateways, 'gateway')} to go"
-        if words != told:
-            told, changed_s = words, time.monotonic()
-            progress(words)
+            line += f", {plural(old, 'replica')} and {plural(old_gateways, 'gateway')} to go"
+        if line != last_line:
+            last_line, changed_s = line, time.monotonic()
+            progress(line)
         elif time.monotonic() - changed_s > PATIENCE_S:
             changed_s = time.monotonic()
             if config.pools:
@@ -84,11 +81,11 @@ def slowest_start(snapshot: Snapshot) -> str:
     if not starts:
         return ""
     parts = max(starts, key=lambda start: sum(start.values()))
-    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
-    return f"{sum(parts.values()):.1f} s: {told}"
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
+    return f"{sum(parts.values()):.1f} s: {phases}"
 
 
-def _raised(failure: StartFailure) -> KervanError:
+def _as_error(failure: StartFailure) -> KervanError:
     known: type[KervanError] = getattr(errors, failure.kind, EngineError)
     where = f" (log: {failure.log_path})" if failure.log_path and Path(failure.log_path).exists() else ""
     if failure.kind in ("ConfigError", "CapacityError"):

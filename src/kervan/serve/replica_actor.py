@@ -7,21 +7,20 @@ import os
 import threading
 import time
 import uuid
-from typing import Any
 
 import msgspec
 import ray
 from ray.util import placement_group_table
 
 from kervan.config.fleet import FleetConfig
-from kervan.errors import EngineError
+from kervan.errors import EngineError, FleetError
 from kervan.fleet.control import EngineSpec, Placement
 from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
-from kervan.serve import directory as directories
 from kervan.serve import watchers
 from kervan.serve.cluster import home
+from kervan.serve.directory.client import DirectoryResponse, find_directory
 from kervan.twin import settings as twins
 from kervan.twin.replica import TwinSpec
 
@@ -54,8 +53,8 @@ class EngineReplica:
         self._is_leaving = False
         self._left = threading.Event()
         self._leaves_at_s: float | None = None
-        self._directory = directories.find(self._config.name)
-        _, secret = await self._directory.fleet.remote()
+        self._directory = find_directory(self._config.name)
+        _, secret = await self._directory.fleet()
         log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
         group = _placement(self._config)
         node_ids = _node_ids(group) if group is not None else [ray.get_runtime_context().get_node_id()]
@@ -80,8 +79,8 @@ class EngineReplica:
             self._is_leaving = True
             self._left.set()
             report = StartFailure(self._id, failure.kind, failure.message, str(log_path))
-            await self._directory.fail.remote(msgspec.msgpack.encode(report))
-            await self._directory.remove.remote(self._id)
+            await self._directory.report_failure(report)
+            await self._directory.remove(self._id)
             raise EngineError(f"{failure.message} (log: {log_path})")
         self._state, self._ready_s = "ready", time.monotonic()
         self._beat()
@@ -92,7 +91,8 @@ class EngineReplica:
             return
         # Serve replaces an actor that is gone at once; a failing health check would take three periods.
         self._state, self._reason = "unhealthy", "the engine process ended"
-        self._beat(wait=True)
+        with contextlib.suppress(FleetError):
+            self._beat().result(BEAT_TIMEOUT_S)
         os._exit(1)
 
     def _entry(self) -> ReplicaEntry:
@@ -124,18 +124,14 @@ class EngineReplica:
             leaves_in_s=None if self._leaves_at_s is None else max(0.0, self._leaves_at_s - time.monotonic()),
         )
 
-    def _beat(self, *, wait: bool = False) -> Any:
-        sent = self._directory.beat_replica.remote(msgspec.msgpack.encode(self._entry()))
-        if wait:
-            ray.wait([sent], timeout=BEAT_TIMEOUT_S)
-        return sent
+    def _beat(self) -> DirectoryResponse[list[Order]]:
+        return self._directory.beat_replica(self._entry())
 
     def _beat_forever(self) -> None:
         while not self._is_leaving or self._state == "draining":
-            with contextlib.suppress(ray.exceptions.RayError):  # a directory that is away changes nothing
-                orders = ray.get(self._beat(), timeout=BEAT_TIMEOUT_S)
-                for order in orders:
-                    self._obey(msgspec.msgpack.decode(order, type=Order))
+            with contextlib.suppress(FleetError):  # a directory that is away changes nothing
+                for order in self._beat().result(BEAT_TIMEOUT_S):
+                    self._obey(order)
             time.sleep(BEAT_PERIOD_S)
 
     def _obey(self, order: Order) -> None:
@@ -191,7 +187,7 @@ class EngineReplica:
                 await asyncio.sleep(DRAIN_POLL_S)
         await asyncio.to_thread(process.stop, STOP_TIMEOUT_S)
         self._state = "unhealthy"
-        ray.get(self._directory.remove.remote(self._id))
+        await self._directory.remove(self._id)
 
 
 def _spec(

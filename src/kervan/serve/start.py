@@ -15,7 +15,7 @@ from kervan.facts import model as models
 from kervan.fleet.vllm import argument_names
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
-from kervan.serve.attach import stored_config
+from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
 from kervan.serve.down import end_fleet
 from kervan.serve.ray_internals import HAPROXY_VARIABLE
 from kervan.serve.readiness import slowest_start, wait_until_ready
@@ -85,7 +85,7 @@ class Startup:
         self.progress = progress
         self._address = address
         self._started_ray: cluster.StartingRay | None = None
-        self._directory: Any = None
+        self._directory: DirectoryClient | None = None
 
     def run(self) -> FleetStatus:
         """Start the fleet and wait until every replica has given a token.
@@ -105,13 +105,14 @@ class Startup:
         if is_here and cluster.find_local_ray() is None:
             check_port(self.config.host, self.config.port)
         address = self._reach_ray()
-        from kervan.serve import app, directory, shared_port
+        from kervan.serve import app, shared_port
+        from kervan.serve.directory.actor import create_directory
 
         nodes = cluster.devices_by_node()
         if not placement.has_gpus(nodes):
             self.config = on_cpu(self.config, os.cpu_count() or 1)
         config = self.config = placement.spread(self.config, nodes)
-        if config.name in directory.names():
+        if config.name in fleet_names():
             raise FleetError(
                 f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
             )
@@ -125,7 +126,7 @@ class Startup:
         if config.ingress == "serve":
             _check_entry_is_free()
         config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
-        self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
+        self._directory = create_directory(config, secrets.token_hex(16))
         app.start_serve(config)
         self.progress(f"starting {plural(sum(awaited.values()), 'replica')} and {plural(config.gateways, 'gateway')}")
         app.deploy(app.build(config, nodes), config)
@@ -176,10 +177,8 @@ class Startup:
 
 def _check_entry_is_free() -> None:
     """Serve has one entry for a whole cluster, and a fleet needs all of its paths."""
-    from kervan.serve import directory
-
-    for name in directory.names():
-        other = stored_config(directory.find(name))
+    for name in fleet_names():
+        other = find_directory(name).fleet().result().config
         if other.ingress == "serve":
             raise FleetError(
                 f"fleet {name!r} has the one entry of Serve on this cluster (port {other.port}); use --ingress direct"

@@ -7,7 +7,7 @@ from typing import Any
 from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import GatewayEntry, NodeEntry, ReplicaEntry, Snapshot
 from kervan.serve import cluster, pools
-from kervan.serve.attach import attach, snapshot_of, stored_config
+from kervan.serve.attach import attach
 from kervan.serve.why import explain, notice_lines
 
 
@@ -103,32 +103,38 @@ def _node(entry: NodeEntry) -> dict[str, Any]:
 
 
 def fleet_status(config: FleetConfig, snapshot: Snapshot) -> FleetStatus:
+    """The status of a fleet with these settings and entries."""
     url = snapshot.gateways[0].url if snapshot.gateways else ""
     return FleetStatus(config.name, url, config, snapshot)
 
 
 def status(name: str, address: str | None = None) -> FleetStatus:
-    """The fleet as its directory sees it now."""
-    return Watch(name, address).look()
+    """The fleet as its directory sees it now.
+
+    Raises: FleetError when there is no such fleet, or its directory does not answer.
+    """
+    return FleetWatch(name, address).look()
 
 
-class Watch:
+class FleetWatch:
     """Looks at a fleet again and again."""
 
     def __init__(self, name: str, address: str | None = None):
         """Raises: FleetError when there is no such fleet."""
-        self._handle = attach(name, address)
+        self._directory = attach(name, address)
 
     def look(self) -> FleetStatus:
-        return fleet_status(stored_config(self._handle), snapshot_of(self._handle))
+        """The fleet now. Raises: FleetError when its directory does not answer."""
+        return fleet_status(self._directory.fleet().result().config, self._directory.snapshot().result())
 
 
 def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
-    """The fleet, and a sentence for each thing in it that is not as it should be."""
-    found = Watch(name, address).look()
-    return found, reasons(found.config, found.snapshot)
+    """The fleet, and a sentence for each thing in it that is not as it should be. Raises: as `status`."""
+    seen = status(name, address)
+    return seen, reasons(seen.config, seen.snapshot)
 
 
 def reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:
-    found = explain(config, snapshot, cluster.nodes_for(config), cluster.dead_nodes())
-    return [*notice_lines(snapshot, time.time()), *found]
+    """A sentence for each thing in the fleet that is not as it should be, nodes under notice first."""
+    nodes, dead_nodes = cluster.nodes_for(config), cluster.dead_nodes()
+    return [*notice_lines(snapshot, time.time()), *explain(config, snapshot, nodes, dead_nodes)]
