@@ -17,12 +17,12 @@ def status(name: str, address: str | None, with_why: bool, as_json: bool) -> Non
 
     sentences = None
     if with_why:
-        found, sentences = fleets.why(name, address)
+        seen, sentences = fleets.why(name, address)
     else:
-        found = fleets.status(name, address)
+        seen = fleets.status(name, address)
     if as_json:
-        render.print_json(found.to_dict() | ({} if sentences is None else {"why": sentences}))
+        render.print_json(seen.to_dict() | ({} if sentences is None else {"why": sentences}))
         return
-    render.print_status(found)
+    render.print_status(seen)
     if sentences is not None:
         print("\n".join(sentences) or "all is as it should be")

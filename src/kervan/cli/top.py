@@ -63,7 +63,7 @@ def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for node in after.nodes:
         for notice in node.notices:
             if (node.node, notice.kind, notice.source) not in heard:
-                yield f"node {node.node}: {notice.words(notice.seen_s)}"
+                yield f"node {node.node}: {notice.describe(notice.seen_s)}"
     known = {failure.number for failure in before.failures}
     for failure in after.failures:
         if failure.number not in known:

@@ -100,7 +100,7 @@ class NodeNotice(msgspec.Struct, frozen=True):
     deadline_s: float | None
     seen_s: float
 
-    def words(self, now_s: float) -> str:
+    def describe(self, now_s: float) -> str:
         """What becomes of the node, like "goes in 118 s: preemption (aws)". `now_s`: Unix time."""
         if not self.is_certain:
             when = "stands still for some seconds" if self.kind == "pause" else "may go"
@@ -267,9 +267,9 @@ class Directory:
     def snapshot(self) -> Snapshot:
         """All entries by id; the reason of one that is late says so."""
         self.expire()
-        replicas = [self._as_leaving(replica) for replica in self._told(self._replicas)]
+        replicas = [self._as_leaving(replica) for replica in self._listed(self._replicas)]
         nodes = [entry for _, (entry, _) in sorted(self._nodes.items())]
-        gateways, failures = self._told(self._gateways), list(self._failures)
+        gateways, failures = self._listed(self._gateways), list(self._failures)
         return Snapshot(self.version, replicas, gateways, failures, nodes, self._is_closing)
 
     def _as_leaving(self, replica: ReplicaEntry) -> ReplicaEntry:
@@ -280,13 +280,13 @@ class Directory:
         leaves_in_s = max(0.0, at_s - self._now())
         return msgspec.structs.replace(replica, state="draining", leaves_in_s=leaves_in_s, may_linger=may_linger)
 
-    def _told(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
+    def _listed(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
         now_s = self._now()
-        told = []
+        listed = []
         for _, (entry, at_s) in sorted(entries.items()):
             if now_s - at_s <= SILENT_S:
-                told.append(entry)
+                listed.append(entry)
                 continue
             late = f"no sign of life for {now_s - at_s:.0f} s"
-            told.append(msgspec.structs.replace(entry, reason=f"{entry.reason}, {late}" if entry.reason else late))
-        return told
+            listed.append(msgspec.structs.replace(entry, reason=f"{entry.reason}, {late}" if entry.reason else late))
+        return listed

@@ -28,7 +28,7 @@ HIDDEN = frozenset({"api_keys"})  # told as changed, without the values
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class FleetChange:
     """A change of a running fleet. `lines`: what differs. `warning`: what it costs, if there is a choice."""
 
     before: FleetConfig
@@ -47,23 +47,23 @@ class RunningFleet:
         self._directory = attach(name, address)
         self._config = self._directory.fleet().result().config
 
-    def plan(self, words: Mapping[str, Any], source: str) -> Change:
-        """What it takes to bring in `words`; what they do not name stays. Nothing is changed yet.
+    def plan(self, settings: Mapping[str, Any], source: str) -> FleetChange:
+        """What it takes to bring in `settings`; what they do not name stays. Nothing is changed yet.
 
         Raises: ConfigError; CapacityError; FleetError for what a running fleet cannot change.
         """
         before = self._config
         merged = json.loads(before.to_json())
         for key, why in FIXED.items():
-            wanted = words.get(key, merged[key])
+            wanted = settings.get(key, merged[key])
             if key == "model" and isinstance(wanted, str):
                 wanted = models.resolve(wanted)
             if wanted != merged[key]:
                 raise FleetError(
                     f"{key} of fleet {before.name!r} is {merged[key]!r} and cannot become {wanted!r}: {why}"
                 )
-        after = validate(from_mapping(merge(before, words), source))
-        if words.get("gateways") == 0:
+        after = validate(from_mapping(merge(before, settings), source))
+        if settings.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
         nodes = cluster.devices_by_node(before.device)
         after = placement.spread(after, nodes)
@@ -93,7 +93,7 @@ class RunningFleet:
                     else "streams wait until it is ready, as long as a start takes"
                 )
             )
-        return Change(
+        return FleetChange(
             before,
             after,
             surges,
@@ -101,7 +101,7 @@ class RunningFleet:
             "; ".join(warnings),
         )
 
-    def apply(self, change: Change) -> FleetStatus:
+    def apply(self, change: FleetChange) -> FleetStatus:
         """Carry it out; returns when all new replicas and gateways are ready and the old ones are gone.
 
         Raises: the KervanError of a start that failed; the fleet goes on as before then.
@@ -131,27 +131,27 @@ class RunningFleet:
         return status
 
 
-def merge(before: FleetConfig, words: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a fleet with new words; what follows from others is left out, to follow again.
+def merge(before: FleetConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a fleet with new `settings`; what follows from others is left out, to follow again.
 
     Raises: ConfigError for a number of replicas where it says too little.
     """
     merged: dict[str, Any] = json.loads(before.to_json())
-    if words.get("pools"):
+    if settings.get("pools"):
         if not before.pools:
             merged["pools"] = {ON_DEMAND: str(before.replicas)}
         del merged["replicas"]
-    elif before.pools and words.get("replicas", before.replicas) != before.replicas:
-        told = ", ".join(f"{pool} {bounds}" for pool, bounds in before.bounds.items())
+    elif before.pools and settings.get("replicas", before.replicas) != before.replicas:
+        pools_now = ", ".join(f"{pool} {bounds}" for pool, bounds in before.bounds.items())
         raise ConfigError(
-            f"fleet {before.name!r} has pools ({told}), so {words['replicas']} replicas could be of either; "
-            f"say which: --pool {ON_DEMAND}:{words['replicas']}"
+            f"fleet {before.name!r} has pools ({pools_now}), so {settings['replicas']} replicas could be of either; "
+            f"say which: --pool {ON_DEMAND}:{settings['replicas']}"
         )
-    for key, value in words.items():
+    for key, value in settings.items():
         is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
         merged[key] = {**merged[key], **value} if is_mapping else value
-    if not words.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
-        merged |= {key: words.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
+    if not settings.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
+        merged |= {key: settings.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
     return merged
 
 
@@ -162,8 +162,8 @@ def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConf
     """
     from kervan.serve import shared_port
 
-    words = ("host", "port", "shared_port", "engine_args")
-    if all(getattr(before, word) == getattr(after, word) for word in words):
+    fields = ("host", "port", "shared_port", "engine_args")
+    if all(getattr(before, field) == getattr(after, field) for field in fields):
         return []
     return shared_port.check(after, [other for other, _ in shared_port.fleets()])
 
@@ -182,11 +182,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 
 
 def scale(
-    name: str, words: Mapping[str, Any], address: str | None = None, progress: Callable[[str], None] = lambda _: None
+    name: str, settings: Mapping[str, Any], address: str | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> FleetStatus:
     """Change `replicas`, `pools`, `gateways`, `max_gateways`; returns when they are there, or gone.
 
     Raises: CapacityError when they do not fit; the fleet is as before then.
     """
     fleet = RunningFleet(name, address, progress)
-    return fleet.apply(fleet.plan(words, "kervan scale"))
+    return fleet.apply(fleet.plan(settings, "kervan scale"))

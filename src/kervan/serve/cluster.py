@@ -123,9 +123,9 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
     try:
         line = process.stdout.readline() if process.stdout else ""
         if not line:
-            words = (Path(temp_dir) / "local_ray.log").read_text().strip().splitlines()[-1:]
+            last_line = (Path(temp_dir) / "local_ray.log").read_text().strip().splitlines()[-1:]
             raise EngineError(
-                f"Ray did not start: {' '.join(words) or 'it said nothing'}; is ray[serve] installed whole?"
+                f"Ray did not start: {' '.join(last_line) or 'it said nothing'}; is ray[serve] installed whole?"
             )
         local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token, has_haproxy)
     except BaseException:
@@ -264,20 +264,20 @@ def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
     import ray
 
     free_by_node = ray_internals.free_resources()
-    found: dict[Device, list[NodeDevices]] = {"GPU": [], "CPU": []}
+    by_device: dict[Device, list[NodeDevices]] = {"GPU": [], "CPU": []}
     for node in ray.nodes():
         resources: dict[str, Any] = node["Resources"]
         if not node["Alive"]:
             continue
         kind = next((name for name in resources if name.startswith("accelerator_type:")), None)
-        for name, nodes in found.items():
+        for name, nodes in by_device.items():
             if total := int(resources.get(name, 0)):
                 free = free_by_node.get(node["NodeID"], {}).get(name, 0.0)
                 is_spot = node["Labels"].get(MARKET_LABEL) == SPOT
                 nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, name, is_spot))
     if device:
-        return found[device]
-    return found["GPU"] or found["CPU"]
+        return by_device[device]
+    return by_device["GPU"] or by_device["CPU"]
 
 
 def nodes_for(config: FleetConfig) -> list[NodeDevices]:
@@ -333,12 +333,12 @@ def forget(name: str) -> None:
 
 
 def remembered() -> list[Remembered]:
-    found = []
+    fleets = []
     for path in sorted((home() / "fleets").glob("*.json")):
         fleet = recall(path.stem)
         if fleet is not None:
-            found.append(fleet)
-    return found
+            fleets.append(fleet)
+    return fleets
 
 
 def _write(path: Path, value: Any) -> None:

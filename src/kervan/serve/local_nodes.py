@@ -96,10 +96,10 @@ class LocalNodes:
             with contextlib.suppress(OSError):
                 line = " ".join(self._log_path.read_text().strip().splitlines()[-1:])
             raise EngineError(f"Ray did not give {what}: {line or 'it said nothing'}; is ray[serve] installed whole?")
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise EngineError(f"Ray did not give {what}: {found['error']}; try again when the machine is less busy")
-        return found
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EngineError(f"Ray did not give {what}: {answer['error']}; try again when the machine is less busy")
+        return answer
 
     def close(self) -> None:
         """End all nodes and everything on them."""
@@ -132,10 +132,10 @@ class _Nodes:
     def address(self) -> str:
         return self._cluster.address
 
-    def _start(self, **words: Any) -> Any:
+    def _start(self, **options: Any) -> Any:
         for last in (*[False] * (TRIES - 1), True):
             try:
-                node = self._cluster.add(object_store_memory=OBJECT_STORE_BYTES, **words)
+                node = self._cluster.add(object_store_memory=OBJECT_STORE_BYTES, **options)
             except Exception as error:
                 if last or "timed out" not in str(error):
                     raise
@@ -164,9 +164,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Ray prints is for the log
 
-    def answer(found: dict[str, Any]) -> None:
+    def answer(message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            answers.write(json.dumps(found) + "\n")
+            answers.write(json.dumps(message) + "\n")
             answers.flush()
 
     temp_dir = sys.argv[1]

@@ -66,7 +66,7 @@ def placeable(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[s
 
     `held`: replicas that are there now, by pool; what they take is not free.
     """
-    found = {}
+    rooms = {}
     for pool, bounds in config.bounds.items():
         own = of_pool(pool, nodes) if config.pools else list(nodes)
         if placement.is_counted(config, nodes):
@@ -75,8 +75,8 @@ def placeable(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[s
             room = bounds.maximum if own or not config.pools else 0
             if (most := per_node(config, pool)) is not None:
                 room = len(own) * most
-        found[pool] = max(min(bounds.maximum, room), 0)
-    return found
+        rooms[pool] = max(min(bounds.maximum, room), 0)
+    return rooms
 
 
 def check(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, float]) -> None:
@@ -157,7 +157,7 @@ def warning(config: FleetConfig, nodes: Sequence[NodeDevices]) -> str:
 
 def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices]) -> list[str]:
     """What is not as it is wanted between the pools, in sentences."""
-    told = []
+    sentences = []
     spot, present = config.bounds.get(SPOT), len(replicas_of(SPOT, snapshot))
     if spot is not None and present < spot.maximum:
         missing = f"{spot.maximum - present} of {spot.maximum} replicas"
@@ -170,11 +170,11 @@ def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices
             why = f"wait for another spot node: each of {len(own)} takes {most} (twin setting spot_per_node)"
         else:
             why = f"wait for a spot node with {placement.demand(config, own)} free"
-        told.append(f"pool {SPOT}: {missing} {why}")
+        sentences.append(f"pool {SPOT}: {missing} {why}")
     extra = len(replicas_of(ON_DEMAND, snapshot)) - config.bounds[ON_DEMAND].minimum
     if extra > 0:
-        told.append(f"pool {ON_DEMAND}: {extra} more than its least cover for missing spot replicas")
-    return told
+        sentences.append(f"pool {ON_DEMAND}: {extra} more than its least cover for missing spot replicas")
+    return sentences
 
 
 # ---- what the directory writes and Serve's controller reads: neither may wait for the other

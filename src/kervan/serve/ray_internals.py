@@ -32,8 +32,8 @@ def kv_get(key: str) -> bytes | None:
     """What kervan has stored under `key`; None for nothing."""
     from ray.experimental.internal_kv import _internal_kv_get
 
-    found: bytes | None = _internal_kv_get(key.encode(), namespace=KV_NAMESPACE)
-    return found
+    value: bytes | None = _internal_kv_get(key.encode(), namespace=KV_NAMESPACE)
+    return value
 
 
 def kv_put(key: str, value: bytes) -> None:
@@ -57,16 +57,16 @@ def free_resources() -> dict[str, dict[str, float]]:
     """Of each alive node, by Ray's node id: the resources that nothing has taken."""
     from ray._private import state
 
-    found: dict[str, dict[str, float]] = state.available_resources_per_node()
-    return found
+    resources: dict[str, dict[str, float]] = state.available_resources_per_node()
+    return resources
 
 
 def draining_nodes() -> dict[str, int]:
     """Ray's ids of the nodes that are drained, with the deadline: Unix time in ms, 0 without one."""
     from ray._private import state
 
-    found: dict[str, int] = state.state.get_draining_nodes()
-    return found
+    deadlines_ms: dict[str, int] = state.state.get_draining_nodes()
+    return deadlines_ms
 
 
 def drain_node(node_id: str, deadline_ms: int) -> str:

@@ -55,8 +55,8 @@ def check(config: FleetConfig, others: Sequence[FleetConfig]) -> list[FleetConfi
 
     Raises: ConfigError when one of them keeps the port to itself, or has a model of the same name.
     """
-    found = [other for other in others if meet(config, other)]
-    for other in found:
+    sharing = [other for other in others if meet(config, other)]
+    for other in sharing:
         place = f"port {config.port} of {config.host}"
         if config.ingress == "serve" or other.ingress == "serve":
             raise ConfigError(
@@ -82,7 +82,7 @@ def check(config: FleetConfig, others: Sequence[FleetConfig]) -> list[FleetConfi
                 f"fleet {other.name!r} answers for model {both[0]!r} on {place} already; give this one another name: "
                 "--engine-arg served_model_name=NAME"
             )
-    return found
+    return sharing
 
 
 class Neighbourhood:
@@ -101,30 +101,30 @@ class Neighbourhood:
                 self.take(directory.fleet().result(ANSWER_S), directory.snapshot().result(ANSWER_S))
         return self.listed()
 
-    async def follow(self, tell: Callable[[list[Neighbour]], None]) -> None:
-        """Call `tell` at each change, until cancelled."""
+    async def follow(self, on_change: Callable[[list[Neighbour]], None]) -> None:
+        """Call `on_change` at each change, until cancelled."""
         try:
             while True:
                 with contextlib.suppress(FleetError):
-                    self._follow_each(await asyncio.to_thread(fleet_names), tell)
+                    self._follow_each(await asyncio.to_thread(fleet_names), on_change)
                 await asyncio.sleep(LOOK_PERIOD_S)
         finally:
             for follower in self._followers.values():
                 follower.cancel()
 
-    def _follow_each(self, names: Sequence[str], tell: Callable[[list[Neighbour]], None]) -> None:
+    def _follow_each(self, names: Sequence[str], on_change: Callable[[list[Neighbour]], None]) -> None:
         for name in set(names) - {self._config.name}:
             if name not in self._followers or self._followers[name].done():
-                self._followers[name] = asyncio.create_task(self._follow_one(name, tell))
+                self._followers[name] = asyncio.create_task(self._follow_one(name, on_change))
         gone = (self._followers.keys() | self._known.keys()) - set(names)
         for name in gone:
             self._known.pop(name, None)
             if name in self._followers:
                 self._followers.pop(name).cancel()
         if gone:
-            tell(self.listed())
+            on_change(self.listed())
 
-    async def _follow_one(self, name: str, tell: Callable[[list[Neighbour]], None]) -> None:
+    async def _follow_one(self, name: str, on_change: Callable[[list[Neighbour]], None]) -> None:
         """Until its directory does not answer; a restarted or new one of this name is found by the next look."""
         version = -1
         with contextlib.suppress(FleetError):
@@ -133,7 +133,7 @@ class Neighbourhood:
                 if snapshot.version != version:
                     version = snapshot.version
                     self.take(await directory.fleet(), snapshot)
-                    tell(self.listed())
+                    on_change(self.listed())
 
     def take(self, fleet: StoredFleet, snapshot: Snapshot) -> None:
         """Keep what a directory tells of its fleet, if that is on this fleet's port."""

@@ -28,7 +28,7 @@ from kervan.notices.node import NodeWatch, watching
 from kervan.notices.settings import NoticeSettings, from_environment
 from kervan.serve import cluster, ray_internals
 from kervan.serve.directory.client import NAMESPACE, find_directory, fleet_names
-from kervan.serve.node_guard import NodeGuard, Sight
+from kervan.serve.node_guard import ClusterView, NodeGuard
 from kervan.serve.ray_errors import as_fleet_error
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class RayCluster:
         self._names: list[str] = []
         self._named_s = float("-inf")
 
-    async def exchange(self, entry: NodeEntry) -> Sight:
+    async def exchange(self, entry: NodeEntry) -> ClusterView:
         if time.monotonic() - self._named_s >= NAMES_PERIOD_S:
             self._names = await asyncio.to_thread(fleet_names)
             self._named_s = time.monotonic()
@@ -130,7 +130,7 @@ class RayCluster:
         with as_fleet_error("Ray does not tell which nodes there are"):
             nodes, draining = await asyncio.to_thread(_nodes)
         drained_at_ms = draining.get(self._node_id)
-        return Sight(
+        return ClusterView(
             self._snapshots,
             is_only_node=set(nodes) <= {self._node_id},
             is_drained=drained_at_ms is not None,
@@ -147,11 +147,11 @@ class RayCluster:
         with as_fleet_error("Ray does not drain the node"):
             await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
 
-    async def order_drain(self, fleet: str, replica_id: str, order: Drain) -> None:
+    async def drain_replica(self, fleet: str, replica_id: str, drain: Drain) -> None:
         directory = await asyncio.to_thread(find_directory, fleet)
-        await directory.order(replica_id, order).within(CALL_TIMEOUT_S)
+        await directory.order(replica_id, drain).within(CALL_TIMEOUT_S)
 
-    async def send_directories_away(self) -> None:
+    async def move_directories(self) -> None:
         for name in self._names:
             directory = await asyncio.to_thread(find_directory, name)
             if await directory.node_id().within(CALL_TIMEOUT_S) == self._node_id:

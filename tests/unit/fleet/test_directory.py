@@ -260,4 +260,4 @@ def test_a_nodes_notice_is_told_at_once_and_forgotten_without_beats(directory: D
     ],
 )
 def test_a_notice_in_words(notice: NodeNotice, words: str) -> None:
-    assert notice.words(1010.0) == words
+    assert notice.describe(1010.0) == words
