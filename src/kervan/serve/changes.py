@@ -53,15 +53,7 @@ class RunningFleet:
         Raises: ConfigError; CapacityError; FleetError for what a running fleet cannot change.
         """
         before = self._config
-        merged = json.loads(before.to_json())
-        for key, why in FIXED.items():
-            wanted = settings.get(key, merged[key])
-            if key == "model" and isinstance(wanted, str):
-                wanted = models.resolve(wanted)
-            if wanted != merged[key]:
-                raise FleetError(
-                    f"{key} of fleet {before.name!r} is {merged[key]!r} and cannot become {wanted!r}: {why}"
-                )
+        _check_fixed(before, settings)
         after = validate(from_mapping(merge(before, settings), source))
         if settings.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
@@ -74,32 +66,17 @@ class RunningFleet:
                 check_port(after.host, after.port)
             warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
         pool_nodes = cluster.nodes_for(after)
-        live = pools.held(self._directory.snapshot().result())
-        same_size = before.world_size == after.world_size
+        held = pools.held(self._directory.snapshot().result())
         taken = before.world_size * before.gpu_share
-        pools.check(after, pool_nodes, {pool: count * taken for pool, count in live.items()})
+        pools.check(after, pool_nodes, {pool: count * taken for pool, count in held.items()})
         if lacking := pools.warning(after, pool_nodes):
             self.progress(lacking)
-        surges = True
-        number = sum(live.values()) if after.pools else after.replicas
-        if _replaces_replicas(before, after) and number and not pools.has_room(after, pool_nodes, live):
-            surges = False
-            warnings.append(
-                f"there is no room for {placement.demand(after, nodes)} beside the old replicas, so "
-                f"{max(1, number // 5)} of {number} replicas will stop before a new one starts; "
-                + (
-                    "streams move to the others"
-                    if number > 1 and same_size
-                    else "streams wait until it is ready, as long as a start takes"
-                )
-            )
-        return FleetChange(
-            before,
-            after,
-            surges,
-            tuple(_differences(json.loads(before.to_json()), json.loads(after.to_json()))),
-            "; ".join(warnings),
-        )
+        number = sum(held.values()) if after.pools else after.replicas
+        surges = not (number and _replaces_replicas(before, after)) or pools.has_room(after, pool_nodes, held)
+        if not surges:
+            warnings.append(_cost_without_room(before, after, number, placement.demand(after, nodes)))
+        differences = _differences(json.loads(before.to_json()), json.loads(after.to_json()))
+        return FleetChange(before, after, surges, tuple(differences), "; ".join(warnings))
 
     def apply(self, change: FleetChange) -> FleetStatus:
         """Carry it out; returns when all new replicas and gateways are ready and the old ones are gone.
@@ -129,6 +106,27 @@ class RunningFleet:
             raise type(error)(f"{error} (the fleet goes on as before)") from error
         shared_port.wait_until_known(change.after, self.progress)
         return status
+
+
+def _check_fixed(before: FleetConfig, settings: Mapping[str, Any]) -> None:
+    """Raises: FleetError when `settings` would change what a running fleet cannot."""
+    current = json.loads(before.to_json())
+    for key, why in FIXED.items():
+        wanted = settings.get(key, current[key])
+        if key == "model" and isinstance(wanted, str):
+            wanted = models.resolve(wanted)
+        if wanted != current[key]:
+            raise FleetError(f"{key} of fleet {before.name!r} is {current[key]!r} and cannot become {wanted!r}: {why}")
+
+
+def _cost_without_room(before: FleetConfig, after: FleetConfig, number: int, demand: str) -> str:
+    """What it costs that no new replica, which needs `demand`, can start beside the `number` of old ones."""
+    can_move = number > 1 and before.world_size == after.world_size
+    return (
+        f"there is no room for {demand} beside the old replicas, so {max(1, number // 5)} of {number} replicas will "
+        "stop before a new one starts; "
+        + ("streams move to the others" if can_move else "streams wait until it is ready, as long as a start takes")
+    )
 
 
 def merge(before: FleetConfig, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import ray
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.fleet.directory import StartFailure
+from kervan.fleet.directory import GatewayEntry, StartFailure
 from kervan.fleet.log_files import new_log, open_log
 from kervan.fleet.vllm import failures
 from kervan.gateway.server import Gateway, GatewayConfig
@@ -42,6 +43,33 @@ def _log_to(path: Path) -> None:
     logging.getLogger("kervan").setLevel(logging.INFO)
 
 
+def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: Sequence[GatewayEntry]) -> GatewayConfig:
+    """The settings of a gateway on this node. `others`: the gateways that are on its port already."""
+    node = ray.util.get_node_ip_address()
+    return GatewayConfig(
+        gateway_id=gateway_id,
+        node=node,
+        engine_argv=config.engine_argv,
+        secret=secret,
+        host=config.host,
+        port=config.port,
+        internal_host=node,
+        public_host=node if config.host in ANY_HOSTS else config.host,
+        api_keys=config.api_keys,
+        max_queued_streams=config.max_queued_streams,
+        hold_timeout_s=config.hold_timeout_s,
+        stop_timeout_s=config.drain_timeout_s,
+        is_twin=config.engine == "twin",
+        # Gateways share the port: clients must not meet this one before it can answer, if others can.
+        opens_when_attached=any(other.is_ready for other in others),
+        shared_port=config.shared_port,
+        fleet_name=config.name,
+        models=served_names(config),
+        replay_s=config.replay_s,
+        replay_max_bytes=config.replay_max_mib << 20,
+    )
+
+
 class GatewayReplica:
     """Answers clients itself, on a uvloop loop of its own thread, away from Ray's loops."""
 
@@ -62,62 +90,35 @@ class GatewayReplica:
         # Known before the port is open: a request for another fleet may be the first.
         self._neighbours = self._neighbourhood.look() if config.shared_port else []
         others += [gateway for neighbour in self._neighbours for gateway in neighbour.gateways]
-        node = ray.util.get_node_ip_address()
-        self._gateway_config = GatewayConfig(
-            gateway_id=gateway_id,
-            node=node,
-            engine_argv=config.engine_argv,
-            secret=secret,
-            host=config.host,
-            port=config.port,
-            internal_host=node,
-            public_host=node if config.host in ANY_HOSTS else config.host,
-            api_keys=config.api_keys,
-            max_queued_streams=config.max_queued_streams,
-            hold_timeout_s=config.hold_timeout_s,
-            stop_timeout_s=config.drain_timeout_s,
-            is_twin=config.engine == "twin",
-            # Gateways share the port: clients must not meet this one before it can answer, if others can.
-            opens_when_attached=any(other.is_ready for other in others),
-            shared_port=config.shared_port,
-            fleet_name=config.name,
-            models=served_names(config),
-            replay_s=config.replay_s,
-            replay_max_bytes=config.replay_max_mib << 20,
-        )
+        self._gateway_config = _gateway_config(config, gateway_id, secret, others)
         self._gateway: Gateway
         self._loop: asyncio.AbstractEventLoop
         watchers.keep(config.env, [ray.get_runtime_context().get_node_id()])
-        self._is_leaving = False
+        self._is_stopping = False
         self._busy = 0.0
-        self._start_error: BaseException | None = None
         self._begin()
 
     def _begin(self) -> None:
-        started = threading.Event()
+        started: Future[None] = Future()
         threading.Thread(target=self._run, args=(started,), daemon=True, name="gateway").start()
-        started.wait()
-        if self._start_error is None and self._gateway_config.opens_when_attached:
-            # Serve ends an old gateway as soon as this returns.
-            try:
+        try:
+            started.result()
+            if self._gateway_config.opens_when_attached:  # Serve ends an old gateway as soon as this returns
                 asyncio.run_coroutine_threadsafe(self._gateway.wait_attached(), self._loop).result()
-            except Exception as error:  # noqa: BLE001 - whatever stopped vLLM's app is reported, in one line
-                self._start_error = error
-        if self._start_error is not None:
-            self._directory.report_failure(self._failure(self._start_error)).result(timeout_s=None)
-            raise FleetError(f"gateway: {self._start_error}")
+        except BaseException as error:  # vLLM's parser of arguments exits
+            self._directory.report_failure(self._failure(error)).result(timeout_s=None)
+            raise FleetError(f"gateway: {error}") from error
 
-    def _run(self, started: threading.Event) -> None:
+    def _run(self, started: "Future[None]") -> None:
         import uvloop
 
         async def main() -> None:
             try:
                 await self._start_gateway(serve_http=True)
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
-                self._start_error = error
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                started.set_exception(error)
                 return
-            finally:
-                started.set()
+            started.set_result(None)
             following_neighbours = asyncio.create_task(self._follow_neighbours())
             async with asyncio.TaskGroup() as group:
                 following = group.create_task(self._follow())
@@ -160,7 +161,7 @@ class GatewayReplica:
             cpu_s, wall_s = time.thread_time(), time.monotonic()
             if wall_s > before_s[1]:
                 self._busy = (cpu_s - before_s[0]) / (wall_s - before_s[1])
-            if not self._is_leaving:
+            if not self._is_stopping:
                 entry = msgspec.structs.replace(
                     self._gateway.entry(), version=self._version, log_path=str(self._log_path), busy=self._busy
                 )
@@ -185,9 +186,9 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         """Stop accepting, let open requests end, leave."""
-        if self._is_leaving or not hasattr(self, "_gateway"):
+        if self._is_stopping or not hasattr(self, "_gateway"):
             return
-        self._is_leaving = True
+        self._is_stopping = True
         with contextlib.suppress(FleetError):
             await self._directory.remove(self._gateway_config.gateway_id)
         await self._in_gateway(self._gateway.stop())

@@ -171,8 +171,11 @@ class Startup:
             cluster.stop_local_ray(self._started_ray.local)
             cluster.forget(self.config.name)
         elif self._directory is not None:
-            with contextlib.suppress(Exception):
+            try:
                 end_fleet(self.config.name)
+            except Exception as error:  # noqa: BLE001 - what ended the start is raised next, and says more
+                name = self.config.name
+                self.progress(f"fleet {name!r} may not have ended ({error}); kervan down --name {name} ends it")
 
 
 def _check_entry_is_free() -> None:
