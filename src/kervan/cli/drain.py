@@ -18,10 +18,10 @@ def drain(target: str, deadline: str, name: str, address: str | None, as_json: b
     whole cluster leave it, and Ray puts nothing there until the node's Ray is started anew.
     """
     from kervan.cli import render
-    from kervan.serve import drain as drains
+    from kervan.serve import drain as serve_drain
     from kervan.units import format_duration, parse_duration_s
 
-    drained = drains.drain(
+    drained = serve_drain.drain(
         name, target, parse_duration_s(deadline, "--deadline"), address, render.progress_lines(is_quiet=as_json)
     )
     if as_json:

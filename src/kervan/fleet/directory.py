@@ -46,6 +46,7 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
 
     @property
     def is_reachable(self) -> bool:
+        """Whether gateways can link to it."""
         return bool(self.address) and self.state in ("ready", "draining")
 
 

@@ -22,6 +22,7 @@ UNLIMITED = 1_000_000_000  # kervan's gateways carry the requests; Serve counts 
 
 
 def app_name(fleet_name: str) -> str:
+    """The name of a fleet's application in Serve."""
     return f"{autoscaling.APP_PREFIX}{fleet_name}"
 
 

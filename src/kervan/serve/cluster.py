@@ -50,6 +50,7 @@ class LocalRay(msgspec.Struct, frozen=True):
 
     @property
     def is_alive(self) -> bool:
+        """Whether its process is there, and is not another one with its id."""
         try:
             return "kervan.serve.local_ray" in " ".join(psutil.Process(self.pid).cmdline())
         except psutil.Error:
@@ -85,6 +86,7 @@ class StartingRay:
     process: subprocess.Popen[str]
 
     def keep(self) -> None:
+        """Let it outlive this process."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.write("stay\n")
@@ -315,12 +317,14 @@ def dead_nodes() -> list[str]:
 
 
 def remember(fleet: Remembered) -> None:
+    """Keep that a fleet was started from this machine."""
     path = home() / "fleets" / f"{fleet.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, fleet)
 
 
 def recall(name: str) -> Remembered | None:
+    """The fleet of this name that was started from this machine, if one was."""
     try:
         return msgspec.json.decode((home() / "fleets" / f"{name}.json").read_bytes(), type=Remembered)
     except (FileNotFoundError, msgspec.MsgspecError):
@@ -328,11 +332,13 @@ def recall(name: str) -> Remembered | None:
 
 
 def forget(name: str) -> None:
+    """Undo `remember`."""
     with contextlib.suppress(FileNotFoundError):
         (home() / "fleets" / f"{name}.json").unlink()
 
 
 def remembered() -> list[Remembered]:
+    """All fleets that were started from this machine, by name."""
     fleets = []
     for path in sorted((home() / "fleets").glob("*.json")):
         fleet = recall(path.stem)

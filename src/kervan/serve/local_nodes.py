@@ -159,6 +159,7 @@ class _Nodes:
 
 
 def main() -> None:
+    """Blocks until its input closes or SIGTERM comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")

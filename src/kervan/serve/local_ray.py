@@ -14,6 +14,7 @@ OBJECT_STORE_BYTES = 256 * 2**20  # tokens do not pass through Ray's object stor
 
 
 def main() -> None:
+    """Blocks until it is told to end."""
     temp_dir = sys.argv[1]
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())

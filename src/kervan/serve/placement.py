@@ -28,6 +28,7 @@ class NodeDevices:
 
 
 def has_gpus(nodes: Sequence[NodeDevices]) -> bool:
+    """Whether any of the nodes has a GPU."""
     return any(node.device == "GPU" for node in nodes)
 
 

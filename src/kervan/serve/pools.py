@@ -44,6 +44,7 @@ def per_node(config: FleetConfig, pool: str) -> int | None:
 
 
 def replicas_of(pool: str, snapshot: Snapshot) -> list[ReplicaEntry]:
+    """The listed replicas of a pool, in whatever state."""
     return [replica for replica in snapshot.replicas if replica.pool == pool]
 
 

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from kervan import errors
@@ -12,7 +13,7 @@ from kervan.fleet.directory import Snapshot, StartFailure
 from kervan.serve import cluster, pools
 from kervan.serve.directory.client import DirectoryClient, find_directory
 from kervan.serve.status import FleetStatus, fleet_status, reasons
-from kervan.serve.versions import versions
+from kervan.serve.versions import Versions, versions
 from kervan.units import plural
 
 POLL_S = 0.2
@@ -48,31 +49,66 @@ def wait_until_ready(
         for failure in snapshot.failures:
             if failure.number > after_failure:
                 raise _as_error(failure)
-        ready = sum(r.state == "ready" and r.version == made.replicas for r in snapshot.replicas)
-        answering = sum(g.is_ready and g.version == made.gateways for g in snapshot.gateways)
-        present = sum(g.version == made.gateways for g in snapshot.gateways)
-        line = f"{ready}/{sum(awaited.values())} replicas and {answering}/{config.gateways} gateways ready"
-        old = len(snapshot.replicas) - sum(r.version == made.replicas for r in snapshot.replicas)
-        old_gateways = len(snapshot.gateways) - present
-        if old or old_gateways:
-            line += f", {plural(old, 'replica')} and {plural(old_gateways, 'gateway')} to go"
+        readiness = _readiness(snapshot, made)
+        line = readiness.line(sum(awaited.values()), config.gateways)
         if line != last_line:
             last_line, changed_s = line, time.monotonic()
             progress(line)
         elif time.monotonic() - changed_s > PATIENCE_S:
             changed_s = time.monotonic()
-            if config.pools:
-                now = pools.placeable(config, cluster.nodes_for(config), pools.held(snapshot))
-                awaited = {pool: min(count, pools.awaited(config, now)[pool]) for pool, count in awaited.items()}
+            awaited = _still_awaited(config, snapshot, awaited)
             for reason in reasons(config, snapshot):
                 if (kind := re.sub(r"\d+ s\b", "", reason)) not in explained:  # not again with another time
                     explained.add(kind)
                     progress(reason)
         is_settled = pools.are_settled(config, snapshot, awaited)
         is_settled &= config.gateways <= len(snapshot.gateways) <= max(config.gateways, config.max_gateways)
-        if is_settled and not (old or old_gateways) and (answering == present or not any(awaited.values())):
+        all_answer = readiness.ready_gateways == readiness.gateways or not any(awaited.values())
+        if is_settled and all_answer and not (readiness.old_replicas or readiness.old_gateways):
             return fleet_status(config, snapshot)
         time.sleep(POLL_S)
+
+
+@dataclass(frozen=True, slots=True)
+class _Readiness:
+    """Replicas and gateways of the latest settings, and of earlier ones."""
+
+    ready_replicas: int
+    ready_gateways: int
+    gateways: int
+    old_replicas: int
+    old_gateways: int
+
+    def line(self, awaited_replicas: int, awaited_gateways: int) -> str:
+        """Like "1/2 replicas and 0/1 gateways ready"."""
+        line = (
+            f"{self.ready_replicas}/{awaited_replicas} replicas and "
+            f"{self.ready_gateways}/{awaited_gateways} gateways ready"
+        )
+        if not (self.old_replicas or self.old_gateways):
+            return line
+        return f"{line}, {plural(self.old_replicas, 'replica')} and {plural(self.old_gateways, 'gateway')} to go"
+
+
+def _readiness(snapshot: Snapshot, made: Versions) -> _Readiness:
+    replicas = [replica for replica in snapshot.replicas if replica.version == made.replicas]
+    gateways = [gateway for gateway in snapshot.gateways if gateway.version == made.gateways]
+    return _Readiness(
+        ready_replicas=sum(replica.state == "ready" for replica in replicas),
+        ready_gateways=sum(gateway.is_ready for gateway in gateways),
+        gateways=len(gateways),
+        old_replicas=len(snapshot.replicas) - len(replicas),
+        old_gateways=len(snapshot.gateways) - len(gateways),
+    )
+
+
+def _still_awaited(config: FleetConfig, snapshot: Snapshot, awaited: Mapping[str, int]) -> Mapping[str, int]:
+    """The part of `awaited` that can be placed on the nodes that are there now."""
+    if not config.pools:
+        return awaited
+    room = pools.placeable(config, cluster.nodes_for(config), pools.held(snapshot))
+    can_come = pools.awaited(config, room)
+    return {pool: min(count, can_come[pool]) for pool, count in awaited.items()}
 
 
 def slowest_start(snapshot: Snapshot) -> str:

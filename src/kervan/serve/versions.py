@@ -26,6 +26,7 @@ class Versions:
 
 
 def versions(config: FleetConfig) -> Versions:
+    """Digests of the settings that replicas and gateways are made of: others mean that they are replaced."""
     settings = json.loads(config.to_json())
 
     def digest(names: tuple[str, ...], **more: object) -> str:

@@ -59,9 +59,11 @@ class DirectoryActor:
         return self._config_json, self._secret
 
     async def node_id(self) -> str:
+        """Ray's id of the node that this runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
     async def set_config(self, config_json: str) -> None:
+        """Store new settings."""
         ray_internals.kv_put(self._key, config_json.encode())
         self._config_json = config_json
         self._directory.version += 1  # fleets on the same port look at the config again
@@ -70,43 +72,52 @@ class DirectoryActor:
         self._publish_pools()
 
     async def beat_replica(self, entry: bytes) -> list[bytes]:
+        """Take a beat; what has been ordered of the replica since the last one."""
         orders = self._directory.beat_replica(msgspec.msgpack.decode(entry, type=ReplicaEntry))
         self._wake_followers()
         self._publish_pools()
         return [msgspec.msgpack.encode(order) for order in orders]
 
     async def order(self, replica_id: str, order: bytes) -> bool:
+        """Keep an order for a replica; whether there is such a one."""
         is_known = self._directory.order(replica_id, msgspec.msgpack.decode(order, type=Order))
         self._wake_followers()
         return is_known
 
     async def set_closing(self, is_closing: bool) -> bytes:
+        """Let the gateways take no more requests, or take them again; the snapshot."""
         self._directory.set_closing(is_closing)
         self._wake_followers()
         return await self.snapshot()
 
     async def beat_gateway(self, entry: bytes) -> None:
+        """Take a beat."""
         self._directory.beat_gateway(msgspec.msgpack.decode(entry, type=GatewayEntry))
         self._wake_followers()
         self._publish_pools()
 
     async def beat_node(self, entry: bytes) -> bytes:
+        """Take what a node's watcher tells; the snapshot."""
         self._directory.beat_node(msgspec.msgpack.decode(entry, type=NodeEntry))
         self._wake_followers()
         return await self.snapshot()
 
     async def remove(self, entry_id: str) -> None:
+        """List a replica or gateway no more."""
         self._directory.remove(entry_id)
         self._wake_followers()
 
     async def report_failure(self, failure: bytes) -> None:
+        """Keep why a replica or gateway could not start."""
         self._directory.report_failure(msgspec.msgpack.decode(failure, type=StartFailure))
         self._wake_followers()
 
     async def snapshot(self) -> bytes:
+        """Who lives where now."""
         return msgspec.msgpack.encode(self._directory.snapshot())
 
     async def changed(self, version: int, timeout_s: float) -> bytes:
+        """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""
         if self._directory.snapshot().version == version:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
