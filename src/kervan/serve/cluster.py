@@ -26,12 +26,14 @@ from kervan.errors import EngineError, FleetError
 from kervan.facts.markets import SPOT
 from kervan.serve import ray_internals
 from kervan.serve.placement import NodeDevices
+from kervan.serve.ray_errors import as_fleet_error
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 # Ray's own label key; a node has it from `ray start --labels`, the cluster launcher's or KubeRay's files.
 MARKET_LABEL = "ray.io/market-type"
 CONNECT_TIMEOUT_S = 5.0
+NODES_UNKNOWN = "Ray does not tell which nodes there are"
 
 
 def home() -> Path:
@@ -262,12 +264,13 @@ def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
     """What Ray says of its alive nodes: those with GPUs, or in a cluster without any, all with their CPU cores.
 
     `device`: only nodes with such, even if there are none (any more).
-    """
-    import ray
 
-    free_by_node = ray_internals.free_resources()
+    Raises: FleetError when Ray does not answer.
+    """
+    with as_fleet_error(NODES_UNKNOWN):
+        free_by_node = ray_internals.free_resources()
     by_device: dict[Device, list[NodeDevices]] = {"GPU": [], "CPU": []}
-    for node in ray.nodes():
+    for node in _all_nodes():
         resources: dict[str, Any] = node["Resources"]
         if not node["Alive"]:
             continue
@@ -288,27 +291,33 @@ def nodes_for(config: FleetConfig) -> list[NodeDevices]:
 
 
 def nodes() -> dict[str, str]:
-    """Addresses of the alive nodes, by Ray's node id."""
+    """Addresses of the alive nodes, by Ray's node id. Raises: FleetError when Ray does not answer."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in _all_nodes() if node["Alive"]}
+
+
+def _all_nodes() -> list[dict[str, Any]]:
+    """What Ray says of its nodes, dead ones too."""
     import ray
 
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    with as_fleet_error(NODES_UNKNOWN):
+        nodes: list[dict[str, Any]] = ray.nodes()
+    return nodes
 
 
 def drain_node(node_id: str, deadline_s: float) -> None:
     """Ray and Serve put nothing more on a node; what is there goes on until it is ended, or the node is.
 
-    Raises: FleetError when Ray refuses.
+    Raises: FleetError when Ray refuses, or does not answer.
     """
-    refusal = ray_internals.drain_node(node_id, time.time_ns() // 1_000_000 + int(deadline_s * 1000))
+    with as_fleet_error(f"Ray does not drain node {node_id}"):
+        refusal = ray_internals.drain_node(node_id, time.time_ns() // 1_000_000 + int(deadline_s * 1000))
     if refusal:
         raise FleetError(f"Ray does not drain node {node_id}: {refusal}")
 
 
 def dead_nodes() -> list[str]:
-    """Addresses of nodes that Ray has lost, and where none is alive again."""
-    import ray
-
-    nodes = ray.nodes()
+    """Addresses of nodes that Ray has lost, and where none is alive again. Raises: FleetError, as `nodes`."""
+    nodes = _all_nodes()
     alive = {node["NodeManagerAddress"] for node in nodes if node["Alive"]}
     return sorted({node["NodeManagerAddress"] for node in nodes} - alive)
 

@@ -6,8 +6,7 @@ import errno
 import os
 import secrets
 import socket
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
@@ -189,7 +188,7 @@ def _check_entry_is_free() -> None:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Any:
+def _uninterrupted() -> Iterator[None]:
     """Ignore further Ctrl-C while cleaning up."""
     import signal
     import threading

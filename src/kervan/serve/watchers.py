@@ -27,7 +27,7 @@ from kervan.notices.metadata import Metadata
 from kervan.notices.node import NodeWatch, watching
 from kervan.notices.settings import NoticeSettings, from_environment
 from kervan.serve import cluster, ray_internals
-from kervan.serve.directory.client import NAMESPACE, find_directory, fleet_names
+from kervan.serve.directory.client import NAMESPACE, actor_names, find_directory, fleet_names
 from kervan.serve.node_guard import ClusterView, NodeGuard
 from kervan.serve.ray_errors import as_fleet_error
 
@@ -100,11 +100,10 @@ def announce(node_id: str, remaining_s: float) -> None:
 
 
 def end_all() -> None:
-    """End all watchers of the cluster."""
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(_PREFIX):
-            with contextlib.suppress(ValueError):
-                ray.kill(ray.get_actor(actor["name"], namespace=NAMESPACE))
+    """End all watchers of the cluster. Raises: FleetError when Ray does not answer."""
+    for name in actor_names(_PREFIX):
+        with as_fleet_error(f"{name} goes on"), contextlib.suppress(ValueError):  # it has ended meanwhile
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 # ---- what it sees and does
@@ -127,8 +126,9 @@ class RayCluster:
         self._snapshots = {name: self._snapshots[name] for name in self._names if name in self._snapshots}
         if self._names and not self._snapshots:
             raise FleetError(f"no directory answers, of {', '.join(self._names)}")
-        with as_fleet_error("Ray does not tell which nodes there are"):
-            nodes, draining = await asyncio.to_thread(_nodes)
+        nodes = await asyncio.to_thread(cluster.nodes)
+        with as_fleet_error("Ray does not tell which nodes are drained"):
+            draining = await asyncio.to_thread(ray_internals.draining_nodes)
         drained_at_ms = draining.get(self._node_id)
         return ClusterView(
             self._snapshots,
@@ -144,8 +144,7 @@ class RayCluster:
             self._snapshots[name] = await directory.beat_node(entry).within(CALL_TIMEOUT_S)
 
     async def drain_node(self, remaining_s: float) -> None:
-        with as_fleet_error("Ray does not drain the node"):
-            await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
+        await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
 
     async def drain_replica(self, fleet: str, replica_id: str, drain: Drain) -> None:
         directory = await asyncio.to_thread(find_directory, fleet)
@@ -156,11 +155,6 @@ class RayCluster:
             directory = await asyncio.to_thread(find_directory, name)
             if await directory.node_id().within(CALL_TIMEOUT_S) == self._node_id:
                 directory.kill(restarts=True)
-
-
-def _nodes() -> tuple[list[str], dict[str, int]]:
-    """Alive nodes, and the deadlines of the draining ones (Unix time in ms, 0 without)."""
-    return list(cluster.nodes()), ray_internals.draining_nodes()
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, lifetime="detached")

@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RpcError
 
 from kervan import cli
 from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import ReplicaEntry, Snapshot
-from kervan.serve import cluster
+from kervan.serve import cluster, ray_internals
 
 CONFIG = FleetConfig(model="org/model", replicas=2)
 READY = [ReplicaEntry(name, "on-demand", "10.0.0.1", 7, "ready") for name in ("a", "b")]
@@ -85,3 +85,18 @@ def test_one_line_says_that_the_directory_is_away(
     assert line.startswith("error: ")
     assert "directory" in line
     assert "try again" in line
+
+
+@pytest.mark.parametrize("command", ["status --why", "drain 10.0.0.1"])
+def test_one_line_says_that_ray_is_away(
+    answers: dict[str, Answer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setattr(ray, "nodes", fail(RpcError("GCS is gone")))
+    monkeypatch.setattr(ray_internals, "free_resources", fail(RpcError("GCS is gone")))
+    monkeypatch.setattr(sys, "argv", ["kervan", *command.split(), "--address", "10.0.0.1:6379"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: Ray does not tell which nodes there are (RpcError: GCS is gone); try again in a few seconds\n"
+    )

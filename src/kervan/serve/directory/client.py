@@ -194,12 +194,13 @@ def find_directory(fleet_name: str) -> DirectoryClient:
 
 def fleet_names() -> list[str]:
     """The fleets of the cluster that this process has joined, sorted. Raises: FleetError when Ray does not answer."""
+    return sorted(name.removeprefix(ACTOR_PREFIX) for name in actor_names(ACTOR_PREFIX))
+
+
+def actor_names(prefix: str) -> list[str]:
+    """The names of kervan's actors on the cluster that start so. Raises: FleetError when Ray does not answer."""
     import ray
 
     with as_fleet_error("Ray does not tell which fleets there are"):
         actors = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(
-        actor["name"].removeprefix(ACTOR_PREFIX)
-        for actor in actors
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(ACTOR_PREFIX)
-    )
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]
