@@ -95,6 +95,13 @@ def test_the_client_of_serve_has_its_controller() -> None:
     assert "self._controller" in inspect.getsource(client.ServeControllerClient.__init__)
 
 
+@pytest.mark.parametrize("method", ["__init__", "__del__"])
+def test_serve_awaits_how_a_replica_begins_and_ends(method: str) -> None:
+    """An engine replica's are coroutines: the one may take minutes, and the other must be heard meanwhile."""
+    pattern = rf"await self\._call_func_or_gen\(\s*self\._callable\.{method},"
+    assert re.search(pattern, inspect.getsource(replica))
+
+
 def private_uses(path: Path) -> list[str]:
     """Dotted names of Ray with a part that starts with one underscore, and of `ray.experimental` and `ray.core`."""
     found = []
