@@ -31,7 +31,7 @@ import psutil
 from kervan.bench import records
 from kervan.config.fleet import FleetConfig
 from kervan.serve import changes, cluster
-from kervan.serve import fleet as fleets
+from kervan.serve import status as serve_status
 from kervan.twin.engine import answer
 from kervan.twin.settings import settings
 
@@ -150,7 +150,7 @@ class Load(threading.Thread):
 
 def soak(name: str, num_changes: int, every: int, num_clients: int, seed: int, settings_every: int) -> dict[str, Any]:
     """Change fleet `name` so many times and leave it as it was found."""
-    before = fleets.status(name)
+    before = serve_status.status(name)
     config = before.config
     with httpx.Client(base_url=before.url) as client:
         model = client.get("/v1/models").json()["data"][0]["id"]

@@ -30,3 +30,8 @@ def format_duration(seconds: float) -> str:
             digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
             return f"{value:.{digits}f} {unit}"
     raise AssertionError("not reached")
+
+
+def plural(count: int, noun: str) -> str:
+    """`"1 replica"`, `"2 replicas"`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

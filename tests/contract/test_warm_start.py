@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,43 +36,47 @@ Start = Callable[..., EngineProcess]
 
 
 @pytest.fixture
-def start(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Engines of the demo model, forked for this process or not, from a server of this test's own."""
-    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(prefix="kt-"))
+    place = tempfile.mkdtemp(prefix="kt-")
+    monkeypatch.setattr(tempfile, "tempdir", place)
+    engines: list[EngineProcess] = []
     argv = list(FleetConfig(model=str(models.demo), engine_args=ARGUMENTS).engine_argv)
 
     def start(name: str, *, is_forked: bool, **env: str) -> EngineProcess:
-        return EngineProcess(
+        engine = EngineProcess(
             EngineSpec(name, argv, "127.0.0.1", SECRET),
             log_path=tmp_path / f"{name}.log",
             env={**os.environ, **ENVIRONMENT, **env},
             fork_for_pid=os.getpid() if is_forked else None,
         )
+        engines.append(engine)
+        return engine
 
-    return start
+    yield start
+    for engine in engines:
+        engine.kill()
+    for process in psutil.process_iter(["cmdline"]):
+        if any(place in word for word in process.info["cmdline"] or ()):
+            process.kill()
 
 
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[TwinBench]:
-    bench = TwinBench(tmp_path)
-    yield bench
+async def answers(engine: EngineProcess) -> dict[str, list[int]]:
+    """Its tokens for each request."""
+    bench = TwinBench(engine.log_path.parent)
+    await bench.join(engine.log_path.stem, engine)
+    for name, sampling in REQUESTS.items():
+        await bench.add(name, PROMPT, 24, **sampling)
+    await bench.ended(*REQUESTS)
+    bench.twins.clear()  # it lives on
     await bench.close()
+    return {name: bench.tokens(name) for name in REQUESTS}
 
 
-async def answers(bench: TwinBench, name: str) -> dict[str, list[int]]:
-    await bench.only(name)
-    for request, sampling in REQUESTS.items():
-        await bench.add(f"{name} {request}", PROMPT, 24, **sampling)
-    await bench.ended(*(f"{name} {request}" for request in REQUESTS))
-    return {request: bench.tokens(f"{name} {request}") for request in REQUESTS}
-
-
-async def test_forked_engines(start: Start, bench: TwinBench) -> None:
+async def test_forked_engines(start: Start) -> None:
     engines = {"anew": start("anew", is_forked=False), "one": start("one", is_forked=True)}
     engines["two"] = start("two", is_forked=True)
-    for name, engine in engines.items():
-        await bench.join(name, engine)
-    told = {name: await answers(bench, name) for name in engines}
+    told = {name: await answers(engine) for name, engine in engines.items()}
     assert told["one"] == told["two"] == told["anew"]
     assert all(len(tokens) == 24 for tokens in told["anew"].values())
 
@@ -88,31 +92,29 @@ async def test_forked_engines(start: Start, bench: TwinBench) -> None:
     await eventually_async(engines["one"].ended.is_set, "its end is seen", 20)
     await eventually_async(lambda: not any(map(is_alive, group)), "nothing is left", 20)
     engines["three"] = start("three", is_forked=True)
-    await bench.join("three", engines["three"])
+    assert await answers(engines["three"]) == told["anew"]
     assert psutil.Process(engines["three"].pid).ppid() == servers["two"]
-    assert await answers(bench, "three") == told["anew"]
 
     # Without its server an engine goes on and ends as any.
     server = psutil.Process(servers["two"])
     server.kill()
     await eventually_async(lambda: not is_alive(server.pid), "the server is gone", 20)
-    await bench.only("two")
-    await bench.add("after", PROMPT, 24, temperature=0.0)
-    await bench.ended("after")
-    assert bench.tokens("after") == told["anew"]["greedy"]
+    assert await answers(engines["two"]) == told["anew"]
     for name in ("two", "three"):
         engines[name].stop(20)
         assert engines[name].ended.is_set()
 
 
-async def test_an_engine_starts_anew_where_none_can_be_forked(start: Start, bench: TwinBench, tmp_path: Path) -> None:
+async def test_an_engine_starts_anew_where_none_can_be_forked(start: Start) -> None:
     place = Path(tempfile.gettempdir()) / f"kervan-warm-{os.getuid()}"
     place.mkdir(mode=0o755)  # others may write there
     engine = start("alone", is_forked=True)
-    await bench.join("alone", engine)
+    await eventually_async(lambda: engine.pid, "there is a process", 60)
     assert psutil.Process(engine.pid).ppid() == os.getpid()
-    log = (tmp_path / "alone.log").read_text()
-    assert log.startswith(f"starts anew: {place} is not this user's alone: chmod 700, or remove it\n")
+    assert engine.log_path.read_text().startswith(
+        f"starts anew: {place} is not this user's alone: chmod 700, or remove it\n"
+    )
+    engine.kill()
 
 
 async def test_an_engine_that_is_told_to_end_before_it_is_there(start: Start) -> None:

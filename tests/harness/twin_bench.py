@@ -52,13 +52,6 @@ class TwinBench:
     async def is_linked(self, name: str) -> None:
         await until(lambda: any(link.replica_id == name for link in self.client.links))
 
-    async def only(self, name: str) -> None:
-        """From now on requests go to this one."""
-        engine = self.twins[name]
-        assert engine.ready is not None
-        self.client.set_members([Member(name, engine.ready.address)])
-        await until(lambda: [link.replica_id for link in self.client.links] == [name])
-
     def follow(self) -> None:
         live = {name: twin for name, twin in self.twins.items() if not twin.ended.is_set()}
         self.client.set_members(Member(name, twin.ready.address) for name, twin in live.items() if twin.ready)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from kervan.bench.load import Target
@@ -13,7 +13,8 @@ from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Drain, Snapshot, Strike
 from kervan.serve import cluster
-from kervan.serve import fleet as fleets
+from kervan.serve.attach import attach
+from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
 
 STATUS_PATH = "/kervan/status"
 
@@ -41,13 +42,13 @@ class LiveFleet:
     name: str
     config: FleetConfig
     models: tuple[str, ...]
-    _handle: Any
+    _directory: DirectoryClient
 
     def look(self, version: int, timeout_s: float) -> Snapshot:
-        return fleets.next_snapshot(self._handle, version, timeout_s)
+        return self._directory.changed(version, timeout_s).result()
 
     def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
-        return fleets.order(self._handle, replica_id, Drain(deadline_s) if kind == "drain" else Strike(kind))
+        return self._directory.order(replica_id, Drain(deadline_s) if kind == "drain" else Strike(kind)).result()
 
 
 def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, address: str | None) -> LiveFleet:
@@ -59,16 +60,14 @@ def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, addr
     if name is None and address is not None:
         cluster.connect(address)
     else:
-        fleets.attach(name or _remembered(url), address)
-    from kervan.serve import directory
-
-    for candidate in [name] if name else directory.names():
-        handle = directory.find(candidate)
-        snapshot = fleets.snapshot_of(handle)
+        attach(name or _remembered(url), address)
+    for candidate in [name] if name else fleet_names():
+        directory = find_directory(candidate)
+        snapshot = directory.snapshot().result()
         entry = next((entry for entry in snapshot.gateways if entry.id == gateway), None)
         if entry is not None:
-            return LiveFleet(candidate, fleets.stored_config(handle), entry.models, handle)
-    looked = f"fleet {name!r}" if name else f"the fleets of its cluster ({', '.join(directory.names())})"
+            return LiveFleet(candidate, directory.fleet().result().config, entry.models, directory)
+    looked = f"fleet {name!r}" if name else f"the fleets of its cluster ({', '.join(fleet_names())})"
     raise FleetError(f"{url} is answered by gateway {gateway}, which is not of {looked}; give its --name or --address")
 
 

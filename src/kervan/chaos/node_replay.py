@@ -31,10 +31,10 @@ from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.ports import free_port
 from kervan.serve import cluster, start
-from kervan.serve import fleet as fleets
-from kervan.serve.fleet import plural
+from kervan.serve.attach import attach
 from kervan.serve.local_nodes import LocalNodes
 from kervan.twin import settings as twins
+from kervan.units import plural
 
 GPU = "H200"
 # Slow steps: answers live for seconds, so a node that goes has streams, and two cores can serve them.
@@ -139,10 +139,10 @@ def run(model: str, plan: ReplayPlan, say: Say) -> Report:
         nodes.join()
         say("the fleet comes first, the spot nodes of the beginning then")
         status = start.Startup(config, nodes.address, say).run()
-        handle = fleets.attach(config.name, nodes.address)
-        config = fleets.stored_config(handle)
-        models = fleets.snapshot_of(handle).gateways[0].models
-        playing = Playing(LiveFleet(config.name, config, models, handle), config, plan, course, nodes, say)
+        directory = attach(config.name, nodes.address)
+        config = directory.fleet().result().config
+        models = directory.snapshot().result().gateways[0].models
+        playing = Playing(LiveFleet(config.name, config, models, directory), config, plan, course, nodes, say)
         playing.prepare()
         return playing.run_to_end(Target(url=status.url, model=models[0]))
     finally:

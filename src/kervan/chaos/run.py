@@ -26,8 +26,8 @@ from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo, parse_lengths
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Snapshot
-from kervan.serve.fleet import plural
 from kervan.twin import settings as twins
+from kervan.units import plural
 
 Say = Callable[[str], None]
 

@@ -18,15 +18,15 @@ def down(graceful: bool, deadline: str | None, name: str, address: str | None, a
     goes on.
     """
     from kervan.cli import render
-    from kervan.serve import fleet
+    from kervan.serve import down as serve_down
     from kervan.units import parse_duration_s
 
     if deadline is not None and not graceful:
         raise click.UsageError("--deadline is for --graceful")
     if graceful:
         deadline_s = parse_duration_s(deadline or "5min", "--deadline")
-        fleet.let_streams_end(name, deadline_s, address, render.progress_lines(is_quiet=as_json))
-    how = fleet.down(name, address)
+        serve_down.let_streams_end(name, deadline_s, address, render.progress_lines(is_quiet=as_json))
+    how = serve_down.down(name, address)
     if as_json:
         render.print_json({"name": name, "result": how})
     else:

@@ -18,14 +18,14 @@ def drain(target: str, deadline: str, name: str, address: str | None, as_json: b
     whole cluster leave it, and Ray puts nothing there until the node's Ray is started anew.
     """
     from kervan.cli import render
-    from kervan.serve.drain import drain as leave
+    from kervan.serve import drain as serve_drain
     from kervan.units import format_duration, parse_duration_s
 
-    found = leave(
+    drained = serve_drain.drain(
         name, target, parse_duration_s(deadline, "--deadline"), address, render.progress_lines(is_quiet=as_json)
     )
     if as_json:
-        render.print_json(found.to_dict())
+        render.print_json(drained.to_dict())
         return
-    what = ", ".join([*found.replicas, *found.gateways]) or "nothing was there"
-    print(f"drained in {format_duration(found.took_s)}: {what}; {found.moved} streams moved")
+    what = ", ".join([*drained.replicas, *drained.gateways]) or "nothing was there"
+    print(f"drained in {format_duration(drained.took_s)}: {what}; {drained.moved} streams moved")

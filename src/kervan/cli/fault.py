@@ -26,7 +26,7 @@ def fault(replica: str, kind: FaultKind, amount: float | None, name: str, addres
     slow AMOUNT: steps take AMOUNT times as long. hang: no step ends any more; the watchdog will find it. crash AMOUNT:
     the process dies AMOUNT tokens later. kv-pressure AMOUNT: this share of the KV pool is gone. none: whole again.
     """
-    from kervan.serve import fleet
+    from kervan.serve.fault import suffer
 
     if kind in AMOUNTS:
         low, high, meaning = AMOUNTS[kind]
@@ -34,4 +34,4 @@ def fault(replica: str, kind: FaultKind, amount: float | None, name: str, addres
             raise click.UsageError(f"{kind} needs AMOUNT: {meaning}")
     elif amount is not None:
         raise click.UsageError(f"{kind} takes no AMOUNT")
-    fleet.suffer(name, replica, Fault(kind, amount or 0.0), address)
+    suffer(name, replica, Fault(kind, amount or 0.0), address)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kervan.serve.fleet import FleetStatus
+from kervan.serve.status import FleetStatus
 from kervan.serve.why import notice_lines
 
 STATE_STYLE = {"ready": "green", "starting": "yellow", "draining": "cyan", "unhealthy": "red"}

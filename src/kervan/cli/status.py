@@ -13,16 +13,16 @@ from kervan.cli import options
 def status(name: str, address: str | None, with_why: bool, as_json: bool) -> None:
     """Show a fleet: its replicas, their load, its gateways."""
     from kervan.cli import render
-    from kervan.serve import fleet
+    from kervan.serve import status as serve_status
 
     sentences = None
     if with_why:
-        found, sentences = fleet.why(name, address)
+        shown, sentences = serve_status.why(name, address)
     else:
-        found = fleet.status(name, address)
+        shown = serve_status.status(name, address)
     if as_json:
-        render.print_json(found.to_dict() | ({} if sentences is None else {"why": sentences}))
+        render.print_json(shown.to_dict() | ({} if sentences is None else {"why": sentences}))
         return
-    render.print_status(found)
+    render.print_status(shown)
     if sentences is not None:
         print("\n".join(sentences) or "all is as it should be")

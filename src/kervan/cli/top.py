@@ -15,7 +15,7 @@ from rich.text import Text
 from kervan.cli import options
 from kervan.cli.render import STATE_STYLE, print_json
 from kervan.fleet.directory import Snapshot
-from kervan.serve.fleet import FleetStatus, Watch
+from kervan.serve.status import FleetStatus, FleetWatch
 from kervan.serve.why import notice_lines
 from kervan.units import format_duration
 
@@ -63,7 +63,7 @@ def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for node in after.nodes:
         for notice in node.notices:
             if (node.node, notice.kind, notice.source) not in heard:
-                yield f"node {node.node}: {notice.words(notice.seen_s)}"
+                yield f"node {node.node}: {notice.describe(notice.seen_s)}"
     known = {failure.number for failure in before.failures}
     for failure in after.failures:
         if failure.number not in known:
@@ -124,7 +124,7 @@ def top(name: str, address: str | None, every_s: float, once: bool, as_json: boo
 
     Numbers are of the last second. TTFT is from the moment a gateway placed a request on the replica.
     """
-    watch = Watch(name, address)
+    watch = FleetWatch(name, address)
     if as_json:
         print_json(to_dict(watch.look()))
         return

@@ -70,7 +70,7 @@ def up(
     already, it takes on the settings that are given and keeps the others: new replicas are ready before old ones leave.
     """
     from kervan.cli import render
-    from kervan.serve.fleet import is_up
+    from kervan.serve.attach import is_up
     from kervan.serve.start import Startup
 
     words = _words(config_path, given)
@@ -97,7 +97,7 @@ def up(
         print("Ctrl-C ends it", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
-        from kervan.serve.fleet import down
+        from kervan.serve.down import down
 
         print("ending", flush=True)
         down(config.name, address)

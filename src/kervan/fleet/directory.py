@@ -46,6 +46,7 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
 
     @property
     def is_reachable(self) -> bool:
+        """Whether gateways can link to it."""
         return bool(self.address) and self.state in ("ready", "draining")
 
 
@@ -100,7 +101,7 @@ class NodeNotice(msgspec.Struct, frozen=True):
     deadline_s: float | None
     seen_s: float
 
-    def words(self, now_s: float) -> str:
+    def describe(self, now_s: float) -> str:
         """What becomes of the node, like "goes in 118 s: preemption (aws)". `now_s`: Unix time."""
         if not self.is_certain:
             when = "stands still for some seconds" if self.kind == "pause" else "may go"
@@ -220,19 +221,21 @@ class Directory:
             self.version += 1
         return True
 
-    def close(self, *, is_closing: bool) -> None:
+    def set_closing(self, is_closing: bool) -> None:
         """Let the gateways take no more requests, or take them again."""
         if is_closing != self._is_closing:
             self._is_closing = is_closing
             self.version += 1
 
     def beat_gateway(self, entry: GatewayEntry) -> None:
+        """Take a beat of a gateway."""
         known = self._gateways.get(entry.id)
         self._gateways[entry.id] = (entry, self._now())
         if known is None or _lasting(known[0]) != _lasting(entry):
             self.version += 1
 
     def beat_node(self, entry: NodeEntry) -> None:
+        """Take a beat of a node's watcher."""
         known = self._nodes.get(entry.node)
         self._nodes[entry.node] = (entry, self._now())
         if known is None or known[0] != entry:
@@ -245,7 +248,8 @@ class Directory:
         if self._replicas.pop(entry_id, None) or self._gateways.pop(entry_id, None):
             self.version += 1
 
-    def fail(self, failure: StartFailure) -> None:
+    def report_failure(self, failure: StartFailure) -> None:
+        """Keep why a replica or gateway could not start; the last `MAX_FAILURES` are kept."""
         self._num_failures += 1
         numbered = msgspec.structs.replace(failure, number=self._num_failures)
         self._failures = [*self._failures, numbered][-MAX_FAILURES:]
@@ -264,9 +268,9 @@ class Directory:
     def snapshot(self) -> Snapshot:
         """All entries by id; the reason of one that is late says so."""
         self.expire()
-        replicas = [self._as_leaving(replica) for replica in self._told(self._replicas)]
+        replicas = [self._as_leaving(replica) for replica in self._listed(self._replicas)]
         nodes = [entry for _, (entry, _) in sorted(self._nodes.items())]
-        gateways, failures = self._told(self._gateways), list(self._failures)
+        gateways, failures = self._listed(self._gateways), list(self._failures)
         return Snapshot(self.version, replicas, gateways, failures, nodes, self._is_closing)
 
     def _as_leaving(self, replica: ReplicaEntry) -> ReplicaEntry:
@@ -277,13 +281,13 @@ class Directory:
         leaves_in_s = max(0.0, at_s - self._now())
         return msgspec.structs.replace(replica, state="draining", leaves_in_s=leaves_in_s, may_linger=may_linger)
 
-    def _told(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
+    def _listed(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
         now_s = self._now()
-        told = []
+        listed = []
         for _, (entry, at_s) in sorted(entries.items()):
             if now_s - at_s <= SILENT_S:
-                told.append(entry)
+                listed.append(entry)
                 continue
             late = f"no sign of life for {now_s - at_s:.0f} s"
-            told.append(msgspec.structs.replace(entry, reason=f"{entry.reason}, {late}" if entry.reason else late))
-        return told
+            listed.append(msgspec.structs.replace(entry, reason=f"{entry.reason}, {late}" if entry.reason else late))
+        return listed

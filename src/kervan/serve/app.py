@@ -4,17 +4,15 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import ray
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.context import _get_global_client
+from ray.serve.config import HTTPOptions
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.serve import autoscaling, placement, pools
-from kervan.serve.engine import EngineReplica
-from kervan.serve.gateway import GatewayReplica, IngressGatewayReplica
+from kervan.serve import autoscaling, placement, pools, ray_internals
+from kervan.serve.gateway_actor import GatewayReplica, IngressGatewayReplica
 from kervan.serve.placement import NodeDevices
+from kervan.serve.replica_actor import EngineReplica
 from kervan.serve.versions import versions
 
 HEALTH_CHECK_PERIOD_S = 1.0
@@ -24,6 +22,7 @@ UNLIMITED = 1_000_000_000  # kervan's gateways carry the requests; Serve counts 
 
 
 def app_name(fleet_name: str) -> str:
+    """The name of a fleet's application in Serve."""
     return f"{autoscaling.APP_PREFIX}{fleet_name}"
 
 
@@ -40,7 +39,7 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_ongoing_requests": UNLIMITED,
-        "_internal": True,  # `version` is Serve's own way to say that code did not change
+        **ray_internals.VERSION_OPTIONS,  # `version` is Serve's own way to say that code did not change
     }
     engines = [
         serve.deployment(EngineReplica)
@@ -113,22 +112,22 @@ def start_serve(config: FleetConfig) -> None:
     Raises: FleetError when Serve runs already and its proxies do not listen where the fleet wants them.
     """
     _quiet()
-    running = _get_global_client(raise_if_no_controller_running=False)
-    if running is None:
+    proxies = ray_internals.serve_proxies()
+    if proxies is None:
         if config.ingress == "direct":
             serve.start(proxy_location="Disabled")
         else:
             serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=config.host, port=config.port))
     elif config.ingress == "serve":  # Serve keeps the proxies of its first start
-        if ray.get(running._controller.get_proxy_location.remote()) in (None, ProxyLocation.Disabled):
+        if not proxies.are_enabled:
             raise FleetError(
                 "--ingress serve needs Serve's proxies, and Serve was started on this cluster without them; "
                 "use --ingress direct, or `serve shutdown` on the cluster first"
             )
-        if running.http_config.port != config.port:
+        if proxies.port != config.port:
             raise FleetError(
-                f"Serve listens on port {running.http_config.port} of this cluster already, not on {config.port}; "
-                f"use --port {running.http_config.port}, or --ingress direct"
+                f"Serve listens on port {proxies.port} of this cluster already, not on {config.port}; "
+                f"use --port {proxies.port}, or --ingress direct"
             )
 
 

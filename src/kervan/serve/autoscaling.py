@@ -34,9 +34,9 @@ def gateways(config: FleetConfig) -> dict[str, Any]:
 
 def count_gateways(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """Called by Serve's controller. It bounds the result and waits before it acts."""
-    told = (context.aggregated_metrics or {}).get(BUSY, {})
+    busy = (context.aggregated_metrics or {}).get(BUSY, {})
     decision = gateway_count.decide(
-        [told[one] for one in context.running_replicas if one in told],
+        [busy[one] for one in context.running_replicas if one in busy],
         context.target_num_replicas,
         context.capacity_adjusted_min_replicas,
         context.capacity_adjusted_max_replicas,

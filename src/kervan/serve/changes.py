@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,10 @@ from kervan.errors import ConfigError, FleetError, KervanError
 from kervan.facts import model as models
 from kervan.facts.markets import ON_DEMAND
 from kervan.serve import cluster, placement, pools
-from kervan.serve.fleet import FleetStatus, Progress, attach, snapshot_of, stored_config, wait_until_ready
+from kervan.serve.attach import attach
+from kervan.serve.readiness import wait_until_ready
 from kervan.serve.start import check_port, num_gateways, validate
+from kervan.serve.status import FleetStatus
 from kervan.serve.versions import versions
 
 # What a running fleet cannot change, and why.
@@ -26,7 +28,7 @@ HIDDEN = frozenset({"api_keys"})  # told as changed, without the values
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class FleetChange:
     """A change of a running fleet. `lines`: what differs. `warning`: what it costs, if there is a choice."""
 
     before: FleetConfig
@@ -39,29 +41,21 @@ class Change:
 class RunningFleet:
     """A fleet that is up, to be changed."""
 
-    def __init__(self, name: str, address: str | None, progress: Progress):
+    def __init__(self, name: str, address: str | None, progress: Callable[[str], None]):
         """Raises: FleetError when there is no such fleet."""
         self.progress = progress
-        self._handle = attach(name, address)
-        self._config = stored_config(self._handle)
+        self._directory = attach(name, address)
+        self._config = self._directory.fleet().result().config
 
-    def plan(self, words: Mapping[str, Any], source: str) -> Change:
-        """What it takes to bring in `words`; what they do not name stays. Nothing is changed yet.
+    def plan(self, settings: Mapping[str, Any], source: str) -> FleetChange:
+        """What it takes to bring in `settings`; what they do not name stays. Nothing is changed yet.
 
         Raises: ConfigError; CapacityError; FleetError for what a running fleet cannot change.
         """
         before = self._config
-        merged = json.loads(before.to_json())
-        for key, why in FIXED.items():
-            wanted = words.get(key, merged[key])
-            if key == "model" and isinstance(wanted, str):
-                wanted = models.resolve(wanted)
-            if wanted != merged[key]:
-                raise FleetError(
-                    f"{key} of fleet {before.name!r} is {merged[key]!r} and cannot become {wanted!r}: {why}"
-                )
-        after = validate(from_mapping(merge(before, words), source))
-        if words.get("gateways") == 0:
+        _check_fixed(before, settings)
+        after = validate(from_mapping(merge(before, settings), source))
+        if settings.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
         nodes = cluster.devices_by_node(before.device)
         after = placement.spread(after, nodes)
@@ -72,86 +66,90 @@ class RunningFleet:
                 check_port(after.host, after.port)
             warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
         pool_nodes = cluster.nodes_for(after)
-        live = pools.held(snapshot_of(self._handle))
-        same_size = before.world_size == after.world_size
+        held = pools.held(self._directory.snapshot().result())
         taken = before.world_size * before.gpu_share
-        pools.check(after, pool_nodes, {pool: count * taken for pool, count in live.items()})
+        pools.check(after, pool_nodes, {pool: count * taken for pool, count in held.items()})
         if lacking := pools.warning(after, pool_nodes):
             self.progress(lacking)
-        surges = True
-        number = sum(live.values()) if after.pools else after.replicas
-        if _replaces_replicas(before, after) and number and not pools.has_room(after, pool_nodes, live):
-            surges = False
-            warnings.append(
-                f"there is no room for {placement.demand(after, nodes)} beside the old replicas, so "
-                f"{max(1, number // 5)} of {number} replicas will stop before a new one starts; "
-                + (
-                    "streams move to the others"
-                    if number > 1 and same_size
-                    else "streams wait until it is ready, as long as a start takes"
-                )
-            )
-        return Change(
-            before,
-            after,
-            surges,
-            tuple(_differences(json.loads(before.to_json()), json.loads(after.to_json()))),
-            "; ".join(warnings),
-        )
+        number = sum(held.values()) if after.pools else after.replicas
+        surges = not (number and _replaces_replicas(before, after)) or pools.has_room(after, pool_nodes, held)
+        if not surges:
+            warnings.append(_cost_without_room(before, after, number, placement.demand(after, nodes)))
+        differences = _differences(json.loads(before.to_json()), json.loads(after.to_json()))
+        return FleetChange(before, after, surges, tuple(differences), "; ".join(warnings))
 
-    def apply(self, change: Change) -> FleetStatus:
+    def apply(self, change: FleetChange) -> FleetStatus:
         """Carry it out; returns when all new replicas and gateways are ready and the old ones are gone.
 
         Raises: the KervanError of a start that failed; the fleet goes on as before then.
         """
-        import ray
-
         from kervan.serve import app, shared_port
 
-        snapshot = snapshot_of(self._handle)
+        snapshot = self._directory.snapshot().result()
         known = snapshot.failures[-1].number if snapshot.failures else 0
         nodes = cluster.devices_by_node(change.after.device)
         room = pools.placeable(change.after, cluster.nodes_for(change.after), pools.held(snapshot))
-        ray.get(self._handle.set_config.remote(change.after.to_json()))
+        self._directory.set_config(change.after).result()
         app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
         try:
             status = wait_until_ready(
                 change.after,
-                self._handle,
+                self._directory,
                 self.progress,
                 after_failure=known,
                 awaited=pools.awaited(change.after, room),
             )
         except KervanError as error:
             self.progress("it failed; going back")
-            ray.get(self._handle.set_config.remote(change.before.to_json()))
+            self._directory.set_config(change.before).result()
             app.deploy(app.build(change.before, nodes, surges=change.surges), change.before)
             raise type(error)(f"{error} (the fleet goes on as before)") from error
         shared_port.wait_until_known(change.after, self.progress)
         return status
 
 
-def merge(before: FleetConfig, words: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a fleet with new words; what follows from others is left out, to follow again.
+def _check_fixed(before: FleetConfig, settings: Mapping[str, Any]) -> None:
+    """Raises: FleetError when `settings` would change what a running fleet cannot."""
+    current = json.loads(before.to_json())
+    for key, why in FIXED.items():
+        wanted = settings.get(key, current[key])
+        if key == "model" and isinstance(wanted, str):
+            wanted = models.resolve(wanted)
+        if wanted != current[key]:
+            raise FleetError(f"{key} of fleet {before.name!r} is {current[key]!r} and cannot become {wanted!r}: {why}")
+
+
+def _cost_without_room(before: FleetConfig, after: FleetConfig, number: int, demand: str) -> str:
+    """What it costs that no new replica, which needs `demand`, can start beside the `number` of old ones."""
+    can_move = number > 1 and before.world_size == after.world_size
+    return (
+        f"there is no room for {demand} beside the old replicas, so {max(1, number // 5)} of {number} replicas will "
+        "stop before a new one starts; "
+        + ("streams move to the others" if can_move else "streams wait until it is ready, as long as a start takes")
+    )
+
+
+def merge(before: FleetConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a fleet with new `settings`; what follows from others is left out, to follow again.
 
     Raises: ConfigError for a number of replicas where it says too little.
     """
     merged: dict[str, Any] = json.loads(before.to_json())
-    if words.get("pools"):
+    if settings.get("pools"):
         if not before.pools:
             merged["pools"] = {ON_DEMAND: str(before.replicas)}
         del merged["replicas"]
-    elif before.pools and words.get("replicas", before.replicas) != before.replicas:
-        told = ", ".join(f"{pool} {bounds}" for pool, bounds in before.bounds.items())
+    elif before.pools and settings.get("replicas", before.replicas) != before.replicas:
+        pools_now = ", ".join(f"{pool} {bounds}" for pool, bounds in before.bounds.items())
         raise ConfigError(
-            f"fleet {before.name!r} has pools ({told}), so {words['replicas']} replicas could be of either; "
-            f"say which: --pool {ON_DEMAND}:{words['replicas']}"
+            f"fleet {before.name!r} has pools ({pools_now}), so {settings['replicas']} replicas could be of either; "
+            f"say which: --pool {ON_DEMAND}:{settings['replicas']}"
         )
-    for key, value in words.items():
+    for key, value in settings.items():
         is_mapping = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
         merged[key] = {**merged[key], **value} if is_mapping else value
-    if not words.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
-        merged |= {key: words.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
+    if not settings.keys().isdisjoint({"tp", "pp"}):  # these follow from the layout, unless they are given too
+        merged |= {key: settings.get(key, 0) for key in ("nodes_per_replica", "gpus_per_replica")}
     return merged
 
 
@@ -162,8 +160,8 @@ def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConf
     """
     from kervan.serve import shared_port
 
-    words = ("host", "port", "shared_port", "engine_args")
-    if all(getattr(before, word) == getattr(after, word) for word in words):
+    fields = ("host", "port", "shared_port", "engine_args")
+    if all(getattr(before, field) == getattr(after, field) for field in fields):
         return []
     return shared_port.check(after, [other for other, _ in shared_port.fleets()])
 
@@ -182,11 +180,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 
 
 def scale(
-    name: str, words: Mapping[str, Any], address: str | None = None, progress: Progress = lambda _: None
+    name: str, settings: Mapping[str, Any], address: str | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> FleetStatus:
     """Change `replicas`, `pools`, `gateways`, `max_gateways`; returns when they are there, or gone.
 
     Raises: CapacityError when they do not fit; the fleet is as before then.
     """
     fleet = RunningFleet(name, address, progress)
-    return fleet.apply(fleet.plan(words, "kervan scale"))
+    return fleet.apply(fleet.plan(settings, "kervan scale"))

@@ -24,13 +24,16 @@ import psutil
 from kervan.config.fleet import Device, FleetConfig
 from kervan.errors import EngineError, FleetError
 from kervan.facts.markets import SPOT
+from kervan.serve import ray_internals
 from kervan.serve.placement import NodeDevices
+from kervan.serve.ray_errors import as_fleet_error
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 # Ray's own label key; a node has it from `ray start --labels`, the cluster launcher's or KubeRay's files.
 MARKET_LABEL = "ray.io/market-type"
 CONNECT_TIMEOUT_S = 5.0
+NODES_UNKNOWN = "Ray does not tell which nodes there are"
 
 
 def home() -> Path:
@@ -49,6 +52,7 @@ class LocalRay(msgspec.Struct, frozen=True):
 
     @property
     def is_alive(self) -> bool:
+        """Whether its process is there, and is not another one with its id."""
         try:
             return "kervan.serve.local_ray" in " ".join(psutil.Process(self.pid).cmdline())
         except psutil.Error:
@@ -84,6 +88,7 @@ class StartingRay:
     process: subprocess.Popen[str]
 
     def keep(self) -> None:
+        """Let it outlive this process."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.write("stay\n")
@@ -122,9 +127,9 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
     try:
         line = process.stdout.readline() if process.stdout else ""
         if not line:
-            words = (Path(temp_dir) / "local_ray.log").read_text().strip().splitlines()[-1:]
+            last_line = (Path(temp_dir) / "local_ray.log").read_text().strip().splitlines()[-1:]
             raise EngineError(
-                f"Ray did not start: {' '.join(words) or 'it said nothing'}; is ray[serve] installed whole?"
+                f"Ray did not start: {' '.join(last_line) or 'it said nothing'}; is ray[serve] installed whole?"
             )
         local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token, has_haproxy)
     except BaseException:
@@ -142,12 +147,10 @@ def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        # Ray's workers give way to everything else (nice 15); here they are the server itself.
-        "RAY_worker_niceness": "0",
-        # Serve looks at its replicas 10 times a second by default: idle work beside the gateways.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        ray_internals.NICENESS_VARIABLE: "0",
+        ray_internals.CONTROL_LOOP_VARIABLE: "0.5",
     }
-    return env | ({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if has_haproxy else {})
+    return env | ({ray_internals.HAPROXY_VARIABLE: "1"} if has_haproxy else {})
 
 
 def stop_local_ray(local: LocalRay) -> None:
@@ -215,8 +218,7 @@ def connect(address: str) -> None:
                 logging_level=logging.ERROR,
                 configure_logging=False,
             )
-        # Ray prints to a driver's output that a node died; the output is the command's, and may be JSON.
-        ray._private.worker._worker_logs_enabled = False
+        ray_internals.silence_driver()
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise FleetError(
             f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, and RAY_AUTH_TOKEN if the "
@@ -262,24 +264,25 @@ def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
     """What Ray says of its alive nodes: those with GPUs, or in a cluster without any, all with their CPU cores.
 
     `device`: only nodes with such, even if there are none (any more).
-    """
-    import ray
 
-    available = ray._private.state.available_resources_per_node()
-    found: dict[Device, list[NodeDevices]] = {"GPU": [], "CPU": []}
-    for node in ray.nodes():
+    Raises: FleetError when Ray does not answer.
+    """
+    with as_fleet_error(NODES_UNKNOWN):
+        free_by_node = ray_internals.free_resources()
+    by_device: dict[Device, list[NodeDevices]] = {"GPU": [], "CPU": []}
+    for node in _all_nodes():
         resources: dict[str, Any] = node["Resources"]
         if not node["Alive"]:
             continue
         kind = next((name for name in resources if name.startswith("accelerator_type:")), None)
-        for name, nodes in found.items():
+        for name, nodes in by_device.items():
             if total := int(resources.get(name, 0)):
-                free = available.get(node["NodeID"], {}).get(name, 0.0)
+                free = free_by_node.get(node["NodeID"], {}).get(name, 0.0)
                 is_spot = node["Labels"].get(MARKET_LABEL) == SPOT
                 nodes.append(NodeDevices(node["NodeManagerAddress"], total, free, kind, name, is_spot))
     if device:
-        return found[device]
-    return found["GPU"] or found["CPU"]
+        return by_device[device]
+    return by_device["GPU"] or by_device["CPU"]
 
 
 def nodes_for(config: FleetConfig) -> list[NodeDevices]:
@@ -288,36 +291,33 @@ def nodes_for(config: FleetConfig) -> list[NodeDevices]:
 
 
 def nodes() -> dict[str, str]:
-    """Addresses of the alive nodes, by Ray's node id."""
+    """Addresses of the alive nodes, by Ray's node id. Raises: FleetError when Ray does not answer."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in _all_nodes() if node["Alive"]}
+
+
+def _all_nodes() -> list[dict[str, Any]]:
+    """What Ray says of its nodes, dead ones too."""
     import ray
 
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    with as_fleet_error(NODES_UNKNOWN):
+        nodes: list[dict[str, Any]] = ray.nodes()
+    return nodes
 
 
 def drain_node(node_id: str, deadline_s: float) -> None:
     """Ray and Serve put nothing more on a node; what is there goes on until it is ended, or the node is.
 
-    Raises: FleetError when Ray refuses.
+    Raises: FleetError when Ray refuses, or does not answer.
     """
-    import ray
-    from ray.core.generated import autoscaler_pb2
-
-    gcs = ray._private.worker.global_worker.gcs_client
-    is_accepted, why = gcs.drain_node(
-        node_id,
-        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),  # cannot be refused for being busy
-        "kervan drain",
-        time.time_ns() // 1_000_000 + int(deadline_s * 1000),
-    )
-    if not is_accepted:
-        raise FleetError(f"Ray does not drain node {node_id}: {why}")
+    with as_fleet_error(f"Ray does not drain node {node_id}"):
+        refusal = ray_internals.drain_node(node_id, time.time_ns() // 1_000_000 + int(deadline_s * 1000))
+    if refusal:
+        raise FleetError(f"Ray does not drain node {node_id}: {refusal}")
 
 
 def dead_nodes() -> list[str]:
-    """Addresses of nodes that Ray has lost, and where none is alive again."""
-    import ray
-
-    nodes = ray.nodes()
+    """Addresses of nodes that Ray has lost, and where none is alive again. Raises: FleetError, as `nodes`."""
+    nodes = _all_nodes()
     alive = {node["NodeManagerAddress"] for node in nodes if node["Alive"]}
     return sorted({node["NodeManagerAddress"] for node in nodes} - alive)
 
@@ -326,12 +326,14 @@ def dead_nodes() -> list[str]:
 
 
 def remember(fleet: Remembered) -> None:
+    """Keep that a fleet was started from this machine."""
     path = home() / "fleets" / f"{fleet.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, fleet)
 
 
 def recall(name: str) -> Remembered | None:
+    """The fleet of this name that was started from this machine, if one was."""
     try:
         return msgspec.json.decode((home() / "fleets" / f"{name}.json").read_bytes(), type=Remembered)
     except (FileNotFoundError, msgspec.MsgspecError):
@@ -339,17 +341,19 @@ def recall(name: str) -> Remembered | None:
 
 
 def forget(name: str) -> None:
+    """Undo `remember`."""
     with contextlib.suppress(FileNotFoundError):
         (home() / "fleets" / f"{name}.json").unlink()
 
 
 def remembered() -> list[Remembered]:
-    found = []
+    """All fleets that were started from this machine, by name."""
+    fleets = []
     for path in sorted((home() / "fleets").glob("*.json")):
         fleet = recall(path.stem)
         if fleet is not None:
-            found.append(fleet)
-    return found
+            fleets.append(fleet)
+    return fleets
 
 
 def _write(path: Path, value: Any) -> None:

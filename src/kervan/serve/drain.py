@@ -1,14 +1,14 @@
 """Taking a replica, or all that is on a node, out of service: what `kervan drain` calls."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import msgspec
 
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Drain, Snapshot
 from kervan.serve import cluster
-from kervan.serve.fleet import DIRECTORY_TIMEOUT_S, Progress, attach, snapshot_of
+from kervan.serve.attach import attach
+from kervan.serve.directory.client import find_directory, fleet_names
 
 POLL_S = 0.2
 GATEWAY_BEAT_S = 1.5  # after which all gateways have told what they moved
@@ -27,6 +27,7 @@ class Drained:
     took_s: float
 
     def to_dict(self) -> dict[str, object]:
+        """What `kervan drain --json` prints; scripts rely on these keys."""
         return {
             "target": self.target,
             "replicas": list(self.replicas),
@@ -37,7 +38,11 @@ class Drained:
 
 
 def drain(
-    name: str, target: str, deadline_s: float, address: str | None = None, progress: Progress = lambda _: None
+    name: str,
+    target: str,
+    deadline_s: float,
+    address: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Drained:
     """Drain replica `target` of fleet `name`, or node `target` with the replicas and gateways of all fleets on it.
 
@@ -50,10 +55,10 @@ def drain(
         raise ConfigError(
             f"--deadline {deadline_s} s is outside 0..{MAX_DEADLINE_S} s; give a time in that range, like 90s"
         )
-    handle = attach(name, address)
+    directory = attach(name, address)
     from kervan.serve import watchers
 
-    snapshot = snapshot_of(handle)
+    snapshot = directory.snapshot().result()
     if target in {replica.id for replica in snapshot.replicas}:
         return _drain(target, {name: [target]}, {}, deadline_s, progress)
     nodes = cluster.nodes()
@@ -74,13 +79,14 @@ def drain(
     return drain_from_node(target, nodes[node_id], deadline_s, progress)
 
 
-def drain_from_node(target: str, ip: str, deadline_s: float, progress: Progress) -> Drained:
-    """Drain what all fleets have on node `ip`, which gets nothing new any more."""
-    from kervan.serve import directory
+def drain_from_node(target: str, ip: str, deadline_s: float, progress: Callable[[str], None]) -> Drained:
+    """Drain what all fleets have on node `ip`, which gets nothing new any more.
 
+    `target`: how the node is called in what comes back. Raises: as `drain`.
+    """
     replicas, gateways = {}, {}
-    for name in directory.names():
-        snapshot = snapshot_of(directory.find(name))
+    for name in fleet_names():
+        snapshot = find_directory(name).snapshot().result()
         replicas[name] = [r.id for r in snapshot.replicas if ip in (r.node, *r.nodes)]
         gateways[name] = [g.id for g in snapshot.gateways if g.node == ip]
     return _drain(target, replicas, gateways, deadline_s, progress)
@@ -91,25 +97,20 @@ def _drain(
     replicas: dict[str, list[str]],
     gateways: dict[str, list[str]],
     deadline_s: float,
-    progress: Progress,
+    progress: Callable[[str], None],
 ) -> Drained:
     """`replicas` and `gateways`: those to go, by fleet. Gateways are ended by Serve, which sees the node drain."""
-    import ray
-
-    from kervan.serve import directory
-
     begin_s = time.monotonic()
-    handles = {name: directory.find(name) for name in replicas}
-    before = {name: snapshot_of(handle) for name, handle in handles.items()}
-    order = msgspec.msgpack.encode(Drain(deadline_s))
+    directories = {name: find_directory(name) for name in replicas}
+    before = {name: directory.snapshot().result() for name, directory in directories.items()}
     for name, ids in replicas.items():
         if ids and not any(r.state == "ready" and r.id not in ids for r in before[name].replicas):
             progress(f"fleet {name!r} has no other ready replica: its streams stay, or wait for the next one")
         for replica_id in ids:
-            ray.get(handles[name].order.remote(replica_id, order), timeout=DIRECTORY_TIMEOUT_S)
-    told = ""
+            directories[name].order(replica_id, Drain(deadline_s)).result()
+    last_line = ""
     while True:
-        now = {name: snapshot_of(handle) for name, handle in handles.items()}
+        now = {name: directory.snapshot().result() for name, directory in directories.items()}
         left = [
             *(f"replica {r.id}" for name, ids in replicas.items() for r in now[name].replicas if r.id in ids),
             *(f"gateway {g.id}" for name, ids in gateways.items() for g in now[name].gateways if g.id in ids),
@@ -117,19 +118,23 @@ def _drain(
         took_s = time.monotonic() - begin_s
         if not left:
             time.sleep(GATEWAY_BEAT_S)
-            moved = sum(_moved(snapshot_of(handle)) - _moved(before[name]) for name, handle in handles.items())
-            gone = [tuple(one for ids in those.values() for one in ids) for those in (replicas, gateways)]
-            return Drained(target, gone[0], gone[1], max(0, moved), took_s)
+            after = [directory.snapshot().result() for directory in directories.values()]
+            moved = sum(map(_num_moved, after)) - sum(map(_num_moved, before.values()))
+            return Drained(target, _all_ids(replicas), _all_ids(gateways), max(0, moved), took_s)
         if took_s > deadline_s + GRACE_S:
             raise FleetError(
                 f"{', '.join(left)} still there {took_s:.0f} s after a drain with {deadline_s:.0f} s; see kervan status"
             )
-        if (words := f"waiting for {', '.join(left)}") != told:
-            told = words
-            progress(words)
+        if (line := f"waiting for {', '.join(left)}") != last_line:
+            last_line = line
+            progress(line)
         time.sleep(POLL_S)
 
 
-def _moved(snapshot: Snapshot) -> int:
+def _all_ids(ids_by_fleet: dict[str, list[str]]) -> tuple[str, ...]:
+    return tuple(one for ids in ids_by_fleet.values() for one in ids)
+
+
+def _num_moved(snapshot: Snapshot) -> int:
     """Streams moved by the gateways that are listed."""
     return sum(gateway.moved for gateway in snapshot.gateways)

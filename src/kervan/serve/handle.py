@@ -1,7 +1,6 @@
 """A fleet called from Python: by other Serve deployments, actors and drivers of its Ray cluster. No HTTP in between."""
 
 import asyncio
-import logging
 import os
 import uuid
 from collections.abc import Sequence
@@ -9,16 +8,13 @@ from typing import Any
 
 import ray
 
-from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
 from kervan.fleet.client import FleetClient
 from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp
 from kervan.gateway.local import Call
-from kervan.serve import directory as directories
-
-logger = logging.getLogger(__name__)
+from kervan.serve.directory.client import find_directory
 
 FOLLOW_S = 1.0
 
@@ -33,7 +29,7 @@ class FleetHandle:
     def __init__(self, name: str):
         """Raises: FleetError when there is no such fleet on this cluster."""
         self.name = name
-        self._directory = directories.find(name)
+        self._directory = find_directory(name)
         self._starting: asyncio.Task[ASGIApp] | None = None
         self._following: asyncio.Task[None] | None = None
         self._fleet: FleetClient | None = None
@@ -63,8 +59,7 @@ class FleetHandle:
         return await asyncio.shield(self._starting)
 
     async def _start(self) -> ASGIApp:
-        stored, secret = await self._directory.fleet.remote()
-        config = FleetConfig.from_json(stored)
+        config, secret = await self._directory.fleet()
         os.environ.update(config.env)
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # vLLM must see which kind of GPU this node has
             del os.environ["CUDA_VISIBLE_DEVICES"]
@@ -80,17 +75,8 @@ class FleetHandle:
         return app
 
     async def _follow(self, fleet: FleetClient) -> None:
-        version = -1
-        while True:
-            try:
-                snapshot = directories.read(await self._directory.wait.remote(version, FOLLOW_S))
-            except ray.exceptions.RayError as error:
-                logger.warning("the directory of fleet %s does not answer: %s", self.name, error)
-                await asyncio.sleep(FOLLOW_S)
-                continue
-            version = snapshot.version
+        async for snapshot in self._directory.follow(poll_s=FOLLOW_S, retry_s=FOLLOW_S):
             fleet.set_members(members(snapshot))
-            await asyncio.sleep(0.05)
 
     async def close(self) -> None:
         """Leave the fleet; calls that are open end with an error."""

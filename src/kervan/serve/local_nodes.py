@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import psutil
 from kervan.errors import EngineError, FleetError
 from kervan.facts.markets import ON_DEMAND, SPOT
 from kervan.serve import cluster
+from kervan.serve.ray_internals import NodeCluster
 
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not pass through Ray's object store
 REGISTER_TIMEOUT_S = 120.0
@@ -96,10 +96,10 @@ class LocalNodes:
             with contextlib.suppress(OSError):
                 line = " ".join(self._log_path.read_text().strip().splitlines()[-1:])
             raise EngineError(f"Ray did not give {what}: {line or 'it said nothing'}; is ray[serve] installed whole?")
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise EngineError(f"Ray did not give {what}: {found['error']}; try again when the machine is less busy")
-        return found
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EngineError(f"Ray did not give {what}: {answer['error']}; try again when the machine is less busy")
+        return answer
 
     def close(self) -> None:
         """End all nodes and everything on them."""
@@ -118,9 +118,7 @@ class _Nodes:
     """Spot nodes by address."""
 
     def __init__(self, temp_dir: str) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster()
+        self._cluster = NodeCluster()
         self._nodes: dict[str, Any] = {}
         self._start(
             num_cpus=os.cpu_count() or 1,
@@ -132,17 +130,17 @@ class _Nodes:
 
     @property
     def address(self) -> str:
-        return str(self._cluster.address)
+        return self._cluster.address
 
-    def _start(self, **words: Any) -> Any:
+    def _start(self, **options: Any) -> Any:
         for last in (*[False] * (TRIES - 1), True):
             try:
-                node = self._cluster.add_node(wait=False, object_store_memory=OBJECT_STORE_BYTES, **words)
+                node = self._cluster.add(object_store_memory=OBJECT_STORE_BYTES, **options)
             except Exception as error:
                 if last or "timed out" not in str(error):
                     raise
             else:
-                self._cluster._wait_for_node(node, REGISTER_TIMEOUT_S)
+                self._cluster.wait_for(node, REGISTER_TIMEOUT_S)
                 return node
         raise AssertionError("not reached")
 
@@ -151,33 +149,25 @@ class _Nodes:
 
     def remove(self, ip: str) -> None:
         node = self._nodes.pop(ip)
-        for process in [*_tree(node)]:  # first, so that no part of it sees another one end
+        for process in [*self._cluster.processes(node)]:  # first, so that no part of it sees another one end
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        self._cluster.remove_node(node, allow_graceful=False)
+        self._cluster.remove(node)
 
     def close(self) -> None:
-        self._cluster.shutdown()
-
-
-def _tree(node: Any) -> Iterator[psutil.Process]:
-    for part in node.live_processes():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(part[1].pid)
-            below = process.children(recursive=True)
-            yield process
-            yield from below
+        self._cluster.close()
 
 
 def main() -> None:
+    """Blocks until its input closes or SIGTERM comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Ray prints is for the log
 
-    def answer(found: dict[str, Any]) -> None:
+    def answer(message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            answers.write(json.dumps(found) + "\n")
+            answers.write(json.dumps(message) + "\n")
             answers.flush()
 
     temp_dir = sys.argv[1]

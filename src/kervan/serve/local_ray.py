@@ -14,6 +14,7 @@ OBJECT_STORE_BYTES = 256 * 2**20  # tokens do not pass through Ray's object stor
 
 
 def main() -> None:
+    """Blocks until it is told to end."""
     temp_dir = sys.argv[1]
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
@@ -23,6 +24,7 @@ def main() -> None:
     import ray
 
     from kervan.serve.cluster import sigterm_kept
+    from kervan.serve.ray_internals import TEMP_DIR_OPTION
 
     with sigterm_kept():
         context = ray.init(
@@ -32,7 +34,7 @@ def main() -> None:
             log_to_driver=False,
             logging_level="ERROR",
             namespace="kervan",
-            _temp_dir=temp_dir,
+            **{TEMP_DIR_OPTION: temp_dir},
         )
     sys.stdout.write(json.dumps({"address": context.address_info["gcs_address"], "pid": os.getpid()}) + "\n")
     sys.stdout.flush()

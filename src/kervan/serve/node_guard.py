@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import psutil
@@ -23,13 +23,15 @@ from kervan.notices.source import Told
 from kervan.notices.state_file import NodeState
 from kervan.notices.watcher import Watcher
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 IDLE_PERIOD_S = 4.0  # directories forget a node after 10 s
-LEAVING_PERIOD_S = 0.5
+DRAINING_PERIOD_S = 0.5
 LINGER_S = 30.0  # without a replica or gateway, which may only be replaced
 # A fleet without a ready replica elsewhere goes on here until so long before the end.
-LAST_ORDER_S = 5.0
+LAST_DRAIN_S = 5.0
 MIN_DEADLINE_S = 1.0  # less than a replica's beat is no time to hear of it
 SAME_DEADLINE_S = 1.0
 NO_HURRY_S = 90.0  # for a notice without a deadline; as `kervan drain` without one
@@ -38,7 +40,7 @@ WRITE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class ClusterView:
     """What a look at the cluster shows. `snapshots`: of all fleets, by name.
 
     `is_only_node`: no other node is alive. `is_drained`: Ray puts nothing on this node any more; `drained_at_s`: Unix
@@ -54,7 +56,7 @@ class Sight:
 class Cluster(Protocol):
     """The cluster as a node's watcher meets it."""
 
-    async def exchange(self, entry: NodeEntry) -> Sight:
+    async def exchange(self, entry: NodeEntry) -> ClusterView:
         """Tell all fleets of this node; what they and Ray say.
 
         Raises: KervanError while that cannot be known.
@@ -65,11 +67,11 @@ class Cluster(Protocol):
         """Let Ray put nothing more on this node. Raises: KervanError."""
         ...
 
-    async def order_drain(self, fleet: str, replica_id: str, order: Drain) -> None:
+    async def drain_replica(self, fleet: str, replica_id: str, drain: Drain) -> None:
         """Let a replica give up its streams and end. Raises: KervanError."""
         ...
 
-    async def send_directories_away(self) -> None:
+    async def move_directories(self) -> None:
         """Let Ray start the directories that are on this node elsewhere. Raises: KervanError."""
         ...
 
@@ -79,15 +81,16 @@ class DrainedSource(Told):
 
     name = "ray"
 
-    def see(self, sight: Sight) -> None:
-        if sight.is_drained:
+    def see(self, view: ClusterView) -> None:
+        """Put a notice if Ray drains the node."""
+        if view.is_drained:
             self.put(
                 Notice(
                     kind="sigterm",
                     source="ray",
                     node=self.node,
                     event_id="drain",
-                    deadline_s=sight.drained_at_s,
+                    deadline_s=view.drained_at_s,
                     seen_s=self.wall(),
                     is_certain=True,
                     detail="Ray drains the node",
@@ -132,13 +135,15 @@ class NodeGuard:
         self._has_drained = False
         self._written: NodeState | None = None
         self._writing: asyncio.Task[None] | None = None
-        self._troubles: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
 
     async def on_notice(self, notice: Notice) -> None:
-        logger.warning("node %s: %s", self._node, as_told(notice).words(self._wall()))
+        """Look at the cluster at once; for the node's watcher to call."""
+        logger.warning("node %s: %s", self._node, notice_entry(notice).describe(self._wall()))
         self._woken.set()
 
     async def on_withdrawn(self, notice: Notice) -> None:
+        """Look at the cluster at once; for the node's watcher to call."""
         logger.warning("node %s: %s is taken back (%s)", self._node, notice.kind, notice.source)
         self._woken.set()
 
@@ -147,68 +152,61 @@ class NodeGuard:
         is_drained, empty_since_s = False, time.monotonic()
         while True:
             self._woken.clear()
-            leaving = watcher.soonest
-            sight = await self._look(self._entry(watcher, is_drained=is_drained))
-            if sight is not None:
-                self._count(sight)
-                is_drained = sight.is_drained
-                if leaving is not None:
-                    await self._empty(sight, leaving)
-                    self._write(self._state(sight, leaving))
+            notice = watcher.soonest
+            entry = self._entry(watcher, is_drained=is_drained)
+            view = await self._try("look", self._cluster.exchange(entry))
+            if view is not None:
+                self._count(view)
+                is_drained = view.is_drained
+                if notice is not None:
+                    await self._evacuate(view, notice)
+                    self._write(self._state(view, notice))
                 elif is_drained and not self._has_drained:
-                    self.drained.see(sight)
-                is_empty = not any(self._here(sight)) and not self._is_any_alive()
+                    self.drained.see(view)
+                is_empty = not any(self._here(view)) and not self._is_any_alive()
                 if not is_empty:
                     empty_since_s = time.monotonic()
                 empty_s = time.monotonic() - empty_since_s
                 if is_empty and is_drained and empty_s >= self._settle_s:
-                    await self._leave(watcher, sight)
+                    await self._finish(watcher, view)
                     return "the node is drained and empty"
-                if not sight.snapshots:
+                if not view.snapshots:
                     return "no fleet is left"
                 if is_empty and empty_s >= self._linger_s:
                     return "no fleet has anything here"
             with contextlib.suppress(TimeoutError):
-                period_s = IDLE_PERIOD_S if watcher.soonest is None and not is_drained else LEAVING_PERIOD_S
+                period_s = IDLE_PERIOD_S if watcher.soonest is None and not is_drained else DRAINING_PERIOD_S
                 await asyncio.wait_for(self._woken.wait(), period_s)
 
-    async def _look(self, entry: NodeEntry) -> Sight | None:
-        sights: list[Sight] = []
-
-        async def look() -> None:
-            sights.append(await self._cluster.exchange(entry))
-
-        await self._try("look", look())
-        return sights[0] if sights else None
-
-    async def _try(self, what: str, doing: Awaitable[None]) -> None:
-        """What fails is tried again at the next look; its trouble is logged when it changes."""
-        problem = ""
+    async def _try(self, what: str, action: Awaitable[T]) -> T | None:
+        """The result, or None after a failure, which the next look tries again; logged when it is another one."""
+        result, problem = None, ""
         try:
-            await doing
+            result = await action
         except KervanError as error:
             problem = str(error)
-        if problem and problem != self._troubles.get(what):
+        if problem and problem != self._problems.get(what):
             logger.warning("node %s: %s", self._node, problem)
-        self._troubles[what] = problem
+        self._problems[what] = problem
+        return result
 
     # ---- what is here
 
-    def _here(self, sight: Sight) -> Iterator[tuple[str, ReplicaEntry | GatewayEntry]]:
+    def _here(self, view: ClusterView) -> Iterator[tuple[str, ReplicaEntry | GatewayEntry]]:
         """(fleet, what it has on this node)."""
-        for fleet, snapshot in sight.snapshots.items():
+        for fleet, snapshot in view.snapshots.items():
             yield from ((fleet, r) for r in snapshot.replicas if self._node in (r.node, *r.nodes))
             yield from ((fleet, g) for g in snapshot.gateways if g.node == self._node)
 
-    def _count(self, sight: Sight) -> None:
+    def _count(self, view: ClusterView) -> None:
         """Take note of processes here, and of what gateways tell of replicas here."""
-        for _, part in self._here(sight):
+        for _, part in self._here(view):
             if isinstance(part, ReplicaEntry):
                 self._replica_ids.add(part.id)
             if part.node == self._node and part.pid and part.pid not in self._processes:
                 with contextlib.suppress(psutil.Error):
                     self._processes[part.pid] = psutil.Process(part.pid)
-        for snapshot in sight.snapshots.values():
+        for snapshot in view.snapshots.values():
             for gateway in snapshot.gateways:
                 for replica_id, traffic in gateway.traffic.items():
                     if replica_id in self._replica_ids:
@@ -226,60 +224,60 @@ class NodeGuard:
     def _entry(self, watcher: Watcher, *, is_drained: bool) -> NodeEntry:
         watches = [name for name in watcher.health if name not in (self.drained.name, OperatorSource.name)]
         problems = [f"{name} cannot tell: {one.problem}" for name, one in watcher.health.items() if one.problem]
-        told = [as_told(notice) for notice in watcher.pending]
-        return NodeEntry(self._node, watches, told, "; ".join(problems), is_drained, self._before)
+        notices = [notice_entry(notice) for notice in watcher.pending]
+        return NodeEntry(self._node, watches, notices, "; ".join(problems), is_drained, self._before)
 
-    # ---- leaving
+    # ---- evacuation
 
-    async def _empty(self, sight: Sight, notice: Notice) -> None:
-        """Order what has not been ordered yet. It remembers little, so a directory or a watcher may start again."""
+    async def _evacuate(self, view: ClusterView, notice: Notice) -> None:
+        """Drain what is not drained yet. It remembers little, so a directory or a watcher may start again."""
         remaining_s = notice.remaining_s(self._wall())
         if remaining_s is None:
             remaining_s = max(0.0, notice.seen_s + NO_HURRY_S - self._wall())
         ends_s = self._wall() + remaining_s
-        is_late = sight.drained_at_s is None or sight.drained_at_s > ends_s + SAME_DEADLINE_S
-        if not sight.is_only_node and (not sight.is_drained or is_late):
+        is_late = view.drained_at_s is None or view.drained_at_s > ends_s + SAME_DEADLINE_S
+        if not view.is_only_node and (not view.is_drained or is_late):
             await self._try("drain", self._drain(remaining_s))
-        for fleet, part in self._here(sight):
-            if isinstance(part, ReplicaEntry) and self._must_be_told(part, sight.snapshots[fleet], remaining_s):
+        for fleet, part in self._here(view):
+            if isinstance(part, ReplicaEntry) and self._needs_drain(part, view.snapshots[fleet], remaining_s):
                 # A person waits for an empty node; a cloud takes it at the deadline.
-                order = Drain(max(MIN_DEADLINE_S, remaining_s), may_linger=notice.kind != "operator")
-                await self._try(f"order to {part.id}", self._cluster.order_drain(fleet, part.id, order))
+                drain = Drain(max(MIN_DEADLINE_S, remaining_s), may_linger=notice.kind != "operator")
+                await self._try(f"drain of {part.id}", self._cluster.drain_replica(fleet, part.id, drain))
 
     async def _drain(self, remaining_s: float) -> None:
         await self._cluster.drain_node(remaining_s)
         self._has_drained = True
 
-    def _must_be_told(self, replica: ReplicaEntry, snapshot: Snapshot, remaining_s: float) -> bool:
+    def _needs_drain(self, replica: ReplicaEntry, snapshot: Snapshot, remaining_s: float) -> bool:
         leaves_in_s = replica.leaves_in_s if replica.state == "draining" else None
         if leaves_in_s is not None and leaves_in_s <= max(MIN_DEADLINE_S, remaining_s) + SAME_DEADLINE_S:
             return False
         elsewhere = any(r.state == "ready" and self._node not in (r.node, *r.nodes) for r in snapshot.replicas)
-        return elsewhere or remaining_s <= LAST_ORDER_S
+        return elsewhere or remaining_s <= LAST_DRAIN_S
 
-    async def _leave(self, watcher: Watcher, sight: Sight) -> None:
+    async def _finish(self, watcher: Watcher, view: ClusterView) -> None:
         """The last account, and word to the cloud that it may have the node."""
         if self._writing is not None:
             await asyncio.wait([self._writing], timeout=WRITE_TIMEOUT_S)
         if (notice := watcher.soonest) is not None:
-            self._write(self._state(sight, notice))
+            self._write(self._state(view, notice))
         if self._writing is not None:
             await asyncio.wait([self._writing], timeout=WRITE_TIMEOUT_S)
         for notice in watcher.pending:
             if notice.is_certain and await watcher.acknowledge(notice):
                 logger.warning("node %s is empty, and %s was told so", self._node, notice.source)
-        await self._try("directories", self._cluster.send_directories_away())
+        await self._try("directories", self._cluster.move_directories())
 
     # ---- its account
 
-    def _state(self, sight: Sight, notice: Notice) -> NodeState:
+    def _state(self, view: ClusterView, notice: Notice) -> NodeState:
         return NodeState(
             node=self._node,
             since_s=self._since_s,
             written_s=self._wall(),
             requests_served=sum(served for served, _ in self._counted.values()),
             streams_in_flight=sum(
-                part.running + part.waiting for _, part in self._here(sight) if isinstance(part, ReplicaEntry)
+                part.running + part.waiting for _, part in self._here(view) if isinstance(part, ReplicaEntry)
             ),
             streams_moved=sum(moved for _, moved in self._counted.values()),
             notice=notice,
@@ -304,7 +302,8 @@ class NodeGuard:
         await self._try("account", write())
 
 
-def as_told(notice: Notice) -> NodeNotice:
+def notice_entry(notice: Notice) -> NodeNotice:
+    """A notice as the directory lists it."""
     return NodeNotice(notice.kind, notice.source, notice.is_certain, notice.deadline_s, notice.seen_s)
 
 

@@ -28,6 +28,7 @@ class NodeDevices:
 
 
 def has_gpus(nodes: Sequence[NodeDevices]) -> bool:
+    """Whether any of the nodes has a GPU."""
     return any(node.device == "GPU" for node in nodes)
 
 
@@ -86,10 +87,10 @@ def places(config: FleetConfig, nodes: Sequence[NodeDevices]) -> int:
     """How many more replicas can be placed. Without GPUs only replicas over several nodes are counted."""
     slots = [int((node.free + ROUNDING) // devices_per_node(config)) for node in nodes]
     count = max(1, config.nodes_per_replica)
-    found = sum(slots) // count
-    while found and sum(min(slot, found) for slot in slots) < found * count:  # a replica takes each node once
-        found -= 1
-    return found
+    room = sum(slots) // count
+    while room and sum(min(slot, room) for slot in slots) < room * count:  # a replica takes each node once
+        room -= 1
+    return room
 
 
 def is_counted(config: FleetConfig, nodes: Sequence[NodeDevices]) -> bool:
@@ -130,10 +131,10 @@ def has_room(config: FleetConfig, nodes: Sequence[NodeDevices]) -> bool:
 def demand(config: FleetConfig, nodes: Sequence[NodeDevices]) -> str:
     """What one replica needs: "4 GPUs on one node", "4 GPUs on each of 2 nodes"."""
     need, count = devices_per_node(config), max(1, config.nodes_per_replica)
-    words = f"{need:g} {_plural(config, nodes, need)}"
+    each = f"{need:g} {_plural(config, nodes, need)}"
     if count > 1:
-        return f"{words} on each of {count} nodes"
-    return words + (" on one node" if need > 1 else "")
+        return f"{each} on each of {count} nodes"
+    return each + (" on one node" if need > 1 else "")
 
 
 def _plural(config: FleetConfig, nodes: Sequence[NodeDevices], count: float) -> str:

@@ -9,12 +9,11 @@ from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError
 from kervan.facts.markets import ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
-from kervan.serve import cluster, placement
+from kervan.serve import cluster, placement, ray_internals
 from kervan.serve.placement import NodeDevices
 from kervan.serve.versions import versions
 from kervan.twin import settings as twins
 
-_STORE = b"kervan"
 MARKET_LABEL = cluster.MARKET_LABEL
 
 
@@ -45,6 +44,7 @@ def per_node(config: FleetConfig, pool: str) -> int | None:
 
 
 def replicas_of(pool: str, snapshot: Snapshot) -> list[ReplicaEntry]:
+    """The listed replicas of a pool, in whatever state."""
     return [replica for replica in snapshot.replicas if replica.pool == pool]
 
 
@@ -67,7 +67,7 @@ def placeable(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[s
 
     `held`: replicas that are there now, by pool; what they take is not free.
     """
-    found = {}
+    rooms = {}
     for pool, bounds in config.bounds.items():
         own = of_pool(pool, nodes) if config.pools else list(nodes)
         if placement.is_counted(config, nodes):
@@ -76,8 +76,8 @@ def placeable(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[s
             room = bounds.maximum if own or not config.pools else 0
             if (most := per_node(config, pool)) is not None:
                 room = len(own) * most
-        found[pool] = max(min(bounds.maximum, room), 0)
-    return found
+        rooms[pool] = max(min(bounds.maximum, room), 0)
+    return rooms
 
 
 def check(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, float]) -> None:
@@ -158,7 +158,7 @@ def warning(config: FleetConfig, nodes: Sequence[NodeDevices]) -> str:
 
 def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices]) -> list[str]:
     """What is not as it is wanted between the pools, in sentences."""
-    told = []
+    sentences = []
     spot, present = config.bounds.get(SPOT), len(replicas_of(SPOT, snapshot))
     if spot is not None and present < spot.maximum:
         missing = f"{spot.maximum - present} of {spot.maximum} replicas"
@@ -171,35 +171,31 @@ def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices
             why = f"wait for another spot node: each of {len(own)} takes {most} (twin setting spot_per_node)"
         else:
             why = f"wait for a spot node with {placement.demand(config, own)} free"
-        told.append(f"pool {SPOT}: {missing} {why}")
+        sentences.append(f"pool {SPOT}: {missing} {why}")
     extra = len(replicas_of(ON_DEMAND, snapshot)) - config.bounds[ON_DEMAND].minimum
     if extra > 0:
-        told.append(f"pool {ON_DEMAND}: {extra} more than its least cover for missing spot replicas")
-    return told
+        sentences.append(f"pool {ON_DEMAND}: {extra} more than its least cover for missing spot replicas")
+    return sentences
 
 
 # ---- what the directory writes and Serve's controller reads: neither may wait for the other
 
 
-def _key(fleet_name: str) -> bytes:
-    return f"spot pool of fleet {fleet_name}".encode()
+def _key(fleet_name: str) -> str:
+    return f"spot pool of fleet {fleet_name}"
 
 
 def publish(fleet_name: str, facts: SpotFacts) -> None:
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(_key(fleet_name), msgspec.json.encode(facts), overwrite=True, namespace=_STORE)
+    """Let Serve's controller know of the spot pool."""
+    ray_internals.kv_put(_key(fleet_name), msgspec.json.encode(facts))
 
 
 def published(fleet_name: str) -> SpotFacts | None:
     """What was published last, None for nothing."""
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    stored = _internal_kv_get(_key(fleet_name), namespace=_STORE)
+    stored = ray_internals.kv_get(_key(fleet_name))
     return None if stored is None else msgspec.json.decode(stored, type=SpotFacts)
 
 
 def forget(fleet_name: str) -> None:
-    from ray.experimental.internal_kv import _internal_kv_del
-
-    _internal_kv_del(_key(fleet_name), namespace=_STORE)
+    """Forget what was published of a fleet that is no more."""
+    ray_internals.kv_delete(_key(fleet_name))

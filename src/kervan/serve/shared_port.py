@@ -5,22 +5,20 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import msgspec
-import ray
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import Snapshot
 from kervan.gateway.shared_port import Neighbour
-from kervan.serve import directory as directories
+from kervan.serve.directory.client import StoredFleet, find_directory, fleet_names
 
 logger = logging.getLogger(__name__)
 
 LOOK_PERIOD_S = 1.0
-WAIT_S = 10.0
+FOLLOW_S = 10.0
 ANSWER_S = 10.0
 KNOWN_TIMEOUT_S = 20.0
 ANY_HOSTS = {"0.0.0.0", "::"}
@@ -57,8 +55,8 @@ def check(config: FleetConfig, others: Sequence[FleetConfig]) -> list[FleetConfi
 
     Raises: ConfigError when one of them keeps the port to itself, or has a model of the same name.
     """
-    found = [other for other in others if meet(config, other)]
-    for other in found:
+    sharing = [other for other in others if meet(config, other)]
+    for other in sharing:
         place = f"port {config.port} of {config.host}"
         if config.ingress == "serve" or other.ingress == "serve":
             raise ConfigError(
@@ -84,7 +82,7 @@ def check(config: FleetConfig, others: Sequence[FleetConfig]) -> list[FleetConfi
                 f"fleet {other.name!r} answers for model {both[0]!r} on {place} already; give this one another name: "
                 "--engine-arg served_model_name=NAME"
             )
-    return found
+    return sharing
 
 
 class Neighbourhood:
@@ -97,53 +95,49 @@ class Neighbourhood:
 
     def look(self) -> list[Neighbour]:
         """Ask all directories now; blocks."""
-        for name in set(directories.names()) - {self._config.name}:
-            with contextlib.suppress(FleetError, ray.exceptions.RayError):
-                handle = directories.find(name)
-                fleet, raw = ray.get([handle.fleet.remote(), handle.snapshot.remote()], timeout=ANSWER_S)
-                self.take(fleet, directories.read(raw))
+        for name in set(fleet_names()) - {self._config.name}:
+            with contextlib.suppress(FleetError):
+                directory = find_directory(name)
+                self.take(directory.fleet().result(ANSWER_S), directory.snapshot().result(ANSWER_S))
         return self.listed()
 
-    async def follow(self, tell: Callable[[list[Neighbour]], None]) -> None:
-        """Call `tell` at each change, until cancelled."""
+    async def follow(self, on_change: Callable[[list[Neighbour]], None]) -> None:
+        """Call `on_change` at each change, until cancelled."""
         try:
             while True:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    self._follow_each(await asyncio.to_thread(directories.names), tell)
+                with contextlib.suppress(FleetError):
+                    self._follow_each(await asyncio.to_thread(fleet_names), on_change)
                 await asyncio.sleep(LOOK_PERIOD_S)
         finally:
             for follower in self._followers.values():
                 follower.cancel()
 
-    def _follow_each(self, names: Sequence[str], tell: Callable[[list[Neighbour]], None]) -> None:
+    def _follow_each(self, names: Sequence[str], on_change: Callable[[list[Neighbour]], None]) -> None:
         for name in set(names) - {self._config.name}:
             if name not in self._followers or self._followers[name].done():
-                self._followers[name] = asyncio.create_task(self._follow_one(name, tell))
+                self._followers[name] = asyncio.create_task(self._follow_one(name, on_change))
         gone = (self._followers.keys() | self._known.keys()) - set(names)
         for name in gone:
             self._known.pop(name, None)
             if name in self._followers:
                 self._followers.pop(name).cancel()
         if gone:
-            tell(self.listed())
+            on_change(self.listed())
 
-    async def _follow_one(self, name: str, tell: Callable[[list[Neighbour]], None]) -> None:
+    async def _follow_one(self, name: str, on_change: Callable[[list[Neighbour]], None]) -> None:
         """Until its directory does not answer; a restarted or new one of this name is found by the next look."""
         version = -1
-        with contextlib.suppress(FleetError, ray.exceptions.RayError):
-            handle: Any = await asyncio.to_thread(directories.find, name)
-            while True:
-                snapshot = directories.read(await handle.wait.remote(version, WAIT_S))
+        with contextlib.suppress(FleetError):
+            directory = await asyncio.to_thread(find_directory, name)
+            async for snapshot in directory.follow(poll_s=FOLLOW_S):
                 if snapshot.version != version:
-                    self.take(await handle.fleet.remote(), snapshot)
-                    tell(self.listed())
-                version = snapshot.version
-                await asyncio.sleep(0.05)
+                    version = snapshot.version
+                    self.take(await directory.fleet(), snapshot)
+                    on_change(self.listed())
 
-    def take(self, fleet: tuple[str, str], snapshot: Snapshot) -> None:
-        """What a directory tells: its fleet's settings as JSON, the secret, and who is there."""
-        stored, secret = fleet
-        other = FleetConfig.from_json(stored)
+    def take(self, fleet: StoredFleet, snapshot: Snapshot) -> None:
+        """Keep what a directory tells of its fleet, if that is on this fleet's port."""
+        other, secret = fleet
         known = self._known.pop(other.name, None)
         if not other.shared_port or (other.host, other.port) != (self._config.host, self._config.port):
             return
@@ -153,18 +147,18 @@ class Neighbourhood:
         self._known[other.name] = Neighbour(other.name, served_names(other), bool(other.api_keys), key, gateways)
 
     def listed(self) -> list[Neighbour]:
+        """The other fleets as they are known, by name."""
         return [self._known[name] for name in sorted(self._known)]
 
 
 def fleets() -> list[tuple[FleetConfig, Snapshot]]:
     """All fleets of the cluster as their directories know them; one whose directory does not answer is left out."""
-    found = []
-    for name in directories.names():
-        with contextlib.suppress(FleetError, ray.exceptions.RayError):
-            handle = directories.find(name)
-            (stored, _), raw = ray.get([handle.fleet.remote(), handle.snapshot.remote()], timeout=ANSWER_S)
-            found.append((FleetConfig.from_json(stored), directories.read(raw)))
-    return found
+    answered = []
+    for name in fleet_names():
+        with contextlib.suppress(FleetError):
+            directory = find_directory(name)
+            answered.append((directory.fleet().result(ANSWER_S).config, directory.snapshot().result(ANSWER_S)))
+    return answered
 
 
 def wait_until_known(config: FleetConfig, progress: Callable[[str], None]) -> None:

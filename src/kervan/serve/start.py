@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import socket
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
@@ -14,16 +14,13 @@ from kervan.facts import model as models
 from kervan.fleet.vllm import argument_names
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
-from kervan.serve.fleet import (
-    FleetStatus,
-    Progress,
-    end_fleet,
-    plural,
-    slowest_start,
-    stored_config,
-    wait_until_ready,
-)
+from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
+from kervan.serve.down import end_fleet
+from kervan.serve.ray_internals import HAPROXY_VARIABLE
+from kervan.serve.readiness import slowest_start, wait_until_ready
+from kervan.serve.status import FleetStatus
 from kervan.twin import settings as twins
+from kervan.units import plural
 
 
 def validate(config: FleetConfig) -> FleetConfig:
@@ -82,12 +79,12 @@ def num_gateways(config: FleetConfig) -> int:
 class Startup:
     """A fleet on its way up; `cancel` undoes whatever has been started."""
 
-    def __init__(self, config: FleetConfig, address: str | None, progress: Progress):
+    def __init__(self, config: FleetConfig, address: str | None, progress: Callable[[str], None]):
         self.config = config
         self.progress = progress
         self._address = address
         self._started_ray: cluster.StartingRay | None = None
-        self._directory: Any = None
+        self._directory: DirectoryClient | None = None
 
     def run(self) -> FleetStatus:
         """Start the fleet and wait until every replica has given a token.
@@ -107,13 +104,14 @@ class Startup:
         if is_here and cluster.find_local_ray() is None:
             check_port(self.config.host, self.config.port)
         address = self._reach_ray()
-        from kervan.serve import app, directory, shared_port
+        from kervan.serve import app, shared_port
+        from kervan.serve.directory.actor import create_directory
 
         nodes = cluster.devices_by_node()
         if not placement.has_gpus(nodes):
             self.config = on_cpu(self.config, os.cpu_count() or 1)
         config = self.config = placement.spread(self.config, nodes)
-        if config.name in directory.names():
+        if config.name in fleet_names():
             raise FleetError(
                 f"fleet {config.name!r} is already up; use another --name, kervan scale, or kervan down first"
             )
@@ -127,7 +125,7 @@ class Startup:
         if config.ingress == "serve":
             _check_entry_is_free()
         config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
-        self._directory = directory.create(config.name, config.to_json(), secrets.token_hex(16))
+        self._directory = create_directory(config, secrets.token_hex(16))
         app.start_serve(config)
         self.progress(f"starting {plural(sum(awaited.values()), 'replica')} and {plural(config.gateways, 'gateway')}")
         app.deploy(app.build(config, nodes), config)
@@ -141,9 +139,9 @@ class Startup:
     def _reach_ray(self) -> str:
         needs_haproxy = self.config.ingress == "serve"
         if self._address is not None:
-            if needs_haproxy and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+            if needs_haproxy and os.environ.get(HAPROXY_VARIABLE) != "1":
                 raise FleetError(
-                    "--ingress serve needs HAProxy on the cluster: RAY_SERVE_ENABLE_HA_PROXY=1 in the environment of "
+                    f"--ingress serve needs HAProxy on the cluster: {HAPROXY_VARIABLE}=1 in the environment of "
                     "Ray on all nodes and of kervan up; or use --ingress direct"
                 )
             cluster.connect(self._address)
@@ -172,16 +170,17 @@ class Startup:
             cluster.stop_local_ray(self._started_ray.local)
             cluster.forget(self.config.name)
         elif self._directory is not None:
-            with contextlib.suppress(Exception):
+            try:
                 end_fleet(self.config.name)
+            except Exception as error:  # noqa: BLE001 - what ended the start is raised next, and says more
+                name = self.config.name
+                self.progress(f"fleet {name!r} may not have ended ({error}); kervan down --name {name} ends it")
 
 
 def _check_entry_is_free() -> None:
     """Serve has one entry for a whole cluster, and a fleet needs all of its paths."""
-    from kervan.serve import directory
-
-    for name in directory.names():
-        other = stored_config(directory.find(name))
+    for name in fleet_names():
+        other = find_directory(name).fleet().result().config
         if other.ingress == "serve":
             raise FleetError(
                 f"fleet {name!r} has the one entry of Serve on this cluster (port {other.port}); use --ingress direct"
@@ -189,7 +188,7 @@ def _check_entry_is_free() -> None:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Any:
+def _uninterrupted() -> Iterator[None]:
     """Ignore further Ctrl-C while cleaning up."""
     import signal
     import threading

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from kervan.config.fleet import FleetConfig
 
 # What replicas and gateways are made of; a change of anything else replaces none of them.
-GATEWAY_WORDS = (
+GATEWAY_SETTINGS = (
     "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
     "drain_timeout_s", "engine", "replay_s", "replay_max_mib",
 )  # fmt: skip
-REPLICA_WORDS = (
+REPLICA_SETTINGS = (
     "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",
     "stall_timeout_s", "drain_timeout_s", "warm_start",
 )  # fmt: skip
@@ -26,12 +26,13 @@ class Versions:
 
 
 def versions(config: FleetConfig) -> Versions:
+    """Digests of the settings that replicas and gateways are made of: others mean that they are replaced."""
     settings = json.loads(config.to_json())
 
-    def digest(words: tuple[str, ...], **more: object) -> str:
-        chosen = {word: settings[word] for word in words} | more
+    def digest(names: tuple[str, ...], **more: object) -> str:
+        chosen = {name: settings[name] for name in names} | more
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
     # With pools, a replica is bound to its market's nodes; Serve replaces those that were not.
     bound = {"has_pools": True} if config.pools else {}
-    return Versions(digest(REPLICA_WORDS, **bound), digest(GATEWAY_WORDS))
+    return Versions(digest(REPLICA_SETTINGS, **bound), digest(GATEWAY_SETTINGS))

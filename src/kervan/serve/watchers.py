@@ -12,10 +12,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,9 +26,10 @@ from kervan.notices.detect import detect
 from kervan.notices.metadata import Metadata
 from kervan.notices.node import NodeWatch, watching
 from kervan.notices.settings import NoticeSettings, from_environment
-from kervan.serve import cluster
-from kervan.serve import directory as directories
-from kervan.serve.node_guard import NodeGuard, Sight
+from kervan.serve import cluster, ray_internals
+from kervan.serve.directory.client import NAMESPACE, actor_names, find_directory, fleet_names
+from kervan.serve.node_guard import ClusterView, NodeGuard
+from kervan.serve.ray_errors import as_fleet_error
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def start(node_id: str, env: Mapping[str, str]) -> Any:
     actor: Any = WatcherActor  # Ray's decorator changed its type
     return actor.options(
         name=_PREFIX + node_id,
-        namespace=directories.NAMESPACE,
+        namespace=NAMESPACE,
         get_if_exists=True,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
     ).remote(node_id, dict(env))
@@ -95,16 +95,15 @@ def start(node_id: str, env: Mapping[str, str]) -> Any:
 def announce(node_id: str, remaining_s: float) -> None:
     """Tell the watcher of a node, if it has one, that an operator wants the node empty."""
     with contextlib.suppress(ValueError, ray.exceptions.RayError):
-        watcher = ray.get_actor(_PREFIX + node_id, namespace=directories.NAMESPACE)
+        watcher = ray.get_actor(_PREFIX + node_id, namespace=NAMESPACE)
         ray.get(watcher.announce.remote(remaining_s), timeout=CALL_TIMEOUT_S)
 
 
 def end_all() -> None:
-    """End all watchers of the cluster."""
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == directories.NAMESPACE and actor["name"].startswith(_PREFIX):
-            with contextlib.suppress(ValueError):
-                ray.kill(ray.get_actor(actor["name"], namespace=directories.NAMESPACE))
+    """End all watchers of the cluster. Raises: FleetError when Ray does not answer."""
+    for name in actor_names(_PREFIX):
+        with as_fleet_error(f"{name} goes on"), contextlib.suppress(ValueError):  # it has ended meanwhile
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 # ---- what it sees and does
@@ -119,63 +118,43 @@ class RayCluster:
         self._names: list[str] = []
         self._named_s = float("-inf")
 
-    async def exchange(self, entry: NodeEntry) -> Sight:
+    async def exchange(self, entry: NodeEntry) -> ClusterView:
         if time.monotonic() - self._named_s >= NAMES_PERIOD_S:
-            with _as_fleet_error("Ray does not tell which fleets there are"):
-                self._names = await asyncio.to_thread(directories.names)
+            self._names = await asyncio.to_thread(fleet_names)
             self._named_s = time.monotonic()
-        raw = msgspec.msgpack.encode(entry)
-        await asyncio.gather(*(self._tell(name, raw) for name in self._names))
+        await asyncio.gather(*(self._tell(name, entry) for name in self._names))
         self._snapshots = {name: self._snapshots[name] for name in self._names if name in self._snapshots}
         if self._names and not self._snapshots:
             raise FleetError(f"no directory answers, of {', '.join(self._names)}")
-        with _as_fleet_error("Ray does not tell which nodes there are"):
-            nodes, draining = await asyncio.to_thread(_nodes)
+        nodes = await asyncio.to_thread(cluster.nodes)
+        with as_fleet_error("Ray does not tell which nodes are drained"):
+            draining = await asyncio.to_thread(ray_internals.draining_nodes)
         drained_at_ms = draining.get(self._node_id)
-        return Sight(
+        return ClusterView(
             self._snapshots,
             is_only_node=set(nodes) <= {self._node_id},
             is_drained=drained_at_ms is not None,
             drained_at_s=drained_at_ms / 1000 if drained_at_ms else None,
         )
 
-    async def _tell(self, name: str, entry: bytes) -> None:
+    async def _tell(self, name: str, entry: NodeEntry) -> None:
         """A directory that is away leaves the snapshot that was."""
-        with contextlib.suppress(FleetError, ray.exceptions.RayError, TimeoutError):
-            handle = await asyncio.to_thread(directories.find, name)
-            told = await asyncio.wait_for(handle.beat_node.remote(entry), CALL_TIMEOUT_S)
-            self._snapshots[name] = directories.read(told)
+        with contextlib.suppress(FleetError):
+            directory = await asyncio.to_thread(find_directory, name)
+            self._snapshots[name] = await directory.beat_node(entry).within(CALL_TIMEOUT_S)
 
     async def drain_node(self, remaining_s: float) -> None:
-        with _as_fleet_error("Ray does not drain the node"):
-            await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
+        await asyncio.to_thread(cluster.drain_node, self._node_id, remaining_s)
 
-    async def order_drain(self, fleet: str, replica_id: str, order: Drain) -> None:
-        raw = msgspec.msgpack.encode(order)
-        with _as_fleet_error(f"replica {replica_id} cannot be told to leave"):
-            handle = await asyncio.to_thread(directories.find, fleet)
-            await asyncio.wait_for(handle.order.remote(replica_id, raw), CALL_TIMEOUT_S)
+    async def drain_replica(self, fleet: str, replica_id: str, drain: Drain) -> None:
+        directory = await asyncio.to_thread(find_directory, fleet)
+        await directory.order(replica_id, drain).within(CALL_TIMEOUT_S)
 
-    async def send_directories_away(self) -> None:
-        with _as_fleet_error("a directory on this node stays"):
-            for name in self._names:
-                handle = await asyncio.to_thread(directories.find, name)
-                if await asyncio.wait_for(handle.node_id.remote(), CALL_TIMEOUT_S) == self._node_id:
-                    ray.kill(handle, no_restart=False)
-
-
-@contextlib.contextmanager
-def _as_fleet_error(what: str) -> Iterator[None]:
-    """What Ray raises while its GCS or a directory is away; the watcher asks again."""
-    try:
-        yield
-    except (ray.exceptions.RayError, RuntimeError, OSError, TimeoutError) as error:
-        raise FleetError(f"{what}: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
-
-
-def _nodes() -> tuple[list[str], dict[str, int]]:
-    """Alive nodes, and the deadlines of the draining ones (Unix time in ms, 0 without)."""
-    return list(cluster.nodes()), ray._private.state.state.get_draining_nodes()
+    async def move_directories(self) -> None:
+        for name in self._names:
+            directory = await asyncio.to_thread(find_directory, name)
+            if await directory.node_id().within(CALL_TIMEOUT_S) == self._node_id:
+                directory.kill(restarts=True)
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, lifetime="detached")

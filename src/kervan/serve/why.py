@@ -17,31 +17,33 @@ def explain(
     `nodes`: alive nodes with their devices. `dead_nodes`: addresses of nodes that Ray has lost and that are not back.
     Ray remembers them for long, so they are told only while something is missing.
     """
-    told = []
+    sentences = []
     present, least = len(snapshot.replicas), config.replicas
     if config.pools:
-        told += pools.explain(config, snapshot, nodes)
+        sentences += pools.explain(config, snapshot, nodes)
         on_demand = len(pools.replicas_of(ON_DEMAND, snapshot))
         present, least = on_demand, config.bounds[ON_DEMAND].minimum
         nodes = pools.of_pool(ON_DEMAND, nodes)
     if present < least:
-        told.append(_missing(config, present, least, nodes))
+        sentences.append(_missing(config, present, least, nodes))
     for replica in snapshot.replicas:
         if replica.state == "starting":
-            told.append(
+            sentences.append(
                 f"replica {replica.id} is starting {replica.reason} on {replica.node}; its log: {replica.log_path}"
             )
         elif replica.state == "draining":
-            told.append(f"replica {replica.id} drains: its streams move, then it ends")
+            sentences.append(f"replica {replica.id} drains: its streams move, then it ends")
         elif replica.state == "unhealthy":
-            told.append(f"replica {replica.id} is unhealthy: {replica.reason or 'no reason was told'}; it is replaced")
+            sentences.append(
+                f"replica {replica.id} is unhealthy: {replica.reason or 'no reason was told'}; it is replaced"
+            )
         elif replica.reason:
-            told.append(f"replica {replica.id}: {replica.reason}")
+            sentences.append(f"replica {replica.id}: {replica.reason}")
     if len(snapshot.gateways) < config.gateways:
-        told.append(
+        sentences.append(
             f"{config.gateways - len(snapshot.gateways)} of {config.gateways} gateways are missing; Serve starts them"
         )
-    told += [
+    sentences += [
         f"gateway {g.id}: {g.reason}" if g.is_ready else f"gateway {g.id} is not ready: {g.reason}"
         for g in snapshot.gateways
         if g.reason
@@ -50,10 +52,10 @@ def explain(
     nodes_used |= {gateway.node for gateway in snapshot.gateways}
     is_short = present < least or len(snapshot.gateways) < config.gateways
     if is_short or not nodes_used.isdisjoint(dead_nodes):
-        told += [f"node {node} is dead; what was on it is started elsewhere" for node in dead_nodes]
+        sentences += [f"node {node} is dead; what was on it is started elsewhere" for node in dead_nodes]
     if present < least:
-        told += [f"{f.who} could not start: {f.message}" for f in snapshot.failures[-3:]]
-    return told
+        sentences += [f"{f.who} could not start: {f.message}" for f in snapshot.failures[-3:]]
+    return sentences
 
 
 def notice_lines(snapshot: Snapshot, now_s: float) -> list[str]:
@@ -63,7 +65,7 @@ def notice_lines(snapshot: Snapshot, now_s: float) -> list[str]:
     """
     lines = []
     for node in snapshot.nodes:
-        lines += [f"node {node.node} {notice.words(now_s)}" for notice in node.notices]
+        lines += [f"node {node.node} {notice.describe(now_s)}" for notice in node.notices]
         if node.is_drained and not node.notices:
             lines.append(f"node {node.node} is drained: Ray puts nothing there any more")
         if node.problem:

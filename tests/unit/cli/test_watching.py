@@ -11,8 +11,8 @@ from rich.console import Console
 from kervan.cli import render, top
 from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import GatewayEntry, NodeEntry, NodeNotice, ReplicaEntry, Snapshot, StartFailure, Traffic
-from kervan.serve.fleet import FleetStatus
 from kervan.serve.placement import NodeDevices
+from kervan.serve.status import FleetStatus
 from kervan.serve.why import explain, notice_lines
 
 CONFIG = FleetConfig(model="org/model", replicas=2, gateways=1, tp=4)

@@ -133,7 +133,7 @@ def test_goodbye_removes_at_once_and_only_once(directory: Directory) -> None:
 
 def test_failures_are_kept_up_to_a_bound_newest_last(directory: Directory) -> None:
     for i in range(MAX_FAILURES + 5):
-        directory.fail(StartFailure("a", "ConfigError", f"failure {i}"))
+        directory.report_failure(StartFailure("a", "ConfigError", f"failure {i}"))
     failures = directory.snapshot().failures
     assert [failure.message for failure in failures] == [f"failure {i}" for i in range(5, MAX_FAILURES + 5)]
 
@@ -225,10 +225,10 @@ def test_a_replica_that_is_struck_is_ready_until_it_is_felt(directory: Directory
 
 def test_a_fleet_that_closes_is_told_of_at_once_and_may_open_again(directory: Directory) -> None:
     before = directory.version
-    directory.close(is_closing=True)
-    directory.close(is_closing=True)
+    directory.set_closing(True)
+    directory.set_closing(True)
     assert (directory.version, directory.snapshot().is_closing) == (before + 1, True)
-    directory.close(is_closing=False)
+    directory.set_closing(False)
     assert (directory.version, directory.snapshot().is_closing) == (before + 2, False)
 
 
@@ -260,4 +260,4 @@ def test_a_nodes_notice_is_told_at_once_and_forgotten_without_beats(directory: D
     ],
 )
 def test_a_notice_in_words(notice: NodeNotice, words: str) -> None:
-    assert notice.words(1010.0) == words
+    assert notice.describe(1010.0) == words

@@ -21,7 +21,7 @@ from kervan.notices import state_file
 from kervan.notices.node import NodeWatch, watching
 from kervan.notices.settings import NoticeSettings
 from kervan.notices.state_file import NodeState
-from kervan.serve.node_guard import NO_HURRY_S, NodeGuard, Sight
+from kervan.serve.node_guard import NO_HURRY_S, ClusterView, NodeGuard
 
 HERE, ELSEWHERE = "10.0.0.1", "10.0.0.2"
 
@@ -36,7 +36,7 @@ class Cluster:
         self.done: list[tuple[str, float]] = []  # (what, seconds that were left), in order
         self.told: list[NodeEntry] = []
         self.problem = ""
-        self.has_sent_directories_away = self.may_linger = False
+        self.has_moved_directories = self.may_linger = False
         self.has_fleet = self.has_other_nodes = self.obeys = True
         self.is_drained = False
         self.drained_at_s: float | None = None
@@ -47,7 +47,7 @@ class Cluster:
     def add_gateway(self, name: str, node: str = HERE, pid: int = 0, **more: Any) -> None:
         self.gateways[name] = GatewayEntry(name, node, pid, "", "", is_ready=True, **more)
 
-    async def exchange(self, entry: NodeEntry) -> Sight:
+    async def exchange(self, entry: NodeEntry) -> ClusterView:
         self.told.append(entry)
         self.directory.beat_node(entry)
         for replica in list(self.replicas.values()):
@@ -58,7 +58,7 @@ class Cluster:
         for gateway in self.gateways.values():
             self.directory.beat_gateway(gateway)
         snapshots = {"fleet": self.directory.snapshot()} if self.has_fleet else {}
-        return Sight(snapshots, not self.has_other_nodes, self.is_drained, self.drained_at_s)
+        return ClusterView(snapshots, not self.has_other_nodes, self.is_drained, self.drained_at_s)
 
     async def drain_node(self, remaining_s: float) -> None:
         if self.problem:
@@ -66,14 +66,14 @@ class Cluster:
         self.done.append(("drain", remaining_s))
         self.is_drained, self.drained_at_s = True, time.time() + remaining_s
 
-    async def order_drain(self, fleet: str, replica_id: str, order: Drain) -> None:
-        self.done.append((replica_id, order.deadline_s))
-        self.may_linger = order.may_linger
-        assert self.directory.order(replica_id, order)
+    async def drain_replica(self, fleet: str, replica_id: str, drain: Drain) -> None:
+        self.done.append((replica_id, drain.deadline_s))
+        self.may_linger = drain.may_linger
+        assert self.directory.order(replica_id, drain)
 
-    async def send_directories_away(self) -> None:
+    async def move_directories(self) -> None:
         assert not [replica for replica in self.replicas.values() if replica.node == HERE]
-        self.has_sent_directories_away = True
+        self.has_moved_directories = True
 
     @property
     def orders(self) -> list[str]:
@@ -148,7 +148,7 @@ async def test_a_notice_empties_the_node_and_the_account_is_left(cluster: Cluste
             cluster.directory.remove("a")
             assert await running == "the node is drained and empty"
             assert cloud.approved == ["602d9444"]
-            assert cluster.has_sent_directories_away
+            assert cluster.has_moved_directories
     last = state_file.read(str(place))
     assert last is not None
     assert last.notice is not None
@@ -163,7 +163,7 @@ async def test_a_recommendation_moves_nothing(cluster: Cluster) -> None:
         settings = NoticeSettings(watch=("azure",), azure_url=server.url, azure_period_s=0.05)
         async with guarded(cluster, settings):
             await until(lambda: cluster.told and cluster.told[-1].notices)
-            assert cluster.told[-1].notices[0].words(time.time()) == "stands still for some seconds: pause (azure)"
+            assert cluster.told[-1].notices[0].describe(time.time()) == "stands still for some seconds: pause (azure)"
             assert cluster.done == []
 
 

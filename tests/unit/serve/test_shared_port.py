@@ -7,6 +7,7 @@ import pytest
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError
 from kervan.fleet.directory import GatewayEntry, Snapshot
+from kervan.serve.directory.client import StoredFleet
 from kervan.serve.shared_port import Neighbourhood, check, meet, served_names
 
 
@@ -82,7 +83,7 @@ def gateway(name: str) -> GatewayEntry:
 
 def told(neighbourhood: Neighbourhood, other: FleetConfig, *names: str, secret: str = "s") -> dict[str, list[str]]:
     """What is known after a directory has told of its fleet with these gateways."""
-    neighbourhood.take((other.to_json(), secret), Snapshot(1, [], [gateway(name) for name in names], []))
+    neighbourhood.take(StoredFleet(other, secret), Snapshot(1, [], [gateway(name) for name in names], []))
     return {known.name: [g.id for g in known.gateways] for known in neighbourhood.listed()}
 
 

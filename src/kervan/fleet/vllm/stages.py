@@ -8,7 +8,6 @@ still to be placed, which is how ray#59064 locks up.
 from typing import Any
 
 import ray
-from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -23,7 +22,7 @@ def join(placement: WorkerPlacement, vllm_config: VllmConfig) -> None:
     Ray ends the workers when this process ends, on whatever node they are.
     """
     ray.init(address=placement.ray_address, namespace="kervan", logging_level="warning")
-    group = PlacementGroup(PlacementGroupID.from_hex(placement.group_id))
+    group = PlacementGroup(ray.PlacementGroupID.from_hex(placement.group_id))
     vllm_config.parallel_config.placement_group = group
     nodes = placement_group_table(group)["bundles_to_node_id"]
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}

@@ -1,11 +1,15 @@
-"""What an engine process has of its actor's environment, and of the fleet's."""
+"""What an engine process has of its actor's environment, and of the fleet's; how a replica ends."""
 
+import functools
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kervan.config.fleet import FleetConfig
-from kervan.serve.engine import engine_environment
+from kervan.errors import FleetError
+from kervan.serve.replica_actor import EngineReplica, engine_environment
 
 EAGER = {"enforce_eager": True}
 
@@ -43,3 +47,21 @@ def test_what_ray_set_for_its_actor_is_not_the_engines(monkeypatch: pytest.Monke
 def test_the_gpus_of_an_actor_are_its_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert engine_environment(FleetConfig(model="m"), is_on_cpu=False)["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+async def test_a_replica_ends_although_its_directory_is_gone() -> None:
+    """`kervan down` ends the directory when Serve takes too long to end the replicas."""
+
+    async def remove(_: str) -> None:
+        raise FleetError("the directory does not answer")
+
+    said: list[str] = []
+    process = SimpleNamespace(ready=None, kill=lambda: said.append("kill"), stop=lambda _: said.append("stop"))
+    replica = SimpleNamespace(
+        _id="a", _process=process, _directory=SimpleNamespace(remove=remove), _is_draining=False,
+        _drained=threading.Event(), _config=SimpleNamespace(drain_timeout_s=1.0),
+    )  # fmt: skip
+    replica._drain = functools.partial(EngineReplica._drain, replica)
+    await EngineReplica.__del__(replica)
+    assert said == ["kill", "stop"]
+    assert replica._drained.is_set()

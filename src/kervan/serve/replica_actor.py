@@ -7,21 +7,20 @@ import os
 import threading
 import time
 import uuid
-from typing import Any
 
 import msgspec
 import ray
 from ray.util import placement_group_table
 
 from kervan.config.fleet import FleetConfig
-from kervan.errors import EngineError
+from kervan.errors import EngineError, FleetError
 from kervan.fleet.control import EngineSpec, WorkerPlacement
 from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
-from kervan.serve import directory as directories
 from kervan.serve import watchers
 from kervan.serve.cluster import home
+from kervan.serve.directory.client import DirectoryResponse, find_directory
 from kervan.twin import settings as twins
 from kervan.twin.replica import TwinSpec
 
@@ -51,11 +50,11 @@ class EngineReplica:
         self._reason = ""
         self._since_s = time.monotonic()
         self._ready_s: float | None = None
-        self._is_leaving = False
-        self._left = threading.Event()
-        self._leaves_at_s: float | None = None
-        self._directory = directories.find(self._config.name)
-        _, secret = await self._directory.fleet.remote()
+        self._is_draining = False
+        self._drained = threading.Event()
+        self._drain_deadline_s: float | None = None
+        self._directory = find_directory(self._config.name)
+        _, secret = await self._directory.fleet()
         log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
         group = _placement(self._config)
         node_ids = _node_ids(group) if group is not None else [ray.get_runtime_context().get_node_id()]
@@ -74,27 +73,28 @@ class EngineReplica:
         watchers.keep(self._config.env, node_ids)
         while self._process.ready is None and self._process.failure is None:  # noqa: ASYNC110 - told by another thread
             await asyncio.sleep(DRAIN_POLL_S)
-        if self._is_leaving:  # told to go before it was ready, which is no failure
-            await asyncio.to_thread(self._left.wait)
+        if self._is_draining:  # told to go before it was ready, which is no failure
+            await asyncio.to_thread(self._drained.wait)
             raise EngineError(f"replica {self._id} was told to end before it was ready")
         if (failure := self._process.failure) is not None:
             self._process.kill()
-            self._is_leaving = True
-            self._left.set()
+            self._is_draining = True
+            self._drained.set()
             report = StartFailure(self._id, failure.kind, failure.message, str(log_path))
-            await self._directory.fail.remote(msgspec.msgpack.encode(report))
-            await self._directory.remove.remote(self._id)
+            await self._directory.report_failure(report)
+            await self._directory.remove(self._id)
             raise EngineError(f"{failure.message} (log: {log_path})")
         self._state, self._ready_s = "ready", time.monotonic()
         self._beat()
 
     def _on_change(self) -> None:
         process = getattr(self, "_process", None)
-        if process is None or not process.ended.is_set() or self._state == "starting" or self._is_leaving:
+        if process is None or not process.ended.is_set() or self._state == "starting" or self._is_draining:
             return
         # Serve replaces an actor that is gone at once; a failing health check would take three periods.
         self._state, self._reason = "unhealthy", "the engine process ended"
-        self._beat(wait=True)
+        with contextlib.suppress(FleetError):
+            self._beat().result(BEAT_TIMEOUT_S)
         os._exit(1)
 
     def _entry(self) -> ReplicaEntry:
@@ -123,45 +123,41 @@ class EngineReplica:
             nodes=self._nodes,
             start_s=self._process.start_s,
             ready_for_s=0.0 if self._ready_s is None else time.monotonic() - self._ready_s,
-            leaves_in_s=None if self._leaves_at_s is None else max(0.0, self._leaves_at_s - time.monotonic()),
+            leaves_in_s=None if self._drain_deadline_s is None else max(0.0, self._drain_deadline_s - time.monotonic()),
         )
 
-    def _beat(self, *, wait: bool = False) -> Any:
-        sent = self._directory.beat_replica.remote(msgspec.msgpack.encode(self._entry()))
-        if wait:
-            ray.wait([sent], timeout=BEAT_TIMEOUT_S)
-        return sent
+    def _beat(self) -> DirectoryResponse[list[Order]]:
+        return self._directory.beat_replica(self._entry())
 
     def _beat_forever(self) -> None:
-        while not self._is_leaving or self._state == "draining":
-            with contextlib.suppress(ray.exceptions.RayError):  # a directory that is away changes nothing
-                orders = ray.get(self._beat(), timeout=BEAT_TIMEOUT_S)
-                for order in orders:
-                    self._obey(msgspec.msgpack.decode(order, type=Order))
+        while not self._is_draining or self._state == "draining":
+            with contextlib.suppress(FleetError):  # a directory that is away changes nothing
+                for order in self._beat().result(BEAT_TIMEOUT_S):
+                    self._carry_out(order)
             time.sleep(BEAT_PERIOD_S)
 
-    def _obey(self, order: Order) -> None:
+    def _carry_out(self, order: Order) -> None:
         if isinstance(order, Strike):
             self._process.strike(order.how)
         elif not isinstance(order, Drain):
             self._process.suffer(order.fault)
-        elif self._is_leaving:  # a deadline can only come nearer
-            if self._leaves_at_s is not None:
-                self._leaves_at_s = min(self._leaves_at_s, time.monotonic() + order.deadline_s)
+        elif self._is_draining:  # a deadline can only come nearer
+            if self._drain_deadline_s is not None:
+                self._drain_deadline_s = min(self._drain_deadline_s, time.monotonic() + order.deadline_s)
         else:
-            self._is_leaving = True
-            threading.Thread(target=self._leave, args=(order.deadline_s,), daemon=True, name="leave").start()
+            self._is_draining = True
+            threading.Thread(target=self._drain_and_exit, args=(order.deadline_s,), daemon=True, name="drain").start()
 
-    def _leave(self, deadline_s: float) -> None:
+    def _drain_and_exit(self, deadline_s: float) -> None:
         """Drain and end, without Serve having asked for it: it starts another replica then."""
         asyncio.run(self._drain(deadline_s))
-        self._left.set()
+        self._drained.set()
         os._exit(0)
 
     def check_health(self) -> None:
         """Raises: EngineError when the engine is gone or stalled; it is ended then."""
         health = self._process.health(self._config.stall_timeout_s)
-        if not health.is_healthy and not self._is_leaving:
+        if not health.is_healthy and not self._is_draining:
             self._state, self._reason = "unhealthy", health.reason
             self._process.kill()
             raise EngineError(f"replica {self._id}: {health.reason}")
@@ -171,12 +167,12 @@ class EngineReplica:
         process: EngineProcess | None = getattr(self, "_process", None)
         if process is None:
             return
-        if self._is_leaving:  # as it was told to; Serve ends the actor when this returns
-            await asyncio.to_thread(self._left.wait)
+        if self._is_draining:  # as it was told to; Serve ends the actor when this returns
+            await asyncio.to_thread(self._drained.wait)
             return
-        self._is_leaving = True
+        self._is_draining = True
         await self._drain(self._config.drain_timeout_s)
-        self._left.set()
+        self._drained.set()
 
     async def _drain(self, deadline_s: float) -> None:
         process = self._process
@@ -184,16 +180,17 @@ class EngineReplica:
             await asyncio.to_thread(process.kill)
         elif not process.ended.is_set():
             begin_s = time.monotonic()
-            self._state, self._leaves_at_s = "draining", begin_s + deadline_s
+            self._state, self._drain_deadline_s = "draining", begin_s + deadline_s
             self._beat()
             process.drain()
-            while (now_s := time.monotonic()) < self._leaves_at_s:
+            while (now_s := time.monotonic()) < self._drain_deadline_s:
                 if now_s - begin_s > DRAIN_NOTICE_S and not process.load.has_work:
                     break
                 await asyncio.sleep(DRAIN_POLL_S)
         await asyncio.to_thread(process.stop, STOP_TIMEOUT_S)
         self._state = "unhealthy"
-        ray.get(self._directory.remove.remote(self._id))
+        with contextlib.suppress(FleetError):  # of a fleet that ends, the directory may have ended before
+            await self._directory.remove(self._id)
 
 
 def _spec(

@@ -7,7 +7,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import ray
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.fleet.directory import StartFailure
+from kervan.fleet.directory import GatewayEntry, StartFailure
 from kervan.fleet.log_files import new_log, open_log
 from kervan.fleet.vllm import failures
 from kervan.gateway.server import Gateway, GatewayConfig
-from kervan.serve import directory as directories
 from kervan.serve import watchers
 from kervan.serve.autoscaling import BUSY
 from kervan.serve.cluster import home
+from kervan.serve.directory.client import find_directory
 from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,33 @@ def _log_to(path: Path) -> None:
     logging.getLogger("kervan").setLevel(logging.INFO)
 
 
+def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: Sequence[GatewayEntry]) -> GatewayConfig:
+    """The settings of a gateway on this node. `others`: the gateways that are on its port already."""
+    node = ray.util.get_node_ip_address()
+    return GatewayConfig(
+        gateway_id=gateway_id,
+        node=node,
+        engine_argv=config.engine_argv,
+        secret=secret,
+        host=config.host,
+        port=config.port,
+        internal_host=node,
+        public_host=node if config.host in ANY_HOSTS else config.host,
+        api_keys=config.api_keys,
+        max_queued_streams=config.max_queued_streams,
+        hold_timeout_s=config.hold_timeout_s,
+        stop_timeout_s=config.drain_timeout_s,
+        is_twin=config.engine == "twin",
+        # Gateways share the port: clients must not meet this one before it can answer, if others can.
+        opens_when_attached=any(other.is_ready for other in others),
+        shared_port=config.shared_port,
+        fleet_name=config.name,
+        models=served_names(config),
+        replay_s=config.replay_s,
+        replay_max_bytes=config.replay_max_mib << 20,
+    )
+
+
 class GatewayReplica:
     """Answers clients itself, on a uvloop loop of its own thread, away from Ray's loops."""
 
@@ -55,72 +83,49 @@ class GatewayReplica:
         gateway_id = f"gw-{uuid.uuid4().hex[:6]}"
         self._log_path = new_log(home() / "logs", f"{config.name}-{gateway_id}")
         _log_to(self._log_path)
-        self._directory = directories.find(config.name)
-        _, secret = ray.get(self._directory.fleet.remote())
-        others = directories.read(ray.get(self._directory.snapshot.remote())).gateways
+        self._directory = find_directory(config.name)
+        _, secret = self._directory.fleet().result(timeout_s=None)
+        others = self._directory.snapshot().result(timeout_s=None).gateways
         self._neighbourhood = Neighbourhood(config)
         # Known before the port is open: a request for another fleet may be the first.
         self._neighbours = self._neighbourhood.look() if config.shared_port else []
         others += [gateway for neighbour in self._neighbours for gateway in neighbour.gateways]
-        node = ray.util.get_node_ip_address()
-        self._gateway_config = GatewayConfig(
-            gateway_id=gateway_id,
-            node=node,
-            engine_argv=config.engine_argv,
-            secret=secret,
-            host=config.host,
-            port=config.port,
-            internal_host=node,
-            public_host=node if config.host in ANY_HOSTS else config.host,
-            api_keys=config.api_keys,
-            max_queued_streams=config.max_queued_streams,
-            hold_timeout_s=config.hold_timeout_s,
-            stop_timeout_s=config.drain_timeout_s,
-            is_twin=config.engine == "twin",
-            # Gateways share the port: clients must not meet this one before it can answer, if others can.
-            opens_when_attached=any(other.is_ready for other in others),
-            shared_port=config.shared_port,
-            fleet_name=config.name,
-            models=served_names(config),
-            replay_s=config.replay_s,
-            replay_max_bytes=config.replay_max_mib << 20,
-        )
+        self._gateway_config = _gateway_config(config, gateway_id, secret, others)
         self._gateway: Gateway
         self._loop: asyncio.AbstractEventLoop
         watchers.keep(config.env, [ray.get_runtime_context().get_node_id()])
-        self._is_leaving = False
+        self._is_stopping = False
         self._busy = 0.0
-        self._start_error: BaseException | None = None
         self._begin()
 
     def _begin(self) -> None:
-        started = threading.Event()
+        started: Future[None] = Future()
         threading.Thread(target=self._run, args=(started,), daemon=True, name="gateway").start()
-        started.wait()
-        if self._start_error is None and self._gateway_config.opens_when_attached:
-            # Serve ends an old gateway as soon as this returns.
-            try:
+        try:
+            started.result()
+            if self._gateway_config.opens_when_attached:  # Serve ends an old gateway as soon as this returns
                 asyncio.run_coroutine_threadsafe(self._gateway.wait_attached(), self._loop).result()
-            except Exception as error:  # noqa: BLE001 - whatever stopped vLLM's app is reported, in one line
-                self._start_error = error
-        if self._start_error is not None:
-            self._report(self._start_error)
-            raise FleetError(f"gateway: {self._start_error}")
+        except BaseException as error:  # vLLM's parser of arguments exits
+            self._directory.report_failure(self._failure(error)).result(timeout_s=None)
+            raise FleetError(f"gateway: {error}") from error
 
-    def _run(self, started: threading.Event) -> None:
+    def _run(self, started: "Future[None]") -> None:
         import uvloop
 
         async def main() -> None:
             try:
                 await self._start_gateway(serve_http=True)
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
-                self._start_error = error
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                started.set_exception(error)
                 return
-            finally:
-                started.set()
-            following = asyncio.create_task(self._follow_neighbours())
-            await asyncio.gather(self._follow(), self._beat_forever(), self._stopped.wait())
-            following.cancel()
+            started.set_result(None)
+            following_neighbours = asyncio.create_task(self._follow_neighbours())
+            async with asyncio.TaskGroup() as group:
+                following = group.create_task(self._follow())
+                group.create_task(self._beat_forever())
+                await self._stopped.wait()
+                following.cancel()
+            following_neighbours.cancel()
 
         uvloop.run(main())
 
@@ -132,25 +137,17 @@ class GatewayReplica:
             self._gateway.shared_port.update(self._neighbours)
         await self._gateway.start(serve_http=serve_http)
 
-    def _report(self, error: BaseException) -> None:
-        told = failures.known(error) or error
-        text = " ".join(str(told).split())
-        failure = StartFailure(self._gateway_config.gateway_id, type(told).__name__, text, str(self._log_path))
-        ray.get(self._directory.fail.remote(msgspec.msgpack.encode(failure)))
+    def _failure(self, error: BaseException) -> StartFailure:
+        cause = failures.known(error) or error
+        message = " ".join(str(cause).split())
+        return StartFailure(self._gateway_config.gateway_id, type(cause).__name__, message, str(self._log_path))
 
     async def _follow(self) -> None:
         """Hand the directory's changes to the gateway; a directory that is away changes nothing."""
-        version = -1
-        while not self._stopped.is_set():
-            try:
-                snapshot = directories.read(await self._directory.wait.remote(version, BEAT_PERIOD_S))
-            except ray.exceptions.RayError as error:
-                logger.warning("the directory does not answer: %s", error)
-                await asyncio.sleep(BEAT_PERIOD_S)
-                continue
-            version = snapshot.version
+        async for snapshot in self._directory.follow(poll_s=BEAT_PERIOD_S, retry_s=BEAT_PERIOD_S):
             self._gateway.update(snapshot)
-            await asyncio.sleep(0.05)
+            if self._stopped.is_set():
+                return
 
     async def _follow_neighbours(self) -> None:
         """Tell the gateway of the other fleets on its port."""
@@ -164,13 +161,13 @@ class GatewayReplica:
             cpu_s, wall_s = time.thread_time(), time.monotonic()
             if wall_s > before_s[1]:
                 self._busy = (cpu_s - before_s[0]) / (wall_s - before_s[1])
-            if not self._is_leaving:
+            if not self._is_stopping:
                 entry = msgspec.structs.replace(
                     self._gateway.entry(), version=self._version, log_path=str(self._log_path), busy=self._busy
                 )
-                self._directory.beat_gateway.remote(msgspec.msgpack.encode(entry))
+                self._directory.beat_gateway(entry)
             if self._gateway.failure is not None:
-                self._report(self._gateway.failure)
+                await self._directory.report_failure(self._failure(self._gateway.failure))
                 return
             await asyncio.sleep(BEAT_PERIOD_S)
 
@@ -189,11 +186,11 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         """Stop accepting, let open requests end, leave."""
-        if self._is_leaving or not hasattr(self, "_gateway"):
+        if self._is_stopping or not hasattr(self, "_gateway"):
             return
-        self._is_leaving = True
-        with contextlib.suppress(ray.exceptions.RayError):
-            await self._directory.remove.remote(self._gateway_config.gateway_id)
+        self._is_stopping = True
+        with contextlib.suppress(FleetError):
+            await self._directory.remove(self._gateway_config.gateway_id)
         await self._in_gateway(self._gateway.stop())
         self._loop.call_soon_threadsafe(self._stopped.set)
 
@@ -204,7 +201,7 @@ class IngressGatewayReplica(GatewayReplica):
     def _begin(self) -> None:
         """Serve asks for the app next."""
 
-    async def __serve_build_asgi_app__(self) -> Any:
+    async def __serve_build_asgi_app__(self) -> Any:  # the name by which Serve asks (BUILD_APP_METHOD)
         await self._start_gateway(serve_http=False)
         self._jobs = [asyncio.create_task(job) for job in (self._follow(), self._beat_forever())]
         return self._gateway.shell

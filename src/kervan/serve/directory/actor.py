@@ -1,32 +1,22 @@
-"""The fleet directory as a Ray actor, and how to find it."""
+"""The fleet directory as a Ray actor: one per fleet, with the fleet's settings and secret too."""
 
 import asyncio
 import contextlib
 import time
-from typing import Any
 
 import msgspec
 import ray
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from kervan.config.fleet import FleetConfig
-from kervan.errors import FleetError
-from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
-from kervan.serve import pools
+from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, StartFailure
+from kervan.serve import pools, ray_internals
+from kervan.serve.directory.client import ACTOR_PREFIX, NAMESPACE, DirectoryClient
 
-NAMESPACE = "kervan"
-_PREFIX = "directory-"
-_STORE = b"kervan"
 PUBLISH_PERIOD_S = 0.5
 
 
-def _key(name: str) -> bytes:
-    return f"config of fleet {name}".encode()
-
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, lifetime="detached")
 class DirectoryActor:
-    """One per fleet. Holds the fleet's config and secret too.
+    """Its methods are those of `DirectoryClient`; entries, orders and snapshots travel as MessagePack.
 
     Ray restarts it with the arguments of its first start; a config that has changed since comes from Ray's own store.
     Who calls it meanwhile waits for it.
@@ -34,11 +24,12 @@ class DirectoryActor:
 
     def __init__(self, name: str, config_json: str, secret: str) -> None:
         self._key = _key(name)
-        stored = _internal_kv_get(self._key, namespace=_STORE)
+        stored = ray_internals.kv_get(self._key)
         self._config_json = stored.decode() if stored is not None else config_json
         self._secret = secret
         self._directory = Directory(time.monotonic)
         self._changed = asyncio.Event()
+        self._seen_version = self._directory.version
         self._published = pools.published(name)  # a directory that is new again must not tell that all are gone
         self._published_s = 0.0
         if self._published is None:
@@ -57,8 +48,9 @@ class DirectoryActor:
             pools.publish(config.name, facts)
             self._published = facts
 
-    def _touch(self, before: int) -> None:
-        if self._directory.version != before:
+    def _wake_followers(self) -> None:
+        if self._directory.version != self._seen_version:
+            self._seen_version = self._directory.version
             self._changed.set()
             self._changed = asyncio.Event()
 
@@ -71,63 +63,60 @@ class DirectoryActor:
         return str(ray.get_runtime_context().get_node_id())
 
     async def set_config(self, config_json: str) -> None:
-        _internal_kv_put(self._key, config_json.encode(), overwrite=True, namespace=_STORE)
+        """Store new settings."""
+        ray_internals.kv_put(self._key, config_json.encode())
         self._config_json = config_json
-        before = self._directory.version
         self._directory.version += 1  # fleets on the same port look at the config again
-        self._touch(before)
+        self._wake_followers()
         self._published_s = 0.0
         self._publish_pools()
 
     async def beat_replica(self, entry: bytes) -> list[bytes]:
         """Take a beat; what has been ordered of the replica since the last one."""
-        before = self._directory.version
         orders = self._directory.beat_replica(msgspec.msgpack.decode(entry, type=ReplicaEntry))
-        self._touch(before)
+        self._wake_followers()
         self._publish_pools()
         return [msgspec.msgpack.encode(order) for order in orders]
 
     async def order(self, replica_id: str, order: bytes) -> bool:
-        """Let a replica do something at its next beat, within about a second; whether there is such a replica."""
-        before = self._directory.version
+        """Keep an order for a replica; whether there is such a one."""
         is_known = self._directory.order(replica_id, msgspec.msgpack.decode(order, type=Order))
-        self._touch(before)
+        self._wake_followers()
         return is_known
 
-    async def close(self, is_closing: bool) -> bytes:
+    async def set_closing(self, is_closing: bool) -> bytes:
         """Let the gateways take no more requests, or take them again; the snapshot."""
-        before = self._directory.version
-        self._directory.close(is_closing=is_closing)
-        self._touch(before)
+        self._directory.set_closing(is_closing)
+        self._wake_followers()
         return await self.snapshot()
 
     async def beat_gateway(self, entry: bytes) -> None:
-        before = self._directory.version
+        """Take a beat."""
         self._directory.beat_gateway(msgspec.msgpack.decode(entry, type=GatewayEntry))
-        self._touch(before)
+        self._wake_followers()
         self._publish_pools()
 
     async def beat_node(self, entry: bytes) -> bytes:
         """Take what a node's watcher tells; the snapshot."""
-        before = self._directory.version
         self._directory.beat_node(msgspec.msgpack.decode(entry, type=NodeEntry))
-        self._touch(before)
+        self._wake_followers()
         return await self.snapshot()
 
     async def remove(self, entry_id: str) -> None:
-        before = self._directory.version
+        """List a replica or gateway no more."""
         self._directory.remove(entry_id)
-        self._touch(before)
+        self._wake_followers()
 
-    async def fail(self, failure: bytes) -> None:
-        before = self._directory.version
-        self._directory.fail(msgspec.msgpack.decode(failure, type=StartFailure))
-        self._touch(before)
+    async def report_failure(self, failure: bytes) -> None:
+        """Keep why a replica or gateway could not start."""
+        self._directory.report_failure(msgspec.msgpack.decode(failure, type=StartFailure))
+        self._wake_followers()
 
     async def snapshot(self) -> bytes:
+        """Who lives where now."""
         return msgspec.msgpack.encode(self._directory.snapshot())
 
-    async def wait(self, version: int, timeout_s: float) -> bytes:
+    async def changed(self, version: int, timeout_s: float) -> bytes:
         """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""
         if self._directory.snapshot().version == version:
             with contextlib.suppress(TimeoutError):
@@ -135,39 +124,25 @@ class DirectoryActor:
         return await self.snapshot()
 
 
-def create(name: str, config_json: str, secret: str) -> Any:
-    """A new directory for fleet `name`."""
-    actor: Any = DirectoryActor  # Ray's decorator changed its type
-    forget(name)
-    return actor.options(name=_PREFIX + name, namespace=NAMESPACE).remote(name, config_json, secret)
-
-
-def forget(name: str) -> None:
-    """Forget the stored config of a fleet that is no more."""
-    _internal_kv_del(_key(name), namespace=_STORE)
-    pools.forget(name)
-
-
-def find(name: str) -> Any:
-    """The directory of fleet `name`.
-
-    Raises: FleetError when there is no such fleet on this cluster.
-    """
-    try:
-        return ray.get_actor(_PREFIX + name, namespace=NAMESPACE)
-    except ValueError as error:
-        others = names()
-        hint = f"fleets here: {', '.join(others)} (--name)" if others else "start one: kervan up MODEL"
-        raise FleetError(f"no fleet {name!r} runs on this cluster; {hint}") from error
-
-
-def names() -> list[str]:
-    """The fleets on this cluster."""
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(
-        a["name"][len(_PREFIX) :] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(_PREFIX)
+def create_directory(config: FleetConfig, secret: str) -> DirectoryClient:
+    """A new directory for a fleet; what another one of this name has stored is forgotten."""
+    forget_directory(config.name)
+    actor = ray.remote(DirectoryActor).options(
+        name=ACTOR_PREFIX + config.name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
     )
+    return DirectoryClient(config.name, actor.remote(config.name, config.to_json(), secret))
 
 
-def read(raw: bytes) -> Snapshot:
-    return msgspec.msgpack.decode(raw, type=Snapshot)
+def forget_directory(fleet_name: str) -> None:
+    """Forget what the directory of a fleet that is no more has stored."""
+    ray_internals.kv_delete(_key(fleet_name))
+    pools.forget(fleet_name)
+
+
+def _key(fleet_name: str) -> str:
+    return f"config of fleet {fleet_name}"

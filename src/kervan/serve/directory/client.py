@@ -1,0 +1,206 @@
+"""Asking the directory of a fleet. Here are its timeouts, and what becomes of Ray's errors.
+
+Light: Ray is imported by the first call, since `cluster.connect` must set Ray's environment before.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import msgspec
+
+from kervan.config.fleet import FleetConfig
+from kervan.errors import FleetError
+from kervan.fleet.directory import GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
+from kervan.serve.ray_errors import as_fleet_error
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "kervan"
+ACTOR_PREFIX = "directory-"
+TIMEOUT_S = 30.0  # of a command that asks: Ray needs some seconds to restart a directory
+MIN_INTERVAL_S = 0.05  # between two snapshots of a follower: changes that come together are one
+
+T = TypeVar("T")
+
+
+class StoredFleet(NamedTuple):
+    """What the directory keeps of its fleet beside who lives where. `secret`: that of its gateways and replicas."""
+
+    config: FleetConfig
+    secret: str
+
+
+class DirectoryResponse(Generic[T]):
+    """A response under way, like Ray Serve's `DeploymentResponse`: await it, or block on `result`.
+
+    Whoever does neither has told something, and does not care whether it arrives.
+    """
+
+    def __init__(self, fleet_name: str, reference: Any, decode: Callable[[Any], T]):
+        self._error = f"the directory of fleet {fleet_name!r} does not answer"
+        self._reference = reference
+        self._decode = decode
+
+    def result(self, timeout_s: float | None = TIMEOUT_S) -> T:
+        """Block until it is there; None: as long as Ray takes to restart the directory.
+
+        Raises: FleetError when it does not come in time, or the directory is gone.
+        """
+        import ray
+
+        with as_fleet_error(self._error):
+            response = ray.get(self._reference, timeout=timeout_s)
+        return self._decode(response)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """As `within`, without a limit."""
+        return self.within(None).__await__()
+
+    async def within(self, timeout_s: float | None) -> T:
+        """Wait until it is there.
+
+        Raises: FleetError when it does not come in time, or the directory is gone.
+        """
+        with as_fleet_error(self._error):
+            async with asyncio.timeout(timeout_s):
+                response = await self._reference
+        return self._decode(response)
+
+
+class DirectoryClient:
+    """The directory of one fleet. Calls return at once; their responses raise FleetError while it is away."""
+
+    def __init__(self, fleet_name: str, actor: Any):
+        """`actor`: Ray's handle of a `DirectoryActor`."""
+        self.fleet_name = fleet_name
+        self._actor = actor
+
+    def fleet(self) -> DirectoryResponse[StoredFleet]:
+        """The fleet's settings and secret."""
+        return self._call("fleet", lambda stored: StoredFleet(FleetConfig.from_json(stored[0]), stored[1]))
+
+    def set_config(self, config: FleetConfig) -> DirectoryResponse[None]:
+        """Store new settings of the fleet; they outlive the directory."""
+        return self._call("set_config", _nothing, config.to_json())
+
+    def snapshot(self) -> DirectoryResponse[Snapshot]:
+        """Who lives where now."""
+        return self._call("snapshot", _snapshot)
+
+    def changed(self, version: int, timeout_s: float) -> DirectoryResponse[Snapshot]:
+        """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""
+        return self._call("changed", _snapshot, version, timeout_s)
+
+    def beat_replica(self, entry: ReplicaEntry) -> DirectoryResponse[list[Order]]:
+        """Keep a replica listed; what has been ordered of it since its last beat."""
+        return self._call("beat_replica", _orders, _encode(entry))
+
+    def beat_gateway(self, entry: GatewayEntry) -> DirectoryResponse[None]:
+        """Keep a gateway listed."""
+        return self._call("beat_gateway", _nothing, _encode(entry))
+
+    def beat_node(self, entry: NodeEntry) -> DirectoryResponse[Snapshot]:
+        """Keep what the watcher of a node tells listed; the snapshot."""
+        return self._call("beat_node", _snapshot, _encode(entry))
+
+    def remove(self, entry_id: str) -> DirectoryResponse[None]:
+        """List a replica or gateway no more."""
+        return self._call("remove", _nothing, entry_id)
+
+    def report_failure(self, failure: StartFailure) -> DirectoryResponse[None]:
+        """Keep why a replica or gateway could not start, for whoever waits for it."""
+        return self._call("report_failure", _nothing, _encode(failure))
+
+    def order(self, replica_id: str, order: Order) -> DirectoryResponse[bool]:
+        """Let a replica do something at its next beat, within about a second; whether there is such a replica."""
+        return self._call("order", bool, replica_id, _encode(order))
+
+    def set_closing(self, is_closing: bool) -> DirectoryResponse[Snapshot]:
+        """Let the gateways take no more requests, or take them again; the snapshot."""
+        return self._call("set_closing", _snapshot, is_closing)
+
+    def node_id(self) -> DirectoryResponse[str]:
+        """Ray's id of the node that the directory is on."""
+        return self._call("node_id", str)
+
+    async def follow(self, *, poll_s: float, retry_s: float | None = None) -> AsyncIterator[Snapshot]:
+        """Snapshots without end: one now, one at each change of the version, and one after `poll_s` without a change.
+
+        `retry_s`: a directory that does not answer is asked again after so long, which is logged.
+
+        Raises: FleetError when it does not answer, without `retry_s`.
+        """
+        version = -1
+        while True:
+            try:
+                snapshot = await self.changed(version, poll_s)
+            except FleetError as error:
+                if retry_s is None:
+                    raise
+                logger.warning("%s", error)
+                await asyncio.sleep(retry_s)
+                continue
+            version = snapshot.version
+            yield snapshot
+            await asyncio.sleep(MIN_INTERVAL_S)
+
+    def kill(self, *, restarts: bool) -> None:
+        """End the directory's process; `restarts`: Ray starts it again, elsewhere if its node is drained.
+
+        Raises: FleetError when Ray does not answer.
+        """
+        import ray
+
+        with as_fleet_error(f"the directory of fleet {self.fleet_name!r} goes on"):
+            ray.kill(self._actor, no_restart=not restarts)
+
+    def _call(self, method: str, decode: Callable[[Any], T], *arguments: Any) -> DirectoryResponse[T]:
+        return DirectoryResponse(self.fleet_name, getattr(self._actor, method).remote(*arguments), decode)
+
+
+def _encode(message: msgspec.Struct) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def _snapshot(raw: bytes) -> Snapshot:
+    return msgspec.msgpack.decode(raw, type=Snapshot)
+
+
+def _orders(raw: list[bytes]) -> list[Order]:
+    return [msgspec.msgpack.decode(order, type=Order) for order in raw]
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+def find_directory(fleet_name: str) -> DirectoryClient:
+    """The directory of a fleet of the cluster that this process has joined.
+
+    Raises: FleetError when there is no such fleet, or Ray does not answer.
+    """
+    import ray
+
+    with as_fleet_error(f"Ray does not tell where the directory of fleet {fleet_name!r} is"):
+        try:
+            return DirectoryClient(fleet_name, ray.get_actor(ACTOR_PREFIX + fleet_name, namespace=NAMESPACE))
+        except ValueError as error:
+            others = fleet_names()
+            hint = f"fleets here: {', '.join(others)} (--name)" if others else "start one: kervan up MODEL"
+            raise FleetError(f"no fleet {fleet_name!r} runs on this cluster; {hint}") from error
+
+
+def fleet_names() -> list[str]:
+    """The fleets of the cluster that this process has joined, sorted. Raises: FleetError when Ray does not answer."""
+    return sorted(name.removeprefix(ACTOR_PREFIX) for name in actor_names(ACTOR_PREFIX))
+
+
+def actor_names(prefix: str) -> list[str]:
+    """The names of kervan's actors on the cluster that start so. Raises: FleetError when Ray does not answer."""
+    import ray
+
+    with as_fleet_error("Ray does not tell which fleets there are"):
+        actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]

@@ -1,0 +1,96 @@
+"""The end of a fleet: what `kervan down` calls."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from kervan.errors import FleetError, KervanError
+from kervan.serve import cluster
+from kervan.serve.attach import attach
+from kervan.serve.directory.client import find_directory, fleet_names
+from kervan.units import plural
+
+POLL_S = 0.2
+HEARD_S = 2.5  # after which all gateways have heard of a change, and all counts are newer
+
+
+def down(name: str, address: str | None = None) -> Literal["stopped", "stopped with Ray"]:
+    """End a fleet, and with the last fleet the Ray that kervan started.
+
+    Raises: FleetError when there is no such fleet.
+    """
+    local = cluster.find_local_ray()
+    known = cluster.recall(name)
+    if known is not None and address is None and local is None:
+        # The local Ray is gone (a reboot, a kill): nothing is left to end but the memory of it.
+        with contextlib.suppress(KervanError):
+            attach(name, address)
+            end_fleet(name)
+        cluster.forget(name)
+        return "stopped"
+    attach(name, address)
+    end_fleet(name)
+    cluster.forget(name)
+    is_local = local is not None and (address or (known.address if known else local.address)) == local.address
+    if local is not None and is_local and not fleet_names():
+        import ray
+
+        ray.shutdown()
+        cluster.stop_local_ray(local)
+        return "stopped with Ray"
+    return "stopped"
+
+
+def let_streams_end(
+    name: str, deadline_s: float, address: str | None = None, progress: Callable[[str], None] = lambda _: None
+) -> None:
+    """Let a fleet's gateways take no more requests, and wait until all streams have ended.
+
+    Raises: FleetError when some are left after `deadline_s`; the gateways take requests again then, as they do when the
+    wait is given up (Ctrl-C).
+    """
+    directory = attach(name, address)
+    begin_s = time.monotonic()
+    last_line = ""
+    is_over = False
+    try:
+        while True:
+            # Asked again and again: a directory that was started anew knows nothing of it.
+            snapshot = directory.set_closing(True).result()
+            at_gateways = sum(gateway.streams for gateway in snapshot.gateways)
+            streams = max(at_gateways, sum(replica.running + replica.waiting for replica in snapshot.replicas))
+            waited_s = time.monotonic() - begin_s
+            if waited_s > HEARD_S and not streams:
+                is_over = True
+                return
+            line = f"waiting for {plural(streams, 'stream')}"
+            if waited_s > deadline_s:
+                raise FleetError(
+                    f"{line} after {waited_s:.0f} s, and --deadline was {deadline_s:.0f} s; fleet {name!r} takes "
+                    "requests again; give it longer, or leave --graceful out to cut them"
+                )
+            if streams and line != last_line:
+                last_line = line
+                progress(line)
+            time.sleep(POLL_S)
+    finally:
+        if not is_over:
+            directory.set_closing(False).result()
+
+
+def end_fleet(name: str) -> None:
+    """End the application, then the directory, without which the fleet is no longer listed."""
+    from kervan.serve import app, watchers
+    from kervan.serve.directory.actor import forget_directory
+
+    try:
+        app.delete(name)
+    except TimeoutError:
+        pass  # a replica that waits for a GPU outlasts Serve's patience; Serve goes on ending it
+    finally:
+        with contextlib.suppress(FleetError):
+            find_directory(name).kill(restarts=False)
+            forget_directory(name)
+        if not fleet_names():
+            watchers.end_all()

@@ -1,0 +1,157 @@
+"""All names of Ray that kervan uses and Ray does not promise to keep: private, experimental or undocumented.
+
+They are of Ray 2.60; `tests/contract/test_ray_surface.py` checks each in the installed release. Ray is imported by the
+functions, not with this module: `cluster.connect` must set Ray's environment first.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import psutil
+
+KV_NAMESPACE = b"kervan"
+
+# Ray's workers give way to everything else (nice 15); kervan's are the server itself.
+NICENESS_VARIABLE = "RAY_worker_niceness"
+# Serve looks at its replicas 10 times a second by default: idle work beside the gateways.
+CONTROL_LOOP_VARIABLE = "RAY_SERVE_CONTROL_LOOP_INTERVAL_S"
+HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+
+# An option of `ray.init`: the directory of all that Ray writes.
+TEMP_DIR_OPTION = "_temp_dir"
+# Options of a Serve deployment: with it, `version` says that its code is another one, and Serve does not warn of it.
+VERSION_OPTIONS = {"_internal": True}
+# The method of a Serve replica that builds its ASGI app on Serve's loop.
+BUILD_APP_METHOD = "__serve_build_asgi_app__"
+
+
+# ---- Ray's own store, which outlives every actor
+
+
+def kv_get(key: str) -> bytes | None:
+    """What kervan has stored under `key`; None for nothing."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    value: bytes | None = _internal_kv_get(key.encode(), namespace=KV_NAMESPACE)
+    return value
+
+
+def kv_put(key: str, value: bytes) -> None:
+    """Store `value` under `key`, in place of what was there."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(key.encode(), value, overwrite=True, namespace=KV_NAMESPACE)
+
+
+def kv_delete(key: str) -> None:
+    """Forget what is stored under `key`, if anything is."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(key.encode(), namespace=KV_NAMESPACE)
+
+
+# ---- nodes
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """Of each alive node, by Ray's node id: the resources that nothing has taken."""
+    from ray._private import state
+
+    resources: dict[str, dict[str, float]] = state.available_resources_per_node()
+    return resources
+
+
+def draining_nodes() -> dict[str, int]:
+    """Ray's ids of the nodes that are drained, with the deadline: Unix time in ms, 0 without one."""
+    from ray._private import state
+
+    deadlines_ms: dict[str, int] = state.state.get_draining_nodes()
+    return deadlines_ms
+
+
+def drain_node(node_id: str, deadline_ms: int) -> str:
+    """Let Ray put nothing more on a node, and end it at `deadline_ms`, Unix time in ms; why it refuses, or ""."""
+    from ray._private import worker
+    from ray.core.generated import autoscaler_pb2
+
+    is_accepted, reason = worker.global_worker.gcs_client.drain_node(
+        node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),  # cannot be refused for being busy
+        "kervan drain",
+        deadline_ms,
+    )
+    return "" if is_accepted else reason or "no reason was given"
+
+
+def silence_driver() -> None:
+    """Let Ray print nothing of lost nodes and workers: a driver's output is the command's, and may be JSON."""
+    from ray._private import worker
+
+    worker._worker_logs_enabled = False
+
+
+# ---- Serve
+
+
+class ServeProxies(NamedTuple):
+    """How Serve was started on the cluster. `port`: of its proxies, if there are some."""
+
+    are_enabled: bool
+    port: int
+
+
+def serve_proxies() -> ServeProxies | None:
+    """What Serve's controller says of its proxies; None while Serve does not run."""
+    import ray
+    from ray.serve.config import ProxyLocation
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    location = ray.get(client._controller.get_proxy_location.remote())
+    return ServeProxies(location not in (None, ProxyLocation.Disabled), client.http_config.port)
+
+
+# ---- a cluster whose nodes are all processes of this one (`serve/local_nodes.py`)
+
+
+class NodeCluster:
+    """Ray's cluster for tests. Its methods raise what Ray raises."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster()
+
+    @property
+    def address(self) -> str:
+        """Of the head, which is the first node; host:port."""
+        return str(self._cluster.address)
+
+    def add(self, **options: Any) -> Any:
+        """Start a node. `options`: words of `ray.init`, such as `num_cpus`."""
+        return self._cluster.add_node(wait=False, **options)
+
+    def wait_for(self, node: Any, timeout_s: float) -> None:
+        """Wait until Ray has a node that was added."""
+        self._cluster._wait_for_node(node, timeout_s)
+
+    def processes(self, node: Any) -> Iterator[psutil.Process]:
+        """All processes of a node, parents first; one that ends meanwhile is left out."""
+        for part in node.live_processes():
+            try:
+                process = psutil.Process(part[1].pid)
+                below = process.children(recursive=True)
+            except psutil.Error:
+                continue
+            yield process
+            yield from below
+
+    def remove(self, node: Any) -> None:
+        """Forget a node whose processes are gone."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        """End all nodes."""
+        self._cluster.shutdown()

@@ -1,0 +1,140 @@
+"""A fleet as its directory sees it: `kervan status`, `kervan top`, and what is wrong with it."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from kervan.config.fleet import FleetConfig
+from kervan.fleet.directory import GatewayEntry, NodeEntry, ReplicaEntry, Snapshot
+from kervan.serve import cluster, pools
+from kervan.serve.attach import attach
+from kervan.serve.why import explain, notice_lines
+
+
+@dataclass(frozen=True, slots=True)
+class FleetStatus:
+    """A fleet as `kervan status` tells it. `url` is empty while no gateway is known."""
+
+    name: str
+    url: str
+    config: FleetConfig
+    snapshot: Snapshot
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `kervan status --json` prints; scripts rely on these keys."""
+        return {
+            "name": self.name,
+            "url": self.url,
+            "model": self.config.model,
+            "layout": {
+                "tp": self.config.tp,
+                "pp": self.config.pp,
+                "ep": self.config.ep,
+                "nodes_per_replica": self.config.nodes_per_replica,
+            },
+            "engine": self.config.engine,
+            "target_replicas": self.config.replicas,
+            "pools": {
+                pool: {
+                    "min": bounds.minimum,
+                    "max": bounds.maximum,
+                    "ready": sum(r.state == "ready" for r in pools.replicas_of(pool, self.snapshot)),
+                }
+                for pool, bounds in self.config.bounds.items()
+            },
+            "replicas": [_replica(entry) for entry in self.snapshot.replicas],
+            "gateways": [_gateway(entry) for entry in self.snapshot.gateways],
+            "nodes": [_node(entry) for entry in self.snapshot.nodes],
+            "failed_starts": [
+                {"who": f.who, "kind": f.kind, "message": f.message, "log": f.log_path} for f in self.snapshot.failures
+            ],
+        }
+
+
+def _replica(entry: ReplicaEntry) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "pool": entry.pool,
+        "node": entry.node,
+        "nodes": entry.nodes or [entry.node],
+        "pid": entry.pid,
+        "state": entry.state,
+        "running": entry.running,
+        "waiting": entry.waiting,
+        "kv_cache_usage": round(entry.kv_cache_usage, 4),
+        "draining": entry.state == "draining",
+        "reason": entry.reason,
+        "log": entry.log_path,
+        "start_s": entry.start_s,
+    }
+
+
+def _gateway(entry: GatewayEntry) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "pid": entry.pid,
+        "node": entry.node,
+        "ready": entry.is_ready,
+        "busy": round(entry.busy, 3),
+        "reason": entry.reason,
+        "log": entry.log_path,
+    }
+
+
+def _node(entry: NodeEntry) -> dict[str, Any]:
+    notices = [
+        {
+            "kind": notice.kind,
+            "source": notice.source,
+            "certain": notice.is_certain,
+            "deadline_s": notice.deadline_s,
+            "seen_s": notice.seen_s,
+        }
+        for notice in entry.notices
+    ]
+    return {
+        "node": entry.node,
+        "watches": entry.watches,
+        "problem": entry.problem,
+        "drained": entry.is_drained,
+        "before": entry.before,
+        "notices": notices,
+    }
+
+
+def fleet_status(config: FleetConfig, snapshot: Snapshot) -> FleetStatus:
+    """The status of a fleet with these settings and entries."""
+    url = snapshot.gateways[0].url if snapshot.gateways else ""
+    return FleetStatus(config.name, url, config, snapshot)
+
+
+def status(name: str, address: str | None = None) -> FleetStatus:
+    """The fleet as its directory sees it now.
+
+    Raises: FleetError when there is no such fleet, or its directory does not answer.
+    """
+    return FleetWatch(name, address).look()
+
+
+class FleetWatch:
+    """Looks at a fleet again and again."""
+
+    def __init__(self, name: str, address: str | None = None):
+        """Raises: FleetError when there is no such fleet."""
+        self._directory = attach(name, address)
+
+    def look(self) -> FleetStatus:
+        """The fleet now. Raises: FleetError when its directory does not answer."""
+        return fleet_status(self._directory.fleet().result().config, self._directory.snapshot().result())
+
+
+def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
+    """The fleet, and a sentence for each thing in it that is not as it should be. Raises: as `status`."""
+    seen = status(name, address)
+    return seen, reasons(seen.config, seen.snapshot)
+
+
+def reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:
+    """A sentence for each thing in the fleet that is not as it should be, nodes under notice first."""
+    nodes, dead_nodes = cluster.nodes_for(config), cluster.dead_nodes()
+    return [*notice_lines(snapshot, time.time()), *explain(config, snapshot, nodes, dead_nodes)]

@@ -1,0 +1,121 @@
+"""What kervan relies on inside Ray that Ray does not promise to keep: `kervan/serve/ray_internals.py` has its uses.
+
+Each name is looked up in the installed release, with the parameters it is called with. Nothing is started.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import cluster_utils
+from ray._private import node, ray_constants, state, worker
+from ray._raylet import InnerGcsClient
+from ray.core.generated import autoscaler_pb2
+from ray.experimental import internal_kv
+from ray.serve._private import client, constants, controller, replica
+from ray.serve.config import ProxyLocation
+from ray.serve.context import _get_global_client
+from ray.serve.deployment import Deployment
+
+import kervan
+from kervan.serve import ray_internals
+from kervan.serve.gateway_actor import IngressGatewayReplica
+
+PACKAGE = Path(kervan.__file__).parent
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (internal_kv._internal_kv_get, ["key", "namespace"]),
+        (internal_kv._internal_kv_put, ["key", "value", "overwrite", "namespace"]),
+        (internal_kv._internal_kv_del, ["key", "del_by_prefix", "namespace"]),
+        (state.available_resources_per_node, []),
+        (state.state.get_draining_nodes, []),
+        (InnerGcsClient.drain_node, ["node_id", "reason", "reason_message", "deadline_timestamp_ms", "timeout"]),
+        (_get_global_client, ["raise_if_no_controller_running"]),
+        (cluster_utils.Cluster.add_node, ["wait", "node_args"]),
+        (cluster_utils.Cluster._wait_for_node, ["node", "timeout"]),
+        (cluster_utils.Cluster.remove_node, ["node", "allow_graceful"]),
+        (cluster_utils.Cluster.shutdown, []),
+        (node.Node.live_processes, []),
+    ],
+    ids=lambda value: value.__qualname__ if callable(value) else "",
+)
+def test_functions_take_what_they_are_given(function: Callable[..., Any], expected: list[str]) -> None:
+    assert parameters(function) == expected
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (worker, "_worker_logs_enabled"),
+        (worker, "global_worker"),
+        (client.ServeControllerClient, "http_config"),
+        (controller.ServeController, "get_proxy_location"),
+        (ProxyLocation, "Disabled"),
+        (cluster_utils.Cluster, "address"),
+        (ray.PlacementGroupID, "from_hex"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition(".")[2],
+)
+def test_names_exist(owner: Any, name: str) -> None:
+    assert hasattr(owner, name)
+
+
+def test_a_nodes_drain_cannot_be_refused_for_being_busy() -> None:
+    assert autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+
+
+def test_options_and_variables_are_known() -> None:
+    (option,) = ray_internals.VERSION_OPTIONS
+    assert {option, "version"} <= set(parameters(Deployment.options))
+    assert f'kwargs.pop("{ray_internals.TEMP_DIR_OPTION}"' in inspect.getsource(worker.init)
+    assert ray_constants.RAY_WORKER_NICENESS == ray_internals.NICENESS_VARIABLE
+    source = inspect.getsource(constants)
+    for variable in (ray_internals.CONTROL_LOOP_VARIABLE, ray_internals.HAPROXY_VARIABLE):
+        assert f'"{variable}"' in source
+
+
+def test_serve_asks_a_gateway_for_its_app() -> None:
+    assert replica.SERVE_BUILD_ASGI_APP_METHOD == ray_internals.BUILD_APP_METHOD
+    assert hasattr(IngressGatewayReplica, ray_internals.BUILD_APP_METHOD)
+
+
+def test_the_client_of_serve_has_its_controller() -> None:
+    assert "self._controller" in inspect.getsource(client.ServeControllerClient.__init__)
+
+
+@pytest.mark.parametrize("method", ["__init__", "__del__"])
+def test_serve_awaits_how_a_replica_begins_and_ends(method: str) -> None:
+    """An engine replica's are coroutines: the one may take minutes, and the other must be heard meanwhile."""
+    pattern = rf"await self\._call_func_or_gen\(\s*self\._callable\.{method},"
+    assert re.search(pattern, inspect.getsource(replica))
+
+
+def private_uses(path: Path) -> list[str]:
+    """Dotted names of Ray with a part that starts with one underscore, and of `ray.experimental` and `ray.core`."""
+    found = []
+    for part in ast.walk(ast.parse(path.read_text())):
+        if isinstance(part, ast.ImportFrom):
+            found += [f"{part.module}.{alias.name}" for alias in part.names]
+        elif isinstance(part, ast.Import):
+            found += [alias.name for alias in part.names]
+        elif isinstance(part, ast.Attribute):
+            found.append(ast.unparse(part))
+    pattern = re.compile(r"ray\.(.*\.)?(_[a-z]\w*|experimental|core|cluster_utils)\b")
+    return [name for name in found if pattern.match(name)]
+
+
+def test_no_other_module_uses_them() -> None:
+    users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if private_uses(path)}
+    assert users == {"serve/ray_internals.py"}
