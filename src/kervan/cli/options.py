@@ -1,9 +1,11 @@
 """Options that several commands share."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 
+from kervan.config.engine_arguments import parse_value
 from kervan.errors import ConfigError
 
 name = click.option("--name", default="default", show_default=True, help="The fleet's name.")
@@ -28,6 +30,26 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         if dots and counts[1] < max(1, counts[0]):
             self.fail(f"{value!r} goes from {counts[0]} down to {counts[1]}; write for example 1..4", param, ctx)
         return counts
+
+
+def parse_assignment(text: str, option: str) -> tuple[str, str]:
+    """`key=value` as a pair; hyphens in the key become underscores.
+
+    Raises: ConfigError without a "=" or with an empty key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{option} {text!r} has no key=value form; write for example {option} max_model_len=4096")
+    return key.strip().removeprefix("--"), value
+
+
+def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """vLLM's arguments by their names with underscores, from `--engine-arg` options.
+
+    Raises: ConfigError for a text that is no `key=value`, and for broken JSON.
+    """
+    pairs = [parse_assignment(text, "--engine-arg") for text in texts]
+    return {key.replace("-", "_"): parse_value(value) for key, value in pairs}
 
 
 def pool_words(given: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kervan.cli import options, sigterm
-from kervan.config import fleet as facts
+from kervan.config import fleet as fleets
 from kervan.errors import ConfigError
 
 SECTIONS = {
@@ -80,7 +80,7 @@ def up(
     say = render.progress_lines()
     if auto:
         words = _planned(words, address, say)
-    config = facts.from_mapping(words, source)
+    config = fleets.from_mapping(words, source)
     startup = Startup(config, address, say)
     status = startup.run()
     if as_json:
@@ -153,17 +153,16 @@ def _change(words: dict[str, Any], source: str, address: str | None, *, is_confi
 
 def _words(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """File settings, overridden by the options that were given."""
-    settings = facts.load_file(path) if path is not None else {}
+    settings = fleets.load_file(path) if path is not None else {}
     name = given.pop("name")
     if name != "default" or not isinstance(settings.get("name"), str):
         settings["name"] = name
     keys = given.pop("api_keys") or tuple(filter(None, [os.environ.get("KERVAN_API_KEY")]))
     if keys:
         settings["api_keys"] = keys
-    pairs = [facts.parse_assignment(text, "--engine-arg") for text in given.pop("engine_args")]
-    engine_args = {key.replace("-", "_"): facts.parse_engine_value(value) for key, value in pairs}
-    env = dict(facts.parse_assignment(text, "--env") for text in given.pop("env"))
-    twin = dict(facts.parse_assignment(text, "--twin") for text in given.pop("twin"))
+    engine_args = options.engine_arguments(given.pop("engine_args"))
+    env = dict(options.parse_assignment(text, "--env") for text in given.pop("env"))
+    twin = dict(options.parse_assignment(text, "--twin") for text in given.pop("twin"))
     for key, extra in (("engine_args", engine_args), ("env", env), ("twin", twin)):
         before = settings.get(key) or {}
         if extra or before:

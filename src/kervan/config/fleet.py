@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from kervan.config import engine_arguments
 from kervan.errors import ConfigError
 from kervan.facts.markets import MARKETS, ON_DEMAND
 
@@ -22,41 +23,6 @@ NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 MAX_REPLICAS = 4096
 COUNT_PATTERN = re.compile(r"(\d{1,9})(?:\.\.(\d{1,9}))?")
-
-# vLLM's default share of a GPU's memory (0.24 to 0.32), and the arguments that decide it.
-GPU_MEMORY_UTILIZATION = 0.92
-MEMORY_ARGS = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})
-
-# Engine arguments that kervan decides, and what to use in their place.
-OWNED_ENGINE_ARGS = {
-    "model": "the MODEL argument",
-    "tensor_parallel_size": "--tp",
-    "pipeline_parallel_size": "--pp",
-    "enable_expert_parallel": "--ep",
-    "host": "--host",
-    "port": "--port",
-    "api_key": "--api-key",
-    "uds": "--host and --port",
-    "data_parallel_size": "--replicas",
-    "data_parallel_rank": "--replicas",
-    "data_parallel_start_rank": "--replicas",
-    "data_parallel_size_local": "--replicas",
-    "data_parallel_address": "--replicas",
-    "data_parallel_rpc_port": "--replicas",
-    "data_parallel_backend": "--replicas",
-    "data_parallel_hybrid_lb": "--replicas",
-    "data_parallel_external_lb": "--replicas",
-    "api_server_count": "--gateways",
-    "headless": "--replicas",
-    "distributed_executor_backend": "nothing: kervan places the workers",
-    "nnodes": "nothing: kervan places the workers",
-    "node_rank": "nothing: kervan places the workers",
-    "master_addr": "nothing: kervan places the workers",
-    "master_port": "nothing: kervan places the workers",
-    "root_path": "nothing: kervan serves at the root",
-    "ssl_keyfile": "a TLS proxy in front of the gateways",
-    "ssl_certfile": "a TLS proxy in front of the gateways",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +165,7 @@ class FleetConfig:
                 f"replay_s={self.replay_s:g} with stream_interval={self.engine_args['stream_interval']}: only a stream "
                 "that comes token by token can be given again; leave one of both out"
             )
-        for key in self.engine_args:
-            if key in OWNED_ENGINE_ARGS:
-                raise ConfigError(f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}")
+        engine_arguments.check_owned(self.engine_args)
 
     def _check_pools(self) -> None:
         if not self.pools:
@@ -250,15 +214,15 @@ class FleetConfig:
         args: dict[str, Any] = {"mm_processor_cache_gb": 0, **self.engine_args}
         args["model"] = self.model
         if self.engine == "twin":  # only gateways read this, and they have no layout
-            return tuple(word for key, value in args.items() for word in _argument(key, value))
+            return tuple(engine_arguments.to_argv(args))
         args |= {"tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
         if self.ep > 1:
             args["enable_expert_parallel"] = True
         if self.world_size > 1:
             args["distributed_executor_backend"] = "mp"
-        if self.gpu_share < 1 and not args.keys() & MEMORY_ARGS:
-            args["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
-        return tuple(word for key, value in args.items() for word in _argument(key, value))
+        if self.gpu_share < 1 and not args.keys() & engine_arguments.MEMORY_ARGUMENTS:
+            args["gpu_memory_utilization"] = round(engine_arguments.GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
+        return tuple(engine_arguments.to_argv(args))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -266,44 +230,6 @@ class FleetConfig:
     @classmethod
     def from_json(cls, text: str) -> "FleetConfig":
         return from_mapping(json.loads(text), "the stored fleet")
-
-
-def _argument(key: str, value: Any) -> list[str]:
-    flag = "--" + key.replace("_", "-")
-    if value is None:  # YAML's null: vLLM's own default
-        return []
-    if isinstance(value, bool):
-        return [flag] if value else ["--no-" + key.replace("_", "-")]
-    if isinstance(value, Mapping):
-        return [flag, json.dumps(value)]
-    if isinstance(value, list | tuple):
-        return [flag, *(json.dumps(v) if isinstance(v, Mapping) else str(v) for v in value)]
-    return [flag, str(value)]
-
-
-def parse_assignment(text: str, option: str) -> tuple[str, str]:
-    """`key=value` as a pair; hyphens in the key become underscores.
-
-    Raises: ConfigError without a "=" or with an empty key.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"{option} {text!r} has no key=value form; write for example {option} max_model_len=4096")
-    return key.strip().removeprefix("--"), value
-
-
-def parse_engine_value(text: str) -> Any:
-    """A value as the user wrote it: `true`/`false` and JSON objects are read, the rest stays for vLLM to read."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if text[:1] in ("{", "["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"engine argument value {text!r} is not valid JSON ({error}); quote it for the shell"
-            ) from error
-    return text
 
 
 def load_file(path: Path) -> dict[str, Any]:

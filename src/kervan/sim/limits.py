@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kervan.config.fleet import GPU_MEMORY_UTILIZATION
+from kervan.config.engine_arguments import GPU_MEMORY_UTILIZATION
 from kervan.errors import ConfigError
 from kervan.facts.architecture import ModelSpec
 from kervan.facts.hardware import Gpu
