@@ -4,7 +4,6 @@ Servers whose GPUs do not overlap run side by side. They are started together an
 while another is loaded, since a start takes the host's cores.
 """
 
-import json
 import math
 import os
 import re
@@ -27,11 +26,11 @@ from kervan.bench.load import Load
 from kervan.bench.result import Result
 from kervan.bench.run import Client, Prepared, measure, prepare
 from kervan.calibrate.measurements import Memory, Serving
+from kervan.config.engine_arguments import GPU_MEMORY_UTILIZATION, to_argv
 from kervan.errors import ConfigError, EngineError, KervanError
 from kervan.ports import free_port
 
 ENGINE_ARGS: Mapping[str, Any] = {"load_format": "dummy", "enable_prefix_caching": False, "max_model_len": 8192}
-DEFAULT_GPU_MEMORY_UTILIZATION = 0.92  # of vLLM 0.24 to 0.32
 START_TIMEOUT_S = 400.0
 STOP_GRACE_S = 10.0
 MIN_PHASE_S = 45.0  # with less time left, no server is worth starting
@@ -116,18 +115,6 @@ def phases(servers: Iterable[Server]) -> list[list[Server]]:
     return found
 
 
-def flags(engine_args: Mapping[str, Any]) -> list[str]:
-    """As `vllm serve` reads them: `--key value`, `--key` for true, `--no-key` for false."""
-    words = []
-    for key, value in engine_args.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return words
-
-
 _WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB")
 _KV_CACHE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
 _KV_TOKENS = re.compile(r"(?:GPU|CPU) KV cache size: ([\d,]+) tokens")
@@ -149,7 +136,7 @@ def parse_memory(
         return None
     graphs = [float(text) for text in _GRAPHS.findall(log)]
     said = _UTILIZATION.search(log)
-    utilization = float(said[1]) if said else DEFAULT_GPU_MEMORY_UTILIZATION
+    utilization = float(said[1]) if said else GPU_MEMORY_UTILIZATION
     return Memory(
         model=server.model,
         tp=server.tp,
@@ -197,7 +184,7 @@ class _Running:
 def vllm_command(server: Server, port: int, engine_args: Mapping[str, Any]) -> list[str]:
     """The command line of vLLM's OpenAI server."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(server.directory)]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), *flags(server.engine_args(engine_args))]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), *to_argv(server.engine_args(engine_args))]
 
 
 def _start(
