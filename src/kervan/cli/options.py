@@ -1,14 +1,37 @@
 """Options that several commands share."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
 from kervan.config.engine_arguments import parse_value
+from kervan.config.fleet import SETTINGS
 from kervan.errors import ConfigError
 
-name = click.option("--name", default="default", show_default=True, help="The fleet's name.")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def setting(*declarations: str, **attributes: Any) -> Callable[[FunctionT], FunctionT]:
+    """An option for a setting of a fleet (`--tp` for `tp`), whose help, type and default are those of its field.
+
+    The command is given None for an option that the user leaves out, so that a file or a running fleet can decide.
+    `attributes` are click's and win.
+    """
+    flag, _, opposite = declarations[0].partition("/")
+    field = SETTINGS[declarations[-1] if len(declarations) > 1 else flag.removeprefix("--").replace("-", "_")]
+    default = opposite.removeprefix("--") if opposite else str(field.default or "")
+    attributes = {
+        "type": click.Choice(get_args(field.type)) if get_origin(field.type) is Literal else field.type,
+        "default": None,
+        "help": f"{field.description}." + (f" [default: {default}]" if default else ""),
+        **attributes,
+    }
+    return click.option(*declarations, **attributes)
+
+
+DEFAULT_NAME = SETTINGS["name"].default
+name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="The fleet's name.")
 address = click.option("--address", help="Ray cluster to join (HOST:PORT); without it, Ray on this machine.")
 pools = click.option(
     "--pool", "pools", multiple=True, metavar="NAME:COUNT", help="on-demand:2, spot:0..6: by market type; repeatable."

@@ -23,26 +23,20 @@ SECTIONS = {
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model", required=False)
 @click.option("--auto", is_flag=True, help="Layout, replicas and batch limits as kervan plan says, for all GPUs here.")
-@click.option("--tp", type=int, help="GPUs that share each layer (tensor parallel). [default: 1]")
-@click.option("--pp", type=int, help="Groups of GPUs that hold consecutive layers (pipeline parallel). [default: 1]")
-@click.option("--ep", type=int, help="GPUs that share out each layer's experts: 1 or tp. [default: 1]")
-@click.option("--nodes-per-replica", type=int, help="Nodes that share a replica's --pp stages. [default: fewest]")
-@click.option("--gpus-per-replica", type=float, help="Share of one GPU for a small model, like 0.5. [default: tp*pp]")
-@click.option("--engine", type=click.Choice(["vllm", "twin"]), help="twin: simulated replicas, without a GPU.")
-@click.option("--gpu", help="The GPU that a twin stands for, like H200.")
+@options.setting("--tp")
+@options.setting("--pp")
+@options.setting("--ep")
+@options.setting("--nodes-per-replica")
+@options.setting("--gpus-per-replica")
+@options.setting("--engine")
+@options.setting("--gpu")
 @click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")
-@click.option("--replicas", type=int, help="Engine replicas, each on tp*pp GPUs. [default: 1]")
+@options.setting("--replicas")
 @options.pools
-@click.option(
-    "--gateways",
-    type=options.Count(),
-    help="HTTP gateways; MIN..MAX: as many as their load asks for. [default: one per 8 cores, at most 4]",
-)
-@click.option("--host", help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
-@click.option("--port", type=int, help="Port to listen on. [default: 8000]")
-@click.option(
-    "--shared-port/--own-port", "shared_port", default=None, help="Other fleets may be on the port too. [default: own]"
-)
+@options.setting("--gateways", type=options.Count())
+@options.setting("--host")
+@options.setting("--port")
+@options.setting("--shared-port/--own-port", "shared_port")
 @click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
 @click.option(
     "--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's own argument; repeatable."
@@ -50,9 +44,7 @@ SECTIONS = {
 @click.option(
     "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment of engines and gateways; repeatable."
 )
-@click.option(
-    "--ingress", type=click.Choice(["direct", "serve"]), help="direct: gateways answer; serve: HAProxy in front."
-)
+@options.setting("--ingress")
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same words.")
 @options.name
 @options.address
@@ -155,7 +147,7 @@ def _words(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """File settings, overridden by the options that were given."""
     settings = fleets.load_file(path) if path is not None else {}
     name = given.pop("name")
-    if name != "default" or not isinstance(settings.get("name"), str):
+    if name != options.DEFAULT_NAME or not isinstance(settings.get("name"), str):
         settings["name"] = name
     keys = given.pop("api_keys") or tuple(filter(None, [os.environ.get("KERVAN_API_KEY")]))
     if keys:

@@ -145,6 +145,10 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         ({"model": "m", "engine_args": ["a=b"]}, "is list; give a mapping"),
         ({"model": "m", "env": None}, "is NoneType; give a mapping"),
         ({"model": "m", "ingress": "nginx"}, "ingress='nginx' is not one of direct, serve"),
+        ({"model": "m", "ingress": ["serve"]}, "ingress=['serve'] is not one of direct, serve"),
+        ({"model": "m", "device": "TPU"}, "device='TPU' is not one of GPU, CPU"),
+        ({"model": "m", "tp": {"a": 1}}, "tp={'a': 1} is dict; give a whole number"),
+        ({"model": "m", "hold_timeout_s": 10**30}, "hold_timeout_s="),
         ({"model": "m", "engine_args": {"tensor-parallel-size": 2}}, "'tensor_parallel_size' is kervan's to set; use --tp"),
     ],
 )  # fmt: skip
@@ -152,6 +156,14 @@ def test_wrong_settings_name_the_fix(settings: dict[str, Any], words: str) -> No
     with pytest.raises(ConfigError) as caught:
         fleet.from_mapping(settings, "config file f.yaml")
     assert words in str(caught.value)
+
+
+def test_every_setting_is_described_in_a_line_and_every_number_has_its_range() -> None:
+    for setting in fleet.SETTINGS.values():
+        assert setting.description.isprintable()
+        assert (setting.bounds is not None) == (setting.type in (int, float))
+        if setting.bounds is not None:
+            assert setting.bounds[0] <= setting.default <= setting.bounds[1]
 
 
 def test_truth_is_read_as_such() -> None:
