@@ -13,12 +13,12 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
-BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py")
+BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "vendor")
 ABOVE = ("sim", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
-#   errors, units, stats, ports <- facts <- config, policy <- sim, fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
+#   errors, units, stats, ports, vendor <- facts <- config, policy <- sim, fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
 #   bench <- calibrate <- cli
 FORBIDDEN = [
     *((part, ("facts", "config", "policy", *ABOVE)) for part in BOTTOM),
@@ -143,6 +143,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.units",
         "kervan.stats",
         "kervan.ports",
+        "kervan.vendor.vllm_names",
         "kervan.cli.bench_view",
         "kervan.cli.render",
     ]

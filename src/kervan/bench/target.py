@@ -16,12 +16,13 @@ from kervan.bench.exchange import Exchange
 from kervan.bench.load import Api, Load, Target
 from kervan.bench.prompts import Alphabet, check_api, encode, read_prompts
 from kervan.errors import ConfigError
+from kervan.vendor import vllm_names
 
 DEFAULT_VOCAB = 1000  # every language model has as many tokens
 CONTROL_TIMEOUT_S = 15.0
 PROBE_TIMEOUT_S = 60.0
 NUM_WORDS = 256
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+PATHS = {"completions": vllm_names.COMPLETIONS_PATH, "chat": vllm_names.CHAT_PATH}
 
 
 class RequestError(Exception):
@@ -125,7 +126,7 @@ def first_look(
         url=parse_url(url), model=model or "", api=api, headers=tuple(headers), sampling=sampling, verify_tls=verify_tls
     )
     try:
-        found = json.loads(get_text(target, "/v1/models"))["data"]
+        found = json.loads(get_text(target, vllm_names.MODELS_PATH))["data"]
         models = tuple(str(entry["id"]) for entry in found)
     except (RequestError, ValueError, KeyError, TypeError) as error:
         return target, Probe(complaint=str(error))
@@ -252,7 +253,7 @@ def _served_words(target: Target, probe: Probe) -> tuple[str, ...]:
 
     def encode_text(text: str) -> Sequence[int]:
         body = {"model": target.model, "prompt": text, "add_special_tokens": False}
-        tokens: Sequence[int] = call(target, "/tokenize", body)["tokens"]
+        tokens: Sequence[int] = call(target, vllm_names.TOKENIZE_PATH, body)["tokens"]
         return tokens
 
     try:

@@ -26,9 +26,10 @@ from kervan.bench.load import Load
 from kervan.bench.result import Result
 from kervan.bench.run import Client, Prepared, measure, prepare
 from kervan.calibrate.measurements import Memory, Serving
-from kervan.config.engine_arguments import GPU_MEMORY_UTILIZATION, to_argv
+from kervan.config.engine_arguments import to_argv
 from kervan.errors import ConfigError, EngineError, KervanError
 from kervan.ports import free_port
+from kervan.vendor import vllm_names
 
 ENGINE_ARGS: Mapping[str, Any] = {"load_format": "dummy", "enable_prefix_caching": False, "max_model_len": 8192}
 START_TIMEOUT_S = 400.0
@@ -115,13 +116,6 @@ def phases(servers: Iterable[Server]) -> list[list[Server]]:
     return found
 
 
-_WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB")
-_KV_CACHE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
-_KV_TOKENS = re.compile(r"(?:GPU|CPU) KV cache size: ([\d,]+) tokens")
-_GRAPHS = re.compile(r"Graph capturing finished in \d+ secs, took (-?[\d.]+) GiB")
-_UTILIZATION = re.compile(r"current --gpu-memory-utilization=([\d.]+)")
-
-
 def parse_memory(
     log: str, server: Server, engine_args: Mapping[str, Any] | None = None, start_s: float | None = None
 ) -> Memory | None:
@@ -129,14 +123,14 @@ def parse_memory(
 
     The largest weights and the smallest cache of the GPUs that logged one: vLLM gives all as many blocks as fit there.
     """
-    weights = [float(text) for text in _WEIGHTS.findall(log)]
-    caches = [float(text) for text in _KV_CACHE.findall(log)]
-    tokens = [int(text.replace(",", "")) for text in _KV_TOKENS.findall(log)]
+    weights = [float(line["gib"]) for line in vllm_names.WEIGHTS_LINE.finditer(log)]
+    caches = [float(line["gib"]) for line in vllm_names.KV_CACHE_LINE.finditer(log)]
+    tokens = [int(line["tokens"].replace(",", "")) for line in vllm_names.KV_TOKENS_LINE.finditer(log)]
     if not weights or not caches or not tokens:
         return None
-    graphs = [float(text) for text in _GRAPHS.findall(log)]
-    said = _UTILIZATION.search(log)
-    utilization = float(said[1]) if said else GPU_MEMORY_UTILIZATION
+    graphs = [float(line["gib"]) for line in vllm_names.GRAPHS_LINE.finditer(log)]
+    logged = vllm_names.UTILIZATION_LINE.search(log)
+    utilization = float(logged["share"]) if logged else vllm_names.GPU_MEMORY_UTILIZATION
     return Memory(
         model=server.model,
         tp=server.tp,

@@ -6,8 +6,7 @@ from typing import Any
 
 from kervan.errors import ConfigError
 
-# vLLM's default share of a GPU's memory (0.24 to 0.32), and the arguments that decide it.
-GPU_MEMORY_UTILIZATION = 0.92
+# They decide how much of a GPU's memory an engine takes.
 MEMORY_ARGUMENTS = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})
 
 # Engine arguments that kervan decides, and what to use in their place.

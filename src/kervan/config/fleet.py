@@ -16,6 +16,7 @@ import yaml
 from kervan.config import engine_arguments
 from kervan.errors import ConfigError
 from kervan.facts.markets import MARKETS, ON_DEMAND
+from kervan.vendor.vllm_names import GPU_MEMORY_UTILIZATION
 
 Ingress = Literal["direct", "serve"]
 Engine = Literal["vllm", "twin"]
@@ -245,7 +246,7 @@ class FleetConfig:
         if self.world_size > 1:
             args["distributed_executor_backend"] = "mp"
         if self.gpu_share < 1 and not args.keys() & engine_arguments.MEMORY_ARGUMENTS:
-            args["gpu_memory_utilization"] = round(engine_arguments.GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
+            args["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
         return tuple(engine_arguments.to_argv(args))
 
     def to_json(self) -> str:

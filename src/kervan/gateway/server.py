@@ -32,6 +32,7 @@ from kervan.gateway.shell import GatewayShell, Shed
 from kervan.gateway.streams import INTERNAL_PREFIX, Streams
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
+from kervan.vendor import vllm_names
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and take
 # vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
 REPLACED_GAUGES = frozenset(
     {
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:num_requests_waiting_by_reason",
-        "vllm:kv_cache_usage_perc",
+        vllm_names.REQUESTS_RUNNING,
+        vllm_names.REQUESTS_WAITING,
+        vllm_names.REQUESTS_WAITING_BY_REASON,
+        vllm_names.KV_CACHE_USAGE,
     }
 )
 
@@ -451,9 +452,9 @@ def _fleet_gauges(model_name: str, replicas: Sequence[ReplicaEntry]) -> list[str
     usage = sum(r.kv_cache_usage for r in live) / len(live) if live else 0.0
     lines = []
     for name, text, value in (
-        ("vllm:num_requests_running", "Requests in the batches of all replicas.", sum(r.running for r in live)),
-        ("vllm:num_requests_waiting", "Requests queued at all replicas.", sum(r.waiting for r in live)),
-        ("vllm:kv_cache_usage_perc", "KV cache use, 0 to 1, mean of the replicas.", usage),
+        (vllm_names.REQUESTS_RUNNING, "Requests in the batches of all replicas.", sum(r.running for r in live)),
+        (vllm_names.REQUESTS_WAITING, "Requests queued at all replicas.", sum(r.waiting for r in live)),
+        (vllm_names.KV_CACHE_USAGE, "KV cache use, 0 to 1, mean of the replicas.", usage),
     ):
         lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n{name}{engine} {value}\n")
     lines.append("# HELP kervan_replicas Replicas by state.\n# TYPE kervan_replicas gauge\n")

@@ -20,10 +20,10 @@ from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedEr
 from kervan.gateway.shell import BODY_METHODS, OPEN_PATHS, RETRY_NOT_READY_S, STATUS_PATH, GatewayShell, unavailable
 from kervan.policy import model_routing
 from kervan.policy.model_routing import Candidate, PortFleet
+from kervan.vendor.vllm_names import MODELS_PATH
 
 logger = logging.getLogger(__name__)
 
-MODELS_PATH = "/v1/models"
 MODELS_TIMEOUT_S = 2.0
 
 

@@ -20,6 +20,7 @@ from kervan.errors import ConfigError
 from kervan.gateway import simple
 from kervan.gateway.asgi import ASGIApp, Headers, Receive, Scope, Send, answer, error_body, header, replay, start
 from kervan.gateway.streams import STREAMS_PREFIX, Streams, with_id
+from kervan.vendor import vllm_names
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +35,11 @@ STATUS_PATH = "/kervan/status"
 SIMPLE_PATHS = {"/generate": simple.generate, "/chat": simple.chat}
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
-# POSTs that make the engine work. Cancelling, rendering and counting must stay possible in a full fleet.
-WORK_PATHS = frozenset(
-    {"/generate", "/chat", "/pooling", "/classify", "/score", "/rerank", "/generative_scoring", "/invocations"}
-)
-WORK_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
-IDLE_SUFFIXES = (
-    "/cancel",
-    "/abort_requests",
-    "/render",
-    "/derender",
-    "/count_tokens",
-    "/tokenize",
-    "/detokenize",
-    "/models",
-    "/load_lora_adapter",
-    "/unload_lora_adapter",
-)
+WORK_PATHS = vllm_names.WORK_PATHS | SIMPLE_PATHS.keys()
 # A body with fewer cannot nest deeply enough to exhaust a JSON parser, whose limit is about 1,000 levels.
 PLAIN_BRACKETS = 500
 # vLLM 0.24 answers 500 to a body that is JSON but no object; 0.32 answers 400.
-OBJECT_PATHS = WORK_PATHS | {"/tokenize", "/detokenize"}
+OBJECT_PATHS = WORK_PATHS | {vllm_names.TOKENIZE_PATH, vllm_names.DETOKENIZE_PATH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +311,12 @@ class _Deadlines:
 
 
 def makes_work(path: str) -> bool:
-    """Whether a POST there needs a replica, so that admission decides on it."""
-    return path in WORK_PATHS or (path.startswith(WORK_PREFIXES) and not path.endswith(IDLE_SUFFIXES))
+    """Whether a POST there needs a replica, so that admission decides on it.
+
+    Cancelling, rendering and counting must stay possible in a full fleet.
+    """
+    is_idle = path.endswith(vllm_names.IDLE_SUFFIXES)
+    return path in WORK_PATHS or (path.startswith(vllm_names.WORK_PREFIXES) and not is_idle)
 
 
 def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:
@@ -343,7 +332,7 @@ def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:
         and body.count(b"{") + body.count(b"[") < PLAIN_BRACKETS
         and _is_utf8(body)
     )
-    if is_plain or not body or not (path in OBJECT_PATHS or path.startswith(WORK_PREFIXES)):
+    if is_plain or not body or not (path in OBJECT_PATHS or path.startswith(vllm_names.WORK_PREFIXES)):
         return None
     if b"json" not in header(scope, b"content-type").lower():
         return None

@@ -17,6 +17,7 @@ from kervan.gateway.asgi import (
     error_body,
     replay,
 )
+from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *
         return
     fields = {"model": model, "max_tokens": request.max_tokens} | msgspec.to_builtins(request)
     reply = Collected()
-    call = _Call(scope, receive, "/v1/completions", msgspec.json.encode(fields))
+    call = _Call(scope, receive, COMPLETIONS_PATH, msgspec.json.encode(fields))
     await inner(call.scope, call.receive, reply.send)
     if call.is_gone:
         return
@@ -120,7 +121,7 @@ async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, mo
         fields["temperature"] = request.temperature
     if request.stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
-    call = _Call(scope, receive, "/v1/chat/completions", msgspec.json.encode(fields))
+    call = _Call(scope, receive, CHAT_PATH, msgspec.json.encode(fields))
     if request.stream:
         await inner(call.scope, call.receive, _ChatEvents(send).send)
         return

@@ -34,6 +34,7 @@ from kervan.gateway.asgi import (
 )
 from kervan.gateway.kept import Kept
 from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError
+from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ REQUEST_ID_HEADER = b"x-request-id"
 STREAMS_PREFIX = "/v1/streams/"
 INTERNAL_PREFIX = "/kervan/streams/"
 ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,100}")
-REPLAYED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+REPLAYED_PATHS = frozenset({CHAT_PATH, COMPLETIONS_PATH})
 # Of the client's connection, or of this very request; the journal keeps the others.
 _NOT_KEPT = frozenset({b"authorization", b"connection", b"content-length", b"host", b"transfer-encoding"})
 EVENT_STREAM = b"text/event-stream"

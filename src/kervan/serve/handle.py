@@ -17,6 +17,7 @@ from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp
 from kervan.gateway.local import Call
 from kervan.serve import directory as directories
+from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,11 @@ class FleetHandle:
     def generate(self, prompt: str | Sequence[int], **fields: Any) -> Call:
         """Continue a text, or token ids. `fields`: those of POST /v1/completions, such as `max_tokens`."""
         given = prompt if isinstance(prompt, str) else list(prompt)
-        return Call(self.ready, "/v1/completions", {"prompt": given, **fields})
+        return Call(self.ready, COMPLETIONS_PATH, {"prompt": given, **fields})
 
     def chat(self, messages: Sequence[dict[str, Any]], **fields: Any) -> Call:
         """Answer a conversation. `fields`: those of POST /v1/chat/completions."""
-        return Call(self.ready, "/v1/chat/completions", {"messages": list(messages), **fields})
+        return Call(self.ready, CHAT_PATH, {"messages": list(messages), **fields})
 
     async def ready(self) -> ASGIApp:
         """Return when the fleet can be called; calls wait for it by themselves.
