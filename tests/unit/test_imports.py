@@ -72,7 +72,7 @@ CONFINED = [
     ("rich", ("cli/",)),
     ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
     ("plotly", ("bench/report.py", "plan/plotting.py")),
-    ("aiohttp", ("notices/metadata.py",)),
+    ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("pynvml", ("observe/nvml.py",)),
 ]
 

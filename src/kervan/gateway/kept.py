@@ -7,6 +7,7 @@ import time
 from kervan.fleet.directory import Snapshot
 from kervan.fleet.reconnect.journal import Journal, Journals
 from kervan.fleet.reconnect.replication import CopyHolder, Replicator
+from kervan.gateway.page import Row
 from kervan.policy.replication import Peer
 
 SWEEP_PERIOD_S = 1.0
@@ -58,7 +59,7 @@ class Kept:
         await self.replicator.close()
         self._holder.close()
 
-    def metrics(self) -> list[tuple[str, str, str, float]]:
+    def metrics(self) -> list[Row]:
         """Name, kind, help and value."""
         return [
             ("kervan_replay_bytes", "gauge", "Journals and copies that this gateway keeps.", self.journals.num_bytes),

@@ -11,8 +11,6 @@ import logging
 import os
 import socket
 import time
-import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +18,10 @@ import uvicorn
 
 from kervan.errors import ConfigError
 from kervan.fleet.client import FleetClient
-from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers
+from kervan.gateway import page
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer, error_body, header
 from kervan.gateway.kept import Kept
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
@@ -32,25 +31,14 @@ from kervan.gateway.shell import GatewayShell, Shed
 from kervan.gateway.streams import INTERNAL_PREFIX, Streams
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
-from kervan.vendor import vllm_names
 
 logger = logging.getLogger(__name__)
 
-PEER_TIMEOUT_S = 2.0
 LEAVE_S = 1.0
 IDLE_S = 2.0
 FIRST_REQUEST_S = 10.0
 LAST_S = 3
 CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and takes no more requests", 30
-# vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
-REPLACED_GAUGES = frozenset(
-    {
-        vllm_names.REQUESTS_RUNNING,
-        vllm_names.REQUESTS_WAITING,
-        vllm_names.REQUESTS_WAITING_BY_REASON,
-        vllm_names.KV_CACHE_USAGE,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,9 +304,9 @@ class Gateway:
     async def metrics(self) -> bytes:
         """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out."""
         peers = [g for g in self._snapshot.gateways if g.id != self.config.gateway_id]
-        pages = await asyncio.gather(*(asyncio.to_thread(_fetch, g.internal_url + "/metrics") for g in peers))
+        pages = await page.fetch(f"{peer.internal_url}/metrics" for peer in peers)
         texts = {self.config.gateway_id: self._local_page()}
-        texts |= {peer.id: page for peer, page in zip(peers, pages, strict=True) if page is not None}
+        texts |= {peer.id: text for peer, text in zip(peers, pages, strict=True) if text is not None}
         return merge_pages(texts, fleet_gauges=FLEET_GAUGES | {"kervan_replicas"}).encode()
 
     # ---- for other gateways
@@ -341,18 +329,8 @@ class Gateway:
             await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here gives no stream"))
 
     def _local_page(self) -> str:
-        own = [*self._counters(), *_fleet_gauges(self._model_label(), self._snapshot.replicas)]
-        if self.frontend is None:
-            return "".join(own)
-        return "".join([_without_families(self.frontend.metrics_page(), REPLACED_GAUGES), *own])
-
-    def _model_label(self) -> str:
-        return self.model_name() if self.frontend is not None else ""
-
-    def _counters(self) -> list[str]:
         counts = self.fleet.counts
-        lines = []
-        for name, kind, text, value in (
+        rows: list[page.Row] = [
             ("kervan_streams_open", "gauge", "Streams in flight at this gateway.", self.fleet.num_streams),
             ("kervan_streams_held", "gauge", "Streams that wait for a replica.", self.fleet.num_held),
             ("kervan_requests_open", "gauge", "HTTP requests in flight at this gateway.", self.num_open),
@@ -362,10 +340,16 @@ class Gateway:
             ("kervan_streams_expired_total", "counter", "Streams no replica took in time.", counts.expired),
             ("kervan_replicas_lost_total", "counter", "Links to replicas that broke.", counts.lost_replicas),
             ("kervan_streams_fetched_total", "counter", "Streams whose clients came back.", self.streams.num_fetched),
-            *(self.streams.kept.metrics() if self.streams.kept is not None else ()),
-        ):
-            lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n")
-        return lines
+        ]
+        if self.streams.kept is not None:
+            rows += self.streams.kept.metrics()
+        has_vllm = self.frontend is not None
+        return page.write(
+            rows,
+            model_name=self.model_name() if has_vllm else "",
+            replicas=self._snapshot.replicas,
+            has_vllm=has_vllm,
+        )
 
 
 async def send_clients_away(server: uvicorn.Server, listening: socket.socket, *, timeout_s: float) -> None:
@@ -423,50 +407,3 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket, *,
 
 def _bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _fetch(url: str) -> str | None:
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=PEER_TIMEOUT_S) as response:
-        return str(response.read().decode())
-    return None
-
-
-def _without_families(page: str, names: frozenset[str]) -> str:
-    """A Prometheus page less the samples and comments of some gauges."""
-    kept = []
-    for line in page.splitlines(keepends=True):
-        word = line.split(" ", 3)[2] if line.startswith("# ") else line.split("{", 1)[0].split(" ", 1)[0]
-        if word not in names:
-            kept.append(line)
-    return "".join(kept)
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _fleet_gauges(model_name: str, replicas: Sequence[ReplicaEntry]) -> list[str]:
-    """vLLM's engine gauges for the fleet as one engine, and kervan's own per replica."""
-    live = [r for r in replicas if r.is_reachable]
-    engine = f'{{engine="0",model_name="{_escape(model_name)}"}}'
-    usage = sum(r.kv_cache_usage for r in live) / len(live) if live else 0.0
-    lines = []
-    for name, text, value in (
-        (vllm_names.REQUESTS_RUNNING, "Requests in the batches of all replicas.", sum(r.running for r in live)),
-        (vllm_names.REQUESTS_WAITING, "Requests queued at all replicas.", sum(r.waiting for r in live)),
-        (vllm_names.KV_CACHE_USAGE, "KV cache use, 0 to 1, mean of the replicas.", usage),
-    ):
-        lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n{name}{engine} {value}\n")
-    lines.append("# HELP kervan_replicas Replicas by state.\n# TYPE kervan_replicas gauge\n")
-    for state in ("starting", "ready", "draining", "unhealthy"):
-        lines.append(f'kervan_replicas{{state="{state}"}} {sum(r.state == state for r in replicas)}\n')
-    for field, text in (
-        ("running", "Requests in the replica's batch."),
-        ("waiting", "Requests queued at the replica."),
-        ("kv_cache_usage", "The replica's KV cache use, 0 to 1."),
-    ):
-        name = f"kervan_replica_{field}"
-        lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n")
-        for r in live:
-            lines.append(f'{name}{{replica="{_escape(r.id)}",pool="{_escape(r.pool)}"}} {getattr(r, field)}\n')
-    return lines
