@@ -66,6 +66,14 @@ async def answering(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"up 1\n"})
 
 
+async def test_other_gateways_are_asked_past_any_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with listening(answering) as url:
+        assert await page.fetch([f"{url}/metrics"]) == ["up 1\n"]
+
+
 async def test_a_gateway_that_does_not_answer_has_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "PEER_TIMEOUT_S", 1.0)
     async with listening(answering) as url:
