@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,6 +24,7 @@ import psutil
 from kervan.bench.load import Load
 from kervan.bench.result import Result
 from kervan.bench.run import Client, Prepared, measure, prepare
+from kervan.bench.servers import answers
 from kervan.calibrate.measurements import Memory, Serving
 from kervan.config.engine_arguments import to_argv
 from kervan.errors import ConfigError, EngineError, KervanError
@@ -158,11 +158,6 @@ class _Running:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    def answers(self) -> bool:
-        with suppress(OSError, ValueError), urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as response:
-            return bool(response.status == 200)
-        return False
 
     def read_log(self) -> str:
         return self.log.read_text(errors="replace")
@@ -305,7 +300,7 @@ class Runs:
                 took_s = time.monotonic() - one.begin_s
                 if (code := one.process.poll()) is not None:
                     self._on_note(one.failure(f"exited {code}"))
-                elif one.answers():
+                elif answers(one.url):
                     ready.append(one)
                     self._longest_start_s = max(self._longest_start_s, took_s)
                     self._say(f"{one.server} is ready after {took_s:.0f} s")
