@@ -22,7 +22,7 @@ from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway import page
-from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer, error_body, header
+from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.kept import Kept
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed, relay_key
@@ -250,8 +250,8 @@ class Gateway:
         )
 
     def _port_fleet(self) -> PortFleet:
-        told = self.frontend.model_names if self.frontend is not None else ()
-        models = tuple(dict.fromkeys([*self.config.models, *told]))
+        loaded = self.frontend.model_names if self.frontend is not None else ()
+        models = tuple(dict.fromkeys([*self.config.models, *loaded]))
         return PortFleet(self.config.fleet_name, models, bool(self.config.api_keys))
 
     # ---- what the shell asks
@@ -317,16 +317,16 @@ class Gateway:
             if is_relayed(scope) and scope["path"].startswith(INTERNAL_PREFIX):
                 await self._give_stream(scope, receive, send)
             elif self.shared_port is not None and is_relayed(scope):
-                await self.shared_port.answer_relayed(scope, receive, send)
+                await self.shared_port.respond_relayed(scope, receive, send)
             else:
-                await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+                await respond(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _give_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_known = hmac.compare_digest(header(scope, RELAY_HEADER), relay_key(self.config.secret))
         if is_known and self.shell.inner is not None:
             await self.streams.get_internal(self.shell.inner, scope, receive, send)
         else:
-            await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here gives no stream"))
+            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here gives no stream"))
 
     def _local_page(self) -> str:
         counts = self.fleet.counts

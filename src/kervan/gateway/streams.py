@@ -27,10 +27,10 @@ from kervan.gateway.asgi import (
     Receive,
     Scope,
     Send,
-    answer,
     error_body,
     header,
     replay,
+    respond,
 )
 from kervan.gateway.kept import Kept
 from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError
@@ -190,7 +190,7 @@ class Streams:
         journal = self.kept.journals.get(stream_id) if self.kept is not None else None
         after = _after(scope)
         if self.kept is None or journal is None or (not journal.is_own and not _reaches(journal, after)):
-            await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
+            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
         else:
             await self._again(self.kept, app, journal, after, scope, receive, send)
 
@@ -201,7 +201,7 @@ class Streams:
         path = INTERNAL_PREFIX + stream_id
         asked = {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
         try:
-            await self._relay.pass_on(urls, self._key, asked, b"", receive, send)
+            await self._relay.forward(urls, self._key, asked, b"", receive, send)
         except RelayFailedError:
             return False
         return True
@@ -275,7 +275,7 @@ async def _unknown(send: Send, stream_id: str) -> None:
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:
-    await answer(send, status, error_body(status, message), JSON)
+    await respond(send, status, error_body(status, message), JSON)
 
 
 def with_id(send: Send, stream_id: str) -> Send:
