@@ -15,7 +15,7 @@ from kervan.facts import hardware
 from kervan.facts.hardware import Link
 from kervan.facts.hardware_sources import SOURCES
 from kervan.observe import machine, nvidia_smi, nvml
-from kervan.observe.reading import Device, Reading
+from kervan.observe.reading import GpuDevice, Reading
 
 DATA = places.DATA / "nvidia_smi"
 MACHINES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
@@ -64,8 +64,8 @@ def test_a_machine_describes_itself() -> None:
     assert str(machine.machine(recorded("1xa10g"))) == "1x A10G with 23028 MiB, driver 570.133.20"
 
 
-def devices(*names: str, **more: Any) -> tuple[Device, ...]:
-    return tuple(Device(index, f"GPU-{index}aaa", name, 81559, **more) for index, name in enumerate(names))
+def devices(*names: str, **more: Any) -> tuple[GpuDevice, ...]:
+    return tuple(GpuDevice(index, f"GPU-{index}aaa", name, 81559, **more) for index, name in enumerate(names))
 
 
 def reading(*names: str, words: str = "", **more: Any) -> Reading:
@@ -340,7 +340,7 @@ def test_nvml_is_read_as_nvidia_smi(fake: FakeNvml, connections: dict[tuple[int,
     assert (found.reader, found.driver, found.connections) == ("NVML", "580.159.04", connections)
     assert found.peers == dict.fromkeys(connections, True)
     name = fake.name.decode() if isinstance(fake.name, bytes) else fake.name
-    assert found.devices[0] == Device(0, "GPU-0", name, 81559, has_mig=False, pcie_generation=5, pcie_lanes=0)
+    assert found.devices[0] == GpuDevice(0, "GPU-0", name, 81559, has_mig=False, pcie_generation=5, pcie_lanes=0)
 
 
 def test_nvml_tells_mig_and_no_gpu() -> None:
