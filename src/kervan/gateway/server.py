@@ -41,35 +41,37 @@ LAST_S = 3
 CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and takes no more requests", 30
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayConfig:
-    """What a gateway needs to start. `engine_argv`: arguments of vLLM's own server parser.
-
-    `opens_when_attached`: open the port only when vLLM's app answers; otherwise at once, with 503 until then.
-    `shared_port`: other fleets may be on the port too; `fleet_name` and `models` (the names in the fleet's settings)
-    tell this one from them. `replay_s`: how long clients may come back to a stream that ended or broke, 0 for never;
-    `replay_max_bytes` of such streams are kept at most.
-    """
+    """What a gateway needs to start. Where a fleet's setting has the same name, it is that (`kervan.config.fleet`)."""
 
     gateway_id: str
     node: str
+    """Address of the node, as the directory names it."""
     engine_argv: tuple[str, ...]
+    """Arguments of vLLM's own server parser."""
     secret: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    internal_host: str = "127.0.0.1"
-    public_host: str = "127.0.0.1"
-    api_keys: tuple[str, ...] = ()
-    max_queued_streams: int = 1024
-    hold_timeout_s: float = 300.0
-    stop_timeout_s: float = 60.0
-    opens_when_attached: bool = False
-    is_twin: bool = False
-    shared_port: bool = False
-    fleet_name: str = "default"
-    models: tuple[str, ...] = ()
-    replay_s: float = 0.0
-    replay_max_bytes: int = 256 << 20
+    """The fleet's; replicas and other gateways prove with it who they are."""
+    host: str
+    port: int
+    internal_host: str
+    """Where other gateways reach this one, at a free port."""
+    public_host: str
+    """Where clients reach it."""
+    api_keys: tuple[str, ...]
+    max_queued_streams: int
+    hold_timeout_s: float
+    stop_timeout_s: float
+    """How long open requests may take to end when it stops."""
+    opens_when_attached: bool
+    """Open the port only when vLLM's app answers; otherwise at once, with 503 until then."""
+    is_twin: bool
+    shared_port: bool
+    fleet_name: str
+    models: tuple[str, ...]
+    """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
+    replay_s: float
+    replay_max_bytes: int
 
 
 def listen(host: str, port: int) -> socket.socket:
