@@ -75,7 +75,7 @@ def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
     return {key.replace("-", "_"): parse_value(value) for key, value in pairs}
 
 
-def pool_words(given: Sequence[str]) -> dict[str, dict[str, str]]:
+def pool_settings(given: Sequence[str]) -> dict[str, dict[str, str]]:
     """The settings that `--pool` stands for; what each says is for the fleet's settings to check."""
     pools: dict[str, str] = {}
     for text in given:
@@ -88,7 +88,7 @@ def pool_words(given: Sequence[str]) -> dict[str, dict[str, str]]:
     return {"pools": pools} if pools else {}
 
 
-def gateway_words(count: tuple[int, int] | None) -> dict[str, int]:
+def gateway_settings(count: tuple[int, int] | None) -> dict[str, int]:
     """The settings that `--gateways` stands for."""
     return {} if count is None else {"gateways": count[0], "max_gateways": count[1]}
 

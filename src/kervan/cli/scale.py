@@ -32,9 +32,9 @@ def scale(
         raise click.UsageError(f"{replicas} beside --pool says twice how many; give only the pools")
     if gateways is not None and gateways[0] < 1:
         raise click.UsageError("--gateways 0 would leave nothing that answers; give at least 1, or kervan down")
-    words: dict[str, Any] = options.gateway_words(gateways) | ({} if replicas is None else {"replicas": replicas})
-    words |= options.pool_words(pools)
-    result = change(name, words, address, render.progress_lines(is_quiet=as_json))
+    settings: dict[str, Any] = options.gateway_settings(gateways) | ({} if replicas is None else {"replicas": replicas})
+    settings |= options.pool_settings(pools)
+    result = change(name, settings, address, render.progress_lines(is_quiet=as_json))
     if as_json:
         render.print_json(result.to_dict())
     else:

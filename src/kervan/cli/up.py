@@ -64,15 +64,15 @@ def up(
     from kervan.serve.fleet import is_up
     from kervan.serve.start import Startup
 
-    words = _words(config_path, given)
+    settings = _settings(config_path, given)
     source = f"config file {config_path}" if config_path else "kervan up"
-    if is_up(words["name"], address):
-        _change(words, source, address, is_confirmed=yes, as_json=as_json)
+    if is_up(settings["name"], address):
+        _change(settings, source, address, is_confirmed=yes, as_json=as_json)
         return
     say = render.progress_lines()
     if auto:
-        words = _planned(words, address, say)
-    config = fleets.from_mapping(words, source)
+        settings = _planned(settings, address, say)
+    config = fleets.from_mapping(settings, source)
     startup = Startup(config, address, say)
     status = startup.run()
     if as_json:
@@ -92,7 +92,7 @@ def up(
         down(config.name, address)
 
 
-def _planned(words: dict[str, Any], address: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+def _planned(settings: dict[str, Any], address: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     """The settings with what the planner says for all that is not given.
 
     Raises: ConfigError where it cannot know the GPUs.
@@ -100,38 +100,40 @@ def _planned(words: dict[str, Any], address: str | None, say: Callable[[str], No
     from kervan.cli import plan as plans
     from kervan.plan import launch, search
 
-    is_twin = words.get("engine") == "twin"
+    is_twin = settings.get("engine") == "twin"
     if address is not None and not is_twin:
         raise ConfigError(
             "--auto reads the GPUs of this machine, and --address joins a cluster of others; "
             "use the words that kervan plan --gpu KIND --gpus N prints"
         )
-    if given := [key for key in ("tp", "pp", "ep", "replicas", "pools") if words.get(key)]:
+    if given := [key for key in ("tp", "pp", "ep", "replicas", "pools") if settings.get(key)]:
         raise ConfigError(
             f"--auto chooses the layout, and {', '.join(given)} {'is' if len(given) == 1 else 'are'} given too; leave "
             "out one of the two"
         )
-    arguments = words.get("engine_args") or {}
-    question = plans.ask(words.get("model") or "", gpu=words.get("gpu") or "local", engine_args=arguments, fixed={})
-    found = search.search(question)
-    best = launch.launch(question, found.best, words["model"])
-    say(f"plan: {found.verdict}")
-    size = found.best.layout
+    arguments = settings.get("engine_args") or {}
+    question = plans.ask(
+        settings.get("model") or "", gpu=settings.get("gpu") or "local", engine_args=arguments, fixed={}
+    )
+    plan = search.search(question)
+    best = launch.launch(question, plan.best, settings["model"])
+    say(f"plan: {plan.verdict}")
+    size = plan.best.layout
     planned = {"tp": size.tp, "pp": size.pp, "ep": size.ep, "replicas": size.dp}
-    return {**words, **planned, "engine_args": {**best.engine_args, **arguments}}
+    return {**settings, **planned, "engine_args": {**best.engine_args, **arguments}}
 
 
-def _change(words: dict[str, Any], source: str, address: str | None, *, is_confirmed: bool, as_json: bool) -> None:
+def _change(settings: dict[str, Any], source: str, address: str | None, *, is_confirmed: bool, as_json: bool) -> None:
     """Bring new settings into a fleet that runs."""
     from kervan.cli import render
     from kervan.errors import FleetError
     from kervan.serve.changes import RunningFleet
 
     say = render.progress_lines()
-    fleet = RunningFleet(words["name"], address, say)
-    change = fleet.plan(words, source)
+    fleet = RunningFleet(settings["name"], address, say)
+    change = fleet.plan(settings, source)
     if not change.lines:
-        say(f"fleet {words['name']!r} is up with these settings")
+        say(f"fleet {settings['name']!r} is up with these settings")
     for line in change.lines:
         say(line)
     if change.warning and not is_confirmed:
@@ -143,7 +145,7 @@ def _change(words: dict[str, Any], source: str, address: str | None, *, is_confi
         render.print_status(status)
 
 
-def _words(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """File settings, overridden by the options that were given."""
     settings = fleets.load_file(path) if path is not None else {}
     name = given.pop("name")
@@ -159,10 +161,10 @@ def _words(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         before = settings.get(key) or {}
         if extra or before:
             settings[key] = {**before, **extra} if isinstance(before, dict) else before
-    if pools := options.pool_words(given.pop("pools")):
+    if pools := options.pool_settings(given.pop("pools")):
         before = settings.get("pools") or {}
         settings["pools"] = {**before, **pools["pools"]} if isinstance(before, dict) else before
-    settings |= options.gateway_words(given.pop("gateways"))
+    settings |= options.gateway_settings(given.pop("gateways"))
     settings |= {key: value for key, value in given.items() if value is not None}
     if settings.get("pools") and "replicas" in settings:
         raise ConfigError(
