@@ -45,6 +45,7 @@ class Count(click.ParamType):  # type: ignore[type-arg]
     name = "N or MIN..MAX"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Both numbers; click ends the command, with an example, for what is no count."""
         least, dots, most = str(value).partition("..")
         try:
             counts = int(least), int(most) if dots else 0

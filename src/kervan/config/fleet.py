@@ -250,10 +250,15 @@ class FleetConfig:
         return tuple(engine_arguments.to_argv(args))
 
     def to_json(self) -> str:
+        """All settings, as `from_json` reads them."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "FleetConfig":
+        """The config that `to_json` wrote.
+
+        Raises: ConfigError for settings that this version does not take.
+        """
         return from_mapping(json.loads(text), "the stored fleet")
 
 

@@ -81,13 +81,17 @@ class CollectedResponse:
         self.body = b""
 
     async def send(self, message: Message) -> None:
+        """Take a message of the response; for an app to call."""
         if message["type"] == "http.response.start":
             self.status, self.headers = message["status"], list(message.get("headers", ()))
         else:
             self.body += message.get("body", b"")
 
     async def forward(self, send: Send, body: bytes | None = None) -> None:
-        """Send it on, as it is or with another JSON body."""
+        """Send it on, as it is or with another JSON body.
+
+        Raises: RuntimeError when the app ended before it began a response.
+        """
         if not self.status:
             raise RuntimeError("the app ended without a response")
         headers = self.headers

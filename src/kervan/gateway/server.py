@@ -87,7 +87,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Gateway:
-    """Implements the shell's `GatewayView` over a fleet client."""
+    """Implements the shell's `GatewayView` over a fleet client: `start` it, then `stop` it, on one event loop."""
 
     def __init__(self, config: GatewayConfig):
         self.config = config
@@ -252,6 +252,7 @@ class Gateway:
     # ---- what the shell asks
 
     def readiness(self) -> str | None:
+        """None when a replica can answer, else the reason; as all below, what `GatewayView` says."""
         if self._snapshot.is_closing:
             return CLOSING
         if any(not link.is_draining for link in self.fleet.links):

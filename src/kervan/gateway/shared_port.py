@@ -39,6 +39,7 @@ class Neighbour:
 
     @property
     def port_fleet(self) -> PortFleet:
+        """As routing knows it: with the models that its gateways have loaded since."""
         loaded = (model for gateway in self.gateways for model in gateway.models)
         return PortFleet(self.name, tuple(dict.fromkeys([*self.models, *loaded])), self.has_keys)
 
@@ -84,6 +85,7 @@ class SharedPort:
 
     @property
     def neighbours(self) -> tuple[str, ...]:
+        """Names of the other fleets that are known here."""
         return tuple(self._neighbours)
 
     def update(self, neighbours: Sequence[Neighbour]) -> None:
@@ -91,6 +93,7 @@ class SharedPort:
         self._neighbours = {neighbour.name: neighbour for neighbour in neighbours}
 
     def close(self) -> None:
+        """Close the connections to other fleets' gateways that are not in use."""
         self._relay.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -44,6 +44,7 @@ class Metadata:
         await self.close()
 
     async def close(self) -> None:
+        """Close what is open; a later request opens anew."""
         if self._session is not None:
             await self._session.close()
             self._session = None

@@ -52,6 +52,7 @@ class PushSource:
         self._changed = asyncio.Event()
 
     def put(self, notice: Notice) -> None:
+        """Make a notice pending, in the place of one with the same `event_id`."""
         self._pending[notice.event_id] = notice
         self._changed.set()
 

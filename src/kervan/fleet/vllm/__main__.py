@@ -12,6 +12,7 @@ from kervan.fleet.vllm import head_start
 
 
 def main() -> None:
+    """Serve until the control line or vLLM ends it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = ControlEnd(socket.socket(fileno=int(sys.argv[1])))

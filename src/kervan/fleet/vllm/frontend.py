@@ -64,6 +64,7 @@ class OpenAIFrontend:
         return frontend
 
     async def close(self) -> None:
+        """End vLLM's app and its engine client; the replicas stay."""
         await self._lifespan.aclose()
         self.engine.shutdown()
 
