@@ -19,7 +19,7 @@ from kervan.gateway.asgi import CollectedResponse, Message, Receive, Scope, Send
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
 from kervan.gateway.shell import BODY_METHODS, OPEN_PATHS, RETRY_NOT_READY_S, STATUS_PATH, GatewayShell, unavailable
 from kervan.policy import model_routing
-from kervan.policy.model_routing import Candidate, PortFleet
+from kervan.policy.model_routing import GatewayCandidate, PortFleet
 from kervan.vendor.vllm_names import MODELS_PATH
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Neighbour:
     def urls(self, model: str | None, node: str, turn: int) -> list[str]:
         """Where to ask for `model`, the best first."""
         candidates = [
-            Candidate(g.internal_url, model is None or model in g.models, g.is_ready, g.node == node)
+            GatewayCandidate(g.internal_url, model is None or model in g.models, g.is_ready, g.node == node)
             for g in self.gateways
         ]
         return model_routing.in_order(candidates, turn)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kervan.errors import ConfigError
 from kervan.facts import hardware
-from kervan.facts.hardware import Gpu, Link
+from kervan.facts.hardware import Gpu, GpuLink
 from kervan.observe import nvidia_smi, nvml
 from kervan.observe.reading import GpuDevice, Reading
 
@@ -127,7 +127,7 @@ def _pcie_bytes_s(device: GpuDevice, gpu: Gpu) -> float:
     return lane_bytes_s * device.pcie_lanes or gpu.pcie_bytes_s
 
 
-def _link(gpu: Gpu, devices: list[GpuDevice], reading: Reading, pcie_bytes_s: float) -> tuple[Link, str]:
+def _link(gpu: Gpu, devices: list[GpuDevice], reading: Reading, pcie_bytes_s: float) -> tuple[GpuLink, str]:
     """What joins the GPUs, and the slowest connection between two of them, empty if it is not known."""
     indices = [device.index for device in devices]
     pairs = [(a, b) for a in indices for b in indices if a != b]
@@ -146,7 +146,7 @@ def _link(gpu: Gpu, devices: list[GpuDevice], reading: Reading, pcie_bytes_s: fl
         return dataclasses.replace(gpu.link, bytes_s=num_links * link_bytes_s, max_gpus=joined), slowest
     has_peer_to_peer = all(reading.peers.get(pair, gpu.link.has_peer_to_peer) for pair in pairs)
     generation = max((device.pcie_generation for device in devices), default=0)
-    return Link("pcie", generation, pcie_bytes_s, len(devices), has_peer_to_peer), slowest
+    return GpuLink("pcie", generation, pcie_bytes_s, len(devices), has_peer_to_peer), slowest
 
 
 def _joined(index: int, indices: list[int], links: Mapping[tuple[int, int], int]) -> int:
