@@ -123,6 +123,11 @@ def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> N
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
 
+def test_no_server_of_ours_is_asked_through_a_proxy_of_the_environment() -> None:
+    # urlopen honours http_proxy, and no proxy knows this machine's or a cluster's addresses.
+    assert [path for path in source_files() if "urlopen(" in path.read_text()] == []
+
+
 def loaded_by(code: str) -> set[str]:
     """The heavy libraries that a fresh interpreter has loaded after `code`."""
     script = f"import json, sys\n{code}\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
