@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from kervan.bench.target import open_direct
 from kervan.ports import free_port
 
 HERE = Path(__file__).resolve().parent
@@ -329,7 +328,7 @@ def _wait_for_json(starting: Starting, url: str, *, process_may_exit: bool = Fal
         if not process_may_exit and (code := starting.process.poll()) is not None:
             raise starting.fail(f"exited {code}")
         try:
-            with urllib.request.urlopen(url, timeout=5) as response:
+            with open_direct(url, timeout_s=5) as response:
                 return json.load(response)
         except (OSError, ValueError):  # not listening yet, or not ready (an HTTPError is an OSError)
             time.sleep(0.25)

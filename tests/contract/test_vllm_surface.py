@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 import kervan
+from kervan.vendor import vllm_names
 
 ADAPTER = Path(kervan.__file__).parent / "fleet" / "vllm"
 IMPORT_TIMEOUT_S = 500.0  # importing vLLM takes 20 to 35 s, and minutes on a machine that does other work too
@@ -543,6 +545,137 @@ def test_async_llm_is_made_from_a_config(tree: Path) -> None:
     make = definition(tree, "v1/engine/async_llm.py", "AsyncLLM", "from_vllm_config")
     assert {"vllm_config", "usage_context", "enable_log_requests", "disable_log_stats"} <= set(parameters(make))
     definition(tree, "v1/engine/async_llm.py", "AsyncLLM", "get_supported_tasks")
+
+
+# ---- names that several packages of kervan need (kervan.vendor.vllm_names)
+
+
+def routes(tree: Path, method: str) -> set[str]:
+    """Paths for which vLLM's routers take a method."""
+    paths = set()
+    for file in (tree / "vllm" / "entrypoints").rglob("*.py"):
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method:
+                owner, path = ast.unparse(node.func.value), node.args[0] if node.args else None
+                if owner.endswith(("router", "app")) and isinstance(path, ast.Constant):
+                    paths.add(path.value)
+    return paths
+
+
+# POSTs that change or end an engine, which an operator sends.
+CONTROL_PATHS = {
+    "/ping", "/pause", "/resume", "/sleep", "/wake_up", "/abort_requests", "/collective_rpc", "/scale_elastic_ep",
+    "/is_scaling_elastic_ep", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/start_profile",
+    "/stop_profile", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update",
+    # since some release after 0.24
+    "/fault_tolerance/apply", "/release_kv_cache_memory", "/shutdown_weight_transfer_engine",
+    "/start_draft_weight_update", "/update_weight_version", "/weight_checker",
+}  # fmt: skip
+
+
+def test_every_post_of_vllm_is_work_or_known_as_none(tree: Path) -> None:
+    posts = routes(tree, "post")
+    assert posts >= vllm_names.WORK_PATHS
+    assert {vllm_names.COMPLETIONS_PATH, vllm_names.CHAT_PATH, vllm_names.TOKENIZE_PATH} <= posts
+    assert vllm_names.DETOKENIZE_PATH in posts
+    assert vllm_names.MODELS_PATH in routes(tree, "get")
+    idle = {path for path in posts if path.endswith(vllm_names.IDLE_SUFFIXES)}
+    for suffix in vllm_names.IDLE_SUFFIXES:
+        assert suffix in ("/models",) or any(path.endswith(suffix) for path in idle), suffix
+    work = {path for path in posts - idle if path.startswith(vllm_names.WORK_PREFIXES)} | vllm_names.WORK_PATHS
+    assert posts - idle - work - {"/generate"} <= CONTROL_PATHS  # /generate: of another server in 0.24
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        vllm_names.REQUESTS_RUNNING,
+        vllm_names.REQUESTS_WAITING,
+        vllm_names.REQUESTS_WAITING_BY_REASON,
+        vllm_names.KV_CACHE_USAGE,
+        vllm_names.CACHE_CONFIG,
+        vllm_names.ENGINE_SLEEP_STATE,
+    ],
+)
+def test_metrics_have_their_names(tree: Path, metric: str) -> None:
+    assert f'"{metric}"' in (tree / "vllm/v1/metrics/loggers.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("files", "start", "pattern", "groups"),
+    [
+        (
+            ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"),
+            "Model loading took",
+            vllm_names.WEIGHTS_LINE,
+            {"gib": "1.5", "seconds": "1.5"},
+        ),
+        (("v1/worker/gpu_worker.py",), "Available KV cache memory", vllm_names.KV_CACHE_LINE, {"gib": "1.5"}),
+        (
+            ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"),
+            "Graph capturing finished",
+            vllm_names.GRAPHS_LINE,
+            {"seconds": "1.5", "gib": "1.5"},
+        ),
+        (("v1/worker/gpu_worker.py",), "CUDA graph memory profiling is enabled", vllm_names.UTILIZATION_LINE, {"share": "1.5"}),
+    ],
+    ids=["weights", "KV cache", "graphs", "utilization"],
+)  # fmt: skip
+def test_log_lines_are_read(
+    tree: Path, files: tuple[str, ...], start: str, pattern: re.Pattern[str], groups: dict[str, str]
+) -> None:
+    for file in files:
+        for text in logged(tree, file, start):
+            match = pattern.search(text)
+            assert match is not None, text
+            assert match.groupdict() == groups
+
+
+def test_the_line_of_the_cache_size_is_read(tree: Path) -> None:
+    for text in logged(tree, "v1/core/kv_cache_utils.py", ("GPU KV cache size", "%s KV cache size")):
+        line = text.replace("1.5 KV", "GPU KV").replace("size: 1.5", "size: 1,024")
+        match = vllm_names.KV_TOKENS_LINE.search(line)
+        assert match is not None, line
+        assert match["tokens"] == "1,024"
+
+
+def test_the_line_of_an_engines_start_is_read(tree: Path) -> None:
+    matches = [
+        vllm_names.INIT_LINE.search(text)
+        for text in logged(tree, "v1/engine/core.py", "init engine (profile, create kv cache")
+    ]
+    assert all(match is not None and match["seconds"] == "1.5" for match in matches)
+    assert {match["compiling"] for match in matches if match is not None} == {None, "1.5"}
+
+
+def logged(tree: Path, file: str, start: str | tuple[str, ...]) -> list[str]:
+    """The texts in a file that begin so, with 1.5 for each value."""
+    nodes = ast.walk(parsed(tree / "vllm" / file))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    found = [re.sub(r"%(\.\d+)?[sfd]", "1.5", text) for text in texts if text.startswith(start)]
+    assert found, f"vllm/{file} logs nothing that begins with {start}"
+    return found
+
+
+def test_the_default_share_of_a_gpu_is_the_one_that_kervan_plans_with(tree: Path) -> None:
+    cache = definition(tree, "config/cache.py", "CacheConfig")
+    (field,) = (
+        n for n in cache.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "gpu_memory_utilization"
+    )
+    assert f"default={vllm_names.GPU_MEMORY_UTILIZATION}" in ast.unparse(field)
+
+
+def test_0_24_serves_the_listed_architectures_with_model_runner_v2(tree: Path) -> None:
+    source = parsed(tree / "vllm/config/vllm.py")
+    lists = [
+        node.value
+        for node in source.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DEFAULT_V2_MODEL_RUNNER_ARCHITECTURES"
+    ]
+    assert bool(lists) is release(tree).startswith("0.24.")
+    for value in lists:
+        assert isinstance(value, ast.Call)
+        assert ast.literal_eval(value.args[0]) == vllm_names.RUNNER_V2_ARCHITECTURES
 
 
 # ---- the adapter itself, imported over each tree

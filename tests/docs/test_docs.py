@@ -26,7 +26,7 @@ from harness.places import REPOSITORY
 
 import kervan
 from kervan.cli import COMMANDS, cli
-from kervan.config import fleet as facts
+from kervan.config import fleet as fleets
 from kervan.fleet.reconnect import replicated_store
 from kervan.gateway import server
 
@@ -188,20 +188,23 @@ def test_all_options_of_up_are_described() -> None:
 
 def test_all_settings_are_described_with_their_defaults() -> None:
     table = rows((REPOSITORY / "docs/serving.md").read_text(), "## Config keys")
-    described = {row[0].strip("`"): row[1].strip("`") for row in table}
+    described = {row[0].strip("`"): (row[1].strip("`"), plain(row[2])) for row in table}
     real = {}
-    for field in dataclasses.fields(facts.FleetConfig):
-        value: Any = field.default
-        if value is dataclasses.MISSING:
-            value = field.default_factory() if callable(field.default_factory) else ""
-        real[field.name] = "[]" if value == () else str(value)
+    for setting in fleets.SETTINGS.values():
+        default = {"()": "[]", str(dataclasses.MISSING): ""}.get(str(setting.default), str(setting.default))
+        real[setting.name] = default, setting.description
     assert described == real
+
+
+def plain(text: str) -> str:
+    """A cell without links and code marks."""
+    return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text).replace("`", "")
 
 
 @pytest.mark.parametrize("block", [b for b in blocks() if b.language in ("yaml", "toml")], ids=str)
 def test_config_files_are_valid(block: Block) -> None:
     settings = tomllib.loads(block.text) if block.language == "toml" else yaml.safe_load(block.text)
-    assert facts.from_mapping(settings, str(block)).model == README_MODEL
+    assert fleets.from_mapping(settings, str(block)).model == README_MODEL
 
 
 def test_all_metrics_are_described() -> None:

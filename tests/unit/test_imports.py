@@ -13,12 +13,12 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
-BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "autogroups.py")
+BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "autogroups.py", "vendor")
 ABOVE = ("sim", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
-#   errors, units, stats, ports <- facts <- config, policy <- sim, fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
+#   errors, units, stats, ports, vendor <- facts <- config, policy <- sim, fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
 #   bench <- calibrate <- cli
 FORBIDDEN = [
     *((part, ("facts", "config", "policy", *ABOVE)) for part in BOTTOM),
@@ -72,7 +72,7 @@ CONFINED = [
     ("rich", ("cli/",)),
     ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
     ("plotly", ("bench/report.py", "plan/plotting.py")),
-    ("aiohttp", ("notices/metadata.py",)),
+    ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("pynvml", ("observe/nvml.py",)),
 ]
 
@@ -123,6 +123,11 @@ def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> N
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
 
+def test_no_server_of_ours_is_asked_through_a_proxy_of_the_environment() -> None:
+    # urlopen honours http_proxy, and no proxy knows this machine's or a cluster's addresses.
+    assert [path for path in source_files() if "urlopen(" in path.read_text()] == []
+
+
 def loaded_by(code: str) -> set[str]:
     """The heavy libraries that a fresh interpreter has loaded after `code`."""
     script = f"import json, sys\n{code}\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
@@ -144,6 +149,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.stats",
         "kervan.ports",
         "kervan.autogroups",
+        "kervan.vendor.vllm_names",
         "kervan.cli.bench_view",
         "kervan.cli.render",
     ]

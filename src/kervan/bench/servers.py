@@ -5,14 +5,14 @@ import signal
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kervan.bench.target import open_direct
 from kervan.errors import FleetError
 from kervan.ports import free_port
+from kervan.vendor.vllm_names import MODELS_PATH
 
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
@@ -43,7 +43,7 @@ def reach(where: str, say: Callable[[str], None] = lambda _: None) -> Iterator[s
             say(f"starting: {command}")
             begin_s = time.monotonic()
             url = f"http://127.0.0.1:{port}"
-            while not _answers(url):
+            while not answers(url):
                 if (code := process.poll()) is not None:
                     raise FleetError(f"`{command}` exited {code}: {_tail(log)}")
                 if time.monotonic() - begin_s > START_TIMEOUT_S:
@@ -55,9 +55,10 @@ def reach(where: str, say: Callable[[str], None] = lambda _: None) -> Iterator[s
             _end(process)
 
 
-def _answers(url: str) -> bool:
-    for path in ("/v1/models", "/health"):
-        with suppress(OSError, ValueError), urllib.request.urlopen(url + path, timeout=5) as response:
+def answers(url: str) -> bool:
+    """Whether a server answers 200 at /v1/models or /health, each within 5 s."""
+    for path in (MODELS_PATH, "/health"):
+        with suppress(OSError, ValueError), open_direct(url + path, timeout_s=5) as response:
             if response.status == 200:
                 return True
     return False

@@ -16,12 +16,13 @@ from kervan.bench.exchange import Exchange
 from kervan.bench.load import Api, Load, Target
 from kervan.bench.prompts import Alphabet, check_api, encode, read_prompts
 from kervan.errors import ConfigError
+from kervan.vendor import vllm_names
 
 DEFAULT_VOCAB = 1000  # every language model has as many tokens
 CONTROL_TIMEOUT_S = 15.0
 PROBE_TIMEOUT_S = 60.0
 NUM_WORDS = 256
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+PATHS = {"completions": vllm_names.COMPLETIONS_PATH, "chat": vllm_names.CHAT_PATH}
 
 
 class RequestError(Exception):
@@ -56,13 +57,22 @@ def parse_url(text: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def open_direct(url: str | urllib.request.Request, *, timeout_s: float, verify_tls: bool = True) -> Any:
+    """The response to a request that goes to its server directly, as the load does.
+
+    A proxy that the environment names does not know the addresses of this machine and of a cluster.
+
+    Raises: OSError, of which URLError and HTTPError are kinds.
+    """
+    context = None if verify_tls else ssl._create_unverified_context()
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+    return direct.open(url, timeout=timeout_s)
+
+
 def _open(target: Target, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
     headers = dict(target.headers) | ({"Content-Type": "application/json"} if body is not None else {})
     request = urllib.request.Request(target.url + path, data=body, headers=headers)
-    context = None
-    if target.url.startswith("https") and not target.verify_tls:
-        context = ssl._create_unverified_context()
-    return urllib.request.urlopen(request, timeout=timeout_s, context=context)
+    return open_direct(request, timeout_s=timeout_s, verify_tls=target.verify_tls)
 
 
 def get_text(target: Target, path: str) -> str:
@@ -125,7 +135,7 @@ def first_look(
         url=parse_url(url), model=model or "", api=api, headers=tuple(headers), sampling=sampling, verify_tls=verify_tls
     )
     try:
-        found = json.loads(get_text(target, "/v1/models"))["data"]
+        found = json.loads(get_text(target, vllm_names.MODELS_PATH))["data"]
         models = tuple(str(entry["id"]) for entry in found)
     except (RequestError, ValueError, KeyError, TypeError) as error:
         return target, Probe(complaint=str(error))
@@ -252,7 +262,7 @@ def _served_words(target: Target, probe: Probe) -> tuple[str, ...]:
 
     def encode_text(text: str) -> Sequence[int]:
         body = {"model": target.model, "prompt": text, "add_special_tokens": False}
-        tokens: Sequence[int] = call(target, "/tokenize", body)["tokens"]
+        tokens: Sequence[int] = call(target, vllm_names.TOKENIZE_PATH, body)["tokens"]
         return tokens
 
     try:

@@ -24,10 +24,10 @@ from kervan.bench.load import Load, Target
 from kervan.bench.prompts import Alphabet, Ask, Prompts, http_request
 from kervan.bench.sketch import Sketch
 from kervan.bench.tally import Tally, block_of
+from kervan.bench.target import PATHS
 from kervan.config.workload import Slo, TraceRow
 from kervan.errors import KervanError
 
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 REPORT_PERIOD_S = 0.5
 SWEEP_PERIOD_S = 0.25
 LAG_PERIOD_S = 0.05

@@ -4,7 +4,6 @@ Servers whose GPUs do not overlap run side by side. They are started together an
 while another is loaded, since a start takes the host's cores.
 """
 
-import json
 import math
 import os
 import re
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,12 +24,14 @@ import psutil
 from kervan.bench.load import Load
 from kervan.bench.result import Result
 from kervan.bench.run import Client, Prepared, measure, prepare
+from kervan.bench.servers import answers
 from kervan.calibrate.measurements import Memory, Serving
+from kervan.config.engine_arguments import to_argv
 from kervan.errors import ConfigError, EngineError, KervanError
 from kervan.ports import free_port
+from kervan.vendor import vllm_names
 
 ENGINE_ARGS: Mapping[str, Any] = {"load_format": "dummy", "enable_prefix_caching": False, "max_model_len": 8192}
-DEFAULT_GPU_MEMORY_UTILIZATION = 0.92  # of vLLM 0.24 to 0.32
 START_TIMEOUT_S = 400.0
 STOP_GRACE_S = 10.0
 MIN_PHASE_S = 45.0  # with less time left, no server is worth starting
@@ -116,25 +116,6 @@ def phases(servers: Iterable[Server]) -> list[list[Server]]:
     return found
 
 
-def flags(engine_args: Mapping[str, Any]) -> list[str]:
-    """As `vllm serve` reads them: `--key value`, `--key` for true, `--no-key` for false."""
-    words = []
-    for key, value in engine_args.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return words
-
-
-_WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB")
-_KV_CACHE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
-_KV_TOKENS = re.compile(r"(?:GPU|CPU) KV cache size: ([\d,]+) tokens")
-_GRAPHS = re.compile(r"Graph capturing finished in \d+ secs, took (-?[\d.]+) GiB")
-_UTILIZATION = re.compile(r"current --gpu-memory-utilization=([\d.]+)")
-
-
 def parse_memory(
     log: str, server: Server, engine_args: Mapping[str, Any] | None = None, start_s: float | None = None
 ) -> Memory | None:
@@ -142,14 +123,14 @@ def parse_memory(
 
     The largest weights and the smallest cache of the GPUs that logged one: vLLM gives all as many blocks as fit there.
     """
-    weights = [float(text) for text in _WEIGHTS.findall(log)]
-    caches = [float(text) for text in _KV_CACHE.findall(log)]
-    tokens = [int(text.replace(",", "")) for text in _KV_TOKENS.findall(log)]
+    weights = [float(line["gib"]) for line in vllm_names.WEIGHTS_LINE.finditer(log)]
+    caches = [float(line["gib"]) for line in vllm_names.KV_CACHE_LINE.finditer(log)]
+    tokens = [int(line["tokens"].replace(",", "")) for line in vllm_names.KV_TOKENS_LINE.finditer(log)]
     if not weights or not caches or not tokens:
         return None
-    graphs = [float(text) for text in _GRAPHS.findall(log)]
-    said = _UTILIZATION.search(log)
-    utilization = float(said[1]) if said else DEFAULT_GPU_MEMORY_UTILIZATION
+    graphs = [float(line["gib"]) for line in vllm_names.GRAPHS_LINE.finditer(log)]
+    logged = vllm_names.UTILIZATION_LINE.search(log)
+    utilization = float(logged["share"]) if logged else vllm_names.GPU_MEMORY_UTILIZATION
     return Memory(
         model=server.model,
         tp=server.tp,
@@ -178,11 +159,6 @@ class _Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def answers(self) -> bool:
-        with suppress(OSError, ValueError), urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as response:
-            return bool(response.status == 200)
-        return False
-
     def read_log(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -197,7 +173,7 @@ class _Running:
 def vllm_command(server: Server, port: int, engine_args: Mapping[str, Any]) -> list[str]:
     """The command line of vLLM's OpenAI server."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(server.directory)]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), *flags(server.engine_args(engine_args))]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), *to_argv(server.engine_args(engine_args))]
 
 
 def _start(
@@ -324,7 +300,7 @@ class Runs:
                 took_s = time.monotonic() - one.begin_s
                 if (code := one.process.poll()) is not None:
                     self._on_note(one.failure(f"exited {code}"))
-                elif one.answers():
+                elif answers(one.url):
                     ready.append(one)
                     self._longest_start_s = max(self._longest_start_s, took_s)
                     self._say(f"{one.server} is ready after {took_s:.0f} s")

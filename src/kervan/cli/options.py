@@ -1,12 +1,37 @@
 """Options that several commands share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
+from kervan.config.engine_arguments import parse_value
+from kervan.config.fleet import SETTINGS
 from kervan.errors import ConfigError
 
-name = click.option("--name", default="default", show_default=True, help="The fleet's name.")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def setting(*declarations: str, **attributes: Any) -> Callable[[FunctionT], FunctionT]:
+    """An option for a setting of a fleet (`--tp` for `tp`), whose help, type and default are those of its field.
+
+    The command is given None for an option that the user leaves out, so that a file or a running fleet can decide.
+    `attributes` are click's and win.
+    """
+    flag, _, opposite = declarations[0].partition("/")
+    field = SETTINGS[declarations[-1] if len(declarations) > 1 else flag.removeprefix("--").replace("-", "_")]
+    default = opposite.removeprefix("--") if opposite else str(field.default or "")
+    attributes = {
+        "type": click.Choice(get_args(field.type)) if get_origin(field.type) is Literal else field.type,
+        "default": None,
+        "help": f"{field.description}." + (f" [default: {default}]" if default else ""),
+        **attributes,
+    }
+    return click.option(*declarations, **attributes)
+
+
+DEFAULT_NAME = SETTINGS["name"].default
+name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="The fleet's name.")
 address = click.option("--address", help="Ray cluster to join (HOST:PORT); without it, Ray on this machine.")
 pools = click.option(
     "--pool", "pools", multiple=True, metavar="NAME:COUNT", help="on-demand:2, spot:0..6: by market type; repeatable."
@@ -20,6 +45,7 @@ class Count(click.ParamType):  # type: ignore[type-arg]
     name = "N or MIN..MAX"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Both numbers; click ends the command, with an example, for what is no count."""
         least, dots, most = str(value).partition("..")
         try:
             counts = int(least), int(most) if dots else 0
@@ -30,7 +56,27 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         return counts
 
 
-def pool_words(given: Sequence[str]) -> dict[str, dict[str, str]]:
+def parse_assignment(text: str, option: str) -> tuple[str, str]:
+    """`key=value` as a pair; hyphens in the key become underscores.
+
+    Raises: ConfigError without a "=" or with an empty key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{option} {text!r} has no key=value form; write for example {option} max_model_len=4096")
+    return key.strip().removeprefix("--"), value
+
+
+def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """vLLM's arguments by their names with underscores, from `--engine-arg` options.
+
+    Raises: ConfigError for a text that is no `key=value`, and for broken JSON.
+    """
+    pairs = [parse_assignment(text, "--engine-arg") for text in texts]
+    return {key.replace("-", "_"): parse_value(value) for key, value in pairs}
+
+
+def pool_settings(given: Sequence[str]) -> dict[str, dict[str, str]]:
     """The settings that `--pool` stands for; what each says is for the fleet's settings to check."""
     pools: dict[str, str] = {}
     for text in given:
@@ -43,7 +89,7 @@ def pool_words(given: Sequence[str]) -> dict[str, dict[str, str]]:
     return {"pools": pools} if pools else {}
 
 
-def gateway_words(count: tuple[int, int] | None) -> dict[str, int]:
+def gateway_settings(count: tuple[int, int] | None) -> dict[str, int]:
     """The settings that `--gateways` stands for."""
     return {} if count is None else {"gateways": count[0], "max_gateways": count[1]}
 

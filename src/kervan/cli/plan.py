@@ -82,14 +82,15 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
 
 
 def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """vLLM's arguments by their names, from `KEY=VALUE` texts."""
-    from kervan.config import fleet
+    """vLLM's arguments by their names, from `KEY=VALUE` texts.
 
-    pairs = [fleet.parse_assignment(text, "--engine-arg") for text in texts]
-    for key, _ in pairs:
-        if key.replace("-", "_") in LAYOUT_ARGUMENTS:
+    Raises: ConfigError for those that `--layout` decides.
+    """
+    arguments = options.engine_arguments(texts)
+    for key in arguments:
+        if key in LAYOUT_ARGUMENTS:
             raise ConfigError(f"engine argument {key!r} is a size of the layout; use --layout, for example tp=2,pp=2")
-    return {key.replace("-", "_"): fleet.parse_engine_value(value) for key, value in pairs}
+    return arguments
 
 
 def ask(

@@ -32,8 +32,8 @@ def scale(
         raise click.UsageError(f"{replicas} beside --pool says twice how many; give only the pools")
     if gateways is not None and gateways[0] < 1:
         raise click.UsageError("--gateways 0 would leave nothing that answers; give at least 1, or kervan down")
-    settings: dict[str, Any] = options.gateway_words(gateways) | ({} if replicas is None else {"replicas": replicas})
-    settings |= options.pool_words(pools)
+    settings: dict[str, Any] = options.gateway_settings(gateways) | ({} if replicas is None else {"replicas": replicas})
+    settings |= options.pool_settings(pools)
     result = changes.scale(name, settings, address, render.progress_lines(is_quiet=as_json))
     if as_json:
         render.print_json(result.to_dict())

@@ -10,7 +10,7 @@ import click
 
 from kervan import autogroups
 from kervan.cli import options, sigterm
-from kervan.config import fleet as facts
+from kervan.config import fleet as fleets
 from kervan.errors import ConfigError
 
 SECTIONS = {
@@ -24,26 +24,20 @@ SECTIONS = {
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model", required=False)
 @click.option("--auto", is_flag=True, help="Layout, replicas and batch limits as kervan plan says, for all GPUs here.")
-@click.option("--tp", type=int, help="GPUs that share each layer (tensor parallel). [default: 1]")
-@click.option("--pp", type=int, help="Groups of GPUs that hold consecutive layers (pipeline parallel). [default: 1]")
-@click.option("--ep", type=int, help="GPUs that share out each layer's experts: 1 or tp. [default: 1]")
-@click.option("--nodes-per-replica", type=int, help="Nodes that share a replica's --pp stages. [default: fewest]")
-@click.option("--gpus-per-replica", type=float, help="Share of one GPU for a small model, like 0.5. [default: tp*pp]")
-@click.option("--engine", type=click.Choice(["vllm", "twin"]), help="twin: simulated replicas, without a GPU.")
-@click.option("--gpu", help="The GPU that a twin stands for, like H200.")
+@options.setting("--tp")
+@options.setting("--pp")
+@options.setting("--ep")
+@options.setting("--nodes-per-replica")
+@options.setting("--gpus-per-replica")
+@options.setting("--engine")
+@options.setting("--gpu")
 @click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")
-@click.option("--replicas", type=int, help="Engine replicas, each on tp*pp GPUs. [default: 1]")
+@options.setting("--replicas")
 @options.pools
-@click.option(
-    "--gateways",
-    type=options.Count(),
-    help="HTTP gateways; MIN..MAX: as many as their load asks for. [default: one per 8 cores, at most 4]",
-)
-@click.option("--host", help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
-@click.option("--port", type=int, help="Port to listen on. [default: 8000]")
-@click.option(
-    "--shared-port/--own-port", "shared_port", default=None, help="Other fleets may be on the port too. [default: own]"
-)
+@options.setting("--gateways", type=options.Count())
+@options.setting("--host")
+@options.setting("--port")
+@options.setting("--shared-port/--own-port", "shared_port")
 @click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
 @click.option(
     "--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's own argument; repeatable."
@@ -51,9 +45,7 @@ SECTIONS = {
 @click.option(
     "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment of engines and gateways; repeatable."
 )
-@click.option(
-    "--ingress", type=click.Choice(["direct", "serve"]), help="direct: gateways answer; serve: HAProxy in front."
-)
+@options.setting("--ingress")
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same words.")
 @options.name
 @options.address
@@ -73,17 +65,17 @@ def up(
     from kervan.serve.attach import is_up
     from kervan.serve.start import Startup
 
-    words = _words(config_path, given)
+    settings = _settings(config_path, given)
     source = f"config file {config_path}" if config_path else "kervan up"
-    if is_up(words["name"], address):
-        _change(words, source, address, is_confirmed=yes, as_json=as_json)
+    if is_up(settings["name"], address):
+        _change(settings, source, address, is_confirmed=yes, as_json=as_json)
         return
     say = render.progress_lines()
     if starved := autogroups.warning():
         say(starved)
     if auto:
-        words = _planned(words, address, say)
-    config = facts.from_mapping(words, source)
+        settings = _planned(settings, address, say)
+    config = fleets.from_mapping(settings, source)
     startup = Startup(config, address, say)
     status = startup.run()
     if as_json:
@@ -103,7 +95,7 @@ def up(
         down(config.name, address)
 
 
-def _planned(words: dict[str, Any], address: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+def _planned(settings: dict[str, Any], address: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     """The settings with what the planner says for all that is not given.
 
     Raises: ConfigError where it cannot know the GPUs.
@@ -111,38 +103,40 @@ def _planned(words: dict[str, Any], address: str | None, say: Callable[[str], No
     from kervan.cli import plan as plans
     from kervan.plan import launch, search
 
-    is_twin = words.get("engine") == "twin"
+    is_twin = settings.get("engine") == "twin"
     if address is not None and not is_twin:
         raise ConfigError(
             "--auto reads the GPUs of this machine, and --address joins a cluster of others; "
             "use the words that kervan plan --gpu KIND --gpus N prints"
         )
-    if given := [key for key in ("tp", "pp", "ep", "replicas", "pools") if words.get(key)]:
+    if given := [key for key in ("tp", "pp", "ep", "replicas", "pools") if settings.get(key)]:
         raise ConfigError(
             f"--auto chooses the layout, and {', '.join(given)} {'is' if len(given) == 1 else 'are'} given too; leave "
             "out one of the two"
         )
-    arguments = words.get("engine_args") or {}
-    question = plans.ask(words.get("model") or "", gpu=words.get("gpu") or "local", engine_args=arguments, fixed={})
-    found = search.search(question)
-    best = launch.launch(question, found.best, words["model"])
-    say(f"plan: {found.verdict}")
-    size = found.best.layout
+    arguments = settings.get("engine_args") or {}
+    question = plans.ask(
+        settings.get("model") or "", gpu=settings.get("gpu") or "local", engine_args=arguments, fixed={}
+    )
+    plan = search.search(question)
+    best = launch.launch(question, plan.best, settings["model"])
+    say(f"plan: {plan.verdict}")
+    size = plan.best.layout
     planned = {"tp": size.tp, "pp": size.pp, "ep": size.ep, "replicas": size.dp}
-    return {**words, **planned, "engine_args": {**best.engine_args, **arguments}}
+    return {**settings, **planned, "engine_args": {**best.engine_args, **arguments}}
 
 
-def _change(words: dict[str, Any], source: str, address: str | None, *, is_confirmed: bool, as_json: bool) -> None:
+def _change(settings: dict[str, Any], source: str, address: str | None, *, is_confirmed: bool, as_json: bool) -> None:
     """Bring new settings into a fleet that runs."""
     from kervan.cli import render
     from kervan.errors import FleetError
     from kervan.serve.changes import RunningFleet
 
     say = render.progress_lines()
-    fleet = RunningFleet(words["name"], address, say)
-    change = fleet.plan(words, source)
+    fleet = RunningFleet(settings["name"], address, say)
+    change = fleet.plan(settings, source)
     if not change.lines:
-        say(f"fleet {words['name']!r} is up with these settings")
+        say(f"fleet {settings['name']!r} is up with these settings")
     for line in change.lines:
         say(line)
     if change.warning and not is_confirmed:
@@ -154,27 +148,26 @@ def _change(words: dict[str, Any], source: str, address: str | None, *, is_confi
         render.print_status(status)
 
 
-def _words(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """File settings, overridden by the options that were given."""
-    settings = facts.load_file(path) if path is not None else {}
+    settings = fleets.load_file(path) if path is not None else {}
     name = given.pop("name")
-    if name != "default" or not isinstance(settings.get("name"), str):
+    if name != options.DEFAULT_NAME or not isinstance(settings.get("name"), str):
         settings["name"] = name
     keys = given.pop("api_keys") or tuple(filter(None, [os.environ.get("KERVAN_API_KEY")]))
     if keys:
         settings["api_keys"] = keys
-    pairs = [facts.parse_assignment(text, "--engine-arg") for text in given.pop("engine_args")]
-    engine_args = {key.replace("-", "_"): facts.parse_engine_value(value) for key, value in pairs}
-    env = dict(facts.parse_assignment(text, "--env") for text in given.pop("env"))
-    twin = dict(facts.parse_assignment(text, "--twin") for text in given.pop("twin"))
+    engine_args = options.engine_arguments(given.pop("engine_args"))
+    env = dict(options.parse_assignment(text, "--env") for text in given.pop("env"))
+    twin = dict(options.parse_assignment(text, "--twin") for text in given.pop("twin"))
     for key, extra in (("engine_args", engine_args), ("env", env), ("twin", twin)):
         before = settings.get(key) or {}
         if extra or before:
             settings[key] = {**before, **extra} if isinstance(before, dict) else before
-    if pools := options.pool_words(given.pop("pools")):
+    if pools := options.pool_settings(given.pop("pools")):
         before = settings.get("pools") or {}
         settings["pools"] = {**before, **pools["pools"]} if isinstance(before, dict) else before
-    settings |= options.gateway_words(given.pop("gateways"))
+    settings |= options.gateway_settings(given.pop("gateways"))
     settings |= {key: value for key, value in given.items() if value is not None}
     if settings.get("pools") and "replicas" in settings:
         raise ConfigError(

@@ -8,9 +8,10 @@ FaultKind = Literal["slow", "hang", "crash", "kv-pressure", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`slow`: steps take `amount` times as long. `hang`: no further step. `crash`: the process dies after `amount` more
-    tokens. `kv-pressure`: the share `amount` of the KV pool is gone. `none`: whole again.
-    """
+    """What a replica is to suffer from, until it is told something else."""
 
     kind: FaultKind
+    """slow: steps take longer. hang: no further step. crash: the process dies. kv-pressure: a share of the KV pool is
+    gone. none: whole again."""
     amount: float = 0.0
+    """Of slow the factor, of crash the tokens until then, of kv-pressure the share, 0 to 1; else without a meaning."""

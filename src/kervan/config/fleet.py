@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import msgspec
 import yaml
 
+from kervan.config import engine_arguments
 from kervan.errors import ConfigError
 from kervan.facts.markets import MARKETS, ON_DEMAND
+from kervan.vendor.vllm_names import GPU_MEMORY_UTILIZATION
 
 Ingress = Literal["direct", "serve"]
 Engine = Literal["vllm", "twin"]
@@ -21,42 +24,9 @@ Device = Literal["GPU", "CPU"]
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 MAX_REPLICAS = 4096
+MAX_GATEWAYS = 64
+MAX_S = 10**9
 COUNT_PATTERN = re.compile(r"(\d{1,9})(?:\.\.(\d{1,9}))?")
-
-# vLLM's default share of a GPU's memory (0.24 to 0.32), and the arguments that decide it.
-GPU_MEMORY_UTILIZATION = 0.92
-MEMORY_ARGS = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})
-
-# Engine arguments that kervan decides, and what to use in their place.
-OWNED_ENGINE_ARGS = {
-    "model": "the MODEL argument",
-    "tensor_parallel_size": "--tp",
-    "pipeline_parallel_size": "--pp",
-    "enable_expert_parallel": "--ep",
-    "host": "--host",
-    "port": "--port",
-    "api_key": "--api-key",
-    "uds": "--host and --port",
-    "data_parallel_size": "--replicas",
-    "data_parallel_rank": "--replicas",
-    "data_parallel_start_rank": "--replicas",
-    "data_parallel_size_local": "--replicas",
-    "data_parallel_address": "--replicas",
-    "data_parallel_rpc_port": "--replicas",
-    "data_parallel_backend": "--replicas",
-    "data_parallel_hybrid_lb": "--replicas",
-    "data_parallel_external_lb": "--replicas",
-    "api_server_count": "--gateways",
-    "headless": "--replicas",
-    "distributed_executor_backend": "nothing: kervan places the workers",
-    "nnodes": "nothing: kervan places the workers",
-    "node_rank": "nothing: kervan places the workers",
-    "master_addr": "nothing: kervan places the workers",
-    "master_port": "nothing: kervan places the workers",
-    "root_path": "nothing: kervan serves at the root",
-    "ssl_keyfile": "a TLS proxy in front of the gateways",
-    "ssl_certfile": "a TLS proxy in front of the gateways",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +46,10 @@ def parse_bounds(pool: str, text: str) -> PoolBounds:
     Raises: ConfigError for anything else.
     """
     example = f"--pool {pool}:2 or --pool {pool}:0..6"
-    found = COUNT_PATTERN.fullmatch(text.strip())
-    if found is None:
+    match = COUNT_PATTERN.fullmatch(text.strip())
+    if match is None:
         raise ConfigError(f"pool {pool}: {text!r} is no number and no range MIN..MAX; write for example {example}")
-    bounds = PoolBounds(int(found[1]), int(found[2] or found[1]))
+    bounds = PoolBounds(int(match[1]), int(match[2] or match[1]))
     if bounds.maximum < bounds.minimum:
         raise ConfigError(
             f"pool {pool}: {text!r} goes from {bounds.minimum} down to {bounds.maximum}; "
@@ -90,90 +60,101 @@ def parse_bounds(pool: str, text: str) -> PoolBounds:
     return bounds
 
 
+def _setting(default: Any, description: str, low: float | None = None, high: float | None = None) -> Any:
+    """A field of `FleetConfig` with its description in one line of plain text, and the least and most of a number."""
+    metadata = {"description": description, "bounds": None if low is None else (low, high)}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FleetConfig:
     """One fleet; the words of `kervan up`, of its config file, and of recipes.
 
-    `engine_args` has vLLM's own names and values. `gateways` 0 means one per 8 CPU cores, at most 4; with
-    `max_gateways`, there are as many as their load asks for, from `gateways` to that. `env` goes to the engine and
-    gateway processes. `ep`: GPUs over which each layer's experts are spread, 1 or `tp`. `nodes_per_replica`: nodes over
-    which the pipeline stages of a replica are spread, 0 for as few as can hold them. `gpus_per_replica`: a share of one
-    GPU, like 0.5, for a model that needs no more; 0 for `tp*pp` whole ones. `engine` "twin": simulated replicas, as if
-    on `gpu`, with `twin` in place of what follows from model and GPU (`kervan.twin.settings`). `shared_port`: other
-    fleets of the cluster may be on the port too, if they say so as well. `device`: what replicas run on, GPUs or CPU
-    cores; empty for what the cluster has at the first start, which then stays. `pools`: by market type, how many
-    replicas, as "2" or "0..6"; `replicas` is the sum of their least then. When spot replicas are missing for
-    `fallback_after_s`, on-demand ones cover for them within their range, until spot has been whole for
-    `fallback_hold_s`. `replay_s`: how long clients may come back to a stream that ended or broke, 0 for never; each
-    gateway keeps `replay_max_mib` of such streams, those of other gateways too. `warm_start`: each node keeps a process
-    that has vLLM imported, and forks engines from it (`kervan.fleet.warm_start`).
+    `SETTINGS` has each field with its description, which the command line's help and docs/serving.md show too.
+
+    Raises: ConfigError for values that are out of range or contradict each other.
     """
 
-    model: str
-    name: str = "default"
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    nodes_per_replica: int = 0
-    gpus_per_replica: float = 0.0
-    device: Literal["", "GPU", "CPU"] = ""
-    replicas: int = 1
-    pools: Mapping[str, str] = field(default_factory=dict)
-    gateways: int = 0
-    max_gateways: int = 0
-    host: str = "127.0.0.1"
-    port: int = 8000
-    shared_port: bool = False
-    ingress: Ingress = "direct"
-    engine: Engine = "vllm"
-    gpu: str = ""
-    twin: Mapping[str, Any] = field(default_factory=dict)
-    api_keys: tuple[str, ...] = ()
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
-    max_queued_streams: int = 1024
-    hold_timeout_s: float = 300.0
-    stall_timeout_s: float = 60.0
-    drain_timeout_s: float = 60.0
-    fallback_after_s: float = 15.0
-    fallback_hold_s: float = 300.0
-    replay_s: float = 0.0
-    replay_max_mib: int = 256
-    warm_start: bool = True
+    model: str = field(
+        metadata={"description": "A Hugging Face id or a local directory; required, here or as MODEL", "bounds": None}
+    )
+    name: str = _setting("default", "The fleet's name: lower-case letters, digits, hyphens; at most 40")
+    # What a replica runs on, and how many there are.
+    tp: int = _setting(1, "GPUs that share each layer (tensor parallel)", 1, 64)
+    pp: int = _setting(1, "Groups of GPUs that hold consecutive layers (pipeline parallel)", 1, 64)
+    ep: int = _setting(1, "GPUs that share out each layer's experts: 1 or tp", 1, 64)
+    nodes_per_replica: int = _setting(
+        0, "Nodes that share a replica's pp stages, a divisor of pp; 0: as few as can hold it", 0, 64
+    )
+    gpus_per_replica: float = _setting(
+        0.0, "A share of one GPU for a small model, like 0.5; 0: tp*pp whole ones", 0, 64 * 64
+    )
+    device: Literal["", "GPU", "CPU"] = _setting(
+        "", "GPU or CPU; without it what the cluster has when the fleet first starts, which then stays"
+    )
+    replicas: int = _setting(
+        1, "Engine replicas, each on tp*pp GPUs; with pools, the sum of their least", 0, MAX_REPLICAS
+    )
+    pools: Mapping[str, str] = _setting({}, "By market type, how many replicas: a number or MIN..MAX")
+    # The HTTP front.
+    gateways: int = _setting(
+        0,
+        "HTTP gateways; 0: one per 8 cores, 1 to 4. On the command line MIN..MAX, of which MAX is max_gateways",
+        0,
+        MAX_GATEWAYS,
+    )
+    max_gateways: int = _setting(0, "Above 0: from gateways to so many, by their load", 0, MAX_GATEWAYS)
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces")
+    port: int = _setting(8000, "Port to listen on", 1, 65535)
+    shared_port: bool = _setting(False, "Other fleets of the cluster may be on the port too, if they say so as well")
+    ingress: Ingress = _setting(  # noqa: RUF009
+        "direct", "direct: gateways answer clients themselves; serve: HAProxy in front of them"
+    )
+    api_keys: tuple[str, ...] = _setting((), "Keys of which clients must send one; none: open to all")
+    # The engines.
+    engine: Engine = _setting("vllm", "vllm, or twin for simulated replicas, without a GPU")  # noqa: RUF009
+    gpu: str = _setting("", "The GPU that a twin stands for, like H200")
+    twin: Mapping[str, Any] = _setting({}, "Settings of twins, in place of what follows from model and GPU")
+    engine_args: Mapping[str, Any] = _setting({}, "vLLM's own arguments, named with _ or -")
+    env: Mapping[str, str] = _setting({}, "Environment variables of engines and gateways")
+    # Bounds and times.
+    max_queued_streams: int = _setting(1024, "Streams that may wait beyond what the replicas run at once", 0, 10**9)
+    hold_timeout_s: float = _setting(300.0, "How long a stream waits for a replica before it fails", 0, MAX_S)
+    stall_timeout_s: float = _setting(
+        60.0, "A replica without a report, or with work and without a step, for so long is ended", 1, MAX_S
+    )
+    drain_timeout_s: float = _setting(
+        60.0, "How long a leaving replica or gateway may take to be free of streams", 0, MAX_S
+    )
+    fallback_after_s: float = _setting(
+        15.0, "On-demand replicas cover for spot ones that are missing for so long", 0, MAX_S
+    )
+    fallback_hold_s: float = _setting(300.0, "They leave when spot has been whole for so long", 0, MAX_S)
+    replay_s: float = _setting(
+        0.0, "Above 0: clients can come back to a stream so long after it ended or broke", 0, 86_400
+    )
+    replay_max_mib: int = _setting(256, "What each gateway keeps for replay_s at most, in MiB of memory", 1, 1 << 20)
+    warm_start: bool = _setting(True, "Fork engines from a process of the node that has vLLM imported")
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
             raise ConfigError(
                 f"name {self.name!r} is not valid; use 1 to 40 lower-case letters, digits and hyphens, such as 'chat'"
             )
-        for key, low, high in (
-            ("tp", 1, 64),
-            ("pp", 1, 64),
-            ("ep", 1, 64),
-            ("nodes_per_replica", 0, 64),
-            ("gpus_per_replica", 0, 64 * 64),
-            ("replicas", 0, MAX_REPLICAS),
-            ("gateways", 0, 64),
-            ("max_gateways", 0, 64),
-            ("port", 1, 65535),
-            ("max_queued_streams", 0, 10**9),
-            ("hold_timeout_s", 0, 10**9),
-            ("stall_timeout_s", 1, 10**9),
-            ("drain_timeout_s", 0, 10**9),
-            ("fallback_after_s", 0, 10**9),
-            ("fallback_hold_s", 0, 10**9),
-            ("replay_s", 0, 86_400),
-            ("replay_max_mib", 1, 1 << 20),
-        ):
-            value = getattr(self, key)
-            if not low <= value <= high:
-                raise ConfigError(f"{key}={value} is outside {low}..{high}; give a value in that range")
-        if 0 < self.max_gateways < max(1, self.gateways):
-            raise ConfigError(
-                f"max_gateways={self.max_gateways} is below gateways={self.gateways}; write for example "
-                f"--gateways {self.gateways}..{2 * self.gateways}, or leave max_gateways out for a fixed number"
-            )
+        for setting in SETTINGS.values():
+            if setting.bounds is not None:
+                low, high = setting.bounds
+                value = getattr(self, setting.name)
+                if not low <= value <= high:
+                    raise ConfigError(f"{setting.name}={value} is outside {low}..{high}; give a value in that range")
         self._check_pools()
+        self._check_layout()
+        self._check_gateways()
+        self._check_engine()
+
+    def _check_layout(self) -> None:
         if self.ep not in (1, self.tp):
             raise ConfigError(
                 f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or --ep {self.tp}"
@@ -189,21 +170,28 @@ class FleetConfig:
                 f"gpus_per_replica={self.gpus_per_replica:g} with tp*pp={self.world_size}: only a replica on one GPU "
                 "can take a share of it; give a share below 1 with --tp 1 --pp 1, or leave --gpus-per-replica out"
             )
+
+    def _check_gateways(self) -> None:
+        if 0 < self.max_gateways < max(1, self.gateways):
+            raise ConfigError(
+                f"max_gateways={self.max_gateways} is below gateways={self.gateways}; write for example "
+                f"--gateways {self.gateways}..{2 * self.gateways}, or leave max_gateways out for a fixed number"
+            )
+        if self.shared_port and self.ingress == "serve":
+            raise ConfigError("--shared-port is for gateways that listen themselves; use it with --ingress direct")
+
+    def _check_engine(self) -> None:
         if self.engine == "twin" and not self.gpu:
             raise ConfigError("a twin needs to know which GPU it stands for; give for example --gpu H200")
         if self.engine == "vllm" and (self.gpu or self.twin):
-            what = "--gpu" if self.gpu else "--twin"
-            raise ConfigError(f"{what} is for simulated replicas; add --engine twin, or leave it out")
-        if self.shared_port and self.ingress == "serve":
-            raise ConfigError("--shared-port is for gateways that listen themselves; use it with --ingress direct")
+            option = "--gpu" if self.gpu else "--twin"
+            raise ConfigError(f"{option} is for simulated replicas; add --engine twin, or leave it out")
         if self.replay_s and self.engine_args.get("stream_interval", 1) not in (1, "1"):
             raise ConfigError(
                 f"replay_s={self.replay_s:g} with stream_interval={self.engine_args['stream_interval']}: only a stream "
                 "that comes token by token can be given again; leave one of both out"
             )
-        for key in self.engine_args:
-            if key in OWNED_ENGINE_ARGS:
-                raise ConfigError(f"engine argument {key!r} is kervan's to set; use {OWNED_ENGINE_ARGS[key]}")
+        engine_arguments.check_owned(self.engine_args)
 
     def _check_pools(self) -> None:
         if not self.pools:
@@ -252,60 +240,27 @@ class FleetConfig:
         args: dict[str, Any] = {"mm_processor_cache_gb": 0, **self.engine_args}
         args["model"] = self.model
         if self.engine == "twin":  # only gateways read this, and they have no layout
-            return tuple(word for key, value in args.items() for word in _argument(key, value))
+            return tuple(engine_arguments.to_argv(args))
         args |= {"tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
         if self.ep > 1:
             args["enable_expert_parallel"] = True
         if self.world_size > 1:
             args["distributed_executor_backend"] = "mp"
-        if self.gpu_share < 1 and not args.keys() & MEMORY_ARGS:
+        if self.gpu_share < 1 and not args.keys() & engine_arguments.MEMORY_ARGUMENTS:
             args["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
-        return tuple(word for key, value in args.items() for word in _argument(key, value))
+        return tuple(engine_arguments.to_argv(args))
 
     def to_json(self) -> str:
+        """All settings, as `from_json` reads them."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "FleetConfig":
+        """The config that `to_json` wrote.
+
+        Raises: ConfigError for settings that this version does not take.
+        """
         return from_mapping(json.loads(text), "the stored fleet")
-
-
-def _argument(key: str, value: Any) -> list[str]:
-    flag = "--" + key.replace("_", "-")
-    if value is None:  # YAML's null: vLLM's own default
-        return []
-    if isinstance(value, bool):
-        return [flag] if value else ["--no-" + key.replace("_", "-")]
-    if isinstance(value, Mapping):
-        return [flag, json.dumps(value)]
-    if isinstance(value, list | tuple):
-        return [flag, *(json.dumps(v) if isinstance(v, Mapping) else str(v) for v in value)]
-    return [flag, str(value)]
-
-
-def parse_assignment(text: str, option: str) -> tuple[str, str]:
-    """`key=value` as a pair; hyphens in the key become underscores.
-
-    Raises: ConfigError without a "=" or with an empty key.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"{option} {text!r} has no key=value form; write for example {option} max_model_len=4096")
-    return key.strip().removeprefix("--"), value
-
-
-def parse_engine_value(text: str) -> Any:
-    """A value as the user wrote it: `true`/`false` and JSON objects are read, the rest stays for vLLM to read."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if text[:1] in ("{", "["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"engine argument value {text!r} is not valid JSON ({error}); quote it for the shell"
-            ) from error
-    return text
 
 
 def load_file(path: Path) -> dict[str, Any]:
@@ -330,14 +285,13 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
 
     Raises: ConfigError for unknown keys, wrong types and values out of range.
     """
-    hints = get_type_hints(FleetConfig)
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(hints))}"
+        if key not in SETTINGS:
+            near = difflib.get_close_matches(key, SETTINGS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(SETTINGS))}"
             raise ConfigError(f"{source} has unknown setting {key!r}; {hint}")
-        values[key] = _typed(key, value, hints[key], source)
+        values[key] = _convert(SETTINGS[key], value, source)
     if values.get("pools") and "replicas" not in values:
         values["replicas"] = sum(parse_bounds(*pool).minimum for pool in values["pools"].items())
     if not values.get("model"):
@@ -345,29 +299,56 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
     return FleetConfig(**values)
 
 
-def _typed(key: str, value: Any, hint: Any, source: str) -> Any:
-    origin = get_origin(hint)
-    if origin is Literal:
-        if value in get_args(hint):
-            return value
-        raise ConfigError(f"{source}: {key}={value!r} is not one of {', '.join(get_args(hint))}")
-    if hint is str and isinstance(value, str):
-        return value
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if origin is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if origin is Mapping and isinstance(value, Mapping):
-        if key == "env":
-            return {str(k): str(v) for k, v in value.items()}
-        if key == "pools":
-            return {str(k).replace("_", "-"): str(v) for k, v in value.items()}
-        return {str(k).replace("-", "_"): v for k, v in value.items()}
-    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
-        hint, "a list" if origin is tuple else "a mapping"
-    )
-    raise ConfigError(f"{source}: {key}={value!r} is {type(value).__name__}; give {expected}")
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A field of `FleetConfig`. `bounds`: the least and the most of a number. `description`: one line of plain text."""
+
+    name: str
+    type: Any
+    default: Any
+    description: str
+    bounds: tuple[float, float] | None
+
+
+def _settings() -> dict[str, Setting]:
+    types = get_type_hints(FleetConfig)
+    settings = {}
+    for item in dataclasses.fields(FleetConfig):
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        settings[item.name] = Setting(item.name, types[item.name], default, **item.metadata)
+    return settings
+
+
+# By name, in the order of the fields. MISSING is the default of `model`.
+SETTINGS: Mapping[str, Setting] = _settings()
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of texts",
+    Mapping: "a mapping",
+}
+
+
+def _convert(setting: Setting, value: Any, source: str) -> Any:
+    """Raises: ConfigError that names the setting, the value and what is expected."""
+    try:
+        return msgspec.convert(_mapping(setting.name, value) if isinstance(value, Mapping) else value, setting.type)
+    except msgspec.ValidationError as error:
+        kind = get_origin(setting.type) or setting.type
+        if kind is Literal:
+            choices = ", ".join(filter(None, get_args(setting.type)))
+            raise ConfigError(f"{source}: {setting.name}={value!r} is not one of {choices}") from error
+        raise ConfigError(
+            f"{source}: {setting.name}={value!r} is {type(value).__name__}; give {_EXPECTED[kind]}"
+        ) from error
+
+
+def _mapping(name: str, value: Mapping[Any, Any]) -> dict[str, Any]:
+    """A mapping with its keys as kervan and vLLM write them; YAML reads some keys and values as numbers."""
+    if name == "env":
+        return {str(key): str(text) for key, text in value.items()}
+    if name == "pools":
+        return {str(key).replace("_", "-"): str(count) for key, count in value.items()}
+    return {str(key).replace("-", "_"): item for key, item in value.items()}

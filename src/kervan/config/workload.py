@@ -2,13 +2,14 @@
 
 import csv
 import dataclasses
-import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+import msgspec
 
 from kervan.errors import ConfigError
 from kervan.units import parse_duration_s
@@ -19,19 +20,19 @@ MAX_TOKENS = 10_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slo:
-    """Bounds, in seconds, that a request must keep to count as good; None is no bound.
-
-    `ttft_s` counts from the intended arrival, so that a late client or a full server cannot hide behind the queue.
-    """
+    """Bounds, in seconds, that a request must keep to count as good; None is no bound."""
 
     ttft_s: float | None = None
+    """To the first token, from the intended arrival: a late client or a full server cannot hide behind the queue."""
     tpot_s: float | None = None
+    """Per output token after the first, the mean of the request."""
     e2e_s: float | None = None
+    """To the last token, from the intended arrival."""
 
     def is_met(self, *, ttft_s: float, tpot_s: float, e2e_s: float) -> bool:
         """Whether all bounds are kept; a bound itself is kept."""
-        found = ((ttft_s, self.ttft_s), (tpot_s, self.tpot_s), (e2e_s, self.e2e_s))
-        return all(bound is None or value <= bound for value, bound in found)
+        bounded = ((ttft_s, self.ttft_s), (tpot_s, self.tpot_s), (e2e_s, self.e2e_s))
+        return all(bound is None or value <= bound for value, bound in bounded)
 
     def __str__(self) -> str:
         bounds = ((name, getattr(self, f"{name}_s")) for name in ("ttft", "tpot", "e2e"))
@@ -40,17 +41,21 @@ class Slo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClosedLoop:
-    """What came of `concurrency` streams, each of which sends its next request when its last one has ended.
+    """What came of a closed loop of streams, each of which sends its next request when its last one has ended.
 
-    Prompts of `isl` tokens and answers of `osl`, `num_requests` in all; quantiles over them. All streams start at once:
-    TTFT has that opening burst in it.
+    Quantiles are over the requests. All streams start at once: TTFT has that opening burst in it.
     """
 
     isl: int
+    """Tokens of each prompt."""
     osl: int
+    """Tokens of each output."""
     concurrency: int
+    """Streams."""
     num_requests: int
+    """Requests that ended, of all streams."""
     out_tok_s: float
+    """Output tokens per second, of all streams."""
     ttft_p50_s: float
     ttft_p99_s: float
     tpot_p50_s: float
@@ -81,12 +86,16 @@ def parse_slo(text: str) -> Slo:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A distribution of token counts, each within [`minimum`, `maximum`]; `text` is how the user wrote it."""
+    """A distribution of token counts."""
 
     text: str
+    """As the user wrote it."""
     mean: float
+    """Tokens; of a clipped normal or lognormal an estimate."""
     minimum: int
+    """The least that is drawn."""
     maximum: int
+    """The most that is drawn."""
     _draw: Callable[[random.Random], float] = dataclasses.field(compare=False, repr=False)
 
     def sample(self, rng: random.Random) -> int:
@@ -163,15 +172,16 @@ def _checked(lengths: Lengths) -> Lengths:
 
 @dataclass(frozen=True, slots=True)
 class TraceRow:
-    """One request of a trace. `at_s` counts from the first row.
-
-    `hash_ids`: one number per block of 512 prompt tokens, the last one shorter; equal numbers are equal blocks.
-    """
+    """One request of a trace."""
 
     at_s: float
+    """Its arrival, from the first row's."""
     input_tokens: int
+    """Of its prompt, at least 1."""
     output_tokens: int
+    """At least 0."""
     hash_ids: tuple[int, ...] = ()
+    """One number per block of 512 prompt tokens, the last one shorter; equal numbers: equal blocks. () if unknown."""
 
 
 def read_trace(path: Path) -> Iterator[TraceRow]:
@@ -224,16 +234,30 @@ def _azure(path: Path, lines: Iterator[str]) -> Iterator[TraceRow]:
             raise ConfigError(f"trace {path}, line {number}: {error!r}") from error
 
 
+class _MooncakeRow(msgspec.Struct):
+    """What is read of a line; `timestamp` is in milliseconds."""
+
+    timestamp: float
+    input_length: int
+    output_length: int
+    hash_ids: tuple[int, ...] = ()
+
+
+_mooncake_decoder = msgspec.json.Decoder(_MooncakeRow)
+
+
 def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[TraceRow]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            hashes = tuple(int(h) for h in row.get("hash_ids", ()))
-            tokens = int(row["input_length"])
-            if hashes and len(hashes) != math.ceil(tokens / BLOCK_TOKENS):
-                raise ValueError(f"{len(hashes)} hash_ids for {tokens} tokens in blocks of {BLOCK_TOKENS}")
-            yield TraceRow(float(row["timestamp"]) / 1000, tokens, int(row["output_length"]), hashes)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"trace {path}, line {number}: {error!r}") from error
+            row = _mooncake_decoder.decode(line)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"trace {path}, line {number}: {error}") from error
+        num_blocks = math.ceil(row.input_length / BLOCK_TOKENS)
+        if row.hash_ids and len(row.hash_ids) != num_blocks:
+            raise ConfigError(
+                f"trace {path}, line {number}: {len(row.hash_ids)} hash_ids for {row.input_length} tokens, which are "
+                f"{num_blocks} blocks of {BLOCK_TOKENS}"
+            )
+        yield TraceRow(row.timestamp / 1000, row.input_length, row.output_length, row.hash_ids)

@@ -21,7 +21,7 @@ GEN6_X16_BYTES_S = 128e9
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class GpuLink:
     """What joins the GPUs of a node.
 
     `bytes_s`: what one GPU sends in all, per direction. `max_gpus`: GPUs that it joins all to all; a bridge joins 2,
@@ -52,15 +52,15 @@ class Gpu:
     bf16_flops: float
     fp8_flops: float
     fp4_flops: float
-    link: Link
+    link: GpuLink
     pcie_bytes_s: float
     compute_capability: str
     sources: Mapping[str, str] = field(repr=False)
 
 
-def _pcie(generation: int, has_peer_to_peer: bool) -> Link:
+def _pcie(generation: int, has_peer_to_peer: bool) -> GpuLink:
     bytes_s = {4: GEN4_X16_BYTES_S, 5: GEN5_X16_BYTES_S}[generation]
-    return Link("pcie", generation, bytes_s, 8, has_peer_to_peer)
+    return GpuLink("pcie", generation, bytes_s, 8, has_peer_to_peer)
 
 
 def _sources(sheet: str, memory_mib: str, memory_gib: str, compute_capability: str, **other: str) -> Mapping[str, str]:
@@ -70,9 +70,9 @@ def _sources(sheet: str, memory_mib: str, memory_gib: str, compute_capability: s
     return MappingProxyType(dict.fromkeys(fields, sheet) | named | other)
 
 
-NVLINK3 = Link("nvlink", 3, 300e9, 8)
-NVLINK4 = Link("nvlink", 4, 450e9, 8)
-NVLINK5 = Link("nvlink", 5, 900e9, 8)
+NVLINK3 = GpuLink("nvlink", 3, 300e9, 8)
+NVLINK4 = GpuLink("nvlink", 4, 450e9, 8)
+NVLINK5 = GpuLink("nvlink", 5, 900e9, 8)
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
@@ -99,7 +99,7 @@ GPUS: dict[str, Gpu] = {
             _sources("a100", "smi-modal", "cuda-logs", "cuda-gpus"),
         ),
         Gpu(
-            "A100-PCIe", 81920, 79.25, 1.935e12, 312e12, 0, 0, Link("nvlink-bridge", 3, 300e9, 2), GEN4_X16_BYTES_S,
+            "A100-PCIe", 81920, 79.25, 1.935e12, 312e12, 0, 0, GpuLink("nvlink-bridge", 3, 300e9, 2), GEN4_X16_BYTES_S,
             "8.0",
             _sources("a100-pcie", "smi-logs", "cuda-as-a100", "cuda-gpus"),
         ),
@@ -108,12 +108,12 @@ GPUS: dict[str, Gpu] = {
             _sources("h100", "h100-read", "h100-read", "h100-read"),
         ),
         Gpu(
-            "H100-PCIe", 81559, 79.18, 2.0e12, 756.5e12, 1513e12, 0, Link("nvlink-bridge", 4, 300e9, 2),
+            "H100-PCIe", 81559, 79.18, 2.0e12, 756.5e12, 1513e12, 0, GpuLink("nvlink-bridge", 4, 300e9, 2),
             GEN5_X16_BYTES_S, "9.0",
             _sources("h100-2022", "smi-logs", "cuda-as-h100", "cuda-gpus"),
         ),
         Gpu(
-            "H100-NVL", 95830, 93.10, 3.9e12, 835.5e12, 1670.5e12, 0, Link("nvlink-bridge", 4, 300e9, 2),
+            "H100-NVL", 95830, 93.10, 3.9e12, 835.5e12, 1670.5e12, 0, GpuLink("nvlink-bridge", 4, 300e9, 2),
             GEN5_X16_BYTES_S, "9.0",
             _sources("h100-nvl", "smi-logs", "cuda-logs", "cuda-gpus"),
         ),
@@ -132,16 +132,16 @@ GPUS: dict[str, Gpu] = {
             ),
         ),
         Gpu(
-            "GH200", 97871, 94.50, 4.0e12, 989e12, 1979e12, 0, Link("nvlink", 4, 450e9, 2), GEN5_X16_BYTES_S, "9.0",
+            "GH200", 97871, 94.50, 4.0e12, 989e12, 1979e12, 0, GpuLink("nvlink", 4, 450e9, 2), GEN5_X16_BYTES_S, "9.0",
             _sources("gh200", "smi-logs", "cuda-logs", "cuda-gpus"),
         ),
         Gpu(
-            "GB200", 189471, 184.31, 8.0e12, 2500e12, 5000e12, 10000e12, Link("nvlink", 5, 900e9, 72),
+            "GB200", 189471, 184.31, 8.0e12, 2500e12, 5000e12, 10000e12, GpuLink("nvlink", 5, 900e9, 72),
             GEN5_X16_BYTES_S, "10.0",
             _sources("blackwell", "smi-logs", "cuda-logs", "cuda-gpus"),
         ),
         Gpu(
-            "MI300X", 196592, 191.98, 5.3e12, 1307.4e12, 2614.9e12, 0, Link("infinity-fabric", 4, 448e9, 8),
+            "MI300X", 196592, 191.98, 5.3e12, 1307.4e12, 2614.9e12, 0, GpuLink("infinity-fabric", 4, 448e9, 8),
             GEN5_X16_BYTES_S, "gfx942",
             _sources("mi300x", "smi-mi300x", "cuda-logs", "mi300x"),
         ),

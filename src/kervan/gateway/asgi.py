@@ -43,8 +43,8 @@ def header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
-def start(status: int, length: int, content_type: bytes = JSON, headers: Headers = ()) -> Message:
-    """The message that opens an answer of `length` bytes."""
+def response_start(status: int, length: int, content_type: bytes = JSON, headers: Headers = ()) -> Message:
+    """The message that opens a response of `length` bytes."""
     return {
         "type": "http.response.start",
         "status": status,
@@ -52,9 +52,9 @@ def start(status: int, length: int, content_type: bytes = JSON, headers: Headers
     }
 
 
-async def answer(send: Send, status: int, body: bytes, content_type: bytes = JSON, headers: Headers = ()) -> None:
-    """Send a whole answer."""
-    await send(start(status, len(body), content_type, headers))
+async def respond(send: Send, status: int, body: bytes, content_type: bytes = JSON, headers: Headers = ()) -> None:
+    """Send a whole response."""
+    await send(response_start(status, len(body), content_type, headers))
     await send({"type": "http.response.body", "body": body})
 
 
@@ -72,8 +72,8 @@ def replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-class Collected:
-    """An answer held back until it is whole; `send` takes its messages."""
+class CollectedResponse:
+    """A response held back until it is whole; `send` takes its messages."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -81,15 +81,19 @@ class Collected:
         self.body = b""
 
     async def send(self, message: Message) -> None:
+        """Take a message of the response; for an app to call."""
         if message["type"] == "http.response.start":
             self.status, self.headers = message["status"], list(message.get("headers", ()))
         else:
             self.body += message.get("body", b"")
 
     async def forward(self, send: Send, body: bytes | None = None) -> None:
-        """Send it on, as it is or with another JSON body."""
+        """Send it on, as it is or with another JSON body.
+
+        Raises: RuntimeError when the app ended before it began a response.
+        """
         if not self.status:
-            raise RuntimeError("the app ended without an answer")
+            raise RuntimeError("the app ended without a response")
         headers = self.headers
         if body is not None:
             kept = [pair for pair in headers if pair[0].lower() not in BODY_HEADERS]

@@ -13,16 +13,16 @@ from kervan.gateway.asgi import JSON, ASGIApp, Message
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of an answer, as it comes."""
+class TextChunk:
+    """A part of a completion, as it comes."""
 
     text: str
     finish_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A whole answer. `finish_reason`: stop, length, or what else vLLM says."""
+class Completion:
+    """A whole completion. `finish_reason`: stop, length, or what else vLLM says."""
 
     text: str
     finish_reason: str | None
@@ -30,8 +30,8 @@ class Answer:
     completion_tokens: int
 
 
-class Call:
-    """One request: `await` it for the whole answer, or iterate over its pieces (`async for`); once.
+class CompletionRequest:
+    """One request: `await` it for the whole `Completion`, or iterate over its `TextChunk`s (`async for`); once.
 
     Both raise ConfigError for what vLLM refuses, EngineError for what fails. Leaving the loop ends the request.
     """
@@ -42,18 +42,18 @@ class Call:
         self._fields = {**fields, "stream": True, "stream_options": {"include_usage": True}}
         self._usage: dict[str, int] = {}
 
-    def __await__(self) -> Generator[Any, None, Answer]:
+    def __await__(self) -> Generator[Any, None, Completion]:
         return self._whole().__await__()
 
-    async def _whole(self) -> Answer:
+    async def _whole(self) -> Completion:
         text, finish = [], None
-        async for piece in self:
-            text.append(piece.text)
-            finish = piece.finish_reason or finish
+        async for chunk in self:
+            text.append(chunk.text)
+            finish = chunk.finish_reason or finish
         usage = self._usage
-        return Answer("".join(text), finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+        return Completion("".join(text), finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[TextChunk]:
         app = await self._app()
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         left = asyncio.Event()
@@ -68,13 +68,13 @@ class Call:
             await left.wait()
             return {"type": "http.disconnect"}
 
-        async def run() -> None:
+        async def call_app() -> None:
             try:
                 await app(self._scope(len(body)), receive, messages.put)
             finally:
                 messages.put_nowait(None)
 
-        running = asyncio.create_task(run())
+        response = asyncio.create_task(call_app())
         try:
             async for event in self._events(messages):
                 if "error" in event:
@@ -83,15 +83,15 @@ class Call:
                 for choice in event.get("choices", ()):
                     text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                     if text or choice.get("finish_reason"):
-                        yield Piece(text, choice.get("finish_reason"))
-            await running
+                        yield TextChunk(text, choice.get("finish_reason"))
+            await response
         finally:
             left.set()
-            if not running.done():  # vLLM aborts the request when its client is gone
+            if not response.done():  # vLLM aborts the request when its client is gone
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(running), 1.0)
-                running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+                    await asyncio.wait_for(asyncio.shield(response), 1.0)
+                response.cancel()
+            await asyncio.gather(response, return_exceptions=True)
 
     def _scope(self, length: int) -> dict[str, Any]:
         return {
@@ -111,7 +111,7 @@ class Call:
 
     @staticmethod
     async def _events(messages: "asyncio.Queue[Message | None]") -> AsyncIterator[dict[str, Any]]:
-        """The JSON of the answer's events; an answer that is no stream is an error."""
+        """The JSON of the answer's events; a response that is no stream is an error."""
         status, rest = 0, b""
         while (message := await messages.get()) is not None:
             if message["type"] == "http.response.start":

@@ -9,15 +9,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kervan.vendor import vllm_names
+
 # Families that describe the fleet and not one gateway: every gateway tells the same. `*` ends a prefix.
 FLEET_GAUGES = frozenset(
     {
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:num_requests_waiting_by_reason",
-        "vllm:kv_cache_usage_perc",
-        "vllm:cache_config_info",
-        "vllm:engine_sleep_state",
+        vllm_names.REQUESTS_RUNNING,
+        vllm_names.REQUESTS_WAITING,
+        vllm_names.REQUESTS_WAITING_BY_REASON,
+        vllm_names.KV_CACHE_USAGE,
+        vllm_names.CACHE_CONFIG,
+        vllm_names.ENGINE_SLEEP_STATE,
         "kervan_replica_*",
     }
 )

@@ -28,12 +28,13 @@ from kervan.gateway.asgi import (
     Receive,
     Scope,
     Send,
-    answer,
     error_body,
     header,
     replay,
+    respond,
 )
 from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError
+from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ REQUEST_ID_HEADER = b"x-request-id"
 STREAMS_PREFIX = "/v1/streams/"
 INTERNAL_PREFIX = "/kervan/streams/"
 ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,100}")
-REPLAYED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+REPLAYED_PATHS = frozenset({CHAT_PATH, COMPLETIONS_PATH})
 # Of the client's connection, or of this very request; the journal keeps the others.
 _NOT_KEPT = frozenset({b"authorization", b"connection", b"content-length", b"host", b"transfer-encoding"})
 EVENT_STREAM = b"text/event-stream"
@@ -192,7 +193,7 @@ class Streams:
         journal = self.store.journals.get(stream_id) if self.store is not None else None
         after = _last_event(scope)
         if self.store is None or journal is None or (not journal.is_own and not _reaches(journal, after)):
-            await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
+            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
         else:
             await self._answer_again(self.store, app, journal, after, scope, receive, send)
 
@@ -205,7 +206,7 @@ class Streams:
         path = INTERNAL_PREFIX + stream_id
         asked = {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
         try:
-            await self._relay.pass_on(urls, self._key, asked, b"", receive, send)
+            await self._relay.forward(urls, self._key, asked, b"", receive, send)
         except RelayFailedError:
             return False
         return True
@@ -284,7 +285,7 @@ async def _unknown(send: Send, stream_id: str) -> None:
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:
-    await answer(send, status, error_body(status, message), JSON)
+    await respond(send, status, error_body(status, message), JSON)
 
 
 def with_id(send: Send, stream_id: str) -> Send:

@@ -28,11 +28,11 @@ IDLE_S = 30.0  # uvicorn closes idle connections after 60 s
 MAX_UNSENT_BYTES = 256 * 1024  # read from the other gateway, and not yet taken by the client
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))  # a dead host: 25 s
 # Headers that belong to one connection, or that this side writes itself.
-_NOT_ASKED = frozenset(
+_NOT_FORWARDED = frozenset(
     {b"connection", b"content-length", b"expect", b"keep-alive", b"proxy-authorization", b"proxy-connection", b"te",
      b"trailer", b"transfer-encoding", b"upgrade", RELAY_HEADER}
 )  # fmt: skip
-_NOT_ANSWERED = frozenset({b"connection", b"date", b"keep-alive", b"server", b"trailer", b"transfer-encoding"})
+_NOT_RETURNED = frozenset({b"connection", b"date", b"keep-alive", b"server", b"trailer", b"transfer-encoding"})
 
 
 def is_relayed(scope: Scope) -> bool:
@@ -41,7 +41,7 @@ def is_relayed(scope: Scope) -> bool:
 
 
 class RelayFailedError(Exception):
-    """No gateway began to answer; nothing was sent to the client."""
+    """No gateway began a response; nothing was sent to the client."""
 
 
 class Relay:
@@ -50,12 +50,12 @@ class Relay:
     def __init__(self) -> None:
         self._idle: dict[str, list[_Connection]] = {}
 
-    async def pass_on(
+    async def forward(
         self, urls: Sequence[str], key: bytes, scope: Scope, body: bytes, receive: Receive, send: Send
     ) -> None:
-        """Let the first of `urls` that answers do so; returns when the answer has ended or the client has left.
+        """Let the first of `urls` that answers do so; returns when the response has ended or the client has left.
 
-        `receive` must have nothing more to give than the client's leave. An answer that breaks off is left without an
+        `receive` must have nothing more to give than the client's leave. A response that breaks off is left without an
         end, and the server breaks the client's connection then.
 
         Raises: RelayFailedError.
@@ -87,13 +87,13 @@ class Relay:
                         break
                     if is_gone:
                         return
-                    connection.ask(request)
-                    if await connection.has_answer() and connection.status != MISDIRECTED:
-                        if await connection.give(send):
+                    connection.send(request)
+                    if await connection.has_response() and connection.status != MISDIRECTED:
+                        if await connection.forward(send):
                             self._keep(url, connection)
                             connection = None
                         elif not is_gone:
-                            logger.warning("the answer of %s broke off", url)
+                            logger.warning("the response of %s broke off", url)
                         return
                     failures.append(f"{url}: {'not that fleet' if connection.status else 'the connection was lost'}")
                     connection.close()
@@ -131,7 +131,7 @@ class Relay:
 
 
 class _Connection(asyncio.Protocol):
-    """One request and its answer at a time. `status`: 0 before an answer; `is_complete`: it has come whole."""
+    """One request and its response at a time. `status`: 0 before a response; `is_complete`: it has come whole."""
 
     def __init__(self) -> None:
         self.idle_since_s = 0.0
@@ -152,20 +152,20 @@ class _Connection(asyncio.Protocol):
     def is_reusable(self) -> bool:
         return self._is_kept_alive and not self._is_lost
 
-    def ask(self, request: bytes) -> None:
+    def send(self, request: bytes) -> None:
         self.is_complete = self._is_kept_alive = self._has_head = False
         self.status = 0
         self._headers = []
         self._transport.write(request)
 
-    async def has_answer(self) -> bool:
-        """True as soon as the answer's head has come; False when the connection is lost before."""
+    async def has_response(self) -> bool:
+        """True as soon as the response's head has come; False when the connection is lost before."""
         while not self._has_head and not self._is_lost:
             await self._wait()
         return self._has_head
 
-    async def give(self, send: Send) -> bool:
-        """Send the answer on; False when it breaks off."""
+    async def forward(self, send: Send) -> bool:
+        """Send the response on; False when it breaks off."""
         start: Message = {"type": "http.response.start", "status": self.status, "headers": self._headers}
         await send(start)
         while True:
@@ -219,7 +219,7 @@ class _Connection(asyncio.Protocol):
     # ---- what the parser calls
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if (lower := name.lower()) not in _NOT_ANSWERED:
+        if (lower := name.lower()) not in _NOT_RETURNED:
             self._headers.append((lower, value))
 
     def on_headers_complete(self) -> None:
@@ -252,7 +252,7 @@ def _encode(scope: Scope, body: bytes, key: bytes) -> bytes:
     method = b"GET" if scope["method"] == "HEAD" else scope["method"].encode()
     target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
     lines = [b"%b %b HTTP/1.1" % (method, target), b"%b: %b" % (RELAY_HEADER, key)]
-    lines += [b"%b: %b" % (name, value) for name, value in scope["headers"] if name not in _NOT_ASKED]
+    lines += [b"%b: %b" % (name, value) for name, value in scope["headers"] if name not in _NOT_FORWARDED]
     if body or method in (b"POST", b"PUT", b"PATCH"):
         lines.append(b"content-length: %d" % len(body))
     return b"\r\n".join([*lines, b"", body])

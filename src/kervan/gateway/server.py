@@ -5,13 +5,8 @@ directory snapshots.
 """
 
 import asyncio
-import contextlib
-import logging
 import os
 import socket
-import time
-import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +15,13 @@ import uvicorn
 from kervan.errors import ConfigError
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
-from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.logs import kept_handlers
-from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, answer, error_body, header
+from kervan.gateway import page
+from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
+from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
@@ -33,54 +30,41 @@ from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
 
-logger = logging.getLogger(__name__)
-
-PEER_TIMEOUT_S = 2.0
-LEAVE_S = 1.0
-IDLE_S = 2.0
-FIRST_REQUEST_S = 10.0
-LAST_S = 3
+LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
 CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and takes no more requests", 30
-# vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
-REPLACED_GAUGES = frozenset(
-    {
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:num_requests_waiting_by_reason",
-        "vllm:kv_cache_usage_perc",
-    }
-)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayConfig:
-    """What a gateway needs to start. `engine_argv`: arguments of vLLM's own server parser.
-
-    `opens_when_attached`: open the port only when vLLM's app answers; otherwise at once, with 503 until then.
-    `shared_port`: other fleets may be on the port too; `fleet_name` and `models` (the names in the fleet's settings)
-    tell this one from them. `replay_s`: how long clients may come back to a stream that ended or broke, 0 for never;
-    `replay_max_bytes` of such streams are kept at most.
-    """
+    """What a gateway needs to start. Where a fleet's setting has the same name, it is that (`kervan.config.fleet`)."""
 
     gateway_id: str
     node: str
+    """Address of the node, as the directory names it."""
     engine_argv: tuple[str, ...]
+    """Arguments of vLLM's own server parser."""
     secret: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    internal_host: str = "127.0.0.1"
-    public_host: str = "127.0.0.1"
-    api_keys: tuple[str, ...] = ()
-    max_queued_streams: int = 1024
-    hold_timeout_s: float = 300.0
-    stop_timeout_s: float = 60.0
-    opens_when_attached: bool = False
-    is_twin: bool = False
-    shared_port: bool = False
-    fleet_name: str = "default"
-    models: tuple[str, ...] = ()
-    replay_s: float = 0.0
-    replay_max_bytes: int = 256 << 20
+    """The fleet's; replicas and other gateways prove with it who they are."""
+    host: str
+    port: int
+    internal_host: str
+    """Where other gateways reach this one, at a free port."""
+    public_host: str
+    """Where clients reach it."""
+    api_keys: tuple[str, ...]
+    max_queued_streams: int
+    hold_timeout_s: float
+    stop_timeout_s: float
+    """How long open requests may take to end when it stops."""
+    opens_when_attached: bool
+    """Open the port only when vLLM's app answers; otherwise at once, with 503 until then."""
+    is_twin: bool
+    shared_port: bool
+    fleet_name: str
+    models: tuple[str, ...]
+    """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
+    replay_s: float
+    replay_max_bytes: int
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -103,7 +87,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Gateway:
-    """Implements the shell's `GatewayView` over a fleet client."""
+    """Implements the shell's `GatewayView` over a fleet client: `start` it, then `stop` it, on one event loop."""
 
     def __init__(self, config: GatewayConfig):
         self.config = config
@@ -181,7 +165,7 @@ class Gateway:
                 log_config=None,  # uvicorn's own would close the handlers of all others
                 log_level="warning",
                 timeout_keep_alive=60,
-                timeout_graceful_shutdown=LAST_S,  # `stop` has waited already
+                timeout_graceful_shutdown=LAST_S,
             )
         )
         self._servers.append(server)
@@ -261,13 +245,14 @@ class Gateway:
         )
 
     def _port_fleet(self) -> PortFleet:
-        told = self.frontend.model_names if self.frontend is not None else ()
-        models = tuple(dict.fromkeys([*self.config.models, *told]))
+        loaded = self.frontend.model_names if self.frontend is not None else ()
+        models = tuple(dict.fromkeys([*self.config.models, *loaded]))
         return PortFleet(self.config.fleet_name, models, bool(self.config.api_keys))
 
     # ---- what the shell asks
 
     def readiness(self) -> str | None:
+        """None when a replica can answer, else the reason; as all below, what `GatewayView` says."""
         if self._snapshot.is_closing:
             return CLOSING
         if any(not link.is_draining for link in self.fleet.links):
@@ -315,9 +300,9 @@ class Gateway:
     async def metrics(self) -> bytes:
         """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out."""
         peers = [g for g in self._snapshot.gateways if g.id != self.config.gateway_id]
-        pages = await asyncio.gather(*(asyncio.to_thread(_fetch, g.internal_url + "/metrics") for g in peers))
+        pages = await page.fetch(f"{peer.internal_url}/metrics" for peer in peers)
         texts = {self.config.gateway_id: self._local_page()}
-        texts |= {peer.id: page for peer, page in zip(peers, pages, strict=True) if page is not None}
+        texts |= {peer.id: text for peer, text in zip(peers, pages, strict=True) if text is not None}
         return merge_pages(texts, fleet_gauges=FLEET_GAUGES | {"kervan_replicas"}).encode()
 
     # ---- for other gateways
@@ -328,30 +313,20 @@ class Gateway:
             if is_relayed(scope) and scope["path"].startswith(INTERNAL_PREFIX):
                 await self._give_stream(scope, receive, send)
             elif self.shared_port is not None and is_relayed(scope):
-                await self.shared_port.answer_relayed(scope, receive, send)
+                await self.shared_port.respond_relayed(scope, receive, send)
             else:
-                await answer(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+                await respond(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _give_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_known = is_proof(header(scope, RELAY_HEADER), relay_key(self.config.secret))
         if is_known and self.shell.inner is not None:
             await self.streams.get_internal(self.shell.inner, scope, receive, send)
         else:
-            await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here gives no stream"))
+            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here gives no stream"))
 
     def _local_page(self) -> str:
-        own = [*self._counters(), *_fleet_gauges(self._model_label(), self._snapshot.replicas)]
-        if self.frontend is None:
-            return "".join(own)
-        return "".join([_without_families(self.frontend.metrics_page(), REPLACED_GAUGES), *own])
-
-    def _model_label(self) -> str:
-        return self.model_name() if self.frontend is not None else ""
-
-    def _counters(self) -> list[str]:
         counts = self.fleet.counts
-        lines = []
-        for name, kind, text, value in (
+        rows: list[page.Row] = [
             ("kervan_streams_open", "gauge", "Streams in flight at this gateway.", self.fleet.num_streams),
             ("kervan_streams_held", "gauge", "Streams that wait for a replica.", self.fleet.num_held),
             ("kervan_requests_open", "gauge", "HTTP requests in flight at this gateway.", self.num_open),
@@ -361,111 +336,17 @@ class Gateway:
             ("kervan_streams_expired_total", "counter", "Streams no replica took in time.", counts.expired),
             ("kervan_replicas_lost_total", "counter", "Links to replicas that broke.", counts.lost_replicas),
             ("kervan_streams_fetched_total", "counter", "Streams whose clients came back.", self.streams.num_fetched),
-            *(self.streams.store.metrics() if self.streams.store is not None else ()),
-        ):
-            lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n")
-        return lines
-
-
-async def send_clients_away(server: uvicorn.Server, listening: socket.socket, *, timeout_s: float) -> None:
-    """Stop listening without breaking a connection; returns when all are gone or idle, at the latest after `timeout_s`.
-
-    Answers tell clients to connect anew, elsewhere. One whose answer began before that will ask again on the same
-    connection as soon as it ends: it gets one more answer, and is told then.
-
-    The kernel resets what it has connected and nobody has accepted when a socket closes; so a second handle to it is
-    accepted from until the last moment (`net.ipv4.tcp_migrate_req=1` closes the gap of microseconds that is left: the
-    kernel then hands such connections to the other gateways). What was accepted may still send its first request.
-    """
-    deadline_s = time.monotonic() + timeout_s
-    goodbye = (b"connection", b"close")
-    server.server_state.default_headers.append(goodbye)
-    server.config.encoded_headers.append(goodbye)  # uvicorn makes the default ones from these, once in a second
-    await asyncio.sleep(LEAVE_S)
-    last = listening.dup()
-    last.setblocking(False)
-    for listener in server.servers:
-        listener.close()
-    await asyncio.sleep(0.01)  # the loop closes its handle in its next rounds
-    listening.close()
-    accepted = []
-    os.sched_yield()  # a fresh time slice, so that nothing else runs between the last accept and the close
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            accepted.append(last.accept()[0])
-    last.close()
-    config, loop = server.config, asyncio.get_running_loop()
-
-    def protocol() -> asyncio.Protocol:
-        made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
-            config=config, server_state=server.server_state, app_state=server.lifespan.state
+        ]
+        if self.streams.store is not None:
+            rows += self.streams.store.metrics()
+        has_vllm = self.frontend is not None
+        return page.write(
+            rows,
+            model_name=self.model_name() if has_vllm else "",
+            replicas=self._snapshot.replicas,
+            has_vllm=has_vllm,
         )
-        return made
-
-    for connection in accepted:
-        connection.setblocking(False)
-        await loop.connect_accepted_socket(protocol, connection)
-    idle_since_s: dict[tuple[int, int], float] = {}
-    while (now_s := time.monotonic()) < deadline_s:
-        is_busy = False
-        for client in list(server.server_state.connections):
-            cycle = getattr(client, "cycle", client)  # a request and its answer; None before the first
-            if cycle is not None and not getattr(cycle, "response_complete", False):
-                is_busy = True
-                continue
-            since_s = idle_since_s.setdefault((id(client), id(cycle)), now_s)
-            is_busy |= now_s - since_s < (FIRST_REQUEST_S if cycle is None else IDLE_S)
-        if not is_busy:
-            break
-        await asyncio.sleep(0.1)
 
 
 def _bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _fetch(url: str) -> str | None:
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=PEER_TIMEOUT_S) as response:
-        return str(response.read().decode())
-    return None
-
-
-def _without_families(page: str, names: frozenset[str]) -> str:
-    """A Prometheus page less the samples and comments of some gauges."""
-    kept = []
-    for line in page.splitlines(keepends=True):
-        word = line.split(" ", 3)[2] if line.startswith("# ") else line.split("{", 1)[0].split(" ", 1)[0]
-        if word not in names:
-            kept.append(line)
-    return "".join(kept)
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _fleet_gauges(model_name: str, replicas: Sequence[ReplicaEntry]) -> list[str]:
-    """vLLM's engine gauges for the fleet as one engine, and kervan's own per replica."""
-    live = [r for r in replicas if r.is_reachable]
-    engine = f'{{engine="0",model_name="{_escape(model_name)}"}}'
-    usage = sum(r.kv_cache_usage for r in live) / len(live) if live else 0.0
-    lines = []
-    for name, text, value in (
-        ("vllm:num_requests_running", "Requests in the batches of all replicas.", sum(r.running for r in live)),
-        ("vllm:num_requests_waiting", "Requests queued at all replicas.", sum(r.waiting for r in live)),
-        ("vllm:kv_cache_usage_perc", "KV cache use, 0 to 1, mean of the replicas.", usage),
-    ):
-        lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n{name}{engine} {value}\n")
-    lines.append("# HELP kervan_replicas Replicas by state.\n# TYPE kervan_replicas gauge\n")
-    for state in ("starting", "ready", "draining", "unhealthy"):
-        lines.append(f'kervan_replicas{{state="{state}"}} {sum(r.state == state for r in replicas)}\n')
-    for field, text in (
-        ("running", "Requests in the replica's batch."),
-        ("waiting", "Requests queued at the replica."),
-        ("kv_cache_usage", "The replica's KV cache use, 0 to 1."),
-    ):
-        name = f"kervan_replica_{field}"
-        lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n")
-        for r in live:
-            lines.append(f'{name}{{replica="{_escape(r.id)}",pool="{_escape(r.pool)}"}} {getattr(r, field)}\n')
-    return lines

@@ -15,15 +15,15 @@ import msgspec
 
 from kervan.fleet.auth import is_proof
 from kervan.fleet.directory import GatewayEntry
-from kervan.gateway.asgi import Collected, Message, Receive, Scope, Send, answer, error_body, header, replay
+from kervan.gateway.asgi import CollectedResponse, Message, Receive, Scope, Send, error_body, header, replay, respond
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
 from kervan.gateway.shell import BODY_METHODS, OPEN_PATHS, RETRY_NOT_READY_S, STATUS_PATH, GatewayShell, unavailable
 from kervan.policy import model_routing
-from kervan.policy.model_routing import Candidate, PortFleet
+from kervan.policy.model_routing import GatewayCandidate, PortFleet
+from kervan.vendor.vllm_names import MODELS_PATH
 
 logger = logging.getLogger(__name__)
 
-MODELS_PATH = "/v1/models"
 MODELS_TIMEOUT_S = 2.0
 
 
@@ -39,13 +39,14 @@ class Neighbour:
 
     @property
     def port_fleet(self) -> PortFleet:
-        told = (model for gateway in self.gateways for model in gateway.models)
-        return PortFleet(self.name, tuple(dict.fromkeys([*self.models, *told])), self.has_keys)
+        """As routing knows it: with the models that its gateways have loaded since."""
+        loaded = (model for gateway in self.gateways for model in gateway.models)
+        return PortFleet(self.name, tuple(dict.fromkeys([*self.models, *loaded])), self.has_keys)
 
     def urls(self, model: str | None, node: str, turn: int) -> list[str]:
         """Where to ask for `model`, the best first."""
         candidates = [
-            Candidate(g.internal_url, model is None or model in g.models, g.is_ready, g.node == node)
+            GatewayCandidate(g.internal_url, model is None or model in g.models, g.is_ready, g.node == node)
             for g in self.gateways
         ]
         return model_routing.in_order(candidates, turn)
@@ -84,6 +85,7 @@ class SharedPort:
 
     @property
     def neighbours(self) -> tuple[str, ...]:
+        """Names of the other fleets that are known here."""
         return tuple(self._neighbours)
 
     def update(self, neighbours: Sequence[Neighbour]) -> None:
@@ -91,6 +93,7 @@ class SharedPort:
         self._neighbours = {neighbour.name: neighbour for neighbour in neighbours}
 
     def close(self) -> None:
+        """Close the connections to other fleets' gateways that are not in use."""
         self._relay.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,13 +106,13 @@ class SharedPort:
         else:
             await self._http(scope, receive, send)
 
-    async def answer_relayed(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def respond_relayed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that another gateway has passed on: straight to the shell, so that it is passed on only once."""
         if is_proof(header(scope, RELAY_HEADER), self._key):
             kept = [pair for pair in scope["headers"] if pair[0] != RELAY_HEADER]
             await self._shell({**scope, "headers": kept}, receive, send)
         else:
-            await answer(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here is not of the fleet asked for"))
+            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here is not of the fleet asked for"))
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
@@ -129,18 +132,18 @@ class SharedPort:
         needs_model = has_body and path not in OPEN_PATHS and path != STATUS_PATH
         route = model_routing.decide(fleets, own=own.name, model=model, fleet=fleet, needs_model=needs_model)
         if route.fleet is None:
-            await answer(send, route.status, error_body(route.status, route.reason, route.param))
+            await respond(send, route.status, error_body(route.status, route.reason, route.param))
         elif route.fleet == own.name:
             await self._shell(scope, replay(body, receive) if has_body else receive, send)
         else:
-            await self._pass_on(self._neighbours[route.fleet], model, scope, body, receive, send)
+            await self._forward(self._neighbours[route.fleet], model, scope, body, receive, send)
 
-    async def _pass_on(
+    async def _forward(
         self, neighbour: Neighbour, model: str | None, scope: Scope, body: bytes, receive: Receive, send: Send
     ) -> None:
         urls = neighbour.urls(model, self._node, next(self._turns))
         try:
-            await self._relay.pass_on(urls, neighbour.relay_key, scope, body, receive, send)
+            await self._relay.forward(urls, neighbour.relay_key, scope, body, receive, send)
         except RelayFailedError as error:
             logger.warning("no gateway of fleet %s took %s: %s", neighbour.name, scope["path"], error)
             what = "answers" if urls else "is there"
@@ -149,25 +152,29 @@ class SharedPort:
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The models of all fleets whose key, if they have any, the client has given."""
 
-        async def ask(neighbour: Neighbour) -> Collected:
-            told = Collected()
+        async def fetch_models(neighbour: Neighbour) -> CollectedResponse:
+            response = CollectedResponse()
             try:
                 async with asyncio.timeout(MODELS_TIMEOUT_S):
                     urls = neighbour.urls(None, self._node, next(self._turns))
-                    await self._relay.pass_on(urls, neighbour.relay_key, scope, b"", _silence, told.send)
+                    await self._relay.forward(urls, neighbour.relay_key, scope, b"", _silence, response.send)
             except (RelayFailedError, TimeoutError) as error:
                 logger.warning("fleet %s did not tell its models: %r", neighbour.name, error)
-                return Collected()
-            return told
+                return CollectedResponse()
+            return response
 
-        own = Collected()
+        own = CollectedResponse()
         neighbours = list(self._neighbours.values())
-        others, _ = await asyncio.gather(asyncio.gather(*map(ask, neighbours)), self._shell(scope, receive, own.send))
-        pages = {self._own().name: own, **dict(zip((n.name for n in neighbours), others, strict=True))}
-        told = [page for _, page in sorted(pages.items()) if page.status == 200]
-        lists = [_models_decoder.decode(page.body) for page in told]
+        others, _ = await asyncio.gather(
+            asyncio.gather(*map(fetch_models, neighbours)), self._shell(scope, receive, own.send)
+        )
+        responses = {self._own().name: own, **dict(zip((n.name for n in neighbours), others, strict=True))}
+        good = [response for _, response in sorted(responses.items()) if response.status == 200]
+        lists = [_models_decoder.decode(response.body) for response in good]
         if lists:
-            await answer(send, 200, msgspec.json.encode(_ModelList([card for found in lists for card in found.data])))
+            await respond(
+                send, 200, msgspec.json.encode(_ModelList([card for models in lists for card in models.data]))
+            )
         else:
             await own.forward(send)
 

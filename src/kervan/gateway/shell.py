@@ -18,8 +18,20 @@ import msgspec
 
 from kervan.errors import ConfigError
 from kervan.gateway import simple
-from kervan.gateway.asgi import ASGIApp, Headers, Receive, Scope, Send, answer, error_body, header, replay, start
+from kervan.gateway.asgi import (
+    ASGIApp,
+    Headers,
+    Receive,
+    Scope,
+    Send,
+    error_body,
+    header,
+    replay,
+    respond,
+    response_start,
+)
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
+from kervan.vendor import vllm_names
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +46,11 @@ STATUS_PATH = "/kervan/status"
 SIMPLE_PATHS = {"/generate": simple.generate, "/chat": simple.chat}
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
-# POSTs that make the engine work. Cancelling, rendering and counting must stay possible in a full fleet.
-WORK_PATHS = frozenset(
-    {"/generate", "/chat", "/pooling", "/classify", "/score", "/rerank", "/generative_scoring", "/invocations"}
-)
-WORK_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
-IDLE_SUFFIXES = (
-    "/cancel",
-    "/abort_requests",
-    "/render",
-    "/derender",
-    "/count_tokens",
-    "/tokenize",
-    "/detokenize",
-    "/models",
-    "/load_lora_adapter",
-    "/unload_lora_adapter",
-)
+WORK_PATHS = vllm_names.WORK_PATHS | SIMPLE_PATHS.keys()
 # A body with fewer cannot nest deeply enough to exhaust a JSON parser, whose limit is about 1,000 levels.
 PLAIN_BRACKETS = 500
 # vLLM 0.24 answers 500 to a body that is JSON but no object; 0.32 answers 400.
-OBJECT_PATHS = WORK_PATHS | {"/tokenize", "/detokenize"}
+OBJECT_PATHS = WORK_PATHS | {vllm_names.TOKENIZE_PATH, vllm_names.DETOKENIZE_PATH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +126,7 @@ class GatewayShell:
             except Exception as exc:
                 body = error_body(500, "the gateway failed on this request; its log has the reason")
                 try:
-                    await answer(send, 500, body)
+                    await respond(send, 500, body)
                 except RuntimeError:
                     # A server refuses a second start. Asking it is how we learn that the answer had begun
                     # without watching every chunk.
@@ -192,7 +188,7 @@ class GatewayShell:
                 await SIMPLE_PATHS[path](inner, scope, receive, send, model=self.view.model_name(), body=body)
                 return
             if (fault := _json_fault(path, body, scope)) is not None:
-                await answer(send, 400, error_body(400, fault))
+                await respond(send, 400, error_body(400, fault))
                 return
             if self._streams is not None and makes_work(path):
                 await self._streams.post(inner, scope, receive, send, body)
@@ -214,7 +210,7 @@ class GatewayShell:
             body = b'{"status":"ready"}'
         else:
             status, body = 503, msgspec.json.encode({"status": "not ready", "reason": reason})
-        await send(start(status, len(body), content_type))
+        await send(response_start(status, len(body), content_type))
         await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
 
     def _not_ready(self) -> str | None:
@@ -229,10 +225,10 @@ class GatewayShell:
             return False
         # Digests have one length and every key is compared: the time says nothing about which key, or how much of it.
         digest = hashlib.sha256(key.strip()).digest()
-        found = False
+        is_known = False
         for known in self._key_digests:
-            found |= hmac.compare_digest(digest, known)
-        return found
+            is_known |= hmac.compare_digest(digest, known)
+        return is_known
 
     async def read_body(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
         """The whole body; None when the client left or has been refused (413, 408)."""
@@ -258,7 +254,7 @@ class GatewayShell:
             if not self._deadlines.is_over(task) or task.uncancel() > 0:
                 raise
             text = f"{size} bytes of the body came in {self.body_timeout_s:g} s, and it is not whole; send it faster"
-            await answer(send, 408, error_body(408, text), headers=[(b"connection", b"close")])
+            await respond(send, 408, error_body(408, text), headers=[(b"connection", b"close")])
             return None
         finally:
             self._deadlines.leave(task)
@@ -266,9 +262,9 @@ class GatewayShell:
         await self._refuse_size(f"over {limit} bytes ({size} read so far)", scope["method"], receive, send)
         return None
 
-    async def _refuse_size(self, found: str, method: str, receive: Receive, send: Send) -> None:
+    async def _refuse_size(self, size: str, method: str, receive: Receive, send: Send) -> None:
         limit = self.max_body_bytes
-        message = f"the body is {found}; this gateway takes at most {limit} bytes ({limit / MIB:g} MiB)"
+        message = f"the body is {size}; this gateway takes at most {limit} bytes ({limit / MIB:g} MiB)"
         await _refuse(413, message, method, receive, send)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -326,8 +322,12 @@ class _Deadlines:
 
 
 def makes_work(path: str) -> bool:
-    """Whether a POST there needs a replica, so that admission decides on it."""
-    return path in WORK_PATHS or (path.startswith(WORK_PREFIXES) and not path.endswith(IDLE_SUFFIXES))
+    """Whether a POST there needs a replica, so that admission decides on it.
+
+    Cancelling, rendering and counting must stay possible in a full fleet.
+    """
+    is_idle = path.endswith(vllm_names.IDLE_SUFFIXES)
+    return path in WORK_PATHS or (path.startswith(vllm_names.WORK_PREFIXES) and not is_idle)
 
 
 def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:
@@ -343,7 +343,7 @@ def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:
         and body.count(b"{") + body.count(b"[") < PLAIN_BRACKETS
         and _is_utf8(body)
     )
-    if is_plain or not body or not (path in OBJECT_PATHS or path.startswith(WORK_PREFIXES)):
+    if is_plain or not body or not (path in OBJECT_PATHS or path.startswith(vllm_names.WORK_PREFIXES)):
         return None
     if b"json" not in header(scope, b"content-type").lower():
         return None
@@ -375,9 +375,9 @@ async def _refuse(
     """Answer before the body is read. With a body on its way: answer, throw it away for a while, close."""
     body = error_body(status, message)
     if method not in BODY_METHODS:
-        await answer(send, status, b"" if method == "HEAD" else body, headers=headers)
+        await respond(send, status, b"" if method == "HEAD" else body, headers=headers)
         return
-    await send(start(status, len(body), headers=[*headers, (b"connection", b"close")]))
+    await send(response_start(status, len(body), headers=[*headers, (b"connection", b"close")]))
     # The client has the whole answer now (content-length); the server closes after the last message.
     await send({"type": "http.response.body", "body": body, "more_body": True})
     try:
@@ -397,7 +397,7 @@ async def _refuse_method(path: str, method: str, allowed: str, receive: Receive,
 async def unavailable(send: Send, reason: str, retry_after_s: int) -> None:
     """Answer 503 with Retry-After."""
     message = f"{reason}; try again in {retry_after_s} s"
-    await answer(send, 503, error_body(503, message), headers=[(b"retry-after", b"%d" % retry_after_s)])
+    await respond(send, 503, error_body(503, message), headers=[(b"retry-after", b"%d" % retry_after_s)])
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -8,15 +8,16 @@ from kervan.gateway.asgi import (
     BODY_HEADERS,
     JSON,
     ASGIApp,
-    Collected,
+    CollectedResponse,
     Message,
     Receive,
     Scope,
     Send,
-    answer,
     error_body,
     replay,
+    respond,
 )
+from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Reply(msgspec.Struct):
+class _Completion(msgspec.Struct):
     """What we read of a completion, a chat completion, or one chunk of a streamed one."""
 
     choices: list[_Choice] = []
@@ -66,7 +67,7 @@ class _Reply(msgspec.Struct):
 
 _generate_decoder = msgspec.json.Decoder(GenerateRequest)
 _chat_decoder = msgspec.json.Decoder(ChatRequest)
-_reply_decoder = msgspec.json.Decoder(_Reply)
+_completion_decoder = msgspec.json.Decoder(_Completion)
 
 
 class _FieldError(ValueError):
@@ -86,20 +87,20 @@ async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *
         if request.top_p is not None and not 0 < request.top_p <= 1:
             raise _FieldError(f"top_p is {request.top_p}; it must be above 0 and at most 1", "top_p")
     except _FieldError as exc:
-        await answer(send, 400, error_body(400, str(exc), exc.param))
+        await respond(send, 400, error_body(400, str(exc), exc.param))
         return
     fields = {"model": model, "max_tokens": request.max_tokens} | msgspec.to_builtins(request)
-    reply = Collected()
-    call = _Call(scope, receive, "/v1/completions", msgspec.json.encode(fields))
-    await inner(call.scope, call.receive, reply.send)
-    if call.is_gone:
+    response = CollectedResponse()
+    forwarded = _ForwardedRequest(scope, receive, COMPLETIONS_PATH, msgspec.json.encode(fields))
+    await inner(forwarded.scope, forwarded.receive, response.send)
+    if forwarded.is_gone:
         return
-    if reply.status != 200:
-        await reply.forward(send)
+    if response.status != 200:
+        await response.forward(send)
         return
-    told = _reply_decoder.decode(reply.body)
-    tokens = (told.usage or {}).get("completion_tokens", 0)
-    await reply.forward(send, msgspec.json.encode({"text": told.choices[0].text or "", "tokens": tokens}))
+    completion = _completion_decoder.decode(response.body)
+    tokens = (completion.usage or {}).get("completion_tokens", 0)
+    await response.forward(send, msgspec.json.encode({"text": completion.choices[0].text or "", "tokens": tokens}))
 
 
 async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
@@ -111,7 +112,7 @@ async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, mo
         _check_range("max_tokens", request.max_tokens, 1, MAX_TOKENS)
         _check_range("temperature", request.temperature, *TEMPERATURE)
     except _FieldError as exc:
-        await answer(send, 400, error_body(400, str(exc), exc.param))
+        await respond(send, 400, error_body(400, str(exc), exc.param))
         return
     fields: dict[str, Any] = {"model": request.model or model, "messages": request.messages}
     if request.max_tokens is not None:
@@ -120,24 +121,24 @@ async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, mo
         fields["temperature"] = request.temperature
     if request.stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
-    call = _Call(scope, receive, "/v1/chat/completions", msgspec.json.encode(fields))
+    forwarded = _ForwardedRequest(scope, receive, CHAT_PATH, msgspec.json.encode(fields))
     if request.stream:
-        await inner(call.scope, call.receive, _ChatEvents(send).send)
+        await inner(forwarded.scope, forwarded.receive, _ChatEvents(send).send)
         return
-    reply = Collected()
-    await inner(call.scope, call.receive, reply.send)
-    if call.is_gone:
+    response = CollectedResponse()
+    await inner(forwarded.scope, forwarded.receive, response.send)
+    if forwarded.is_gone:
         return
-    if reply.status != 200:
-        await reply.forward(send)
+    if response.status != 200:
+        await response.forward(send)
         return
-    told = _reply_decoder.decode(reply.body)
+    completion = _completion_decoder.decode(response.body)
     # Content is null when a reasoning parser has put all text elsewhere.
-    content = told.choices[0].message.content or ""
-    await reply.forward(send, msgspec.json.encode({"content": content, "usage": told.usage}))
+    content = completion.choices[0].message.content or ""
+    await response.forward(send, msgspec.json.encode({"content": content, "usage": completion.usage}))
 
 
-class _Call:
+class _ForwardedRequest:
     """One request of ours to vLLM's app: what the client sent, with another path and body."""
 
     def __init__(self, scope: Scope, receive: Receive, path: str, body: bytes) -> None:
@@ -184,14 +185,14 @@ class _ChatEvents:
         if data == b"[DONE]":
             last = {"content": "", "usage": self._usage, "finish_reason": self._finish_reason}
             return (b"" if self._has_failed else _event(last)) + b"data: [DONE]\n\n"
-        told = _reply_decoder.decode(data)
-        if told.error is not None:
+        chunk = _completion_decoder.decode(data)
+        if chunk.error is not None:
             self._has_failed = True
             return event + b"\n\n"
-        self._usage = told.usage or self._usage
-        if not told.choices:
+        self._usage = chunk.usage or self._usage
+        if not chunk.choices:
             return b""
-        choice = told.choices[0]
+        choice = chunk.choices[0]
         self._finish_reason = choice.finish_reason or self._finish_reason
         return _event({"content": choice.delta.content}) if choice.delta.content else b""
 

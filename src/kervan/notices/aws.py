@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from kervan.notices.events import Notice, cut
-from kervan.notices.metadata import Metadata, Reply, SourceError, unexpected
+from kervan.notices.metadata import Metadata, MetadataResponse, SourceError, unexpected
 
 TOKEN_PATH = "/latest/api/token"
 ACTION_PATH = "/latest/meta-data/spot/instance-action"
@@ -56,7 +56,7 @@ class AwsSource:
 
     async def poll(self) -> Sequence[Notice]:
         """Pending notices. What is wrong with one item does not hide the other."""
-        found: list[Notice] = []
+        notices: list[Notice] = []
         problem: SourceError | None = None
         for path, parse in ((ACTION_PATH, parse_action), (REBALANCE_PATH, parse_rebalance)):
             try:
@@ -65,10 +65,10 @@ class AwsSource:
             except SourceError as error:
                 problem = problem or error
             else:
-                found += [] if notice is None else [notice]
-        if problem is not None and not found:
+                notices += [] if notice is None else [notice]
+        if problem is not None and not notices:
             raise problem
-        return found
+        return notices
 
     async def acknowledge(self, notice: Notice) -> bool:
         return False
@@ -97,17 +97,17 @@ class Imds:
 
         Raises: SourceError.
         """
-        reply = await self._ask(path)
-        if reply.status == 401:
+        response = await self._request(path)
+        if response.status == 401:
             self._token = ""
-            reply = await self._ask(path)
-        if reply.status == 404:
+            response = await self._request(path)
+        if response.status == 404:
             return None
-        if reply.status != 200:
-            raise unexpected(f"GET {path}", reply)
-        return reply.text
+        if response.status != 200:
+            raise unexpected(f"GET {path}", response)
+        return response.text
 
-    async def _ask(self, path: str) -> Reply:
+    async def _request(self, path: str) -> MetadataResponse:
         if not self._token or self._monotonic() >= self._renew_at_s:
             await self._renew()
         return await self._metadata.request(
@@ -115,9 +115,9 @@ class Imds:
         )
 
     async def _renew(self) -> None:
-        asked_s = self._monotonic()
+        requested_s = self._monotonic()
         try:
-            reply = await self._metadata.request(
+            response = await self._metadata.request(
                 "PUT", self._url + TOKEN_PATH, headers={TTL_HEADER: str(TOKEN_TTL_S)}, timeout_s=self._timeout_s
             )
         except SourceError as error:
@@ -126,12 +126,12 @@ class Imds:
                 f"{error}; in a container, let the instance answer over two hops "
                 "(aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2)"
             ) from error
-        token = reply.text.strip()
+        token = response.text.strip()
         # What is no header value is no token either.
-        if reply.status != 200 or not token or not token.isascii() or not token.isprintable():
-            raise unexpected(f"PUT {TOKEN_PATH}", reply)
+        if response.status != 200 or not token or not token.isascii() or not token.isprintable():
+            raise unexpected(f"PUT {TOKEN_PATH}", response)
         self._token = token
-        self._renew_at_s = asked_s + RENEW_SHARE * _ttl_s(reply.headers)
+        self._renew_at_s = requested_s + RENEW_SHARE * _ttl_s(response.headers)
 
 
 def _ttl_s(headers: Mapping[str, str]) -> float:

@@ -73,25 +73,25 @@ class AzureSource:
         and a number that stands still would hide one.
         """
         if not self._vm_name:
-            self._vm_name = await self._ask_name()
+            self._vm_name = await self._fetch_name()
         timeout_s = self._timeout_s if self._is_warm else self._first_timeout_s
         self._is_warm = False
-        reply = await self._metadata.request(
+        response = await self._metadata.request(
             "GET", self._url + EVENTS_PATH, headers=HEADERS, params=EVENTS_PARAMS, timeout_s=timeout_s
         )
-        if reply.status != 200:
+        if response.status != 200:
             self._is_warm = True  # it answers, if badly
-            raise unexpected(f"GET {EVENTS_PATH}", reply)
+            raise unexpected(f"GET {EVENTS_PATH}", response)
         self._is_warm = True
-        found, problems = parse_events(reply.text, vm_name=self._vm_name, node=self._node, now_s=self._wall())
-        if problems and not found:
+        notices, problems = parse_events(response.text, vm_name=self._vm_name, node=self._node, now_s=self._wall())
+        if problems and not notices:
             raise SourceError(problems[0])
         # An event that has started has no time any more: it keeps the moment at which that was first seen.
         self._seen = {
             notice.event_id: self._seen[notice.event_id]
             if notice.event_id in self._seen and not notice.is_sooner_than(self._seen[notice.event_id])
             else notice
-            for notice in found
+            for notice in notices
         }
         return list(self._seen.values())
 
@@ -103,7 +103,7 @@ class AzureSource:
         if len(_resources(_entry(notice.detail))) != 1:
             return False
         body = json.dumps({"StartRequests": [{"EventId": notice.event_id}]}).encode()
-        reply = await self._metadata.request(
+        response = await self._metadata.request(
             "POST",
             self._url + EVENTS_PATH,
             headers={**HEADERS, "Content-Type": "application/json"},
@@ -111,29 +111,29 @@ class AzureSource:
             timeout_s=self._timeout_s,
             body=body,
         )
-        if reply.status != 200:
-            raise unexpected(f"POST {EVENTS_PATH}", reply)
+        if response.status != 200:
+            raise unexpected(f"POST {EVENTS_PATH}", response)
         return True
 
-    async def _ask_name(self) -> str:
-        compute = await ask_compute(self._metadata, url=self._url, timeout_s=self._timeout_s)
+    async def _fetch_name(self) -> str:
+        compute = await fetch_compute(self._metadata, url=self._url, timeout_s=self._timeout_s)
         name = compute.get("name")
         if not isinstance(name, str) or not name:
             raise SourceError(f"GET {COMPUTE_PATH}: no name of this VM; set KERVAN_NOTICES_AZURE_VM_NAME")
         return name
 
 
-async def ask_compute(metadata: Metadata, *, url: str, timeout_s: float) -> Mapping[str, object]:
+async def fetch_compute(metadata: Metadata, *, url: str, timeout_s: float) -> Mapping[str, object]:
     """What the metadata service says of this VM (`compute`).
 
     Raises: SourceError.
     """
-    reply = await metadata.request(
+    response = await metadata.request(
         "GET", url + COMPUTE_PATH, headers=HEADERS, params=COMPUTE_PARAMS, timeout_s=timeout_s
     )
-    if reply.status != 200:
-        raise unexpected(f"GET {COMPUTE_PATH}", reply)
-    compute = _json(reply.text)
+    if response.status != 200:
+        raise unexpected(f"GET {COMPUTE_PATH}", response)
+    compute = _json(response.text)
     if not isinstance(compute, dict):
         raise SourceError(f"GET {COMPUTE_PATH}: no JSON object")
     return compute

@@ -50,18 +50,18 @@ async def detect(metadata: Metadata, settings: NoticeSettings) -> CloudNode | No
     for an answer that the others do not give.
     """
     limit_s = settings.detect_timeout_s
-    found = await asyncio.gather(
+    nodes = await asyncio.gather(
         _within(limit_s, aws_node(metadata, url=settings.aws_url, timeout_s=limit_s)),
         _within(limit_s, gcp_node(metadata, url=settings.gcp_url, timeout_s=limit_s)),
         _within(limit_s, azure_node(metadata, url=settings.azure_url, timeout_s=limit_s)),
     )
-    return next((node for node in found if node is not None), None)
+    return next((node for node in nodes if node is not None), None)
 
 
-async def _within(limit_s: float, asking: Awaitable[CloudNode]) -> CloudNode | None:
+async def _within(limit_s: float, request: Awaitable[CloudNode]) -> CloudNode | None:
     try:
         async with asyncio.timeout(limit_s):
-            return await asking
+            return await request
     except (SourceError, TimeoutError):
         return None
 
@@ -81,7 +81,7 @@ async def aws_node(metadata: Metadata, *, url: str, timeout_s: float) -> CloudNo
     market: MarketType | None = None
     if life_cycle is not None:  # besides these two: scheduled, capacity-block; both are paid for and not taken back
         market = "spot" if life_cycle.strip() == "spot" else "on-demand"
-    return CloudNode("aws", name.strip(), market, _word(zone))
+    return CloudNode("aws", name.strip(), market, _single_word(zone))
 
 
 async def gcp_node(metadata: Metadata, *, url: str, timeout_s: float) -> CloudNode:
@@ -90,17 +90,17 @@ async def gcp_node(metadata: Metadata, *, url: str, timeout_s: float) -> CloudNo
     Raises: SourceError where that is not Google Cloud.
     """
 
-    async def ask(key: str) -> str | None:
-        reply = await metadata.request("GET", url + gcp.ROOT + key, headers=gcp.HEADERS, timeout_s=timeout_s)
-        if reply.headers.get("metadata-flavor") != "Google":
+    async def fetch(key: str) -> str | None:
+        response = await metadata.request("GET", url + gcp.ROOT + key, headers=gcp.HEADERS, timeout_s=timeout_s)
+        if response.headers.get("metadata-flavor") != "Google":
             raise SourceError("no Google metadata server answers")
-        return _word(reply.text) if reply.status == 200 else None
+        return _single_word(response.text) if response.status == 200 else None
 
     name, model, preemptible, zone = await asyncio.gather(
-        ask("instance/name"),
-        ask("instance/scheduling/provisioning-model"),
-        ask("instance/scheduling/preemptible"),
-        ask("instance/zone"),
+        fetch("instance/name"),
+        fetch("instance/scheduling/provisioning-model"),
+        fetch("instance/scheduling/preemptible"),
+        fetch("instance/zone"),
     )
     if name is None:
         raise SourceError("the Google metadata server names no instance")
@@ -115,7 +115,7 @@ async def azure_node(metadata: Metadata, *, url: str, timeout_s: float) -> Cloud
 
     Raises: SourceError where that is not Azure.
     """
-    compute = await azure.ask_compute(metadata, url=url, timeout_s=timeout_s)
+    compute = await azure.fetch_compute(metadata, url=url, timeout_s=timeout_s)
     name, vm_id, region, number = (compute.get(key) for key in ("name", "vmId", "location", "zone"))
     if not isinstance(name, str) or not name or not isinstance(vm_id, str) or not vm_id:
         raise SourceError("no Azure VM answers")
@@ -127,7 +127,7 @@ async def azure_node(metadata: Metadata, *, url: str, timeout_s: float) -> Cloud
     return CloudNode("azure", name, market, zone)
 
 
-def _word(text: str | None) -> str | None:
+def _single_word(text: str | None) -> str | None:
     """`text` without space around it; None for nothing, and for what is no single word."""
     word = (text or "").strip()
     return word if word and len(word) < 256 and word.isprintable() and " " not in word else None

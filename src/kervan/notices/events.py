@@ -57,6 +57,7 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
         return other.deadline_s is None or self.deadline_s < other.deadline_s - SAME_DEADLINE_S
 
     def to_json(self) -> str:
+        """The notice as a JSON object, for `from_json`."""
         return msgspec.json.encode(self).decode()
 
     @classmethod

@@ -74,18 +74,18 @@ class GcpSource:
             if self._etag is not None:
                 params["last_etag"] = self._etag  # without it, a change between two polls would be missed
         self._knows_value = False
-        reply = await self._metadata.request("GET", self._url, headers=HEADERS, timeout_s=timeout_s, params=params)
-        if reply.status == 404 and self._key == MAINTENANCE:
+        response = await self._metadata.request("GET", self._url, headers=HEADERS, timeout_s=timeout_s, params=params)
+        if response.status == 404 and self._key == MAINTENANCE:
             self._value = ""
             return []
-        if reply.status != 200:
-            raise unexpected(f"GET {self._key}", reply)
-        value = reply.text.strip()
+        if response.status != 200:
+            raise unexpected(f"GET {self._key}", response)
+        value = response.text.strip()
         now_s = self._wall()
         kind = meaning(self._key, value)
         if value != self._value:
             self._value, self._since_s = value, now_s
-        self._etag = reply.headers.get("etag")
+        self._etag = response.headers.get("etag")
         self._knows_value = True
         if kind is None:
             return []

@@ -16,7 +16,7 @@ class SourceError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class MetadataResponse:
     """An answer, whatever its status. `headers` has lower-case names."""
 
     status: int
@@ -44,6 +44,7 @@ class Metadata:
         await self.close()
 
     async def close(self) -> None:
+        """Close what is open; a later request opens anew."""
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -57,7 +58,7 @@ class Metadata:
         timeout_s: float,
         params: Mapping[str, str] | None = None,
         body: bytes | None = None,
-    ) -> Reply:
+    ) -> MetadataResponse:
         """The server's answer within `timeout_s`.
 
         Raises: SourceError when there is none, or when it is longer than MAX_BODY_BYTES.
@@ -76,13 +77,13 @@ class Metadata:
                     if len(raw) > MAX_BODY_BYTES:
                         raise SourceError(f"{what}: the answer is longer than {MAX_BODY_BYTES} bytes")
                 names = {name.lower(): value for name, value in response.headers.items()}
-                return Reply(response.status, raw.decode("utf-8", errors="replace"), names)
+                return MetadataResponse(response.status, raw.decode("utf-8", errors="replace"), names)
         except TimeoutError as error:
             raise SourceError(f"{what}: no answer in {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise SourceError(f"{what}: {type(error).__name__}") from error
 
 
-def unexpected(what: str, reply: Reply) -> SourceError:
+def unexpected(what: str, response: MetadataResponse) -> SourceError:
     """The error for a status that nothing was documented for."""
-    return SourceError(f"{what}: HTTP {reply.status}")
+    return SourceError(f"{what}: HTTP {response.status}")

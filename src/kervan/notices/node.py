@@ -15,8 +15,8 @@ from kervan.notices.metadata import Metadata
 from kervan.notices.operator import OperatorSource
 from kervan.notices.settings import NoticeSettings
 from kervan.notices.signals import SigtermSource
-from kervan.notices.source import Source
-from kervan.notices.watcher import Tell, Watcher
+from kervan.notices.source import NoticeSource
+from kervan.notices.watcher import NoticeCallback, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ class NodeWatch:
 @contextlib.asynccontextmanager
 async def watching(
     settings: NoticeSettings,
-    on_notice: Tell,
+    on_notice: NoticeCallback,
     *,
     node: str,
-    on_withdrawn: Tell | None = None,
-    also: Sequence[Source] = (),
+    on_withdrawn: NoticeCallback | None = None,
+    also: Sequence[NoticeSource] = (),
 ) -> AsyncIterator[NodeWatch]:
     """Watch while inside; notices call the node `node`, and are told as `Watcher` says. `also`: sources of the caller.
 
@@ -62,7 +62,7 @@ async def watching(
                 await running
 
 
-def cloud_sources(cloud: Cloud, metadata: Metadata, settings: NoticeSettings, *, node: str) -> list[Source]:
+def cloud_sources(cloud: Cloud, metadata: Metadata, settings: NoticeSettings, *, node: str) -> list[NoticeSource]:
     """The sources of one cloud; their notices call the node `node`."""
     if cloud == "aws":
         return [AwsSource(metadata, url=settings.aws_url, node=node, period_s=settings.aws_period_s)]
@@ -96,14 +96,14 @@ def cloud_sources(cloud: Cloud, metadata: Metadata, settings: NoticeSettings, *,
 
 async def watched_sources(
     metadata: Metadata, settings: NoticeSettings, *, node: str
-) -> tuple[CloudNode | None, list[Source]]:
+) -> tuple[CloudNode | None, list[NoticeSource]]:
     """What `settings.watch` names, without "signal" and operators; and the cloud that "auto" found, if any."""
     clouds: list[Cloud] = [name for name in settings.watch if name in ("aws", "gcp", "azure")]
-    found = None
+    detected = None
     if "auto" in settings.watch:
-        found = await detect(metadata, settings)
-        if found is None:
+        detected = await detect(metadata, settings)
+        if detected is None:
             logger.info("notices: no cloud's metadata server answers here")
-        elif found.cloud not in clouds:
-            clouds.append(found.cloud)
-    return found, [source for cloud in clouds for source in cloud_sources(cloud, metadata, settings, node=node)]
+        elif detected.cloud not in clouds:
+            clouds.append(detected.cloud)
+    return detected, [source for cloud in clouds for source in cloud_sources(cloud, metadata, settings, node=node)]

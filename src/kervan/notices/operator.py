@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from kervan.errors import ConfigError
 from kervan.notices.events import Notice, cut
-from kervan.notices.source import Told
+from kervan.notices.source import PushSource
 
 
-class OperatorSource(Told):
+class OperatorSource(PushSource):
     """Notices that a command gives, and may take back."""
 
     name = "operator"

@@ -17,26 +17,30 @@ LINK_LOCAL = "http://169.254.169.254"
 class NoticeSettings:
     """Read from the environment by `from_environment`: the field `aws_url` is KERVAN_NOTICES_AWS_URL.
 
-    `watch`: clouds by name, "auto" for the one that the node finds itself on, "signal" for SIGTERM; empty for nothing.
-    `state_file`: path or URL of the node's account, in which `{node}` stands for its address; empty for none. All URLs
-    are the server's root. Periods and leads are seconds; a lead is the time from a notice without a deadline of its own
-    to the node's end. `gcp_wait_s` is far below the lead: a metadata server in between (a node's proxy) that does not
-    tell of changes is asked in time.
+    Periods and leads are seconds. A lead is the time from a notice without a deadline of its own to the node's end.
+
+    Raises: ConfigError for a time below 0, what is no URL, and an unknown name in `watch`.
     """
 
     watch: tuple[Watched, ...] = ("auto",)
+    """Clouds by name, "auto" for the one that the node finds itself on, "signal" for SIGTERM; empty for nothing."""
     aws_url: str = LINK_LOCAL
+    """Root of the metadata server, as of the two below."""
     gcp_url: str = LINK_LOCAL
     azure_url: str = LINK_LOCAL
     azure_vm_name: str = ""
+    """What Azure calls this node; empty to ask the metadata server."""
     state_file: str = ""
+    """Path or URL of the node's account, in which `{node}` stands for its address; empty for none."""
     aws_period_s: float = 5.0
     gcp_period_s: float = 1.0
     azure_period_s: float = 1.0
     gcp_wait_s: float = 10.0
+    """Of a long poll. Far below the lead: a proxy in between that does not tell of changes is asked again in time."""
     gcp_lead_s: float = 30.0
     sigterm_lead_s: float = 25.0
     detect_timeout_s: float = 2.0
+    """How long clouds may take to answer "auto"."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

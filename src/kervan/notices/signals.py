@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 from kervan.errors import ConfigError
 from kervan.notices.events import Notice
-from kervan.notices.source import Told
+from kervan.notices.source import PushSource
 
 
-class SigtermSource(Told):
+class SigtermSource(PushSource):
     """A notice `lead_s` before the kill that follows SIGTERM, counted from the first one.
 
     Kubernetes kills `terminationGracePeriodSeconds` (30 by default) after the pod was told to end, of which some

@@ -8,7 +8,7 @@ from typing import Protocol
 from kervan.notices.events import Notice
 
 
-class Source(Protocol):
+class NoticeSource(Protocol):
     """One place that notices come from.
 
     `period_s`: the least time from the begin of one poll to the next. `polls_to_withdraw`: after so many polls in a row
@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
 
-class Told:
+class PushSource:
     """The notices of a source that is told of them (a signal, a command). Use it on one event loop only."""
 
     period_s = 0.0
@@ -52,6 +52,7 @@ class Told:
         self._changed = asyncio.Event()
 
     def put(self, notice: Notice) -> None:
+        """Make a notice pending, in the place of one with the same `event_id`."""
         self._pending[notice.event_id] = notice
         self._changed.set()
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from kervan.notices.events import Identity, Notice, soonest
 from kervan.notices.metadata import SourceError
-from kervan.notices.source import Source
+from kervan.notices.source import NoticeSource
 
 logger = logging.getLogger(__name__)
 
-Tell = Callable[[Notice], Awaitable[None]]
+NoticeCallback = Callable[[Notice], Awaitable[None]]
 
 FIRST_BACKOFF_S = 1.0
 # Of a notice of 30 s no more than a third may be lost because the server was away when it came.
@@ -43,10 +43,10 @@ class Watcher:
 
     def __init__(
         self,
-        sources: Sequence[Source],
-        on_notice: Tell,
+        sources: Sequence[NoticeSource],
+        on_notice: NoticeCallback,
         *,
-        on_withdrawn: Tell | None = None,
+        on_withdrawn: NoticeCallback | None = None,
         first_backoff_s: float = FIRST_BACKOFF_S,
         max_backoff_s: float = MAX_BACKOFF_S,
         monotonic: Callable[[], float] = time.monotonic,
@@ -60,7 +60,7 @@ class Watcher:
         self._monotonic = monotonic
         self._pending: dict[Identity, tuple[str, Notice]] = {}
         self._absences: dict[Identity, int] = {}
-        self._to_tell: asyncio.Queue[tuple[Tell, Notice]] = asyncio.Queue()
+        self._to_tell: asyncio.Queue[tuple[NoticeCallback, Notice]] = asyncio.Queue()
 
     @property
     def pending(self) -> list[Notice]:
@@ -81,22 +81,22 @@ class Watcher:
 
     async def acknowledge(self, notice: Notice) -> bool:
         """Tell the cloud that this node is empty; False where that means nothing, or failed (it is logged)."""
-        held = self._pending.get(notice.identity)
-        if held is None:
+        known = self._pending.get(notice.identity)
+        if known is None:
             return False
         try:
-            return await self._sources[held[0]].acknowledge(notice)
+            return await self._sources[known[0]].acknowledge(notice)
         except SourceError as error:
             logger.warning("notices: the acknowledgement of %s %s failed: %s", notice.kind, notice.event_id, error)
             return False
 
-    async def _watch(self, source: Source) -> None:
+    async def _watch(self, source: NoticeSource) -> None:
         health = self.health[source.name]
         while True:
             began_s = self._monotonic()
             wait_s = source.period_s
             try:
-                found = await source.poll()
+                polled = await source.poll()
             except SourceError as error:
                 wait_s = max(wait_s, self._failed(source.name, health, str(error)))
             except Exception as error:  # supervised: a fault in one source must not end the others
@@ -107,7 +107,7 @@ class Watcher:
                 if health.problem:
                     logger.info("notices: %s answers again", source.name)
                 health.failures_in_a_row, health.problem = 0, ""
-                self._take(source, found)
+                self._take(source, polled)
             health.polls += 1
             # Also without a period others must get their turn: a source may answer without ever waiting.
             await asyncio.sleep(max(0.0, began_s + wait_s - self._monotonic()))
@@ -122,15 +122,15 @@ class Watcher:
         exponent = min(health.failures_in_a_row - 1, 16)
         return min(self._max_backoff_s, self._first_backoff_s * 2.0**exponent)
 
-    def _take(self, source: Source, found: Sequence[Notice]) -> None:
+    def _take(self, source: NoticeSource, polled: Sequence[Notice]) -> None:
         """Compare what a source says with what it said before."""
-        for notice in found:
-            held = self._pending.get(notice.identity)
+        for notice in polled:
+            known = self._pending.get(notice.identity)
             self._absences.pop(notice.identity, None)
-            if held is None or notice.is_sooner_than(held[1]):
+            if known is None or notice.is_sooner_than(known[1]):
                 self._pending[notice.identity] = (source.name, notice)
                 self._to_tell.put_nowait((self._on_notice, notice))
-        present = {notice.identity for notice in found}
+        present = {notice.identity for notice in polled}
         for identity, (name, notice) in list(self._pending.items()):
             if name != source.name or identity in present:
                 continue

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from kervan.errors import ConfigError
 from kervan.facts import hardware
-from kervan.facts.hardware import Gpu, Link
+from kervan.facts.hardware import Gpu, GpuLink
 from kervan.observe import nvidia_smi, nvml
-from kervan.observe.reading import Device, Reading
+from kervan.observe.reading import GpuDevice, Reading
 
 EXAMPLE = "for example --gpu H200"
 NVLINK_BYTES_S = {3: 25e9, 4: 25e9, 5: 50e9}  # of one link, per direction, by generation
@@ -36,8 +36,8 @@ class Machine:
     reader: str
 
     def __str__(self) -> str:
-        words = [f"{self.num_gpus}x {self.gpu.name} with {self.gpu.memory_mib} MiB", self.connection]
-        return ", ".join(word for word in (*words, f"driver {self.driver}") if word)
+        parts = [f"{self.num_gpus}x {self.gpu.name} with {self.gpu.memory_mib} MiB", self.connection]
+        return ", ".join(part for part in (*parts, f"driver {self.driver}") if part)
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Machine:
@@ -67,7 +67,7 @@ def machine(reading: Reading, visible: str | None = None) -> Machine:
     memory_mib = min(device.memory_mib for device in devices)
     pcie_bytes_s = min(_pcie_bytes_s(device, gpu) for device in devices)
     link, connection = _link(gpu, devices, reading, pcie_bytes_s)
-    found = dataclasses.replace(
+    measured = dataclasses.replace(
         gpu,
         memory_mib=memory_mib,
         memory_gib=gpu.memory_gib - (gpu.memory_mib - memory_mib) / 1024,
@@ -76,14 +76,14 @@ def machine(reading: Reading, visible: str | None = None) -> Machine:
         sources={**gpu.sources, "memory_mib": "machine", "memory_gib": "machine", "pcie_bytes_s": "machine"}
         | ({"link": "machine"} if connection else {}),
     )
-    return Machine(found, len(devices), reading.driver, connection, reading.reader)
+    return Machine(measured, len(devices), reading.driver, connection, reading.reader)
 
 
-def _visible(devices: tuple[Device, ...], visible: str | None) -> list[Device]:
+def _visible(devices: tuple[GpuDevice, ...], visible: str | None) -> list[GpuDevice]:
     """As CUDA reads the variable: indices or (starts of) UUIDs, up to the first that is not there."""
     if visible is None:
         return list(devices)
-    chosen: list[Device] = []
+    chosen: list[GpuDevice] = []
     for word in (word.strip() for word in visible.split(",")):
         if word.startswith("MIG-"):
             raise ConfigError(
@@ -104,12 +104,12 @@ def _visible(devices: tuple[Device, ...], visible: str | None) -> list[Device]:
     return chosen
 
 
-def _row(devices: list[Device]) -> Gpu:
+def _row(devices: list[GpuDevice]) -> Gpu:
     counts = Counter(device.name for device in devices)
     if len(counts) > 1:
-        found = " and ".join(f"{number}x {name}" for name, number in counts.items())
+        kinds = " and ".join(f"{number}x {name}" for name, number in counts.items())
         raise ConfigError(
-            f"this machine has {found}, and a plan is for GPUs of one kind; hide the others with "
+            f"this machine has {kinds}, and a plan is for GPUs of one kind; hide the others with "
             f"CUDA_VISIBLE_DEVICES, or name one, {EXAMPLE}"
         )
     name = devices[0].name
@@ -122,20 +122,20 @@ def _row(devices: list[Device]) -> Gpu:
     return gpu
 
 
-def _pcie_bytes_s(device: Device, gpu: Gpu) -> float:
+def _pcie_bytes_s(device: GpuDevice, gpu: Gpu) -> float:
     lane_bytes_s = PCIE_LANE_BYTES_S.get(device.pcie_generation, 0.0)
     return lane_bytes_s * device.pcie_lanes or gpu.pcie_bytes_s
 
 
-def _link(gpu: Gpu, devices: list[Device], reading: Reading, pcie_bytes_s: float) -> tuple[Link, str]:
+def _link(gpu: Gpu, devices: list[GpuDevice], reading: Reading, pcie_bytes_s: float) -> tuple[GpuLink, str]:
     """What joins the GPUs, and the slowest connection between two of them, empty if it is not known."""
     indices = [device.index for device in devices]
     pairs = [(a, b) for a in indices for b in indices if a != b]
-    words = {pair: reading.connections.get(pair, "") for pair in pairs}
-    links = {pair: int(found[1]) for pair, word in words.items() if (found := NVLINKS.fullmatch(word))}
-    if not pairs or not all(pair in links or word in PCIE_PATHS for pair, word in words.items()):
+    paths = {pair: reading.connections.get(pair, "") for pair in pairs}
+    links = {pair: int(match[1]) for pair, path in paths.items() if (match := NVLINKS.fullmatch(path))}
+    if not pairs or not all(pair in links or path in PCIE_PATHS for pair, path in paths.items()):
         return gpu.link, ""
-    far = [word for pair, word in words.items() if pair not in links]
+    far = [path for pair, path in paths.items() if pair not in links]
     slowest = max(far, key=PCIE_PATHS.index) if far else f"NV{min(links.values())}"
     joined = min(_joined(index, indices, links) for index in indices)
     if joined > 1 and gpu.link.kind.startswith("nvlink"):
@@ -146,7 +146,7 @@ def _link(gpu: Gpu, devices: list[Device], reading: Reading, pcie_bytes_s: float
         return dataclasses.replace(gpu.link, bytes_s=num_links * link_bytes_s, max_gpus=joined), slowest
     has_peer_to_peer = all(reading.peers.get(pair, gpu.link.has_peer_to_peer) for pair in pairs)
     generation = max((device.pcie_generation for device in devices), default=0)
-    return Link("pcie", generation, pcie_bytes_s, len(devices), has_peer_to_peer), slowest
+    return GpuLink("pcie", generation, pcie_bytes_s, len(devices), has_peer_to_peer), slowest
 
 
 def _joined(index: int, indices: list[int], links: Mapping[tuple[int, int], int]) -> int:

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping
 
 from kervan.errors import ConfigError
-from kervan.observe.reading import Device, Pair, Reading
+from kervan.observe.reading import GpuDevice, Pair, Reading
 
 FIELDS = (
     "index", "uuid", "name", "memory.total", "driver_version", "mig.mode.current", "pcie.link.gen.max",
@@ -46,7 +46,7 @@ def read() -> Reading | None:
     return Reading("nvidia-smi", driver, devices, connections, peers)
 
 
-def parse_query(text: str) -> tuple[str, tuple[Device, ...]]:
+def parse_query(text: str) -> tuple[str, tuple[GpuDevice, ...]]:
     """Driver and GPUs of `nvidia-smi --query-gpu=...` with `FIELDS` as CSV without a head.
 
     Raises: ConfigError for a line that does not have these fields.
@@ -64,7 +64,7 @@ def parse_query(text: str) -> tuple[str, tuple[Device, ...]]:
             )
         driver = row["driver_version"]
         devices.append(
-            Device(
+            GpuDevice(
                 index=int(row["index"]),
                 uuid=row["uuid"],
                 name=row["name"],
@@ -81,7 +81,7 @@ def parse_matrix(text: str) -> dict[Pair, str]:
     """The words between the GPUs in the table of `nvidia-smi topo`; columns of network cards are left out."""
     lines = [ANSI.sub("", line).split() for line in text.splitlines()]
     head = next((words for words in lines if words[:1] == ["GPU0"] and words[1:2] != ["X"]), [])
-    found = {}
+    paths = {}
     for words in lines:
         name = re.fullmatch(r"GPU(\d+)", words[0]) if words else None
         if name is None or words is head:
@@ -89,8 +89,8 @@ def parse_matrix(text: str) -> dict[Pair, str]:
         for column, word in zip(head, words[1:], strict=False):
             other = re.fullmatch(r"GPU(\d+)", column)
             if other is not None and word != "X":
-                found[int(name[1]), int(other[1])] = word
-    return found
+                paths[int(name[1]), int(other[1])] = word
+    return paths
 
 
 def _number(text: str) -> int:

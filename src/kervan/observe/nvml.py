@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kervan.observe.reading import Device, Pair, Reading
+from kervan.observe.reading import GpuDevice, Pair, Reading
 
 # Of nvml.h: some versions of the package have (0,) under the name NVML_P2P_CAPS_INDEX_READ, which its function refuses.
 P2P_READ, P2P_NVLINK = 0, 2
@@ -39,35 +39,35 @@ def read_with(nvml: Any) -> Reading | None:
         word = _connection(nvml, handles[a], handles[b])
         if word:
             connections[a, b] = word
-        status = _ask(nvml, nvml.nvmlDeviceGetP2PStatus, handles[a], handles[b], P2P_READ)
+        status = _query(nvml, nvml.nvmlDeviceGetP2PStatus, handles[a], handles[b], P2P_READ)
         if status is not None:
             peers[a, b] = status == nvml.NVML_P2P_STATUS_OK
     return Reading("NVML", _text(nvml.nvmlSystemGetDriverVersion()), devices, connections, peers)
 
 
-def _device(nvml: Any, index: int, handle: Any) -> Device:
-    mig = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle)
-    return Device(
+def _device(nvml: Any, index: int, handle: Any) -> GpuDevice:
+    mig = _query(nvml, nvml.nvmlDeviceGetMigMode, handle)
+    return GpuDevice(
         index=index,
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         name=_text(nvml.nvmlDeviceGetName(handle)),
         memory_mib=int(nvml.nvmlDeviceGetMemoryInfo(handle).total) >> 20,
         has_mig=mig is not None and mig[0] == nvml.NVML_DEVICE_MIG_ENABLE,
-        pcie_generation=_ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle) or 0,
-        pcie_lanes=_ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle) or 0,
+        pcie_generation=_query(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle) or 0,
+        pcie_lanes=_query(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle) or 0,
     )
 
 
 def _connection(nvml: Any, handle: Any, other: Any) -> str:
     """As `nvidia-smi topo -m` writes it; empty if it is not known."""
-    by_nvlink = _ask(nvml, nvml.nvmlDeviceGetP2PStatus, handle, other, P2P_NVLINK)
+    by_nvlink = _query(nvml, nvml.nvmlDeviceGetP2PStatus, handle, other, P2P_NVLINK)
     if by_nvlink == nvml.NVML_P2P_STATUS_OK:
         ends = _link_ends(nvml, handle)
         bus_id = _text(nvml.nvmlDeviceGetPciInfo(other).busId)
         # Links that end at another GPU belong to that pair. Those of a switch, or whose end is hidden, serve all.
         direct = sum(end == bus_id for end in ends)
         return f"NV{direct or len(ends)}" if ends else ""
-    ancestor = _ask(nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, handle, other)
+    ancestor = _query(nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, handle, other)
     words = {
         nvml.NVML_TOPOLOGY_SINGLE: "PIX",
         nvml.NVML_TOPOLOGY_MULTIPLE: "PXB",
@@ -82,13 +82,13 @@ def _link_ends(nvml: Any, handle: Any) -> list[str]:
     """The PCI bus id at the far end of each active NVLink, empty where it is hidden."""
     ends = []
     for link in range(nvml.NVML_NVLINK_MAX_LINKS):
-        if _ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link) == nvml.NVML_FEATURE_ENABLED:
-            remote = _ask(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
+        if _query(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link) == nvml.NVML_FEATURE_ENABLED:
+            remote = _query(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
             ends.append("" if remote is None else _text(remote.busId))
     return ends
 
 
-def _ask(nvml: Any, function: Any, *arguments: Any) -> Any:
+def _query(nvml: Any, function: Any, *arguments: Any) -> Any:
     """What the function says; None where the GPU or the driver does not support the question."""
     try:
         return function(*arguments)

@@ -8,7 +8,7 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class GpuDevice:
     """`pcie_generation`, `pcie_lanes`: what GPU and slot can do together, not what an idle link has; 0 if not known."""
 
     index: int
@@ -29,6 +29,6 @@ class Reading:
 
     reader: Literal["NVML", "nvidia-smi"]
     driver: str
-    devices: tuple[Device, ...]
+    devices: tuple[GpuDevice, ...]
     connections: Mapping[Pair, str] = field(default_factory=dict)
     peers: Mapping[Pair, bool] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from kervan.facts.layout import Layout
 from kervan.plan.candidates import SEEDS, Candidate, Evaluator, Question, q_utilization
 from kervan.sim import limits as engine
 from kervan.sim.memory import GIB
+from kervan.vendor.vllm_names import RUNNER_V2_ARCHITECTURES
 
 LIKELY = 0.5  # from here on a layout counts as keeping the SLO
 REFINED = 3  # so many of many layouts are simulated with all seeds
@@ -165,7 +166,7 @@ def _notes(q: Question, ranked: Sequence[Candidate]) -> list[str]:
         notes.append(f"constants are those of {q.calibration.gpu} ({q.calibration.name}): calibrate for {q.gpu.name}")
     if not q.gpu.link.has_peer_to_peer and best.layout.tp > 1:
         notes.append(f"{q.gpu.name} has no direct link: the time of its all-reduce is assumed, not measured")
-    if q.spec.architecture not in engine.RUNNER_V2 and any(c.fits and c.layout.pp > 1 for c in ranked):
+    if q.spec.architecture not in RUNNER_V2_ARCHITECTURES and any(c.fits and c.layout.pp > 1 for c in ranked):
         notes.append(
             f"vLLM 0.24 serves {q.spec.architecture} with its model runner V1: pipeline stages take turns, so they add "
             "memory and no speed"

@@ -67,7 +67,7 @@ def _known(fleets: Sequence[PortFleet], what: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class GatewayCandidate:
     """A gateway of the fleet that shall answer. `is_near`: on the node of the gateway that asks."""
 
     url: str
@@ -76,13 +76,13 @@ class Candidate:
     is_near: bool
 
 
-def in_order(gateways: Sequence[Candidate], turn: int) -> list[str]:
+def in_order(gateways: Sequence[GatewayCandidate], turn: int) -> list[str]:
     """Addresses in the order in which to try them; the best ones take turns at being first.
 
     One that is not ready comes last, but it comes: it holds the request, or knows why it cannot.
     """
 
-    def rank(gateway: Candidate) -> tuple[bool, bool, bool]:
+    def rank(gateway: GatewayCandidate) -> tuple[bool, bool, bool]:
         return not gateway.has_model, not gateway.is_ready, not gateway.is_near
 
     ranked = sorted(gateways, key=rank)

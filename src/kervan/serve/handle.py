@@ -13,8 +13,9 @@ from kervan.fleet.client import FleetClient
 from kervan.fleet.link import members
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway.asgi import ASGIApp
-from kervan.gateway.local import Call
+from kervan.gateway.local import CompletionRequest
 from kervan.serve.directory.client import find_directory
+from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 FOLLOW_S = 1.0
 
@@ -36,14 +37,14 @@ class FleetHandle:
         self._frontend: Any = None
         self._is_closed = False
 
-    def generate(self, prompt: str | Sequence[int], **fields: Any) -> Call:
+    def generate(self, prompt: str | Sequence[int], **fields: Any) -> CompletionRequest:
         """Continue a text, or token ids. `fields`: those of POST /v1/completions, such as `max_tokens`."""
         given = prompt if isinstance(prompt, str) else list(prompt)
-        return Call(self.ready, "/v1/completions", {"prompt": given, **fields})
+        return CompletionRequest(self.ready, COMPLETIONS_PATH, {"prompt": given, **fields})
 
-    def chat(self, messages: Sequence[dict[str, Any]], **fields: Any) -> Call:
+    def chat(self, messages: Sequence[dict[str, Any]], **fields: Any) -> CompletionRequest:
         """Answer a conversation. `fields`: those of POST /v1/chat/completions."""
-        return Call(self.ready, "/v1/chat/completions", {"messages": list(messages), **fields})
+        return CompletionRequest(self.ready, CHAT_PATH, {"messages": list(messages), **fields})
 
     async def ready(self) -> ASGIApp:
         """Return when the fleet can be called; calls wait for it by themselves.

@@ -19,7 +19,7 @@ from kervan.fleet.directory import Drain, GatewayEntry, NodeEntry, NodeNotice, R
 from kervan.notices import state_file
 from kervan.notices.events import Notice
 from kervan.notices.operator import OperatorSource
-from kervan.notices.source import Told
+from kervan.notices.source import PushSource
 from kervan.notices.state_file import NodeState
 from kervan.notices.watcher import Watcher
 
@@ -76,7 +76,7 @@ class Cluster(Protocol):
         ...
 
 
-class DrainedSource(Told):
+class DrainedSource(PushSource):
     """A drain of the node that Ray was told of by others: SIGTERM to `ray start --block`, `ray drain-node`."""
 
     name = "ray"

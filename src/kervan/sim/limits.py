@@ -4,21 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kervan.config.fleet import GPU_MEMORY_UTILIZATION
 from kervan.errors import ConfigError
 from kervan.facts.architecture import ModelSpec
 from kervan.facts.hardware import Gpu
+from kervan.vendor.vllm_names import GPU_MEMORY_UTILIZATION, RUNNER_V2_ARCHITECTURES
 
 LARGE_GPU_GIB = 70  # from here on vLLM's defaults are larger; source: EngineArgs.get_batch_defaults, 0.24
 MAX_GRAPH_TOKENS = 512  # largest captured CUDA graph; source: vLLM 0.24's default capture sizes
 BLOCK_TOKENS = 16
-# Served by vLLM's model runner V2 in 0.24; all others by V1. Source: DEFAULT_V2_MODEL_RUNNER_ARCHITECTURES there.
-RUNNER_V2 = frozenset(
-    {
-        "DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
-        "Qwen2MoeForCausalLM", "Qwen3ForCausalLM",
-    }
-)  # fmt: skip
 KV_DTYPE_BYTES = {"auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
 # The engine arguments that `limits` reads.
 COUNTED = frozenset(
@@ -75,5 +68,5 @@ def limits(spec: ModelSpec, gpu: Gpu, arguments: Mapping[str, Any], *, needed_to
         max_model_len=int(number("max_model_len", min(fitting, spec.max_model_len), 1, 1e8)),
         gpu_memory_utilization=number("gpu_memory_utilization", GPU_MEMORY_UTILIZATION, 0.01, 1.0),
         kv_dtype_bytes=KV_DTYPE_BYTES[kv_dtype],
-        is_runner_v2=spec.architecture in RUNNER_V2,
+        is_runner_v2=spec.architecture in RUNNER_V2_ARCHITECTURES,
     )

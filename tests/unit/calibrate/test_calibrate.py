@@ -25,6 +25,7 @@ from kervan.calibrate.measurements import Attention, Collective, Copy, Floor, Ma
 from kervan.calibrate.ranks import Rank
 from kervan.calibrate.serving import Point, Runs, Server
 from kervan.cli import calibrate as command
+from kervan.config import engine_arguments
 from kervan.errors import ConfigError, EngineError
 from kervan.plan import calibration
 
@@ -361,7 +362,7 @@ def test_impossible_servers_are_refused(make: Callable[[], Any], message: str) -
 
 def test_arguments_of_a_server() -> None:
     one = server(tp=2, ep=2, gpus=(0, 1))
-    words = serving.flags(one.engine_args({"max_model_len": 1024, "enforce_eager": True}))
+    words = engine_arguments.to_argv(one.engine_args({"max_model_len": 1024, "enforce_eager": True}))
     assert words == [
         "--load-format", "dummy", "--no-enable-prefix-caching", "--max-model-len", "1024", "--enforce-eager",
         "--tensor-parallel-size", "2", "--pipeline-parallel-size", "1", "--enable-expert-parallel",

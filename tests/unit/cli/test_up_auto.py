@@ -6,7 +6,7 @@ import pytest
 from harness.places import MODELS
 
 from kervan.cli.up import _planned
-from kervan.config import fleet as facts
+from kervan.config import fleet as fleets
 from kervan.errors import ConfigError
 
 MODEL = str(MODELS / "llama3-70b")
@@ -19,7 +19,7 @@ def planned(**words: Any) -> tuple[dict[str, Any], list[str]]:
 
 def test_the_plan_fills_in_what_is_not_given() -> None:
     words, said = planned(engine_args={"max_model_len": "4096"}, name="chat")
-    config = facts.from_mapping(words, "test")
+    config = fleets.from_mapping(words, "test")
     assert config.tp * config.pp * config.replicas == 8  # a twin stands for one of eight GPUs
     assert config.tp > 1  # 131 GiB of weights do not fit one
     assert config.name == "chat"

@@ -105,7 +105,11 @@ def test_mooncake_trace(tmp_path: Path) -> None:
         (AZURE + "2023-11-16 18:00:00,9,1\n", "row 4: 960.000 s before"),
         (AZURE.replace(",374,", ",0,"), "row 1: 0 input"),
         ('{"timestamp": 1, "input_length": 513, "output_length": 1, "hash_ids": [4]}\n', "1 hash_ids for 513 tokens"),
-        ('{"timestamp": 1}\n', "line 1"),
+        ('{"timestamp": 1}\n', "line 1: Object missing required field `input_length`"),
+        (
+            '{"timestamp": 1, "input_length": "5", "output_length": 1}\n',
+            r"line 1: Expected `int`, got `str` - at `\$\.inp",
+        ),
         ("{nonsense\n", "line 1"),
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 import uvicorn
 import uvloop
 
-from kervan.gateway.server import listen, send_clients_away
+from kervan.gateway.leaving import send_clients_away
+from kervan.gateway.server import listen
 
 NUM_CLIENTS = 24
 SLOW_S = 1.5  # longer than clients have to leave

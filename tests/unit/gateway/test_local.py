@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kervan.errors import ConfigError, EngineError
-from kervan.gateway.local import Answer, Call, Piece
+from kervan.gateway.local import Completion, CompletionRequest, TextChunk
 
 SEEN: list[dict[str, Any]] = []
 
@@ -46,17 +46,17 @@ def app(body: bytes, status: int = 200, *, cut: int = 10**9, waits: bool = False
 
 @pytest.mark.parametrize("cut", [1, 7, 10**9])
 async def test_a_whole_answer(cut: int) -> None:
-    answer = await Call(app(WHOLE, cut=cut), "/v1/completions", {"prompt": "x", "max_tokens": 2})
-    assert answer == Answer("Hello \u2028", "length", 3, 2)
+    answer = await CompletionRequest(app(WHOLE, cut=cut), "/v1/completions", {"prompt": "x", "max_tokens": 2})
+    assert answer == Completion("Hello \u2028", "length", 3, 2)
     asked = SEEN[-1]
     assert (asked["scope"]["path"], asked["body"]["prompt"], asked["body"]["stream"]) == ("/v1/completions", "x", True)
 
 
-async def test_pieces_as_they_come() -> None:
+async def test_chunks_as_they_come() -> None:
     chat = events({"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [{"delta": {"content": "Hi"}}]},
                   {"choices": [{"delta": {}, "finish_reason": "stop"}]}, b"[DONE]")  # fmt: skip
-    pieces = [piece async for piece in Call(app(b": keep-alive\n\n" + chat), "/v1/chat/completions", {})]
-    assert pieces == [Piece("Hi"), Piece("", "stop")]
+    chunks = [chunk async for chunk in CompletionRequest(app(b": keep-alive\n\n" + chat), "/v1/chat/completions", {})]
+    assert chunks == [TextChunk("Hi"), TextChunk("", "stop")]
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,16 @@ async def test_pieces_as_they_come() -> None:
 async def test_refusals(status: int, error: type[Exception]) -> None:
     body = json.dumps({"error": {"message": "max_tokens=0; use 1 or more"}}).encode()
     with pytest.raises(error, match="max_tokens=0; use 1 or more"):
-        await Call(app(body, status, cut=5), "/v1/completions", {})
+        await CompletionRequest(app(body, status, cut=5), "/v1/completions", {})
     with pytest.raises(error, match="not JSON"):
-        await Call(app(b"not JSON", status), "/v1/completions", {})
+        await CompletionRequest(app(b"not JSON", status), "/v1/completions", {})
 
 
 async def test_an_error_within_the_stream() -> None:
     with pytest.raises(EngineError, match="broke"):
-        await Call(app(events({"choices": [{"text": "a"}]}, {"error": {"message": "broke"}})), "/v1/completions", {})
+        await CompletionRequest(
+            app(events({"choices": [{"text": "a"}]}, {"error": {"message": "broke"}})), "/v1/completions", {}
+        )
 
 
 async def test_an_app_that_fails_is_an_error() -> None:
@@ -83,17 +85,17 @@ async def test_an_app_that_fails_is_an_error() -> None:
         return failing
 
     with pytest.raises(EngineError, match="no"):
-        await Call(ready, "/v1/completions", {})
+        await CompletionRequest(ready, "/v1/completions", {})
 
 
 async def test_leaving_the_loop_tells_the_app() -> None:
-    call = Call(app(WHOLE, waits=True), "/v1/completions", {})
-    async for piece in call:
-        assert piece.text == "He"
+    call = CompletionRequest(app(WHOLE, waits=True), "/v1/completions", {})
+    async for chunk in call:
+        assert chunk.text == "He"
         break
     await asyncio.sleep(0.1)
     # The generator is closed by the garbage collector's hook, at the latest when the loop ends.
-    pieces = aiter(Call(app(WHOLE, waits=True), "/v1/completions", {}))
-    assert (await anext(pieces)).text == "He"
-    await pieces.aclose()  # type: ignore[attr-defined]
+    chunks = aiter(CompletionRequest(app(WHOLE, waits=True), "/v1/completions", {}))
+    assert (await anext(chunks)).text == "He"
+    await chunks.aclose()  # type: ignore[attr-defined]
     assert {"type": "http.disconnect"} in SEEN

@@ -18,7 +18,7 @@ from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.reconnect.journal import current_attempt
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.gateway import GatewayShell
-from kervan.gateway.asgi import Receive, Scope, Send, answer
+from kervan.gateway.asgi import Receive, Scope, Send, respond
 from kervan.gateway.reconnect import Streams, refusal
 from kervan.gateway.server import listen
 
@@ -44,10 +44,10 @@ class App:
         body = json.loads((await receive())["body"])
         self.request_ids += [value.decode() for name, value in scope["headers"] if name == b"x-request-id"]
         if body["prompt"] == "bad":
-            await answer(send, 400, b'{"error":{}}')
+            await respond(send, 400, b'{"error":{}}')
             return
         if not body.get("stream"):
-            await answer(send, 200, b'{"choices":[]}')
+            await respond(send, 200, b'{"choices":[]}')
             return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         leaving = asyncio.create_task(receive())

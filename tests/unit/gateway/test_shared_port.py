@@ -14,7 +14,7 @@ from harness.gateway import View, listening
 from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry
 from kervan.gateway import GatewayShell
-from kervan.gateway.asgi import Receive, Scope, Send, answer
+from kervan.gateway.asgi import Receive, Scope, Send, respond
 from kervan.gateway.relay import MAX_UNSENT_BYTES, RELAY_HEADER
 from kervan.gateway.shared_port import Neighbour, SharedPort
 from kervan.policy.model_routing import PortFleet
@@ -43,7 +43,7 @@ class Inner:
         kind = scope["path"].rpartition("/")[2]
         if kind == "models":
             cards = [{"id": model, "object": "model", "max_model_len": 7} for model in self.models]
-            await answer(send, 200, json.dumps({"object": "list", "data": cards}).encode())
+            await respond(send, 200, json.dumps({"object": "list", "data": cards}).encode())
         elif kind == "stream":
             await self.stream(receive, send)
         elif kind == "flood":
@@ -53,7 +53,7 @@ class Inner:
             await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
             raise KeyError("after the first chunk")
         else:
-            await answer(send, 418, json.dumps({"fleet": self.name}).encode(), headers=[(b"x-from", b"here")])
+            await respond(send, 418, json.dumps({"fleet": self.name}).encode(), headers=[(b"x-from", b"here")])
 
     async def stream(self, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
@@ -107,7 +107,7 @@ async def gateways(*given: Gateway) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         for gateway in given:
             gateway.public_url = await stack.enter_async_context(listening(gateway.port))
-            gateway.internal_url = await stack.enter_async_context(listening(gateway.port.answer_relayed))
+            gateway.internal_url = await stack.enter_async_context(listening(gateway.port.respond_relayed))
             client = httpx.AsyncClient(base_url=gateway.public_url, timeout=20, trust_env=False, verify=False)
             gateway.http = await stack.enter_async_context(client)
             stack.callback(gateway.port.close)

@@ -13,7 +13,7 @@ from harness.gateway import View
 
 from kervan.errors import ConfigError
 from kervan.gateway import GatewayShell, Shed
-from kervan.gateway.asgi import Receive, Scope, Send, answer
+from kervan.gateway.asgi import Receive, Scope, Send, respond
 from kervan.gateway.shell import makes_work
 
 JSON = {"content-type": "application/json"}
@@ -42,11 +42,11 @@ class Inner:
                 pass
             self.disconnected.set()
         elif path == "/v1/missing":
-            await answer(send, 404, b'{"error":{"code":404}}')
+            await respond(send, 404, b'{"error":{"code":404}}')
         else:
             body = (await receive())["body"] if scope["method"] == "POST" else b""
             self.bodies.append(body)
-            await answer(send, 200, json.dumps({"method": scope["method"], "length": len(body)}).encode())
+            await respond(send, 200, json.dumps({"method": scope["method"], "length": len(body)}).encode())
 
 
 class Site:

@@ -216,11 +216,11 @@ async def test_disconnect_reaches_inner(path: str, body: dict[str, Any]) -> None
     assert got.status == 0
 
 
-async def test_app_without_an_answer_is_our_error() -> None:
+async def test_app_without_a_response_is_our_error() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
 
-    with pytest.raises(RuntimeError, match="ended without an answer"):
+    with pytest.raises(RuntimeError, match="ended without a response"):
         await call(app, "/generate", {"prompt": "x"})
 
 

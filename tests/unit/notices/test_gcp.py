@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kervan.notices import gcp
 from kervan.notices.gcp import GcpSource, Key
-from kervan.notices.metadata import Metadata, Reply, SourceError
+from kervan.notices.metadata import Metadata, MetadataResponse, SourceError
 
 NOW_S = 1_000.0
 
@@ -47,7 +47,7 @@ class Limits(Metadata):
         super().__init__()
         self.timeouts_s: list[float] = []
 
-    async def request(self, method: str, url: str, *, timeout_s: float, **rest: Any) -> Reply:
+    async def request(self, method: str, url: str, *, timeout_s: float, **rest: Any) -> MetadataResponse:
         self.timeouts_s.append(timeout_s)
         return await super().request(method, url, timeout_s=timeout_s, **rest)
 

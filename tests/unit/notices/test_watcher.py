@@ -21,7 +21,7 @@ from kervan.notices.gcp import GcpSource
 from kervan.notices.metadata import Metadata, SourceError
 from kervan.notices.operator import OperatorSource
 from kervan.notices.signals import SigtermSource
-from kervan.notices.source import Source
+from kervan.notices.source import NoticeSource
 from kervan.notices.watcher import Watcher
 
 PERIOD_S = 0.01
@@ -83,7 +83,7 @@ class Heard:
 
 
 @contextlib.asynccontextmanager
-async def running(*sources: Source, heard: Heard) -> AsyncIterator[Watcher]:
+async def running(*sources: NoticeSource, heard: Heard) -> AsyncIterator[Watcher]:
     watcher = Watcher(
         sources,
         heard.notices.put,

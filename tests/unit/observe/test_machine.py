@@ -12,10 +12,10 @@ from harness import places
 
 from kervan.errors import ConfigError
 from kervan.facts import hardware
-from kervan.facts.hardware import Link
+from kervan.facts.hardware import GpuLink
 from kervan.facts.hardware_sources import SOURCES
 from kervan.observe import machine, nvidia_smi, nvml
-from kervan.observe.reading import Device, Reading
+from kervan.observe.reading import GpuDevice, Reading
 
 DATA = places.DATA / "nvidia_smi"
 MACHINES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
@@ -33,18 +33,18 @@ def recorded(name: str) -> Reading:
 @pytest.mark.parametrize(
     ("name", "row", "num_gpus", "memory_mib", "link", "connection"),
     [
-        ("8xh200", "H200", 8, 143771, Link("nvlink", 4, 450e9, 8), "NV18"),
+        ("8xh200", "H200", 8, 143771, GpuLink("nvlink", 4, 450e9, 8), "NV18"),
         # Two of a switched eight: the switch gives the pair all 18 links.
-        ("2xh100", "H100", 2, 81559, Link("nvlink", 4, 450e9, 2), "NV18"),
-        ("4xh100nvl", "H100-NVL", 4, 95830, Link("nvlink-bridge", 4, 300e9, 2), "SYS"),
-        ("4xl40s", "L40S", 4, 46068, Link("pcie", 4, 32e9, 4, has_peer_to_peer=True), "SYS"),
+        ("2xh100", "H100", 2, 81559, GpuLink("nvlink", 4, 450e9, 2), "NV18"),
+        ("4xh100nvl", "H100-NVL", 4, 95830, GpuLink("nvlink-bridge", 4, 300e9, 2), "SYS"),
+        ("4xl40s", "L40S", 4, 46068, GpuLink("pcie", 4, 32e9, 4, has_peer_to_peer=True), "SYS"),
         # Eight lanes each, as on a desktop's board, and a driver without peer access.
-        ("2xrtx4090", "RTX4090", 2, 24564, Link("pcie", 4, 16e9, 2, has_peer_to_peer=False), "PHB"),
+        ("2xrtx4090", "RTX4090", 2, 24564, GpuLink("pcie", 4, 16e9, 2, has_peer_to_peer=False), "PHB"),
         ("1xa10g", "A10G", 1, 23028, hardware.gpu("A10G").link, ""),
     ],
 )
 def test_machines_are_rows_of_the_table(
-    name: str, row: str, num_gpus: int, memory_mib: int, link: Link, connection: str
+    name: str, row: str, num_gpus: int, memory_mib: int, link: GpuLink, connection: str
 ) -> None:
     found = machine.machine(recorded(name))
     assert (found.gpu.name, found.num_gpus, found.gpu.memory_mib) == (row, num_gpus, memory_mib)
@@ -64,8 +64,8 @@ def test_a_machine_describes_itself() -> None:
     assert str(machine.machine(recorded("1xa10g"))) == "1x A10G with 23028 MiB, driver 570.133.20"
 
 
-def devices(*names: str, **more: Any) -> tuple[Device, ...]:
-    return tuple(Device(index, f"GPU-{index}aaa", name, 81559, **more) for index, name in enumerate(names))
+def devices(*names: str, **more: Any) -> tuple[GpuDevice, ...]:
+    return tuple(GpuDevice(index, f"GPU-{index}aaa", name, 81559, **more) for index, name in enumerate(names))
 
 
 def reading(*names: str, words: str = "", **more: Any) -> Reading:
@@ -86,24 +86,24 @@ A100 = "NVIDIA A100-SXM4-80GB"
     ("found", "link", "connection"),
     [
         # Without a switch, the 12 links of an A100 are shared out among three others.
-        pytest.param(reading(*[A100] * 4, words="NV4"), Link("nvlink", 3, 300e9, 4), "NV4", id="mesh of four"),
-        pytest.param(reading(*[A100] * 8, words="NV12"), Link("nvlink", 3, 300e9, 8), "NV12", id="switch"),
-        pytest.param(reading(*[A100] * 2, words="NV4"), Link("nvlink", 3, 100e9, 2), "NV4", id="part of a mesh"),
+        pytest.param(reading(*[A100] * 4, words="NV4"), GpuLink("nvlink", 3, 300e9, 4), "NV4", id="mesh of four"),
+        pytest.param(reading(*[A100] * 8, words="NV12"), GpuLink("nvlink", 3, 300e9, 8), "NV12", id="switch"),
+        pytest.param(reading(*[A100] * 2, words="NV4"), GpuLink("nvlink", 3, 100e9, 2), "NV4", id="part of a mesh"),
         pytest.param(
             # 0-1-2 in a line: only pairs have links between all their members.
             reading(*[A100] * 3, words="NV4 SYS NV4"),
-            Link("nvlink", 3, 100e9, 2),
+            GpuLink("nvlink", 3, 100e9, 2),
             "SYS",
             id="a line",
         ),
         pytest.param(
-            reading(*[A100] * 3, words="NV12 NODE PHB"), Link("pcie", 0, 32e9, 3), "NODE", id="one without links"
+            reading(*[A100] * 3, words="NV12 NODE PHB"), GpuLink("pcie", 0, 32e9, 3), "NODE", id="one without links"
         ),
         pytest.param(reading(*[H100] * 2), hardware.gpu("H100").link, "", id="not known"),
         pytest.param(reading(*[H100] * 2, words="N/A"), hardware.gpu("H100").link, "", id="an unknown word"),
     ],
 )
-def test_links_follow_from_the_topology(found: Reading, link: Link, connection: str) -> None:
+def test_links_follow_from_the_topology(found: Reading, link: GpuLink, connection: str) -> None:
     result = machine.machine(found)
     assert (result.gpu.link, result.connection) == (link, connection)
 
@@ -340,7 +340,7 @@ def test_nvml_is_read_as_nvidia_smi(fake: FakeNvml, connections: dict[tuple[int,
     assert (found.reader, found.driver, found.connections) == ("NVML", "580.159.04", connections)
     assert found.peers == dict.fromkeys(connections, True)
     name = fake.name.decode() if isinstance(fake.name, bytes) else fake.name
-    assert found.devices[0] == Device(0, "GPU-0", name, 81559, has_mig=False, pcie_generation=5, pcie_lanes=0)
+    assert found.devices[0] == GpuDevice(0, "GPU-0", name, 81559, has_mig=False, pcie_generation=5, pcie_lanes=0)
 
 
 def test_nvml_tells_mig_and_no_gpu() -> None:

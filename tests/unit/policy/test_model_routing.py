@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kervan.policy.model_routing import Candidate, PortFleet, decide, in_order, owners
+from kervan.policy.model_routing import GatewayCandidate, PortFleet, decide, in_order, owners
 
 A = PortFleet("a", ("llama", "sql"))
 B = PortFleet("b", ("qwen",))
@@ -63,8 +63,8 @@ def test_every_gateway_of_a_port_sends_a_model_to_the_same_fleet(
     assert owners(shuffled) == owners(fleets)
 
 
-def gateway(url: str, *, has_model: bool = True, is_ready: bool = True, is_near: bool = True) -> Candidate:
-    return Candidate(url, has_model, is_ready, is_near)
+def gateway(url: str, *, has_model: bool = True, is_ready: bool = True, is_near: bool = True) -> GatewayCandidate:
+    return GatewayCandidate(url, has_model, is_ready, is_near)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,9 @@ def gateway(url: str, *, has_model: bool = True, is_ready: bool = True, is_near:
         ([gateway("x", has_model=False), gateway("y", is_ready=False)], 0, ["y", "x"]),
     ],
 )
-def test_gateways_in_the_order_in_which_they_are_tried(gateways: list[Candidate], turn: int, order: list[str]) -> None:
+def test_gateways_in_the_order_in_which_they_are_tried(
+    gateways: list[GatewayCandidate], turn: int, order: list[str]
+) -> None:
     assert in_order(gateways, turn) == order
 
 

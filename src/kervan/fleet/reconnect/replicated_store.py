@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+from typing import Literal
 
 from kervan.fleet.directory import Snapshot
 from kervan.fleet.reconnect.copy_holder import CopyHolder
@@ -63,7 +64,7 @@ class ReplicatedStore:
         await self.copy_sender.close()
         self._holder.close()
 
-    def metrics(self) -> list[tuple[str, str, str, float]]:
+    def metrics(self) -> list[tuple[str, Literal["gauge", "counter"], str, float]]:
         """Name, kind, help and value."""
         return [
             ("kervan_replay_bytes", "gauge", "Journals and copies that this gateway keeps.", self.journals.num_bytes),

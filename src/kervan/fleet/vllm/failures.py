@@ -8,12 +8,12 @@ from kervan.fleet.control import FailureKind
 
 def known(error: BaseException) -> KervanError | None:
     """The kervan error for what vLLM raised while it started, if its cause has a known fix."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for cause in chain:
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in causes:
         if isinstance(cause, KervanError):
             return cause
         text = " ".join(str(cause).split())
@@ -25,11 +25,11 @@ def known(error: BaseException) -> KervanError | None:
 
 def explain(error: BaseException) -> KervanError:
     """The same for every cause."""
-    if (found := known(error)) is not None:
-        return found
+    if (known_error := known(error)) is not None:
+        return known_error
     text = " ".join(str(error).split())
-    told = ConfigError if type(error).__name__ in ("ValidationError", "ValueError", "OSError") else EngineError
-    return told(f"vLLM did not start: {type(error).__name__}: {_shorten(text)}")
+    kind_of_error = ConfigError if type(error).__name__ in ("ValidationError", "ValueError", "OSError") else EngineError
+    return kind_of_error(f"vLLM did not start: {type(error).__name__}: {_shorten(text)}")
 
 
 def kind(error: KervanError) -> FailureKind:

@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from prometheus_client import REGISTRY, generate_latest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -65,13 +64,9 @@ class OpenAIFrontend:
         return frontend
 
     async def close(self) -> None:
+        """End vLLM's app and its engine client; the replicas stay."""
         await self._lifespan.aclose()
         self.engine.shutdown()
-
-    @staticmethod
-    def metrics_page() -> str:
-        """vLLM's and kervan's Prometheus metrics of this process."""
-        return generate_latest(REGISTRY).decode()
 
 
 def _import_app() -> None:

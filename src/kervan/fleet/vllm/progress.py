@@ -8,8 +8,8 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from kervan.fleet.reconnect.journal import Attempt, current_attempt
+from kervan.vendor.vllm_names import CHAT_PATH
 
-CHAT_PATH = "/v1/chat/completions"
 BROKEN = ("abort", "error")  # finish reasons of an answer that is not whole, and may go on for a client that comes back
 
 

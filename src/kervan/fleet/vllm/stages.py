@@ -43,8 +43,8 @@ class StageWorker(ray_executor_v2.RayWorkerProc):  # type: ignore[misc]
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
         if current_platform.is_cpu():
             return ray.get_runtime_context().get_node_id(), []
-        found: tuple[str, list[int]] = super().get_node_and_physical_gpu_ids()
-        return found
+        node_and_gpus: tuple[str, list[int]] = super().get_node_and_physical_gpu_ids()
+        return node_and_gpus
 
 
 class StagesExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]

@@ -3,11 +3,7 @@
 import re
 from collections.abc import Mapping
 
-# Both supported versions write these; of several workers' lines the last counts.
-_WEIGHTS = re.compile(r"Model loading took .* ([\d.]+) seconds")
-_INIT = re.compile(r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s")
-_COMPILE = re.compile(r"init engine \(.*\(compilation: ([\d.]+) s")
-_GRAPHS = re.compile(r"Graph capturing finished in ([\d.]+) secs")
+from kervan.vendor.vllm_names import GRAPHS_LINE, INIT_LINE, WEIGHTS_LINE
 
 
 def split(phases: Mapping[str, float], log: str) -> dict[str, float]:
@@ -18,13 +14,14 @@ def split(phases: Mapping[str, float], log: str) -> dict[str, float]:
     warm-up). What the log does not tell stays in the part before.
     """
 
-    def told(pattern: re.Pattern[str]) -> float:
-        found = pattern.findall(log)
-        return float(found[-1]) if found else 0.0
+    def logged_s(line: re.Pattern[str], group: str = "seconds") -> float:
+        values = [match[group] for match in line.finditer(log)]  # of several workers' lines the last counts
+        return float(values[-1] or 0) if values else 0.0
 
     if "engine" not in phases:
         return dict(phases)
-    weights, init, compiling, graphs = told(_WEIGHTS), told(_INIT), told(_COMPILE), told(_GRAPHS)
+    weights, init, graphs = logged_s(WEIGHTS_LINE), logged_s(INIT_LINE), logged_s(GRAPHS_LINE)
+    compiling = logged_s(INIT_LINE, "compiling")
     parts = {
         "imports": phases["imports"],
         "config": phases["config"],

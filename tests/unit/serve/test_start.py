@@ -1,0 +1,44 @@
+"""What a start decides of a fleet's settings: CPU threads, and the number of gateways."""
+
+import pytest
+
+from kervan.config.fleet import FleetConfig
+from kervan.serve.start import num_gateways, on_cpu
+
+
+@pytest.mark.parametrize(
+    ("replicas", "env", "expected"),
+    [
+        pytest.param(1, {}, {}, id="one engine may have vLLM's own binding"),
+        pytest.param(2, {}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "4"}, id="8 cores / 2"),
+        pytest.param(9, {}, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}, id="at least one"),
+        pytest.param(2, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, id="the user's"),
+    ],
+)
+def test_cpu_replicas_share_the_cores(
+    replicas: int, env: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    config = FleetConfig(model="m", replicas=replicas, env=env)
+    assert on_cpu(config, cores=8).env == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "cores", "number"),
+    [
+        ({}, 2, 1),
+        ({}, 16, 2),
+        ({}, 128, 4),
+        ({"max_gateways": 1}, 128, 1),  # --gateways 0..1
+        ({"max_gateways": 3}, 128, 3),
+        ({"max_gateways": 8}, 16, 2),
+        ({"max_gateways": 8}, 128, 4),
+        ({"gateways": 6, "max_gateways": 8}, 128, 6),
+    ],
+)
+def test_there_is_a_gateway_for_8_cores_up_to_4_and_to_the_most_allowed(
+    words: dict[str, int], cores: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert num_gateways(FleetConfig(model="m", **words)) == number
+    FleetConfig(model="m", **words | {"gateways": number})  # is no contradiction
