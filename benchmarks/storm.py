@@ -19,15 +19,14 @@ from typing import Any
 import servers
 from servers import HERE
 
-from kervan.bench import eventloop, target
+from kervan.bench import endpoint, eventloop
 from kervan.bench.exchange import Exchange
 from kervan.bench.load import Load
-from kervan.bench.prompts import Ask
+from kervan.bench.prompts import Request
 from kervan.bench.worker import Share
-from kervan.chaos import effects
-from kervan.chaos import fleet as fleets
+from kervan.chaos import effects, fleet_under_test
+from kervan.chaos.checked_load import SAMPLING, CheckedDriver, CheckedExchange
 from kervan.chaos.effects import Disruption
-from kervan.chaos.load import SAMPLING, CheckedDriver, CheckedExchange
 from kervan.config.workload import Slo
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.serve import drain
@@ -83,11 +82,13 @@ def run(args: argparse.Namespace, keep: Keep) -> str:
 class KeptDriver(CheckedDriver):
     """Keeps all its exchanges, and can be told to send no more."""
 
-    def __init__(self, share: Share, start_s: float, on_answer: Callable[[Ask, CheckedExchange | None], None]) -> None:
+    def __init__(
+        self, share: Share, start_s: float, on_answer: Callable[[Request, CheckedExchange | None], None]
+    ) -> None:
         super().__init__(share, start_s, on_answer)
         self._kept: list[CheckedExchange] = []
 
-    def _new_exchange(self, number: int, arrival_s: float, ask: Ask) -> Exchange:
+    def _new_exchange(self, number: int, arrival_s: float, ask: Request) -> Exchange:
         exchange = CheckedExchange(number, arrival_s, ask.output_tokens)
         self._kept.append(exchange)
         return exchange
@@ -113,15 +114,17 @@ class _Storm:
 
     async def run(self) -> None:
         at, probe = await asyncio.to_thread(
-            lambda: target.first_look(
+            lambda: endpoint.first_look(
                 self._url, model=None, api="completions", headers=(), sampling=SAMPLING, verify_tls=True
             )
         )
         load = Load(
             streams=self._args.streams, duration_s=3600.0, isl=str(self._args.isl), osl=self._args.osl, timeout_s=400.0
         )
-        alphabet, _ = await asyncio.to_thread(target.find_alphabet, at, load, probe, None)
-        self._fleet = await asyncio.to_thread(lambda: fleets.find(self._url, headers=(), name=self._name, address=None))
+        alphabet, _ = await asyncio.to_thread(endpoint.find_alphabet, at, load, probe, None)
+        self._fleet = await asyncio.to_thread(
+            lambda: fleet_under_test.find(self._url, headers=(), name=self._name, address=None)
+        )
         self._driver = KeptDriver(Share(load, at, alphabet, Slo()), time.time(), self._count)
         self._driver.prepare()
         await self._driver.connect_first()
@@ -138,7 +141,7 @@ class _Storm:
             await asyncio.wait({running}, timeout=5.0)
             self._keep(self._verdict())
 
-    def _count(self, ask: Ask, exchange: CheckedExchange | None) -> None:
+    def _count(self, ask: Request, exchange: CheckedExchange | None) -> None:
         self._ended += 1
         error = "refused" if exchange is None else exchange.error
         if exchange is not None and error is None and len(exchange.tokens) != ask.output_tokens:

@@ -71,7 +71,7 @@ CONFINED = [
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
-    ("plotly", ("bench/report.py", "plan/plotting.py")),
+    ("plotly", ("bench/html_report.py", "plan/plotting.py")),
     ("aiohttp", ("notices/metadata.py",)),
     ("pynvml", ("observe/nvml.py",)),
 ]

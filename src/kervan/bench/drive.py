@@ -12,10 +12,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from kervan.bench import worker
-from kervan.bench.load import Load, Target
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.prompts import Alphabet
 from kervan.bench.sketch import Sketch
-from kervan.bench.tally import Tally, merge_all
+from kervan.bench.tally import RequestTally, merge_all
 from kervan.config.workload import Slo
 from kervan.errors import ConfigError, FleetError
 
@@ -51,7 +51,7 @@ class Event:
 class Outcome:
     """What the workers measured, and what the client itself did meanwhile."""
 
-    tally: Tally
+    tally: RequestTally
     num_processes: int
     cpu_s: float
     wall_s: float
@@ -73,7 +73,7 @@ class _Running:
 
 def drive(
     load: Load,
-    target: Target,
+    target: Endpoint,
     alphabet: Alphabet,
     *,
     slo: Slo = Slo(),  # noqa: B008 - frozen

@@ -16,7 +16,7 @@ Api = Literal["completions", "chat"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class Endpoint:
     """An OpenAI-compatible server. `url` has no `/v1`; `sampling` goes into each request's body as it is."""
 
     url: str
@@ -136,4 +136,4 @@ class Load:
         return found
 
 
-__all__ = ["Api", "Load", "Slo", "Target"]
+__all__ = ["Api", "Endpoint", "Load", "Slo"]

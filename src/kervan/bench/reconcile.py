@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from kervan.bench.tally import Tally
+from kervan.bench.tally import RequestTally
 
 # Sample name -> what it is. vLLM's names; kervan, and vLLM under Ray (`ray_vllm_...`), have the same.
 _NAMES = {
@@ -70,7 +70,7 @@ def read_counters(page: str) -> Counters | None:
     return Counters(**found) if "requests" in found or "output_tokens" in found else None
 
 
-def compare(tally: Tally, server: Counters) -> Reconciliation:
+def compare(tally: RequestTally, server: Counters) -> Reconciliation:
     """Client against server over the same time.
 
     A request that failed or was cut off in the client may or may not be one that the server finished, and may have

@@ -109,14 +109,14 @@ def _output(*command: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Loop:
+class RecordedLoop:
     """One of a record's closed loops, and the model that answered."""
 
     model: str
     figures: ClosedLoop
 
 
-def closed_loops(path: Path) -> list[Loop]:
+def closed_loops(path: Path) -> list[RecordedLoop]:
     """The valid closed loops with fixed lengths in a record of `kervan bench`.
 
     Raises: ConfigError for a file that is no such record, or has none.
@@ -138,7 +138,7 @@ def closed_loops(path: Path) -> list[Loop]:
                 num_requests=int(ttft_s["count"]), out_tok_s=result["out_tok_s"], ttft_p50_s=ttft_s["p50"],
                 ttft_p99_s=ttft_s["p99"], tpot_p50_s=tpot_s["p50"], tpot_p99_s=tpot_s["p99"],
             )  # fmt: skip
-            found.append(Loop(run["target"]["model"], figures))
+            found.append(RecordedLoop(run["target"]["model"], figures))
         except (KeyError, TypeError, AttributeError):
             continue
     if not found:

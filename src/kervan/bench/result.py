@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kervan.bench import faults, reconcile
-from kervan.bench.calibrate import BUSY, Floor
+from kervan.bench.client_floor import BUSY, ClientFloor
 from kervan.bench.drive import Outcome
-from kervan.bench.load import Load, Target
+from kervan.bench.endpoint import Probe
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.reconcile import Reconciliation
 from kervan.bench.sketch import quantile_intervals
-from kervan.bench.tally import METRICS, Tally
-from kervan.bench.target import Probe
+from kervan.bench.tally import METRICS, RequestTally
 from kervan.config.workload import Slo
 from kervan.units import format_duration
 
@@ -27,16 +27,16 @@ MAX_CLOCK_STEP_S = 0.001
 class Result:
     """One run. `floor` None: calibration was skipped."""
 
-    target: Target
+    target: Endpoint
     probe: Probe
     load: Load
     slo: Slo
     outcome: Outcome
-    floor: Floor | None
+    floor: ClientFloor | None
     reconciliation: Reconciliation
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> RequestTally:
         return self.outcome.tally
 
     @property

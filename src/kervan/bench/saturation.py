@@ -69,7 +69,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class TrialResult:
     """A trial that was decided. `interval`: 95% of the share of good requests."""
 
     rate: float
@@ -92,7 +92,7 @@ class Search:
     start_rate: float = 1.0
     tolerance: float = 0.1
     max_trials: int = 16
-    trials: list[Tried] = field(default_factory=list)
+    trials: list[TrialResult] = field(default_factory=list)
 
     def next_rate(self) -> float | None:
         """The rate to try next; None when the answer is good enough, or after `max_trials`."""

@@ -111,7 +111,7 @@ class Timeline:
 
 
 @dataclass(slots=True)
-class Tally:
+class RequestTally:
     """Everything that a worker counts. Times are seconds; `start_s` is `time.time()` of the run's start.
 
     `blocks[b][metric]`: the requests are cut by their order into 32 stretches, for intervals.
@@ -288,7 +288,7 @@ class Tally:
             self._timeline.add_tokens(np.array(self._pending_at_s), np.array(self._pending_gaps_s))
             self._pending_at_s, self._pending_gaps_s = array("d"), array("d")
 
-    def merge(self, other: "Tally") -> None:
+    def merge(self, other: "RequestTally") -> None:
         """Count everything that `other` has counted; both have the same start."""
         for name in (
             "ok", "good", "unfinished", "not_sent", "reconnected", "output_tokens", "input_tokens",
@@ -322,7 +322,7 @@ class Tally:
         return max(0.0, self.last_end_s - self.first_send_s) if self.first_send_s < math.inf else 0.0
 
 
-def merge_all(tallies: Iterable[Tally]) -> Tally:
+def merge_all(tallies: Iterable[RequestTally]) -> RequestTally:
     """One tally of several; they share a start.
 
     Raises: ValueError of none.

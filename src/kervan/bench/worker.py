@@ -20,10 +20,10 @@ from kervan.bench import eventloop, pacer
 from kervan.bench.channel import MAX_NAP_S, MIN_NAP_S, Channel, Poller
 from kervan.bench.events import Chunk
 from kervan.bench.exchange import Exchange
-from kervan.bench.load import Load, Target
-from kervan.bench.prompts import Alphabet, Ask, Prompts, http_request
+from kervan.bench.load import Endpoint, Load
+from kervan.bench.prompts import Alphabet, Prompts, Request, http_request
 from kervan.bench.sketch import Sketch
-from kervan.bench.tally import Tally, block_of
+from kervan.bench.tally import RequestTally, block_of
 from kervan.config.workload import Slo, TraceRow
 from kervan.errors import KervanError
 
@@ -43,7 +43,7 @@ class Share:
     """The part of a load that one of `num_workers` processes carries: jobs whose number modulo is `worker`."""
 
     load: Load
-    target: Target
+    target: Endpoint
     alphabet: Alphabet
     slo: Slo
     worker: int = 0
@@ -87,7 +87,7 @@ class Finished:
     """The last report of a worker."""
 
     worker: int
-    tally: Tally
+    tally: RequestTally
     cpu_s: float
     wall_s: float
     lag: Sketch  # how late this process' event loop ran its own timers
@@ -134,7 +134,7 @@ class Driver:
 
     def __init__(self, share: Share, start_s: float) -> None:
         self.share = share
-        self.tally = Tally(start_s, share.slo, share.load.stall_s)
+        self.tally = RequestTally(start_s, share.slo, share.load.stall_s)
         self.lag = Sketch()
         self.floor = FloorSketches() if share.is_calibration else None
         self.fresh = Progress(share.worker)
@@ -175,12 +175,12 @@ class Driver:
         if self.share.streams is not None:
             self._numbers = self.closed_numbers()
             self._first = [
-                (number, self._prompts.ask(number, 0, None, ()))
+                (number, self._prompts.request(number, 0, None, ()))
                 for number in itertools.islice(self._numbers, self.share.streams)
             ]
         else:
             self._jobs = self.jobs()
-            self._ready: deque[tuple[int, float, TraceRow | None, Ask]] = deque()
+            self._ready: deque[tuple[int, float, TraceRow | None, Request]] = deque()
             while len(self._ready) < PREPARED_JOBS and self._build_one():
                 pass
 
@@ -189,7 +189,7 @@ class Driver:
         if job is None:
             return False
         number, at_s, row = job
-        self._ready.append((number, at_s, row, self._prompts.ask(number, 0, row, ())))
+        self._ready.append((number, at_s, row, self._prompts.request(number, 0, row, ())))
         return True
 
     async def connect_first(self) -> None:
@@ -228,16 +228,16 @@ class Driver:
     async def _closed(self) -> None:
         await self._gather(self._stream(number, ask) for number, ask in self._first)
 
-    async def _stream(self, number: int, ask: Ask) -> None:
+    async def _stream(self, number: int, ask: Request) -> None:
         """Jobs one after the other. The next one is built while this one's answer comes."""
         has_next = True
         while has_next and not self._is_over():
-            upcoming: list[tuple[int, Ask]] = []
+            upcoming: list[tuple[int, Request]] = []
 
-            def build(upcoming: list[tuple[int, Ask]] = upcoming) -> None:
+            def build(upcoming: list[tuple[int, Request]] = upcoming) -> None:
                 following = next(self._numbers, None)
                 if following is not None:
-                    upcoming.append((following, self._prompts.ask(following, 0, None, ())))
+                    upcoming.append((following, self._prompts.request(following, 0, None, ())))
 
             self._loop.call_later(0.001, build)
             await self._job(number, _now(), None, ask)
@@ -284,23 +284,23 @@ class Driver:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _job(self, number: int, arrival_s: float, row: TraceRow | None, ask: Ask) -> None:
+    async def _job(self, number: int, arrival_s: float, row: TraceRow | None, ask: Request) -> None:
         history: list[dict[str, Any]] = []
         for turn in range(self._load.turns):
             if turn:
                 await asyncio.sleep(self._load.think_time_s)
                 if self._is_over():
                     return
-                ask = self._prompts.ask(number, turn, None, history)
+                ask = self._prompts.request(number, turn, None, history)
                 arrival_s = _now()
             exchange = await self._exchange(number, arrival_s, ask)
             if exchange is None or exchange.error is not None:
                 return
             if self._load.turns > 1:
-                messages = ask_messages(ask)
+                messages = _messages_of(ask)
                 history = [*messages, {"role": "assistant", "content": "".join(exchange.text or [])}]
 
-    async def _exchange(self, number: int, arrival_s: float, ask: Ask) -> Exchange | None:
+    async def _exchange(self, number: int, arrival_s: float, ask: Request) -> Exchange | None:
         """One request to its end; None when it could not be sent, which is counted."""
         if self._num_open * self.share.num_workers >= self._load.max_streams:
             self.tally.not_sent += 1
@@ -312,7 +312,7 @@ class Driver:
         finally:
             self._num_open -= 1
 
-    async def _sent(self, number: int, arrival_s: float, ask: Ask) -> Exchange | None:
+    async def _sent(self, number: int, arrival_s: float, ask: Request) -> Exchange | None:
         request = http_request(self._target, self._host_header, self._path, ask.body)
         while True:
             exchange = self._new_exchange(number, arrival_s, ask)
@@ -373,7 +373,7 @@ class Driver:
         nap_s = min(MAX_NAP_S, (now_s - exchange.sent_s) / 100, mean_gap_s / 10)
         return nap_s if nap_s >= MIN_NAP_S else 0.0
 
-    def _new_exchange(self, number: int, arrival_s: float, ask: Ask) -> Exchange:
+    def _new_exchange(self, number: int, arrival_s: float, ask: Request) -> Exchange:
         if self.floor is None:
             return Exchange(number, arrival_s, ask.output_tokens, keeps_text=self._load.turns > 1)
         return CalibrationExchange(number, arrival_s, ask.output_tokens, self.floor)
@@ -427,7 +427,7 @@ class Driver:
         return found
 
 
-def ask_messages(ask: Ask) -> list[dict[str, Any]]:
+def _messages_of(ask: Request) -> list[dict[str, Any]]:
     """The messages of a chat request's body."""
     import json
 
@@ -435,7 +435,7 @@ def ask_messages(ask: Ask) -> list[dict[str, Any]]:
     return messages
 
 
-def _tls(target: Target) -> ssl.SSLContext:
+def _tls(target: Endpoint) -> ssl.SSLContext:
     context = ssl.create_default_context()
     if not target.verify_tls:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

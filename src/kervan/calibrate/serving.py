@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
+from kervan.bench.benchmark import ClientOptions, Prepared, measure, prepare
 from kervan.bench.load import Load
 from kervan.bench.result import Result
-from kervan.bench.run import Client, Prepared, measure, prepare
 from kervan.calibrate.measurements import Memory, Serving
 from kervan.errors import ConfigError, EngineError, KervanError
 from kervan.ports import free_port
@@ -380,7 +380,7 @@ class Runs:
         prepared = prepare(one.url, load, model=one.server.model)
         if not prepared.probe.answered:
             raise EngineError(f"the server does not answer a first request: {prepared.probe.complaint}")
-        measure(prepared, load, client=Client(processes=1, calibrates=False, reconciles=False))
+        measure(prepared, load, client=ClientOptions(processes=1, calibrates=False, reconciles=False))
         return prepared
 
     def _run(self, prepared: Prepared, point: Point, seed: int) -> tuple[Result, bool]:
@@ -398,7 +398,7 @@ class Runs:
             return cut
 
         processes = -(-point.concurrency // STREAMS_PER_PROCESS)
-        client = Client(processes=processes, calibrates=False, reconciles=False)
+        client = ClientOptions(processes=processes, calibrates=False, reconciles=False)
         return measure(prepared, load, client=client, on_progress=is_over), cut
 
 

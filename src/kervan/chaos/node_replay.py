@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kervan.bench import drive
-from kervan.bench.load import Load, Target
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.worker import Share
 from kervan.chaos import node_trace
+from kervan.chaos.checked_load import TraceDriver
+from kervan.chaos.checked_run import TIMEOUT_S, CheckedRun, KnownPrompts, Say, first_look, known_prompts_of_twins
 from kervan.chaos.effects import Disruption
-from kervan.chaos.fleet import Fleet, LiveFleet
-from kervan.chaos.load import TraceDriver
+from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
 from kervan.chaos.node_trace import Change, NodeTrace
 from kervan.chaos.report import Report
-from kervan.chaos.run import TIMEOUT_S, Questions, Run, Say, first_look, twin_questions
 from kervan.chaos.schedule import Kind
-from kervan.chaos.tally import Tally
+from kervan.chaos.stream_checks import StreamChecks
 from kervan.config import fleet as facts
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo, read_trace
@@ -142,19 +142,19 @@ def run(model: str, plan: ReplayPlan, say: Say) -> Report:
         handle = fleets.attach(config.name, nodes.address)
         config = fleets.stored_config(handle)
         models = fleets.snapshot_of(handle).gateways[0].models
-        playing = Playing(LiveFleet(config.name, config, models, handle), config, plan, course, nodes, say)
+        playing = Playing(FleetOnRay(config.name, config, models, handle), config, plan, course, nodes, say)
         playing.prepare()
-        return playing.run_to_end(Target(url=status.url, model=models[0]))
+        return playing.run_to_end(Endpoint(url=status.url, model=models[0]))
     finally:
         nodes.close()
         cluster.forget(config.name)
 
 
-class Playing(Run):
+class Playing(CheckedRun):
     """The nodes' changes under an open loop. A node that is there at 0 is so before the load begins (`prepare`)."""
 
     def __init__(
-        self, fleet: Fleet, config: FleetConfig, plan: ReplayPlan, course: NodeTrace, nodes: Nodes, say: Say
+        self, fleet: FleetUnderTest, config: FleetConfig, plan: ReplayPlan, course: NodeTrace, nodes: Nodes, say: Say
     ) -> None:
         super().__init__(fleet, config, ["drain" if plan.deadline_s else "kill"], say)
         self._plan, self._course, self._nodes = plan, course, nodes
@@ -207,13 +207,13 @@ class Playing(Run):
             "requests_cut": self._driving.cut if self._driving else 0,
         }
 
-    async def _questions(self, at: Target) -> Questions:
+    async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
         at, _ = await first_look(at)
-        return twin_questions(self._config, at)
+        return known_prompts_of_twins(self._config, at)
 
-    def _driver(self, questions: Questions, tally: Tally) -> TraceDriver:
+    def _driver(self, prompts: KnownPrompts, tally: StreamChecks) -> TraceDriver:
         load = self._plan.load(self._course.end_s)
-        share = Share(load, questions.target, questions.alphabet, Slo())
+        share = Share(load, prompts.target, prompts.alphabet, Slo())
         longest = twins.settings(self._config).limits.max_model_len
         self._driving = TraceDriver(share, time.time(), tally.add, longest)
         self._say(

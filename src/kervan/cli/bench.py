@@ -48,7 +48,7 @@ ARRIVALS = ["poisson", "gamma", "constant"]
     "--set", "sampling", multiple=True, metavar="KEY=VALUE", help="Goes into each request's body; repeatable."
 )
 @click.option("--stop-at-eos", is_flag=True, help="Let answers end by themselves; without it ignore_eos is sent.")
-@click.option("--per-chunk-usage", is_flag=True, help="Ask for token counts in every chunk: exact gaps per token.")
+@click.option("--per-chunk-usage", is_flag=True, help="Request for token counts in every chunk: exact gaps per token.")
 @click.option("--header", "headers", multiple=True, metavar="NAME: VALUE", help="Goes with each request; repeatable.")
 @click.option("--api-key", help="Sent as a bearer token; or KERVAN_API_KEY.")
 @click.option("--insecure", is_flag=True, help="Do not check TLS certificates.")
@@ -96,12 +96,12 @@ def bench(url: str, **given: Any) -> None:
 
 def _measure(url: str, loads: list[Any], api: Any, say: Any, given: dict[str, Any]) -> int:
     """Measure a server that runs; the exit status."""
-    from kervan.bench import records, run, servers
+    from kervan.bench import benchmark, records, servers
     from kervan.cli import bench_view, render
 
     slo, actions = given["slo"], given["actions"]
     say(f"looking at {url}")
-    prepared = run.prepare(
+    prepared = benchmark.prepare(
         url,
         loads[0],
         model=given["model"],
@@ -113,7 +113,7 @@ def _measure(url: str, loads: list[Any], api: Any, say: Any, given: dict[str, An
     )
     if prepared.probe.complaint:
         say(prepared.probe.complaint)
-    client = run.Client(processes=given["processes"], calibrates=not given["no_calibration"])
+    client = benchmark.ClientOptions(processes=given["processes"], calibrates=not given["no_calibration"])
     if given["find_rate"]:
         return _find_rate(prepared, loads[0], slo, client, say, given)
     if given["against"] is not None:
@@ -123,7 +123,9 @@ def _measure(url: str, loads: list[Any], api: Any, say: Any, given: dict[str, An
     for load in loads:
         with bench_view.live(load, is_shown=sys.stderr.isatty()) as on_progress:
             results.append(
-                run.measure(prepared, load, slo=slo, client=client, actions=actions, on_progress=on_progress, say=say)
+                benchmark.measure(
+                    prepared, load, slo=slo, client=client, actions=actions, on_progress=on_progress, say=say
+                )
             )
         if not given["as_json"]:
             bench_view.print_result(results[-1])
@@ -135,13 +137,13 @@ def _measure(url: str, loads: list[Any], api: Any, say: Any, given: dict[str, An
         render.print_json(found[0] if len(loads) == 1 else {"sweep": found})
     _record(contents[0] if len(loads) == 1 else {"sweep": contents}, say, given)
     if given["html"] is not None:
-        from kervan.bench import report
+        from kervan.bench import html_report
 
         runs = [
-            report.Shown(_name(result.load), records.record("bench", content), result.tally.wholes())
+            html_report.ReportedRun(_name(result.load), records.record("bench", content), result.tally.wholes())
             for result, content in zip(results, contents, strict=True)
         ]
-        report.write(given["html"], runs)
+        html_report.write(given["html"], runs)
         say(f"report: {given['html']}")
     if not all(result.tally.ok for result in results):
         return 1
@@ -157,12 +159,12 @@ def _record(content: dict[str, Any], say: Any, given: dict[str, Any]) -> None:
 
 def _find_rate(prepared: Any, load: Any, slo: Any, client: Any, say: Any, given: dict[str, Any]) -> int:
     """Search the highest rate; the exit status."""
-    from kervan.bench import run
+    from kervan.bench import benchmark
     from kervan.cli import bench_view, render
     from kervan.units import parse_duration_s
 
     start_rate = load.stages[0].start_rate if load.stages else 1.0
-    answer = run.find_rate(
+    answer = benchmark.find_rate(
         prepared, load, slo=slo, attain=given["attain"], start_rate=start_rate, client=client,
         max_s=parse_duration_s(given["trial_time"], "--trial-time"), say=say,
     )  # fmt: skip
@@ -182,10 +184,10 @@ def _compare(
     """Pairs of runs of two servers; the exit status."""
     import dataclasses
 
-    from kervan.bench import calibrate, compare, run
+    from kervan.bench import benchmark, client_floor, compare
     from kervan.cli import bench_view, render
 
-    other = run.prepare(
+    other = benchmark.prepare(
         against, loads[0], api=prepared.target.api, headers=prepared.target.headers,
         sampling=prepared.target.sampling, verify_tls=prepared.target.verify_tls, tokenizer=given["tokenizer"],
     )  # fmt: skip
@@ -194,11 +196,11 @@ def _compare(
     for load in loads:
         floor = None
         if client.calibrates:
-            floor = calibrate.choose(load.expected_streams)
+            floor = client_floor.choose(load.expected_streams)
 
         def measure(side: Any, pair: int, load: Any = load, floor: Any = floor) -> Any:
             one = dataclasses.replace(load, seed=load.seed + 1000 * pair)
-            result = run.measure(sides[side], one, slo=slo, client=client, floor=floor)
+            result = benchmark.measure(sides[side], one, slo=slo, client=client, floor=floor)
             say(f"pair {pair + 1}, {_name(load)}: {side.upper()} {result.out_tok_s:,.1f} tok/s, "
                 f"{result.tally.num_errors} failed")  # fmt: skip
             return result

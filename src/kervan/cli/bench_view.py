@@ -10,11 +10,11 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
+from kervan.bench.benchmark import Live, RateSearchResult
 from kervan.bench.compare import LOWER_IS_BETTER, Ratio
 from kervan.bench.drive import OnProgress
 from kervan.bench.load import Load
 from kervan.bench.result import Result
-from kervan.bench.run import FoundRate, Live
 from kervan.bench.sketch import Sketch
 from kervan.bench.worker import Progress
 from kervan.units import format_duration
@@ -178,7 +178,7 @@ def _print_effect(console: Console, effect: Any) -> None:
     )
 
 
-def print_rate(answer: FoundRate) -> None:
+def print_rate(answer: RateSearchResult) -> None:
     """The trials of a search, and its answer."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table("requests/s", box=None, pad_edge=False, header_style="dim")

@@ -114,15 +114,14 @@ def _replay(model: str, given: dict[str, Any]) -> "Report":
 
 
 def _strike(url: str, given: dict[str, Any]) -> "Report":
-    from kervan.bench.load import Target
-    from kervan.bench.target import parse_url
-    from kervan.chaos import fleet as fleets
-    from kervan.chaos import run
+    from kervan.bench.endpoint import parse_url
+    from kervan.bench.load import Endpoint
+    from kervan.chaos import checked_run, fleet_under_test
     from kervan.cli import render
     from kervan.units import parse_duration_s
 
     kinds: tuple[Kind, ...] = ("kill", "drain", "hang")
-    plan = run.Plan(
+    plan = checked_run.DisruptionPlan(
         periods_s={
             kind: parse_duration_s(given[f"{kind}_every"], f"--{kind}-every")
             for kind in kinds
@@ -139,9 +138,11 @@ def _strike(url: str, given: dict[str, Any]) -> "Report":
     key = given["api_key"] or os.environ.get("KERVAN_API_KEY")
     headers = (("Authorization", f"Bearer {key}"),) if key else ()
     url = parse_url(url)
-    found = fleets.find(url, headers=headers, name=given["name"], address=given["address"])
+    found = fleet_under_test.find(url, headers=headers, name=given["name"], address=given["address"])
     model = found.models[0] if found.models else ""
-    return run.run(found, found.config, plan, Target(url=url, model=model, headers=headers), render.progress_lines())
+    return checked_run.run(
+        found, found.config, plan, Endpoint(url=url, model=model, headers=headers), render.progress_lines()
+    )
 
 
 def _print(report: "Report") -> None:

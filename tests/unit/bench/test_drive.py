@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kervan.bench.drive import check_file_limit
-from kervan.bench.load import Load, Target
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.pacer import Pacer, Schedule
 from kervan.bench.prompts import Alphabet
-from kervan.bench.tally import Tally
+from kervan.bench.tally import RequestTally
 from kervan.bench.worker import Driver, Share
 from kervan.config.workload import Slo
 from kervan.errors import ConfigError
@@ -63,12 +63,12 @@ async def serving(handler: Handler) -> AsyncIterator[str]:
         server.close()
 
 
-async def run(url: str, *, slo: Slo = Slo(), target: dict[str, Any] | None = None, **load: Any) -> Tally:  # noqa: B008
+async def run(url: str, *, slo: Slo = Slo(), target: dict[str, Any] | None = None, **load: Any) -> RequestTally:  # noqa: B008
     """A load of one worker within this loop."""
     settings: dict[str, Any] = {"isl": "16", "osl": "4", "timeout_s": 5.0, **load}
     if not {"stages", "trace", "streams"} & set(settings):
         settings |= {"streams": 2, "num_requests": settings.get("num_requests", 6)}
-    share = Share(Load(**settings), Target(url=url, model="m", **(target or {})), Alphabet(1000), slo)
+    share = Share(Load(**settings), Endpoint(url=url, model="m", **(target or {})), Alphabet(1000), slo)
     driver = Driver(share, time.time())
     driver.prepare()
     await driver.connect_first()
@@ -310,7 +310,7 @@ async def test_a_conversation_holds_what_was_said() -> None:
     async with serving(chat) as url:
         share = Share(
             Load(streams=1, num_requests=3, turns=3, isl="5", ignore_eos=False),
-            Target(url=url, model="m", api="chat"),
+            Endpoint(url=url, model="m", api="chat"),
             Alphabet(words=(" a", " b")),
             Slo(),
         )
@@ -325,7 +325,7 @@ async def test_a_conversation_holds_what_was_said() -> None:
 
 async def test_ended_by_hand() -> None:
     async with serving(hangs_midway) as url:
-        share = Share(Load(streams=3, duration_s=60), Target(url=url, model="m"), Alphabet(1000), Slo())
+        share = Share(Load(streams=3, duration_s=60), Endpoint(url=url, model="m"), Alphabet(1000), Slo())
         driver = Driver(share, time.time())
         driver.prepare()
         running = asyncio.create_task(driver.run())
@@ -340,7 +340,7 @@ async def test_the_calibration_server_says_what_it_did() -> None:
     pacer = Pacer(Schedule(ttft_s=0.01, tick_s=0.002, tokens=5))
     ticking = asyncio.create_task(pacer.tick_forever())
     load = Load(streams=2, num_requests=4, isl="16", osl="5")
-    target = Target(url=f"http://127.0.0.1:{pacer.port}", model="pacer")
+    target = Endpoint(url=f"http://127.0.0.1:{pacer.port}", model="pacer")
     driver = Driver(Share(load, target, Alphabet(1000), Slo(), is_calibration=True), time.time())
     driver.prepare()
     await asyncio.wait_for(driver.run(), 20)

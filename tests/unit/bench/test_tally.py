@@ -8,7 +8,7 @@ from kervan.bench import faults
 from kervan.bench.drive import Event
 from kervan.bench.exchange import Exchange
 from kervan.bench.reconcile import Counters, compare, read_counters
-from kervan.bench.tally import MAX_BUCKETS, NUM_BLOCKS, Tally, Timeline, block_of, merge_all
+from kervan.bench.tally import MAX_BUCKETS, NUM_BLOCKS, RequestTally, Timeline, block_of, merge_all
 from kervan.config.workload import Slo
 
 HEADERS = {"content-type": "text/event-stream"}
@@ -33,12 +33,12 @@ def exchange(
     return found
 
 
-def add(tally: Tally, found: Exchange, **more: object) -> None:
+def add(tally: RequestTally, found: Exchange, **more: object) -> None:
     tally.add(found, **{"block": 0, "input_tokens": 7, "has_kernel_time": True, **more})  # type: ignore[arg-type]
 
 
 def test_counts() -> None:
-    tally = Tally(1000.0, Slo(ttft_s=0.25), stall_s=2.0)
+    tally = RequestTally(1000.0, Slo(ttft_s=0.25), stall_s=2.0)
     add(tally, exchange(1000.0, [0.5, 2.5]))
     add(tally, exchange(1001.0, [0.5], late_s=0.2))
     add(tally, exchange(1001.0, [], prompt=9))
@@ -59,7 +59,7 @@ def test_counts() -> None:
 
 def test_merging_processes_is_as_one_process() -> None:
     rng = random.Random(4)
-    one, parts = Tally(1000.0), [Tally(1000.0) for _ in range(3)]
+    one, parts = RequestTally(1000.0), [RequestTally(1000.0) for _ in range(3)]
     for number in range(200):
         found = exchange(
             1000 + number * 0.7, [rng.random() for _ in range(rng.randrange(6))], is_cut=rng.random() < 0.2
@@ -78,7 +78,7 @@ def test_merging_processes_is_as_one_process() -> None:
 
 def test_gaps_counted_in_bulk_are_as_counted_one_by_one() -> None:
     rng = random.Random(5)
-    bulk, singly = Tally(1000.0), Tally(1000.0)
+    bulk, singly = RequestTally(1000.0), RequestTally(1000.0)
     for number in range(300):
         gaps = [rng.expovariate(20) for _ in range(rng.randrange(60))]
         found = exchange(1000 + number * 0.3, gaps)
@@ -159,7 +159,7 @@ def test_counters_of_a_page() -> None:
 
 
 def test_reconciliation() -> None:
-    tally = Tally(1000.0)
+    tally = RequestTally(1000.0)
     for number in range(10):
         add(tally, exchange(1000.0 + number, [0.1, 0.1]))
     assert compare(tally, Counters(10, 30, 70, 1.0, 10)).status == "agrees"

@@ -264,10 +264,10 @@ def test_what_is_good(more: dict[str, object], is_good: bool) -> None:
 
 
 def test_fleets_are_what_plans_are_checked_against() -> None:
-    from kervan.chaos.run import Plan
+    from kervan.chaos.checked_run import DisruptionPlan
     from kervan.errors import ConfigError
 
-    plan = Plan(periods_s={"kill": 1.0}, duration_s=5.0, streams=1)
+    plan = DisruptionPlan(periods_s={"kill": 1.0}, duration_s=5.0, streams=1)
     plan.check(FleetConfig(model="m", replicas=2))
     with pytest.raises(
         ConfigError, match=r"the fleet has 1 replica, and --min-ready 1 wants 1 besides.*kervan scale 2"

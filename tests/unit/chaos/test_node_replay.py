@@ -13,10 +13,10 @@ from harness.places import TRACES
 from harness.twin_server import SHAPE, serving
 
 from kervan import cli
-from kervan.bench.load import Target
+from kervan.bench.load import Endpoint
 from kervan.bench.prompts import Alphabet
 from kervan.bench.worker import Share
-from kervan.chaos.load import TraceDriver
+from kervan.chaos.checked_load import TraceDriver
 from kervan.chaos.node_replay import Playing, ReplayPlan, fleet_config
 from kervan.chaos.schedule import Kind
 from kervan.config.workload import Slo
@@ -119,7 +119,7 @@ def play(model: str, tmp_path: Path) -> Iterator[Callable[..., tuple[Any, list[s
             asked = plan(tmp_path, **more)
             playing = Playing(nodes, config, asked, asked.course(), nodes, said.append)
             playing.prepare()
-            return playing.run_to_end(Target(url=server.url, model="m")), said
+            return playing.run_to_end(Endpoint(url=server.url, model="m")), said
 
         yield run
 
@@ -200,7 +200,7 @@ async def test_requests_come_again_when_their_trace_is_over(tmp_path: Path, mode
     path = tmp_path / "rows.csv"
     path.write_text("\n".join(rows))
     load = plan(tmp_path, trace=str(path), trace_speed=1.0).load(4.5)
-    share = Share(load, Target(url="http://127.0.0.1:1", model="m"), Alphabet(vocab_size=100), Slo())
+    share = Share(load, Endpoint(url="http://127.0.0.1:1", model="m"), Alphabet(vocab_size=100), Slo())
     driver = TraceDriver(share, 0.0, lambda *_: None, max_model_len=64)
     jobs = [(number, at_s, row.input_tokens if row else 0) for number, at_s, row in driver.jobs()]
     assert jobs == [(0, 0.0, 10), (1, 1.0, 20), (2, 2.0, 59), (3, 3.0, 10), (4, 4.0, 20)]
@@ -212,7 +212,7 @@ async def test_a_trace_that_outlasts_the_nodes_is_not_begun_again(tmp_path: Path
     rows = [{"timestamp": at_ms, "input_length": 10, "output_length": 5} for at_ms in (0, 1000, 2000, 8000)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     load = plan(tmp_path, trace=str(path), trace_speed=1.0).load(4.5)
-    share = Share(load, Target(url="http://127.0.0.1:1", model="m"), Alphabet(vocab_size=100), Slo())
+    share = Share(load, Endpoint(url="http://127.0.0.1:1", model="m"), Alphabet(vocab_size=100), Slo())
     driver = TraceDriver(share, 0.0, lambda *_: None, max_model_len=64)
     assert [at_s for _, at_s, _ in driver.jobs()] == [0.0, 1.0, 2.0]
 

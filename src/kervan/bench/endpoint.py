@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kervan.bench.exchange import Exchange
-from kervan.bench.load import Api, Load, Target
+from kervan.bench.load import Api, Endpoint, Load
 from kervan.bench.prompts import Alphabet, check_api, encode, read_prompts
 from kervan.errors import ConfigError
 
@@ -56,7 +56,7 @@ def parse_url(text: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def _open(target: Target, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+def _open(target: Endpoint, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
     headers = dict(target.headers) | ({"Content-Type": "application/json"} if body is not None else {})
     request = urllib.request.Request(target.url + path, data=body, headers=headers)
     context = None
@@ -65,7 +65,7 @@ def _open(target: Target, path: str, body: bytes | None = None, timeout_s: float
     return urllib.request.urlopen(request, timeout=timeout_s, context=context)
 
 
-def get_text(target: Target, path: str) -> str:
+def get_text(target: Endpoint, path: str) -> str:
     """The body of a GET.
 
     Raises: RequestError.
@@ -77,7 +77,7 @@ def get_text(target: Target, path: str) -> str:
         raise RequestError(f"GET {path}: {error}") from error
 
 
-def call(target: Target, path: str, body: Any) -> Any:
+def call(target: Endpoint, path: str, body: Any) -> Any:
     """The JSON answer to a POST.
 
     Raises: RequestError.
@@ -89,7 +89,7 @@ def call(target: Target, path: str, body: Any) -> Any:
         raise RequestError(f"POST {path}: {error}") from error
 
 
-def stream_once(target: Target, body: dict[str, Any], timeout_s: float = PROBE_TIMEOUT_S) -> Exchange:
+def stream_once(target: Endpoint, body: dict[str, Any], timeout_s: float = PROBE_TIMEOUT_S) -> Exchange:
     """One streamed request, simply; never raises for what the server does."""
     exchange = Exchange(0, time.time(), None)
     full = {"model": target.model, "stream": True, "stream_options": {"include_usage": True}, **body}
@@ -116,12 +116,12 @@ def first_look(
     headers: Iterable[tuple[str, str]],
     sampling: dict[str, Any],
     verify_tls: bool,
-) -> tuple[Target, Probe]:
+) -> tuple[Endpoint, Probe]:
     """The target with its model's name, and what the server says of itself; a silent server gives an empty probe.
 
     Raises: ConfigError when the server has several models, none of them asked for.
     """
-    target = Target(
+    target = Endpoint(
         url=parse_url(url), model=model or "", api=api, headers=tuple(headers), sampling=sampling, verify_tls=verify_tls
     )
     try:
@@ -144,7 +144,7 @@ def first_look(
     return replace(target, model=chosen), probe
 
 
-def find_alphabet(target: Target, load: Load, probe: Probe, tokenizer: str | None) -> tuple[Alphabet, Probe]:
+def find_alphabet(target: Endpoint, load: Load, probe: Probe, tokenizer: str | None) -> tuple[Alphabet, Probe]:
     """What prompts for this server are made of, checked with one to three small requests.
 
     A server that does not answer gets token ids, so that a run can count how it fails.
@@ -243,7 +243,7 @@ def _words(candidates: Iterable[str], encode_text: Any) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _served_words(target: Target, probe: Probe) -> tuple[str, ...]:
+def _served_words(target: Endpoint, probe: Probe) -> tuple[str, ...]:
     """The same by the server's own /tokenize and /detokenize (vLLM has them), or its model's local files."""
     if probe.model_root and (Path(probe.model_root) / "tokenizer.json").is_file():
         words = _local_words(probe.model_root)

@@ -10,18 +10,25 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kervan.bench import drive, eventloop, target
-from kervan.bench.load import Load, Target
-from kervan.bench.prompts import Alphabet, Ask
-from kervan.bench.target import Probe
+from kervan.bench import drive, endpoint, eventloop
+from kervan.bench.endpoint import Probe
+from kervan.bench.load import Endpoint, Load
+from kervan.bench.prompts import Alphabet, Request
 from kervan.bench.worker import Share
 from kervan.chaos import effects, schedule
+from kervan.chaos.checked_load import (
+    SAMPLING,
+    CheckedDriver,
+    CheckedExchange,
+    ExpectedTokens,
+    tokens_as_recorded,
+    tokens_of_twins,
+)
 from kervan.chaos.effects import Disruption
-from kervan.chaos.fleet import Fleet
-from kervan.chaos.load import SAMPLING, CheckedDriver, CheckedExchange, Truth, seen_truth, twin_truth
+from kervan.chaos.fleet_under_test import FleetUnderTest
 from kervan.chaos.report import Report
 from kervan.chaos.schedule import Kind, Moment
-from kervan.chaos.tally import Tally
+from kervan.chaos.stream_checks import StreamChecks
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo, parse_lengths
 from kervan.errors import ConfigError, FleetError
@@ -39,7 +46,7 @@ RECOVERY_S = 300.0  # beyond the stall timeout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class DisruptionPlan:
     """What to do. `periods_s`: a disruption of each kind comes once in so long. `deadline_s`: of drains."""
 
     periods_s: Mapping[Kind, float]
@@ -77,19 +84,19 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
+class KnownPrompts:
     """What streams ask, and what must come. `numbers`: the prompts to choose from, all if empty."""
 
-    target: Target
+    target: Endpoint
     alphabet: Alphabet
-    truth: Truth
+    truth: ExpectedTokens
     numbers: tuple[int, ...] = ()
 
 
-async def first_look(at: Target) -> tuple[Target, Probe]:
+async def first_look(at: Endpoint) -> tuple[Endpoint, Probe]:
     """The target with its model, and what it says of itself. Raises: ConfigError."""
     return await asyncio.to_thread(
-        lambda: target.first_look(
+        lambda: endpoint.first_look(
             at.url,
             model=at.model or None,
             api="completions",
@@ -100,13 +107,15 @@ async def first_look(at: Target) -> tuple[Target, Probe]:
     )
 
 
-def twin_questions(config: FleetConfig, at: Target) -> Questions:
+def known_prompts_of_twins(config: FleetConfig, at: Endpoint) -> KnownPrompts:
     """What may be asked of twins: anything, as their answers are computed."""
     limits = twins.settings(config).limits
-    return Questions(at, Alphabet(vocab_size=limits.last_token + 1, first_id=limits.first_token), twin_truth(limits))
+    return KnownPrompts(
+        at, Alphabet(vocab_size=limits.last_token + 1, first_id=limits.first_token), tokens_of_twins(limits)
+    )
 
 
-def run(fleet: Fleet, config: FleetConfig, plan: Plan, at: Target, say: Say) -> Report:
+def run(fleet: FleetUnderTest, config: FleetConfig, plan: DisruptionPlan, at: Endpoint, say: Say) -> Report:
     """Carry out `plan` on the fleet at `at`. Blocks; Ctrl-C ends it early, with the report.
 
     Raises: ConfigError, FleetError before the first disruption.
@@ -122,13 +131,13 @@ def run(fleet: Fleet, config: FleetConfig, plan: Plan, at: Target, say: Say) -> 
     return _Strikes(fleet, config, plan, say).run_to_end(at)
 
 
-class Run(abc.ABC):
-    """One run: the questions, the load, the watch on the fleet and the report. What disturbs it is a subclass's.
+class CheckedRun(abc.ABC):
+    """One run: the prompts, the load, the watch on the fleet and the report. What disturbs it is a subclass's.
 
     `kinds`: of the disruptions to come.
     """
 
-    def __init__(self, fleet: Fleet, config: FleetConfig, kinds: Sequence[Kind], say: Say) -> None:
+    def __init__(self, fleet: FleetUnderTest, config: FleetConfig, kinds: Sequence[Kind], say: Say) -> None:
         self._fleet, self._config, self._say = fleet, config, say
         self._disruptions: list[Disruption] = []
         self._skipped: dict[Kind, int] = dict.fromkeys(kinds, 0)
@@ -136,7 +145,7 @@ class Run(abc.ABC):
         self._moved: dict[str, tuple[int, int]] = {}
         self._is_stopped = asyncio.Event()
 
-    def run_to_end(self, at: Target) -> Report:
+    def run_to_end(self, at: Endpoint) -> Report:
         """Blocks; Ctrl-C ends it early, with the report."""
         factory, _ = eventloop.factory()
         with asyncio.Runner(loop_factory=factory) as runner:
@@ -153,11 +162,11 @@ class Run(abc.ABC):
         """Disrupt what is to be disrupted in the run that began at `begin_s` (Unix time); cancelled at its end."""
 
     @abc.abstractmethod
-    def _driver(self, questions: Questions, tally: Tally) -> CheckedDriver:
+    def _driver(self, prompts: KnownPrompts, tally: StreamChecks) -> CheckedDriver:
         """Sends the load, and tells what it will be."""
 
     @abc.abstractmethod
-    async def _questions(self, at: Target) -> Questions:
+    async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
         """Raises: ConfigError, FleetError when nothing could be asked."""
 
     @abc.abstractmethod
@@ -170,12 +179,12 @@ class Run(abc.ABC):
 
     # ---- from the first stream to the report
 
-    async def _run(self, at: Target) -> Report:
+    async def _run(self, at: Endpoint) -> Report:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._is_stopped.set)
         try:
             self._see(await asyncio.to_thread(self._fleet.look, -1, 0.0))
-            return await self._measure(await self._questions(at))
+            return await self._measure(await self._known_prompts(at))
         finally:
             loop.remove_signal_handler(signal.SIGINT)
 
@@ -197,9 +206,9 @@ class Run(abc.ABC):
         if ends_at_stop and self._is_stopped.is_set():
             raise FleetError("stopped before anything was disturbed")
 
-    async def _measure(self, questions: Questions) -> Report:
-        tally = Tally(questions.truth, self._disruptions, self._say)
-        driver = self._driver(questions, tally)
+    async def _measure(self, prompts: KnownPrompts) -> Report:
+        tally = StreamChecks(prompts.truth, self._disruptions, self._say)
+        driver = self._driver(prompts, tally)
         begin_s = time.time()
         watching = asyncio.create_task(self._watch())
         striking = asyncio.create_task(self._disturb(begin_s))
@@ -281,10 +290,10 @@ def _raise_failure(task: "asyncio.Task[None]") -> None:
         raise error
 
 
-class _Strikes(Run):
+class _Strikes(CheckedRun):
     """Each kind of disruption once in its period, under a closed loop."""
 
-    def __init__(self, fleet: Fleet, config: FleetConfig, plan: Plan, say: Say) -> None:
+    def __init__(self, fleet: FleetUnderTest, config: FleetConfig, plan: DisruptionPlan, say: Say) -> None:
         super().__init__(fleet, config, list(plan.periods_s), say)
         self._plan = plan
 
@@ -294,14 +303,14 @@ class _Strikes(Run):
     def _asked(self) -> Mapping[str, Any]:
         return asdict(self._plan)
 
-    def _driver(self, questions: Questions, tally: Tally) -> CheckedDriver:
+    def _driver(self, prompts: KnownPrompts, tally: StreamChecks) -> CheckedDriver:
         plan = self._plan
         self._say(f"{plan.streams} streams on {self._config.replicas} replicas for {plan.duration_s:g} s")
         load = self._load(plan.streams, duration_s=plan.duration_s)
-        share = Share(load, questions.target, questions.alphabet, Slo())
-        return CheckedDriver(share, time.time(), tally.add, questions.numbers)
+        share = Share(load, prompts.target, prompts.alphabet, Slo())
+        return CheckedDriver(share, time.time(), tally.add, prompts.numbers)
 
-    async def _questions(self, at: Target) -> Questions:
+    async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
         load = self._load(self._plan.streams, duration_s=self._plan.duration_s)
         at, probe = await first_look(at)
         longest = parse_lengths(load.isl).maximum + parse_lengths(load.osl).maximum
@@ -311,13 +320,13 @@ class _Strikes(Run):
                 f"{probe.max_model_len}; use shorter ones"
             )
         if self._config.engine == "twin":
-            return twin_questions(self._config, at)
-        alphabet, probe = await asyncio.to_thread(target.find_alphabet, at, load, probe, None)
+            return known_prompts_of_twins(self._config, at)
+        alphabet, probe = await asyncio.to_thread(endpoint.find_alphabet, at, load, probe, None)
         if not probe.answered:
             raise FleetError(f"{at.url} does not answer: {probe.complaint}")
         return await self._seen(at, alphabet)
 
-    async def _seen(self, at: Target, alphabet: Alphabet) -> Questions:
+    async def _seen(self, at: Endpoint, alphabet: Alphabet) -> KnownPrompts:
         """Prompts of a real model, with what it answers undisturbed, both alone and in a batch."""
         self._say(f"{NUM_PROMPTS} prompts are answered twice, undisturbed: by these the later answers are judged")
         answers: list[dict[bytes, list[int]]] = []
@@ -325,7 +334,7 @@ class _Strikes(Run):
         for streams in (1, min(max(2, self._plan.streams), NUM_PROMPTS)):
             found: dict[bytes, list[int]] = {}
 
-            def take(ask: Ask, exchange: CheckedExchange | None, found: dict[bytes, list[int]] = found) -> None:
+            def take(ask: Request, exchange: CheckedExchange | None, found: dict[bytes, list[int]] = found) -> None:
                 if exchange is None or exchange.error is not None:
                     why = "no connection" if exchange is None else f"{exchange.error}: {exchange.message}"
                     raise FleetError(f"an answer failed before anything was disturbed: {why}")
@@ -342,7 +351,7 @@ class _Strikes(Run):
             raise FleetError("no prompt was answered twice in the same way, so no stream could be checked")
         if len(numbers) < NUM_PROMPTS:
             self._say(f"{NUM_PROMPTS - len(numbers)} were answered differently in a batch, and are left out")
-        return Questions(at, alphabet, seen_truth(same), numbers)
+        return KnownPrompts(at, alphabet, tokens_as_recorded(same), numbers)
 
     def _load(self, streams: int, *, num_requests: int | None = None, duration_s: float | None = None) -> Load:
         return Load(

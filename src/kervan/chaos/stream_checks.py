@@ -3,20 +3,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kervan.bench.prompts import Ask
+from kervan.bench.prompts import Request
 from kervan.chaos import effects, verify
+from kervan.chaos.checked_load import CheckedExchange, ExpectedTokens
 from kervan.chaos.effects import Disruption
-from kervan.chaos.load import CheckedExchange, Truth
 
 # An answer with such an error came to its end; what is wrong with its tokens is counted as tokens.
 TOKEN_ERRORS = ("wrong_length", "duplicated", "empty")
 
 
 @dataclass(slots=True)
-class Tally:
+class StreamChecks:
     """`disruptions` is the list that the run adds to. `longest_s`: each stream's longest gap in each window."""
 
-    truth: Truth
+    truth: ExpectedTokens
     disruptions: Sequence[Disruption]
     on_fault: Callable[[str], None] = lambda _: None
     streams: int = 0
@@ -27,7 +27,7 @@ class Tally:
     longest_s: list[float] = field(default_factory=list)
     _odd: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
 
-    def add(self, ask: Ask, exchange: CheckedExchange | None) -> None:
+    def add(self, ask: Request, exchange: CheckedExchange | None) -> None:
         """Count one stream that has ended, or that found no connection."""
         self.streams += 1
         if exchange is None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from kervan.bench.load import Target
-from kervan.bench.target import RequestError, get_text
+from kervan.bench.endpoint import RequestError, get_text
+from kervan.bench.load import Endpoint
 from kervan.chaos.schedule import Kind
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
@@ -18,7 +18,7 @@ from kervan.serve import fleet as fleets
 STATUS_PATH = "/kervan/status"
 
 
-class Fleet(Protocol):
+class FleetUnderTest(Protocol):
     """What a run needs of a fleet."""
 
     def look(self, version: int, timeout_s: float) -> Snapshot:
@@ -35,7 +35,7 @@ class Fleet(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LiveFleet:
+class FleetOnRay:
     """A fleet on Ray."""
 
     name: str
@@ -50,7 +50,7 @@ class LiveFleet:
         return fleets.order(self._handle, replica_id, Drain(deadline_s) if kind == "drain" else Strike(kind))
 
 
-def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, address: str | None) -> LiveFleet:
+def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, address: str | None) -> FleetOnRay:
     """The fleet whose gateway answers at `url`.
 
     Raises: ConfigError when no kervan gateway answers there; FleetError when its fleet cannot be found from here.
@@ -67,7 +67,7 @@ def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, addr
         snapshot = fleets.snapshot_of(handle)
         entry = next((entry for entry in snapshot.gateways if entry.id == gateway), None)
         if entry is not None:
-            return LiveFleet(candidate, fleets.stored_config(handle), entry.models, handle)
+            return FleetOnRay(candidate, fleets.stored_config(handle), entry.models, handle)
     looked = f"fleet {name!r}" if name else f"the fleets of its cluster ({', '.join(directory.names())})"
     raise FleetError(f"{url} is answered by gateway {gateway}, which is not of {looked}; give its --name or --address")
 
@@ -76,7 +76,7 @@ def _gateway(url: str, headers: Iterable[tuple[str, str]], name: str | None) -> 
     """The id of the gateway that answers."""
     path = STATUS_PATH + (f"?fleet={name}" if name else "")
     try:
-        found = json.loads(get_text(Target(url=url, headers=tuple(headers)), path))
+        found = json.loads(get_text(Endpoint(url=url, headers=tuple(headers)), path))
         return str(found["gateway"])
     except RequestError as error:
         if "401" in str(error):

@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kervan.bench import calibrate, reconcile, worker
+from kervan.bench import client_floor, reconcile, worker
 from kervan.bench.arrivals import steady
 from kervan.bench.drive import Action, OnProgress, check_file_limit, drive
-from kervan.bench.load import Api, Load, Target
+from kervan.bench.endpoint import Probe, RequestError, find_alphabet, first_look, get_text
+from kervan.bench.load import Api, Endpoint, Load
 from kervan.bench.prompts import Alphabet
 from kervan.bench.reconcile import Counters, Reconciliation
 from kervan.bench.result import Result
-from kervan.bench.saturation import Search, Trial, Tried
-from kervan.bench.target import Probe, RequestError, find_alphabet, first_look, get_text
+from kervan.bench.saturation import Search, Trial, TrialResult
 from kervan.config.workload import Slo
 
 Say = Callable[[str], None]
@@ -22,7 +22,7 @@ MIN_TRIAL_SHARE = 8 / 60  # of the time that a trial may take: no verdict before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Client:
+class ClientOptions:
     """How the client measures. `processes` None: as few as carry the load. `max_processes` bounds that choice."""
 
     processes: int | None = None
@@ -35,7 +35,7 @@ class Client:
 class Prepared:
     """A server that was looked at, ready to be loaded."""
 
-    target: Target
+    target: Endpoint
     probe: Probe
     alphabet: Alphabet
     metrics_at_start: Counters | None = None
@@ -68,8 +68,8 @@ def measure(
     load: Load,
     *,
     slo: Slo = Slo(),  # noqa: B008 - frozen
-    client: Client = Client(),
-    floor: calibrate.Floor | None = None,
+    client: ClientOptions = ClientOptions(),
+    floor: client_floor.ClientFloor | None = None,
     actions: Sequence[Action] = (),
     on_progress: OnProgress | None = None,
     say: Say = lambda _: None,
@@ -81,9 +81,9 @@ def measure(
     if client.calibrates and floor is None:
         say(f"calibrating the client at {_plural(load.expected_streams, 'stream')}")
         if client.processes is None:
-            floor = calibrate.choose(load.expected_streams)
+            floor = client_floor.choose(load.expected_streams)
         else:
-            floor = calibrate.measure(load.expected_streams, client.processes)
+            floor = client_floor.measure(load.expected_streams, client.processes)
     num_processes = client.processes or (floor.num_processes if floor else 1)
     check_file_limit(load.expected_streams, num_processes)
     before = _read(prepared.target) if client.reconciles else None
@@ -106,7 +106,7 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _read(target: Target) -> Counters | str:
+def _read(target: Endpoint) -> Counters | str:
     """The server's counters, or why there are none."""
     try:
         counters = reconcile.read_counters(get_text(target, "/metrics"))
@@ -115,7 +115,7 @@ def _read(target: Target) -> Counters | str:
     return counters or "/metrics has none of vLLM's counters"
 
 
-def _reconcile(target: Target, before: Counters | str | None, tally: Any) -> Reconciliation:
+def _reconcile(target: Endpoint, before: Counters | str | None, tally: Any) -> Reconciliation:
     """Compare, again and again for a few seconds: a server counts a request a moment after it has answered it."""
     if not isinstance(before, Counters):
         return Reconciliation("unavailable", before or "")
@@ -157,14 +157,14 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
-class FoundRate:
+class RateSearchResult:
     """The answer of a search: the rate is in [`keeps_up_to`, `breaks_from`). `results` has each trial's run."""
 
     slo: Slo
     attain: float
     keeps_up_to: float
     breaks_from: float | None
-    trials: tuple[Tried, ...]
+    trials: tuple[TrialResult, ...]
     results: tuple[Result, ...]
     was_interrupted: bool
 
@@ -208,10 +208,10 @@ def find_rate(
     slo: Slo,
     attain: float = 0.95,
     start_rate: float = 1.0,
-    client: Client = Client(),
+    client: ClientOptions = ClientOptions(),
     max_s: float = 60.0,
     say: Say = lambda _: None,
-) -> FoundRate:
+) -> RateSearchResult:
     """The highest rate of `load` at which a share `attain` of the requests keeps `slo`. Takes up to 16 times `max_s`.
 
     Raises: ConfigError, FleetError.
@@ -239,9 +239,9 @@ def find_rate(
             break
         verdict, good, ended, elapsed_s = next((s for s in state if s[0] != "open"), state[-1])
         results.append(result)
-        search.trials.append(Tried(rate, verdict == "keeps", good, ended))
+        search.trials.append(TrialResult(rate, verdict == "keeps", good, ended))
         word = "keeps" if verdict == "keeps" else "breaks"
         say(f"{rate:.3g} requests/s {word} the SLO: {good} of {ended} good after {elapsed_s:.0f} s")
-    return FoundRate(
+    return RateSearchResult(
         slo, attain, search.keeps_up_to, search.breaks_from, tuple(search.trials), tuple(results), interrupted
     )

@@ -32,7 +32,7 @@ _CURVE_POINTS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ReportedRun:
     """One run of the report: its record, and the distributions behind its curves."""
 
     name: str
@@ -40,7 +40,7 @@ class Shown:
     sketches: dict[str, Sketch]
 
 
-def write(path: Path, runs: Sequence[Shown], title: str | None = None) -> None:
+def write(path: Path, runs: Sequence[ReportedRun], title: str | None = None) -> None:
     """Write the report of one run, or of a sweep, to `path`.
 
     Raises: ConfigError when plotly is not installed.
@@ -62,7 +62,7 @@ def write(path: Path, runs: Sequence[Shown], title: str | None = None) -> None:
     path.write_text(text)
 
 
-def _title(runs: Sequence[Shown]) -> str:
+def _title(runs: Sequence[ReportedRun]) -> str:
     target = runs[0].record["target"]
     return f"{target['model'] or target['url']} under load"
 
@@ -70,7 +70,7 @@ def _title(runs: Sequence[Shown]) -> str:
 # ---- text
 
 
-def _body(runs: Sequence[Shown], figures: dict[str, Any], title: str) -> str:
+def _body(runs: Sequence[ReportedRun], figures: dict[str, Any], title: str) -> str:
     record = runs[0].record
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="dim">{html.escape(_subtitle(record))}</p>']
     parts.append(_verdict(runs))
@@ -91,7 +91,7 @@ def _body(runs: Sequence[Shown], figures: dict[str, Any], title: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _headline(text: str, run: Shown, runs: Sequence[Shown]) -> str:
+def _headline(text: str, run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
     return text if len(runs) == 1 else f"{text}: {run.name}"
 
 
@@ -106,7 +106,7 @@ def _subtitle(record: dict[str, Any]) -> str:
     return " · ".join(words)
 
 
-def _verdict(runs: Sequence[Shown]) -> str:
+def _verdict(runs: Sequence[ReportedRun]) -> str:
     doubts = [(run.name, doubt) for run in runs for doubt in run.record["result"]["doubts"]]
     compared = [run.record["result"]["reconciliation"]["status"] for run in runs]
     checks = []
@@ -212,7 +212,7 @@ def _errors(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _faults(run: Shown) -> str:
+def _faults(run: ReportedRun) -> str:
     rows = []
     for effect in run.record["result"]["faults"]:
         after = effect["recovered_after_s"]
@@ -234,7 +234,7 @@ def _faults(run: Shown) -> str:
     return "<h2>Faults during the load</h2>\n" + _rows(head, rows, text_columns=(0, 1))
 
 
-def _sweep_table(runs: Sequence[Shown]) -> str:
+def _sweep_table(runs: Sequence[ReportedRun]) -> str:
     rows = []
     for run in runs:
         r = run.record["result"]
@@ -265,7 +265,7 @@ def _definitions() -> str:
     return _rows(["", ""], rows, text_columns=(0, 1))
 
 
-def _environment(runs: Sequence[Shown]) -> str:
+def _environment(runs: Sequence[ReportedRun]) -> str:
     record = runs[0].record
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     loads = "\n".join(json.dumps(run.record["load"]) for run in runs)
@@ -276,7 +276,7 @@ def _environment(runs: Sequence[Shown]) -> str:
 # ---- plots
 
 
-def _figures(runs: Sequence[Shown]) -> dict[str, Any]:
+def _figures(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if any(run.sketches["ttft_s"].count for run in runs):
         figures["cdf"] = _cdf(runs)
@@ -311,7 +311,7 @@ def _layout(**more: Any) -> dict[str, Any]:
     return layout
 
 
-def _cdf(runs: Sequence[Shown]) -> dict[str, Any]:
+def _cdf(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
     starts = []
     for number, run in enumerate(runs):
@@ -346,7 +346,7 @@ def _cdf(runs: Sequence[Shown]) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def _timeline(runs: Sequence[Shown]) -> dict[str, Any]:
+def _timeline(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
     for number, run in enumerate(runs):
         data += _lines_over_time(run, COLOURS[number % len(COLOURS)], is_alone=len(runs) == 1)
@@ -363,7 +363,7 @@ def _timeline(runs: Sequence[Shown]) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def _lines_over_time(run: Shown, colour: str, *, is_alone: bool) -> list[dict[str, Any]]:
+def _lines_over_time(run: ReportedRun, colour: str, *, is_alone: bool) -> list[dict[str, Any]]:
     """Tokens/s, streams in flight and the longest gap; and crosses where requests failed."""
     lists = run.record["timeline"]
     width_s = lists["bucket_s"]
@@ -419,7 +419,7 @@ def _fault_note(at_s: float, command: str) -> dict[str, Any]:
     return {"x": at_s, "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "top", "showarrow": False, **text}
 
 
-def _sweep(runs: Sequence[Shown]) -> dict[str, Any]:
+def _sweep(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     x = [run.record["result"]["out_tok_s"] for run in runs]
     data: list[dict[str, Any]] = []
     lines = (("ttft_s", "p50"), ("ttft_s", "p99"), ("tpot_s", "p50"), ("tpot_s", "p99"))

@@ -9,14 +9,14 @@ import msgspec
 
 from kervan.bench.events import Chunk
 from kervan.bench.exchange import Exchange
-from kervan.bench.load import Load, Target
-from kervan.bench.prompts import Alphabet, Ask, Prompts
+from kervan.bench.load import Endpoint, Load
+from kervan.bench.prompts import Alphabet, Prompts, Request
 from kervan.bench.worker import Driver, Share
 from kervan.config.workload import TraceRow
 from kervan.twin.engine import Limits, answer
 
 # A request -> the tokens of its answer.
-Truth = Callable[[Ask], list[int]]
+ExpectedTokens = Callable[[Request], list[int]]
 # Goes into each request: token ids come with each chunk, and the answer is decided by the prompt.
 SAMPLING: dict[str, Any] = {"return_token_ids": True, "temperature": 0}
 
@@ -26,18 +26,18 @@ class _Asked(msgspec.Struct):
     max_tokens: int
 
 
-def twin_truth(limits: Limits) -> Truth:
+def tokens_of_twins(limits: Limits) -> ExpectedTokens:
     """What twins with these limits answer."""
     decode = msgspec.json.Decoder(_Asked).decode
 
-    def truth(ask: Ask) -> list[int]:
+    def truth(ask: Request) -> list[int]:
         asked = decode(ask.body)
         return answer(asked.prompt, asked.max_tokens, limits)
 
     return truth
 
 
-def seen_truth(answers: Mapping[bytes, list[int]]) -> Truth:
+def tokens_as_recorded(answers: Mapping[bytes, list[int]]) -> ExpectedTokens:
     """What was answered before; `answers` by the request's body."""
     return lambda ask: answers[ask.body]
 
@@ -63,12 +63,12 @@ class CheckedExchange(Exchange):
 class _SomePrompts(Prompts):
     """Only the prompts of some numbers, in an order drawn from the seed."""
 
-    def __init__(self, load: Load, target: Target, alphabet: Alphabet, numbers: Sequence[int]) -> None:
+    def __init__(self, load: Load, target: Endpoint, alphabet: Alphabet, numbers: Sequence[int]) -> None:
         super().__init__(load, target, alphabet)
         self._numbers = numbers
 
-    def ask(self, job: int, turn: int, row: TraceRow | None, history: Sequence[dict[str, Any]]) -> Ask:
-        return super().ask(random.Random(f"{self._load.seed} of {job}").choice(self._numbers), turn, row, history)
+    def request(self, job: int, turn: int, row: TraceRow | None, history: Sequence[dict[str, Any]]) -> Request:
+        return super().request(random.Random(f"{self._load.seed} of {job}").choice(self._numbers), turn, row, history)
 
 
 class CheckedDriver(Driver):
@@ -81,7 +81,7 @@ class CheckedDriver(Driver):
         self,
         share: Share,
         start_s: float,
-        on_answer: Callable[[Ask, CheckedExchange | None], None],
+        on_answer: Callable[[Request, CheckedExchange | None], None],
         numbers: Sequence[int] = (),
     ) -> None:
         super().__init__(share, start_s)
@@ -90,8 +90,8 @@ class CheckedDriver(Driver):
         if numbers:
             self._prompts = _SomePrompts(share.load, share.target, share.alphabet, numbers)
 
-    def prompt(self, number: int) -> Ask:
-        return self._prompts.ask(number, 0, None, ())
+    def prompt(self, number: int) -> Request:
+        return self._prompts.request(number, 0, None, ())
 
     async def run(self) -> None:
         """Raises: what `on_answer` raised; nothing more is sent then."""
@@ -99,10 +99,10 @@ class CheckedDriver(Driver):
         if self._failure is not None:
             raise self._failure
 
-    def _new_exchange(self, number: int, arrival_s: float, ask: Ask) -> Exchange:
+    def _new_exchange(self, number: int, arrival_s: float, ask: Request) -> Exchange:
         return CheckedExchange(number, arrival_s, ask.output_tokens)
 
-    async def _exchange(self, number: int, arrival_s: float, ask: Ask) -> Exchange | None:
+    async def _exchange(self, number: int, arrival_s: float, ask: Request) -> Exchange | None:
         exchange = await super()._exchange(number, arrival_s, ask)
         assert exchange is None or isinstance(exchange, CheckedExchange)
         try:
@@ -123,7 +123,7 @@ class TraceDriver(CheckedDriver):
         self,
         share: Share,
         start_s: float,
-        on_answer: Callable[[Ask, CheckedExchange | None], None],
+        on_answer: Callable[[Request, CheckedExchange | None], None],
         max_model_len: int,
     ) -> None:
         super().__init__(share, start_s, on_answer)
