@@ -20,12 +20,10 @@ import servers
 from servers import HERE
 
 from kervan.bench import endpoint, eventloop
-from kervan.bench.exchange import Exchange
+from kervan.bench.client import LoadClient, Share
 from kervan.bench.load import Load
-from kervan.bench.prompts import Request
-from kervan.bench.worker import Share
 from kervan.chaos import effects, fleet_under_test
-from kervan.chaos.checked_load import SAMPLING, CheckedDriver, CheckedExchange
+from kervan.chaos.checked_load import SAMPLING, Stream, StreamObserver
 from kervan.chaos.effects import Disruption
 from kervan.config.workload import Slo
 from kervan.fleet.directory import ReplicaEntry, Snapshot
@@ -79,38 +77,13 @@ def run(args: argparse.Namespace, keep: Keep) -> str:
     return table(rows)
 
 
-class KeptDriver(CheckedDriver):
-    """Keeps all its exchanges, and can be told to send no more."""
-
-    def __init__(
-        self, share: Share, start_s: float, on_answer: Callable[[Request, CheckedExchange | None], None]
-    ) -> None:
-        super().__init__(share, start_s, on_answer)
-        self._kept: list[CheckedExchange] = []
-
-    def _new_exchange(self, number: int, arrival_s: float, ask: Request) -> Exchange:
-        exchange = CheckedExchange(number, arrival_s, ask.output_tokens)
-        self._kept.append(exchange)
-        return exchange
-
-    @property
-    def exchanges(self) -> list[CheckedExchange]:
-        """Ended or in flight, with all that has come."""
-        for channel in self._flying.values():
-            channel.settle()
-        return self._kept
-
-    def let_end(self) -> None:
-        """What is in flight ends; nothing follows."""
-        self._is_ended = True
-
-
 class _Storm:
     def __init__(self, args: argparse.Namespace, keep: Keep, url: str, name: str) -> None:
         self._args, self._keep, self._url, self._name = args, keep, url, name
         self._errors: dict[str, int] = {}
         self._messages: dict[str, str] = {}
-        self._ended = 0
+        self._ended: list[Stream] = []
+        self._observer = StreamObserver(self._count)
 
     async def run(self) -> None:
         at, probe = await asyncio.to_thread(
@@ -125,42 +98,46 @@ class _Storm:
         self._fleet = await asyncio.to_thread(
             lambda: fleet_under_test.find(self._url, headers=(), name=self._name, address=None)
         )
-        self._driver = KeptDriver(Share(load, at, alphabet, Slo()), time.time(), self._count)
-        self._driver.prepare()
-        await self._driver.connect_first()
-        self._driver.tally.start_s = time.time()
-        running = asyncio.create_task(self._driver.run())
+        self._client = LoadClient(Share(load, at, alphabet, Slo()))
+        self._client.prepare()
+        await self._client.connect_first()
+        running = asyncio.create_task(self._client.run(time.time(), self._observer))
         try:
             await self._scenes()
         finally:
-            self._driver.let_end()
+            self._client.stop_sending()
             left_s = max(5.0, self._args.deadline_s - time.monotonic() - 25.0)
             await asyncio.wait({running}, timeout=left_s)
             if not running.done():
-                self._driver.end()
+                self._client.end()
             await asyncio.wait({running}, timeout=5.0)
             self._keep(self._verdict())
 
-    def _count(self, ask: Request, exchange: CheckedExchange | None) -> None:
-        self._ended += 1
-        error = "refused" if exchange is None else exchange.error
-        if exchange is not None and error is None and len(exchange.tokens) != ask.output_tokens:
+    def _streams(self) -> list[Stream]:
+        """Ended or in flight, with all that has come."""
+        self._client.in_flight()
+        return [*self._ended, *self._observer.open.values()]
+
+    def _count(self, stream: Stream) -> None:
+        self._ended.append(stream)
+        exchange = stream.exchange
+        error = exchange.error
+        if error is None and len(stream.tokens) != exchange.request.output_tokens:
             error = "token_ids"
         if error is not None:
             self._errors[error] = self._errors.get(error, 0) + 1
-            self._messages.setdefault(error, exchange.message if exchange is not None else "no connection")
+            self._messages.setdefault(error, exchange.message)
             self._keep({"what": "a stream broke", "error": error, "message": self._messages[error]})
 
     def _verdict(self) -> Row:
-        kept = self._driver.exchanges
         return {
             "what": "all streams",
-            "streams": self._ended,
-            "tokens": sum(len(exchange.tokens) for exchange in kept),
+            "streams": len(self._ended),
+            "tokens": sum(len(stream.tokens) for stream in self._streams()),
             "broken": sum(self._errors.values()),
             "errors": self._errors,
-            "unfinished": self._driver.tally.unfinished,
-            "client_late_s": round(self._driver.lag.largest, 4),
+            "unfinished": self._client.unfinished,
+            "client_late_s": round(self._client.lag.largest, 4),
         }
 
     # ---- scenes
@@ -233,12 +210,12 @@ class _Storm:
         """Gaps of the `moves` streams that waited longest of those in flight at `at_s`, and all gaps of the others."""
         event = [Disruption(0, "kill", "", at_s, felt_s=at_s)]
         waits: list[tuple[float, int]] = []
-        for exchange in self._driver.exchanges:
-            if exchange.sent_s <= at_s and exchange.tokens_s and exchange.tokens_s[-1] > at_s:
-                for longest_s in effects.longest_gaps_s(exchange.sent_s, exchange.tokens_s, event):
-                    waits.append((longest_s, exchange.index))
+        for stream in self._streams():
+            sent_s, number = stream.exchange.sent_s, stream.exchange.number
+            if sent_s <= at_s and stream.tokens_s and stream.tokens_s[-1] > at_s:
+                waits += [(longest_s, number) for longest_s in effects.longest_gaps_s(sent_s, stream.tokens_s, event)]
         waits.sort(reverse=True)
-        moved = {index for _, index in waits[:moves]}
+        moved = {number for _, number in waits[:moves]}
         moved_s = [wait for wait, _ in waits[:moves]]
         return {
             "in_flight": len(waits),
@@ -253,14 +230,14 @@ class _Storm:
         gaps: list[float] = []
         ttfts: list[float] = []
         tokens = 0
-        for exchange in self._driver.exchanges:
-            if exchange.index in without:
+        for stream in self._streams():
+            if stream.exchange.number in without:
                 continue
-            times = exchange.tokens_s
+            times = stream.tokens_s
             tokens += sum(begin_s < at_s <= end_s for at_s in times)
             gaps += [after - before for before, after in itertools.pairwise(times) if begin_s < after <= end_s]
             if times and begin_s < times[0] <= end_s:
-                ttfts.append(times[0] - exchange.sent_s)
+                ttfts.append(times[0] - stream.exchange.sent_s)
         return {
             "gap": _quantiles(gaps),
             "ttft": _quantiles(ttfts),

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kervan.bench import client_floor, reconcile, worker
+from kervan.bench import client_floor, reconcile
 from kervan.bench.arrivals import steady
+from kervan.bench.counting import Progress
 from kervan.bench.drive import Action, OnProgress, check_file_limit, drive
 from kervan.bench.endpoint import Probe, RequestError, find_alphabet, first_look, get_text
 from kervan.bench.load import Api, Endpoint, Load
@@ -35,7 +36,7 @@ class ClientOptions:
 class Prepared:
     """A server that was looked at, ready to be loaded."""
 
-    target: Endpoint
+    endpoint: Endpoint
     probe: Probe
     alphabet: Alphabet
     metrics_at_start: Counters | None = None
@@ -56,11 +57,11 @@ def prepare(
 
     Raises: ConfigError.
     """
-    target, probe = first_look(
+    endpoint, probe = first_look(
         url, model=model, api=api, headers=headers, sampling=sampling or {}, verify_tls=verify_tls
     )
-    alphabet, probe = find_alphabet(target, load, probe, tokenizer)
-    return Prepared(target, probe, alphabet)
+    alphabet, probe = find_alphabet(endpoint, load, probe, tokenizer)
+    return Prepared(endpoint, probe, alphabet)
 
 
 def measure(
@@ -86,10 +87,10 @@ def measure(
             floor = client_floor.measure(load.expected_streams, client.processes)
     num_processes = client.processes or (floor.num_processes if floor else 1)
     check_file_limit(load.expected_streams, num_processes)
-    before = _read(prepared.target) if client.reconciles else None
+    before = _read(prepared.endpoint) if client.reconciles else None
     outcome = drive(
         load,
-        prepared.target,
+        prepared.endpoint,
         prepared.alphabet,
         slo=slo,
         num_processes=num_processes,
@@ -98,30 +99,30 @@ def measure(
     )
     found = Reconciliation("unavailable", "not asked for")
     if client.reconciles:
-        found = _reconcile(prepared.target, before, outcome.tally)
-    return Result(prepared.target, prepared.probe, load, slo, outcome, floor, found)
+        found = _reconcile(prepared.endpoint, before, outcome.tally)
+    return Result(prepared.endpoint, prepared.probe, load, slo, outcome, floor, found)
 
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _read(target: Endpoint) -> Counters | str:
+def _read(endpoint: Endpoint) -> Counters | str:
     """The server's counters, or why there are none."""
     try:
-        counters = reconcile.read_counters(get_text(target, "/metrics"))
+        counters = reconcile.read_counters(get_text(endpoint, "/metrics"))
     except RequestError as error:
         return str(error)
     return counters or "/metrics has none of vLLM's counters"
 
 
-def _reconcile(target: Endpoint, before: Counters | str | None, tally: Any) -> Reconciliation:
+def _reconcile(endpoint: Endpoint, before: Counters | str | None, tally: Any) -> Reconciliation:
     """Compare, again and again for a few seconds: a server counts a request a moment after it has answered it."""
     if not isinstance(before, Counters):
         return Reconciliation("unavailable", before or "")
     deadline_s = time.monotonic() + METRICS_WAIT_S
     while True:
-        after = _read(target)
+        after = _read(endpoint)
         if not isinstance(after, Counters):
             return Reconciliation("unavailable", after)
         found = reconcile.compare(tally, after.minus(before))
@@ -144,7 +145,7 @@ class Live:
     history: list[float] = field(default_factory=list)
     _last: tuple[float, int] = (0.0, 0)
 
-    def update(self, elapsed_s: float, reports: list[worker.Progress]) -> None:
+    def update(self, elapsed_s: float, reports: list[Progress]) -> None:
         """Take the newest reports of all workers."""
         self.elapsed_s = elapsed_s
         for name in ("ok", "good", "errors", "in_flight", "tokens"):
@@ -224,7 +225,7 @@ def find_rate(
         trial = Trial(rate, target=attain, min_s=max_s * MIN_TRIAL_SHARE, max_s=max_s)
         state: list[tuple[str, int, int, float]] = []
 
-        def judge(elapsed_s: float, reports: list[worker.Progress], trial: Trial = trial, state: Any = state) -> bool:
+        def judge(elapsed_s: float, reports: list[Progress], trial: Trial = trial, state: Any = state) -> bool:
             good, ended = sum(r.good for r in reports), sum(r.ok + r.errors for r in reports)
             in_flight = sum(r.in_flight for r in reports)
             verdict = trial.verdict(good=good, ended=ended, in_flight=in_flight, elapsed_s=elapsed_s)

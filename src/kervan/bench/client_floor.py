@@ -54,8 +54,8 @@ def measure(streams: int, num_processes: int = 1) -> ClientFloor:
     try:
         port = mine.recv()
         load = Load(streams=streams, num_requests=max(4, 2 * streams), isl="16", osl=str(TOKENS), timeout_s=60.0)
-        target = Endpoint(url=f"http://127.0.0.1:{port}", model="pacer")
-        outcome = drive(load, target, Alphabet(1000), num_processes=num_processes, is_calibration=True)
+        endpoint = Endpoint(url=f"http://127.0.0.1:{port}", model="pacer")
+        outcome = drive(load, endpoint, Alphabet(1000), num_processes=num_processes, is_calibration=True)
     except EOFError:
         raise FleetError("the calibration server died; is there enough memory?") from None
     finally:

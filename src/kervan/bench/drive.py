@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from kervan.bench import worker
+from kervan.bench.client import Share
+from kervan.bench.counting import FloorSketches, Progress
 from kervan.bench.load import Endpoint, Load
 from kervan.bench.prompts import Alphabet
 from kervan.bench.sketch import Sketch
@@ -20,7 +22,7 @@ from kervan.config.workload import Slo
 from kervan.errors import ConfigError, FleetError
 
 # Gets the seconds since the start and each worker's newest report; true ends the run.
-OnProgress = Callable[[float, list[worker.Progress]], bool | None]
+OnProgress = Callable[[float, list[Progress]], bool | None]
 
 READY_TIMEOUT_S = 120.0
 START_DELAY_S = 0.1
@@ -61,7 +63,7 @@ class Outcome:
     events: list[Event]
     was_interrupted: bool = False
     clock_step_s: float = 0.0  # how far the real-time clock went from the monotonic one during the run
-    floor: worker.FloorSketches = field(default_factory=worker.FloorSketches)
+    floor: FloorSketches = field(default_factory=FloorSketches)
 
 
 @dataclass(slots=True)
@@ -73,7 +75,7 @@ class _Running:
 
 def drive(
     load: Load,
-    target: Endpoint,
+    endpoint: Endpoint,
     alphabet: Alphabet,
     *,
     slo: Slo = Slo(),  # noqa: B008 - frozen
@@ -93,7 +95,7 @@ def drive(
     links: dict[Connection, BaseProcess] = {}
     try:
         for number in range(num_processes):
-            share = worker.Share(load, target, alphabet, slo, number, num_processes, is_calibration)
+            share = Share(load, endpoint, alphabet, slo, number, num_processes, is_calibration)
             mine, theirs = context.Pipe()
             process: BaseProcess = context.Process(
                 target=worker.run, args=(share, theirs), name=f"kervan-bench-{number}", daemon=True
@@ -123,7 +125,7 @@ class _Session:
         self._on_progress = on_progress
         self._running: list[_Running] = []
         self._events: list[Event] = []
-        self._reports: dict[int, worker.Progress] = {}
+        self._reports: dict[int, Progress] = {}
         self._finished: dict[Connection, worker.Finished] = {}
         self._start_s = 0.0
         self._is_told_to_stop = False
@@ -149,12 +151,11 @@ class _Session:
         finally:
             self._end_actions()
         found = list(self._finished.values())
-        lag, floor = Sketch(), worker.FloorSketches()
+        lag, floor = Sketch(), FloorSketches()
         for one in found:
             lag.merge(one.lag)
             if one.floor is not None:
-                for name in ("ttft", "gap", "ttft_measured", "gap_measured"):
-                    getattr(floor, name).merge(getattr(one.floor, name))
+                floor.merge(one.floor)
         return Outcome(
             tally=merge_all(one.tally for one in found),
             num_processes=len(self._links),
@@ -207,7 +208,7 @@ class _Session:
             message = self._receive(link)
             if isinstance(message, worker.Finished):
                 self._finished[link] = message
-            elif isinstance(message, worker.Progress):
+            elif isinstance(message, Progress):
                 self._reports[message.worker] = message
                 fresh = True
         now_s = time.time() - self._start_s

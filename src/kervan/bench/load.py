@@ -13,6 +13,7 @@ from kervan.config.workload import Slo, TraceRow, parse_lengths, read_trace
 from kervan.errors import ConfigError
 
 Api = Literal["completions", "chat"]
+PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,4 +137,4 @@ class Load:
         return found
 
 
-__all__ = ["Api", "Endpoint", "Load", "Slo"]
+__all__ = ["PATHS", "Api", "Endpoint", "Load", "Slo"]

@@ -27,7 +27,7 @@ MAX_CLOCK_STEP_S = 0.001
 class Result:
     """One run. `floor` None: calibration was skipped."""
 
-    target: Endpoint
+    endpoint: Endpoint
     probe: Probe
     load: Load
     slo: Slo
@@ -110,14 +110,14 @@ class Result:
 
     def content(self) -> dict[str, Any]:
         """What a record holds of this run."""
-        target = self.target
+        endpoint = self.endpoint
         return {
             "target": {
-                "url": target.url,
-                "model": target.model,
-                "api": target.api,
+                "url": endpoint.url,
+                "model": endpoint.model,
+                "api": endpoint.api,
                 "server_version": self.probe.version,
-                "sampling": target.sampling,
+                "sampling": endpoint.sampling,
             },
             "load": self.load.to_dict(),
             "result": self.to_dict(),

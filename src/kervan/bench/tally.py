@@ -165,16 +165,20 @@ class RequestTally:
     def num_errors(self) -> int:
         return sum(self.errors.values())
 
-    def add_failure(self, kind: str, message: str, at_s: float) -> None:
-        """Count a request that failed, also one that was never sent."""
+    def _add_failure(self, kind: str, message: str, at_s: float) -> None:
         self.errors[kind] = self.errors.get(kind, 0) + 1
         known = self.messages.setdefault(kind, [])
         if len(known) < NUM_FIRST_ERRORS and message not in known:
             known.append(message)
         self._timeline.at(at_s - self.start_s).errors += 1
 
-    def add(self, exchange: Exchange, *, block: int, input_tokens: int | None, has_kernel_time: bool) -> None:
-        """Count an exchange that has ended."""
+    def add(self, exchange: Exchange, *, block: int) -> None:
+        """Count a request that has ended, in one of `NUM_BLOCKS` stretches; or one that could not be sent."""
+        if not exchange.was_sent:
+            assert exchange.error is not None
+            self.not_sent += exchange.error == "not_sent"
+            self._add_failure(exchange.error, exchange.message, exchange.end_s)
+            return
         self.first_send_s = min(self.first_send_s, exchange.sent_s)
         self.last_end_s = max(self.last_end_s, exchange.end_s)
         self.busy_s += exchange.end_s - exchange.sent_s
@@ -185,12 +189,13 @@ class RequestTally:
         sketches["late_s"].add(max(0.0, exchange.sent_s - exchange.arrival_s))
         if exchange.error is not None:
             self.failed_output_tokens += exchange.num_chunks
-            self.add_failure(exchange.error, exchange.message, exchange.end_s)
+            self._add_failure(exchange.error, exchange.message, exchange.end_s)
             return
         assert exchange.first_s is not None and exchange.output_tokens is not None
         self.ok += 1
-        self.with_kernel_time += has_kernel_time
+        self.with_kernel_time += exchange.has_kernel_time
         self.output_tokens += exchange.output_tokens
+        input_tokens = exchange.request.input_tokens
         self.input_tokens += exchange.prompt_tokens or input_tokens or 0
         self.without_usage += exchange.prompt_tokens is None
         if input_tokens is not None and exchange.prompt_tokens not in (None, input_tokens):

@@ -1,155 +1,128 @@
-"""Streams whose every token is checked: `kervan bench`'s client, with prompts whose answers are known."""
+"""A load whose every token is checked: requests whose responses are known, and an observer that keeps the tokens."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
+from kervan.bench.client import BuildRequest
 from kervan.bench.events import Chunk
 from kervan.bench.exchange import Exchange
-from kervan.bench.load import Endpoint, Load
-from kervan.bench.prompts import Alphabet, Prompts, Request
-from kervan.bench.worker import Driver, Share
+from kervan.bench.load import Load
+from kervan.bench.prompts import Prompts, Request
 from kervan.config.workload import TraceRow
 from kervan.twin.engine import Limits, answer
 
-# A request -> the tokens of its answer.
+# A request -> the tokens of its response.
 ExpectedTokens = Callable[[Request], list[int]]
-# Goes into each request: token ids come with each chunk, and the answer is decided by the prompt.
+# Goes into each request: token ids come with each chunk, and the response is decided by the prompt.
 SAMPLING: dict[str, Any] = {"return_token_ids": True, "temperature": 0}
 
 
-class _Asked(msgspec.Struct):
+class _Completion(msgspec.Struct):
     prompt: list[int]
     max_tokens: int
 
 
 def tokens_of_twins(limits: Limits) -> ExpectedTokens:
-    """What twins with these limits answer."""
-    decode = msgspec.json.Decoder(_Asked).decode
+    """What twins with these limits generate."""
+    decode = msgspec.json.Decoder(_Completion).decode
 
-    def truth(ask: Request) -> list[int]:
-        asked = decode(ask.body)
-        return answer(asked.prompt, asked.max_tokens, limits)
+    def expected(request: Request) -> list[int]:
+        completion = decode(request.body)
+        return answer(completion.prompt, completion.max_tokens, limits)
 
-    return truth
-
-
-def tokens_as_recorded(answers: Mapping[bytes, list[int]]) -> ExpectedTokens:
-    """What was answered before; `answers` by the request's body."""
-    return lambda ask: answers[ask.body]
+    return expected
 
 
-class CheckedExchange(Exchange):
-    """Keeps the token ids, and when each chunk that had some came."""
+def tokens_as_recorded(responses: Mapping[bytes, list[int]]) -> ExpectedTokens:
+    """What was generated before; `responses` by the request's body."""
+    return lambda request: responses[request.body]
 
-    __slots__ = ("tokens", "tokens_s")
 
-    def __init__(self, index: int, arrival_s: float, exact_tokens: int | None) -> None:
-        super().__init__(index, arrival_s, exact_tokens)
-        self.tokens: list[int] = []
-        self.tokens_s: list[float] = []
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A request that was sent or could not be, the token ids that came, and when each chunk that had some came."""
 
-    def _on_chunk(self, chunk: Chunk, event: bytes, at_s: float) -> None:
+    exchange: Exchange
+    tokens: list[int] = field(default_factory=list)
+    tokens_s: list[float] = field(default_factory=list)
+
+
+class StreamObserver:
+    """Keeps the tokens of each stream, and hands it over when it has ended. A `RequestObserver`.
+
+    `open`: those that have not ended. What `on_ended` raises ends the load.
+    """
+
+    def __init__(self, on_ended: Callable[[Stream], None]) -> None:
+        self.open: dict[Exchange, Stream] = {}
+        self._on_ended = on_ended
+
+    def on_sent(self, exchange: Exchange) -> None:
+        """Begin to keep its tokens."""
+        self.open[exchange] = Stream(exchange)
+
+    def on_chunk(self, exchange: Exchange, chunk: Chunk, event: bytes, at_s: float) -> None:
+        """Keep the chunk's tokens."""
+        stream = self.open[exchange]
         for choice in chunk.choices:
             if choice.token_ids:
-                self.tokens += choice.token_ids
-                self.tokens_s.append(at_s)
-        super()._on_chunk(chunk, event, at_s)
+                stream.tokens += choice.token_ids
+                stream.tokens_s.append(at_s)
+
+    def on_done(self, exchange: Exchange) -> None:
+        """Hand it over."""
+        self._on_ended(self.open.pop(exchange))
+
+    def on_failed(self, exchange: Exchange) -> None:
+        """Hand it over, also if it was never sent."""
+        self._on_ended(self.open.pop(exchange, Stream(exchange)))
 
 
-class _SomePrompts(Prompts):
-    """Only the prompts of some numbers, in an order drawn from the seed."""
+def only_some(prompts: Prompts, numbers: Sequence[int], seed: int) -> BuildRequest:
+    """Requests with the prompts of these numbers only, again and again, in an order drawn from `seed`."""
 
-    def __init__(self, load: Load, target: Endpoint, alphabet: Alphabet, numbers: Sequence[int]) -> None:
-        super().__init__(load, target, alphabet)
-        self._numbers = numbers
+    def build(job: int, turn: int, row: TraceRow | None, history: Sequence[dict[str, Any]]) -> Request:
+        return prompts.request(random.Random(f"{seed} of {job}").choice(numbers), turn, row, history)
 
-    def request(self, job: int, turn: int, row: TraceRow | None, history: Sequence[dict[str, Any]]) -> Request:
-        return super().request(random.Random(f"{self._load.seed} of {job}").choice(self._numbers), turn, row, history)
+    return build
 
 
-class CheckedDriver(Driver):
-    """Hands over every answer with its request; None for one that could not be sent.
+@dataclass(slots=True)
+class RepeatedTrace:
+    """The arrivals of a load's trace, from its start again when it is over, until `load.duration_s`.
 
-    `numbers`: the prompts to ask, again and again; without it each one is new.
+    `max_model_len`: of prompt and response together. A row that is longer gets a shorter prompt, and if need be a
+    shorter response; `num_cut` counts them.
     """
 
-    def __init__(
-        self,
-        share: Share,
-        start_s: float,
-        on_answer: Callable[[Request, CheckedExchange | None], None],
-        numbers: Sequence[int] = (),
-    ) -> None:
-        super().__init__(share, start_s)
-        self._on_answer = on_answer
-        self._failure: Exception | None = None
-        if numbers:
-            self._prompts = _SomePrompts(share.load, share.target, share.alphabet, numbers)
+    load: Load
+    max_model_len: int
+    num_cut: int = 0
 
-    def prompt(self, number: int) -> Request:
-        return self._prompts.request(number, 0, None, ())
-
-    async def run(self) -> None:
-        """Raises: what `on_answer` raised; nothing more is sent then."""
-        await super().run()
-        if self._failure is not None:
-            raise self._failure
-
-    def _new_exchange(self, number: int, arrival_s: float, ask: Request) -> Exchange:
-        return CheckedExchange(number, arrival_s, ask.output_tokens)
-
-    async def _exchange(self, number: int, arrival_s: float, ask: Request) -> Exchange | None:
-        exchange = await super()._exchange(number, arrival_s, ask)
-        assert exchange is None or isinstance(exchange, CheckedExchange)
-        try:
-            self._on_answer(ask, exchange)
-        except Exception as error:  # noqa: BLE001 - raised by `run`; nobody awaits this task's result
-            self._failure = self._failure or error
-            self.end()
-        return exchange
-
-
-class TraceDriver(CheckedDriver):
-    """Asks as a trace says, from its start again when it is over. `max_model_len`: prompt and answer together.
-
-    A row that is longer gets a shorter prompt, and if need be a shorter answer; `cut` counts them.
-    """
-
-    def __init__(
-        self,
-        share: Share,
-        start_s: float,
-        on_answer: Callable[[Request, CheckedExchange | None], None],
-        max_model_len: int,
-    ) -> None:
-        super().__init__(share, start_s, on_answer)
-        self._max_model_len = max_model_len
-        self.cut = 0
-
-    def jobs(self) -> Iterator[tuple[int, float, TraceRow | None]]:
-        assert self._load.duration_s is not None, "else it has no end"
+    def __iter__(self) -> Iterator[tuple[float, TraceRow]]:
+        assert self.load.duration_s is not None, "else it has no end"
         # Without its bound, which would look like the trace's end.
-        whole = replace(self._load, duration_s=None)
-        number, shift_s = 0, 0.0
+        whole = replace(self.load, duration_s=None)
+        shift_s = 0.0
         while True:
-            first, last_s = number, 0.0
+            count, last_s = 0, 0.0
             for last_s, row in whole.arrivals():
-                if shift_s + last_s >= self._load.duration_s:
+                if shift_s + last_s >= self.load.duration_s:
                     return
                 assert row is not None
-                yield number, shift_s + last_s, self._fit(row)
-                number += 1
+                yield shift_s + last_s, self._fit(row)
+                count += 1
             # The first row comes again as long after the last one as rows are apart.
-            shift_s += last_s + (last_s / (number - first - 1) if last_s else 1.0)
+            shift_s += last_s + (last_s / (count - 1) if last_s else 1.0)
 
     def _fit(self, row: TraceRow) -> TraceRow:
-        output = min(max(1, row.output_tokens), self._max_model_len - 1)
-        prompt = min(row.input_tokens, self._max_model_len - output)
+        output = min(max(1, row.output_tokens), self.max_model_len - 1)
+        prompt = min(row.input_tokens, self.max_model_len - output)
         if (prompt, output) == (row.input_tokens, max(1, row.output_tokens)):
             return row
-        self.cut += 1
+        self.num_cut += 1
         return replace(row, input_tokens=prompt, output_tokens=output)

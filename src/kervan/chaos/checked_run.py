@@ -11,16 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kervan.bench import drive, endpoint, eventloop
+from kervan.bench.client import LoadClient, RequestObserver, Share
 from kervan.bench.endpoint import Probe
 from kervan.bench.load import Endpoint, Load
-from kervan.bench.prompts import Alphabet, Request
-from kervan.bench.worker import Share
+from kervan.bench.prompts import Alphabet, Prompts
 from kervan.chaos import effects, schedule
 from kervan.chaos.checked_load import (
     SAMPLING,
-    CheckedDriver,
-    CheckedExchange,
     ExpectedTokens,
+    Stream,
+    StreamObserver,
+    only_some,
     tokens_as_recorded,
     tokens_of_twins,
 )
@@ -85,11 +86,11 @@ class DisruptionPlan:
 
 @dataclass(frozen=True, slots=True)
 class KnownPrompts:
-    """What streams ask, and what must come. `numbers`: the prompts to choose from, all if empty."""
+    """Prompts whose responses are known. `numbers`: those to choose from, all if empty."""
 
-    target: Endpoint
+    endpoint: Endpoint
     alphabet: Alphabet
-    truth: ExpectedTokens
+    expected: ExpectedTokens
     numbers: tuple[int, ...] = ()
 
 
@@ -162,8 +163,8 @@ class CheckedRun(abc.ABC):
         """Disrupt what is to be disrupted in the run that began at `begin_s` (Unix time); cancelled at its end."""
 
     @abc.abstractmethod
-    def _driver(self, prompts: KnownPrompts, tally: StreamChecks) -> CheckedDriver:
-        """Sends the load, and tells what it will be."""
+    def _client(self, prompts: KnownPrompts) -> LoadClient:
+        """What sends the load; says what it will be."""
 
     @abc.abstractmethod
     async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
@@ -188,17 +189,16 @@ class CheckedRun(abc.ABC):
         finally:
             loop.remove_signal_handler(signal.SIGINT)
 
-    async def _drive(self, driver: CheckedDriver, *, ends_at_stop: bool) -> None:
-        """Send the driver's load to its end, or to Ctrl-C."""
-        driver.prepare()
-        await driver.connect_first()
-        driver.tally.start_s = time.time()
-        running = asyncio.create_task(driver.run())
+    async def _send(self, client: LoadClient, observer: RequestObserver, *, ends_at_stop: bool) -> None:
+        """Send the client's load to its end, or to Ctrl-C."""
+        client.prepare()
+        await client.connect_first()
+        running = asyncio.create_task(client.run(time.time(), observer))
         stop = asyncio.create_task(self._is_stopped.wait())
         try:
             await asyncio.wait({running, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                driver.end()
+                client.end()
             await running
         finally:
             stop.cancel()
@@ -207,13 +207,13 @@ class CheckedRun(abc.ABC):
             raise FleetError("stopped before anything was disturbed")
 
     async def _measure(self, prompts: KnownPrompts) -> Report:
-        tally = StreamChecks(prompts.truth, self._disruptions, self._say)
-        driver = self._driver(prompts, tally)
+        checks = StreamChecks(prompts.expected, self._disruptions, self._say)
+        client = self._client(prompts)
         begin_s = time.time()
         watching = asyncio.create_task(self._watch())
         striking = asyncio.create_task(self._disturb(begin_s))
         try:
-            await self._drive(driver, ends_at_stop=False)
+            await self._send(client, StreamObserver(checks.add), ends_at_stop=False)
             striking.cancel()
             await asyncio.wait({striking})
             wall_s = time.time() - begin_s
@@ -234,16 +234,16 @@ class CheckedRun(abc.ABC):
             wall_s=wall_s,
             disruptions=self._disruptions,
             skipped=self._skipped,
-            streams=tally.streams,
-            unfinished=driver.tally.unfinished,
-            tokens=tally.tokens,
-            broken=tally.broken,
-            difference=await asyncio.to_thread(tally.difference),
-            errors=tally.errors,
-            messages=tally.messages,
+            streams=checks.streams,
+            unfinished=client.unfinished,
+            tokens=checks.tokens,
+            broken=checks.broken,
+            difference=await asyncio.to_thread(checks.difference),
+            errors=checks.errors,
+            messages=checks.messages,
             moves=sum(last - first for first, last in self._moved.values()),
-            longest_s=tally.longest_s,
-            client_late_s=driver.lag.largest,
+            longest_s=checks.longest_s,
+            client_late_s=client.lag.largest,
             was_interrupted=self._is_stopped.is_set(),
             more=self._more(),
         )
@@ -303,12 +303,13 @@ class _Strikes(CheckedRun):
     def _asked(self) -> Mapping[str, Any]:
         return asdict(self._plan)
 
-    def _driver(self, prompts: KnownPrompts, tally: StreamChecks) -> CheckedDriver:
+    def _client(self, prompts: KnownPrompts) -> LoadClient:
         plan = self._plan
         self._say(f"{plan.streams} streams on {self._config.replicas} replicas for {plan.duration_s:g} s")
         load = self._load(plan.streams, duration_s=plan.duration_s)
-        share = Share(load, prompts.target, prompts.alphabet, Slo())
-        return CheckedDriver(share, time.time(), tally.add, prompts.numbers)
+        build = Prompts(load, prompts.endpoint, prompts.alphabet)
+        some = only_some(build, prompts.numbers, plan.seed) if prompts.numbers else build.request
+        return LoadClient(Share(load, prompts.endpoint, prompts.alphabet, Slo()), build=some)
 
     async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
         load = self._load(self._plan.streams, duration_s=self._plan.duration_s)
@@ -329,24 +330,23 @@ class _Strikes(CheckedRun):
     async def _seen(self, at: Endpoint, alphabet: Alphabet) -> KnownPrompts:
         """Prompts of a real model, with what it answers undisturbed, both alone and in a batch."""
         self._say(f"{NUM_PROMPTS} prompts are answered twice, undisturbed: by these the later answers are judged")
-        answers: list[dict[bytes, list[int]]] = []
-        order: list[bytes] = []
+        rounds: list[dict[bytes, list[int]]] = []
         for streams in (1, min(max(2, self._plan.streams), NUM_PROMPTS)):
-            found: dict[bytes, list[int]] = {}
+            responses: dict[bytes, list[int]] = {}
 
-            def take(ask: Request, exchange: CheckedExchange | None, found: dict[bytes, list[int]] = found) -> None:
-                if exchange is None or exchange.error is not None:
-                    why = "no connection" if exchange is None else f"{exchange.error}: {exchange.message}"
+            def keep(stream: Stream, responses: dict[bytes, list[int]] = responses) -> None:
+                exchange = stream.exchange
+                if exchange.error is not None:
+                    why = f"{exchange.error}: {exchange.message}"
                     raise FleetError(f"an answer failed before anything was disturbed: {why}")
-                found[ask.body] = exchange.tokens
+                responses[exchange.request.body] = stream.tokens
 
-            load = self._load(streams, num_requests=NUM_PROMPTS)
-            driver = CheckedDriver(Share(load, at, alphabet, Slo()), time.time(), take)
-            order = [driver.prompt(number).body for number in range(NUM_PROMPTS)]
-            await self._drive(driver, ends_at_stop=True)
-            answers.append(found)
-        same = {body: tokens for body, tokens in answers[0].items() if answers[1].get(body) == tokens}
-        numbers = tuple(number for number, body in enumerate(order) if body in same)
+            client = LoadClient(Share(self._load(streams, num_requests=NUM_PROMPTS), at, alphabet, Slo()))
+            await self._send(client, StreamObserver(keep), ends_at_stop=True)
+            rounds.append(responses)
+        same = {body: tokens for body, tokens in rounds[0].items() if rounds[1].get(body) == tokens}
+        prompts = Prompts(self._load(1, num_requests=NUM_PROMPTS), at, alphabet)
+        numbers = tuple(n for n in range(NUM_PROMPTS) if prompts.request(n, 0, None, ()).body in same)
         if not numbers:
             raise FleetError("no prompt was answered twice in the same way, so no stream could be checked")
         if len(numbers) < NUM_PROMPTS:

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kervan.bench import drive
+from kervan.bench.client import LoadClient, Share
 from kervan.bench.load import Endpoint, Load
-from kervan.bench.worker import Share
 from kervan.chaos import node_trace
-from kervan.chaos.checked_load import TraceDriver
+from kervan.chaos.checked_load import RepeatedTrace
 from kervan.chaos.checked_run import TIMEOUT_S, CheckedRun, KnownPrompts, Say, first_look, known_prompts_of_twins
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
 from kervan.chaos.node_trace import Change, NodeTrace
 from kervan.chaos.report import Report
 from kervan.chaos.schedule import Kind
-from kervan.chaos.stream_checks import StreamChecks
 from kervan.config import fleet as facts
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo, read_trace
@@ -162,7 +161,7 @@ class Playing(CheckedRun):
         self._num_added = self._num_removed = 0
         self._begin_s = math.inf
         self._over_time: list[dict[str, float]] = []
-        self._driving: TraceDriver | None = None
+        self._arrivals: RepeatedTrace | None = None
         self._has_seen = asyncio.Event()
 
     def prepare(self) -> None:
@@ -204,23 +203,22 @@ class Playing(CheckedRun):
             "nodes_added": self._num_added,
             "nodes_removed": self._num_removed,
             "over_time": self._over_time,
-            "requests_cut": self._driving.cut if self._driving else 0,
+            "requests_cut": self._arrivals.num_cut if self._arrivals else 0,
         }
 
     async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
         at, _ = await first_look(at)
         return known_prompts_of_twins(self._config, at)
 
-    def _driver(self, prompts: KnownPrompts, tally: StreamChecks) -> TraceDriver:
+    def _client(self, prompts: KnownPrompts) -> LoadClient:
         load = self._plan.load(self._course.end_s)
-        share = Share(load, prompts.target, prompts.alphabet, Slo())
-        longest = twins.settings(self._config).limits.max_model_len
-        self._driving = TraceDriver(share, time.time(), tally.add, longest)
+        self._arrivals = RepeatedTrace(load, twins.settings(self._config).limits.max_model_len)
         self._say(
             f"{plural(len(self._there), 'spot node')} at first; requests of {Path(self._plan.trace).name} for "
             f"{self._course.end_s:g} s"
         )
-        return self._driving
+        share = Share(load, prompts.endpoint, prompts.alphabet, Slo())
+        return LoadClient(share, arrivals=self._arrivals)
 
     # ---- the nodes
 

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kervan.bench.prompts import Request
 from kervan.chaos import effects, verify
-from kervan.chaos.checked_load import CheckedExchange, ExpectedTokens
+from kervan.chaos.checked_load import ExpectedTokens, Stream
 from kervan.chaos.effects import Disruption
 
-# An answer with such an error came to its end; what is wrong with its tokens is counted as tokens.
+# A response with such an error came to its end; what is wrong with its tokens is counted as tokens.
 TOKEN_ERRORS = ("wrong_length", "duplicated", "empty")
 
 
@@ -16,7 +15,7 @@ TOKEN_ERRORS = ("wrong_length", "duplicated", "empty")
 class StreamChecks:
     """`disruptions` is the list that the run adds to. `longest_s`: each stream's longest gap in each window."""
 
-    truth: ExpectedTokens
+    expected: ExpectedTokens
     disruptions: Sequence[Disruption]
     on_fault: Callable[[str], None] = lambda _: None
     streams: int = 0
@@ -25,25 +24,25 @@ class StreamChecks:
     errors: dict[str, int] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
     longest_s: list[float] = field(default_factory=list)
-    _odd: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
+    _different: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
 
-    def add(self, ask: Request, exchange: CheckedExchange | None) -> None:
-        """Count one stream that has ended, or that found no connection."""
+    def add(self, stream: Stream) -> None:
+        """Count one stream that has ended, or that was never sent."""
+        exchange, tokens = stream.exchange, stream.tokens
         self.streams += 1
-        if exchange is None:
-            self._break("refused", "no connection")
+        if not exchange.was_sent:
+            self._break(str(exchange.error), exchange.message)
             return
-        tokens, error = exchange.tokens, exchange.error
         self.tokens += len(tokens)
-        truth = self.truth(ask)
-        is_right = tokens == truth
-        is_whole = error is None or (error in TOKEN_ERRORS and not is_right)
+        expected = self.expected(exchange.request)
+        is_right = tokens == expected
+        is_whole = exchange.error is None or (exchange.error in TOKEN_ERRORS and not is_right)
         if not is_whole:
-            self._break(str(error), exchange.message)
-        if not is_right and (is_whole or tokens != truth[: len(tokens)]):
-            self._odd.append((truth, tokens, is_whole))
-            self.on_fault(f"a stream has other tokens than it should: {len(tokens)} came of {len(truth)}")
-        self.longest_s += effects.longest_gaps_s(exchange.sent_s, exchange.tokens_s, self.disruptions)
+            self._break(str(exchange.error), exchange.message)
+        if not is_right and (is_whole or tokens != expected[: len(tokens)]):
+            self._different.append((expected, tokens, is_whole))
+            self.on_fault(f"a stream has other tokens than it should: {len(tokens)} came of {len(expected)}")
+        self.longest_s += effects.longest_gaps_s(exchange.sent_s, stream.tokens_s, self.disruptions)
 
     def _break(self, kind: str, message: str) -> None:
         self.broken += 1
@@ -55,6 +54,6 @@ class StreamChecks:
     def difference(self) -> verify.Difference:
         """Over all streams; takes a while if many differ."""
         total = verify.Difference()
-        for truth, tokens, is_whole in self._odd:
-            total += verify.compare(truth, tokens, is_whole=is_whole)
+        for expected, tokens, is_whole in self._different:
+            total += verify.compare(expected, tokens, is_whole=is_whole)
         return total

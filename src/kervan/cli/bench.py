@@ -169,8 +169,8 @@ def _find_rate(prepared: Any, load: Any, slo: Any, client: Any, say: Any, given:
         max_s=parse_duration_s(given["trial_time"], "--trial-time"), say=say,
     )  # fmt: skip
     found = answer.to_dict()
-    _record({"target": {"url": prepared.target.url, "model": prepared.target.model}, "load": load.to_dict(), **found},
-            say, given)  # fmt: skip
+    endpoint = {"url": prepared.endpoint.url, "model": prepared.endpoint.model}
+    _record({"target": endpoint, "load": load.to_dict(), **found}, say, given)
     if given["as_json"]:
         render.print_json(found)
     else:
@@ -188,8 +188,8 @@ def _compare(
     from kervan.cli import bench_view, render
 
     other = benchmark.prepare(
-        against, loads[0], api=prepared.target.api, headers=prepared.target.headers,
-        sampling=prepared.target.sampling, verify_tls=prepared.target.verify_tls, tokenizer=given["tokenizer"],
+        against, loads[0], api=prepared.endpoint.api, headers=prepared.endpoint.headers,
+        sampling=prepared.endpoint.sampling, verify_tls=prepared.endpoint.verify_tls, tokenizer=given["tokenizer"],
     )  # fmt: skip
     sides = {"a": prepared, "b": other}
     rows, status = [], 0
@@ -222,7 +222,7 @@ def _compare(
         bound = given["fail_below"]
         if not found or (bound is not None and compare.worst_shortfall(found, bound) is not None):
             status = 1
-    content = {"a": prepared.target.url, "b": other.target.url, "comparisons": rows}
+    content = {"a": prepared.endpoint.url, "b": other.endpoint.url, "comparisons": rows}
     _record(content, say, given)
     if given["as_json"]:
         short = [{key: value for key, value in row.items() if key != "runs"} for row in rows]

@@ -12,11 +12,11 @@ from rich.text import Text
 
 from kervan.bench.benchmark import Live, RateSearchResult
 from kervan.bench.compare import LOWER_IS_BETTER, Ratio
+from kervan.bench.counting import Progress
 from kervan.bench.drive import OnProgress
 from kervan.bench.load import Load
 from kervan.bench.result import Result
 from kervan.bench.sketch import Sketch
-from kervan.bench.worker import Progress
 from kervan.units import format_duration
 
 SHOWN = ("p50", "p90", "p99", "p999")
@@ -86,7 +86,7 @@ def print_result(result: Result) -> None:
     if load.trace:
         how = f"trace {load.trace}"
     console.print(
-        f"[bold]{result.target.model or result.target.url}[/bold]  {result.target.url}  {how}", soft_wrap=True
+        f"[bold]{result.endpoint.model or result.endpoint.url}[/bold]  {result.endpoint.url}  {how}", soft_wrap=True
     )
     ok, errors = requests["ok"], requests["errors"]
     line = f"{ok} requests whole, {errors} failed, {found['duration_s']:.1f} s"

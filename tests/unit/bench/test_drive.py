@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from kervan.bench.client import LoadClient, Share
+from kervan.bench.counting import RequestCounter
 from kervan.bench.drive import check_file_limit
+from kervan.bench.exchange import Exchange
 from kervan.bench.load import Endpoint, Load
 from kervan.bench.pacer import Pacer, Schedule
 from kervan.bench.prompts import Alphabet
 from kervan.bench.tally import RequestTally
-from kervan.bench.worker import Driver, Share
 from kervan.config.workload import Slo
 from kervan.errors import ConfigError
 
@@ -69,12 +71,18 @@ async def run(url: str, *, slo: Slo = Slo(), target: dict[str, Any] | None = Non
     if not {"stages", "trace", "streams"} & set(settings):
         settings |= {"streams": 2, "num_requests": settings.get("num_requests", 6)}
     share = Share(Load(**settings), Endpoint(url=url, model="m", **(target or {})), Alphabet(1000), slo)
-    driver = Driver(share, time.time())
-    driver.prepare()
-    await driver.connect_first()
-    driver.tally.start_s = time.time()
-    await asyncio.wait_for(driver.run(), 30)
-    return driver.tally
+    return (await counted(share)).tally
+
+
+async def counted(share: Share, timeout_s: float = 30) -> RequestCounter:
+    """A share sent to its end, and what was counted."""
+    client = LoadClient(share)
+    client.prepare()
+    await client.connect_first()
+    counter = RequestCounter(share, time.time())
+    await asyncio.wait_for(client.run(counter.tally.start_s, counter), timeout_s)
+    counter.tally.reconnected = client.reconnected
+    return counter
 
 
 async def good(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
@@ -314,10 +322,7 @@ async def test_a_conversation_holds_what_was_said() -> None:
             Alphabet(words=(" a", " b")),
             Slo(),
         )
-        driver = Driver(share, time.time())
-        driver.prepare()
-        await driver.run()
-    assert driver.tally.ok == 3
+        assert (await counted(share)).tally.ok == 3
     assert [len(messages) for messages in asked] == [1, 3, 5]
     assert [m["content"] for m in asked[2] if m["role"] == "assistant"] == ["so 1", "so 2"]
     assert asked[2][:2] == asked[1][:2]
@@ -326,14 +331,31 @@ async def test_a_conversation_holds_what_was_said() -> None:
 async def test_ended_by_hand() -> None:
     async with serving(hangs_midway) as url:
         share = Share(Load(streams=3, duration_s=60), Endpoint(url=url, model="m"), Alphabet(1000), Slo())
-        driver = Driver(share, time.time())
-        driver.prepare()
-        running = asyncio.create_task(driver.run())
-        while driver.progress().in_flight < 3:  # noqa: ASYNC110
+        client, counter = LoadClient(share), RequestCounter(share, time.time())
+        client.prepare()
+        running = asyncio.create_task(client.run(counter.tally.start_s, counter))
+        while counter.progress(client.in_flight()).in_flight < 3:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        driver.end()
+        client.end()
         await asyncio.wait_for(running, 5)
-    assert (driver.tally.ok, driver.tally.errors, driver.tally.unfinished) == (0, {}, 3)
+    assert (counter.tally.ok, counter.tally.errors, client.unfinished) == (0, {}, 3)
+
+
+async def test_what_an_observer_raises_ends_the_load() -> None:
+    class Picky(RequestCounter):
+        def on_done(self, exchange: Exchange) -> None:
+            super().on_done(exchange)
+            if self.tally.ok == 2:
+                raise ConfigError("two are enough")
+
+    async with serving(good) as url:
+        share = Share(Load(streams=2, duration_s=60, isl="16"), Endpoint(url=url, model="m"), Alphabet(1000), Slo())
+        client, counter = LoadClient(share), Picky(share, time.time())
+        client.prepare()
+        with pytest.raises(ConfigError, match="two are enough"):
+            await asyncio.wait_for(client.run(counter.tally.start_s, counter), 5)
+    assert counter.tally.ok == 2
+    assert counter.tally.num_errors == 0
 
 
 async def test_the_calibration_server_says_what_it_did() -> None:
@@ -341,16 +363,14 @@ async def test_the_calibration_server_says_what_it_did() -> None:
     ticking = asyncio.create_task(pacer.tick_forever())
     load = Load(streams=2, num_requests=4, isl="16", osl="5")
     target = Endpoint(url=f"http://127.0.0.1:{pacer.port}", model="pacer")
-    driver = Driver(Share(load, target, Alphabet(1000), Slo(), is_calibration=True), time.time())
-    driver.prepare()
-    await asyncio.wait_for(driver.run(), 20)
+    counter = await counted(Share(load, target, Alphabet(1000), Slo(), is_calibration=True), 20)
     ticking.cancel()
     pacer.close()
-    assert (driver.tally.ok, driver.tally.errors) == (4, {})
-    assert driver.floor is not None
-    assert (driver.floor.ttft.count, driver.floor.gap.count) == (4, 16)
+    assert (counter.tally.ok, counter.tally.errors) == (4, {})
+    assert counter.floor is not None
+    assert (counter.floor.ttft.count, counter.floor.gap.count) == (4, 16)
     # Kernel times on both sides of the loopback: what is left is far below what was waited for.
-    assert (driver.floor.ttft.quantile(0.5) or 0) < (driver.floor.ttft_measured.quantile(0.5) or 0)
+    assert (counter.floor.ttft.quantile(0.5) or 0) < (counter.floor.ttft_measured.quantile(0.5) or 0)
 
 
 def test_streams_beyond_the_file_limit_are_refused_with_the_fix() -> None:

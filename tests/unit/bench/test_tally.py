@@ -7,6 +7,7 @@ import pytest
 from kervan.bench import faults
 from kervan.bench.drive import Event
 from kervan.bench.exchange import Exchange
+from kervan.bench.prompts import Request
 from kervan.bench.reconcile import Counters, compare, read_counters
 from kervan.bench.tally import MAX_BUCKETS, NUM_BLOCKS, RequestTally, Timeline, block_of, merge_all
 from kervan.config.workload import Slo
@@ -18,8 +19,8 @@ def exchange(
     sent_s: float, gaps: list[float], *, ttft_s: float = 0.1, late_s: float = 0.0, prompt: int = 7, is_cut: bool = False
 ) -> Exchange:
     """One token, then one after each gap; `is_cut`: the connection breaks at the end."""
-    found = Exchange(0, sent_s - late_s, None if is_cut else len(gaps) + 1)
-    found.sent_s = sent_s
+    found = Exchange(0, sent_s - late_s, Request(b"", None if is_cut else len(gaps) + 1, 7))
+    found.sent_s, found.was_sent, found.has_kernel_time = sent_s, True, True
     found.on_status(200, HEADERS)
     at_s = sent_s + ttft_s
     for number, gap_s in enumerate([0.0, *gaps]):
@@ -33,8 +34,8 @@ def exchange(
     return found
 
 
-def add(tally: RequestTally, found: Exchange, **more: object) -> None:
-    tally.add(found, **{"block": 0, "input_tokens": 7, "has_kernel_time": True, **more})  # type: ignore[arg-type]
+def add(tally: RequestTally, found: Exchange, block: int = 0) -> None:
+    tally.add(found, block=block)
 
 
 def test_counts() -> None:
