@@ -71,6 +71,7 @@ CONFINED = [
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
+    ("jinja2", ("bench/html_report.py",)),
     ("plotly", ("bench/html_report.py", "plan/plotting.py")),
     ("aiohttp", ("notices/metadata.py",)),
     ("pynvml", ("observe/nvml.py",)),

@@ -137,10 +137,10 @@ def _measure(url: str, loads: list[Any], api: Any, say: Any, given: dict[str, An
         render.print_json(found[0] if len(loads) == 1 else {"sweep": found})
     _record(contents[0] if len(loads) == 1 else {"sweep": contents}, say, given)
     if given["html"] is not None:
-        from kervan.bench import html_report
+        from kervan.bench import html_report, report_plots
 
         runs = [
-            html_report.ReportedRun(_name(result.load), records.record("bench", content), result.tally.wholes())
+            report_plots.ReportedRun(_name(result.load), records.record("bench", content), result.tally.wholes())
             for result, content in zip(results, contents, strict=True)
         ]
         html_report.write(given["html"], runs)
