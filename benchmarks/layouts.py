@@ -31,7 +31,7 @@ from servers import HERE
 from kervan.bench import benchmark, client_floor, records
 from kervan.bench.benchmark import measure, prepare
 from kervan.bench.client_floor import ClientFloor
-from kervan.bench.load import Load
+from kervan.bench.load import Endpoint, Load
 from kervan.errors import KervanError
 from kervan.ports import free_port
 
@@ -78,7 +78,7 @@ class Bench:
         if streams not in self._floors:
             self._floors[streams] = client_floor.choose(streams)
         result = measure(
-            prepare(url, settings, model="shape"),
+            prepare(Endpoint(url=url, model="shape"), settings),
             settings,
             client=benchmark.ClientOptions(reconciles=False),
             floor=self._floors[streams],

@@ -37,7 +37,7 @@ from servers import HERE, Meter, Server
 from kervan.bench import benchmark, client_floor, records
 from kervan.bench.benchmark import measure, prepare
 from kervan.bench.client_floor import ClientFloor
-from kervan.bench.load import Load
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.result import Result
 from kervan.errors import KervanError
 
@@ -82,7 +82,7 @@ class Client:
         try:
             if level.concurrency not in self.floors:
                 self.floors[level.concurrency] = client_floor.choose(level.concurrency)
-            prepared = prepare(server.url, settings, model=server.model)
+            prepared = prepare(Endpoint(url=server.url, model=server.model or ""), settings)
             meter = Meter(server)
             client = benchmark.ClientOptions(reconciles=False)
             result = measure(prepared, settings, client=client, floor=self.floors[level.concurrency])

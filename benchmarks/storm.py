@@ -21,7 +21,7 @@ from servers import HERE
 
 from kervan.bench import endpoint, eventloop
 from kervan.bench.client import LoadClient, Share
-from kervan.bench.load import Load
+from kervan.bench.load import Endpoint, Load
 from kervan.chaos import effects, fleet_under_test
 from kervan.chaos.checked_load import SAMPLING, Stream, StreamObserver
 from kervan.chaos.effects import Disruption
@@ -86,11 +86,7 @@ class _Storm:
         self._observer = StreamObserver(self._count)
 
     async def run(self) -> None:
-        at, probe = await asyncio.to_thread(
-            lambda: endpoint.first_look(
-                self._url, model=None, api="completions", headers=(), sampling=SAMPLING, verify_tls=True
-            )
-        )
+        at, probe = await asyncio.to_thread(endpoint.first_look, Endpoint(url=self._url, sampling=SAMPLING))
         load = Load(
             streams=self._args.streams, duration_s=3600.0, isl=str(self._args.isl), osl=self._args.osl, timeout_s=400.0
         )

@@ -17,7 +17,7 @@ import soak
 from meters import Sampler, memory, window
 
 from kervan.bench import benchmark
-from kervan.bench.load import Load
+from kervan.bench.load import Endpoint, Load
 from kervan.serve import cluster
 
 NAME = "twins"
@@ -115,7 +115,7 @@ class TwinFleet:
     ) -> dict[str, Any]:
         """Load it with so many streams in a closed loop; what came within `measured_s` after `warm_s`."""
         load = Load(streams=streams, duration_s=warm_s + measured_s, isl=isl, osl=osl, timeout_s=120.0)
-        prepared = benchmark.prepare(self.url, load)
+        prepared = benchmark.prepare(Endpoint(url=self.url), load)
         gateways, twins = self.gateway_pids, self.twin_pids
         others = {role: pids for role, pids in self.processes().items() if role not in ("gateway", "twin")}
         before = self._counts()

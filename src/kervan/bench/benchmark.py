@@ -1,7 +1,7 @@
 """A whole run against one server: look at it, calibrate the client, load it, compare with its metrics."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,11 +10,11 @@ from kervan.bench.arrivals import steady
 from kervan.bench.counting import Progress
 from kervan.bench.drive import Action, OnProgress, check_file_limit, drive
 from kervan.bench.endpoint import Probe, RequestError, find_alphabet, first_look, get_text
-from kervan.bench.load import Api, Endpoint, Load
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.prompts import Alphabet
 from kervan.bench.reconcile import Counters, Reconciliation
 from kervan.bench.result import Result
-from kervan.bench.saturation import Search, Trial, TrialResult
+from kervan.bench.saturation import RateSearchOptions, Search, Trial, TrialResult, Verdict
 from kervan.config.workload import Slo
 
 Say = Callable[[str], None]
@@ -29,7 +29,6 @@ class ClientOptions:
     processes: int | None = None
     calibrates: bool = True
     reconciles: bool = True
-    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +41,14 @@ class Prepared:
     metrics_at_start: Counters | None = None
 
 
-def prepare(
-    url: str,
-    load: Load,
-    *,
-    model: str | None = None,
-    api: Api = "completions",
-    headers: Iterable[tuple[str, str]] = (),
-    sampling: dict[str, Any] | None = None,
-    verify_tls: bool = True,
-    tokenizer: str | None = None,
-) -> Prepared:
+def prepare(endpoint: Endpoint, load: Load, *, tokenizer: str | None = None) -> Prepared:
     """Find the model and prompts of exact length. A server that fails here is still loaded, and its failures counted.
+
+    `tokenizer`: a directory or a Hugging Face id, for a server that takes no token ids.
 
     Raises: ConfigError.
     """
-    endpoint, probe = first_look(
-        url, model=model, api=api, headers=headers, sampling=sampling or {}, verify_tls=verify_tls
-    )
+    endpoint, probe = first_look(endpoint)
     alphabet, probe = find_alphabet(endpoint, load, probe, tokenizer)
     return Prepared(endpoint, probe, alphabet)
 
@@ -207,42 +196,61 @@ def find_rate(
     load: Load,
     *,
     slo: Slo,
-    attain: float = 0.95,
-    start_rate: float = 1.0,
+    search: RateSearchOptions = RateSearchOptions(),  # noqa: B008 - frozen
     client: ClientOptions = ClientOptions(),
-    max_s: float = 60.0,
     say: Say = lambda _: None,
 ) -> RateSearchResult:
-    """The highest rate of `load` at which a share `attain` of the requests keeps `slo`. Takes up to 16 times `max_s`.
+    """The highest rate of `load` at which a share `search.attain` of the requests keeps `slo`.
+
+    Takes up to 16 times `search.max_trial_s`.
 
     Raises: ConfigError, FleetError.
     """
-    search = Search(start_rate)
-    results: list[Result] = []
+    progress = Search(search.start_rate)
     client = replace(client, calibrates=False, reconciles=False)
+    results: list[Result] = []
     interrupted = False
-    while not interrupted and (rate := search.next_rate()) is not None:
-        trial = Trial(rate, target=attain, min_s=max_s * MIN_TRIAL_SHARE, max_s=max_s)
-        state: list[tuple[str, int, int, float]] = []
-
-        def judge(elapsed_s: float, reports: list[Progress], trial: Trial = trial, state: Any = state) -> bool:
-            good, ended = sum(r.good for r in reports), sum(r.ok + r.errors for r in reports)
-            in_flight = sum(r.in_flight for r in reports)
-            verdict = trial.verdict(good=good, ended=ended, in_flight=in_flight, elapsed_s=elapsed_s)
-            state.append((verdict, good, ended, elapsed_s))
-            return verdict != "open"
-
-        one = replace(load, streams=None, stages=steady(rate), num_requests=None, duration_s=4 * max_s)
-        one = replace(one, seed=load.seed + len(results))
-        result = measure(prepared, one, slo=slo, client=client, on_progress=judge)
+    while not interrupted and (rate := progress.next_rate()) is not None:
+        judge = _Judge(Trial(rate, search.attain, min_s=search.max_trial_s * MIN_TRIAL_SHARE, max_s=search.max_trial_s))
+        trial_load = replace(
+            load, streams=None, stages=steady(rate), num_requests=None, duration_s=4 * search.max_trial_s,
+            seed=load.seed + len(results),
+        )  # fmt: skip
+        result = measure(prepared, trial_load, slo=slo, client=client, on_progress=judge.on_progress)
         interrupted = result.outcome.was_interrupted
-        if interrupted or not state:
+        if interrupted or judge.verdict is None:
             break
-        verdict, good, ended, elapsed_s = next((s for s in state if s[0] != "open"), state[-1])
         results.append(result)
-        search.trials.append(TrialResult(rate, verdict == "keeps", good, ended))
-        word = "keeps" if verdict == "keeps" else "breaks"
-        say(f"{rate:.3g} requests/s {word} the SLO: {good} of {ended} good after {elapsed_s:.0f} s")
+        progress.trials.append(TrialResult(rate, judge.verdict == "keeps", judge.good, judge.ended))
+        word = "keeps" if judge.verdict == "keeps" else "breaks"
+        say(f"{rate:.3g} requests/s {word} the SLO: {judge.good} of {judge.ended} good after {judge.elapsed_s:.0f} s")
     return RateSearchResult(
-        slo, attain, search.keeps_up_to, search.breaks_from, tuple(search.trials), tuple(results), interrupted
+        slo,
+        search.attain,
+        progress.keeps_up_to,
+        progress.breaks_from,
+        tuple(progress.trials),
+        tuple(results),
+        interrupted,
     )
+
+
+@dataclass(slots=True)
+class _Judge:
+    """Asks a trial for its verdict at each report, until it has one. `verdict` None: no report has come."""
+
+    trial: Trial
+    verdict: Verdict | None = None
+    good: int = 0
+    ended: int = 0
+    elapsed_s: float = 0.0
+
+    def on_progress(self, elapsed_s: float, reports: list[Progress]) -> bool:
+        if self.verdict in (None, "open"):
+            self.good, self.ended = sum(r.good for r in reports), sum(r.ok + r.errors for r in reports)
+            self.elapsed_s = elapsed_s
+            in_flight = sum(r.in_flight for r in reports)
+            self.verdict = self.trial.verdict(
+                good=self.good, ended=self.ended, in_flight=in_flight, elapsed_s=elapsed_s
+            )
+        return self.verdict != "open"

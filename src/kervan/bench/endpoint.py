@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kervan.bench.exchange import Exchange
-from kervan.bench.load import PATHS, Api, Endpoint, Load
+from kervan.bench.load import PATHS, Endpoint, Load
 from kervan.bench.prompts import Alphabet, Request, check_api, encode, read_prompts
 from kervan.errors import ConfigError
 
@@ -107,42 +107,33 @@ def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PRO
     return exchange
 
 
-def first_look(
-    url: str,
-    *,
-    model: str | None,
-    api: Api,
-    headers: Iterable[tuple[str, str]],
-    sampling: dict[str, Any],
-    verify_tls: bool,
-) -> tuple[Endpoint, Probe]:
+def first_look(endpoint: Endpoint) -> tuple[Endpoint, Probe]:
     """The endpoint with its model's name, and what the server says of itself; a silent server gives an empty probe.
 
-    Raises: ConfigError when the server has several models, none of them asked for.
+    Raises: ConfigError for a URL that is none; when the server has several models, and none of them was asked for.
     """
-    endpoint = Endpoint(
-        url=parse_url(url), model=model or "", api=api, headers=tuple(headers), sampling=sampling, verify_tls=verify_tls
-    )
+    endpoint = replace(endpoint, url=parse_url(endpoint.url))
     try:
-        found = json.loads(get_text(endpoint, "/v1/models"))["data"]
-        models = tuple(str(entry["id"]) for entry in found)
+        entries = json.loads(get_text(endpoint, "/v1/models"))["data"]
+        models = tuple(str(entry["id"]) for entry in entries)
     except (RequestError, ValueError, KeyError, TypeError) as error:
         return endpoint, Probe(complaint=str(error))
-    if model is None and len(models) != 1:
-        roots = [m for m, entry in zip(models, found, strict=True) if not entry.get("parent")]
+    model = endpoint.model
+    if not model and len(models) != 1:
+        roots = [name for name, entry in zip(models, entries, strict=True) if not entry.get("parent")]
         if len(roots) != 1:
             raise ConfigError(
                 f"{endpoint.url} serves {len(models)} models: {', '.join(models[:8])}; choose with --model"
             )
         model = roots[0]
-    chosen = model or models[0]
-    entry: dict[str, Any] = next((e for e in found if e["id"] == chosen), {})
+    model = model or models[0]
+    entry: dict[str, Any] = next((entry for entry in entries if entry["id"] == model), {})
     try:
         version = str(json.loads(get_text(endpoint, "/version"))["version"])
     except (RequestError, ValueError, KeyError, TypeError):
         version = ""
     probe = Probe(models, str(entry.get("root") or ""), entry.get("max_model_len"), version)
-    return replace(endpoint, model=chosen), probe
+    return replace(endpoint, model=model), probe
 
 
 def find_alphabet(endpoint: Endpoint, load: Load, probe: Probe, tokenizer: str | None) -> tuple[Alphabet, Probe]:

@@ -18,7 +18,10 @@ PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/com
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
-    """An OpenAI-compatible server. `url` has no `/v1`; `sampling` goes into each request's body as it is."""
+    """An OpenAI-compatible server. `url` has no `/v1`; `sampling` goes into each request's body as it is.
+
+    `model` empty: the one that the server has.
+    """
 
     url: str
     model: str = ""
@@ -28,7 +31,7 @@ class Endpoint:
     verify_tls: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Load:
     """Arrivals and prompts of a run.
 
@@ -124,7 +127,7 @@ class Load:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that differs from a default, for records; infinite durations as None."""
-        found = {}
+        differing = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "stages":
@@ -133,8 +136,8 @@ class Load:
                     for s in value
                 ]
             if value != field.default and value not in ((), []):
-                found[field.name] = value
-        return found
+                differing[field.name] = value
+        return differing
 
 
 __all__ = ["PATHS", "Api", "Endpoint", "Load", "Slo"]

@@ -19,6 +19,15 @@ BACKLOG_MIN = 8
 STEADY_ANSWERS = 5  # times that a request takes, after which a load counts as steady
 
 
+@dataclass(frozen=True, kw_only=True)
+class RateSearchOptions:
+    """How to search. `attain`: the share of requests that must keep the SLO; a trial takes at most `max_trial_s`."""
+
+    start_rate: float = 1.0
+    attain: float = 0.95
+    max_trial_s: float = 60.0
+
+
 @dataclass(slots=True)
 class Trial:
     """A sequential test of one rate: is the share of good requests at least `target`?

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from kervan.bench.benchmark import ClientOptions, Prepared, measure, prepare
-from kervan.bench.load import Load
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.result import Result
 from kervan.calibrate.measurements import Memory, Serving
 from kervan.errors import ConfigError, EngineError, KervanError
@@ -377,7 +377,7 @@ class Runs:
     def _warm_up(self, one: _Running) -> Prepared:
         isl = min(512, one.server.points[0].isl)
         load = Load(streams=8, num_requests=16, isl=str(isl), osl="16", timeout_s=max(5.0, self._left_s()))
-        prepared = prepare(one.url, load, model=one.server.model)
+        prepared = prepare(Endpoint(url=one.url, model=one.server.model), load)
         if not prepared.probe.answered:
             raise EngineError(f"the server does not answer a first request: {prepared.probe.complaint}")
         measure(prepared, load, client=ClientOptions(processes=1, calibrates=False, reconciles=False))

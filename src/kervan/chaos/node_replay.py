@@ -2,30 +2,27 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from kervan.bench import drive
 from kervan.bench.client import LoadClient, Share
-from kervan.bench.load import Endpoint, Load
-from kervan.chaos import node_trace
+from kervan.bench.load import Endpoint
 from kervan.chaos.checked_load import RepeatedTrace
-from kervan.chaos.checked_run import TIMEOUT_S, CheckedRun, KnownPrompts, Say, first_look, known_prompts_of_twins
+from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, first_look, known_prompts_of_twins
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
 from kervan.chaos.node_trace import Change, NodeTrace
-from kervan.chaos.report import Report
+from kervan.chaos.plans import ReplayPlan
+from kervan.chaos.report import NodeHistory, Report
 from kervan.chaos.schedule import Kind
 from kervan.config import fleet as facts
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo, read_trace
-from kervan.errors import ConfigError, FleetError, KervanError
+from kervan.errors import FleetError, KervanError
 from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.ports import free_port
@@ -40,7 +37,6 @@ GPU = "H200"
 STEP_S = 0.03
 KV_TOKENS = 2**20
 ON_DEMAND_BOUNDS = "1..2"
-MAX_NODES = 32
 FALLBACK_AFTER_S = 15.0  # the defaults of a fleet; here they pass as fast as the trace
 FALLBACK_HOLD_S = 300.0
 MIN_FALLBACK_AFTER_S = 1.0
@@ -55,54 +51,6 @@ class Nodes(Protocol):
     def drain(self, ip: str, deadline_s: float) -> None: ...
 
     def remove(self, ip: str) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayPlan:
-    """What to play. `nodes` and `trace`: files; `speed`: of the nodes, `trace_speed`: of the requests.
-
-    `deadline_s`: how long before its end a node is told of it; 0: never, it is killed. `duration_s`: at most so long,
-    None for the whole trace of nodes.
-    """
-
-    nodes: str
-    trace: str
-    speed: float = 1.0
-    trace_speed: float = 1.0
-    max_nodes: int = 2
-    deadline_s: float = 30.0
-    duration_s: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError."""
-        for option, value in (("--speed", self.speed), ("--trace-speed", self.trace_speed)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{option} {value:g} is not above 0; give for example 10")
-        if not 1 <= self.max_nodes <= MAX_NODES:
-            raise ConfigError(f"--max-nodes {self.max_nodes} is outside 1..{MAX_NODES}")
-        if self.duration_s is not None and self.duration_s <= 0:
-            raise ConfigError(f"--for {self.duration_s:g} s is not above 0")
-
-    def course(self) -> NodeTrace:
-        """What happens to the nodes, and when it is over.
-
-        Raises: ConfigError for a trace that cannot be read, or in which no node goes in that time.
-        """
-        whole = node_trace.scaled(node_trace.read(Path(self.nodes)), max_nodes=self.max_nodes, speed=self.speed)
-        end_s = whole.end_s if self.duration_s is None else min(whole.end_s, self.duration_s)
-        course = NodeTrace(tuple(change for change in whole.changes if change.at_s < end_s), end_s)
-        if not any(change.word == "remove" for change in course.changes):
-            raise ConfigError(
-                f"in the {end_s:g} s that {self.nodes} is played, no node goes; "
-                + ("use a trace in which one does" if self.duration_s is None else "leave --for out, or give more")
-            )
-        return course
-
-    def load(self, duration_s: float) -> Load:
-        return Load(
-            trace=self.trace, trace_speed=self.trace_speed, duration_s=duration_s, seed=self.seed, timeout_s=TIMEOUT_S
-        )
 
 
 def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetConfig:
@@ -155,7 +103,7 @@ class Playing(CheckedRun):
     def __init__(
         self, fleet: FleetUnderTest, config: FleetConfig, plan: ReplayPlan, course: NodeTrace, nodes: Nodes, say: Say
     ) -> None:
-        super().__init__(fleet, config, ["drain" if plan.deadline_s else "kill"], say)
+        super().__init__(fleet, config, plan, ["drain" if plan.deadline_s else "kill"], say)
         self._plan, self._course, self._nodes = plan, course, nodes
         self._there: dict[str, str] = {}  # address by name, of nodes that stay for now
         self._num_added = self._num_removed = 0
@@ -195,16 +143,13 @@ class Playing(CheckedRun):
         missing = bounds[SPOT].maximum - len(self._there)
         return len(self._there) + min(bounds[ON_DEMAND].maximum, bounds[ON_DEMAND].minimum + missing)
 
-    def _asked(self) -> Mapping[str, Any]:
-        return dataclasses.asdict(self._plan)
-
-    def _more(self) -> Mapping[str, Any]:
-        return {
-            "nodes_added": self._num_added,
-            "nodes_removed": self._num_removed,
-            "over_time": self._over_time,
-            "requests_cut": self._arrivals.num_cut if self._arrivals else 0,
-        }
+    def _nodes_seen(self) -> NodeHistory:
+        return NodeHistory(
+            nodes_added=self._num_added,
+            nodes_removed=self._num_removed,
+            over_time=self._over_time,
+            requests_cut=self._arrivals.num_cut if self._arrivals else 0,
+        )
 
     async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
         at, _ = await first_look(at)

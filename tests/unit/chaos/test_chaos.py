@@ -6,10 +6,13 @@ from hypothesis import strategies as st
 
 from kervan.chaos import effects
 from kervan.chaos.effects import Disruption
+from kervan.chaos.periodic_run import check_size
+from kervan.chaos.plans import DisruptionPlan
 from kervan.chaos.report import Report
 from kervan.chaos.schedule import Moment, choose, moments
 from kervan.chaos.verify import Difference, compare
 from kervan.config.fleet import FleetConfig
+from kervan.errors import ConfigError
 from kervan.stats import quantile
 from kervan.twin.engine import Limits, answer
 
@@ -215,7 +218,7 @@ def test_where_more_are_ready_than_must_be_a_disruption_is_over_when_it_was_felt
 
 def report(**more: object) -> Report:
     words: dict[str, object] = {
-        "plan": {}, "engine": "twin", "target_replicas": 2, "wall_s": 60.0, "disruptions": [], "skipped": {"kill": 0},
+        "plan": DisruptionPlan(periods_s={"kill": 10.0}), "engine": "twin", "target_replicas": 2, "wall_s": 60.0, "disruptions": [], "skipped": {"kill": 0},
         "streams": 10, "unfinished": 0, "tokens": 100, "broken": 0, "difference": Difference(), "errors": {},
         "messages": {}, "moves": 0, "longest_s": [],
     }  # fmt: skip
@@ -264,12 +267,9 @@ def test_what_is_good(more: dict[str, object], is_good: bool) -> None:
 
 
 def test_fleets_are_what_plans_are_checked_against() -> None:
-    from kervan.chaos.checked_run import DisruptionPlan
-    from kervan.errors import ConfigError
-
     plan = DisruptionPlan(periods_s={"kill": 1.0}, duration_s=5.0, streams=1)
-    plan.check(FleetConfig(model="m", replicas=2))
+    check_size(plan, FleetConfig(model="m", replicas=2))
     with pytest.raises(
         ConfigError, match=r"the fleet has 1 replica, and --min-ready 1 wants 1 besides.*kervan scale 2"
     ):
-        plan.check(FleetConfig(model="m", replicas=1))
+        check_size(plan, FleetConfig(model="m", replicas=1))

@@ -15,7 +15,8 @@ from harness.twin_server import SHAPE, serving
 from kervan import cli
 from kervan.bench.load import Endpoint
 from kervan.chaos.checked_load import RepeatedTrace
-from kervan.chaos.node_replay import Playing, ReplayPlan, fleet_config
+from kervan.chaos.node_replay import Playing, fleet_config
+from kervan.chaos.plans import ReplayPlan
 from kervan.chaos.schedule import Kind
 from kervan.errors import ConfigError, EngineError
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot

@@ -16,8 +16,8 @@ from harness.twin_server import SHAPE, TOKEN_S, Server, serving
 
 from kervan import cli
 from kervan.bench.load import Endpoint
-from kervan.chaos import checked_run
-from kervan.chaos.checked_run import DisruptionPlan
+from kervan.chaos import checked_run, periodic_run
+from kervan.chaos.plans import DisruptionPlan
 from kervan.chaos.schedule import Kind
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
@@ -94,7 +94,7 @@ def at(server: Server) -> Endpoint:
 
 def test_a_fleet_that_breaks_nothing(server: Server, config: FleetConfig) -> None:
     fleet, said = MemoryFleet(), list[str]()
-    report = checked_run.run(
+    report = periodic_run.run(
         fleet, config, plan(periods_s={"kill": 0.6, "drain": 1.0}, duration_s=2.0), at(server), said.append
     )
     found = report.to_dict()
@@ -124,7 +124,7 @@ def test_a_fleet_that_breaks_nothing(server: Server, config: FleetConfig) -> Non
 def test_each_fault_is_counted(server: Server, config: FleetConfig, fault: str, counted: dict[str, int]) -> None:
     server.faults = {11: fault}
     said: list[str] = []
-    report = checked_run.run(MemoryFleet(), config, plan(osl="10"), at(server), said.append)
+    report = periodic_run.run(MemoryFleet(), config, plan(osl="10"), at(server), said.append)
     found = report.to_dict()
     clean = {"broken": 0, "tokens_lost": 0, "tokens_doubled": 0, "tokens_wrong": 0}
     assert {name: found[name] for name in clean} == clean | counted
@@ -135,7 +135,7 @@ def test_each_fault_is_counted(server: Server, config: FleetConfig, fault: str, 
 
 def test_a_server_that_is_gone_breaks_every_stream(server: Server, config: FleetConfig) -> None:
     server.faults = dict.fromkeys(range(1, 5000), "break")
-    found = checked_run.run(MemoryFleet(), config, plan(), at(server), lambda _: None).to_dict()
+    found = periodic_run.run(MemoryFleet(), config, plan(), at(server), lambda _: None).to_dict()
     assert found["broken"] == found["streams"] > 0
     assert found["tokens_lost"] == 0
     assert set(found["errors"]) == {"truncated"}
@@ -144,7 +144,7 @@ def test_a_server_that_is_gone_breaks_every_stream(server: Server, config: Fleet
 def test_nothing_is_disturbed_when_too_few_are_ready(server: Server, config: FleetConfig) -> None:
     """Of three replicas, two others must be ready: only the first kill may be."""
     fleet = MemoryFleet(replace_s=1.5)
-    found = checked_run.run(
+    found = periodic_run.run(
         fleet, config, plan(periods_s={"kill": 0.4}, duration_s=1.5, min_ready=2), at(server), lambda _: None
     ).to_dict()
     assert (found["disruptions"], found["skipped"], found["unrecovered"]) == (1, 2, 0)
@@ -154,7 +154,7 @@ def test_a_fleet_that_is_not_whole_again_is_told(
     server: Server, config: FleetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checked_run, "RECOVERY_S", -config.stall_timeout_s)
-    report = checked_run.run(MemoryFleet(replace_s=1e9), config, plan(), at(server), lambda _: None)
+    report = periodic_run.run(MemoryFleet(replace_s=1e9), config, plan(), at(server), lambda _: None)
     assert [one.kind for one in report.unrecovered] == ["kill"]
     assert not report.is_good
 
@@ -164,7 +164,7 @@ def test_answers_of_a_real_model_are_judged_by_those_before(server: Server, conf
     real = FleetConfig(model=config.model, replicas=3)
     server.faults = {40: "change", 75: "lose"}
     said: list[str] = []
-    found = checked_run.run(MemoryFleet(), real, plan(osl="10", duration_s=2.0), at(server), said.append).to_dict()
+    found = periodic_run.run(MemoryFleet(), real, plan(osl="10", duration_s=2.0), at(server), said.append).to_dict()
     assert said[:2] == [
         "32 prompts are answered twice, undisturbed: by these the later answers are judged",
         "1 were answered differently in a batch, and are left out",
@@ -179,7 +179,7 @@ def test_a_real_model_that_fails_undisturbed_is_told_before_anything_is_hit(
     fleet = MemoryFleet()
     server.faults = {10: "break"}
     with pytest.raises(FleetError, match="failed before anything was disturbed: truncated"):
-        checked_run.run(fleet, FleetConfig(model=config.model, replicas=3), plan(), at(server), lambda _: None)
+        periodic_run.run(fleet, FleetConfig(model=config.model, replicas=3), plan(), at(server), lambda _: None)
     assert fleet.hits == []
 
 
@@ -189,10 +189,10 @@ def test_a_real_model_that_fails_undisturbed_is_told_before_anything_is_hit(
 CTRL_C = """
 import os, signal, sys, threading
 sys.path[:0] = {path!r}
-from test_checked_run import *
+from test_periodic_run import *
 config = FleetConfig(model=sys.argv[2], engine="twin", gpu="H200", replicas=3)
 threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-report = checked_run.run(MemoryFleet(), config, plan(duration_s=300.0), Endpoint(url=sys.argv[1], model="m"), lambda _: None)
+report = periodic_run.run(MemoryFleet(), config, plan(duration_s=300.0), Endpoint(url=sys.argv[1], model="m"), lambda _: None)
 print(json.dumps(report.to_dict() | {{"is_good": report.is_good}}))
 """
 
@@ -265,5 +265,5 @@ def test_what_is_no_fleet_is_refused(server: Server, refused: Callable[..., tupl
 def test_loads_that_cannot_be_are_refused(server: Server, config: FleetConfig, more: dict[str, Any], why: str) -> None:
     fleet = MemoryFleet()
     with pytest.raises(ConfigError, match=why):
-        checked_run.run(fleet, config, plan(**more), at(server), lambda _: None)
+        periodic_run.run(fleet, config, plan(**more), at(server), lambda _: None)
     assert fleet.hits == []
