@@ -86,10 +86,10 @@ def measure(
         actions=actions,
         on_progress=on_progress,
     )
-    found = Reconciliation("unavailable", "not asked for")
+    reconciliation = Reconciliation("unavailable", "not asked for")
     if client.reconciles:
-        found = _reconcile(prepared.endpoint, before, outcome.tally)
-    return Result(prepared.endpoint, prepared.probe, load, slo, outcome, floor, found)
+        reconciliation = _reconcile(prepared.endpoint, before, outcome.tally)
+    return Result(prepared.endpoint, prepared.probe, load, slo, outcome, floor, reconciliation)
 
 
 def _plural(count: int, noun: str) -> str:
@@ -114,9 +114,9 @@ def _reconcile(endpoint: Endpoint, before: Counters | str | None, tally: Any) ->
         after = _read(endpoint)
         if not isinstance(after, Counters):
             return Reconciliation("unavailable", after)
-        found = reconcile.compare(tally, after.minus(before))
-        if found.status == "agrees" or time.monotonic() > deadline_s:
-            return found
+        reconciliation = reconcile.compare(tally, after.minus(before))
+        if reconciliation.status == "agrees" or time.monotonic() > deadline_s:
+            return reconciliation
         time.sleep(0.25)
 
 
@@ -160,8 +160,8 @@ class RateSearchResult:
 
     def doubts(self) -> list[str]:
         """Why trials cannot be believed. That nothing ended in one which broke the SLO is no reason."""
-        found = [doubt for result in self.results if result.tally.ok for doubt in result.doubts()]
-        return list(dict.fromkeys(found))
+        doubts = [doubt for result in self.results if result.tally.ok for doubt in result.doubts()]
+        return list(dict.fromkeys(doubts))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and records."""

@@ -65,7 +65,8 @@ class RequestObserver(Protocol):
     def on_chunk(self) -> OnChunk | None:
         """Called with each chunk when its exchange has counted it; None costs nothing, and chunks are what costs."""
 
-    def on_sent(self, exchange: Exchange) -> None: ...
+    def on_sent(self, exchange: Exchange) -> None:
+        """The request has left; one that must be sent again over a new connection comes again as another exchange."""
 
     def on_done(self, exchange: Exchange) -> None:
         """The response is whole."""

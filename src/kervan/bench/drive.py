@@ -150,20 +150,20 @@ class _Session:
                     raise
         finally:
             self._end_actions()
-        found = list(self._finished.values())
+        finished = list(self._finished.values())
         lag, floor = Sketch(), FloorSketches()
-        for one in found:
-            lag.merge(one.lag)
-            if one.floor is not None:
-                floor.merge(one.floor)
+        for worker_report in finished:
+            lag.merge(worker_report.lag)
+            if worker_report.floor is not None:
+                floor.merge(worker_report.floor)
         return Outcome(
-            tally=merge_all(one.tally for one in found),
+            tally=merge_all(worker_report.tally for worker_report in finished),
             num_processes=len(self._links),
-            cpu_s=sum(one.cpu_s for one in found),
-            wall_s=max(one.wall_s for one in found),
-            busiest_share=max(one.cpu_s / max(one.wall_s, 1e-9) for one in found),
+            cpu_s=sum(worker_report.cpu_s for worker_report in finished),
+            wall_s=max(worker_report.wall_s for worker_report in finished),
+            busiest_share=max(worker_report.cpu_s / max(worker_report.wall_s, 1e-9) for worker_report in finished),
             lag=lag,
-            loop=found[0].loop,
+            loop=finished[0].loop,
             events=self._events,
             was_interrupted=interrupted,
             clock_step_s=time.time() - time.monotonic() - clock_s,

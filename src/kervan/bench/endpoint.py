@@ -223,13 +223,13 @@ def _as_text(token: str | None) -> str:
 
 def _words(candidates: Iterable[str], encode_text: Any) -> tuple[str, ...]:
     """The first words that stay one token each when joined."""
-    found = []
+    words = []
     for word in candidates:
         if len(word) > 2 and word[0] == " " and word[1:].isascii() and word[1:].isalpha() and word[1:].islower():
-            found.append(word)
-        if len(found) == 4 * NUM_WORDS:
+            words.append(word)
+        if len(words) == 4 * NUM_WORDS:
             break
-    kept = [word for word in found if len(encode_text(word * 3)) == 3][:NUM_WORDS]
+    kept = [word for word in words if len(encode_text(word * 3)) == 3][:NUM_WORDS]
     while kept and len(encode_text("".join(kept))) != len(kept):
         kept = kept[: len(kept) // 2]  # rare merges over a word's end
     return tuple(kept)

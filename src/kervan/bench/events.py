@@ -44,11 +44,15 @@ class EventParser:
 
 
 class Usage(msgspec.Struct, gc=False):
+    """What the server has counted."""
+
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
 
 class Delta(msgspec.Struct, gc=False):
+    """What a chunk of a chat brings."""
+
     role: str | None = None
     content: str | None = None
     reasoning: str | None = None
@@ -58,6 +62,8 @@ class Delta(msgspec.Struct, gc=False):
 
 
 class Choice(msgspec.Struct, gc=False):
+    """One of the `n` answers in a chunk. `delta`: of chats, `text`: of completions."""
+
     index: int = 0
     text: str | None = None
     delta: Delta | None = None

@@ -88,6 +88,7 @@ class TrialResult:
 
     @property
     def interval(self) -> tuple[float, float]:
+        """By Wilson's score."""
         return wilson_interval(self.good, self.ended)
 
 

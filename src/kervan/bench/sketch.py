@@ -67,6 +67,7 @@ class Sketch:
         self.largest = max(self.largest, value)
 
     def extend(self, values: Iterable[float]) -> None:
+        """Count each of `values`."""
         for value in values:
             self.add(value)
 
@@ -90,6 +91,7 @@ class Sketch:
 
     @property
     def mean(self) -> float | None:
+        """Exact; None of nothing."""
         return self.total / self.count if self.count else None
 
     def quantile(self, q: float) -> float | None:
@@ -121,7 +123,7 @@ def quantiles(bins: dict[int, int], zeros: int, count: int, largest: float, qs: 
     if not count:
         return [None for _ in qs]
     keys = iter(sorted(bins))
-    found: list[float | None] = []
+    values: list[float | None] = []
     seen, value = zeros, 0.0
     for q in qs:
         rank = math.ceil(q * (count - 1)) + 1  # of the value looked for, 1 to count
@@ -129,8 +131,8 @@ def quantiles(bins: dict[int, int], zeros: int, count: int, largest: float, qs: 
             key = next(keys)
             seen += bins[key]
             value = value_of(key)
-        found.append(largest if rank == count else min(value, largest))
-    return found
+        values.append(largest if rank == count else min(value, largest))
+    return values
 
 
 def merged(sketches: Iterable[Sketch]) -> Sketch:

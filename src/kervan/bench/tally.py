@@ -46,6 +46,7 @@ class Cell:
     gap_max_s: float = 0.0
 
     def merge(self, other: "Cell") -> None:
+        """Count everything that `other` has counted."""
         self.started += other.started
         self.ok += other.ok
         self.good += other.good
@@ -102,6 +103,7 @@ class Timeline:
         return {"bucket_s": self.width_s, **lists}
 
     def merge(self, other: "Timeline") -> None:
+        """Count everything that `other` has counted; both have the same start."""
         width_s = max(self.width_s, other.width_s)
         if self.width_s < width_s:
             self._coarsen(width_s)
@@ -153,16 +155,19 @@ class RequestTally:
 
     @property
     def blocks(self) -> list[dict[str, Sketch]]:
+        """By stretch of the run and metric."""
         self.settle()
         return self._blocks
 
     @property
     def timeline(self) -> Timeline:
+        """What happened when."""
         self.settle()
         return self._timeline
 
     @property
     def num_errors(self) -> int:
+        """Requests that failed, in any way."""
         return sum(self.errors.values())
 
     def _add_failure(self, kind: str, message: str, at_s: float) -> None:

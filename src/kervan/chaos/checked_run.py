@@ -178,15 +178,15 @@ class CheckedRun(abc.ABC):
     # ---- the fleet
 
     async def _watch(self) -> None:
-        told = ""
+        last_error = ""
         while True:
             try:
                 self._see(await asyncio.to_thread(self._fleet.look, self._snapshot.version, LOOK_S))
-                told = ""
+                last_error = ""
             except FleetError as error:
-                if str(error) != told:
-                    told = str(error)
-                    self._say(told)
+                if str(error) != last_error:
+                    last_error = str(error)
+                    self._say(last_error)
                 await asyncio.sleep(LOOK_S)
 
     def _ready(self) -> set[str]:

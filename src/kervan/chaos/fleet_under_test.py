@@ -44,9 +44,11 @@ class FleetOnRay:
     _handle: Any
 
     def look(self, version: int, timeout_s: float) -> Snapshot:
+        """As `FleetUnderTest.look`."""
         return fleets.next_snapshot(self._handle, version, timeout_s)
 
     def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
+        """As `FleetUnderTest.strike`."""
         return fleets.order(self._handle, replica_id, Drain(deadline_s) if kind == "drain" else Strike(kind))
 
 
@@ -76,8 +78,8 @@ def _gateway(url: str, headers: Iterable[tuple[str, str]], name: str | None) -> 
     """The id of the gateway that answers."""
     path = STATUS_PATH + (f"?fleet={name}" if name else "")
     try:
-        found = json.loads(get_text(Endpoint(url=url, headers=tuple(headers)), path))
-        return str(found["gateway"])
+        status = json.loads(get_text(Endpoint(url=url, headers=tuple(headers)), path))
+        return str(status["gateway"])
     except RequestError as error:
         if "401" in str(error):
             raise ConfigError(f"{url} wants an API key ({error}); give --api-key, or set KERVAN_API_KEY") from error

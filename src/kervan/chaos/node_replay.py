@@ -46,16 +46,19 @@ READY_TIMEOUT_S = 300.0
 class Nodes(Protocol):
     """The cluster's spot nodes, by address. Calls block. Raises: KervanError."""
 
-    def add(self, ip: str) -> None: ...
+    def add(self, ip: str) -> None:
+        """A node comes; returns when Ray knows it."""
 
-    def drain(self, ip: str, deadline_s: float) -> None: ...
+    def drain(self, ip: str, deadline_s: float) -> None:
+        """Ray places nothing there any more; the node will go within `deadline_s`."""
 
-    def remove(self, ip: str) -> None: ...
+    def remove(self, ip: str) -> None:
+        """A node goes, with all its processes."""
 
 
 def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetConfig:
     """Twins: one or two on demand, and one on each spot node."""
-    words: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "model": model,
         "name": name,
         "port": port,
@@ -67,7 +70,7 @@ def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetCon
         "fallback_after_s": max(MIN_FALLBACK_AFTER_S, FALLBACK_AFTER_S / plan.speed),
         "fallback_hold_s": FALLBACK_HOLD_S / plan.speed,
     }
-    return facts.from_mapping(words, "kervan chaos --replay")
+    return facts.from_mapping(settings, "kervan chaos --replay")
 
 
 def run(model: str, plan: ReplayPlan, say: Say) -> Report:

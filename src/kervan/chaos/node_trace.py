@@ -87,12 +87,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _parsed(line: str) -> tuple[float, str, tuple[str, ...]]:
     """Raises: ValueError."""
     try:
-        found: Any = json.loads(line)
+        row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{line[:40]!r} is no JSON ({error.msg}); write {FORM}") from error
-    if not isinstance(found, list) or len(found) != 3 or not isinstance(found[2], dict):
+    if not isinstance(row, list) or len(row) != 3 or not isinstance(row[2], dict):
         raise ValueError(f"{line[:40]!r} is not of time, word and nodes; write {FORM}")
-    at_ms, word, nodes = found[0], found[1], found[2].get("nodes")
+    at_ms, word, nodes = row[0], row[1], row[2].get("nodes")
     if isinstance(at_ms, bool) or not isinstance(at_ms, int | float) or not 0 <= at_ms < math.inf:
         raise ValueError(f"time {at_ms!r} is no number of milliseconds from 0 on")
     if word not in (*get_args(Word), END):

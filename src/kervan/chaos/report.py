@@ -1,4 +1,4 @@
-"""What a run of chaos has found."""
+"""The result of a run of chaos."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -56,8 +56,8 @@ class Report:
     @property
     def is_good(self) -> bool:
         """Whether streams were checked, all came whole and right, and the fleet is whole again."""
-        found = (self.broken, self.difference.lost, self.difference.doubled, self.difference.wrong)
-        return self.streams > 0 and not any(found) and not self.unrecovered
+        faults = (self.broken, self.difference.lost, self.difference.doubled, self.difference.wrong)
+        return self.streams > 0 and not any(faults) and not self.unrecovered
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints; scripts rely on these keys. Seconds; None where there is nothing to take it of."""
