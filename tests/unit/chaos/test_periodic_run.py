@@ -17,6 +17,7 @@ from harness.twin_server import SHAPE, TOKEN_S, Server, serving
 from kervan import cli
 from kervan.bench.load import Endpoint
 from kervan.chaos import checked_run, periodic_run
+from kervan.chaos.periodic_run import check_size
 from kervan.chaos.plans import DisruptionPlan
 from kervan.chaos.schedule import Kind
 from kervan.config.fleet import FleetConfig
@@ -267,3 +268,12 @@ def test_loads_that_cannot_be_are_refused(server: Server, config: FleetConfig, m
     with pytest.raises(ConfigError, match=why):
         periodic_run.run(fleet, config, plan(**more), at(server), lambda _: None)
     assert fleet.hits == []
+
+
+def test_fleets_are_what_plans_are_checked_against() -> None:
+    plan = DisruptionPlan(periods_s={"kill": 1.0}, duration_s=5.0, streams=1)
+    check_size(plan, FleetConfig(model="m", replicas=2))
+    with pytest.raises(
+        ConfigError, match=r"the fleet has 1 replica, and --min-ready 1 wants 1 besides.*kervan scale 2"
+    ):
+        check_size(plan, FleetConfig(model="m", replicas=1))
