@@ -19,6 +19,7 @@ from kervan.bench.load import PATHS, Endpoint, Load
 from kervan.bench.prompts import Alphabet, Prompts, Request, http_request
 from kervan.bench.sketch import Sketch
 from kervan.config.workload import Slo, TraceRow
+from kervan.errors import KervanError
 
 SWEEP_PERIOD_S = 0.25
 LAG_PERIOD_S = 0.05
@@ -136,7 +137,7 @@ class LoadClient:
 
     def _open_loop_jobs(self) -> Iterator[tuple[int, float, TraceRow | None]]:
         """(number, arrival after the start, trace row) of this worker's jobs."""
-        for number, (at_s, row) in enumerate(self._arrivals or self._load.arrivals()):
+        for number, (at_s, row) in enumerate(self._load.arrivals() if self._arrivals is None else self._arrivals):
             if number % self.share.num_workers == self.share.worker:
                 yield number, at_s, row
 
@@ -160,7 +161,7 @@ class LoadClient:
     async def run(self, start_s: float, observer: RequestObserver) -> None:
         """Send the whole share from `start_s` (Unix time) on; returns when everything has ended.
 
-        Raises: what `observer` raised; nothing more is sent then.
+        Raises: ConfigError for a request that cannot be built; what `observer` raised. Nothing more is sent then.
         """
         self._start_s, self._observer = start_s, observer
         watch = self._loop.create_task(self._watch())
@@ -213,8 +214,12 @@ class LoadClient:
 
             def build(upcoming: list[tuple[int, Request]] = upcoming) -> None:
                 following = next(self._numbers, None)
-                if following is not None:
+                if following is None:
+                    return
+                try:
                     upcoming.append((following, self._build(following, 0, None, ())))
+                except KervanError as error:
+                    self._fail(error)
 
             self._loop.call_later(0.001, build)
             await self._job(number, _now(), None, request)

@@ -93,6 +93,11 @@ async def good(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
     writer.write(b"0\r\n\r\n")
 
 
+async def good_chat(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
+    piece = b'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n'
+    writer.write(HEAD + chunked(piece) + chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+
 async def test_a_whole_load() -> None:
     bodies: list[dict[str, Any]] = []
 
@@ -338,6 +343,16 @@ async def test_ended_by_hand() -> None:
         client.end()
         await asyncio.wait_for(running, 5)
     assert (counter.tally.ok, counter.tally.errors, client.unfinished) == (0, {}, 3)
+
+
+async def test_a_later_prompt_that_cannot_be_built_ends_a_closed_loop_with_the_reason() -> None:
+    """The template has 7 tokens: prompts of 6 and 7 are too short, and seed 2 begins with longer ones."""
+    async with serving(good_chat) as url:
+        endpoint = Endpoint(url=url, model="m", api="chat")
+        load = Load(streams=1, num_requests=100, isl="6..20", osl="1", seed=2)
+        share = Share(load, endpoint, Alphabet(words=(" a", " b"), extra_tokens=7), Slo())
+        with pytest.raises(ConfigError, match="the server adds 7 tokens to each prompt"):
+            await counted(share, 10)
 
 
 async def test_what_an_observer_raises_ends_the_load() -> None:
