@@ -19,8 +19,9 @@ from typing import Any
 import servers
 from servers import HERE
 
-from kervan.bench import endpoint, eventloop
+from kervan.bench import eventloop
 from kervan.bench.client import LoadClient, Share
+from kervan.bench.endpoint import find_alphabet, first_look
 from kervan.bench.load import Endpoint, Load
 from kervan.chaos import effects, fleet_under_test
 from kervan.chaos.checked_load import SAMPLING, Stream, StreamObserver
@@ -86,15 +87,15 @@ class _Storm:
         self._observer = StreamObserver(self._count)
 
     async def run(self) -> None:
-        at, probe = await asyncio.to_thread(endpoint.first_look, Endpoint(url=self._url, sampling=SAMPLING))
+        endpoint, probe = await asyncio.to_thread(first_look, Endpoint(url=self._url, sampling=SAMPLING))
         load = Load(
             streams=self._args.streams, duration_s=3600.0, isl=str(self._args.isl), osl=self._args.osl, timeout_s=400.0
         )
-        alphabet, _ = await asyncio.to_thread(endpoint.find_alphabet, at, load, probe, None)
+        alphabet, _ = await asyncio.to_thread(find_alphabet, endpoint, load, probe, None)
         self._fleet = await asyncio.to_thread(
             lambda: fleet_under_test.find(self._url, headers=(), name=self._name, address=None)
         )
-        self._client = LoadClient(Share(load, at, alphabet, Slo()))
+        self._client = LoadClient(Share(load, endpoint, alphabet, Slo()))
         self._client.prepare()
         await self._client.connect_first()
         running = asyncio.create_task(self._client.run(time.time(), self._observer))

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from kervan.bench import endpoint, eventloop
+from kervan.bench import eventloop
 from kervan.bench.client import LoadClient, RequestObserver
-from kervan.bench.endpoint import Probe
+from kervan.bench.endpoint import Probe, first_look
 from kervan.bench.load import Endpoint
 from kervan.bench.prompts import Alphabet
 from kervan.chaos import effects
@@ -43,16 +43,16 @@ class KnownPrompts:
     numbers: tuple[int, ...] = ()
 
 
-async def first_look(at: Endpoint) -> tuple[Endpoint, Probe]:
+async def probe(endpoint: Endpoint) -> tuple[Endpoint, Probe]:
     """The endpoint with its model, and what it says of itself. Raises: ConfigError."""
-    return await asyncio.to_thread(endpoint.first_look, replace(at, sampling=SAMPLING))
+    return await asyncio.to_thread(first_look, replace(endpoint, sampling=SAMPLING))
 
 
-def known_prompts_of_twins(config: FleetConfig, at: Endpoint) -> KnownPrompts:
+def known_prompts_of_twins(config: FleetConfig, endpoint: Endpoint) -> KnownPrompts:
     """All prompts are, as the responses of twins are computed."""
     limits = twins.settings(config).limits
     alphabet = Alphabet(vocab_size=limits.last_token + 1, first_id=limits.first_token)
-    return KnownPrompts(at, alphabet, tokens_of_twins(limits))
+    return KnownPrompts(endpoint, alphabet, tokens_of_twins(limits))
 
 
 class CheckedRun(abc.ABC):
@@ -77,11 +77,11 @@ class CheckedRun(abc.ABC):
         self._moved: dict[str, tuple[int, int]] = {}
         self._is_stopped = asyncio.Event()
 
-    def run_to_end(self, at: Endpoint) -> Report:
+    def run_to_end(self, endpoint: Endpoint) -> Report:
         """Blocks; Ctrl-C ends it early, with the report."""
         factory, _ = eventloop.factory()
         with asyncio.Runner(loop_factory=factory) as runner:
-            return runner.run(self._run(at))
+            return runner.run(self._run(endpoint))
 
     # ---- a subclass's
 
@@ -98,7 +98,7 @@ class CheckedRun(abc.ABC):
         """What sends the load; says what it will be."""
 
     @abc.abstractmethod
-    async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
+    async def _known_prompts(self, endpoint: Endpoint) -> KnownPrompts:
         """What to send. Raises: ConfigError, FleetError when there is nothing whose response is known."""
 
     def _nodes_seen(self) -> NodeHistory | None:
@@ -107,12 +107,12 @@ class CheckedRun(abc.ABC):
 
     # ---- from the first stream to the report
 
-    async def _run(self, at: Endpoint) -> Report:
+    async def _run(self, endpoint: Endpoint) -> Report:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._is_stopped.set)
         try:
             self._see(await asyncio.to_thread(self._fleet.look, -1, 0.0))
-            return await self._measure(await self._known_prompts(at))
+            return await self._measure(await self._known_prompts(endpoint))
         finally:
             loop.remove_signal_handler(signal.SIGINT)
 

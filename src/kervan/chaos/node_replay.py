@@ -12,7 +12,7 @@ from kervan.bench import drive
 from kervan.bench.client import LoadClient, Share
 from kervan.bench.load import Endpoint
 from kervan.chaos.checked_load import RepeatedTrace
-from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, first_look, known_prompts_of_twins
+from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, known_prompts_of_twins, probe
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
 from kervan.chaos.node_trace import Change, NodeTrace
@@ -154,9 +154,9 @@ class Playing(CheckedRun):
             requests_cut=self._arrivals.num_cut if self._arrivals else 0,
         )
 
-    async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
-        at, _ = await first_look(at)
-        return known_prompts_of_twins(self._config, at)
+    async def _known_prompts(self, endpoint: Endpoint) -> KnownPrompts:
+        endpoint, _ = await probe(endpoint)
+        return known_prompts_of_twins(self._config, endpoint)
 
     def _client(self, prompts: KnownPrompts) -> LoadClient:
         load = self._plan.load(self._course.end_s)

@@ -4,13 +4,14 @@ import asyncio
 import resource
 import time
 
-from kervan.bench import drive, endpoint
+from kervan.bench import drive
 from kervan.bench.client import LoadClient, Share
+from kervan.bench.endpoint import find_alphabet
 from kervan.bench.load import Endpoint
 from kervan.bench.prompts import Alphabet, Prompts
 from kervan.chaos import schedule
 from kervan.chaos.checked_load import Stream, StreamObserver, only_some, tokens_as_recorded
-from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, first_look, known_prompts_of_twins
+from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, known_prompts_of_twins, probe
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetUnderTest
 from kervan.chaos.plans import DisruptionPlan
@@ -33,8 +34,8 @@ def check_size(plan: DisruptionPlan, config: FleetConfig) -> None:
         )
 
 
-def run(fleet: FleetUnderTest, config: FleetConfig, plan: DisruptionPlan, at: Endpoint, say: Say) -> Report:
-    """Carry out `plan` on the fleet at `at`. Blocks; Ctrl-C ends it early, with the report.
+def run(fleet: FleetUnderTest, config: FleetConfig, plan: DisruptionPlan, endpoint: Endpoint, say: Say) -> Report:
+    """Carry out `plan` on the fleet at `endpoint`. Blocks; Ctrl-C ends it early, with the report.
 
     Raises: ConfigError, FleetError before the first disruption.
     """
@@ -46,7 +47,7 @@ def run(fleet: FleetUnderTest, config: FleetConfig, plan: DisruptionPlan, at: En
             f"--streams {plan.streams} needs {need} open files, and the limit is {limit}; "
             f"raise it (ulimit -n {need}), or use --streams {max(1, limit - drive.FILES_PER_PROCESS)}"
         )
-    return _PeriodicRun(fleet, config, plan, say).run_to_end(at)
+    return _PeriodicRun(fleet, config, plan, say).run_to_end(endpoint)
 
 
 class _PeriodicRun(CheckedRun):
@@ -67,23 +68,23 @@ class _PeriodicRun(CheckedRun):
         some = only_some(build, prompts.numbers, plan.seed) if prompts.numbers else build.request
         return LoadClient(Share(load, prompts.endpoint, prompts.alphabet, Slo()), build=some)
 
-    async def _known_prompts(self, at: Endpoint) -> KnownPrompts:
+    async def _known_prompts(self, endpoint: Endpoint) -> KnownPrompts:
         load = self._plan.load(self._plan.streams, duration_s=self._plan.duration_s)
-        at, probe = await first_look(at)
+        endpoint, server = await probe(endpoint)
         longest = parse_lengths(load.isl).maximum + parse_lengths(load.osl).maximum
-        if probe.max_model_len is not None and longest > probe.max_model_len:
+        if server.max_model_len is not None and longest > server.max_model_len:
             raise ConfigError(
                 f"--isl {load.isl} and --osl {load.osl} make up to {longest} tokens, and the model takes "
-                f"{probe.max_model_len}; use shorter ones"
+                f"{server.max_model_len}; use shorter ones"
             )
         if self._config.engine == "twin":
-            return known_prompts_of_twins(self._config, at)
-        alphabet, probe = await asyncio.to_thread(endpoint.find_alphabet, at, load, probe, None)
-        if not probe.answered:
-            raise FleetError(f"{at.url} does not answer: {probe.complaint}")
-        return await self._recorded(at, alphabet)
+            return known_prompts_of_twins(self._config, endpoint)
+        alphabet, server = await asyncio.to_thread(find_alphabet, endpoint, load, server, None)
+        if not server.answered:
+            raise FleetError(f"{endpoint.url} does not answer: {server.complaint}")
+        return await self._recorded(endpoint, alphabet)
 
-    async def _recorded(self, at: Endpoint, alphabet: Alphabet) -> KnownPrompts:
+    async def _recorded(self, endpoint: Endpoint, alphabet: Alphabet) -> KnownPrompts:
         """Prompts of a real model, with what it answers undisturbed, both alone and in a batch."""
         self._say(f"{NUM_PROMPTS} prompts are answered twice, undisturbed: by these the later answers are judged")
         rounds: list[dict[bytes, list[int]]] = []
@@ -97,17 +98,17 @@ class _PeriodicRun(CheckedRun):
                     raise FleetError(f"an answer failed before anything was disturbed: {why}")
                 responses[exchange.request.body] = stream.tokens
 
-            client = LoadClient(Share(self._plan.load(streams, num_requests=NUM_PROMPTS), at, alphabet, Slo()))
+            client = LoadClient(Share(self._plan.load(streams, num_requests=NUM_PROMPTS), endpoint, alphabet, Slo()))
             await self._send(client, StreamObserver(keep), ends_at_stop=True)
             rounds.append(responses)
         same = {body: tokens for body, tokens in rounds[0].items() if rounds[1].get(body) == tokens}
-        prompts = Prompts(self._plan.load(1, num_requests=NUM_PROMPTS), at, alphabet)
+        prompts = Prompts(self._plan.load(1, num_requests=NUM_PROMPTS), endpoint, alphabet)
         numbers = tuple(n for n in range(NUM_PROMPTS) if prompts.request(n, 0, None, ()).body in same)
         if not numbers:
             raise FleetError("no prompt was answered twice in the same way, so no stream could be checked")
         if len(numbers) < NUM_PROMPTS:
             self._say(f"{NUM_PROMPTS - len(numbers)} were answered differently in a batch, and are left out")
-        return KnownPrompts(at, alphabet, tokens_as_recorded(same), numbers)
+        return KnownPrompts(endpoint, alphabet, tokens_as_recorded(same), numbers)
 
     # ---- disruptions
 
