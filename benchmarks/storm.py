@@ -20,11 +20,11 @@ import servers
 from servers import HERE
 
 from kervan.bench import eventloop
-from kervan.bench.client import LoadClient, Share
 from kervan.bench.endpoint import find_alphabet, first_look
 from kervan.bench.load import Endpoint, Load
+from kervan.bench.load_client import LoadClient, Share
 from kervan.chaos import effects, fleet_under_test
-from kervan.chaos.checked_load import SAMPLING, Stream, StreamObserver
+from kervan.chaos.checked_load import SAMPLING, CheckedStream, StreamObserver
 from kervan.chaos.effects import Disruption
 from kervan.config.workload import Slo
 from kervan.fleet.directory import ReplicaEntry, Snapshot
@@ -83,7 +83,7 @@ class _Storm:
         self._args, self._keep, self._url, self._name = args, keep, url, name
         self._errors: dict[str, int] = {}
         self._messages: dict[str, str] = {}
-        self._ended: list[Stream] = []
+        self._ended: list[CheckedStream] = []
         self._observer = StreamObserver(self._count)
 
     async def run(self) -> None:
@@ -110,12 +110,12 @@ class _Storm:
             await asyncio.wait({running}, timeout=5.0)
             self._keep(self._verdict())
 
-    def _streams(self) -> list[Stream]:
+    def _streams(self) -> list[CheckedStream]:
         """Ended or in flight, with all that has come."""
         self._client.in_flight()
         return [*self._ended, *self._observer.open.values()]
 
-    def _count(self, stream: Stream) -> None:
+    def _count(self, stream: CheckedStream) -> None:
         self._ended.append(stream)
         exchange = stream.exchange
         error = exchange.error

@@ -7,7 +7,7 @@ from typing import Any
 
 from kervan.bench import client_floor, reconcile
 from kervan.bench.arrivals import steady
-from kervan.bench.counting import Progress
+from kervan.bench.counting import WorkerProgress
 from kervan.bench.drive import Action, OnProgress, check_file_limit, drive
 from kervan.bench.endpoint import Probe, RequestError, find_alphabet, first_look, get_text
 from kervan.bench.load import Endpoint, Load
@@ -134,7 +134,7 @@ class Live:
     history: list[float] = field(default_factory=list)
     _last: tuple[float, int] = (0.0, 0)
 
-    def update(self, elapsed_s: float, reports: list[Progress]) -> None:
+    def update(self, elapsed_s: float, reports: list[WorkerProgress]) -> None:
         """Take the newest reports of all workers."""
         self.elapsed_s = elapsed_s
         for name in ("ok", "good", "errors", "in_flight", "tokens"):
@@ -245,7 +245,7 @@ class _Judge:
     ended: int = 0
     elapsed_s: float = 0.0
 
-    def on_progress(self, elapsed_s: float, reports: list[Progress]) -> bool:
+    def on_progress(self, elapsed_s: float, reports: list[WorkerProgress]) -> bool:
         if self.verdict in (None, "open"):
             self.good, self.ended = sum(r.good for r in reports), sum(r.ok + r.errors for r in reports)
             self.elapsed_s = elapsed_s

@@ -29,7 +29,7 @@ TIMESPEC = struct.Struct("qq")
 _now = time.time  # the kernel stamps with the real-time clock
 
 
-class Listener(Protocol):
+class ResponseListener(Protocol):
     """Whom a channel tells about the answer to its request. All times are `time.time()`."""
 
     def on_status(self, status: int, headers: dict[str, str]) -> None:
@@ -118,7 +118,7 @@ class Channel:
     tls: ssl.SSLContext | None
     is_open: bool = False
     has_kernel_time: bool = False
-    _listener: Listener | None = None
+    _listener: ResponseListener | None = None
     _parser: Any = None
     _at_s: float = 0.0
     _status: int = 0
@@ -169,7 +169,7 @@ class Channel:
             return
         raise last or OSError(errno.EADDRNOTAVAIL, f"{self.host} has no address")
 
-    def send(self, request: bytes, listener: Listener) -> float:
+    def send(self, request: bytes, listener: ResponseListener) -> float:
         """Send a whole request; the answer goes to `listener`. Returns the time just before the first byte left."""
         assert self.is_open and self._listener is None
         self._listener = listener

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kervan.bench import pacer
-from kervan.bench.client import Share
-from kervan.bench.events import Chunk
 from kervan.bench.exchange import Exchange, OnChunk
+from kervan.bench.load_client import Share
 from kervan.bench.sketch import Sketch
+from kervan.bench.sse import Chunk
 from kervan.bench.tally import RequestTally, block_of
 
 
 @dataclass(slots=True)
-class Progress:
+class WorkerProgress:
     """What the live view shows of one worker. `ttft` and `gap` have what came since the last report."""
 
     worker: int
@@ -88,11 +88,11 @@ class RequestCounter:
             self.floor.gap_measured.add(exchange.gaps[-1])
         self._written_s[exchange] = written_s
 
-    def progress(self, in_flight: Sequence[Exchange]) -> Progress:
+    def progress(self, in_flight: Sequence[Exchange]) -> WorkerProgress:
         """What has happened until now, with the distributions since the last call."""
         tally = self.tally
         tally.settle()
-        report = Progress(
+        report = WorkerProgress(
             self._share.worker,
             ok=tally.ok,
             good=tally.good,

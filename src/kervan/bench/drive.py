@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from kervan.bench import worker
-from kervan.bench.client import Share
-from kervan.bench.counting import FloorSketches, Progress
+from kervan.bench.counting import FloorSketches, WorkerProgress
 from kervan.bench.load import Endpoint, Load
+from kervan.bench.load_client import Share
 from kervan.bench.prompts import Alphabet
 from kervan.bench.sketch import Sketch
 from kervan.bench.tally import RequestTally, merge_all
@@ -22,7 +22,7 @@ from kervan.config.workload import Slo
 from kervan.errors import ConfigError, FleetError
 
 # Gets the seconds since the start and each worker's newest report; true ends the run.
-OnProgress = Callable[[float, list[Progress]], bool | None]
+OnProgress = Callable[[float, list[WorkerProgress]], bool | None]
 
 READY_TIMEOUT_S = 120.0
 START_DELAY_S = 0.1
@@ -67,7 +67,7 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class _Running:
+class _RunningAction:
     action: Action
     process: "subprocess.Popen[bytes]"
     begun_s: float
@@ -123,10 +123,10 @@ class _Session:
         self._links = links
         self._actions = sorted(actions, key=lambda action: action.at_s)
         self._on_progress = on_progress
-        self._running: list[_Running] = []
+        self._running: list[_RunningAction] = []
         self._events: list[Event] = []
-        self._reports: dict[int, Progress] = {}
-        self._finished: dict[Connection, worker.Finished] = {}
+        self._reports: dict[int, WorkerProgress] = {}
+        self._finished: dict[Connection, worker.WorkerFinished] = {}
         self._start_s = 0.0
         self._is_told_to_stop = False
 
@@ -193,7 +193,7 @@ class _Session:
             self._links[link].join(1)
             code = self._links[link].exitcode
             raise FleetError(f"a client process died (exit status {code}); is there enough memory?") from None
-        if isinstance(message, worker.Failed):
+        if isinstance(message, worker.WorkerFailed):
             raise ConfigError(message.message)
         return message
 
@@ -206,9 +206,9 @@ class _Session:
         for link in wait(open_links, timeout=timeout_s):
             assert isinstance(link, Connection)
             message = self._receive(link)
-            if isinstance(message, worker.Finished):
+            if isinstance(message, worker.WorkerFinished):
                 self._finished[link] = message
-            elif isinstance(message, Progress):
+            elif isinstance(message, WorkerProgress):
                 self._reports[message.worker] = message
                 fresh = True
         now_s = time.time() - self._start_s
@@ -217,7 +217,7 @@ class _Session:
             process = subprocess.Popen(
                 action.command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
-            self._running.append(_Running(action, process, now_s))
+            self._running.append(_RunningAction(action, process, now_s))
         for running in [r for r in self._running if r.process.poll() is not None]:
             self._end_action(running, now_s)
         if fresh and self._on_progress is not None:
@@ -226,7 +226,7 @@ class _Session:
                 self._is_told_to_stop = True
                 self._tell("stop")
 
-    def _end_action(self, running: _Running, now_s: float | None) -> None:
+    def _end_action(self, running: _RunningAction, now_s: float | None) -> None:
         self._running.remove(running)
         assert running.process.stdout is not None
         code = running.process.poll()

@@ -5,8 +5,8 @@ from contextlib import suppress
 
 import msgspec
 
-from kervan.bench.events import Chunk, EventParser, carries_token, decode, decode_all, is_reasoning
 from kervan.bench.prompts import Request
+from kervan.bench.sse import Chunk, EventParser, carries_token, decode, decode_all, is_reasoning
 
 # (exchange, chunk, the chunk's bytes, Unix time at which it reached this machine).
 OnChunk = Callable[["Exchange", Chunk, bytes, float], None]

@@ -81,7 +81,7 @@ def _subtitle(record: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ReportVerdict:
     """Whether the runs can be believed, and why. `kind`: of its box; empty, `open` or `bad`."""
 
     word: str
@@ -90,7 +90,7 @@ class Verdict:
     doubts: tuple[str, ...]
 
 
-def _verdict(runs: Sequence[ReportedRun]) -> Verdict:
+def _verdict(runs: Sequence[ReportedRun]) -> ReportVerdict:
     results = [run.record["result"] for run in runs]
     statuses = [result["reconciliation"]["status"] for result in results]
     floors = [result["client_floor"] for result in results if result["client_floor"] is not None]
@@ -112,7 +112,7 @@ def _verdict(runs: Sequence[ReportedRun]) -> Verdict:
     word, kind = ("Valid", "") if floors else ("Not calibrated", "open")
     if doubts or "disagrees" in statuses:
         word, kind = "Not valid" if doubts else "Doubtful", "bad"
-    return Verdict(word, kind, (floor_check, counters_check), doubts)
+    return ReportVerdict(word, kind, (floor_check, counters_check), doubts)
 
 
 def _distributions(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

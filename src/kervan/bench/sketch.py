@@ -21,7 +21,7 @@ _MIDDLE = 2 / (1 + _GAMMA)
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class BinnedCounts:
     """Values of 0 or more, counted: what several sketches may add without doing the work again."""
 
     bins: Sequence[tuple[int, int]] = ()
@@ -31,17 +31,17 @@ class Counts:
     largest: float = 0.0
 
 
-def binned(values: npt.NDArray[np.float64]) -> Counts:
+def binned(values: npt.NDArray[np.float64]) -> BinnedCounts:
     """The same bins as `Sketch.add` takes; of thousands of values at a thirtieth of the cost."""
     positive = values[values >= SMALLEST]
     keys = np.ceil(np.log(positive) * _SCALE).astype(np.int64)
     if not len(keys):
-        return Counts((), len(values), len(values))
+        return BinnedCounts((), len(values), len(values))
     first = int(keys.min())
     numbers = np.bincount(keys - first)
     (filled,) = numbers.nonzero()
     bins = list(zip((filled + first).tolist(), numbers[filled].tolist(), strict=True))
-    return Counts(bins, len(values) - len(keys), len(values), float(positive.sum()), float(positive.max()))
+    return BinnedCounts(bins, len(values) - len(keys), len(values), float(positive.sum()), float(positive.max()))
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Sketch:
         for value in values:
             self.add(value)
 
-    def add_counts(self, counts: "Counts") -> None:
+    def add_counts(self, counts: "BinnedCounts") -> None:
         """Count many values at once, as `binned` gives them."""
         for key, number in counts.bins:
             self.bins[key] = self.bins.get(key, 0) + number

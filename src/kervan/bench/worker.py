@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from kervan.bench import eventloop
-from kervan.bench.client import LoadClient, Share
 from kervan.bench.counting import FloorSketches, RequestCounter
+from kervan.bench.load_client import LoadClient, Share
 from kervan.bench.sketch import Sketch
 from kervan.bench.tally import RequestTally
 from kervan.errors import KervanError
@@ -19,7 +19,7 @@ REPORT_PERIOD_S = 0.5
 
 
 @dataclass(slots=True)
-class Finished:
+class WorkerFinished:
     """The last report of a worker."""
 
     worker: int
@@ -32,7 +32,7 @@ class Finished:
 
 
 @dataclass(slots=True)
-class Failed:
+class WorkerFailed:
     """A worker that cannot go on."""
 
     worker: int
@@ -42,7 +42,8 @@ class Failed:
 def run(share: Share, link: Connection) -> None:
     """A worker's life: say ready, wait for the start time, send, report; `stop` ends it early.
 
-    `link` gives ("start", time) and ("stop",), and gets "ready", Progress, and last Finished or Failed.
+    `link` gives ("start", time) and ("stop",), and gets "ready", WorkerProgress, and last WorkerFinished or
+    WorkerFailed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that shows the report
     factory, name = eventloop.factory()
@@ -51,7 +52,7 @@ def run(share: Share, link: Connection) -> None:
             runner.run(_serve(share, link, name))
         except KervanError as error:
             with contextlib.suppress(OSError):
-                link.send(Failed(share.worker, str(error)))
+                link.send(WorkerFailed(share.worker, str(error)))
 
 
 async def _serve(share: Share, link: Connection, loop_name: str) -> None:
@@ -85,4 +86,4 @@ async def _serve(share: Share, link: Connection, loop_name: str) -> None:
     cpu_s, wall_s = time.process_time() - cpu_s, time.monotonic() - wall_s
     counter.tally.unfinished, counter.tally.reconnected = client.unfinished, client.reconnected
     with contextlib.suppress(OSError):
-        link.send(Finished(share.worker, counter.tally, cpu_s, wall_s, client.lag, loop_name, counter.floor))
+        link.send(WorkerFinished(share.worker, counter.tally, cpu_s, wall_s, client.lag, loop_name, counter.floor))

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from kervan.bench.client import BuildRequest
-from kervan.bench.events import Chunk
 from kervan.bench.exchange import Exchange
 from kervan.bench.load import Load
+from kervan.bench.load_client import BuildRequest
 from kervan.bench.prompts import Prompts, Request
+from kervan.bench.sse import Chunk
 from kervan.config.workload import TraceRow
 from kervan.twin.engine import Limits, answer
 
@@ -43,7 +43,7 @@ def tokens_as_recorded(responses: Mapping[bytes, list[int]]) -> ExpectedTokens:
 
 
 @dataclass(slots=True, eq=False)
-class Stream:
+class CheckedStream:
     """A request that was sent or could not be, the token ids that came, and when each chunk that had some came."""
 
     exchange: Exchange
@@ -57,13 +57,13 @@ class StreamObserver:
     `open`: those that have not ended. What `on_ended` raises ends the load.
     """
 
-    def __init__(self, on_ended: Callable[[Stream], None]) -> None:
-        self.open: dict[Exchange, Stream] = {}
+    def __init__(self, on_ended: Callable[[CheckedStream], None]) -> None:
+        self.open: dict[Exchange, CheckedStream] = {}
         self._on_ended = on_ended
 
     def on_sent(self, exchange: Exchange) -> None:
         """Begin to keep its tokens."""
-        self.open[exchange] = Stream(exchange)
+        self.open[exchange] = CheckedStream(exchange)
 
     def on_chunk(self, exchange: Exchange, chunk: Chunk, event: bytes, at_s: float) -> None:
         """Keep the chunk's tokens."""
@@ -79,7 +79,7 @@ class StreamObserver:
 
     def on_failed(self, exchange: Exchange) -> None:
         """Hand it over, also if it was never sent."""
-        self._on_ended(self.open.pop(exchange, Stream(exchange)))
+        self._on_ended(self.open.pop(exchange, CheckedStream(exchange)))
 
 
 def only_some(prompts: Prompts, numbers: Sequence[int], seed: int) -> BuildRequest:

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from kervan.bench import eventloop
-from kervan.bench.client import LoadClient, RequestObserver
 from kervan.bench.endpoint import Probe, first_look
 from kervan.bench.load import Endpoint
+from kervan.bench.load_client import LoadClient, RequestObserver
 from kervan.bench.prompts import Alphabet
 from kervan.chaos import effects
 from kervan.chaos.checked_load import SAMPLING, ExpectedTokens, StreamObserver, tokens_of_twins

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kervan.bench import drive
-from kervan.bench.client import LoadClient, Share
 from kervan.bench.load import Endpoint
+from kervan.bench.load_client import LoadClient, Share
 from kervan.chaos.checked_load import RepeatedTrace
 from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, known_prompts_of_twins, probe
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
-from kervan.chaos.node_trace import Change, NodeTrace
+from kervan.chaos.node_trace import NodeChange, NodeTrace
 from kervan.chaos.plans import ReplayPlan
 from kervan.chaos.report import NodeHistory, Report
 from kervan.chaos.schedule import Kind
@@ -184,7 +184,7 @@ class Playing(CheckedRun):
             for task in tasks:
                 task.cancel()
 
-    def _begin(self, change: Change) -> list["asyncio.Task[None]"]:
+    def _begin(self, change: NodeChange) -> list["asyncio.Task[None]"]:
         if change.word == "add":
             return [asyncio.create_task(self._add(node, self._new_address(node))) for node in change.nodes]
         return [asyncio.create_task(self._take(node, self._there.pop(node))) for node in change.nodes]

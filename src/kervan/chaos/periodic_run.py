@@ -5,12 +5,12 @@ import resource
 import time
 
 from kervan.bench import drive
-from kervan.bench.client import LoadClient, Share
 from kervan.bench.endpoint import find_alphabet
 from kervan.bench.load import Endpoint
+from kervan.bench.load_client import LoadClient, Share
 from kervan.bench.prompts import Alphabet, Prompts
 from kervan.chaos import schedule
-from kervan.chaos.checked_load import Stream, StreamObserver, only_some, tokens_as_recorded
+from kervan.chaos.checked_load import CheckedStream, StreamObserver, only_some, tokens_as_recorded
 from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, known_prompts_of_twins, probe
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetUnderTest
@@ -91,7 +91,7 @@ class _PeriodicRun(CheckedRun):
         for streams in (1, min(max(2, self._plan.streams), NUM_PROMPTS)):
             responses: dict[bytes, list[int]] = {}
 
-            def keep(stream: Stream, responses: dict[bytes, list[int]] = responses) -> None:
+            def keep(stream: CheckedStream, responses: dict[bytes, list[int]] = responses) -> None:
                 exchange = stream.exchange
                 if exchange.error is not None:
                     why = f"{exchange.error}: {exchange.message}"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kervan.chaos import effects, verify
-from kervan.chaos.checked_load import ExpectedTokens, Stream
+from kervan.chaos.checked_load import CheckedStream, ExpectedTokens
 from kervan.chaos.effects import Disruption
 
 # A response with such an error came to its end; what is wrong with its tokens is counted as tokens.
@@ -26,7 +26,7 @@ class StreamChecks:
     longest_s: list[float] = field(default_factory=list)
     _different: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
 
-    def add(self, stream: Stream) -> None:
+    def add(self, stream: CheckedStream) -> None:
         """Count one stream that has ended, or that was never sent."""
         exchange, tokens = stream.exchange, stream.tokens
         self.streams += 1

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from kervan.bench.benchmark import Live, RateSearchResult
 from kervan.bench.compare import LOWER_IS_BETTER, Ratio
-from kervan.bench.counting import Progress
+from kervan.bench.counting import WorkerProgress
 from kervan.bench.drive import OnProgress
 from kervan.bench.load import Load
 from kervan.bench.result import Result
@@ -43,7 +43,7 @@ def live(load: Load, *, is_shown: bool) -> Iterator[OnProgress | None]:
     recent = [Sketch(), Sketch()]
     with RichLive(console=Console(stderr=True), refresh_per_second=4, transient=True) as shown:
 
-        def update(elapsed_s: float, reports: list[Progress]) -> None:
+        def update(elapsed_s: float, reports: list[WorkerProgress]) -> None:
             state.update(elapsed_s, reports)
             for report in reports:
                 recent[0].merge(report.ttft)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kervan.bench.events import EventParser
 from kervan.bench.exchange import Exchange
 from kervan.bench.prompts import Request
+from kervan.bench.sse import EventParser
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8"}
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from kervan.bench.client import LoadClient, Share
 from kervan.bench.counting import RequestCounter
 from kervan.bench.exchange import Exchange
 from kervan.bench.load import Endpoint, Load
+from kervan.bench.load_client import LoadClient, Share
 from kervan.bench.pacer import Pacer, Schedule
 from kervan.bench.prompts import Alphabet
 from kervan.bench.tally import RequestTally
