@@ -15,6 +15,7 @@ from kervan.bench.prompts import Alphabet
 from kervan.bench.reconcile import Counters, Reconciliation
 from kervan.bench.result import Result
 from kervan.bench.saturation import RateSearchOptions, Search, Trial, TrialResult, Verdict
+from kervan.bench.tally import RequestTally
 from kervan.config.workload import Slo
 
 Say = Callable[[str], None]
@@ -105,7 +106,7 @@ def _read(endpoint: Endpoint) -> Counters | str:
     return counters or "/metrics has none of vLLM's counters"
 
 
-def _reconcile(endpoint: Endpoint, before: Counters | str | None, tally: Any) -> Reconciliation:
+def _reconcile(endpoint: Endpoint, before: Counters | str | None, tally: RequestTally) -> Reconciliation:
     """Compare, again and again for a few seconds: a server counts a request a moment after it has answered it."""
     if not isinstance(before, Counters):
         return Reconciliation("unavailable", before or "")

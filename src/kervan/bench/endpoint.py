@@ -6,8 +6,9 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,13 +56,16 @@ def parse_url(text: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def _open(endpoint: Endpoint, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+def _open(
+    endpoint: Endpoint, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S
+) -> HTTPResponse:
     headers = dict(endpoint.headers) | ({"Content-Type": "application/json"} if body is not None else {})
     request = urllib.request.Request(endpoint.url + path, data=body, headers=headers)
     context = None
     if endpoint.url.startswith("https") and not endpoint.verify_tls:
         context = ssl._create_unverified_context()
-    return urllib.request.urlopen(request, timeout=timeout_s, context=context)
+    response: HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s, context=context)
+    return response
 
 
 def get_text(endpoint: Endpoint, path: str) -> str:
@@ -221,7 +225,7 @@ def _as_text(token: str | None) -> str:
     return (token or "").replace("\u0120", " ").replace("\u2581", " ")
 
 
-def _words(candidates: Iterable[str], encode_text: Any) -> tuple[str, ...]:
+def _words(candidates: Iterable[str], encode_text: Callable[[str], Sequence[int]]) -> tuple[str, ...]:
     """The first words that stay one token each when joined."""
     words = []
     for word in candidates:

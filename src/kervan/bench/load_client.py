@@ -59,12 +59,12 @@ class RequestObserver(Protocol):
     """Told of each request: that it was sent, the chunks of its response, and then that it is done or has failed.
 
     A request that could not be sent is only told as failed (`Exchange.was_sent` is False then). One that is cut off by
-    `LoadClient.end` is not told of again. What a method raises ends the load, and `LoadClient.run` raises it.
+    `LoadClient.end` is not told of again. What the other methods raise ends the load, and `LoadClient.run` raises it.
     """
 
     @property
     def on_chunk(self) -> OnChunk | None:
-        """Called with each chunk when its exchange has counted it; None costs nothing, and chunks are what costs."""
+        """Called with each chunk when its exchange has counted it; must not raise. None costs nothing."""
 
     def on_sent(self, exchange: Exchange) -> None:
         """The request has left; one that must be sent again over a new connection comes again as another exchange."""

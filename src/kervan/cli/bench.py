@@ -90,7 +90,7 @@ SECTIONS = {
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--record", type=click.Path(path_type=Path), help="Write a record to this file or directory.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a report with plots to this file.")
-def bench(**given: Any) -> None:
+def bench(**arguments: Any) -> None:
     """Load the OpenAI-compatible server at URL and measure it.
 
     URL may be a command that starts one, with {port} in it; it is ended afterwards. Exit status 1 if no request
@@ -100,9 +100,9 @@ def bench(**given: Any) -> None:
     from kervan.cli import render
     from kervan.cli.bench_options import BenchOptions
 
-    options_given = BenchOptions(**given)
-    task = _Task(options_given, render.progress_lines())
-    with servers.reach(options_given.url, task.say) as url:
+    given = BenchOptions(**arguments)
+    task = _Task(given, render.progress_lines())
+    with servers.reach(given.url, task.say) as url:
         status = task.run(url)
     sys.exit(status)
 

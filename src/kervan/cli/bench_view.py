@@ -14,6 +14,7 @@ from kervan.bench.benchmark import Live, RateSearchResult
 from kervan.bench.compare import LOWER_IS_BETTER, Ratio
 from kervan.bench.counting import WorkerProgress
 from kervan.bench.drive import OnProgress
+from kervan.bench.faults import Effect
 from kervan.bench.load import Load
 from kervan.bench.result import Result
 from kervan.bench.sketch import Sketch
@@ -167,7 +168,7 @@ def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> N
         console.print("[yellow]no usage in the answers: a chunk was counted as a token[/]")
 
 
-def _print_effect(console: Console, effect: Any) -> None:
+def _print_effect(console: Console, effect: Effect) -> None:
     after = "not recovered" if effect.recovered_after_s is None else f"recovered after {effect.recovered_after_s:.1f} s"
     console.print(
         f"at {effect.at_s:.1f} s: {effect.command}  (exit {effect.exit_code})\n"

@@ -135,7 +135,7 @@ class ChaosOptions:
 @click.option("--record", type=click.Path(path_type=Path), help="Write a record to this file or directory.")
 @options.as_json
 @click.pass_context
-def chaos(context: click.Context, /, **given: Any) -> None:
+def chaos(context: click.Context, /, **arguments: Any) -> None:
     """Disturb the fleet at URL under load, and check every token that its clients get.
 
     With --replay: twins of MODEL, a directory, on a Ray cluster whose spot nodes come and go as in a trace.
@@ -146,15 +146,15 @@ def chaos(context: click.Context, /, **given: Any) -> None:
     from kervan.bench import records
     from kervan.cli import render
 
-    chosen = ChaosOptions(**given)
-    _check_mode(context, is_replay=chosen.replay is not None)
-    report = _disturb(chosen) if chosen.replay is None else _replay(chosen)
-    if chosen.as_json:
+    given = ChaosOptions(**arguments)
+    _check_mode(context, is_replay=given.replay is not None)
+    report = _disturb(given) if given.replay is None else _replay(given)
+    if given.as_json:
         render.print_json(report.to_dict())
     else:
         _print(report)
-    if chosen.record is not None:
-        path = records.write(chosen.record, records.record("chaos", {"result": report.to_dict()}))
+    if given.record is not None:
+        path = records.write(given.record, records.record("chaos", {"result": report.to_dict()}))
         print(f"record: {path}", file=sys.stderr)
     sys.exit(0 if report.is_good else 1)
 
@@ -172,26 +172,26 @@ def _check_mode(context: click.Context, *, is_replay: bool) -> None:
             )
 
 
-def _replay(chosen: ChaosOptions) -> "Report":
-    plan = chosen.replay_plan()
+def _replay(given: ChaosOptions) -> "Report":
+    plan = given.replay_plan()
     from kervan.chaos import node_replay
     from kervan.cli import render
 
     with sigterm.interrupting():  # its Ray and its fleet end with it
-        return node_replay.run(chosen.where, plan, render.progress_lines())
+        return node_replay.run(given.where, plan, render.progress_lines())
 
 
-def _disturb(chosen: ChaosOptions) -> "Report":
-    plan = chosen.disruption_plan()
+def _disturb(given: ChaosOptions) -> "Report":
+    plan = given.disruption_plan()
     from kervan.bench.endpoint import parse_url
     from kervan.bench.load import Endpoint
     from kervan.chaos import fleet_under_test, periodic_run
     from kervan.cli import render
 
-    key = chosen.api_key or os.environ.get("KERVAN_API_KEY")
+    key = given.api_key or os.environ.get("KERVAN_API_KEY")
     headers = (("Authorization", f"Bearer {key}"),) if key else ()
-    url = parse_url(chosen.where)
-    fleet = fleet_under_test.find(url, headers=headers, name=chosen.name, address=chosen.address)
+    url = parse_url(given.where)
+    fleet = fleet_under_test.find(url, headers=headers, name=given.name, address=given.address)
     endpoint = Endpoint(url=url, model=fleet.models[0] if fleet.models else "", headers=headers)
     return periodic_run.run(fleet, fleet.config, plan, endpoint, render.progress_lines())
 
