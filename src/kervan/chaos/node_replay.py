@@ -92,15 +92,15 @@ def run(model: str, plan: ReplayPlan, say: Say) -> Report:
         handle = fleets.attach(config.name, nodes.address)
         config = fleets.stored_config(handle)
         models = fleets.snapshot_of(handle).gateways[0].models
-        playing = Playing(FleetOnRay(config.name, config, models, handle), config, plan, course, nodes, say)
-        playing.prepare()
-        return playing.run_to_end(Endpoint(url=status.url, model=models[0]))
+        replay = ReplayRun(FleetOnRay(config.name, config, models, handle), config, plan, course, nodes, say)
+        replay.prepare()
+        return replay.run_to_end(Endpoint(url=status.url, model=models[0]))
     finally:
         nodes.close()
         cluster.forget(config.name)
 
 
-class Playing(CheckedRun):
+class ReplayRun(CheckedRun):
     """The nodes' changes under an open loop. A node that is there at 0 is so before the load begins (`prepare`)."""
 
     def __init__(

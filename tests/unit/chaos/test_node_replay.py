@@ -15,7 +15,7 @@ from harness.twin_server import SHAPE, serving
 from kervan import cli
 from kervan.bench.load import Endpoint
 from kervan.chaos.checked_load import RepeatedTrace
-from kervan.chaos.node_replay import Playing, fleet_config
+from kervan.chaos.node_replay import ReplayRun, fleet_config
 from kervan.chaos.plans import ReplayPlan
 from kervan.chaos.schedule import Kind
 from kervan.errors import ConfigError, EngineError
@@ -115,9 +115,9 @@ def play(model: str, tmp_path: Path) -> Iterator[Callable[..., tuple[Any, list[s
         def run(nodes: MemoryCluster, **more: Any) -> tuple[Any, list[str]]:
             said: list[str] = []
             asked = plan(tmp_path, **more)
-            playing = Playing(nodes, config, asked, asked.course(), nodes, said.append)
-            playing.prepare()
-            return playing.run_to_end(Endpoint(url=server.url, model="m")), said
+            replay = ReplayRun(nodes, config, asked, asked.course(), nodes, said.append)
+            replay.prepare()
+            return replay.run_to_end(Endpoint(url=server.url, model="m")), said
 
         yield run
 

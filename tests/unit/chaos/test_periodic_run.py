@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from harness.places import TESTS
-from harness.twin_server import SHAPE, TOKEN_S, Server, serving
+from harness.twin_server import SHAPE, TOKEN_S, TwinServer, serving
 
 from kervan import cli
 from kervan.bench.load import Endpoint
@@ -77,7 +77,7 @@ def config(tmp_path: Path) -> FleetConfig:
 
 
 @pytest.fixture
-def server(config: FleetConfig) -> Iterator[Server]:
+def server(config: FleetConfig) -> Iterator[TwinServer]:
     with serving(config) as made:
         yield made
 
@@ -89,11 +89,11 @@ def plan(**more: Any) -> DisruptionPlan:
     return DisruptionPlan(**(words | more))
 
 
-def at(server: Server) -> Endpoint:
+def at(server: TwinServer) -> Endpoint:
     return Endpoint(url=server.url, model="m")
 
 
-def test_a_fleet_that_breaks_nothing(server: Server, config: FleetConfig) -> None:
+def test_a_fleet_that_breaks_nothing(server: TwinServer, config: FleetConfig) -> None:
     fleet, said = MemoryFleet(), list[str]()
     report = periodic_run.run(
         fleet, config, plan(periods_s={"kill": 0.6, "drain": 1.0}, duration_s=2.0), at(server), said.append
@@ -122,7 +122,7 @@ def test_a_fleet_that_breaks_nothing(server: Server, config: FleetConfig) -> Non
         ("busy", {"broken": 1}),
     ],
 )
-def test_each_fault_is_counted(server: Server, config: FleetConfig, fault: str, counted: dict[str, int]) -> None:
+def test_each_fault_is_counted(server: TwinServer, config: FleetConfig, fault: str, counted: dict[str, int]) -> None:
     server.faults = {3: fault}  # one of the eight that are sent at once, however slow this machine is
     said: list[str] = []
     report = periodic_run.run(MemoryFleet(), config, plan(osl="10"), at(server), said.append)
@@ -134,7 +134,7 @@ def test_each_fault_is_counted(server: Server, config: FleetConfig, fault: str, 
     assert any(words.startswith("a stream ") for words in said)
 
 
-def test_a_server_that_is_gone_breaks_every_stream(server: Server, config: FleetConfig) -> None:
+def test_a_server_that_is_gone_breaks_every_stream(server: TwinServer, config: FleetConfig) -> None:
     server.faults = dict.fromkeys(range(1, 5000), "break")
     found = periodic_run.run(MemoryFleet(), config, plan(), at(server), lambda _: None).to_dict()
     assert found["broken"] == found["streams"] > 0
@@ -142,7 +142,7 @@ def test_a_server_that_is_gone_breaks_every_stream(server: Server, config: Fleet
     assert set(found["errors"]) == {"truncated"}
 
 
-def test_nothing_is_disturbed_when_too_few_are_ready(server: Server, config: FleetConfig) -> None:
+def test_nothing_is_disturbed_when_too_few_are_ready(server: TwinServer, config: FleetConfig) -> None:
     """Of three replicas, two others must be ready: only the first kill may be."""
     fleet = MemoryFleet(replace_s=1.5)
     found = periodic_run.run(
@@ -152,7 +152,7 @@ def test_nothing_is_disturbed_when_too_few_are_ready(server: Server, config: Fle
 
 
 def test_a_fleet_that_is_not_whole_again_is_told(
-    server: Server, config: FleetConfig, monkeypatch: pytest.MonkeyPatch
+    server: TwinServer, config: FleetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checked_run, "RECOVERY_S", -config.stall_timeout_s)
     report = periodic_run.run(MemoryFleet(replace_s=1e9), config, plan(), at(server), lambda _: None)
@@ -160,7 +160,7 @@ def test_a_fleet_that_is_not_whole_again_is_told(
     assert not report.is_good
 
 
-def test_answers_of_a_real_model_are_judged_by_those_before(server: Server, config: FleetConfig) -> None:
+def test_answers_of_a_real_model_are_judged_by_those_before(server: TwinServer, config: FleetConfig) -> None:
     """The server's own probe, 32 answers alone, 32 in a batch; one prompt is not answered twice in the same way."""
     real = FleetConfig(model=config.model, replicas=3)
     server.faults = {40: "change", 75: "lose"}
@@ -175,7 +175,7 @@ def test_answers_of_a_real_model_are_judged_by_those_before(server: Server, conf
 
 
 def test_a_real_model_that_fails_undisturbed_is_told_before_anything_is_hit(
-    server: Server, config: FleetConfig
+    server: TwinServer, config: FleetConfig
 ) -> None:
     fleet = MemoryFleet()
     server.faults = {10: "break"}
@@ -206,7 +206,7 @@ print(json.dumps(report.to_dict() | {{"is_good": report.is_good}}))
 """
 
 
-def test_ctrl_c_ends_it_early_with_the_report(server: Server, config: FleetConfig) -> None:
+def test_ctrl_c_ends_it_early_with_the_report(server: TwinServer, config: FleetConfig) -> None:
     code = CTRL_C.format(path=[str(Path(__file__).parent), str(TESTS)])
     begin_s = time.monotonic()
     done = subprocess.run(
@@ -253,7 +253,7 @@ def test_bad_words_are_refused(
     assert why in said
 
 
-def test_what_is_no_fleet_is_refused(server: Server, refused: Callable[..., tuple[object, str]]) -> None:
+def test_what_is_no_fleet_is_refused(server: TwinServer, refused: Callable[..., tuple[object, str]]) -> None:
     for url, why in (
         (server.url, "is no kervan fleet: GET /kervan/status: HTTP Error 404"),
         ("http://127.0.0.1:1", "is no kervan fleet: GET /kervan/status: <urlopen error"),
@@ -271,7 +271,9 @@ def test_what_is_no_fleet_is_refused(server: Server, refused: Callable[..., tupl
         ({"streams": 2_000_000}, "--streams 2000000 needs 2000200 open files, and the limit is"),
     ],
 )
-def test_loads_that_cannot_be_are_refused(server: Server, config: FleetConfig, more: dict[str, Any], why: str) -> None:
+def test_loads_that_cannot_be_are_refused(
+    server: TwinServer, config: FleetConfig, more: dict[str, Any], why: str
+) -> None:
     fleet = MemoryFleet()
     with pytest.raises(ConfigError, match=why):
         periodic_run.run(fleet, config, plan(**more), at(server), lambda _: None)
