@@ -28,10 +28,10 @@ import overhead
 import servers
 from servers import HERE
 
-from kervan.bench import calibrate, records, run
-from kervan.bench.calibrate import Floor
-from kervan.bench.load import Load
-from kervan.bench.run import measure, prepare
+from kervan.bench import benchmark, client_floor, records
+from kervan.bench.benchmark import measure, prepare
+from kervan.bench.client_floor import ClientFloor
+from kervan.bench.load import Endpoint, Load
 from kervan.errors import KervanError
 from kervan.ports import free_port
 
@@ -47,7 +47,7 @@ class Bench:
         self.args = args
         self.log_dir = log_dir
         self.rows: list[Row] = []
-        self._floors: dict[int, Floor] = {}
+        self._floors: dict[int, ClientFloor] = {}
         self._begin_s = time.monotonic()
         self._seed = 0
         settings = {"isl": args.isl, "osl": args.osl, "streams": args.streams, "engine": args.engine_arg}
@@ -76,11 +76,11 @@ class Bench:
         self._seed += 1
         settings = Load(streams=streams, num_requests=requests, isl=str(self.args.isl), osl=str(osl), seed=self._seed)
         if streams not in self._floors:
-            self._floors[streams] = calibrate.choose(streams)
+            self._floors[streams] = client_floor.choose(streams)
         result = measure(
-            prepare(url, settings, model="shape"),
+            prepare(Endpoint(url=url, model="shape"), settings),
             settings,
-            client=run.Client(reconciles=False),
+            client=benchmark.ClientOptions(reconciles=False),
             floor=self._floors[streams],
         )
         return overhead.figures(result)

@@ -34,11 +34,11 @@ import psutil
 import servers
 from servers import HERE, Meter, Server
 
-from kervan.bench import calibrate, records, run
-from kervan.bench.calibrate import Floor
-from kervan.bench.load import Load
+from kervan.bench import benchmark, client_floor, records
+from kervan.bench.benchmark import measure, prepare
+from kervan.bench.client_floor import ClientFloor
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.result import Result
-from kervan.bench.run import measure, prepare
 from kervan.errors import KervanError
 
 Record = dict[str, Any]
@@ -69,7 +69,7 @@ class Client:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self.floors: dict[int, Floor] = {}
+        self.floors: dict[int, ClientFloor] = {}
 
     def load(self, server: Server, level: Level, *, seed: int, requests: int, osl: int) -> Run:
         """One run: its figures, and what the server's processes used meanwhile.
@@ -81,10 +81,10 @@ class Client:
         )
         try:
             if level.concurrency not in self.floors:
-                self.floors[level.concurrency] = calibrate.choose(level.concurrency)
-            prepared = prepare(server.url, settings, model=server.model)
+                self.floors[level.concurrency] = client_floor.choose(level.concurrency)
+            prepared = prepare(Endpoint(url=server.url, model=server.model or ""), settings)
             meter = Meter(server)
-            client = run.Client(reconciles=False)
+            client = benchmark.ClientOptions(reconciles=False)
             result = measure(prepared, settings, client=client, floor=self.floors[level.concurrency])
         except KervanError as error:
             raise servers.ServerError(f"kervan bench on {server.name}: {error}") from error

@@ -19,15 +19,13 @@ from typing import Any
 import servers
 from servers import HERE
 
-from kervan.bench import eventloop, target
-from kervan.bench.exchange import Exchange
-from kervan.bench.load import Load
-from kervan.bench.prompts import Ask
-from kervan.bench.worker import Share
-from kervan.chaos import effects
-from kervan.chaos import fleet as fleets
+from kervan.bench import eventloop
+from kervan.bench.endpoint import find_alphabet, first_look
+from kervan.bench.load import Endpoint, Load
+from kervan.bench.load_client import LoadClient, Share
+from kervan.chaos import effects, fleet_under_test
+from kervan.chaos.checked_load import SAMPLING, CheckedStream, StreamObserver
 from kervan.chaos.effects import Disruption
-from kervan.chaos.load import SAMPLING, CheckedDriver, CheckedExchange
 from kervan.config.workload import Slo
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.serve import drain
@@ -80,84 +78,63 @@ def run(args: argparse.Namespace, keep: Keep) -> str:
     return table(rows)
 
 
-class KeptDriver(CheckedDriver):
-    """Keeps all its exchanges, and can be told to send no more."""
-
-    def __init__(self, share: Share, start_s: float, on_answer: Callable[[Ask, CheckedExchange | None], None]) -> None:
-        super().__init__(share, start_s, on_answer)
-        self._kept: list[CheckedExchange] = []
-
-    def _new_exchange(self, number: int, arrival_s: float, ask: Ask) -> Exchange:
-        exchange = CheckedExchange(number, arrival_s, ask.output_tokens)
-        self._kept.append(exchange)
-        return exchange
-
-    @property
-    def exchanges(self) -> list[CheckedExchange]:
-        """Ended or in flight, with all that has come."""
-        for channel in self._flying.values():
-            channel.settle()
-        return self._kept
-
-    def let_end(self) -> None:
-        """What is in flight ends; nothing follows."""
-        self._is_ended = True
-
-
 class _Storm:
     def __init__(self, args: argparse.Namespace, keep: Keep, url: str, name: str) -> None:
         self._args, self._keep, self._url, self._name = args, keep, url, name
         self._errors: dict[str, int] = {}
         self._messages: dict[str, str] = {}
-        self._ended = 0
+        self._ended: list[CheckedStream] = []
+        self._observer = StreamObserver(self._count)
 
     async def run(self) -> None:
-        at, probe = await asyncio.to_thread(
-            lambda: target.first_look(
-                self._url, model=None, api="completions", headers=(), sampling=SAMPLING, verify_tls=True
-            )
-        )
+        endpoint, probe = await asyncio.to_thread(first_look, Endpoint(url=self._url, sampling=SAMPLING))
         load = Load(
             streams=self._args.streams, duration_s=3600.0, isl=str(self._args.isl), osl=self._args.osl, timeout_s=400.0
         )
-        alphabet, _ = await asyncio.to_thread(target.find_alphabet, at, load, probe, None)
-        self._fleet = await asyncio.to_thread(lambda: fleets.find(self._url, headers=(), name=self._name, address=None))
-        self._driver = KeptDriver(Share(load, at, alphabet, Slo()), time.time(), self._count)
-        self._driver.prepare()
-        await self._driver.connect_first()
-        self._driver.tally.start_s = time.time()
-        running = asyncio.create_task(self._driver.run())
+        alphabet, _ = await asyncio.to_thread(find_alphabet, endpoint, load, probe, None)
+        self._fleet = await asyncio.to_thread(
+            lambda: fleet_under_test.find(self._url, headers=(), name=self._name, address=None)
+        )
+        self._client = LoadClient(Share(load, endpoint, alphabet, Slo()))
+        self._client.prepare()
+        await self._client.connect_first()
+        running = asyncio.create_task(self._client.run(time.time(), self._observer))
         try:
             await self._scenes()
         finally:
-            self._driver.let_end()
+            self._client.stop_sending()
             left_s = max(5.0, self._args.deadline_s - time.monotonic() - 25.0)
             await asyncio.wait({running}, timeout=left_s)
             if not running.done():
-                self._driver.end()
+                self._client.end()
             await asyncio.wait({running}, timeout=5.0)
             self._keep(self._verdict())
 
-    def _count(self, ask: Ask, exchange: CheckedExchange | None) -> None:
-        self._ended += 1
-        error = "refused" if exchange is None else exchange.error
-        if exchange is not None and error is None and len(exchange.tokens) != ask.output_tokens:
+    def _streams(self) -> list[CheckedStream]:
+        """Ended or in flight, with all that has come."""
+        self._client.in_flight()
+        return [*self._ended, *self._observer.open.values()]
+
+    def _count(self, stream: CheckedStream) -> None:
+        self._ended.append(stream)
+        exchange = stream.exchange
+        error = exchange.error
+        if error is None and len(stream.tokens) != exchange.request.output_tokens:
             error = "token_ids"
         if error is not None:
             self._errors[error] = self._errors.get(error, 0) + 1
-            self._messages.setdefault(error, exchange.message if exchange is not None else "no connection")
+            self._messages.setdefault(error, exchange.message)
             self._keep({"what": "a stream broke", "error": error, "message": self._messages[error]})
 
     def _verdict(self) -> Row:
-        kept = self._driver.exchanges
         return {
             "what": "all streams",
-            "streams": self._ended,
-            "tokens": sum(len(exchange.tokens) for exchange in kept),
+            "streams": len(self._ended),
+            "tokens": sum(len(stream.tokens) for stream in self._streams()),
             "broken": sum(self._errors.values()),
             "errors": self._errors,
-            "unfinished": self._driver.tally.unfinished,
-            "client_late_s": round(self._driver.lag.largest, 4),
+            "unfinished": self._client.unfinished,
+            "client_late_s": round(self._client.lag.largest, 4),
         }
 
     # ---- scenes
@@ -230,12 +207,12 @@ class _Storm:
         """Gaps of the `moves` streams that waited longest of those in flight at `at_s`, and all gaps of the others."""
         event = [Disruption(0, "kill", "", at_s, felt_s=at_s)]
         waits: list[tuple[float, int]] = []
-        for exchange in self._driver.exchanges:
-            if exchange.sent_s <= at_s and exchange.tokens_s and exchange.tokens_s[-1] > at_s:
-                for longest_s in effects.longest_gaps_s(exchange.sent_s, exchange.tokens_s, event):
-                    waits.append((longest_s, exchange.index))
+        for stream in self._streams():
+            sent_s, number = stream.exchange.sent_s, stream.exchange.number
+            if sent_s <= at_s and stream.tokens_s and stream.tokens_s[-1] > at_s:
+                waits += [(longest_s, number) for longest_s in effects.longest_gaps_s(sent_s, stream.tokens_s, event)]
         waits.sort(reverse=True)
-        moved = {index for _, index in waits[:moves]}
+        moved = {number for _, number in waits[:moves]}
         moved_s = [wait for wait, _ in waits[:moves]]
         return {
             "in_flight": len(waits),
@@ -250,14 +227,14 @@ class _Storm:
         gaps: list[float] = []
         ttfts: list[float] = []
         tokens = 0
-        for exchange in self._driver.exchanges:
-            if exchange.index in without:
+        for stream in self._streams():
+            if stream.exchange.number in without:
                 continue
-            times = exchange.tokens_s
+            times = stream.tokens_s
             tokens += sum(begin_s < at_s <= end_s for at_s in times)
             gaps += [after - before for before, after in itertools.pairwise(times) if begin_s < after <= end_s]
             if times and begin_s < times[0] <= end_s:
-                ttfts.append(times[0] - exchange.sent_s)
+                ttfts.append(times[0] - stream.exchange.sent_s)
         return {
             "gap": _quantiles(gaps),
             "ttft": _quantiles(ttfts),

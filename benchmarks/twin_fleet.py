@@ -16,8 +16,8 @@ import psutil
 import soak
 from meters import Sampler, memory, window
 
-from kervan.bench import run
-from kervan.bench.load import Load
+from kervan.bench import benchmark
+from kervan.bench.load import Endpoint, Load
 from kervan.serve import cluster
 
 NAME = "twins"
@@ -115,13 +115,13 @@ class TwinFleet:
     ) -> dict[str, Any]:
         """Load it with so many streams in a closed loop; what came within `measured_s` after `warm_s`."""
         load = Load(streams=streams, duration_s=warm_s + measured_s, isl=isl, osl=osl, timeout_s=120.0)
-        prepared = run.prepare(self.url, load)
+        prepared = benchmark.prepare(Endpoint(url=self.url), load)
         gateways, twins = self.gateway_pids, self.twin_pids
         others = {role: pids for role, pids in self.processes().items() if role not in ("gateway", "twin")}
         before = self._counts()
-        client = run.Client(processes=processes, calibrates=False, reconciles=False)
+        client = benchmark.ClientOptions(processes=processes, calibrates=False, reconciles=False)
         with Sampler([*gateways, *twins, *(pid for pids in others.values() for pid in pids)]) as sampler:
-            result = run.measure(prepared, load, client=client)
+            result = benchmark.measure(prepared, load, client=client)
         after, tally = self._counts(), result.tally
         begin_s, end_s, tokens = window(tally.timeline, warm_s, warm_s + measured_s)
         if not tokens:

@@ -21,7 +21,7 @@ TOKEN_S = 0.005
 
 
 @dataclass
-class Server:
+class TwinServer:
     """Answers as twins do, and spoils the answers whose numbers are in `faults`."""
 
     config: FleetConfig
@@ -80,9 +80,9 @@ class Server:
 
 
 @contextmanager
-def serving(config: FleetConfig) -> Iterator[Server]:
+def serving(config: FleetConfig) -> Iterator[TwinServer]:
     """A server within the block."""
-    made = Server(config)
+    made = TwinServer(config)
     ready, ended, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
 
     async def main() -> None:

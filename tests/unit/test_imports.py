@@ -71,7 +71,8 @@ CONFINED = [
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
-    ("plotly", ("bench/report.py", "plan/plotting.py")),
+    ("jinja2", ("bench/html_report.py",)),
+    ("plotly", ("bench/html_report.py", "plan/plotting.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("pynvml", ("observe/nvml.py",)),
 ]

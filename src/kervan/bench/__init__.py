@@ -1,1 +1,1 @@
-"""The load tester: `kervan.bench.run` measures a server, the rest is what it is made of."""
+"""The load tester: `kervan.bench.benchmark` measures a server, the rest is what it is made of."""

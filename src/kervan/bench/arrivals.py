@@ -30,6 +30,7 @@ class Stage:
 
     @property
     def expected_arrivals(self) -> float:
+        """How many requests come in the stage; infinite in one that does not end."""
         if self.burst:
             return self.burst
         return math.inf if math.isinf(self.duration_s) else (self.start_rate + self.end_rate) / 2 * self.duration_s

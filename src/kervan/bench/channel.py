@@ -29,12 +29,18 @@ TIMESPEC = struct.Struct("qq")
 _now = time.time  # the kernel stamps with the real-time clock
 
 
-class Listener(Protocol):
+class ResponseListener(Protocol):
     """Whom a channel tells about the answer to its request. All times are `time.time()`."""
 
-    def on_status(self, status: int, headers: dict[str, str]) -> None: ...
-    def on_body(self, piece: bytes, at_s: float) -> None: ...
-    def on_bodies(self, pieces: list[bytes], at_s: list[float]) -> None: ...
+    def on_status(self, status: int, headers: dict[str, str]) -> None:
+        """The answer has begun; names of headers are in small letters."""
+
+    def on_body(self, piece: bytes, at_s: float) -> None:
+        """The next bytes of the body, of any length, and when they reached this machine."""
+
+    def on_bodies(self, pieces: list[bytes], at_s: list[float]) -> None:
+        """As `on_body` for each."""
+
     def on_end(self, at_s: float, fault: str | None) -> None:
         """The answer is whole (`fault` None), or will never be."""
 
@@ -56,6 +62,7 @@ class Poller:
             self._loop.add_reader(self._epoll.fileno(), self._on_ready)
 
     def add(self, link: socket.socket, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever `link` can be read."""
         if self._epoll is None:
             self._loop.add_reader(link, callback)
             return
@@ -63,12 +70,14 @@ class Poller:
         self._epoll.register(link.fileno(), select.EPOLLIN)
 
     def remove(self, link: socket.socket) -> None:
+        """Look at `link` no more; nothing happens if it is not known."""
         if self._epoll is None:
             self._loop.remove_reader(link)
         elif self._callbacks.pop(link.fileno(), None) is not None:
             self._epoll.unregister(link.fileno())
 
     def close(self) -> None:
+        """Call nobody back any more."""
         if self._epoll is not None:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
@@ -109,7 +118,7 @@ class Channel:
     tls: ssl.SSLContext | None
     is_open: bool = False
     has_kernel_time: bool = False
-    _listener: Listener | None = None
+    _listener: ResponseListener | None = None
     _parser: Any = None
     _at_s: float = 0.0
     _status: int = 0
@@ -135,9 +144,9 @@ class Channel:
             )
             self.is_open = True
             return
-        found = await self._loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        addresses = await self._loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         last: OSError | None = None
-        for family, kind, protocol, _, address in found:
+        for family, kind, protocol, _, address in addresses:
             link = socket.socket(family, kind, protocol)
             link.setblocking(False)
             try:
@@ -160,7 +169,7 @@ class Channel:
             return
         raise last or OSError(errno.EADDRNOTAVAIL, f"{self.host} has no address")
 
-    def send(self, request: bytes, listener: Listener) -> float:
+    def send(self, request: bytes, listener: ResponseListener) -> float:
         """Send a whole request; the answer goes to `listener`. Returns the time just before the first byte left."""
         assert self.is_open and self._listener is None
         self._listener = listener
@@ -257,6 +266,7 @@ class Channel:
             self._listener.on_bodies(pieces, times_s)
 
     def received(self, data: bytes, at_s: float) -> None:
+        """Take what came in one read at `at_s`."""
         if self._listener is None:
             self.close()  # bytes nobody asked for: the next request takes a new connection
             return
@@ -289,7 +299,7 @@ class Channel:
         if listener is not None:
             listener.on_end(_now(), fault)
 
-    # ---- from the parser
+    # ---- from the parser, by httptools' names
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")

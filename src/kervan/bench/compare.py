@@ -44,10 +44,12 @@ class Ratio:
 
     @property
     def median(self) -> float:
+        """Of the ratios."""
         return statistics.median(self.values)
 
     @property
     def interval(self) -> tuple[float, float]:
+        """95%, of the median."""
         return bootstrap_interval(self.values)
 
     @property
@@ -56,6 +58,7 @@ class Ratio:
         return bootstrap_interval(self.differences)
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON and records."""
         return {
             "ratio": self.median,
             "ci95": self.interval,
@@ -70,11 +73,11 @@ class Ratio:
 def ratios(pairs: Sequence[tuple[Result, Result]]) -> list[Ratio]:
     """One per figure that both sides of at least one pair have. Pairs in which a request failed are left out."""
     whole = [(figures(a), figures(b)) for a, b in pairs if not (a.tally.num_errors or b.tally.num_errors)]
-    found = []
+    compared = []
     for name in figures(pairs[0][0]) if pairs else ():
         both = [(x, y) for a, b in whole if (x := a[name]) is not None and (y := b[name])]
         if both:
-            found.append(
+            compared.append(
                 Ratio(
                     name,
                     tuple(x / y for x, y in both),
@@ -83,21 +86,21 @@ def ratios(pairs: Sequence[tuple[Result, Result]]) -> list[Ratio]:
                     tuple(x - y for x, y in both),
                 )
             )
-    return found
+    return compared
 
 
 def run_pairs(num_pairs: int, measure: Callable[[Side, int], Result]) -> list[tuple[Result, Result]]:
     """`measure(side, pair)` for each run, in order; an interrupted run ends the series, and its pair is dropped."""
     pairs = []
     for pair, sides in order(num_pairs):
-        found = {side: measure(side, pair) for side in sides}
-        if any(result.outcome.was_interrupted for result in found.values()):
+        results = {side: measure(side, pair) for side in sides}
+        if any(result.outcome.was_interrupted for result in results.values()):
             break
-        pairs.append((found["a"], found["b"]))
+        pairs.append((results["a"], results["b"]))
     return pairs
 
 
-def worst_shortfall(found: Sequence[Ratio], bound: float) -> Ratio | None:
+def worst_shortfall(compared: Sequence[Ratio], bound: float) -> Ratio | None:
     """The ratio of output tokens/s if its whole interval is below `bound`: A is surely slower than allowed."""
-    speed = next((ratio for ratio in found if ratio.name == "out_tok_s"), None)
+    speed = next((ratio for ratio in compared if ratio.name == "out_tok_s"), None)
     return speed if speed is not None and speed.interval[1] < bound else None

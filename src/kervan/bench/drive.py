@@ -12,15 +12,17 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from kervan.bench import worker
-from kervan.bench.load import Load, Target
+from kervan.bench.counting import FloorSketches, WorkerProgress
+from kervan.bench.load import Endpoint, Load
+from kervan.bench.load_client import Share
 from kervan.bench.prompts import Alphabet
 from kervan.bench.sketch import Sketch
-from kervan.bench.tally import Tally, merge_all
+from kervan.bench.tally import RequestTally, merge_all
 from kervan.config.workload import Slo
 from kervan.errors import ConfigError, FleetError
 
 # Gets the seconds since the start and each worker's newest report; true ends the run.
-OnProgress = Callable[[float, list[worker.Progress]], bool | None]
+OnProgress = Callable[[float, list[WorkerProgress]], bool | None]
 
 READY_TIMEOUT_S = 120.0
 START_DELAY_S = 0.1
@@ -51,7 +53,7 @@ class Event:
 class Outcome:
     """What the workers measured, and what the client itself did meanwhile."""
 
-    tally: Tally
+    tally: RequestTally
     num_processes: int
     cpu_s: float
     wall_s: float
@@ -61,11 +63,11 @@ class Outcome:
     events: list[Event]
     was_interrupted: bool = False
     clock_step_s: float = 0.0  # how far the real-time clock went from the monotonic one during the run
-    floor: worker.FloorSketches = field(default_factory=worker.FloorSketches)
+    floor: FloorSketches = field(default_factory=FloorSketches)
 
 
 @dataclass(slots=True)
-class _Running:
+class _RunningAction:
     action: Action
     process: "subprocess.Popen[bytes]"
     begun_s: float
@@ -73,7 +75,7 @@ class _Running:
 
 def drive(
     load: Load,
-    target: Target,
+    endpoint: Endpoint,
     alphabet: Alphabet,
     *,
     slo: Slo = Slo(),  # noqa: B008 - frozen
@@ -93,7 +95,7 @@ def drive(
     links: dict[Connection, BaseProcess] = {}
     try:
         for number in range(num_processes):
-            share = worker.Share(load, target, alphabet, slo, number, num_processes, is_calibration)
+            share = Share(load, endpoint, alphabet, slo, number, num_processes, is_calibration)
             mine, theirs = context.Pipe()
             process: BaseProcess = context.Process(
                 target=worker.run, args=(share, theirs), name=f"kervan-bench-{number}", daemon=True
@@ -121,10 +123,10 @@ class _Session:
         self._links = links
         self._actions = sorted(actions, key=lambda action: action.at_s)
         self._on_progress = on_progress
-        self._running: list[_Running] = []
+        self._running: list[_RunningAction] = []
         self._events: list[Event] = []
-        self._reports: dict[int, worker.Progress] = {}
-        self._finished: dict[Connection, worker.Finished] = {}
+        self._reports: dict[int, WorkerProgress] = {}
+        self._finished: dict[Connection, worker.WorkerFinished] = {}
         self._start_s = 0.0
         self._is_told_to_stop = False
 
@@ -148,21 +150,20 @@ class _Session:
                     raise
         finally:
             self._end_actions()
-        found = list(self._finished.values())
-        lag, floor = Sketch(), worker.FloorSketches()
-        for one in found:
-            lag.merge(one.lag)
-            if one.floor is not None:
-                for name in ("ttft", "gap", "ttft_measured", "gap_measured"):
-                    getattr(floor, name).merge(getattr(one.floor, name))
+        finished = list(self._finished.values())
+        lag, floor = Sketch(), FloorSketches()
+        for worker_report in finished:
+            lag.merge(worker_report.lag)
+            if worker_report.floor is not None:
+                floor.merge(worker_report.floor)
         return Outcome(
-            tally=merge_all(one.tally for one in found),
+            tally=merge_all(worker_report.tally for worker_report in finished),
             num_processes=len(self._links),
-            cpu_s=sum(one.cpu_s for one in found),
-            wall_s=max(one.wall_s for one in found),
-            busiest_share=max(one.cpu_s / max(one.wall_s, 1e-9) for one in found),
+            cpu_s=sum(worker_report.cpu_s for worker_report in finished),
+            wall_s=max(worker_report.wall_s for worker_report in finished),
+            busiest_share=max(worker_report.cpu_s / max(worker_report.wall_s, 1e-9) for worker_report in finished),
             lag=lag,
-            loop=found[0].loop,
+            loop=finished[0].loop,
             events=self._events,
             was_interrupted=interrupted,
             clock_step_s=time.time() - time.monotonic() - clock_s,
@@ -192,7 +193,7 @@ class _Session:
             self._links[link].join(1)
             code = self._links[link].exitcode
             raise FleetError(f"a client process died (exit status {code}); is there enough memory?") from None
-        if isinstance(message, worker.Failed):
+        if isinstance(message, worker.WorkerFailed):
             raise ConfigError(message.message)
         return message
 
@@ -205,9 +206,9 @@ class _Session:
         for link in wait(open_links, timeout=timeout_s):
             assert isinstance(link, Connection)
             message = self._receive(link)
-            if isinstance(message, worker.Finished):
+            if isinstance(message, worker.WorkerFinished):
                 self._finished[link] = message
-            elif isinstance(message, worker.Progress):
+            elif isinstance(message, WorkerProgress):
                 self._reports[message.worker] = message
                 fresh = True
         now_s = time.time() - self._start_s
@@ -216,7 +217,7 @@ class _Session:
             process = subprocess.Popen(
                 action.command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
-            self._running.append(_Running(action, process, now_s))
+            self._running.append(_RunningAction(action, process, now_s))
         for running in [r for r in self._running if r.process.poll() is not None]:
             self._end_action(running, now_s)
         if fresh and self._on_progress is not None:
@@ -225,7 +226,7 @@ class _Session:
                 self._is_told_to_stop = True
                 self._tell("stop")
 
-    def _end_action(self, running: _Running, now_s: float | None) -> None:
+    def _end_action(self, running: _RunningAction, now_s: float | None) -> None:
         self._running.remove(running)
         assert running.process.stdout is not None
         code = running.process.poll()

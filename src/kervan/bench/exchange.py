@@ -1,22 +1,30 @@
-"""One request and its streamed answer, as the client saw it."""
+"""One request and its streamed response, as the client saw it."""
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 
-from kervan.bench.events import Chunk, EventParser, carries_token, decode, decode_all, is_reasoning
+from kervan.bench.prompts import Request
+from kervan.bench.sse import Chunk, EventParser, carries_token, decode, decode_all, is_reasoning
+
+# (exchange, chunk, the chunk's bytes, Unix time at which it reached this machine).
+OnChunk = Callable[["Exchange", Chunk, bytes, float], None]
 
 MAX_ERROR_BYTES = 500
-MAX_BODY_BYTES = 64 * 1024  # kept of an answer that is no stream
+MAX_BODY_BYTES = 64 * 1024  # kept of a response that is no stream
 
 
 class Exchange:
     """A listener of a channel. When it has ended, `error` is None or the kind of failure, with `message`.
 
     Kinds: `http_STATUS`, `no_stream` (200, but no events), `garbage` (no HTTP, or events that are no JSON),
-    `server_error` (an error event), `truncated` (the answer stopped before its end), `wrong_length` (another number of
-    tokens than asked for with `ignore_eos`), `duplicated` (more pieces than tokens, or an end that came twice),
-    `empty` (no token at all), `timeout`, `refused` (no connection), `closed` (dropped before any answer).
+    `server_error` (an error event), `truncated` (the response stopped before its end), `wrong_length` (another number
+    of tokens than asked for with `ignore_eos`), `duplicated` (more pieces than tokens, or an end that came twice),
+    `empty` (no token at all), `timeout`, `refused` (no connection), `closed` (dropped before any response), `not_sent`
+    (too many streams were in flight).
+
+    `number`: of its job in the load. `arrival_s`: when it should have been sent, `sent_s`: when it was.
     """
 
     __slots__ = (
@@ -28,33 +36,38 @@ class Exchange:
         "end_s",
         "error",
         "events",
-        "exact_tokens",
         "finished",
         "first_answer_s",
         "first_s",
         "gaps",
-        "index",
+        "has_kernel_time",
         "is_between_events",
         "is_reused",
         "last_s",
         "message",
         "num_chunks",
+        "number",
+        "on_chunk",
         "on_ended",
         "only_choice",
         "output_tokens",
         "per_choice_last_s",
         "prompt_tokens",
+        "request",
         "sent_s",
         "status",
         "text",
         "usage_tokens_seen",
+        "was_sent",
     )  # fmt: skip
 
-    def __init__(self, index: int, arrival_s: float, exact_tokens: int | None, *, keeps_text: bool = False) -> None:
-        self.index = index
+    def __init__(self, number: int, arrival_s: float, request: Request, *, keeps_text: bool = False) -> None:
+        self.number = number
         self.arrival_s = arrival_s
-        self.exact_tokens = exact_tokens  # the output tokens that a whole answer has, if known
+        self.request = request
         self.sent_s = arrival_s
+        self.was_sent = False
+        self.has_kernel_time = False  # of its chunks; else their times are those of the reads
         self.status = 0
         self.events = EventParser()
         self.is_between_events = False  # in a stream, and the next piece begins an event
@@ -78,11 +91,13 @@ class Exchange:
         self.body = b""
         self.text: list[str] | None = [] if keeps_text else None
         self.is_reused = False
-        self.on_ended: object = None
+        self.on_ended: Callable[[], None] | None = None
+        self.on_chunk: OnChunk | None = None
 
     # ---- as a listener
 
     def on_status(self, status: int, headers: dict[str, str]) -> None:
+        """The response has begun."""
         self.status = status
         if status != 200:
             self.message = f"status {status}" + (f", location {headers['location']}" if "location" in headers else "")
@@ -91,6 +106,7 @@ class Exchange:
             self.fail("no_stream", f"200 with content-type {headers.get('content-type', 'none')!r}")
 
     def on_body(self, piece: bytes, at_s: float) -> None:
+        """The next bytes of the body, of any length."""
         # Nearly always a piece is one whole event: one line, and the empty one that ends it.
         if self.is_between_events and piece.startswith(b"data: {") and piece.find(b"\n") == len(piece) - 2:
             self._on_event(piece[6:-2], at_s)
@@ -114,12 +130,16 @@ class Exchange:
             piece[6:-2] for piece in pieces if piece.startswith(b"data: {") and piece.find(b"\n") == len(piece) - 2
         ]
         if self.is_between_events and len(events) == len(pieces):
+            chunks: list[Chunk] = []
             with suppress(msgspec.MsgspecError, UnicodeDecodeError):
                 chunks = decode_all(b"[%s]" % b",".join(events))
-                if len(chunks) == len(events):
-                    for chunk, event, chunk_at_s in zip(chunks, events, at_s, strict=True):
-                        self._on_chunk(chunk, event, chunk_at_s)
-                    return
+            if len(chunks) == len(events):
+                on_chunk = self.on_chunk
+                for chunk, event, chunk_at_s in zip(chunks, events, at_s, strict=True):
+                    self._count(chunk, event, chunk_at_s)
+                    if on_chunk is not None:
+                        on_chunk(self, chunk, event, chunk_at_s)
+                return
         for piece, piece_at_s in zip(pieces, at_s, strict=True):
             self.on_body(piece, piece_at_s)
 
@@ -129,10 +149,12 @@ class Exchange:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self.fail("garbage", f"{error} in {event[:200]!r}")
         else:
-            self._on_chunk(chunk, event, at_s)
+            self._count(chunk, event, at_s)
+            if self.on_chunk is not None:
+                self.on_chunk(self, chunk, event, at_s)
 
-    def _on_chunk(self, chunk: Chunk, event: bytes, at_s: float) -> None:
-        # Nearly always: one more token of the only choice, in an answer that has begun. The client's cost is here.
+    def _count(self, chunk: Chunk, event: bytes, at_s: float) -> None:
+        # Nearly always: one more token of the only choice, in a response that has begun. The client's cost is here.
         if self.only_choice is not None and chunk.usage is None and len(chunk.choices) == 1 and chunk.error is None:
             choice = chunk.choices[0]
             text = choice.text if choice.delta is None else choice.delta.content
@@ -141,9 +163,9 @@ class Exchange:
                 self.last_s = at_s
                 self.num_chunks += 1
                 return
-        self._on_any_chunk(chunk, event, at_s)
+        self._count_any(chunk, event, at_s)
 
-    def _on_any_chunk(self, chunk: Chunk, event: bytes, at_s: float) -> None:
+    def _count_any(self, chunk: Chunk, event: bytes, at_s: float) -> None:
         if self.only_choice is not None:
             self.per_choice_last_s[self.only_choice] = self.last_s
             self.only_choice = None
@@ -158,7 +180,7 @@ class Exchange:
             if choice.index in self.finished:
                 self.fail("duplicated", f"choice {choice.index} went on after its finish_reason")
             if carries_token(choice):
-                self._on_token(choice.index, at_s, len(choice.token_ids or ()))
+                self._count_token(choice.index, at_s, len(choice.token_ids or ()))
                 if self.first_answer_s is None and not is_reasoning(choice):
                     self.first_answer_s = at_s
             elif choice.finish_reason is not None:
@@ -171,7 +193,7 @@ class Exchange:
         if is_plain and not self.finished and len(self.per_choice_last_s) == 1:
             (self.only_choice,) = self.per_choice_last_s
 
-    def _on_token(self, choice: int, at_s: float, num_tokens: int) -> None:
+    def _count_token(self, choice: int, at_s: float, num_tokens: int) -> None:
         if not num_tokens and self.output_tokens is not None:  # usage in every chunk
             num_tokens = self.output_tokens - self.usage_tokens_seen
         if self.output_tokens is not None:
@@ -187,10 +209,11 @@ class Exchange:
         self.num_chunks += 1
 
     def on_end(self, at_s: float, fault: str | None) -> None:
+        """The response is whole (`fault` None), or will never be."""
         self.end_s = at_s
         self._settle(fault)
         if self.on_ended is not None:
-            self.on_ended(self)  # type: ignore[operator]
+            self.on_ended()
 
     # ---- the verdict
 
@@ -216,15 +239,15 @@ class Exchange:
         if tokens is None:
             tokens = self.output_tokens = self.num_chunks  # the best there is; reported as such
         elif self.closing_s is not None and self.num_chunks < tokens and len(self.finished) == 1:
-            self._on_token(next(iter(self.finished)), self.closing_s, 0)  # an end-of-text token that has no text
+            self._count_token(next(iter(self.finished)), self.closing_s, 0)  # an end-of-text token that has no text
         if self.num_chunks > tokens:
             self.fail("duplicated", f"{self.num_chunks} chunks with tokens, and usage says {tokens} tokens")
         if self.first_s is None:
             self.fail("empty", "the answer has no token")
-        elif self.exact_tokens is not None and tokens != self.exact_tokens:
-            self.fail("wrong_length", f"{tokens} output tokens, {self.exact_tokens} asked for")
+        elif self.request.output_tokens is not None and tokens != self.request.output_tokens:
+            self.fail("wrong_length", f"{tokens} output tokens, {self.request.output_tokens} asked for")
 
-    # ---- times of a whole answer, in seconds
+    # ---- times of a whole response, in seconds
 
     @property
     def ttft_s(self) -> float:

@@ -33,12 +33,12 @@ class Effect:
 
 def effects(timeline: Timeline, events: list[Event], end_s: float) -> list[Effect]:
     """The effect of each event, up to the next one or `end_s`, when the load began to end."""
-    found = []
+    measured = []
     for number, event in enumerate(events):
         begin_s = events[number - 1].at_s if number else 0.0
         until_s = events[number + 1].at_s if number + 1 < len(events) else end_s
-        found.append(_effect(timeline, event, begin_s, until_s))
-    return found
+        measured.append(_effect(timeline, event, begin_s, until_s))
+    return measured
 
 
 def _effect(timeline: Timeline, event: Event, begin_s: float, until_s: float) -> Effect:

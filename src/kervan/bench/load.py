@@ -11,13 +11,18 @@ from typing import Any, Literal
 from kervan.bench.arrivals import Process, Stage, offsets_s
 from kervan.config.workload import Slo, TraceRow, parse_lengths, read_trace
 from kervan.errors import ConfigError
+from kervan.vendor import vllm_names
 
 Api = Literal["completions", "chat"]
+PATHS: dict[Api, str] = {"completions": vllm_names.COMPLETIONS_PATH, "chat": vllm_names.CHAT_PATH}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """An OpenAI-compatible server. `url` has no `/v1`; `sampling` goes into each request's body as it is."""
+class Endpoint:
+    """An OpenAI-compatible server. `url` has no `/v1`; `sampling` goes into each request's body as it is.
+
+    `model` empty: the one that the server has.
+    """
 
     url: str
     model: str = ""
@@ -27,7 +32,7 @@ class Target:
     verify_tls: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Load:
     """Arrivals and prompts of a run.
 
@@ -123,7 +128,7 @@ class Load:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that differs from a default, for records; infinite durations as None."""
-        found = {}
+        differing = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "stages":
@@ -132,8 +137,8 @@ class Load:
                     for s in value
                 ]
             if value != field.default and value not in ((), []):
-                found[field.name] = value
-        return found
+                differing[field.name] = value
+        return differing
 
 
-__all__ = ["Api", "Load", "Slo", "Target"]
+__all__ = ["PATHS", "Api", "Endpoint", "Load", "Slo"]

@@ -140,6 +140,7 @@ class Pacer:
             self._drop(client)
 
     def close(self) -> None:
+        """Drop all connections and take no more."""
         self._loop.remove_reader(self._server)
         self._server.close()
         for client in list(self._clients):

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kervan.bench.load import Load, Target
+from kervan.bench.load import Endpoint, Load
 from kervan.config.workload import BLOCK_TOKENS, TraceRow, parse_lengths
 from kervan.errors import ConfigError
 
@@ -33,31 +33,31 @@ class Alphabet:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Request:
     """One request to send. `output_tokens` and `input_tokens` are exact; None: not known in advance."""
 
     body: bytes
-    output_tokens: int | None
-    input_tokens: int | None
+    output_tokens: int | None = None
+    input_tokens: int | None = None
 
 
 class Prompts:
     """Builds the requests of a load for one server."""
 
-    def __init__(self, load: Load, target: Target, alphabet: Alphabet) -> None:
+    def __init__(self, load: Load, endpoint: Endpoint, alphabet: Alphabet) -> None:
         self._load = load
-        self._target = target
+        self._endpoint = endpoint
         self._alphabet = alphabet
         self._isl = parse_lengths(load.isl)
         self._osl = parse_lengths(load.osl)
         self._rows = read_prompts(Path(load.prompts)) if load.prompts else []
-        self._is_text = target.api == "chat" or not alphabet.vocab_size
+        self._is_text = endpoint.api == "chat" or not alphabet.vocab_size
         if not self._rows and self._is_text and not alphabet.words:
             raise ConfigError("this server takes no token ids; give --tokenizer, so that texts have exact lengths")
         # What decides whether an answer's length is known in advance.
-        self._is_exact = load.ignore_eos and bool(target.sampling.get("ignore_eos", True))
+        self._is_exact = load.ignore_eos and bool(endpoint.sampling.get("ignore_eos", True))
 
-    def ask(self, job: int, turn: int, row: TraceRow | None, history: Sequence[dict[str, Any]]) -> Ask:
+    def request(self, job: int, turn: int, row: TraceRow | None, history: Sequence[dict[str, Any]]) -> Request:
         """Turn `turn` of job `job`; `history` has the messages before it."""
         rng = random.Random(f"{self._load.seed} {job} {turn}")
         output_tokens: int | None = self._osl.sample(rng)
@@ -108,7 +108,7 @@ class Prompts:
             units += self._draw(random.Random(f"{self._load.seed} block {number}"), BLOCK_TOKENS)
         return units[: row.input_tokens]
 
-    def _from_file(self, row: dict[str, Any], output_tokens: int | None) -> Ask:
+    def _from_file(self, row: dict[str, Any], output_tokens: int | None) -> Request:
         bound = row.get("max_tokens", row.get("output_tokens"))
         if bound is not None:
             output_tokens = int(bound)
@@ -119,12 +119,12 @@ class Prompts:
 
     def _body(
         self, content: Any, history: Sequence[dict[str, Any]], output_tokens: int | None, input_tokens: int | None
-    ) -> Ask:
+    ) -> Request:
         usage: dict[str, Any] = {"include_usage": True}
         if self._load.tokens_in_chunks:
             usage["continuous_usage_stats"] = True
-        body: dict[str, Any] = {"model": self._target.model, "stream": True, "stream_options": usage}
-        if self._target.api == "chat":
+        body: dict[str, Any] = {"model": self._endpoint.model, "stream": True, "stream_options": usage}
+        if self._endpoint.api == "chat":
             body["messages"] = [*history, *([] if content is None else [{"role": "user", "content": content}])]
         else:
             body["prompt"] = content
@@ -132,9 +132,9 @@ class Prompts:
             body["max_tokens"] = output_tokens
         if self._load.ignore_eos:
             body["ignore_eos"] = True
-        body |= self._target.sampling
+        body |= self._endpoint.sampling
         exact = output_tokens * int(body.get("n", 1) or 1) if self._is_exact and output_tokens else None
-        return Ask(encode(body), exact, input_tokens)
+        return Request(encode(body), exact, input_tokens)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ def check_api(rows: Sequence[dict[str, Any]], api: str) -> None:
             raise ConfigError(f"prompts, row {number} is for {need}; all rows must be for one API")
 
 
-def http_request(target: Target, host: str, path: str, body: bytes) -> bytes:
+def http_request(endpoint: Endpoint, host: str, path: str, body: bytes) -> bytes:
     """A whole POST request."""
     head = [
         f"POST {path} HTTP/1.1",
@@ -180,6 +180,6 @@ def http_request(target: Target, host: str, path: str, body: bytes) -> bytes:
         "Accept: text/event-stream",
         "User-Agent: kervan-bench",
         f"Content-Length: {len(body)}",
-        *(f"{name}: {value}" for name, value in target.headers),
+        *(f"{name}: {value}" for name, value in endpoint.headers),
     ]
     return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body

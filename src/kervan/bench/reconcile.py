@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from kervan.bench.tally import Tally
+from kervan.bench.tally import RequestTally
 
 # Sample name -> what it is. vLLM's names; kervan, and vLLM under Ray (`ray_vllm_...`), have the same.
 _NAMES = {
@@ -48,6 +48,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
+        """Whether the two differ by no more than is allowed."""
         return abs(self.client - self.server) <= self.allowed
 
 
@@ -62,15 +63,15 @@ class Reconciliation:
 
 def read_counters(page: str) -> Counters | None:
     """The counters of a Prometheus page, summed over their labels; None when it has none of vLLM's."""
-    found: dict[str, float] = {}
+    counts: dict[str, float] = {}
     for name, _, value in _SAMPLE.findall(page):
         key = _NAMES.get(name)
         if key is not None and value != "NaN":
-            found[key] = found.get(key, 0.0) + float(value)
-    return Counters(**found) if "requests" in found or "output_tokens" in found else None
+            counts[key] = counts.get(key, 0.0) + float(value)
+    return Counters(**counts) if "requests" in counts or "output_tokens" in counts else None
 
 
-def compare(tally: Tally, server: Counters) -> Reconciliation:
+def compare(tally: RequestTally, server: Counters) -> Reconciliation:
     """Client against server over the same time.
 
     A request that failed or was cut off in the client may or may not be one that the server finished, and may have
@@ -90,10 +91,10 @@ def compare(tally: Tally, server: Counters) -> Reconciliation:
     return Reconciliation(status, "", tuple(rows))
 
 
-def to_dict(found: Reconciliation) -> Mapping[str, object]:
+def to_dict(reconciliation: Reconciliation) -> Mapping[str, object]:
     """For JSON."""
     rows = {
         row.what: {"client": row.client, "server": row.server, "allowed": row.allowed, "agrees": row.agrees}
-        for row in found.comparisons
+        for row in reconciliation.comparisons
     }
-    return {"status": found.status, "reason": found.reason, "rows": rows}
+    return {"status": reconciliation.status, "reason": reconciliation.reason, "rows": rows}

@@ -28,30 +28,30 @@ def environment() -> dict[str, Any]:
 
 def record(what: str, content: dict[str, Any], argv: Sequence[str] | None = None) -> dict[str, Any]:
     """A record: `what` was measured, the command, the machine, the time, and `content`."""
-    words = ["kervan", *(sys.argv[1:] if argv is None else argv)]
+    arguments = ["kervan", *(sys.argv[1:] if argv is None else argv)]
     return {
         "what": what,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(hide_secrets(words)),
+        "command": shlex.join(hide_secrets(arguments)),
         **environment(),
         **content,
     }
 
 
-def hide_secrets(words: Sequence[str]) -> list[str]:
-    """Command words without API keys and authorisation headers."""
+def hide_secrets(arguments: Sequence[str]) -> list[str]:
+    """Command arguments without API keys and authorisation headers."""
     hidden, is_secret = [], False
-    for word in words:
-        option, separator, _ = word.partition("=")
+    for argument in arguments:
+        option, separator, _ = argument.partition("=")
         if is_secret:
             hidden.append("...")
         elif separator and option == "--api-key":
             hidden.append(f"{option}=...")
-        elif "authorization" in word.lower():
-            hidden.append(word[: word.lower().index("authorization")] + "Authorization: ...")
+        elif "authorization" in argument.lower():
+            hidden.append(argument[: argument.lower().index("authorization")] + "Authorization: ...")
         else:
-            hidden.append(word)
-        is_secret = word == "--api-key"
+            hidden.append(argument)
+        is_secret = argument == "--api-key"
     return hidden
 
 
@@ -68,17 +68,17 @@ def write(path: Path, content: dict[str, Any]) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     commit = _output("git", "-C", str(Path(kervan.__file__).parent), "rev-parse", "--short=12", "HEAD")
     commit = commit or os.environ.get("KERVAN_COMMIT", "")
     if commit:
-        found["kervan"] = f"{kervan.__version__}+{commit}"
-    return found
+        versions["kervan"] = f"{kervan.__version__}+{commit}"
+    return versions
 
 
 def _hardware() -> dict[str, Any]:
@@ -104,14 +104,14 @@ def _output(*command: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Loop:
+class RecordedLoop:
     """One of a record's closed loops, and the model that answered."""
 
     model: str
     figures: ClosedLoop
 
 
-def closed_loops(path: Path) -> list[Loop]:
+def closed_loops(path: Path) -> list[RecordedLoop]:
     """The valid closed loops with fixed lengths in a record of `kervan bench`.
 
     Raises: ConfigError for a file that is no such record, or has none.
@@ -121,7 +121,7 @@ def closed_loops(path: Path) -> list[Loop]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"record {path} cannot be read: {error}") from error
     runs = content.get("sweep") or [content] if isinstance(content, dict) else []
-    found = []
+    loops = []
     for run in runs:
         try:
             load, result = run["load"], run["result"]
@@ -133,12 +133,12 @@ def closed_loops(path: Path) -> list[Loop]:
                 num_requests=int(ttft_s["count"]), out_tok_s=result["out_tok_s"], ttft_p50_s=ttft_s["p50"],
                 ttft_p99_s=ttft_s["p99"], tpot_p50_s=tpot_s["p50"], tpot_p99_s=tpot_s["p99"],
             )  # fmt: skip
-            found.append(Loop(run["target"]["model"], figures))
+            loops.append(RecordedLoop(run["target"]["model"], figures))
         except (KeyError, TypeError, AttributeError):
             continue
-    if not found:
+    if not loops:
         raise ConfigError(
             f"record {path} has no valid closed loop of fixed lengths; make one with kervan bench URL --streams N "
             "--isl 1024 --osl 256 --record DIR"
         )
-    return found
+    return loops

@@ -1,4 +1,4 @@
-"""What a run found, in the words that tables, JSON, records and the HTML report share."""
+"""The result of a run, in the words that tables, JSON, records and the HTML report share."""
 
 import dataclasses
 import math
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kervan.bench import faults, reconcile
-from kervan.bench.calibrate import BUSY, Floor
+from kervan.bench.client_floor import BUSY, ClientFloor
 from kervan.bench.drive import Outcome
-from kervan.bench.load import Load, Target
+from kervan.bench.endpoint import Probe
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.reconcile import Reconciliation
 from kervan.bench.sketch import quantile_intervals
-from kervan.bench.tally import METRICS, Tally
-from kervan.bench.target import Probe
+from kervan.bench.tally import METRICS, RequestTally
 from kervan.config.workload import Slo
 from kervan.units import format_duration
 
@@ -27,16 +27,17 @@ MAX_CLOCK_STEP_S = 0.001
 class Result:
     """One run. `floor` None: calibration was skipped."""
 
-    target: Target
+    endpoint: Endpoint
     probe: Probe
     load: Load
     slo: Slo
     outcome: Outcome
-    floor: Floor | None
+    floor: ClientFloor | None
     reconciliation: Reconciliation
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> RequestTally:
+        """All that was counted."""
         return self.outcome.tally
 
     @property
@@ -55,6 +56,7 @@ class Result:
         return self.tally.busy_s / self.tally.duration_s if self.tally.duration_s else 0.0
 
     def quantile(self, metric: str, q: float) -> float | None:
+        """Of one of `METRICS` over the whole run, in seconds; None of nothing."""
         return self.tally.whole(metric).quantile(q)
 
     def effects(self) -> list[faults.Effect]:
@@ -65,59 +67,59 @@ class Result:
 
     def doubts(self) -> list[str]:
         """Why the run is not valid; empty when it is. Each says what to do."""
-        found = []
+        doubts = []
         tally, outcome = self.tally, self.outcome
         if not tally.ok:
             kinds = ", ".join(f"{count} {kind}" for kind, count in tally.errors.items()) or "nothing was sent"
-            found.append(f"no request succeeded ({kinds})")
+            doubts.append(f"no request succeeded ({kinds})")
         if outcome.busiest_share > MAX_BUSY:
-            found.append(
+            doubts.append(
                 f"a client process used {100 * outcome.busiest_share:.0f}% of a core, so it was late itself; "
                 f"use --processes {self._processes(outcome.busiest_share / BUSY)}"
             )
-        found += self._floor_doubts()
+        doubts += self._floor_doubts()
         late_s, ttft_s = tally.whole("late_s").quantile(0.5), tally.whole("ttft_s").quantile(0.5)
         if self.load.streams is None and late_s and ttft_s and late_s > MAX_FLOOR_SHARE * ttft_s:
-            found.append(
+            doubts.append(
                 f"half of the requests were sent more than {format_duration(late_s)} late, over 5% of TTFT p50 "
                 f"{format_duration(ttft_s)}; use --processes {self._processes(2)}"
             )
         if tally.not_sent:
-            found.append(
+            doubts.append(
                 f"{tally.not_sent} requests were not sent, because {self.load.max_streams} were in flight; the server "
                 "does not keep up, or raise --max-streams"
             )
         if abs(outcome.clock_step_s) > MAX_CLOCK_STEP_S:
-            found.append(f"the clock was set by {outcome.clock_step_s * 1e3:.1f} ms during the run; run it again")
-        return found
+            doubts.append(f"the clock was set by {outcome.clock_step_s * 1e3:.1f} ms during the run; run it again")
+        return doubts
 
     def _floor_doubts(self) -> list[str]:
         if self.floor is None:
             return []
-        found = []
+        doubts = []
         for metric, floor_s in (("ttft_s", self.floor.ttft_s), ("gap_s", self.floor.gap_s)):
             measured_s = self.quantile(metric, 0.5)
             if measured_s is not None and floor_s > max(NO_FLOOR_S, MAX_FLOOR_SHARE * measured_s):
                 ratio = floor_s / max(measured_s, 1e-9) / MAX_FLOOR_SHARE
-                found.append(
+                doubts.append(
                     f"the client's own {metric.removesuffix('_s').upper()} floor, {format_duration(floor_s)}, is over "
                     f"5% of the measured p50 {format_duration(measured_s)}; use --processes {self._processes(ratio)}"
                 )
-        return found
+        return doubts
 
     def _processes(self, factor: float) -> int:
         return max(self.outcome.num_processes + 1, math.ceil(self.outcome.num_processes * factor))
 
     def content(self) -> dict[str, Any]:
         """What a record holds of this run."""
-        target = self.target
+        endpoint = self.endpoint
         return {
             "target": {
-                "url": target.url,
-                "model": target.model,
-                "api": target.api,
+                "url": endpoint.url,
+                "model": endpoint.model,
+                "api": endpoint.api,
                 "server_version": self.probe.version,
-                "sampling": target.sampling,
+                "sampling": endpoint.sampling,
             },
             "load": self.load.to_dict(),
             "result": self.to_dict(),

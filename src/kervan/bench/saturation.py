@@ -19,6 +19,15 @@ BACKLOG_MIN = 8
 STEADY_ANSWERS = 5  # times that a request takes, after which a load counts as steady
 
 
+@dataclass(frozen=True, kw_only=True)
+class RateSearchOptions:
+    """How to search. `attain`: the share of requests that must keep the SLO; a trial takes at most `max_trial_s`."""
+
+    start_rate: float = 1.0
+    attain: float = 0.95
+    max_trial_s: float = 60.0
+
+
 @dataclass(slots=True)
 class Trial:
     """A sequential test of one rate: is the share of good requests at least `target`?
@@ -69,7 +78,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class TrialResult:
     """A trial that was decided. `interval`: 95% of the share of good requests."""
 
     rate: float
@@ -79,6 +88,7 @@ class Tried:
 
     @property
     def interval(self) -> tuple[float, float]:
+        """By Wilson's score."""
         return wilson_interval(self.good, self.ended)
 
 
@@ -92,7 +102,7 @@ class Search:
     start_rate: float = 1.0
     tolerance: float = 0.1
     max_trials: int = 16
-    trials: list[Tried] = field(default_factory=list)
+    trials: list[TrialResult] = field(default_factory=list)
 
     def next_rate(self) -> float | None:
         """The rate to try next; None when the answer is good enough, or after `max_trials`."""

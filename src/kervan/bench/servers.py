@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kervan.bench.target import open_direct
+from kervan.bench.endpoint import open_direct
 from kervan.errors import FleetError
 from kervan.ports import free_port
 from kervan.vendor.vllm_names import MODELS_PATH

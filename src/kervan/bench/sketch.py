@@ -21,7 +21,7 @@ _MIDDLE = 2 / (1 + _GAMMA)
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class BinnedCounts:
     """Values of 0 or more, counted: what several sketches may add without doing the work again."""
 
     bins: Sequence[tuple[int, int]] = ()
@@ -31,17 +31,17 @@ class Counts:
     largest: float = 0.0
 
 
-def binned(values: npt.NDArray[np.float64]) -> Counts:
+def binned(values: npt.NDArray[np.float64]) -> BinnedCounts:
     """The same bins as `Sketch.add` takes; of thousands of values at a thirtieth of the cost."""
     positive = values[values >= SMALLEST]
     keys = np.ceil(np.log(positive) * _SCALE).astype(np.int64)
     if not len(keys):
-        return Counts((), len(values), len(values))
+        return BinnedCounts((), len(values), len(values))
     first = int(keys.min())
     numbers = np.bincount(keys - first)
     (filled,) = numbers.nonzero()
     bins = list(zip((filled + first).tolist(), numbers[filled].tolist(), strict=True))
-    return Counts(bins, len(values) - len(keys), len(values), float(positive.sum()), float(positive.max()))
+    return BinnedCounts(bins, len(values) - len(keys), len(values), float(positive.sum()), float(positive.max()))
 
 
 @dataclass(slots=True)
@@ -67,10 +67,11 @@ class Sketch:
         self.largest = max(self.largest, value)
 
     def extend(self, values: Iterable[float]) -> None:
+        """Count each of `values`."""
         for value in values:
             self.add(value)
 
-    def add_counts(self, counts: "Counts") -> None:
+    def add_counts(self, counts: "BinnedCounts") -> None:
         """Count many values at once, as `binned` gives them."""
         for key, number in counts.bins:
             self.bins[key] = self.bins.get(key, 0) + number
@@ -90,6 +91,7 @@ class Sketch:
 
     @property
     def mean(self) -> float | None:
+        """Exact; None of nothing."""
         return self.total / self.count if self.count else None
 
     def quantile(self, q: float) -> float | None:
@@ -121,7 +123,7 @@ def quantiles(bins: dict[int, int], zeros: int, count: int, largest: float, qs: 
     if not count:
         return [None for _ in qs]
     keys = iter(sorted(bins))
-    found: list[float | None] = []
+    values: list[float | None] = []
     seen, value = zeros, 0.0
     for q in qs:
         rank = math.ceil(q * (count - 1)) + 1  # of the value looked for, 1 to count
@@ -129,8 +131,8 @@ def quantiles(bins: dict[int, int], zeros: int, count: int, largest: float, qs: 
             key = next(keys)
             seen += bins[key]
             value = value_of(key)
-        found.append(largest if rank == count else min(value, largest))
-    return found
+        values.append(largest if rank == count else min(value, largest))
+    return values
 
 
 def merged(sketches: Iterable[Sketch]) -> Sketch:

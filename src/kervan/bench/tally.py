@@ -46,6 +46,7 @@ class Cell:
     gap_max_s: float = 0.0
 
     def merge(self, other: "Cell") -> None:
+        """Count everything that `other` has counted."""
         self.started += other.started
         self.ok += other.ok
         self.good += other.good
@@ -102,6 +103,7 @@ class Timeline:
         return {"bucket_s": self.width_s, **lists}
 
     def merge(self, other: "Timeline") -> None:
+        """Count everything that `other` has counted; both have the same start."""
         width_s = max(self.width_s, other.width_s)
         if self.width_s < width_s:
             self._coarsen(width_s)
@@ -111,7 +113,7 @@ class Timeline:
 
 
 @dataclass(slots=True)
-class Tally:
+class RequestTally:
     """Everything that a worker counts. Times are seconds; `start_s` is `time.time()` of the run's start.
 
     `blocks[b][metric]`: the requests are cut by their order into 32 stretches, for intervals.
@@ -153,28 +155,35 @@ class Tally:
 
     @property
     def blocks(self) -> list[dict[str, Sketch]]:
+        """By stretch of the run and metric."""
         self.settle()
         return self._blocks
 
     @property
     def timeline(self) -> Timeline:
+        """What happened when."""
         self.settle()
         return self._timeline
 
     @property
     def num_errors(self) -> int:
+        """Requests that failed, in any way."""
         return sum(self.errors.values())
 
-    def add_failure(self, kind: str, message: str, at_s: float) -> None:
-        """Count a request that failed, also one that was never sent."""
+    def _add_failure(self, kind: str, message: str, at_s: float) -> None:
         self.errors[kind] = self.errors.get(kind, 0) + 1
         known = self.messages.setdefault(kind, [])
         if len(known) < NUM_FIRST_ERRORS and message not in known:
             known.append(message)
         self._timeline.at(at_s - self.start_s).errors += 1
 
-    def add(self, exchange: Exchange, *, block: int, input_tokens: int | None, has_kernel_time: bool) -> None:
-        """Count an exchange that has ended."""
+    def add(self, exchange: Exchange, *, block: int) -> None:
+        """Count a request that has ended, in one of `NUM_BLOCKS` stretches; or one that could not be sent."""
+        if not exchange.was_sent:
+            assert exchange.error is not None
+            self.not_sent += exchange.error == "not_sent"
+            self._add_failure(exchange.error, exchange.message, exchange.end_s)
+            return
         self.first_send_s = min(self.first_send_s, exchange.sent_s)
         self.last_end_s = max(self.last_end_s, exchange.end_s)
         self.busy_s += exchange.end_s - exchange.sent_s
@@ -185,12 +194,13 @@ class Tally:
         sketches["late_s"].add(max(0.0, exchange.sent_s - exchange.arrival_s))
         if exchange.error is not None:
             self.failed_output_tokens += exchange.num_chunks
-            self.add_failure(exchange.error, exchange.message, exchange.end_s)
+            self._add_failure(exchange.error, exchange.message, exchange.end_s)
             return
         assert exchange.first_s is not None and exchange.output_tokens is not None
         self.ok += 1
-        self.with_kernel_time += has_kernel_time
+        self.with_kernel_time += exchange.has_kernel_time
         self.output_tokens += exchange.output_tokens
+        input_tokens = exchange.request.input_tokens
         self.input_tokens += exchange.prompt_tokens or input_tokens or 0
         self.without_usage += exchange.prompt_tokens is None
         if input_tokens is not None and exchange.prompt_tokens not in (None, input_tokens):
@@ -288,7 +298,7 @@ class Tally:
             self._timeline.add_tokens(np.array(self._pending_at_s), np.array(self._pending_gaps_s))
             self._pending_at_s, self._pending_gaps_s = array("d"), array("d")
 
-    def merge(self, other: "Tally") -> None:
+    def merge(self, other: "RequestTally") -> None:
         """Count everything that `other` has counted; both have the same start."""
         for name in (
             "ok", "good", "unfinished", "not_sent", "reconnected", "output_tokens", "input_tokens",
@@ -322,7 +332,7 @@ class Tally:
         return max(0.0, self.last_end_s - self.first_send_s) if self.first_send_s < math.inf else 0.0
 
 
-def merge_all(tallies: Iterable[Tally]) -> Tally:
+def merge_all(tallies: Iterable[RequestTally]) -> RequestTally:
     """One tally of several; they share a start.
 
     Raises: ValueError of none.

@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 
-from kervan.bench.load import Load
+from kervan.bench.benchmark import ClientOptions, Prepared, measure, prepare
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.result import Result
-from kervan.bench.run import Client, Prepared, measure, prepare
 from kervan.bench.servers import answers
 from kervan.calibrate.measurements import Memory, Serving
 from kervan.config.engine_arguments import to_argv
@@ -353,10 +353,10 @@ class Runs:
     def _warm_up(self, one: _Running) -> Prepared:
         isl = min(512, one.server.points[0].isl)
         load = Load(streams=8, num_requests=16, isl=str(isl), osl="16", timeout_s=max(5.0, self._left_s()))
-        prepared = prepare(one.url, load, model=one.server.model)
+        prepared = prepare(Endpoint(url=one.url, model=one.server.model), load)
         if not prepared.probe.answered:
             raise EngineError(f"the server does not answer a first request: {prepared.probe.complaint}")
-        measure(prepared, load, client=Client(processes=1, calibrates=False, reconciles=False))
+        measure(prepared, load, client=ClientOptions(processes=1, calibrates=False, reconciles=False))
         return prepared
 
     def _run(self, prepared: Prepared, point: Point, seed: int) -> tuple[Result, bool]:
@@ -374,7 +374,7 @@ class Runs:
             return cut
 
         processes = -(-point.concurrency // STREAMS_PER_PROCESS)
-        client = Client(processes=processes, calibrates=False, reconciles=False)
+        client = ClientOptions(processes=processes, calibrates=False, reconciles=False)
         return measure(prepared, load, client=client, on_progress=is_over), cut
 
 

@@ -2,31 +2,27 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from kervan.bench import drive
-from kervan.bench.load import Load, Target
-from kervan.bench.worker import Share
-from kervan.chaos import node_trace
+from kervan.bench.load import Endpoint
+from kervan.bench.load_client import LoadClient, Share
+from kervan.chaos.checked_load import RepeatedTrace
+from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, known_prompts_of_twins, probe
 from kervan.chaos.effects import Disruption
-from kervan.chaos.fleet import Fleet, LiveFleet
-from kervan.chaos.load import TraceDriver
-from kervan.chaos.node_trace import Change, NodeTrace
-from kervan.chaos.report import Report
-from kervan.chaos.run import TIMEOUT_S, Questions, Run, Say, first_look, twin_questions
+from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
+from kervan.chaos.node_trace import NodeChange, NodeTrace
+from kervan.chaos.plans import ReplayPlan
+from kervan.chaos.report import NodeHistory, Report
 from kervan.chaos.schedule import Kind
-from kervan.chaos.tally import Tally
 from kervan.config import fleet as facts
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo, read_trace
-from kervan.errors import ConfigError, FleetError, KervanError
+from kervan.errors import FleetError, KervanError
 from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.ports import free_port
@@ -41,7 +37,6 @@ GPU = "H200"
 STEP_S = 0.03
 KV_TOKENS = 2**20
 ON_DEMAND_BOUNDS = "1..2"
-MAX_NODES = 32
 FALLBACK_AFTER_S = 15.0  # the defaults of a fleet; here they pass as fast as the trace
 FALLBACK_HOLD_S = 300.0
 MIN_FALLBACK_AFTER_S = 1.0
@@ -51,64 +46,19 @@ READY_TIMEOUT_S = 300.0
 class Nodes(Protocol):
     """The cluster's spot nodes, by address. Calls block. Raises: KervanError."""
 
-    def add(self, ip: str) -> None: ...
+    def add(self, ip: str) -> None:
+        """A node comes; returns when Ray knows it."""
 
-    def drain(self, ip: str, deadline_s: float) -> None: ...
+    def drain(self, ip: str, deadline_s: float) -> None:
+        """Ray places nothing there any more; the node will go within `deadline_s`."""
 
-    def remove(self, ip: str) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayPlan:
-    """What to play. `nodes` and `trace`: files; `speed`: of the nodes, `trace_speed`: of the requests.
-
-    `deadline_s`: how long before its end a node is told of it; 0: never, it is killed. `duration_s`: at most so long,
-    None for the whole trace of nodes.
-    """
-
-    nodes: str
-    trace: str
-    speed: float = 1.0
-    trace_speed: float = 1.0
-    max_nodes: int = 2
-    deadline_s: float = 30.0
-    duration_s: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError."""
-        for option, value in (("--speed", self.speed), ("--trace-speed", self.trace_speed)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{option} {value:g} is not above 0; give for example 10")
-        if not 1 <= self.max_nodes <= MAX_NODES:
-            raise ConfigError(f"--max-nodes {self.max_nodes} is outside 1..{MAX_NODES}")
-        if self.duration_s is not None and self.duration_s <= 0:
-            raise ConfigError(f"--for {self.duration_s:g} s is not above 0")
-
-    def course(self) -> NodeTrace:
-        """What happens to the nodes, and when it is over.
-
-        Raises: ConfigError for a trace that cannot be read, or in which no node goes in that time.
-        """
-        whole = node_trace.scaled(node_trace.read(Path(self.nodes)), max_nodes=self.max_nodes, speed=self.speed)
-        end_s = whole.end_s if self.duration_s is None else min(whole.end_s, self.duration_s)
-        course = NodeTrace(tuple(change for change in whole.changes if change.at_s < end_s), end_s)
-        if not any(change.word == "remove" for change in course.changes):
-            raise ConfigError(
-                f"in the {end_s:g} s that {self.nodes} is played, no node goes; "
-                + ("use a trace in which one does" if self.duration_s is None else "leave --for out, or give more")
-            )
-        return course
-
-    def load(self, duration_s: float) -> Load:
-        return Load(
-            trace=self.trace, trace_speed=self.trace_speed, duration_s=duration_s, seed=self.seed, timeout_s=TIMEOUT_S
-        )
+    def remove(self, ip: str) -> None:
+        """A node goes, with all its processes."""
 
 
 def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetConfig:
     """Twins: one or two on demand, and one on each spot node."""
-    words: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "model": model,
         "name": name,
         "port": port,
@@ -120,7 +70,7 @@ def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetCon
         "fallback_after_s": max(MIN_FALLBACK_AFTER_S, FALLBACK_AFTER_S / plan.speed),
         "fallback_hold_s": FALLBACK_HOLD_S / plan.speed,
     }
-    return facts.from_mapping(words, "kervan chaos --replay")
+    return facts.from_mapping(settings, "kervan chaos --replay")
 
 
 def run(model: str, plan: ReplayPlan, say: Say) -> Report:
@@ -142,27 +92,27 @@ def run(model: str, plan: ReplayPlan, say: Say) -> Report:
         directory = attach(config.name, nodes.address)
         config = directory.fleet().result().config
         models = directory.snapshot().result().gateways[0].models
-        playing = Playing(LiveFleet(config.name, config, models, directory), config, plan, course, nodes, say)
-        playing.prepare()
-        return playing.run_to_end(Target(url=status.url, model=models[0]))
+        replay = ReplayRun(FleetOnRay(config.name, config, models, directory), config, plan, course, nodes, say)
+        replay.prepare()
+        return replay.run_to_end(Endpoint(url=status.url, model=models[0]))
     finally:
         nodes.close()
         cluster.forget(config.name)
 
 
-class Playing(Run):
+class ReplayRun(CheckedRun):
     """The nodes' changes under an open loop. A node that is there at 0 is so before the load begins (`prepare`)."""
 
     def __init__(
-        self, fleet: Fleet, config: FleetConfig, plan: ReplayPlan, course: NodeTrace, nodes: Nodes, say: Say
+        self, fleet: FleetUnderTest, config: FleetConfig, plan: ReplayPlan, course: NodeTrace, nodes: Nodes, say: Say
     ) -> None:
-        super().__init__(fleet, config, ["drain" if plan.deadline_s else "kill"], say)
+        super().__init__(fleet, config, plan, ["drain" if plan.deadline_s else "kill"], say)
         self._plan, self._course, self._nodes = plan, course, nodes
         self._there: dict[str, str] = {}  # address by name, of nodes that stay for now
         self._num_added = self._num_removed = 0
         self._begin_s = math.inf
         self._over_time: list[dict[str, float]] = []
-        self._driving: TraceDriver | None = None
+        self._arrivals: RepeatedTrace | None = None
         self._has_seen = asyncio.Event()
 
     def prepare(self) -> None:
@@ -196,31 +146,27 @@ class Playing(Run):
         missing = bounds[SPOT].maximum - len(self._there)
         return len(self._there) + min(bounds[ON_DEMAND].maximum, bounds[ON_DEMAND].minimum + missing)
 
-    def _asked(self) -> Mapping[str, Any]:
-        return dataclasses.asdict(self._plan)
+    def _nodes_seen(self) -> NodeHistory:
+        return NodeHistory(
+            nodes_added=self._num_added,
+            nodes_removed=self._num_removed,
+            over_time=self._over_time,
+            requests_cut=self._arrivals.num_cut if self._arrivals else 0,
+        )
 
-    def _more(self) -> Mapping[str, Any]:
-        return {
-            "nodes_added": self._num_added,
-            "nodes_removed": self._num_removed,
-            "over_time": self._over_time,
-            "requests_cut": self._driving.cut if self._driving else 0,
-        }
+    async def _known_prompts(self, endpoint: Endpoint) -> KnownPrompts:
+        endpoint, _ = await probe(endpoint)
+        return known_prompts_of_twins(self._config, endpoint)
 
-    async def _questions(self, at: Target) -> Questions:
-        at, _ = await first_look(at)
-        return twin_questions(self._config, at)
-
-    def _driver(self, questions: Questions, tally: Tally) -> TraceDriver:
+    def _client(self, prompts: KnownPrompts) -> LoadClient:
         load = self._plan.load(self._course.end_s)
-        share = Share(load, questions.target, questions.alphabet, Slo())
-        longest = twins.settings(self._config).limits.max_model_len
-        self._driving = TraceDriver(share, time.time(), tally.add, longest)
+        self._arrivals = RepeatedTrace(load, twins.settings(self._config).limits.max_model_len)
         self._say(
             f"{plural(len(self._there), 'spot node')} at first; requests of {Path(self._plan.trace).name} for "
             f"{self._course.end_s:g} s"
         )
-        return self._driving
+        share = Share(load, prompts.endpoint, prompts.alphabet, Slo())
+        return LoadClient(share, arrivals=self._arrivals)
 
     # ---- the nodes
 
@@ -238,7 +184,7 @@ class Playing(Run):
             for task in tasks:
                 task.cancel()
 
-    def _begin(self, change: Change) -> list["asyncio.Task[None]"]:
+    def _begin(self, change: NodeChange) -> list["asyncio.Task[None]"]:
         if change.word == "add":
             return [asyncio.create_task(self._add(node, self._new_address(node))) for node in change.nodes]
         return [asyncio.create_task(self._take(node, self._there.pop(node))) for node in change.nodes]

@@ -15,7 +15,7 @@ FORM = '[240000, "add", {"nodes": ["node-7"]}]'
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class NodeChange:
     """Nodes that come or go `at_s` seconds after the start."""
 
     at_s: float
@@ -27,7 +27,7 @@ class Change:
 class NodeTrace:
     """Changes in order of time; the trace ends at `end_s`."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[NodeChange, ...]
     end_s: float
 
 
@@ -48,7 +48,7 @@ def read(path: Path) -> NodeTrace:
     Raises: ConfigError, with the line, for a missing file or a line that is not so, or not possible.
     Source: the format of https://github.com/Hsword/SpotServe.
     """
-    changes: list[Change] = []
+    changes: list[NodeChange] = []
     present: set[str] = set()
     end_s, is_over = 0.0, False
     for number, line in _lines(path):
@@ -68,7 +68,7 @@ def read(path: Path) -> NodeTrace:
         except ValueError as error:
             raise ConfigError(f"node trace {path}, line {number}: {error}") from error
         present = present.union(nodes) if word == "add" else present.difference(nodes)
-        changes.append(Change(at_s, "add" if word == "add" else "remove", nodes))
+        changes.append(NodeChange(at_s, "add" if word == "add" else "remove", nodes))
     if not changes:
         raise ConfigError(f"node trace {path} has no changes; it needs lines like {FORM}")
     return NodeTrace(tuple(changes), end_s)
@@ -87,12 +87,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _parsed(line: str) -> tuple[float, str, tuple[str, ...]]:
     """Raises: ValueError."""
     try:
-        found: Any = json.loads(line)
+        row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{line[:40]!r} is no JSON ({error.msg}); write {FORM}") from error
-    if not isinstance(found, list) or len(found) != 3 or not isinstance(found[2], dict):
+    if not isinstance(row, list) or len(row) != 3 or not isinstance(row[2], dict):
         raise ValueError(f"{line[:40]!r} is not of time, word and nodes; write {FORM}")
-    at_ms, word, nodes = found[0], found[1], found[2].get("nodes")
+    at_ms, word, nodes = row[0], row[1], row[2].get("nodes")
     if isinstance(at_ms, bool) or not isinstance(at_ms, int | float) or not 0 <= at_ms < math.inf:
         raise ValueError(f"time {at_ms!r} is no number of milliseconds from 0 on")
     if word not in (*get_args(Word), END):
@@ -125,7 +125,7 @@ def scaled(trace: NodeTrace, *, max_nodes: int, speed: float) -> NodeTrace:
             kept.setdefault((life.end_s, "remove"), []).append(life.node)
     # What goes goes first, so that its place is free for what comes at the same time.
     order = sorted(kept, key=lambda change: (change[0], change[1] == "add"))
-    changes = tuple(Change(at_s / speed, word, tuple(sorted(kept[at_s, word]))) for at_s, word in order)
+    changes = tuple(NodeChange(at_s / speed, word, tuple(sorted(kept[at_s, word]))) for at_s, word in order)
     return NodeTrace(changes, trace.end_s / speed)
 
 

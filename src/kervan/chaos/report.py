@@ -1,21 +1,35 @@
-"""What a run of chaos has found."""
+"""The result of a run of chaos."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kervan.chaos import effects
 from kervan.chaos.effects import Disruption
+from kervan.chaos.plans import DisruptionPlan, ReplayPlan
 from kervan.chaos.schedule import Kind
 from kervan.chaos.verify import Difference
 from kervan.stats import quantile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NodeHistory:
+    """What became of the nodes of a replay. `over_time`: how many there were, and ready replicas, at each change.
+
+    `requests_cut`: requests that were longer than the model takes.
+    """
+
+    nodes_added: int
+    nodes_removed: int
+    over_time: Sequence[Mapping[str, float]]
+    requests_cut: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """`streams` have ended, whole or broken; `unfinished` ones were cut off by Ctrl-C. `plan`: what was asked for."""
 
-    plan: Mapping[str, Any]
+    plan: DisruptionPlan | ReplayPlan
     engine: str
     target_replicas: int
     wall_s: float
@@ -32,7 +46,7 @@ class Report:
     longest_s: Sequence[float]
     client_late_s: float = 0.0  # the latest that a timer of the client's loop was
     was_interrupted: bool = False
-    more: Mapping[str, Any] = field(default_factory=dict)  # of one kind of run only
+    nodes: NodeHistory | None = None
 
     @property
     def unrecovered(self) -> list[Disruption]:
@@ -42,8 +56,8 @@ class Report:
     @property
     def is_good(self) -> bool:
         """Whether streams were checked, all came whole and right, and the fleet is whole again."""
-        found = (self.broken, self.difference.lost, self.difference.doubled, self.difference.wrong)
-        return self.streams > 0 and not any(found) and not self.unrecovered
+        faults = (self.broken, self.difference.lost, self.difference.doubled, self.difference.wrong)
+        return self.streams > 0 and not any(faults) and not self.unrecovered
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints; scripts rely on these keys. Seconds; None where there is nothing to take it of."""
@@ -69,8 +83,8 @@ class Report:
             "replicas": self.target_replicas,
             "wall_s": round(self.wall_s, 1),
             "was_interrupted": self.was_interrupted,
-            "asked": dict(self.plan),
-            **self.more,
+            "asked": asdict(self.plan),
+            **({} if self.nodes is None else asdict(self.nodes)),
         }
 
     def _of_kind(self, kind: Kind) -> dict[str, Any]:

@@ -21,15 +21,15 @@ def moments(periods_s: Mapping[Kind, float], duration_s: float) -> list[Moment]:
 
     Raises: ValueError of a period that is not above 0.
     """
-    found = []
+    due = []
     for kind, period_s in periods_s.items():
         if period_s <= 0:
             raise ValueError(f"period {period_s} s of {kind}")
         number = 1
         while number * period_s < duration_s:
-            found.append(Moment(number * period_s, kind))
+            due.append(Moment(number * period_s, kind))
             number += 1
-    return sorted(found, key=lambda moment: (moment.at_s, moment.kind))
+    return sorted(due, key=lambda moment: (moment.at_s, moment.kind))
 
 
 def choose(ready: Collection[str], *, min_ready: int, seed: int, number: int) -> str | None:

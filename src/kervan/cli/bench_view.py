@@ -10,13 +10,14 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
+from kervan.bench.benchmark import Live, RateSearchResult
 from kervan.bench.compare import LOWER_IS_BETTER, Ratio
+from kervan.bench.counting import WorkerProgress
 from kervan.bench.drive import OnProgress
+from kervan.bench.faults import Effect
 from kervan.bench.load import Load
 from kervan.bench.result import Result
-from kervan.bench.run import FoundRate, Live
 from kervan.bench.sketch import Sketch
-from kervan.bench.worker import Progress
 from kervan.units import format_duration
 
 SHOWN = ("p50", "p90", "p99", "p999")
@@ -43,7 +44,7 @@ def live(load: Load, *, is_shown: bool) -> Iterator[OnProgress | None]:
     recent = [Sketch(), Sketch()]
     with RichLive(console=Console(stderr=True), refresh_per_second=4, transient=True) as shown:
 
-        def update(elapsed_s: float, reports: list[Progress]) -> None:
+        def update(elapsed_s: float, reports: list[WorkerProgress]) -> None:
             state.update(elapsed_s, reports)
             for report in reports:
                 recent[0].merge(report.ttft)
@@ -57,28 +58,28 @@ def live(load: Load, *, is_shown: bool) -> Iterator[OnProgress | None]:
 def _live_view(load: Load, state: Live, recent: list[Sketch]) -> Table:
     view = Table.grid(padding=(0, 2))
     end = f"/{load.num_requests}" if load.num_requests else ""
-    time = f"{state.elapsed_s:.0f}" + (f"/{load.duration_s:.0f}" if load.duration_s else "") + " s"
+    elapsed = f"{state.elapsed_s:.0f}" + (f"/{load.duration_s:.0f}" if load.duration_s else "") + " s"
     errors = Text(f"{state.errors} errors", style="red" if state.errors else "dim")
     view.add_row(
-        time, f"{state.ok}{end} done", f"{state.in_flight} in flight", f"{state.tokens_per_s:,.0f} tok/s", errors
+        elapsed, f"{state.ok}{end} done", f"{state.in_flight} in flight", f"{state.tokens_per_s:,.0f} tok/s", errors
     )
     top = max(state.history, default=0.0)
     if top:
         view.add_row(Text("".join(BARS[round(rate / top * 8)] for rate in state.history[-60:]), style="cyan"))
-    words = []
+    quantiles = []
     for name, sketch in zip(("TTFT", "gap"), recent, strict=True):
         p50, p99 = sketch.quantiles((0.5, 0.99))
         if p50 is not None and p99 is not None:
-            words.append(f"{name} p50 {format_duration(p50)}, p99 {format_duration(p99)}")
-    view.add_row(*words)
+            quantiles.append(f"{name} p50 {format_duration(p50)}, p99 {format_duration(p99)}")
+    view.add_row(*quantiles)
     return view
 
 
 def print_result(result: Result) -> None:
     """The final tables."""
-    found = result.to_dict()
+    content = result.to_dict()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    requests = found["requests"]
+    requests = content["requests"]
     load = result.load
     how = f"{load.process} arrivals"
     if load.streams is not None:
@@ -86,45 +87,45 @@ def print_result(result: Result) -> None:
     if load.trace:
         how = f"trace {load.trace}"
     console.print(
-        f"[bold]{result.target.model or result.target.url}[/bold]  {result.target.url}  {how}", soft_wrap=True
+        f"[bold]{result.endpoint.model or result.endpoint.url}[/bold]  {result.endpoint.url}  {how}", soft_wrap=True
     )
     ok, errors = requests["ok"], requests["errors"]
-    line = f"{ok} requests whole, {errors} failed, {found['duration_s']:.1f} s"
+    line = f"{ok} requests whole, {errors} failed, {content['duration_s']:.1f} s"
     if requests["unfinished"]:
         line += f", {requests['unfinished']} cut off by Ctrl-C"
     console.print(line)
     console.print(
-        f"{found['out_tok_s']:,.1f} output tok/s   {found['req_s']:.2f} requests/s   "
-        f"{found['streams_achieved']:.1f} streams on average"
-        + (f"   goodput {found['goodput_req_s']:.2f} requests/s ({found['slo']})" if found["slo"] else "")
+        f"{content['out_tok_s']:,.1f} output tok/s   {content['req_s']:.2f} requests/s   "
+        f"{content['streams_achieved']:.1f} streams on average"
+        + (f"   goodput {content['goodput_req_s']:.2f} requests/s ({content['slo']})" if content["slo"] else "")
     )
     console.print()
     if ok:
-        console.print(_table(found))
-        _print_facts(console, result, found)
+        console.print(_table(content))
+        _print_facts(console, result, content)
     for kind, count in requests["by_error"].items():
-        said = next(iter(requests["messages"].get(kind, ())), "")
-        console.print(f"[red]{count} x {kind}[/red]  {said[:300]}", soft_wrap=True)
+        message = next(iter(requests["messages"].get(kind, ())), "")
+        console.print(f"[red]{count} x {kind}[/red]  {message[:300]}", soft_wrap=True)
     for effect in result.effects():
         _print_effect(console, effect)
     if result.outcome.was_interrupted:
         console.print("[yellow]ended by Ctrl-C: what is above is what was measured until then[/yellow]")
-    for doubt in found["doubts"]:
+    for doubt in content["doubts"]:
         console.print(f"[red]not valid:[/red] {doubt}", soft_wrap=True)
 
 
-def _table(found: dict[str, Any]) -> Table:
+def _table(content: dict[str, Any]) -> Table:
     table = Table("", box=None, pad_edge=False, header_style="dim")
     for column in (*SHOWN, "max"):
         table.add_column(column.replace("p999", "p99.9"), justify="right")
     table.add_column("95% interval of p50, p99", justify="right", style="dim")
     for metric, name in NAMES.items():
-        values = found[metric]
-        if not values["count"] or (metric == "answer_s" and values["p50"] == found["ttft_s"]["p50"]):
+        values = content[metric]
+        if not values["count"] or (metric == "answer_s" and values["p50"] == content["ttft_s"]["p50"]):
             continue
-        if metric in ("late_s", "ttft_from_arrival_s") and found["late_s"]["p999"] < 0.0005:
+        if metric in ("late_s", "ttft_from_arrival_s") and content["late_s"]["p999"] < 0.0005:
             continue  # a closed loop is never late
-        if metric == "token_gap_s" and values["p50"] == found["gap_s"]["p50"]:
+        if metric == "token_gap_s" and values["p50"] == content["gap_s"]["p50"]:
             continue
         cells = [format_duration(values[q]) for q in (*SHOWN, "max")]
         intervals = []
@@ -135,22 +136,22 @@ def _table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _print_facts(console: Console, result: Result, found: dict[str, Any]) -> None:
-    stalls, client, floor = found["stalls"], found["client"], found["client_floor"]
+def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> None:
+    stalls, client, floor = content["stalls"], content["client"], content["client_floor"]
     console.print()
     console.print(
         f"stalls: {stalls['count']} gaps of {format_duration(stalls['threshold_s'])} or more in {stalls['streams']} "
         f"streams; longest gap {format_duration(stalls['longest_gap_s'])}"
     )
-    words = f"client: {client['processes']} process{'es' if client['processes'] > 1 else ''}"
+    facts = f"client: {client['processes']} process{'es' if client['processes'] > 1 else ''}"
     if client["cpu_us_per_token"] is not None:
-        words += (
+        facts += (
             f", {client['cpu_us_per_token']:.0f} us of CPU per token, {100 * client['busiest_share']:.0f}% of a core"
         )
-    words += f", time stamps by the {client['clock']}"
+    facts += f", time stamps by the {client['clock']}"
     if floor is not None:
-        words += f"; its floor: TTFT {format_duration(floor['ttft_s'])}, gap {format_duration(floor['gap_s'])}"
-    console.print(words, soft_wrap=True)
+        facts += f"; its floor: TTFT {format_duration(floor['ttft_s'])}, gap {format_duration(floor['gap_s'])}"
+    console.print(facts, soft_wrap=True)
     reconciliation = result.reconciliation
     colour = {"agrees": "green", "disagrees": "red", "unavailable": "dim"}[reconciliation.status]
     console.print(
@@ -159,15 +160,15 @@ def _print_facts(console: Console, result: Result, found: dict[str, Any]) -> Non
     for row in reconciliation.comparisons:
         if not row.agrees:
             console.print(f"  [red]{row.what}: client {row.client:g}, server {row.server:g}[/red]")
-    if found["requests"]["wrong_input_tokens"]:
+    if content["requests"]["wrong_input_tokens"]:
         console.print(
-            f"[yellow]{found['requests']['wrong_input_tokens']} prompts have another length for the server[/]"
+            f"[yellow]{content['requests']['wrong_input_tokens']} prompts have another length for the server[/]"
         )
-    if found["requests"]["without_usage"]:
+    if content["requests"]["without_usage"]:
         console.print("[yellow]no usage in the answers: a chunk was counted as a token[/]")
 
 
-def _print_effect(console: Console, effect: Any) -> None:
+def _print_effect(console: Console, effect: Effect) -> None:
     after = "not recovered" if effect.recovered_after_s is None else f"recovered after {effect.recovered_after_s:.1f} s"
     console.print(
         f"at {effect.at_s:.1f} s: {effect.command}  (exit {effect.exit_code})\n"
@@ -178,13 +179,13 @@ def _print_effect(console: Console, effect: Any) -> None:
     )
 
 
-def print_rate(answer: FoundRate) -> None:
-    """The trials of a search, and its answer."""
+def print_rate(search: RateSearchResult) -> None:
+    """The trials of a search, and its result."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table("requests/s", box=None, pad_edge=False, header_style="dim")
     for column in ("SLO", "good", "of", "95% interval", "TTFT p99 from arrival", "TPOT p99", "tok/s"):
         table.add_column(column, justify="right")
-    for trial, result in zip(answer.trials, answer.results, strict=True):
+    for trial, result in zip(search.trials, search.results, strict=True):
         low, high = trial.interval
         times = (result.quantile("ttft_from_arrival_s", 0.99), result.quantile("tpot_s", 0.99))
         table.add_row(
@@ -198,28 +199,28 @@ def print_rate(answer: FoundRate) -> None:
         )
     console.print(table)
     console.print()
-    share = f"{100 * answer.attain:g}% of requests within {answer.slo}"
-    if not answer.keeps_up_to:
+    share = f"{100 * search.attain:g}% of requests within {search.slo}"
+    if not search.keeps_up_to:
         console.print(f"[red]no rate that was tried keeps {share}[/]")
-    elif answer.breaks_from is None:
-        console.print(f"{answer.keeps_up_to:.3g} requests/s keep {share}; nothing that was tried breaks it")
+    elif search.breaks_from is None:
+        console.print(f"{search.keeps_up_to:.3g} requests/s keep {share}; nothing that was tried breaks it")
     else:
-        console.print(f"[bold]{answer.keeps_up_to:.3g} requests/s[/bold] keep {share}; {answer.breaks_from:.3g} do not")
-    for doubt in answer.doubts():
+        console.print(f"[bold]{search.keeps_up_to:.3g} requests/s[/bold] keep {share}; {search.breaks_from:.3g} do not")
+    for doubt in search.doubts():
         console.print(f"[red]not valid:[/red] {doubt}", soft_wrap=True)
 
 
-def print_ratios(name: str, found: list[Ratio], num_pairs: int, failed: int) -> None:
+def print_ratios(name: str, ratios: list[Ratio], num_pairs: int, failed: int) -> None:
     """A against B."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(
         f"[bold]{name}[/bold], {num_pairs} pairs" + (f", {failed} with failed requests left out" if failed else "")
     )
     table = Table("", "A", "B", "A / B", "95% interval", box=None, pad_edge=False, header_style="dim")
-    for ratio in found:
+    for ratio in ratios:
         low, high = ratio.interval
         is_time = ratio.name in LOWER_IS_BETTER
         values = (ratio.a_median, ratio.b_median)
-        words = [format_duration(v) if is_time else f"{v:,.1f}" for v in values]
-        table.add_row(ratio.name, *words, f"{ratio.median:.3f}", f"{low:.3f} - {high:.3f}")
+        medians = [format_duration(v) if is_time else f"{v:,.1f}" for v in values]
+        table.add_row(ratio.name, *medians, f"{ratio.median:.3f}", f"{low:.3f} - {high:.3f}")
     console.print(table)

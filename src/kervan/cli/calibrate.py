@@ -41,7 +41,7 @@ def calibrate(**given: Any) -> None:
     Copies, matrix products, attention, all-reduce and send/recv, and a few short runs of vLLM's own server with random
     weights. The file is written anew as results come, so Ctrl-C keeps them. Use the GPUs for nothing else meanwhile.
     """
-    from kervan.calibrate import measurements, run
+    from kervan.calibrate import measure_host, measurements
     from kervan.cli import render
     from kervan.errors import ConfigError
     from kervan.serve import cluster
@@ -55,7 +55,7 @@ def calibrate(**given: Any) -> None:
     else:
         if for_s < 30:
             raise ConfigError(f"--for {given['duration']} is below 30 s, which one server alone takes to start")
-        settings = run.Settings(
+        settings = measure_host.Settings(
             num_gpus=given["gpus"],
             is_quick=given["quick"],
             has_serving=not given["no_serving"],
@@ -70,7 +70,7 @@ def calibrate(**given: Any) -> None:
             output = output or cluster.home() / "calibrations" / f"{measurements.slug(newest)}.json"
             measurements.write(output, newest)
 
-        found = run.measure(settings, say=say, on_change=keep)
+        found = measure_host.measure(settings, say=say, on_change=keep)
         say(f"measurements: {output}")
     source = given["stored"] or output or Path("calibration.json")
     fitted, path = None, None

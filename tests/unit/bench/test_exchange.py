@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kervan.bench.events import EventParser
 from kervan.bench.exchange import Exchange
+from kervan.bench.prompts import Request
+from kervan.bench.sse import EventParser
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8"}
 
@@ -39,7 +40,7 @@ def play(
     headers: dict[str, str] = HEADERS,
 ) -> Exchange:  # fmt: skip
     """Chunk n arrives n seconds after the request."""
-    exchange = Exchange(0, 100.0, exact)
+    exchange = Exchange(0, 100.0, Request(b"", exact))
     exchange.sent_s = 100.5
     at_s = 101.0
     if status:
@@ -156,7 +157,7 @@ STREAM = (
 
 
 def whole(pieces: Iterable[bytes]) -> Exchange:
-    exchange = Exchange(0, 0.0, 3, keeps_text=True)
+    exchange = Exchange(0, 0.0, Request(b"", 3), keeps_text=True)
     exchange.on_status(200, HEADERS)
     for piece in pieces:
         exchange.on_body(piece, 1.0)
@@ -204,8 +205,10 @@ PIECES = [
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12), st.lists(st.integers(1, 4), min_size=12, max_size=12))
 def test_pieces_looked_at_together_are_as_one_by_one(pieces: list[bytes], sizes: list[int]) -> None:
-    def played(*, together: bool) -> Exchange:
-        exchange = Exchange(0, 0.0, None)
+    def played(*, together: bool) -> tuple[Exchange, list[Any]]:
+        seen: list[Any] = []
+        exchange = Exchange(0, 0.0, Request(b""))
+        exchange.on_chunk = lambda _, chunk, event, at_s: seen.append((chunk, event, at_s))
         exchange.on_status(200, HEADERS)
         times = list(map(float, range(1, len(pieces) + 1)))
         start = 0
@@ -218,9 +221,10 @@ def test_pieces_looked_at_together_are_as_one_by_one(pieces: list[bytes], sizes:
                     exchange.on_body(piece, at_s)
             start += size
         exchange.on_end(100.0, None)
-        return exchange
+        return exchange, seen
 
-    one, many = played(together=False), played(together=True)
+    (one, seen_one), (many, seen_many) = played(together=False), played(together=True)
+    assert seen_one == seen_many
     for name in ("error", "message", "gaps", "chunk_tokens", "num_chunks", "first_s", "first_answer_s", "last_s"):
         assert getattr(one, name) == getattr(many, name)
 

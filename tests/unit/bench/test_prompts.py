@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from kervan.bench.load import Load, Target
+from kervan.bench.endpoint import _local_words, parse_url
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.prompts import Alphabet, Prompts, check_api, http_request, read_prompts
-from kervan.bench.target import _local_words, parse_url
 from kervan.config.workload import TraceRow
 from kervan.errors import ConfigError
 
 IDS = Alphabet(vocab_size=500)
 WORDS = Alphabet(words=(" ab", " cd", " ef"), extra_tokens=7)
-TARGET = Target(url="http://x", model="m")
-CHAT = Target(url="http://x", model="m", api="chat")
+TARGET = Endpoint(url="http://x", model="m")
+CHAT = Endpoint(url="http://x", model="m", api="chat")
 
 
-def bodies(load: Load, target: Target = TARGET, alphabet: Alphabet = IDS, count: int = 4) -> list[dict[str, Any]]:
+def bodies(load: Load, target: Endpoint = TARGET, alphabet: Alphabet = IDS, count: int = 4) -> list[dict[str, Any]]:
     prompts = Prompts(load, target, alphabet)
-    return [json.loads(prompts.ask(i, 0, None, ()).body) for i in range(count)]
+    return [json.loads(prompts.request(i, 0, None, ()).body) for i in range(count)]
 
 
 def load(**more: Any) -> Load:
@@ -56,7 +56,7 @@ def test_chat_counts_the_template() -> None:
 def test_trace_rows_share_their_blocks() -> None:
     prompts = Prompts(load(), TARGET, IDS)
     rows = [TraceRow(0, 600, 5, (1, 2)), TraceRow(1, 1000, 7, (1, 3)), TraceRow(2, 20, 0)]
-    asks = [prompts.ask(i, 0, row, ()) for i, row in enumerate(rows)]
+    asks = [prompts.request(i, 0, row, ()) for i, row in enumerate(rows)]
     a, b, c = (json.loads(ask.body) for ask in asks)
     assert [len(body["prompt"]) for body in (a, b, c)] == [600, 1000, 20]
     assert a["prompt"][:512] == b["prompt"][:512]
@@ -65,12 +65,12 @@ def test_trace_rows_share_their_blocks() -> None:
 
 
 def test_sampling_goes_into_the_body_and_decides_what_is_exact() -> None:
-    target = Target(url="http://x", model="m", sampling={"n": 2, "temperature": 0.5})
-    ask = Prompts(load(osl="9"), target, IDS).ask(0, 0, None, ())
+    target = Endpoint(url="http://x", model="m", sampling={"n": 2, "temperature": 0.5})
+    ask = Prompts(load(osl="9"), target, IDS).request(0, 0, None, ())
     assert json.loads(ask.body)["temperature"] == 0.5
     assert ask.output_tokens == 18
-    assert Prompts(load(ignore_eos=False), TARGET, IDS).ask(0, 0, None, ()).output_tokens is None
-    usage = json.loads(Prompts(load(tokens_in_chunks=True), TARGET, IDS).ask(0, 0, None, ()).body)["stream_options"]
+    assert Prompts(load(ignore_eos=False), TARGET, IDS).request(0, 0, None, ()).output_tokens is None
+    usage = json.loads(Prompts(load(tokens_in_chunks=True), TARGET, IDS).request(0, 0, None, ()).body)["stream_options"]
     assert usage["continuous_usage_stats"] is True
 
 
@@ -132,7 +132,7 @@ def test_bad_urls(text: str) -> None:
 
 
 def test_the_request_as_sent() -> None:
-    target = Target(url="http://h:1", headers=(("Authorization", "Bearer k"),))
+    target = Endpoint(url="http://h:1", headers=(("Authorization", "Bearer k"),))
     text = http_request(target, "h:1", "/v1/completions", b"{}")
     assert text.startswith(b"POST /v1/completions HTTP/1.1\r\nHost: h:1\r\n")
     assert b"\r\nAuthorization: Bearer k\r\n\r\n{}" in text

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kervan.bench.saturation import Search, Trial, Tried
+from kervan.bench.saturation import Search, Trial, TrialResult
 
 
 def run_trial(trial: Trial, good_share: float, seed: int = 0, backlog: float = 0.0) -> tuple[str, int, float]:
@@ -60,7 +60,7 @@ def test_a_server_that_answers_nothing_breaks_it() -> None:
 def test_the_search_brackets_the_capacity(capacity: float) -> None:
     search = Search()
     while (rate := search.next_rate()) is not None:
-        search.trials.append(Tried(rate, rate <= capacity, 95, 100))
+        search.trials.append(TrialResult(rate, rate <= capacity, 95, 100))
     low, high = search.keeps_up_to, search.breaks_from
     assert high is not None
     assert low <= capacity < high
@@ -71,10 +71,10 @@ def test_the_search_brackets_the_capacity(capacity: float) -> None:
 def test_the_search_ends_without_an_answer() -> None:
     never, always = Search(), Search(max_trials=5)
     while (rate := never.next_rate()) is not None:
-        never.trials.append(Tried(rate, False, 0, 40))
+        never.trials.append(TrialResult(rate, False, 0, 40))
     assert never.keeps_up_to == 0.0
     while (rate := always.next_rate()) is not None:
-        always.trials.append(Tried(rate, True, 40, 40))
+        always.trials.append(TrialResult(rate, True, 40, 40))
     assert (always.keeps_up_to, always.breaks_from) == (16.0, None)
 
 
@@ -84,5 +84,5 @@ def test_a_wrong_trial_is_outvoted() -> None:
     unlucky = [4.0]
     while (rate := search.next_rate()) is not None:
         keeps = rate < 4 or (rate in unlucky and not unlucky.remove(rate))  # type: ignore[func-returns-value]
-        search.trials.append(Tried(rate, keeps, 1, 1))
+        search.trials.append(TrialResult(rate, keeps, 1, 1))
     assert search.keeps_up_to < 4 <= (search.breaks_from or 0)

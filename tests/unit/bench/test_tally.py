@@ -1,14 +1,13 @@
-"""Counts of many exchanges, merged over processes; and what a fault did to the rate."""
+"""Counts of many exchanges, merged over processes; and compared with the server's own."""
 
 import random
 
 import pytest
 
-from kervan.bench import faults
-from kervan.bench.drive import Event
 from kervan.bench.exchange import Exchange
+from kervan.bench.prompts import Request
 from kervan.bench.reconcile import Counters, compare, read_counters
-from kervan.bench.tally import MAX_BUCKETS, NUM_BLOCKS, Tally, Timeline, block_of, merge_all
+from kervan.bench.tally import MAX_BUCKETS, NUM_BLOCKS, RequestTally, Timeline, block_of, merge_all
 from kervan.config.workload import Slo
 
 HEADERS = {"content-type": "text/event-stream"}
@@ -18,8 +17,8 @@ def exchange(
     sent_s: float, gaps: list[float], *, ttft_s: float = 0.1, late_s: float = 0.0, prompt: int = 7, is_cut: bool = False
 ) -> Exchange:
     """One token, then one after each gap; `is_cut`: the connection breaks at the end."""
-    found = Exchange(0, sent_s - late_s, None if is_cut else len(gaps) + 1)
-    found.sent_s = sent_s
+    found = Exchange(0, sent_s - late_s, Request(b"", None if is_cut else len(gaps) + 1, 7))
+    found.sent_s, found.was_sent, found.has_kernel_time = sent_s, True, True
     found.on_status(200, HEADERS)
     at_s = sent_s + ttft_s
     for number, gap_s in enumerate([0.0, *gaps]):
@@ -33,12 +32,12 @@ def exchange(
     return found
 
 
-def add(tally: Tally, found: Exchange, **more: object) -> None:
-    tally.add(found, **{"block": 0, "input_tokens": 7, "has_kernel_time": True, **more})  # type: ignore[arg-type]
+def add(tally: RequestTally, found: Exchange, block: int = 0) -> None:
+    tally.add(found, block=block)
 
 
 def test_counts() -> None:
-    tally = Tally(1000.0, Slo(ttft_s=0.25), stall_s=2.0)
+    tally = RequestTally(1000.0, Slo(ttft_s=0.25), stall_s=2.0)
     add(tally, exchange(1000.0, [0.5, 2.5]))
     add(tally, exchange(1001.0, [0.5], late_s=0.2))
     add(tally, exchange(1001.0, [], prompt=9))
@@ -59,7 +58,7 @@ def test_counts() -> None:
 
 def test_merging_processes_is_as_one_process() -> None:
     rng = random.Random(4)
-    one, parts = Tally(1000.0), [Tally(1000.0) for _ in range(3)]
+    one, parts = RequestTally(1000.0), [RequestTally(1000.0) for _ in range(3)]
     for number in range(200):
         found = exchange(
             1000 + number * 0.7, [rng.random() for _ in range(rng.randrange(6))], is_cut=rng.random() < 0.2
@@ -78,7 +77,7 @@ def test_merging_processes_is_as_one_process() -> None:
 
 def test_gaps_counted_in_bulk_are_as_counted_one_by_one() -> None:
     rng = random.Random(5)
-    bulk, singly = Tally(1000.0), Tally(1000.0)
+    bulk, singly = RequestTally(1000.0), RequestTally(1000.0)
     for number in range(300):
         gaps = [rng.expovariate(20) for _ in range(rng.randrange(60))]
         found = exchange(1000 + number * 0.3, gaps)
@@ -115,30 +114,6 @@ def test_blocks_are_stretches() -> None:
     assert [block_of(0, None, at, 32.0) for at in (0, 1.5, 31.9)] == [0, 1, 31]
 
 
-def rates(*tokens_per_s: float) -> Timeline:
-    timeline = Timeline(width_s=0.5)
-    for number, rate in enumerate(tokens_per_s):
-        timeline.at(number / 2).tokens = rate / 2
-    return timeline
-
-
-def test_the_effect_of_a_fault() -> None:
-    timeline = rates(0, 50, *[100] * 8, 20, 20, 20, 60, 95, *[100] * 10)
-    timeline.cells[11].gap_max_s, timeline.cells[11].errors = 1.75, 2
-    (effect,) = faults.effects(timeline, [Event(5.0, "kill", 0)], 12.5)
-    assert effect.tokens_per_s_before == pytest.approx(100)
-    assert effect.tokens_per_s_lowest == pytest.approx(20)
-    assert effect.dip == pytest.approx(0.8)
-    assert effect.recovered_after_s == pytest.approx(1.5)
-    assert (effect.longest_gap_s, effect.errors) == (1.75, 2)
-
-
-def test_a_fault_without_effect_and_one_without_end() -> None:
-    quiet, lasting = faults.effects(rates(*[100] * 20, *[10] * 10), [Event(4.0, "a"), Event(10.0, "b")], 15.0)
-    assert (quiet.dip, quiet.recovered_after_s) == (pytest.approx(0), 0.0)
-    assert lasting.recovered_after_s is None
-
-
 PAGE = """# HELP vllm:generation_tokens_total x
 vllm:generation_tokens_total{engine="0",model_name="m"} 120.0
 vllm:generation_tokens_total{engine="1",model_name="m"} 30.0
@@ -159,7 +134,7 @@ def test_counters_of_a_page() -> None:
 
 
 def test_reconciliation() -> None:
-    tally = Tally(1000.0)
+    tally = RequestTally(1000.0)
     for number in range(10):
         add(tally, exchange(1000.0 + number, [0.1, 0.1]))
     assert compare(tally, Counters(10, 30, 70, 1.0, 10)).status == "agrees"

@@ -5,9 +5,7 @@ vLLM's server takes a minute to start here, so a server that answers as it does 
 
 import dataclasses
 import json
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +15,12 @@ import click.testing
 import planner_points
 import pytest
 from harness.places import BENCHMARKS, MODELS
+from harness.rank_work import die, fail, hang
 
-from kervan.calibrate import choose, collectives, kernels, measurements, ranks, run, serving, shapes
+from kervan.calibrate import choose, collectives, kernels, measure_host, measurements, ranks, serving, shapes
 from kervan.calibrate.choose import GIB, Shape
 from kervan.calibrate.clock import num_calls
 from kervan.calibrate.measurements import Attention, Collective, Copy, Floor, Matmul, Measurements, Memory, Serving
-from kervan.calibrate.ranks import Rank
 from kervan.calibrate.serving import Point, Runs, Server
 from kervan.cli import calibrate as command
 from kervan.config import engine_arguments
@@ -54,10 +52,10 @@ def test_kernels_and_collectives_are_measured_on_cpu_and_kept(tmp_path: Path) ->
     states: list[Measurements] = []
     said: list[str] = []
     blank = Measurements(gpu="CPU", num_gpus=0, hardware={}, versions={}, date="2026-11-25T12:00:00+00:00")
-    found = run.Found(blank, states.append)
-    parts = run.Parts(run.Settings(), found, said.append, end_s=time.monotonic() + 240)
+    found = measure_host.MeasurementLog(blank, states.append)
+    parts = measure_host.Parts(measure_host.Settings(), found, said.append, end_s=time.monotonic() + 240)
     parts.kernels("cpu", TINY)
-    parts.collectives(2, collectives.Plan(on_gpu=False, bytes=(64, 4096)))
+    parts.collectives(2, collectives.CollectivePlan(on_gpu=False, bytes=(64, 4096)))
 
     value = found.value
     assert value.notes == ()
@@ -85,19 +83,6 @@ def test_decode_batches_that_need_too_much_memory_are_left_out() -> None:
     assert [(row.batch, row.tokens) for row in rows] == [(1, 8), (1, 32), (4, 8)]
 
 
-def fail(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
-    keep("one row")
-    raise RuntimeError(f"no {arguments}\nand more")
-
-
-def die(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
-    os._exit(9)
-
-
-def hang(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
-    threading.Event().wait()
-
-
 @pytest.mark.parametrize(
     ("work", "for_s", "message", "rows"),
     [
@@ -115,7 +100,7 @@ def test_rows_of_a_process_that_fails_are_kept(work: ranks.Work, for_s: float, m
 
 
 def test_a_part_that_fails_is_noted_and_the_next_goes_on() -> None:
-    found = run.Found(Measurements(gpu="g", num_gpus=1, hardware={}, versions={}, date=""))
+    found = measure_host.MeasurementLog(Measurements(gpu="g", num_gpus=1, hardware={}, versions={}, date=""))
 
     def rows() -> Any:
         yield Copy(2, 1.0)
@@ -240,7 +225,7 @@ def test_a_host_without_a_gpu_is_told(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, missing: str, words: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(measure_host.importlib.util, "find_spec", lambda name: None if name == missing else object())
     with pytest.raises(ConfigError, match=message):
         calibrate(*words)
         raise calibrate(*words).exception or AssertionError("no error")
@@ -250,7 +235,7 @@ def test_models_are_checked_before_anything_is_measured(tmp_path: Path) -> None:
     for text, message in [("[]", "holds a JSON list"), ("{}", "no usable 'hidden_size'"), ("{", "cannot be read")]:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
-            run.check(run.Settings(models=(tmp_path,)))
+            measure_host.check(measure_host.Settings(models=(tmp_path,)))
 
 
 def test_models_need_names_of_their_own(tmp_path: Path) -> None:
@@ -260,9 +245,9 @@ def test_models_need_names_of_their_own(tmp_path: Path) -> None:
         (place / "config.json").write_text(json.dumps(dict(choose.SHAPES["llama-1b"])))
     device = kernels.Device("NVIDIA H100", 1, 80 * GIB, ())
     with pytest.raises(ConfigError, match="m, m have the same name"):
-        run._shapes(run.Settings(models=tuple(places)), device)
-    assert [shape.name for shape in run._shapes(run.Settings(models=(places[0],)), device)] == ["m"]
-    assert [shape.name for shape in run._shapes(run.Settings(is_quick=True), device)] == ["llama-14b"]
+        measure_host._shapes(measure_host.Settings(models=tuple(places)), device)
+    assert [shape.name for shape in measure_host._shapes(measure_host.Settings(models=(places[0],)), device)] == ["m"]
+    assert [shape.name for shape in measure_host._shapes(measure_host.Settings(is_quick=True), device)] == ["llama-14b"]
 
 
 # ---- choices
@@ -315,7 +300,7 @@ def test_a_model_that_does_not_fit_is_refused_with_its_size() -> None:
 
 @pytest.mark.parametrize(("num_gpus", "sizes"), [(1, []), (2, [2]), (3, [2, 3]), (4, [2, 4]), (8, [2, 4, 8])])
 def test_groups_of_ranks(num_gpus: int, sizes: list[int]) -> None:
-    assert run.group_sizes(num_gpus) == sizes
+    assert measure_host.group_sizes(num_gpus) == sizes
 
 
 @pytest.mark.parametrize(

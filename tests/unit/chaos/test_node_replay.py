@@ -13,13 +13,11 @@ from harness.places import TRACES
 from harness.twin_server import SHAPE, serving
 
 from kervan import cli
-from kervan.bench.load import Target
-from kervan.bench.prompts import Alphabet
-from kervan.bench.worker import Share
-from kervan.chaos.load import TraceDriver
-from kervan.chaos.node_replay import Playing, ReplayPlan, fleet_config
+from kervan.bench.load import Endpoint
+from kervan.chaos.checked_load import RepeatedTrace
+from kervan.chaos.node_replay import ReplayRun, fleet_config
+from kervan.chaos.plans import ReplayPlan
 from kervan.chaos.schedule import Kind
-from kervan.config.workload import Slo
 from kervan.errors import ConfigError, EngineError
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 
@@ -117,9 +115,9 @@ def play(model: str, tmp_path: Path) -> Iterator[Callable[..., tuple[Any, list[s
         def run(nodes: MemoryCluster, **more: Any) -> tuple[Any, list[str]]:
             said: list[str] = []
             asked = plan(tmp_path, **more)
-            playing = Playing(nodes, config, asked, asked.course(), nodes, said.append)
-            playing.prepare()
-            return playing.run_to_end(Target(url=server.url, model="m")), said
+            replay = ReplayRun(nodes, config, asked, asked.course(), nodes, said.append)
+            replay.prepare()
+            return replay.run_to_end(Endpoint(url=server.url, model="m")), said
 
         yield run
 
@@ -193,28 +191,24 @@ def test_what_cannot_be_played(tmp_path: Path, more: dict[str, Any], why: str) -
         plan(tmp_path, **more).course()
 
 
-async def test_requests_come_again_when_their_trace_is_over(tmp_path: Path, model: str) -> None:
+def test_requests_come_again_when_their_trace_is_over(tmp_path: Path, model: str) -> None:
     """Three rows within 2 s: the first one comes again at 3 s. 100 + 5 tokens fit a model of 64 as 59 + 5."""
     rows = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
     rows += [f"2023-11-16 18:00:0{at_s},{tokens},5" for at_s, tokens in ((0, 10), (1, 20), (2, 100))]
     path = tmp_path / "rows.csv"
     path.write_text("\n".join(rows))
     load = plan(tmp_path, trace=str(path), trace_speed=1.0).load(4.5)
-    share = Share(load, Target(url="http://127.0.0.1:1", model="m"), Alphabet(vocab_size=100), Slo())
-    driver = TraceDriver(share, 0.0, lambda *_: None, max_model_len=64)
-    jobs = [(number, at_s, row.input_tokens if row else 0) for number, at_s, row in driver.jobs()]
-    assert jobs == [(0, 0.0, 10), (1, 1.0, 20), (2, 2.0, 59), (3, 3.0, 10), (4, 4.0, 20)]
-    assert driver.cut == 1
+    arrivals = RepeatedTrace(load, max_model_len=64)
+    assert [(at_s, row.input_tokens) for at_s, row in arrivals] == [(0, 10), (1, 20), (2, 59), (3, 10), (4, 20)]
+    assert arrivals.num_cut == 1
 
 
-async def test_a_trace_that_outlasts_the_nodes_is_not_begun_again(tmp_path: Path) -> None:
+def test_a_trace_that_outlasts_the_nodes_is_not_begun_again(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     rows = [{"timestamp": at_ms, "input_length": 10, "output_length": 5} for at_ms in (0, 1000, 2000, 8000)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     load = plan(tmp_path, trace=str(path), trace_speed=1.0).load(4.5)
-    share = Share(load, Target(url="http://127.0.0.1:1", model="m"), Alphabet(vocab_size=100), Slo())
-    driver = TraceDriver(share, 0.0, lambda *_: None, max_model_len=64)
-    assert [at_s for _, at_s, _ in driver.jobs()] == [0.0, 1.0, 2.0]
+    assert [at_s for at_s, _ in RepeatedTrace(load, max_model_len=64)] == [0.0, 1.0, 2.0]
 
 
 # ---- the command

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kervan.chaos import node_trace
-from kervan.chaos.node_trace import Change, NodeTrace
+from kervan.chaos.node_trace import NodeChange, NodeTrace
 from kervan.errors import ConfigError
 
 STORED = TRACES / "spotserve_0304.txt"
@@ -30,7 +30,7 @@ def test_the_stored_trace() -> None:
 
 def test_a_trace_without_an_end_ends_with_its_last_change(tmp_path: Path) -> None:
     path = written(tmp_path / "t", '[0, "add", {"nodes": ["a"]}]', "", '[1500, "remove", {"nodes": ["a"]}]')
-    assert node_trace.read(path) == NodeTrace((Change(0.0, "add", ("a",)), Change(1.5, "remove", ("a",))), 1.5)
+    assert node_trace.read(path) == NodeTrace((NodeChange(0.0, "add", ("a",)), NodeChange(1.5, "remove", ("a",))), 1.5)
 
 
 FIRST = '[1000, "add", {"nodes": ["a"]}]'
@@ -79,11 +79,11 @@ def test_the_stored_trace_on_two_nodes_ten_times_as_fast() -> None:
     """node-8, -10 and -3 are all that ever go. -3 is there all the time, beside it -8, then -10."""
     assert node_trace.scaled(node_trace.read(STORED), max_nodes=2, speed=10.0) == NodeTrace(
         (
-            Change(0.0, "add", ("node-3",)),
-            Change(36.0, "add", ("node-8",)),
-            Change(60.0, "remove", ("node-8",)),
-            Change(90.0, "add", ("node-10",)),
-            Change(120.0, "remove", ("node-10", "node-3")),
+            NodeChange(0.0, "add", ("node-3",)),
+            NodeChange(36.0, "add", ("node-8",)),
+            NodeChange(60.0, "remove", ("node-8",)),
+            NodeChange(90.0, "add", ("node-10",)),
+            NodeChange(120.0, "remove", ("node-10", "node-3")),
         ),
         132.0,
     )
@@ -92,9 +92,9 @@ def test_the_stored_trace_on_two_nodes_ten_times_as_fast() -> None:
 def test_a_place_that_is_left_is_taken_at_the_same_time(tmp_path: Path) -> None:
     path = written(tmp_path / "t", FIRST, '[2000, "add", {"nodes": ["b"]}]', '[2000, "remove", {"nodes": ["a"]}]')
     assert node_trace.scaled(node_trace.read(path), max_nodes=1, speed=1.0).changes == (
-        Change(1.0, "add", ("a",)),
-        Change(2.0, "remove", ("a",)),
-        Change(2.0, "add", ("b",)),
+        NodeChange(1.0, "add", ("a",)),
+        NodeChange(2.0, "remove", ("a",)),
+        NodeChange(2.0, "add", ("b",)),
     )
 
 
@@ -114,7 +114,7 @@ def test_what_is_left_happened_so_and_is_never_too_much(steps: list[tuple[int, s
         at_s += wait_s
         for word, some in (("remove", nodes & present), ("add", nodes - present)):
             if some:
-                changes.append(Change(at_s, "add" if word == "add" else "remove", tuple(sorted(some))))
+                changes.append(NodeChange(at_s, "add" if word == "add" else "remove", tuple(sorted(some))))
         present ^= nodes
     left = node_trace.scaled(NodeTrace(tuple(changes), at_s), max_nodes=max_nodes, speed=1.0)
     happened = {(change.at_s, change.word, node) for change in changes for node in change.nodes}

@@ -1,19 +1,21 @@
 """A whole run against one server: look at it, calibrate the client, load it, compare with its metrics."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kervan.bench import calibrate, reconcile, worker
+from kervan.bench import client_floor, reconcile
 from kervan.bench.arrivals import steady
+from kervan.bench.counting import WorkerProgress
 from kervan.bench.drive import Action, OnProgress, check_file_limit, drive
-from kervan.bench.load import Api, Load, Target
+from kervan.bench.endpoint import Probe, RequestError, find_alphabet, first_look, get_text
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.prompts import Alphabet
 from kervan.bench.reconcile import Counters, Reconciliation
 from kervan.bench.result import Result
-from kervan.bench.saturation import Search, Trial, Tried
-from kervan.bench.target import Probe, RequestError, find_alphabet, first_look, get_text
+from kervan.bench.saturation import RateSearchOptions, Search, Trial, TrialResult, Verdict
+from kervan.bench.tally import RequestTally
 from kervan.config.workload import Slo
 
 Say = Callable[[str], None]
@@ -22,45 +24,34 @@ MIN_TRIAL_SHARE = 8 / 60  # of the time that a trial may take: no verdict before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Client:
+class ClientOptions:
     """How the client measures. `processes` None: as few as carry the load. `max_processes` bounds that choice."""
 
     processes: int | None = None
     calibrates: bool = True
     reconciles: bool = True
-    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A server that was looked at, ready to be loaded."""
 
-    target: Target
+    endpoint: Endpoint
     probe: Probe
     alphabet: Alphabet
     metrics_at_start: Counters | None = None
 
 
-def prepare(
-    url: str,
-    load: Load,
-    *,
-    model: str | None = None,
-    api: Api = "completions",
-    headers: Iterable[tuple[str, str]] = (),
-    sampling: dict[str, Any] | None = None,
-    verify_tls: bool = True,
-    tokenizer: str | None = None,
-) -> Prepared:
+def prepare(endpoint: Endpoint, load: Load, *, tokenizer: str | None = None) -> Prepared:
     """Find the model and prompts of exact length. A server that fails here is still loaded, and its failures counted.
+
+    `tokenizer`: a directory or a Hugging Face id, for a server that takes no token ids.
 
     Raises: ConfigError.
     """
-    target, probe = first_look(
-        url, model=model, api=api, headers=headers, sampling=sampling or {}, verify_tls=verify_tls
-    )
-    alphabet, probe = find_alphabet(target, load, probe, tokenizer)
-    return Prepared(target, probe, alphabet)
+    endpoint, probe = first_look(endpoint)
+    alphabet, probe = find_alphabet(endpoint, load, probe, tokenizer)
+    return Prepared(endpoint, probe, alphabet)
 
 
 def measure(
@@ -68,8 +59,8 @@ def measure(
     load: Load,
     *,
     slo: Slo = Slo(),  # noqa: B008 - frozen
-    client: Client = Client(),
-    floor: calibrate.Floor | None = None,
+    client: ClientOptions = ClientOptions(),
+    floor: client_floor.ClientFloor | None = None,
     actions: Sequence[Action] = (),
     on_progress: OnProgress | None = None,
     say: Say = lambda _: None,
@@ -81,52 +72,52 @@ def measure(
     if client.calibrates and floor is None:
         say(f"calibrating the client at {_plural(load.expected_streams, 'stream')}")
         if client.processes is None:
-            floor = calibrate.choose(load.expected_streams)
+            floor = client_floor.choose(load.expected_streams)
         else:
-            floor = calibrate.measure(load.expected_streams, client.processes)
+            floor = client_floor.measure(load.expected_streams, client.processes)
     num_processes = client.processes or (floor.num_processes if floor else 1)
     check_file_limit(load.expected_streams, num_processes)
-    before = _read(prepared.target) if client.reconciles else None
+    before = _read(prepared.endpoint) if client.reconciles else None
     outcome = drive(
         load,
-        prepared.target,
+        prepared.endpoint,
         prepared.alphabet,
         slo=slo,
         num_processes=num_processes,
         actions=actions,
         on_progress=on_progress,
     )
-    found = Reconciliation("unavailable", "not asked for")
+    reconciliation = Reconciliation("unavailable", "not asked for")
     if client.reconciles:
-        found = _reconcile(prepared.target, before, outcome.tally)
-    return Result(prepared.target, prepared.probe, load, slo, outcome, floor, found)
+        reconciliation = _reconcile(prepared.endpoint, before, outcome.tally)
+    return Result(prepared.endpoint, prepared.probe, load, slo, outcome, floor, reconciliation)
 
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _read(target: Target) -> Counters | str:
+def _read(endpoint: Endpoint) -> Counters | str:
     """The server's counters, or why there are none."""
     try:
-        counters = reconcile.read_counters(get_text(target, "/metrics"))
+        counters = reconcile.read_counters(get_text(endpoint, "/metrics"))
     except RequestError as error:
         return str(error)
     return counters or "/metrics has none of vLLM's counters"
 
 
-def _reconcile(target: Target, before: Counters | str | None, tally: Any) -> Reconciliation:
+def _reconcile(endpoint: Endpoint, before: Counters | str | None, tally: RequestTally) -> Reconciliation:
     """Compare, again and again for a few seconds: a server counts a request a moment after it has answered it."""
     if not isinstance(before, Counters):
         return Reconciliation("unavailable", before or "")
     deadline_s = time.monotonic() + METRICS_WAIT_S
     while True:
-        after = _read(target)
+        after = _read(endpoint)
         if not isinstance(after, Counters):
             return Reconciliation("unavailable", after)
-        found = reconcile.compare(tally, after.minus(before))
-        if found.status == "agrees" or time.monotonic() > deadline_s:
-            return found
+        reconciliation = reconcile.compare(tally, after.minus(before))
+        if reconciliation.status == "agrees" or time.monotonic() > deadline_s:
+            return reconciliation
         time.sleep(0.25)
 
 
@@ -144,7 +135,7 @@ class Live:
     history: list[float] = field(default_factory=list)
     _last: tuple[float, int] = (0.0, 0)
 
-    def update(self, elapsed_s: float, reports: list[worker.Progress]) -> None:
+    def update(self, elapsed_s: float, reports: list[WorkerProgress]) -> None:
         """Take the newest reports of all workers."""
         self.elapsed_s = elapsed_s
         for name in ("ok", "good", "errors", "in_flight", "tokens"):
@@ -157,21 +148,21 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
-class FoundRate:
+class RateSearchResult:
     """The answer of a search: the rate is in [`keeps_up_to`, `breaks_from`). `results` has each trial's run."""
 
     slo: Slo
     attain: float
     keeps_up_to: float
     breaks_from: float | None
-    trials: tuple[Tried, ...]
+    trials: tuple[TrialResult, ...]
     results: tuple[Result, ...]
     was_interrupted: bool
 
     def doubts(self) -> list[str]:
         """Why trials cannot be believed. That nothing ended in one which broke the SLO is no reason."""
-        found = [doubt for result in self.results if result.tally.ok for doubt in result.doubts()]
-        return list(dict.fromkeys(found))
+        doubts = [doubt for result in self.results if result.tally.ok for doubt in result.doubts()]
+        return list(dict.fromkeys(doubts))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and records."""
@@ -206,42 +197,61 @@ def find_rate(
     load: Load,
     *,
     slo: Slo,
-    attain: float = 0.95,
-    start_rate: float = 1.0,
-    client: Client = Client(),
-    max_s: float = 60.0,
+    search: RateSearchOptions = RateSearchOptions(),  # noqa: B008 - frozen
+    client: ClientOptions = ClientOptions(),
     say: Say = lambda _: None,
-) -> FoundRate:
-    """The highest rate of `load` at which a share `attain` of the requests keeps `slo`. Takes up to 16 times `max_s`.
+) -> RateSearchResult:
+    """The highest rate of `load` at which a share `search.attain` of the requests keeps `slo`.
+
+    Takes up to 16 times `search.max_trial_s`.
 
     Raises: ConfigError, FleetError.
     """
-    search = Search(start_rate)
-    results: list[Result] = []
+    progress = Search(search.start_rate)
     client = replace(client, calibrates=False, reconciles=False)
+    results: list[Result] = []
     interrupted = False
-    while not interrupted and (rate := search.next_rate()) is not None:
-        trial = Trial(rate, target=attain, min_s=max_s * MIN_TRIAL_SHARE, max_s=max_s)
-        state: list[tuple[str, int, int, float]] = []
-
-        def judge(elapsed_s: float, reports: list[worker.Progress], trial: Trial = trial, state: Any = state) -> bool:
-            good, ended = sum(r.good for r in reports), sum(r.ok + r.errors for r in reports)
-            in_flight = sum(r.in_flight for r in reports)
-            verdict = trial.verdict(good=good, ended=ended, in_flight=in_flight, elapsed_s=elapsed_s)
-            state.append((verdict, good, ended, elapsed_s))
-            return verdict != "open"
-
-        one = replace(load, streams=None, stages=steady(rate), num_requests=None, duration_s=4 * max_s)
-        one = replace(one, seed=load.seed + len(results))
-        result = measure(prepared, one, slo=slo, client=client, on_progress=judge)
+    while not interrupted and (rate := progress.next_rate()) is not None:
+        judge = _Judge(Trial(rate, search.attain, min_s=search.max_trial_s * MIN_TRIAL_SHARE, max_s=search.max_trial_s))
+        trial_load = replace(
+            load, streams=None, stages=steady(rate), num_requests=None, duration_s=4 * search.max_trial_s,
+            seed=load.seed + len(results),
+        )  # fmt: skip
+        result = measure(prepared, trial_load, slo=slo, client=client, on_progress=judge.on_progress)
         interrupted = result.outcome.was_interrupted
-        if interrupted or not state:
+        if interrupted or judge.verdict is None:
             break
-        verdict, good, ended, elapsed_s = next((s for s in state if s[0] != "open"), state[-1])
         results.append(result)
-        search.trials.append(Tried(rate, verdict == "keeps", good, ended))
-        word = "keeps" if verdict == "keeps" else "breaks"
-        say(f"{rate:.3g} requests/s {word} the SLO: {good} of {ended} good after {elapsed_s:.0f} s")
-    return FoundRate(
-        slo, attain, search.keeps_up_to, search.breaks_from, tuple(search.trials), tuple(results), interrupted
+        progress.trials.append(TrialResult(rate, judge.verdict == "keeps", judge.good, judge.ended))
+        word = "keeps" if judge.verdict == "keeps" else "breaks"
+        say(f"{rate:.3g} requests/s {word} the SLO: {judge.good} of {judge.ended} good after {judge.elapsed_s:.0f} s")
+    return RateSearchResult(
+        slo,
+        search.attain,
+        progress.keeps_up_to,
+        progress.breaks_from,
+        tuple(progress.trials),
+        tuple(results),
+        interrupted,
     )
+
+
+@dataclass(slots=True)
+class _Judge:
+    """Asks a trial for its verdict at each report, until it has one. `verdict` None: no report has come."""
+
+    trial: Trial
+    verdict: Verdict | None = None
+    good: int = 0
+    ended: int = 0
+    elapsed_s: float = 0.0
+
+    def on_progress(self, elapsed_s: float, reports: list[WorkerProgress]) -> bool:
+        if self.verdict in (None, "open"):
+            self.good, self.ended = sum(r.good for r in reports), sum(r.ok + r.errors for r in reports)
+            self.elapsed_s = elapsed_s
+            in_flight = sum(r.in_flight for r in reports)
+            self.verdict = self.trial.verdict(
+                good=self.good, ended=self.ended, in_flight=in_flight, elapsed_s=elapsed_s
+            )
+        return self.verdict != "open"

@@ -66,7 +66,7 @@ class Settings:
 
 
 @dataclass
-class Found:
+class MeasurementLog:
     """The measurements so far; each row goes to `on_change` as part of all."""
 
     value: Measurements
@@ -155,11 +155,11 @@ def measure(settings: Settings, *, say: Say, on_change: Callable[[Measurements],
     memory_gib = device.memory_bytes / choose.GIB
     say(f"{device.count} x {device.name}, {memory_gib:.0f} GiB")
     shapes = _shapes(settings, device)
-    found = Found(_blank(device), on_change)
+    found = MeasurementLog(_blank(device), on_change)
     parts = Parts(settings, found, say, end_s)
     parts.kernels("cuda:0", kernels.QUICK if settings.is_quick else kernels.Sizes())
     for num_ranks in group_sizes(device.count):
-        plan = collectives.Plan(on_gpu=True)
+        plan = collectives.CollectivePlan(on_gpu=True)
         parts.collectives(num_ranks, replace(plan, bytes=QUICK_BYTES) if settings.is_quick else plan)
     if settings.has_serving:
         parts.serving(device, shapes)
@@ -178,7 +178,7 @@ class Parts:
     """The parts of a calibration, which keep what they find and note what they could not do."""
 
     settings: Settings
-    found: Found
+    found: MeasurementLog
     say: Say
     end_s: float
 
@@ -191,7 +191,7 @@ class Parts:
         for_s = max(1.0, min(KERNELS_S, self._left_s()))
         self.found.keep_all(ranks.run(kernels.work, (device, sizes), for_s=for_s), "kernels", self.say)
 
-    def collectives(self, num_ranks: int, plan: collectives.Plan) -> None:
+    def collectives(self, num_ranks: int, plan: collectives.CollectivePlan) -> None:
         """All-reduce, and between two ranks also send/recv."""
         what = f"collectives over {num_ranks} ranks"
         self.say(f"measuring {what}")

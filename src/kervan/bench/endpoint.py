@@ -6,15 +6,15 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from kervan.bench.exchange import Exchange
-from kervan.bench.load import Api, Load, Target
-from kervan.bench.prompts import Alphabet, check_api, encode, read_prompts
+from kervan.bench.load import PATHS, Endpoint, Load
+from kervan.bench.prompts import Alphabet, Request, check_api, encode, read_prompts
 from kervan.errors import ConfigError
 from kervan.vendor import vllm_names
 
@@ -22,7 +22,6 @@ DEFAULT_VOCAB = 1000  # every language model has as many tokens
 CONTROL_TIMEOUT_S = 15.0
 PROBE_TIMEOUT_S = 60.0
 NUM_WORDS = 256
-PATHS = {"completions": vllm_names.COMPLETIONS_PATH, "chat": vllm_names.CHAT_PATH}
 
 
 class RequestError(Exception):
@@ -69,43 +68,43 @@ def open_direct(url: str | urllib.request.Request, *, timeout_s: float, verify_t
     return direct.open(url, timeout=timeout_s)
 
 
-def _open(target: Target, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
-    headers = dict(target.headers) | ({"Content-Type": "application/json"} if body is not None else {})
-    request = urllib.request.Request(target.url + path, data=body, headers=headers)
-    return open_direct(request, timeout_s=timeout_s, verify_tls=target.verify_tls)
+def _open(endpoint: Endpoint, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+    headers = dict(endpoint.headers) | ({"Content-Type": "application/json"} if body is not None else {})
+    request = urllib.request.Request(endpoint.url + path, data=body, headers=headers)
+    return open_direct(request, timeout_s=timeout_s, verify_tls=endpoint.verify_tls)
 
 
-def get_text(target: Target, path: str) -> str:
+def get_text(endpoint: Endpoint, path: str) -> str:
     """The body of a GET.
 
     Raises: RequestError.
     """
     try:
-        with _open(target, path) as response:
+        with _open(endpoint, path) as response:
             return str(response.read(64 * 2**20).decode(errors="replace"))
     except (OSError, ValueError) as error:
         raise RequestError(f"GET {path}: {error}") from error
 
 
-def call(target: Target, path: str, body: Any) -> Any:
+def call(endpoint: Endpoint, path: str, body: Any) -> Any:
     """The JSON answer to a POST.
 
     Raises: RequestError.
     """
     try:
-        with _open(target, path, encode(body)) as response:
+        with _open(endpoint, path, encode(body)) as response:
             return json.loads(response.read())
     except (OSError, ValueError) as error:
         raise RequestError(f"POST {path}: {error}") from error
 
 
-def stream_once(target: Target, body: dict[str, Any], timeout_s: float = PROBE_TIMEOUT_S) -> Exchange:
+def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PROBE_TIMEOUT_S) -> Exchange:
     """One streamed request, simply; never raises for what the server does."""
-    exchange = Exchange(0, time.time(), None)
-    full = {"model": target.model, "stream": True, "stream_options": {"include_usage": True}, **body}
+    exchange = Exchange(0, time.time(), Request(b""))
+    full = {"model": endpoint.model, "stream": True, "stream_options": {"include_usage": True}, **body}
     fault: str | None = None
     try:
-        with _open(target, PATHS[target.api], encode(full | target.sampling), timeout_s) as response:
+        with _open(endpoint, PATHS[endpoint.api], encode(full | endpoint.sampling), timeout_s) as response:
             exchange.on_status(response.status, {k.lower(): v for k, v in response.headers.items()})
             while piece := response.read1(65536):
                 exchange.on_body(piece, time.time())
@@ -118,43 +117,36 @@ def stream_once(target: Target, body: dict[str, Any], timeout_s: float = PROBE_T
     return exchange
 
 
-def first_look(
-    url: str,
-    *,
-    model: str | None,
-    api: Api,
-    headers: Iterable[tuple[str, str]],
-    sampling: dict[str, Any],
-    verify_tls: bool,
-) -> tuple[Target, Probe]:
-    """The target with its model's name, and what the server says of itself; a silent server gives an empty probe.
+def first_look(endpoint: Endpoint) -> tuple[Endpoint, Probe]:
+    """The endpoint with its model's name, and what the server says of itself; a silent server gives an empty probe.
 
-    Raises: ConfigError when the server has several models, none of them asked for.
+    Raises: ConfigError for a URL that is none; when the server has several models, and none of them was asked for.
     """
-    target = Target(
-        url=parse_url(url), model=model or "", api=api, headers=tuple(headers), sampling=sampling, verify_tls=verify_tls
-    )
+    endpoint = replace(endpoint, url=parse_url(endpoint.url))
     try:
-        found = json.loads(get_text(target, vllm_names.MODELS_PATH))["data"]
-        models = tuple(str(entry["id"]) for entry in found)
+        entries = json.loads(get_text(endpoint, vllm_names.MODELS_PATH))["data"]
+        models = tuple(str(entry["id"]) for entry in entries)
     except (RequestError, ValueError, KeyError, TypeError) as error:
-        return target, Probe(complaint=str(error))
-    if model is None and len(models) != 1:
-        roots = [m for m, entry in zip(models, found, strict=True) if not entry.get("parent")]
+        return endpoint, Probe(complaint=str(error))
+    model = endpoint.model
+    if not model and len(models) != 1:
+        roots = [name for name, entry in zip(models, entries, strict=True) if not entry.get("parent")]
         if len(roots) != 1:
-            raise ConfigError(f"{target.url} serves {len(models)} models: {', '.join(models[:8])}; choose with --model")
+            raise ConfigError(
+                f"{endpoint.url} serves {len(models)} models: {', '.join(models[:8])}; choose with --model"
+            )
         model = roots[0]
-    chosen = model or models[0]
-    entry: dict[str, Any] = next((e for e in found if e["id"] == chosen), {})
+    model = model or models[0]
+    entry: dict[str, Any] = next((entry for entry in entries if entry["id"] == model), {})
     try:
-        version = str(json.loads(get_text(target, "/version"))["version"])
+        version = str(json.loads(get_text(endpoint, "/version"))["version"])
     except (RequestError, ValueError, KeyError, TypeError):
         version = ""
     probe = Probe(models, str(entry.get("root") or ""), entry.get("max_model_len"), version)
-    return replace(target, model=chosen), probe
+    return replace(endpoint, model=model), probe
 
 
-def find_alphabet(target: Target, load: Load, probe: Probe, tokenizer: str | None) -> tuple[Alphabet, Probe]:
+def find_alphabet(endpoint: Endpoint, load: Load, probe: Probe, tokenizer: str | None) -> tuple[Alphabet, Probe]:
     """What prompts for this server are made of, checked with one to three small requests.
 
     A server that does not answer gets token ids, so that a run can count how it fails.
@@ -163,33 +155,33 @@ def find_alphabet(target: Target, load: Load, probe: Probe, tokenizer: str | Non
     """
     if load.prompts:
         rows = read_prompts(Path(load.prompts))
-        check_api(rows, target.api)
+        check_api(rows, endpoint.api)
         return Alphabet(vocab_size=DEFAULT_VOCAB), replace(probe, answered=True)
-    if target.api == "completions" and tokenizer is None:
+    if endpoint.api == "completions" and tokenizer is None:
         vocab = _vocab_size(probe.model_root) or DEFAULT_VOCAB
         first = min(10, vocab - 1)
-        exchange = stream_once(target, {"prompt": [first] * 16, "max_tokens": 1})
+        exchange = stream_once(endpoint, {"prompt": [first] * 16, "max_tokens": 1})
         if exchange.error is None:
             counted = exchange.prompt_tokens
             complaint = "" if counted in (None, 16) else f"for 16 token ids the server counted {counted} prompt tokens"
             return Alphabet(vocab_size=vocab), replace(probe, answered=True, complaint=complaint)
         if exchange.error not in ("http_400", "http_422"):
             return Alphabet(vocab_size=vocab), replace(probe, complaint=f"{exchange.error}: {exchange.message}")
-    words = _local_words(tokenizer) if tokenizer else _served_words(target, probe)
+    words = _local_words(tokenizer) if tokenizer else _served_words(endpoint, probe)
     if not words:
-        if probe.complaint and target.api == "chat":  # nothing answers: any text will do to count the failures
+        if probe.complaint and endpoint.api == "chat":  # nothing answers: any text will do to count the failures
             return Alphabet(words=(" a",)), probe
         raise ConfigError(
-            f"{target.url} takes no token ids here and has no /tokenize; give --tokenizer DIR, so that prompts have "
+            f"{endpoint.url} takes no token ids here and has no /tokenize; give --tokenizer DIR, so that prompts have "
             "exact lengths"
         )
     counts = []
     for number in (48, 96):
         text = "".join(random.Random(number).choices(words, k=number))
         content: dict[str, Any] = {"prompt": text}
-        if target.api == "chat":
+        if endpoint.api == "chat":
             content = {"messages": [{"role": "user", "content": text}]}
-        exchange = stream_once(target, {**content, "max_tokens": 1})
+        exchange = stream_once(endpoint, {**content, "max_tokens": 1})
         if exchange.error is not None:
             return Alphabet(words=words), replace(probe, complaint=f"{exchange.error}: {exchange.message}")
         if exchange.prompt_tokens is None:
@@ -197,7 +189,7 @@ def find_alphabet(target: Target, load: Load, probe: Probe, tokenizer: str | Non
         counts.append(exchange.prompt_tokens - number)
     if counts[0] != counts[1]:
         raise ConfigError(
-            f"{tokenizer or target.url}: 48 words made {48 + counts[0]} tokens and 96 made {96 + counts[1]}, so this "
+            f"{tokenizer or endpoint.url}: 48 words made {48 + counts[0]} tokens and 96 made {96 + counts[1]}, so this "
             "is not the server's tokenizer; give --tokenizer the model's directory"
         )
     return Alphabet(words=words, extra_tokens=counts[0]), replace(probe, answered=True)
@@ -239,21 +231,21 @@ def _as_text(token: str | None) -> str:
     return (token or "").replace("\u0120", " ").replace("\u2581", " ")
 
 
-def _words(candidates: Iterable[str], encode_text: Any) -> tuple[str, ...]:
+def _words(candidates: Iterable[str], encode_text: Callable[[str], Sequence[int]]) -> tuple[str, ...]:
     """The first words that stay one token each when joined."""
-    found = []
+    words = []
     for word in candidates:
         if len(word) > 2 and word[0] == " " and word[1:].isascii() and word[1:].isalpha() and word[1:].islower():
-            found.append(word)
-        if len(found) == 4 * NUM_WORDS:
+            words.append(word)
+        if len(words) == 4 * NUM_WORDS:
             break
-    kept = [word for word in found if len(encode_text(word * 3)) == 3][:NUM_WORDS]
+    kept = [word for word in words if len(encode_text(word * 3)) == 3][:NUM_WORDS]
     while kept and len(encode_text("".join(kept))) != len(kept):
         kept = kept[: len(kept) // 2]  # rare merges over a word's end
     return tuple(kept)
 
 
-def _served_words(target: Target, probe: Probe) -> tuple[str, ...]:
+def _served_words(endpoint: Endpoint, probe: Probe) -> tuple[str, ...]:
     """The same by the server's own /tokenize and /detokenize (vLLM has them), or its model's local files."""
     if probe.model_root and (Path(probe.model_root) / "tokenizer.json").is_file():
         words = _local_words(probe.model_root)
@@ -261,8 +253,8 @@ def _served_words(target: Target, probe: Probe) -> tuple[str, ...]:
             return words
 
     def encode_text(text: str) -> Sequence[int]:
-        body = {"model": target.model, "prompt": text, "add_special_tokens": False}
-        tokens: Sequence[int] = call(target, vllm_names.TOKENIZE_PATH, body)["tokens"]
+        body = {"model": endpoint.model, "prompt": text, "add_special_tokens": False}
+        tokens: Sequence[int] = call(endpoint, vllm_names.TOKENIZE_PATH, body)["tokens"]
         return tokens
 
     try:
@@ -270,7 +262,7 @@ def _served_words(target: Target, probe: Probe) -> tuple[str, ...]:
         for number in range(DEFAULT_VOCAB):
             if len(texts) >= NUM_WORDS // 2:
                 break
-            token = call(target, "/detokenize", {"model": target.model, "tokens": [300 + number]})["prompt"]
+            token = call(endpoint, "/detokenize", {"model": endpoint.model, "tokens": [300 + number]})["prompt"]
             word = token if token.startswith(" ") else f" {token}"
             if word[1:].isascii() and word[1:].isalpha() and word[1:].islower() and len(word) > 2:
                 texts.append(word)

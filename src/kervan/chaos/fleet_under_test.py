@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from kervan.bench.load import Target
-from kervan.bench.target import RequestError, get_text
+from kervan.bench.endpoint import RequestError, get_text
+from kervan.bench.load import Endpoint
 from kervan.chaos.schedule import Kind
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
@@ -19,7 +19,7 @@ from kervan.serve.directory.client import DirectoryClient, find_directory, fleet
 STATUS_PATH = "/kervan/status"
 
 
-class Fleet(Protocol):
+class FleetUnderTest(Protocol):
     """What a run needs of a fleet."""
 
     def look(self, version: int, timeout_s: float) -> Snapshot:
@@ -36,7 +36,7 @@ class Fleet(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LiveFleet:
+class FleetOnRay:
     """A fleet on Ray."""
 
     name: str
@@ -45,13 +45,15 @@ class LiveFleet:
     _directory: DirectoryClient
 
     def look(self, version: int, timeout_s: float) -> Snapshot:
+        """As `FleetUnderTest.look`."""
         return self._directory.changed(version, timeout_s).result()
 
     def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
+        """As `FleetUnderTest.strike`."""
         return self._directory.order(replica_id, Drain(deadline_s) if kind == "drain" else Strike(kind)).result()
 
 
-def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, address: str | None) -> LiveFleet:
+def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, address: str | None) -> FleetOnRay:
     """The fleet whose gateway answers at `url`.
 
     Raises: ConfigError when no kervan gateway answers there; FleetError when its fleet cannot be found from here.
@@ -66,7 +68,7 @@ def find(url: str, *, headers: Iterable[tuple[str, str]], name: str | None, addr
         snapshot = directory.snapshot().result()
         entry = next((entry for entry in snapshot.gateways if entry.id == gateway), None)
         if entry is not None:
-            return LiveFleet(candidate, directory.fleet().result().config, entry.models, directory)
+            return FleetOnRay(candidate, directory.fleet().result().config, entry.models, directory)
     looked = f"fleet {name!r}" if name else f"the fleets of its cluster ({', '.join(fleet_names())})"
     raise FleetError(f"{url} is answered by gateway {gateway}, which is not of {looked}; give its --name or --address")
 
@@ -75,8 +77,8 @@ def _gateway(url: str, headers: Iterable[tuple[str, str]], name: str | None) -> 
     """The id of the gateway that answers."""
     path = STATUS_PATH + (f"?fleet={name}" if name else "")
     try:
-        found = json.loads(get_text(Target(url=url, headers=tuple(headers)), path))
-        return str(found["gateway"])
+        status = json.loads(get_text(Endpoint(url=url, headers=tuple(headers)), path))
+        return str(status["gateway"])
     except RequestError as error:
         if "401" in str(error):
             raise ConfigError(f"{url} wants an API key ({error}); give --api-key, or set KERVAN_API_KEY") from error

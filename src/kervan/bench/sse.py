@@ -44,11 +44,15 @@ class EventParser:
 
 
 class Usage(msgspec.Struct, gc=False):
+    """What the server has counted."""
+
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
 
 class Delta(msgspec.Struct, gc=False):
+    """What a chunk of a chat brings."""
+
     role: str | None = None
     content: str | None = None
     reasoning: str | None = None
@@ -57,7 +61,9 @@ class Delta(msgspec.Struct, gc=False):
     tool_calls: list[msgspec.Raw] | None = None
 
 
-class Choice(msgspec.Struct, gc=False):
+class ChunkChoice(msgspec.Struct, gc=False):
+    """One of the `n` answers in a chunk. `delta`: of chats, `text`: of completions."""
+
     index: int = 0
     text: str | None = None
     delta: Delta | None = None
@@ -68,7 +74,7 @@ class Choice(msgspec.Struct, gc=False):
 class Chunk(msgspec.Struct, gc=False):
     """One streamed object of /v1/completions or /v1/chat/completions, as far as a load tester needs it."""
 
-    choices: list[Choice] = []
+    choices: list[ChunkChoice] = []
     usage: Usage | None = None
     error: Any = None
 
@@ -87,7 +93,7 @@ def decode_all(data: bytes) -> list[Chunk]:
     return _decode_all(data)
 
 
-def carries_token(choice: Choice) -> bool:
+def carries_token(choice: ChunkChoice) -> bool:
     """Whether a choice of a chunk brings at least one token.
 
     Not so a chat's opening (a role and no text) and a closing one (a finish reason and nothing else). A completion's
@@ -102,7 +108,7 @@ def carries_token(choice: Choice) -> bool:
     return bool(choice.token_ids) or (choice.finish_reason is None and delta.role is None and delta.content is not None)
 
 
-def is_reasoning(choice: Choice) -> bool:
+def is_reasoning(choice: ChunkChoice) -> bool:
     """Whether what a choice brings is thought, not answer."""
     delta = choice.delta
     return delta is not None and not delta.content and bool(delta.reasoning or delta.reasoning_content)

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from kervan.bench import servers
-from kervan.bench.load import Target
-from kervan.bench.target import get_text
+from kervan.bench.endpoint import get_text
+from kervan.bench.load import Endpoint
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -36,5 +36,5 @@ def test_servers_are_asked_past_any_proxy_of_the_environment(url: str, monkeypat
         monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody listens there
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert get_text(Target(url=url), "/metrics") == "up 1\n"
+    assert get_text(Endpoint(url=url), "/metrics") == "up 1\n"
     assert servers.answers(url)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kervan.bench import pacer
 from kervan.bench.drive import check_file_limit, drive
-from kervan.bench.load import Load, Target
+from kervan.bench.load import Endpoint, Load
 from kervan.bench.prompts import Alphabet
 from kervan.errors import FleetError
 
@@ -19,7 +19,7 @@ MIN_TICK_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
+class ClientFloor:
     """What one client configuration adds, in seconds at the median and the 99th percentile.
 
     `ttft_*`: measured TTFT less what the server knows it took. `gap_*`: difference between a measured gap and the
@@ -38,7 +38,7 @@ class Floor:
     has_kernel_time: bool
 
 
-def measure(streams: int, num_processes: int = 1) -> Floor:
+def measure(streams: int, num_processes: int = 1) -> ClientFloor:
     """The floor at `streams` streams. Takes one to six seconds.
 
     Raises: FleetError when the client cannot even carry this.
@@ -54,8 +54,8 @@ def measure(streams: int, num_processes: int = 1) -> Floor:
     try:
         port = mine.recv()
         load = Load(streams=streams, num_requests=max(4, 2 * streams), isl="16", osl=str(TOKENS), timeout_s=60.0)
-        target = Target(url=f"http://127.0.0.1:{port}", model="pacer")
-        outcome = drive(load, target, Alphabet(1000), num_processes=num_processes, is_calibration=True)
+        endpoint = Endpoint(url=f"http://127.0.0.1:{port}", model="pacer")
+        outcome = drive(load, endpoint, Alphabet(1000), num_processes=num_processes, is_calibration=True)
     except EOFError:
         raise FleetError("the calibration server died; is there enough memory?") from None
     finally:
@@ -69,7 +69,7 @@ def measure(streams: int, num_processes: int = 1) -> Floor:
         raise FleetError(f"the client failed its own calibration at {streams} streams: {tally.errors or 'no answer'}")
     ttft, gap = floor.ttft.quantiles((0.5, 0.99)), floor.gap.quantiles((0.5, 0.99))
     assert ttft[0] is not None and ttft[1] is not None and gap[0] is not None and gap[1] is not None
-    return Floor(
+    return ClientFloor(
         streams=streams,
         num_processes=num_processes,
         ttft_s=ttft[0],
@@ -83,7 +83,7 @@ def measure(streams: int, num_processes: int = 1) -> Floor:
     )
 
 
-def choose(streams: int, *, most: int | None = None) -> Floor:
+def choose(streams: int, *, most: int | None = None) -> ClientFloor:
     """The floor with as few processes as carry `streams` without waiting for themselves, at most one per core.
 
     Raises: FleetError.

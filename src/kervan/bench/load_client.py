@@ -1,0 +1,416 @@
+"""The client of a load: sends requests when they are due, times their responses, and tells an observer what happens."""
+
+import asyncio
+import functools
+import itertools
+import json
+import math
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from kervan.bench.channel import MAX_NAP_S, MIN_NAP_S, Channel, Poller
+from kervan.bench.exchange import Exchange, OnChunk
+from kervan.bench.load import PATHS, Endpoint, Load
+from kervan.bench.prompts import Alphabet, Prompts, Request, http_request
+from kervan.bench.sketch import Sketch
+from kervan.config.workload import Slo, TraceRow
+from kervan.errors import KervanError
+
+SWEEP_PERIOD_S = 0.25
+LAG_PERIOD_S = 0.05
+PREPARED_REQUESTS = 2048
+BATCH = 16  # requests sent, or ended, between two looks at the sockets
+MIN_NAP_STREAMS = 16  # with fewer, reads seldom come together
+LATE_ENOUGH_S = 0.002  # time before the next arrival in which a request may be built
+_now = time.time
+
+# (number of the job, turn of its conversation, trace row, messages so far) -> what to send. `Prompts.request` is one.
+BuildRequest = Callable[[int, int, TraceRow | None, Sequence[dict[str, Any]]], Request]
+# (seconds after the start, trace row), in order of time.
+Arrivals = Iterable[tuple[float, TraceRow | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a load that one of `num_workers` processes carries: jobs whose number modulo is `worker`."""
+
+    load: Load
+    endpoint: Endpoint
+    alphabet: Alphabet
+    slo: Slo
+    worker: int = 0
+    num_workers: int = 1
+    is_calibration: bool = False
+
+    @property
+    def streams(self) -> int | None:
+        """This worker's streams of a closed loop; None in an open loop."""
+        if self.load.streams is None:
+            return None
+        return self.load.streams // self.num_workers + (self.worker < self.load.streams % self.num_workers)
+
+
+class RequestObserver(Protocol):
+    """Told of each request: that it was sent, the chunks of its response, and then that it is done or has failed.
+
+    A request that could not be sent is only told as failed (`Exchange.was_sent` is False then). One that is cut off by
+    `LoadClient.end` is not told of again. What the other methods raise ends the load, and `LoadClient.run` raises it.
+    """
+
+    @property
+    def on_chunk(self) -> OnChunk | None:
+        """Called with each chunk when its exchange has counted it; must not raise. None costs nothing."""
+
+    def on_sent(self, exchange: Exchange) -> None:
+        """The request has left; one that must be sent again over a new connection comes again as another exchange."""
+
+    def on_done(self, exchange: Exchange) -> None:
+        """The response is whole."""
+
+    def on_failed(self, exchange: Exchange) -> None:
+        """`exchange.error` is the kind of failure, `exchange.message` says more."""
+
+
+class LoadClient:
+    """Sends a share of a load on the running event loop.
+
+    `build`: what requests are made by, those of the load by default. `arrivals`: of an open loop, those of the load by
+    default. `lag`: how late this loop ran its own timers, in seconds. `unfinished`: requests that `end` cut off.
+    `reconnected`: requests sent again because the server had closed the idle connection before it saw them.
+    """
+
+    def __init__(self, share: Share, *, build: BuildRequest | None = None, arrivals: Arrivals | None = None) -> None:
+        self.share = share
+        self.lag = Sketch()
+        self.unfinished = 0
+        self.reconnected = 0
+        self._load, self._endpoint = share.load, share.endpoint
+        parts = urlsplit(share.endpoint.url)
+        self._host, self._tls = parts.hostname or "", _tls(share.endpoint) if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._tls else 80)
+        self._host_header = parts.netloc.rpartition("@")[2]
+        self._path = parts.path.rstrip("/") + PATHS[share.endpoint.api]
+        self._build = build or Prompts(share.load, share.endpoint, share.alphabet).request
+        self._arrivals = arrivals
+        self._poller = Poller()
+        self._idle: list[Channel] = []
+        self._in_flight: dict[Exchange, Channel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._ended: deque[asyncio.Future[None]] = deque()
+        self._num_open = 0
+        self._is_ended = False
+        self._loop = asyncio.get_running_loop()
+        self._start_s = 0.0
+        self._observer: RequestObserver
+
+    # ---- preparing
+
+    def prepare(self) -> None:
+        """Build the first requests, so that the start is not spent on it.
+
+        Raises: ConfigError for requests that cannot be built.
+        """
+        if self.share.streams is not None:
+            self._numbers = self._closed_loop_numbers()
+            self._first = [
+                (number, self._build(number, 0, None, ()))
+                for number in itertools.islice(self._numbers, self.share.streams)
+            ]
+        else:
+            self._jobs = self._open_loop_jobs()
+            self._ready: deque[tuple[int, float, TraceRow | None, Request]] = deque()
+            while len(self._ready) < PREPARED_REQUESTS and self._build_next():
+                pass
+
+    def _closed_loop_numbers(self) -> Iterator[int]:
+        bound = self._load.num_jobs
+        number = self.share.worker
+        while bound is None or number < bound:
+            yield number
+            number += self.share.num_workers
+
+    def _open_loop_jobs(self) -> Iterator[tuple[int, float, TraceRow | None]]:
+        """(number, arrival after the start, trace row) of this worker's jobs."""
+        for number, (at_s, row) in enumerate(self._load.arrivals() if self._arrivals is None else self._arrivals):
+            if number % self.share.num_workers == self.share.worker:
+                yield number, at_s, row
+
+    def _build_next(self) -> bool:
+        job = next(self._jobs, None)
+        if job is None:
+            return False
+        number, at_s, row = job
+        self._ready.append((number, at_s, row, self._build(number, 0, row, ())))
+        return True
+
+    async def connect_first(self) -> None:
+        """Open the connections of a closed loop, so that their handshakes are not in the first TTFT."""
+        if self.share.streams is None:
+            return
+        opened = await asyncio.gather(*(self._open() for _ in self._first), return_exceptions=True)
+        self._idle = [channel for channel in opened if isinstance(channel, Channel)]
+
+    # ---- running
+
+    async def run(self, start_s: float, observer: RequestObserver) -> None:
+        """Send the whole share from `start_s` (Unix time) on; returns when everything has ended.
+
+        Raises: ConfigError for a request that cannot be built; what `observer` raised. Nothing more is sent then.
+        """
+        self._start_s, self._observer = start_s, observer
+        watch = self._loop.create_task(self._watch())
+        try:
+            await asyncio.sleep(start_s - _now())
+            if self.share.streams is not None:
+                await self._run_closed_loop()
+            else:
+                await self._run_open_loop()
+        finally:
+            watch.cancel()
+            for channel in self._idle:
+                channel.close()
+            self._poller.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop_sending(self) -> None:
+        """Send nothing more; what is in flight goes on to its end."""
+        self._is_ended = True
+
+    def end(self) -> None:
+        """Send nothing more, and cut off what is in flight, which counts as unfinished."""
+        self._is_ended = True
+        self.unfinished += len(self._in_flight)
+        for channel in self._in_flight.values():
+            channel.close()
+        for task in self._tasks:
+            task.cancel()
+
+    def in_flight(self) -> list[Exchange]:
+        """Requests that were sent and have not ended, with all that has come of their responses."""
+        for channel in self._in_flight.values():
+            channel.settle()
+        return list(self._in_flight)
+
+    async def _run_closed_loop(self) -> None:
+        for count, (number, request) in enumerate(self._first, 1):
+            self._start(self._stream(number, request))
+            if count % BATCH == 0:
+                await asyncio.sleep(0)
+                self._poller.read()
+        await self._wait_for_tasks()
+
+    async def _stream(self, number: int, request: Request) -> None:
+        """Jobs one after the other. The next one is built while the response to this one comes."""
+        has_next = True
+        while has_next and not self._is_over():
+            upcoming: list[tuple[int, Request]] = []
+
+            def build(upcoming: list[tuple[int, Request]] = upcoming) -> None:
+                following = next(self._numbers, None)
+                if following is None:
+                    return
+                try:
+                    upcoming.append((following, self._build(following, 0, None, ())))
+                except KervanError as error:
+                    self._fail(error)
+
+            self._loop.call_later(0.001, build)
+            await self._job(number, _now(), None, request)
+            if not upcoming:
+                await asyncio.sleep(0.002)  # a response within a millisecond: let the build happen
+            has_next = bool(upcoming)
+            if has_next:
+                number, request = upcoming[0]
+
+    def _is_over(self) -> bool:
+        bound_s = self._load.duration_s
+        return self._is_ended or (bound_s is not None and _now() >= self._start_s + bound_s)
+
+    async def _run_open_loop(self) -> None:
+        more, count = True, 0
+        while not self._is_ended and (more or self._ready):
+            wait_s = self._ready[0][1] + self._start_s - _now() if self._ready else 0.0
+            if self._ready and wait_s <= 0:
+                number, at_s, row, request = self._ready.popleft()
+                self._start(self._job(number, self._start_s + at_s, row, request))
+                count += 1
+                if count % BATCH == 0:
+                    await asyncio.sleep(0)
+                    self._poller.read()
+            elif more and len(self._ready) < PREPARED_REQUESTS and (not self._ready or wait_s > LATE_ENOUGH_S):
+                more = self._build_next()
+                await asyncio.sleep(0)
+            else:
+                await asyncio.sleep(wait_s if wait_s < 0.01 else wait_s - 0.005)
+        await self._wait_for_tasks()
+
+    def _start(self, job: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """The first failure counts; `run` raises it."""
+        if self._failure is None:
+            self._failure = error
+            self.end()
+
+    async def _wait_for_tasks(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _job(self, number: int, arrival_s: float, row: TraceRow | None, request: Request) -> None:
+        history: list[dict[str, Any]] = []
+        for turn in range(self._load.turns):
+            if turn:
+                await asyncio.sleep(self._load.think_time_s)
+                if self._is_over():
+                    return
+                request = self._build(number, turn, None, history)
+                arrival_s = _now()
+            exchange = await self._exchange(number, arrival_s, request)
+            if exchange.error is not None:
+                return
+            if self._load.turns > 1:
+                messages: list[dict[str, Any]] = json.loads(request.body)["messages"]
+                history = [*messages, {"role": "assistant", "content": "".join(exchange.text or [])}]
+
+    async def _exchange(self, number: int, arrival_s: float, request: Request) -> Exchange:
+        """One request to its end, told to the observer."""
+        exchange = self._new_exchange(number, arrival_s, request)
+        if self._num_open * self.share.num_workers >= self._load.max_streams:
+            exchange.fail("not_sent", f"{self._load.max_streams} streams are in flight")
+            exchange.end_s = arrival_s
+        else:
+            self._num_open += 1
+            try:
+                exchange = await self._send(exchange)
+            finally:
+                self._num_open -= 1
+        if exchange.error is None:
+            self._observer.on_done(exchange)
+        else:
+            self._observer.on_failed(exchange)
+        if exchange.error == "refused":
+            await asyncio.sleep(0.05)  # a closed loop would send again at once, thousands of times a second
+        return exchange
+
+    async def _send(self, exchange: Exchange) -> Exchange:
+        """Send it, and wait for its end. It comes back as another one if it had to be sent again."""
+        payload = http_request(self._endpoint, self._host_header, self._path, exchange.request.body)
+        while True:
+            try:
+                channel = await self._channel(exchange)
+            except (OSError, ssl.SSLError) as error:
+                exchange.fail("refused", f"no connection: {error}")
+                exchange.end_s = _now()
+                return exchange
+            ended = self._loop.create_future()
+            exchange.on_ended = functools.partial(self._on_ended, ended)
+            exchange.on_chunk = self._observer.on_chunk
+            exchange.sent_s = channel.send(payload, exchange)
+            exchange.was_sent, exchange.has_kernel_time = True, channel.has_kernel_time
+            self._in_flight[exchange] = channel
+            self._observer.on_sent(exchange)
+            await ended
+            del self._in_flight[exchange]
+            if channel.is_open:
+                self._idle.append(channel)
+            if not (exchange.is_reused and exchange.error == "closed"):
+                return exchange
+            self.reconnected += 1  # the server had ended the idle connection; it has not seen this request
+            exchange = self._new_exchange(exchange.number, exchange.arrival_s, exchange.request)
+
+    def _new_exchange(self, number: int, arrival_s: float, request: Request) -> Exchange:
+        return Exchange(number, arrival_s, request, keeps_text=self._load.turns > 1)
+
+    def _on_ended(self, ended: "asyncio.Future[None]") -> None:
+        self._ended.append(ended)
+        if len(self._ended) == 1:
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Let requests that ended be counted, and their streams send again: a few, then what came meanwhile is read.
+
+        A thousand streams may end in one step of the server. All their work at once would take longer than the gaps of
+        those that have already sent again: two of their tokens would come in one read, with one time.
+        """
+        for _ in range(min(BATCH, len(self._ended))):
+            ended = self._ended.popleft()
+            if not ended.done():
+                ended.set_result(None)
+        if self._ended:
+            self._poller.read()
+            self._loop.call_soon(self._go_on)
+
+    async def _channel(self, exchange: Exchange) -> Channel:
+        while self._idle:
+            channel = self._idle.pop()
+            if channel.is_open:
+                exchange.is_reused = True
+                return channel
+        return await self._open()
+
+    async def _open(self) -> Channel:
+        channel = Channel(self._host, self._port, self._tls)
+        async with asyncio.timeout(min(30.0, self._load.timeout_s)):
+            await channel.open(self._poller)
+        return channel
+
+    # ---- watching
+
+    async def _watch(self) -> None:
+        """End what takes too long, and notice how late this loop runs."""
+        last_sweep_s = 0.0
+        while True:
+            before_s = self._loop.time()
+            await asyncio.sleep(LAG_PERIOD_S)
+            after_s = self._loop.time()
+            self.lag.add(max(0.0, after_s - before_s - LAG_PERIOD_S))
+            self._poller.nap_s = self._nap_s(_now())
+            if after_s - last_sweep_s >= SWEEP_PERIOD_S:
+                last_sweep_s = after_s
+                self._end_overdue(_now())
+
+    def _end_overdue(self, now_s: float) -> None:
+        for exchange, channel in list(self._in_flight.items()):
+            if now_s - exchange.sent_s <= self._load.timeout_s:
+                continue
+            channel.settle()
+            if channel.is_open:
+                channel.close()
+                exchange.fail("timeout", f"not ended after {self._load.timeout_s:g} s")
+                exchange.on_end(now_s, None)
+
+    def _nap_s(self, now_s: float) -> float:
+        """How long reads may wait for each other: while streams are many and slow.
+
+        Judged by the stream that has run the longest: a nap is at most 1% of its time, so the next request is not sent
+        late, and 10% of its gaps, so that two of its tokens seldom come in one read.
+        """
+        if len(self._in_flight) < MIN_NAP_STREAMS:
+            return 0.0
+        exchange, channel = next(iter(self._in_flight.items()))
+        channel.settle()
+        mean_gap_s = sum(exchange.gaps) / len(exchange.gaps) if exchange.gaps else math.inf
+        nap_s = min(MAX_NAP_S, (now_s - exchange.sent_s) / 100, mean_gap_s / 10)
+        return nap_s if nap_s >= MIN_NAP_S else 0.0
+
+
+def _tls(endpoint: Endpoint) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if not endpoint.verify_tls:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context

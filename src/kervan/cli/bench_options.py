@@ -1,0 +1,210 @@
+"""What was given to `kervan bench`, and the load, server and client that it means."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kervan.bench.arrivals import Process, Stage, parse_stages, steady
+from kervan.bench.drive import Action
+from kervan.bench.load import Api, Endpoint, Load
+from kervan.bench.prompts import read_prompts
+from kervan.bench.saturation import RateSearchOptions
+from kervan.config.workload import Slo, parse_slo
+from kervan.errors import ConfigError
+from kervan.units import parse_duration_s
+
+Number = TypeVar("Number", int, float)
+DURATION_S = 30.0  # of a load without an end of its own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchOptions:
+    """The command's arguments by the names of click's parameters; `bench.py` says what each means, and its default.
+
+    Each method raises ConfigError for text that cannot be read, and for options that do not go together.
+    """
+
+    url: str
+    streams: str | None
+    rate: str | None
+    arrivals: Process
+    burstiness: float
+    burst: int | None
+    stages: str | None
+    trace: str | None
+    trace_speed: float
+    num_requests: int | None
+    duration: str | None
+    isl: str
+    osl: str
+    prefix: str | None
+    turns: int
+    think_time: str
+    prompts: str | None
+    api: Api | None
+    model: str | None
+    tokenizer: str | None
+    sampling: tuple[str, ...]
+    stop_at_eos: bool
+    per_chunk_usage: bool
+    headers: tuple[str, ...]
+    api_key: str | None
+    insecure: bool
+    slo_text: str | None
+    stall: str
+    timeout: str
+    max_streams: int
+    seed: int
+    processes: int | None
+    no_calibration: bool
+    find_rate: bool
+    attain: float
+    trial_time: str
+    against: str | None
+    pairs: int
+    fail_below: float | None
+    actions: tuple[str, ...]
+    strict: bool
+    as_json: bool
+    record: Path | None
+    html: Path | None
+
+    def slo(self) -> Slo:
+        """What counts as good; without --slo, all that is whole."""
+        if self.slo_text is None:
+            if self.find_rate:
+                raise ConfigError("--find-rate needs an --slo, like ttft=1s,tpot=50ms")
+            return Slo()
+        return parse_slo(self.slo_text)
+
+    def endpoint(self, url: str) -> Endpoint:
+        """The server at `url`, as it is to be asked."""
+        return Endpoint(
+            url=url,
+            model=self.model or "",
+            api=self._api(),
+            headers=(*map(_parse_header, self.headers), *self._authorization()),
+            sampling=dict(map(_parse_sampling, self.sampling)),
+            verify_tls=not self.insecure,
+        )
+
+    def _api(self) -> Api:
+        needs_chat = self.turns > 1 or (self.prompts is not None and "messages" in read_prompts(Path(self.prompts))[0])
+        api = self.api or ("chat" if needs_chat else "completions")
+        if self.turns > 1 and api != "chat":
+            raise ConfigError("--turns needs --api chat: a conversation is a list of messages")
+        return api
+
+    def _authorization(self) -> tuple[tuple[str, str], ...]:
+        key = self.api_key or os.environ.get("KERVAN_API_KEY")
+        return (("Authorization", f"Bearer {key}"),) if key else ()
+
+    def timed_actions(self) -> list[Action]:
+        """The shell commands of --at."""
+        return [_parse_action(text) for text in self.actions]
+
+    def rate_search(self) -> RateSearchOptions:
+        """How --find-rate searches; it begins at --rate."""
+        (rate, *_) = _parse_sweep(self.rate, "--rate", float)
+        return RateSearchOptions(
+            start_rate=RateSearchOptions.start_rate if rate is None else rate,
+            attain=self.attain,
+            max_trial_s=parse_duration_s(self.trial_time, "--trial-time"),
+        )
+
+    def loads(self) -> list[Load]:
+        """One load, or those of a sweep."""
+        streams, rate = self.streams, self.rate
+        if self.find_rate and rate is None:
+            rate = f"{RateSearchOptions.start_rate:g}"
+        if self.trace is None and self.burst is None and self.stages is None and streams is None and rate is None:
+            streams = "1"
+        return [
+            self._load(one_streams, one_rate)
+            for one_streams in _parse_sweep(streams, "--streams", int)
+            for one_rate in _parse_sweep(rate, "--rate", float)
+        ]
+
+    def _load(self, streams: int | None, rate: float | None) -> Load:
+        duration_s = None if self.duration is None else parse_duration_s(self.duration, "--duration")
+        if self.num_requests is None and duration_s is None and (streams is not None or rate is not None):
+            duration_s = DURATION_S
+        prefixes, prefix_tokens = _parse_prefix(self.prefix)
+        return Load(
+            streams=streams,
+            stages=self._stages(rate),
+            process=self.arrivals,
+            burstiness=self.burstiness,
+            trace=self.trace,
+            trace_speed=self.trace_speed,
+            num_requests=self.num_requests,
+            duration_s=duration_s,
+            isl=self.isl,
+            osl=self.osl,
+            prefixes=prefixes,
+            prefix_tokens=prefix_tokens,
+            turns=self.turns,
+            think_time_s=parse_duration_s(self.think_time, "--think-time"),
+            prompts=self.prompts,
+            ignore_eos=not self.stop_at_eos,
+            tokens_in_chunks=self.per_chunk_usage,
+            seed=self.seed,
+            timeout_s=parse_duration_s(self.timeout, "--timeout"),
+            max_streams=self.max_streams,
+            stall_s=parse_duration_s(self.stall, "--stall"),
+        )
+
+    def _stages(self, rate: float | None) -> tuple[Stage, ...]:
+        if (rate is not None) + (self.burst is not None) + (self.stages is not None) > 1:
+            raise ConfigError("--rate, --burst and --stages exclude each other; --stages can say all three")
+        if rate is not None:
+            return steady(rate)
+        if self.burst is not None:
+            return parse_stages(f"burst:{self.burst}")
+        return () if self.stages is None else parse_stages(self.stages)
+
+
+def _parse_sweep(text: str | None, option: str, kind: Callable[[str], Number]) -> list[Number | None]:
+    """`"1,16,64"` as numbers; [None] of None."""
+    if text is None:
+        return [None]
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} is no number; write 16, or 1,16,64 for a sweep") from error
+
+
+def _parse_prefix(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 0
+    number, _, tokens = text.partition("x")
+    if not (number.isdigit() and tokens.isdigit()):
+        raise ConfigError(f"--prefix {text!r}: write 4x512 for 4 prefixes of 512 tokens")
+    return int(number), int(tokens)
+
+
+def _parse_action(text: str) -> Action:
+    at, _, command = text.strip().partition(" ")
+    if not command.strip():
+        raise ConfigError(f"--at {text!r} has no command; write --at '10s kill -9 1234'")
+    return Action(parse_duration_s(at, "--at"), command.strip())
+
+
+def _parse_header(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition(":")
+    if not separator or not name.strip() or "\n" in text or "\r" in text:
+        raise ConfigError(f"--header {text!r}: write 'Name: value'")
+    return name.strip(), value.strip()
+
+
+def _parse_sampling(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {text!r}: write --set temperature=0")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
