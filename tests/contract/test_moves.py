@@ -14,10 +14,12 @@ import httpx
 import pytest
 from harness.moving_fleet import MovingFleet, deltas
 from harness.shared_fleet import Models
+from harness.sweeps import positions
 
 from kervan.demo import PAIRS, REASONED, TOOL_TURN, WEATHER_TOOL
 
-pytestmark = pytest.mark.timeout(600)
+# Each test sweeps the places of its moves: some in `make test`, all in `make exhaustive`.
+pytestmark = [pytest.mark.sweep(99), pytest.mark.timeout(600)]
 
 QUESTION, ANSWER = list(PAIRS.items())[2]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -54,13 +56,14 @@ async def streamed(client: httpx.AsyncClient, path: str, body: dict[str, Any], w
 
 
 async def compare(moving: MovingFleet, path: str, body: dict[str, Any], *, num_cuts: int = 24) -> dict[str, Any]:
-    """The answer, if it is the same without a move, with one after each of its first tokens, and with one after all."""
+    """The answer, if it is the same without a move, with one after some of its first tokens, and with one after all."""
     limits = httpx.Limits(max_connections=100)
     async with httpx.AsyncClient(base_url=moving.url, timeout=120, limits=limits) as client:
         whole = await streamed(client, path, body, "stay")
         num_choices = sum(isinstance(key, int) for key in whole)
         num_tokens = whole["usage"]["completion_tokens"] // num_choices
-        whens = ["move-always", *(f"move{cut}" for cut in range(1, min(num_cuts, num_tokens)))]
+        cuts = positions(min(num_cuts, num_tokens) - 1, str(body))
+        whens = ["move-always", *(f"move{1 + cut}" for cut in cuts)]
         moving.num_moves()
         for some in itertools.batched(whens, 16) if hasattr(itertools, "batched") else [whens]:
             answers = await asyncio.gather(*(streamed(client, path, body, when) for when in some))
@@ -194,6 +197,7 @@ async def comes_back(client: httpx.AsyncClient, path: str, body: dict[str, Any],
 PLAIN = {"prompt": "A caravan is", "temperature": 0, "max_tokens": 12}
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -213,7 +217,7 @@ async def test_a_client_that_comes_back_is_told_the_rest(moving: MovingFleet, pa
     limits = httpx.Limits(max_connections=100)
     async with httpx.AsyncClient(base_url=moving.url, timeout=120, limits=limits) as client:
         whole = await streamed(client, path, body, "stay")
-        afters = range(1, 17)
+        afters = [1 + position for position in positions(16, str(body))]
         answers = await asyncio.gather(*(comes_back(client, path, body, after) for after in afters))
     for after, answer in zip(afters, answers, strict=True):
         assert answer == whole, after

@@ -46,7 +46,10 @@ GUESSING_ENGINE = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "overlapping"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(False, marks=pytest.mark.exhaustive, id="in turn"), pytest.param(True, id="overlapping")],
+)
 def oracle(model: Path, request: pytest.FixtureRequest) -> Iterator[Oracle]:
     """One whose steps come one after the other, and one that schedules the next before it knows the last one's tokens."""
     oracle = Oracle(str(model), **WHOLE_ENGINE, is_async=request.param)
@@ -77,6 +80,7 @@ def test_the_engines_are_those_that_need_the_most(oracle: Oracle, request: pytes
     assert (facts["runner"], facts["async_scheduling"]) == ("V1", is_async)
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("is_fresh", [False, True], ids=["prefix cached", "not cached"])
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_sampling(oracle: Oracle, sampling: dict[str, Any], is_fresh: bool) -> None:
@@ -155,6 +159,7 @@ def test_a_prompt_beyond_the_context_ends_its_request_only(oracle: Oracle) -> No
 # ---- grammars
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("library", ["xgrammar", "guidance", "outlines"])
 @pytest.mark.parametrize("kind", GRAMMARS)
 def test_grammars(oracle: Oracle, library: str, kind: str) -> None:
@@ -278,6 +283,7 @@ def test_speculative_decoding(guessing: Oracle) -> None:
     assert guessing.call("num_accepted_guesses") > 0
 
 
+@pytest.mark.exhaustive
 def test_two_workers(model: Path) -> None:
     """With tp 2, each has a model runner of its own, in a process of its own."""
     oracle = Oracle(str(model), tp=2, **ENGINE, max_num_batched_tokens=64)

@@ -27,6 +27,7 @@ from harness.resume_oracle import Ask, Oracle, check
 from kervan.demo import make_lora_adapter, make_random_model
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.timeout(600),
     pytest.mark.skipif(
         triton_on_cpu.WHERE is None and importlib.util.find_spec("triton") is None,

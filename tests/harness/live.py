@@ -76,7 +76,9 @@ class Home:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "KERVAN_API_KEY"))}
+        # What pytest says of the test would make every engine's environment another one, and so each its warm process.
+        left_out = ("RAY_", "KERVAN_API_KEY", "PYTEST_")
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
         return {**kept, "KERVAN_HOME": str(self.path), "TMPDIR": str(self.scratch)}
 
     def command(self, *args: str) -> dict[str, Any]:

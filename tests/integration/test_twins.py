@@ -170,6 +170,7 @@ async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> Non
     assert twins.total("kervan_streams_given_up_total") == 0
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("kinds", "words"),
     [
