@@ -16,6 +16,7 @@ from kervan.plan import serving
 from kervan.plan.serving import Ask
 from kervan.sim import limits as engine
 from kervan.sim.constants import Constants
+from kervan.sim.scheduler import Scheduler
 from kervan.sim.step_time import Batch, StepTime
 
 
@@ -60,15 +61,15 @@ def test_every_request_is_answered_in_any_pool(
 
 def test_a_full_pool_preempts_and_is_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
     most = []
-    compose = serving._Replica._compose
+    compose = Scheduler.compose
 
-    def watched(self: serving._Replica, now_s: float) -> object:
-        step = compose(self, now_s)
-        most.append(self.held_tokens)
-        assert self.held_tokens >= 0
+    def watched(self: Scheduler[Any], *given: Any) -> object:
+        step = compose(self, *given)
+        self.check_integrity()
+        most.append(self.num_blocks - self.free_blocks)
         return step
 
-    monkeypatch.setattr(serving._Replica, "_compose", watched)
+    monkeypatch.setattr(Scheduler, "compose", watched)
     asks = serving.fixed(24, 100, 400)
     found = serving.closed_loop(TIMES[1], asks, streams=24, kv_tokens=3000)
     assert found.is_stable
@@ -92,7 +93,7 @@ def test_a_seed_fixes_the_run() -> None:
 def test_steps_taken_together_change_no_time(time: StepTime, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = serving.fixed(64, 512, 64)
     together = serving.closed_loop(time, asks, streams=16, kv_tokens=ROOM)
-    monkeypatch.setattr(serving._Replica, "_repeats", lambda *_: 1)
+    monkeypatch.setattr(Scheduler, "_repeats", lambda *_: 1)
     single = serving.closed_loop(time, asks, streams=16, kv_tokens=ROOM)
     assert together.out_tok_s == pytest.approx(single.out_tok_s, rel=1e-3)
     assert together.tpot_s(0.5) == pytest.approx(single.tpot_s(0.5), rel=2e-3)
