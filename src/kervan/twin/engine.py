@@ -1,23 +1,23 @@
-"""What a twin computes in place of a model: continuous batching over a pool of KV blocks. Pure: no clock, no I/O.
+"""What a twin computes in place of a model. Pure: no clock, no I/O.
 
-Follows vLLM's V1 scheduler in what a fleet can see of it: running sequences first, then the queue in order of arrival,
-within a budget of tokens per step (so prompts are prefilled in chunks beside running answers), within the batch's
-size and the pool of blocks. When the pool is full, the youngest running sequence is preempted: it gives back its
-blocks, waits at the head of the queue, and its tokens are computed again later. No prefix cache.
+Steps are composed as vLLM's scheduler does (`kervan.sim.scheduler`), one after the other.
 
 The next token is a checksum of all tokens before it. So the same context gives the same token on every twin, with or
 without a move in between, and a token that is lost, doubled or changed shows in every later one.
 """
 
+import dataclasses
 import zlib
 from array import array
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from kervan.sim.limits import BLOCK_TOKENS
+from kervan.sim.scheduler import Rules, ScheduledRequest, ScheduledStep, Scheduler
+
 Finish = Literal["stop", "length"]
-BLOCK_SIZE = 16  # vLLM's default
+RULES = Rules(admits_whole_prompts=False)
 _MIX = 2654435761  # Knuth's multiplicative hash: neighbouring checksums give far tokens
 
 
@@ -51,7 +51,7 @@ class Limits:
     """
 
     num_blocks: int
-    block_size: int = BLOCK_SIZE
+    block_size: int = BLOCK_TOKENS
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192
@@ -83,21 +83,14 @@ class Ask:
     stop_tokens: frozenset[int] = frozenset()
 
 
-@dataclass(slots=True, eq=False)
-class _Sequence:
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Sequence(ScheduledRequest):
     ask: Ask
     checksum: int
     num_tokens: int  # prompt + output
     queued_s: float
     scheduled_s: float = 0.0
     num_output: int = 0
-    num_computed: int = 0
-    blocks: int = 0
-    is_over: bool = False
-
-    @property
-    def room(self) -> int:
-        return self.num_tokens - self.num_computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +114,15 @@ class First:
     scheduled_s: float
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """What a step computes and how long that takes."""
 
     duration_s: float
+    sequences: int
     prefill_tokens: int
     context_tokens: int
-    work: list[tuple[_Sequence, int]] = field(default_factory=list)
+    scheduled: ScheduledStep[_Sequence]
 
 
 def next_token(checksum: int, limits: Limits) -> int:
@@ -158,20 +152,26 @@ class TwinEngine:
     def __init__(self, timing: StepTiming, limits: Limits):
         self.timing = timing
         self.limits = limits
-        self.num_preempted = 0
         self._sequences: dict[str, _Sequence] = {}
-        self._running: list[_Sequence] = []
-        self._waiting: deque[_Sequence] = deque()
-        self._free_blocks = limits.num_blocks
-        self._reserved_blocks = 0
+        self._num_added = 0
+        self._scheduler: Scheduler[_Sequence] = Scheduler(
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            num_blocks=limits.num_blocks,
+            rules=dataclasses.replace(RULES, block_tokens=limits.block_size),
+        )
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._scheduler.waiting)
+
+    @property
+    def num_preempted(self) -> int:
+        return self._scheduler.num_preempted
 
     @property
     def has_work(self) -> bool:
@@ -180,16 +180,22 @@ class TwinEngine:
     @property
     def kv_cache_usage(self) -> float:
         """Share of the pool in use, reserved blocks included, 0 to 1."""
-        return 1.0 - self._free_blocks / self.limits.num_blocks
+        return 1.0 - self._scheduler.free_blocks / self.limits.num_blocks
 
     def clients_of(self, client: int) -> list[str]:
         """The requests of one client."""
         return [s.ask.id for s in self._sequences.values() if s.ask.client == client]
 
     def add(self, ask: Ask, now_s: float = 0.0) -> None:
-        sequence = _Sequence(ask, extend(0, ask.prompt), len(ask.prompt), now_s)
+        """To the end of the queue. The order of calls is the order of arrival."""
+        length = len(ask.prompt)
+        sequence = _Sequence(
+            number=self._num_added, context_tokens=length, ask=ask, checksum=extend(0, ask.prompt), num_tokens=length,
+            queued_s=now_s,
+        )  # fmt: skip
+        self._num_added += 1
         self._sequences[ask.id] = sequence
-        self._waiting.append(sequence)
+        self._scheduler.add(sequence)
 
     def abort(self, ids: Iterable[str]) -> None:
         """Forget requests; unknown ids are ignored."""
@@ -201,96 +207,37 @@ class TwinEngine:
     def reserve(self, share: float) -> None:
         """Take this share of the pool away (0 gives it back), as far as one request of full length still fits."""
         limits = self.limits
-        most = limits.num_blocks - self._blocks_for(limits.max_model_len)
-        wanted = max(0, min(most, int(share * limits.num_blocks)))
-        while wanted > self._reserved_blocks + self._free_blocks:
-            self._preempt(self._running[-1])
-        self._free_blocks += self._reserved_blocks - wanted
-        self._reserved_blocks = wanted
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.limits.block_size)
+        most = limits.num_blocks - -(-limits.max_model_len // limits.block_size)
+        reserved = max(0, min(most, int(share * limits.num_blocks)))
+        for sequence in self._scheduler.resize(limits.num_blocks - reserved):
+            sequence.context_tokens = sequence.num_tokens  # what the step under way computes of it is thrown away
 
     def _drop(self, sequence: _Sequence) -> None:
-        sequence.is_over = True
         del self._sequences[sequence.ask.id]
-        self._free_blocks += sequence.blocks
-        sequence.blocks = 0
-        if sequence in self._running:
-            self._running.remove(sequence)
-        else:
-            self._waiting.remove(sequence)
-
-    def _preempt(self, sequence: _Sequence) -> None:
-        self.num_preempted += 1
-        self._free_blocks += sequence.blocks
-        sequence.blocks = sequence.num_computed = 0
-        self._running.remove(sequence)
-        self._waiting.appendleft(sequence)
-
-    def _grow(self, sequence: _Sequence, num_tokens: int) -> bool:
-        """Get the blocks for `num_tokens` more; younger ones are preempted for it. False: it was preempted itself."""
-        needed = self._blocks_for(sequence.num_computed + num_tokens) - sequence.blocks
-        while needed > self._free_blocks:
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        self._free_blocks -= needed
-        sequence.blocks += needed
-        return True
+        self._scheduler.remove(sequence)
 
     def start_step(self, now_s: float = 0.0) -> Step | None:
         """The next step; None without work."""
-        budget = self.limits.max_num_batched_tokens
-        preempted_before = self.num_preempted
-        step = Step(0.0, 0, 0)
-        position = 0
-        while position < len(self._running) and budget:  # `_grow` may shorten the list behind `position`
-            sequence = self._running[position]
-            num_tokens = min(sequence.room, budget)
-            if not self._grow(sequence, num_tokens):
-                break
-            budget -= self._schedule(step, sequence, num_tokens)
-            position += 1
-        is_full = self.num_preempted > preempted_before
-        while not is_full and self._waiting and budget and len(self._running) < self.limits.max_num_seqs:
-            sequence = self._waiting[0]
-            num_tokens = min(sequence.room, budget)
-            needed = self._blocks_for(num_tokens)
-            if needed > self._free_blocks:
-                break
-            self._waiting.popleft()
-            sequence.scheduled_s = sequence.scheduled_s or now_s
-            self._running.append(sequence)
-            self._free_blocks -= needed
-            sequence.blocks = needed
-            budget -= self._schedule(step, sequence, num_tokens)
-        if not step.work:
+        scheduled = self._scheduler.compose()
+        if scheduled is None:
             return None
-        step.duration_s = self.timing.step_s(
-            prefill_tokens=step.prefill_tokens, sequences=len(step.work), context_tokens=step.context_tokens
+        prompts = scheduled.firsts if scheduled.chunk is None else [*scheduled.firsts, scheduled.chunk]
+        for sequence in prompts:
+            sequence.scheduled_s = sequence.scheduled_s or now_s
+        batch = scheduled.batch
+        sequences = batch.sequences + len(prompts)
+        context_tokens = int(batch.context_tokens) + sum(sequence.computed_tokens for sequence in prompts)
+        duration_s = self.timing.step_s(
+            prefill_tokens=batch.prefill_tokens, sequences=sequences, context_tokens=context_tokens
         )
-        return step
-
-    @staticmethod
-    def _schedule(step: Step, sequence: _Sequence, num_tokens: int) -> int:
-        step.work.append((sequence, num_tokens))
-        step.context_tokens += sequence.num_computed + num_tokens
-        if num_tokens > 1 or sequence.num_output == 0:
-            step.prefill_tokens += num_tokens
-        return num_tokens
+        return Step(duration_s, sequences, batch.prefill_tokens, context_tokens, scheduled)
 
     def end_step(self, step: Step) -> list[Output]:
         """The tokens of a step, for the sequences that are still there."""
         outputs = []
         limits = self.limits
-        for sequence, num_tokens in step.work:
-            if sequence.is_over or not sequence.blocks:  # aborted or preempted (by `reserve`) meanwhile
-                continue
-            sequence.num_computed += num_tokens
-            if sequence.room:
-                continue
+        self._scheduler.end(step.scheduled)
+        for sequence in step.scheduled.group:  # without those that were aborted or preempted (by `reserve`) meanwhile
             ask = sequence.ask
             sequence.num_output += 1
             token = next_token(sequence.checksum, limits)
@@ -317,10 +264,5 @@ class TwinEngine:
 
     def check_integrity(self) -> None:
         """Raises: AssertionError when blocks were lost or given twice."""
-        held = sum(sequence.blocks for sequence in self._sequences.values())
-        total = held + self._free_blocks + self._reserved_blocks
-        assert total == self.limits.num_blocks, (
-            f"{held} held + {self._free_blocks} free + {self._reserved_blocks} reserved is {total}, "
-            f"not {self.limits.num_blocks}"
-        )
-        assert len(self._sequences) == len(self._running) + len(self._waiting)
+        self._scheduler.check_integrity()
+        assert len(self._sequences) == self.num_running + self.num_waiting

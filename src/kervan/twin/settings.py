@@ -16,9 +16,9 @@ from kervan.facts.layout import Layout
 from kervan.plan.calibration import PRIOR
 from kervan.sim import limits as plan_engine
 from kervan.sim import memory
-from kervan.sim.limits import EngineLimits
+from kervan.sim.limits import BLOCK_TOKENS, EngineLimits
 from kervan.sim.step_time import Batch, StepTime
-from kervan.twin.engine import BLOCK_SIZE, Limits, StepTiming, TwinSettings
+from kervan.twin.engine import Limits, StepTiming, TwinSettings
 
 # Where the straight lines through the planner's step time are taken.
 TYPICAL_SEQUENCES = 64
@@ -100,7 +100,7 @@ def _sizes(
             "use a larger --tp"
         )
     return {
-        "num_blocks": kv_tokens // int(given.get("block_size", BLOCK_SIZE)),
+        "num_blocks": kv_tokens // int(given.get("block_size", BLOCK_TOKENS)),
         "max_num_seqs": limits.max_num_seqs,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "max_model_len": limits.max_model_len,

@@ -209,8 +209,8 @@ def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) 
         step = twin.start_step()
         if step is None:
             continue
-        assert sum(num for _, num in step.work) <= limits.max_num_batched_tokens
-        assert len(step.work) <= limits.max_num_seqs
+        assert step.scheduled.batch.tokens <= limits.max_num_batched_tokens
+        assert step.sequences <= limits.max_num_seqs
         for output in twin.end_step(step):
             given.setdefault(output.id, []).append(output.token)
         twin.check_integrity()
