@@ -6,7 +6,6 @@ The next token is a checksum of all tokens before it. So the same context gives 
 without a move in between, and a token that is lost, doubled or changed shows in every later one.
 """
 
-import dataclasses
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,6 @@ from kervan.sim.limits import BLOCK_TOKENS
 from kervan.sim.scheduler import Rules, ScheduledRequest, ScheduledStep, Scheduler
 
 Finish = Literal["stop", "length"]
-RULES = Rules(admits_whole_prompts=False)
 _MIX = 2654435761  # Knuth's multiplicative hash: neighbouring checksums give far tokens
 
 
@@ -158,7 +156,7 @@ class TwinEngine:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             num_blocks=limits.num_blocks,
-            rules=dataclasses.replace(RULES, block_tokens=limits.block_size),
+            rules=Rules(block_tokens=limits.block_size),
         )
 
     @property

@@ -87,6 +87,19 @@ def test_without_free_blocks_a_request_waits() -> None:
     assert {name: len(outputs) for name, outputs in run(twin).items()} == {"a": 6, "b": 3}
 
 
+def test_a_prompt_starts_when_all_of_it_has_room() -> None:
+    """8 blocks of 4: `a` has 3 of them, so `b`'s first 9 tokens would fit, but not its 24 (`scheduler_reserve_full_isl`)."""
+    twin = engine()
+    twin.add(ask("a", 10, max_tokens=2))
+    twin.add(ask("b", 24))
+    run(twin, 1)
+    step = twin.start_step()
+    assert step is not None
+    assert (twin.num_running, twin.num_waiting, step.prefill_tokens) == (1, 1, 0)
+    assert [output.id for output in twin.end_step(step)] == ["a"]
+    assert set(run(twin)) == {"b"}
+
+
 def test_a_full_pool_preempts_the_youngest_and_its_answer_is_the_same() -> None:
     """Two prompts of 14 tokens (4 blocks each) fill the pool; at 17 tokens `a` needs a fifth block: `b` goes back."""
     twin = engine(max_num_batched_tokens=32)
