@@ -83,13 +83,13 @@ def predict(point: Point, spec: ModelSpec, gpu: Gpu, constants: Constants) -> di
     """What the model says of a point, by the names of its fields."""
     layout = Layout(point.tp, point.pp, 1, point.ep)
     limits = engine.limits(spec, gpu, {}, needed_tokens=point.isl + point.osl)
-    time = StepTime(spec, layout, gpu, limits, constants)
+    step_time = StepTime(spec, layout, gpu, limits, constants)
     room = memory.estimate(spec, layout, gpu, limits, context_tokens=point.isl + point.osl / 2).kv_tokens
-    asks = serving.fixed(point.num_requests, point.isl, point.osl)
+    requests = serving.fixed(point.num_requests, point.isl, point.osl)
     return serving.mean_of(
         [
             serving.closed_loop(
-                time, asks, streams=point.concurrency, kv_tokens=room, frontends=point.frontends, seed=seed
+                step_time, requests, streams=point.concurrency, kv_tokens=room, frontends=point.frontends, seed=seed
             )
             for seed in range(SEEDS)
         ]

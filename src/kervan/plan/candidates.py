@@ -16,7 +16,7 @@ from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout
 from kervan.plan import serving
 from kervan.plan.calibration import PRIOR, Calibration
-from kervan.plan.serving import Ask, Served
+from kervan.plan.serving import LoadRequest, LoadResult
 from kervan.sim import limits as engine
 from kervan.sim import memory
 from kervan.sim.limits import EngineLimits
@@ -167,7 +167,7 @@ class Evaluator:
                 f"{self.limits.max_model_len}; use shorter --isl and --osl, or --engine-arg max_model_len="
                 f"{question.longest_tokens} if the model allows"
             )
-        self._served: dict[tuple[Layout, int | float], list[Served]] = {}
+        self._served: dict[tuple[Layout, int | float], list[LoadResult]] = {}
         self._by_arithmetic: dict[Layout, float] = {}
 
     def memory(self, layout: Layout) -> Memory:
@@ -197,7 +197,7 @@ class Evaluator:
 
     def _closed(
         self, time: StepTime, room: Memory, streams: int, dp: int, seeds: int
-    ) -> list[list[tuple[int, Served]]]:
+    ) -> list[list[tuple[int, LoadResult]]]:
         """By seed: (replicas, what one of them served). Streams are dealt evenly; a replica without one idles."""
         least, more = divmod(streams, dp)
         shares = [(copies, each) for copies, each in ((dp - more, least), (more, least + 1)) if copies and each]
@@ -206,7 +206,7 @@ class Evaluator:
             [(copies, self._closed_one(time, room, each, seed)) for copies, each in shares] for seed in range(seeds)
         ]
 
-    def _closed_one(self, time: StepTime, room: Memory, streams: int, seed: int) -> Served:
+    def _closed_one(self, time: StepTime, room: Memory, streams: int, seed: int) -> LoadResult:
         runs = self._served.setdefault((time.layout, streams), [])
         while len(runs) <= seed:
             each = 1 if self.is_rough(time.layout) else 4
@@ -219,20 +219,20 @@ class Evaluator:
             )  # fmt: skip
         return runs[seed]
 
-    def _open(self, time: StepTime, room: Memory, rate: float, dp: int) -> list[list[tuple[int, Served]]]:
+    def _open(self, time: StepTime, room: Memory, rate: float, dp: int) -> list[list[tuple[int, LoadResult]]]:
         key = (time.layout, rate if rate else -float(dp))
         if key not in self._served:
             asks = self._arrivals(time, rate, dp)
             served = serving.open_loop(time, asks, kv_tokens=room.kv_tokens, frontends=self.question.frontends, seed=0)
-            cut = int(WARM_UP_SHARE * len(served.answers))
+            cut = int(WARM_UP_SHARE * len(served.responses))
             offered = len(asks) / max(1e-9, asks[-1].sent_s - asks[0].sent_s) if len(asks) > 1 else 0.0
-            answers = tuple(sorted(served.answers, key=lambda answer: answer.sent_s)[cut:])
+            responses = tuple(sorted(served.responses, key=lambda response: response.sent_s)[cut:])
             # What is not served at the rate at which it comes in piles up: the tail is then that of the run's length.
             kept_up = served.is_stable and served.requests_s > 0.85 * offered
-            self._served[key] = [dataclasses.replace(served, answers=answers, is_stable=kept_up)]
+            self._served[key] = [dataclasses.replace(served, responses=responses, is_stable=kept_up)]
         return [[(dp, self._served[key][0])]]
 
-    def _loaded(self, time: StepTime, room: Memory, dp: int) -> list[list[tuple[int, Served]]]:
+    def _loaded(self, time: StepTime, room: Memory, dp: int) -> list[list[tuple[int, LoadResult]]]:
         """An open loop at about the highest rate at which the SLO holds."""
         rate = self._slo_rate(time, room)
         if self.is_rough(time.layout):
@@ -309,27 +309,27 @@ class Evaluator:
         per_token_s = decode_s + batch / osl * extra_s * isl / chunk
         return batch / (osl * per_token_s), per_token_s
 
-    def _meets(self, served: Served) -> bool:
+    def _meets(self, served: LoadResult) -> bool:
         slo = self.question.slo
         return (slo.ttft_s is None or served.ttft_s(0.99) <= slo.ttft_s) and (
             slo.tpot_s is None or served.tpot_s(0.99) <= slo.tpot_s
         )
 
-    def _asks(self, count: int, seed: int) -> list[Ask]:
+    def _asks(self, count: int, seed: int) -> list[LoadRequest]:
         q = self.question
         if q.isl.minimum == q.isl.maximum and q.osl.minimum == q.osl.maximum:
             return serving.fixed(count, q.isl.maximum, q.osl.maximum)
         rng = random.Random(seed)
-        return [Ask(0.0, q.isl.sample(rng), q.osl.sample(rng)) for _ in range(count)]
+        return [LoadRequest(0.0, q.isl.sample(rng), q.osl.sample(rng)) for _ in range(count)]
 
-    def _arrivals(self, time: StepTime, rate: float, dp: int) -> list[Ask]:
+    def _arrivals(self, time: StepTime, rate: float, dp: int) -> list[LoadRequest]:
         q = self.question
         if q.trace:
             rows = q.trace[::dp]
             scale = 1.0
             if q.rate and rows[-1].at_s > 0:
                 scale = len(q.trace) / rows[-1].at_s / q.rate
-            asks = [Ask(row.at_s * scale, row.input_tokens, max(1, row.output_tokens)) for row in rows]
+            asks = [LoadRequest(row.at_s * scale, row.input_tokens, max(1, row.output_tokens)) for row in rows]
             return asks[: OPEN_LOOP_REQUESTS[1]]
         isl, osl = q.mean_tokens
         alone_s = time.total_s(Batch(1, isl + osl / 2, 0, 0.0, 1))
@@ -346,7 +346,7 @@ class Evaluator:
     # ---- figures
 
     def _candidate(
-        self, layout: Layout, time: StepTime, room: Memory, runs: list[list[tuple[int, Served]]]
+        self, layout: Layout, time: StepTime, room: Memory, runs: list[list[tuple[int, LoadResult]]]
     ) -> Candidate:
         q = self.question
 
@@ -357,8 +357,8 @@ class Evaluator:
                 if len(parts) == 1:
                     served = parts[0][1]
                 else:  # weights would be exact; with two loads that differ by one stream the copies are few
-                    answers = tuple(a for copies, s in parts for a in s.answers * min(copies, 4))
-                    served = dataclasses.replace(parts[0][1], answers=answers)
+                    responses = tuple(a for copies, s in parts for a in s.responses * min(copies, 4))
+                    served = dataclasses.replace(parts[0][1], responses=responses)
                 values.append(served.ttft_s(quantile) if name == "ttft" else served.tpot_s(quantile))
             return 1000 * statistics.fmean(values)
 

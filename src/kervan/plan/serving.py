@@ -29,7 +29,7 @@ RULES = Rules(block_tokens=1, admits_whole_prompts=False, shortens_prompts=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class LoadRequest:
     """A request: when it is sent (closed loop: ignored), and its lengths in tokens."""
 
     sent_s: float
@@ -38,7 +38,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LoadResponse:
     """What its client saw."""
 
     sent_s: float
@@ -56,10 +56,10 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class LoadResult:
     """What came of a load. `mean_batch`: sequences that run, mean over time. `is_stable`: all were served."""
 
-    answers: tuple[Answer, ...]
+    responses: tuple[LoadResponse, ...]
     duration_s: float
     mean_batch: float
     preemptions: int
@@ -67,27 +67,27 @@ class Served:
 
     @property
     def out_tok_s(self) -> float:
-        return sum(answer.output_tokens for answer in self.answers) / self.duration_s
+        return sum(response.output_tokens for response in self.responses) / self.duration_s
 
     @property
     def requests_s(self) -> float:
-        return len(self.answers) / self.duration_s
+        return len(self.responses) / self.duration_s
 
     def ttft_s(self, q: float) -> float:
         """A quantile of the seconds to the first token. The median is the mean of the middle fifth: prompts that are
         prefilled in one step have the same time, and which of two such groups holds the median is chance.
         """
-        found = sorted(answer.ttft_s for answer in self.answers)
+        times_s = sorted(response.ttft_s for response in self.responses)
         if q != 0.5:
-            return quantile(found, q)
-        cut = int(0.4 * len(found))
-        return statistics.fmean(found[cut : len(found) - cut])
+            return quantile(times_s, q)
+        cut = int(0.4 * len(times_s))
+        return statistics.fmean(times_s[cut : len(times_s) - cut])
 
     def tpot_s(self, q: float) -> float:
-        return quantile([answer.tpot_s for answer in self.answers if answer.output_tokens > 1] or [0.0], q)
+        return quantile([response.tpot_s for response in self.responses if response.output_tokens > 1] or [0.0], q)
 
 
-def mean_of(runs: Sequence[Served]) -> dict[str, float]:
+def mean_of(runs: Sequence[LoadResult]) -> dict[str, float]:
     """The means over several runs of what a table has: keys as in `kervan.plan.calibration.Point`."""
     return {
         "out_tok_s": statistics.fmean(run.out_tok_s for run in runs),
@@ -100,39 +100,53 @@ def mean_of(runs: Sequence[Served]) -> dict[str, float]:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Request(ScheduledRequest):
-    ask: Ask
+    output_tokens: int
     sent_s: float
     first_s: float = -1.0
 
 
 def closed_loop(
-    time: StepTime, asks: Sequence[Ask], *, streams: int, kv_tokens: int, frontends: int = 1, seed: int = 0
-) -> Served:
+    step_time: StepTime,
+    requests: Sequence[LoadRequest],
+    *,
+    streams: int,
+    kv_tokens: int,
+    frontends: int = 1,
+    seed: int = 0,
+) -> LoadResult:
     """`streams` clients that start at once, each sending its next request when its last one has ended."""
-    place = _Replica(time, asks, kv_tokens, frontends, min(streams, len(asks)), seed)
-    return place.run()
+    replica = _Replica(step_time, requests, kv_tokens, frontends, min(streams, len(requests)), seed)
+    return replica.run()
 
 
-def open_loop(time: StepTime, asks: Sequence[Ask], *, kv_tokens: int, frontends: int = 1, seed: int = 0) -> Served:
+def open_loop(
+    step_time: StepTime, requests: Sequence[LoadRequest], *, kv_tokens: int, frontends: int = 1, seed: int = 0
+) -> LoadResult:
     """Requests at the times they are sent, in order, whatever becomes of those before."""
-    return _Replica(time, asks, kv_tokens, frontends, 0, seed).run()
+    return _Replica(step_time, requests, kv_tokens, frontends, 0, seed).run()
 
 
 class _Replica:
     def __init__(
-        self, time: StepTime, asks: Sequence[Ask], kv_tokens: int, frontends: int, streams: int, seed: int
+        self,
+        step_time: StepTime,
+        requests: Sequence[LoadRequest],
+        kv_tokens: int,
+        frontends: int,
+        streams: int,
+        seed: int,
     ) -> None:
         self.rng = random.Random(seed)
-        self.time = time
-        self.asks: Iterator[tuple[int, Ask]] = iter(enumerate(asks))
-        self.num_asks = len(asks)
+        self.step_time = step_time
+        self.requests: Iterator[tuple[int, LoadRequest]] = iter(enumerate(requests))
+        self.num_requests = len(requests)
         self.streams = streams
         self.frontends = frontends
-        self.stages = time.layout.pp
-        self.is_pipelined = time.is_pipelined
+        self.stages = step_time.layout.pp
+        self.is_pipelined = step_time.is_pipelined
         self.scheduler: Scheduler[_Request] = Scheduler(
-            max_num_seqs=time.limits.max_num_seqs,
-            max_num_batched_tokens=time.limits.max_num_batched_tokens,
+            max_num_seqs=step_time.limits.max_num_seqs,
+            max_num_batched_tokens=step_time.limits.max_num_batched_tokens,
             num_blocks=kv_tokens,
             rules=RULES,
             decode_distance=self.stages if self.is_pipelined else 1,
@@ -140,23 +154,23 @@ class _Replica:
         )
         self.now_s = 0.0
         self.entry_free_s = self.exit_s = 0.0  # when the first stage is free, when the last batch leaves the last one
-        self.context_token_s = sum(time.context_token_s(index) for index in range(self.stages))
+        self.context_token_s = sum(step_time.context_token_s(index) for index in range(self.stages))
         self.prompts_free_s = self.outputs_free_s = 0.0
         self.arrivals: list[tuple[float, int, _Request]] = []
         self.under_way: deque[tuple[ScheduledStep[_Request], float]] = deque()  # and when it ends
-        self.answers: list[Answer] = []
+        self.responses: list[LoadResponse] = []
         self.busy_s = self.batch_s = 0.0
         self.last_delivery_s = 0.0
 
-    def run(self) -> Served:
+    def run(self) -> LoadResult:
         if self.streams:
             for _ in range(self.streams):
                 self._send(0.0)
         else:
-            for number, ask in self.asks:
-                self._arrive(number, ask, ask.sent_s)
+            for number, arriving in self.requests:
+                self._arrive(number, arriving, arriving.sent_s)
         num_steps = 0
-        while len(self.answers) < self.num_asks and num_steps < MAX_STEPS:
+        while len(self.responses) < self.num_requests and num_steps < MAX_STEPS:
             while self.arrivals and self.arrivals[0][0] <= self.now_s:
                 self.scheduler.add(heapq.heappop(self.arrivals)[2])
             while (step := self.scheduler.compose(self._steps_before_arrival)) is not None:
@@ -171,30 +185,31 @@ class _Replica:
                 self.now_s = max(self.now_s, self.arrivals[0][0])
             else:
                 break
-        return Served(
-            tuple(self.answers),
+        return LoadResult(
+            tuple(self.responses),
             max(self.last_delivery_s, 1e-9),
             self.batch_s / max(self.busy_s, 1e-9),
             self.scheduler.num_preempted,
-            len(self.answers) == self.num_asks,
+            len(self.responses) == self.num_requests,
         )
 
     # ---- what comes in
 
     def _send(self, now_s: float) -> None:
-        following = next(self.asks, None)
+        following = next(self.requests, None)
         if following is not None:
             self._arrive(*following, now_s)
 
-    def _arrive(self, number: int, ask: Ask, sent_s: float) -> None:
+    def _arrive(self, number: int, arriving: LoadRequest, sent_s: float) -> None:
         """Through the frontend, one prompt after the other, each of a length that nobody knows."""
-        c = self.time.constants
+        c = self.step_time.constants
         begin_s = max(self.prompts_free_s, sent_s)
-        work_s = self.rng.expovariate(1.0) * (c.prompt_s + c.prompt_token_s * ask.prompt_tokens) / self.frontends
+        work_s = self.rng.expovariate(1.0) * (c.prompt_s + c.prompt_token_s * arriving.prompt_tokens) / self.frontends
         self.prompts_free_s = begin_s + work_s
         request = _Request(
-            number=number, context_tokens=ask.prompt_tokens, remaining_tokens=ask.output_tokens, ask=ask, sent_s=sent_s
-        )
+            number=number, context_tokens=arriving.prompt_tokens, remaining_tokens=arriving.output_tokens,
+            output_tokens=arriving.output_tokens, sent_s=sent_s,
+        )  # fmt: skip
         heapq.heappush(self.arrivals, (self.prompts_free_s, number, request))
 
     def _steps_before_arrival(self, batch: Batch) -> int:
@@ -202,7 +217,7 @@ class _Replica:
         if not self.arrivals:
             return MAX_STEPS
         begin_s = max(self.now_s, self.exit_s)
-        return int((self.arrivals[0][0] - begin_s) / (self.time.total_s(batch) * 1.05))
+        return int((self.arrivals[0][0] - begin_s) / (self.step_time.total_s(batch) * 1.05))
 
     # ---- what goes out
 
@@ -215,11 +230,11 @@ class _Replica:
         added = batch.sequences * again * (again + 1) / 2
         begin_s = max(at_s, self.entry_free_s)
         if self.stages == 1:
-            busy_s = whole_s = self.time.stage_s(0, batch)
+            busy_s = whole_s = self.step_time.stage_s(0, batch)
             last_s = 0.0
         else:
             # As if all stages took what the slowest takes: the next batch follows at its distance, and none overtakes.
-            whole_s, busy_s, last_s = self.time.pass_s(batch)
+            whole_s, busy_s, last_s = self.step_time.pass_s(batch)
             if not self.is_pipelined and batch.samples:
                 busy_s = whole_s
         if again:
@@ -232,7 +247,7 @@ class _Replica:
         return end_s
 
     def _deliver(self, step: ScheduledStep[_Request], end_s: float) -> None:
-        c = self.time.constants
+        c = self.step_time.constants
         if not step.batch.samples:
             return
         work_s = step.batch.samples * c.output_s / self.frontends
@@ -242,22 +257,22 @@ class _Replica:
             if request.first_s < 0:
                 request.first_s = seen_s
         for request in step.lasts:
-            self.answers.append(Answer(request.sent_s, request.first_s, seen_s, request.ask.output_tokens))
+            self.responses.append(LoadResponse(request.sent_s, request.first_s, seen_s, request.output_tokens))
             self.last_delivery_s = max(self.last_delivery_s, seen_s)
             if self.streams:
                 self._send(seen_s)
 
 
-def fixed(count: int, prompt_tokens: int, output_tokens: int) -> list[Ask]:
+def fixed(count: int, prompt_tokens: int, output_tokens: int) -> list[LoadRequest]:
     """So many requests of the same lengths, for a closed loop."""
-    return [Ask(0.0, prompt_tokens, output_tokens)] * count
+    return [LoadRequest(0.0, prompt_tokens, output_tokens)] * count
 
 
-def poisson(count: int, rate: float, prompt_tokens: int, output_tokens: int, *, seed: int = 0) -> list[Ask]:
+def poisson(count: int, rate: float, prompt_tokens: int, output_tokens: int, *, seed: int = 0) -> list[LoadRequest]:
     """Requests of the same lengths at exponentially distributed distances of mean `1/rate` seconds."""
     rng = random.Random(seed)
-    at_s, asks = 0.0, []
+    at_s, requests = 0.0, []
     for _ in range(count):
         at_s += rng.expovariate(rate)
-        asks.append(Ask(at_s, prompt_tokens, output_tokens))
-    return asks
+        requests.append(LoadRequest(at_s, prompt_tokens, output_tokens))
+    return requests
