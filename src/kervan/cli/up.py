@@ -120,11 +120,13 @@ def _planned(words: dict[str, Any], address: str | None, say: Callable[[str], No
             "out one of the two"
         )
     arguments = words.get("engine_args") or {}
-    question = plans.ask(words.get("model") or "", gpu=words.get("gpu") or "local", engine_args=arguments, fixed={})
-    found = search.search(question)
-    best = launch.launch(question, found.best, words["model"])
-    say(f"plan: {found.verdict}")
-    size = found.best.layout
+    request = plans.plan_request(
+        words.get("model") or "", gpu=words.get("gpu") or "local", engine_args=arguments, fixed={}
+    )
+    layout_plan = search.search(request)
+    best = launch.launch(request, layout_plan.best, words["model"])
+    say(f"plan: {layout_plan.verdict}")
+    size = layout_plan.best.layout
     planned = {"tp": size.tp, "pp": size.pp, "ep": size.ep, "replicas": size.dp}
     return {**words, **planned, "engine_args": {**best.engine_args, **arguments}}
 
