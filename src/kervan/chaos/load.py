@@ -13,7 +13,7 @@ from kervan.bench.load import Load, Target
 from kervan.bench.prompts import Alphabet, Ask, Prompts
 from kervan.bench.worker import Driver, Share
 from kervan.config.workload import TraceRow
-from kervan.twin.engine import Limits, answer
+from kervan.twin.token_engine import TwinLimits, answer
 
 # A request -> the tokens of its answer.
 Truth = Callable[[Ask], list[int]]
@@ -26,7 +26,7 @@ class _Asked(msgspec.Struct):
     max_tokens: int
 
 
-def twin_truth(limits: Limits) -> Truth:
+def twin_truth(limits: TwinLimits) -> Truth:
     """What twins with these limits answer."""
     decode = msgspec.json.Decoder(_Asked).decode
 

@@ -168,8 +168,8 @@ def _gpu(name: str, count: int | None, nodes: int) -> tuple["Gpu", int]:
         return hardware.gpu(name), count or 8 * nodes
     from kervan.observe import machine
 
-    found = machine.read()
-    return found.gpu, count or found.num_gpus * nodes
+    local = machine.read()
+    return local.gpu, count or local.num_gpus * nodes
 
 
 def _rate(text: str) -> float:
@@ -186,8 +186,8 @@ def _rate(text: str) -> float:
 def _price(table: Any, gpu: str, market: Any) -> float | None:
     from kervan.facts import prices
 
-    found = prices.lookup(gpu, market, table)
-    return None if found is None else found.usd_per_gpu_h
+    price = prices.lookup(gpu, market, table)
+    return None if price is None else price.usd_per_gpu_h
 
 
 def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from kervan.plan.load import Load
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import ScreenedLayout
 from kervan.sim.limits import EngineLimits
-from kervan.sim.memory import Memory
+from kervan.sim.memory import MemoryEstimate
 
 LIKELY = 0.5  # from here on a layout counts as keeping the SLO
 START_S = 101.0  # first start of an 8B engine on a machine: benchmarks/records/layouts-replicas-2xh200-2026-11-23.json
@@ -38,7 +38,7 @@ class PlannedLayout:
 
     layout: Layout
     fits: bool
-    memory: Memory
+    memory: MemoryEstimate
     limits: EngineLimits
     concurrency: int = 0
     out_tok_s: float = 0.0

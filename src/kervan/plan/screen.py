@@ -10,7 +10,7 @@ from kervan.facts.layout import Layout
 from kervan.plan.load import Load
 from kervan.plan.request import PlanRequest
 from kervan.sim import memory
-from kervan.sim.memory import Memory
+from kervan.sim.memory import MemoryEstimate
 from kervan.sim.step_time import Batch, StepTime
 
 FAR_BEHIND_SHARE = 0.6  # of the best layout's requests/s per GPU: below it a layout's load is not refined
@@ -28,7 +28,7 @@ class ScreenedLayout:
 
     replica: Layout
     copies: int
-    memory: Memory
+    memory: MemoryEstimate
     step_time: StepTime
     requests_s: float
     reason: str = ""
@@ -121,7 +121,7 @@ def _given(request: PlanRequest) -> tuple[Layout, int]:
     return replica, copies
 
 
-def _slo_requests_s(load: Load, times: StepTime, room: Memory) -> float:
+def _slo_requests_s(load: Load, times: StepTime, room: MemoryEstimate) -> float:
     """Requests per second of one replica where the mean time per token, prompts mixed in, reaches 85% of the SLO.
 
     Each request costs a share of a prefill step and of its decode steps; the batch follows by Little's law.
@@ -154,7 +154,7 @@ def _steady(load: Load, times: StepTime, batch: int) -> tuple[float, float]:
     return batch / (osl * per_token_s), per_token_s
 
 
-def _why_not(room: Memory, load: Load) -> str:
+def _why_not(room: MemoryEstimate, load: Load) -> str:
     budget_gib = room.total_gib * load.limits.gpu_memory_utilization
     if room.kv_gib <= 0:
         return (

@@ -56,7 +56,7 @@ def test_kernels_and_collectives_are_measured_on_cpu_and_kept(tmp_path: Path) ->
     found = run.Found(blank, states.append)
     parts = run.Parts(run.Settings(), found, said.append, end_s=time.monotonic() + 240)
     parts.kernels("cpu", TINY)
-    parts.collectives(2, collectives.Plan(on_gpu=False, bytes=(64, 4096)))
+    parts.collectives(2, collectives.CollectivesPlan(on_gpu=False, bytes=(64, 4096)))
 
     value = found.value
     assert value.notes == ()

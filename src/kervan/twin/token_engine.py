@@ -33,6 +33,7 @@ class StepTiming:
     context_token_s: float
 
     def step_s(self, *, prefill_tokens: int, sequences: int, context_tokens: int) -> float:
+        """Seconds of a step."""
         return (
             self.base_s
             + prefill_tokens * self.prefill_token_s
@@ -42,7 +43,7 @@ class StepTiming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class TwinLimits:
     """Sizes of the simulated engine. Tokens drawn are `first_token` to `last_token`; `eos_token` ends an answer.
 
     `mean_answer_tokens`: of answers that end by themselves (geometric; a request with `ignore_eos` never does).
@@ -64,12 +65,12 @@ class TwinSettings:
     """What a twin pretends to be. `speed`: 2 is a GPU twice as fast in everything."""
 
     timing: StepTiming
-    limits: Limits
+    limits: TwinLimits
     speed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class TwinRequest:
     """A request. `client`: whose output it is, given back untouched."""
 
     id: str
@@ -82,8 +83,8 @@ class Ask:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Sequence(ScheduledRequest):
-    ask: Ask
+class TwinSequence(ScheduledRequest):
+    request: TwinRequest
     checksum: int
     num_tokens: int  # prompt + output
     queued_s: float
@@ -92,7 +93,7 @@ class _Sequence(ScheduledRequest):
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class TwinOutput:
     """One sequence's part of a step. `stop_token`: the one of the request's own that ended it."""
 
     id: str
@@ -100,12 +101,12 @@ class Output:
     token: int
     finish: Finish | None
     stop_token: int | None
-    first: "First | None"
+    first: "FirstToken | None"
 
 
 @dataclass(frozen=True, slots=True)
-class First:
-    """What is told with a sequence's first token. Times are those given to `add` and `start_step`."""
+class FirstToken:
+    """What goes with a sequence's first token. Times are those given to `add` and `start_step`."""
 
     prompt_tokens: int
     queued_s: float
@@ -113,17 +114,17 @@ class First:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TwinStep:
     """What a step computes and how long that takes."""
 
     duration_s: float
     sequences: int
     prefill_tokens: int
     context_tokens: int
-    scheduled: ScheduledStep[_Sequence]
+    scheduled: ScheduledStep[TwinSequence]
 
 
-def next_token(checksum: int, limits: Limits) -> int:
+def next_token(checksum: int, limits: TwinLimits) -> int:
     """The token that follows a context with this CRC-32."""
     span = limits.last_token - limits.first_token + 1
     return limits.first_token + ((checksum * _MIX) & 0xFFFFFFFF) * span // 2**32
@@ -134,7 +135,7 @@ def extend(checksum: int, tokens: Iterable[int]) -> int:
     return zlib.crc32(array("I", tokens).tobytes(), checksum)
 
 
-def answer(prompt: Sequence[int], num_tokens: int, limits: Limits) -> list[int]:
+def answer(prompt: Sequence[int], num_tokens: int, limits: TwinLimits) -> list[int]:
     """The first `num_tokens` tokens that follow `prompt` on every twin with these limits (end-of-answer ignored)."""
     checksum = extend(0, prompt)
     tokens = []
@@ -147,12 +148,12 @@ def answer(prompt: Sequence[int], num_tokens: int, limits: Limits) -> list[int]:
 class TwinEngine:
     """`start_step` plans a step, `end_step` gives its tokens; requests may come and go in between."""
 
-    def __init__(self, timing: StepTiming, limits: Limits):
+    def __init__(self, timing: StepTiming, limits: TwinLimits):
         self.timing = timing
         self.limits = limits
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, TwinSequence] = {}
         self._num_added = 0
-        self._scheduler: Scheduler[_Sequence] = Scheduler(
+        self._scheduler: Scheduler[TwinSequence] = Scheduler(
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             num_blocks=limits.num_blocks,
@@ -182,17 +183,21 @@ class TwinEngine:
 
     def clients_of(self, client: int) -> list[str]:
         """The requests of one client."""
-        return [s.ask.id for s in self._sequences.values() if s.ask.client == client]
+        return [s.request.id for s in self._sequences.values() if s.request.client == client]
 
-    def add(self, ask: Ask, now_s: float = 0.0) -> None:
+    def add(self, request: TwinRequest, now_s: float = 0.0) -> None:
         """To the end of the queue. The order of calls is the order of arrival."""
-        length = len(ask.prompt)
-        sequence = _Sequence(
-            number=self._num_added, context_tokens=length, ask=ask, checksum=extend(0, ask.prompt), num_tokens=length,
+        length = len(request.prompt)
+        sequence = TwinSequence(
+            number=self._num_added,
+            context_tokens=length,
+            request=request,
+            checksum=extend(0, request.prompt),
+            num_tokens=length,
             queued_s=now_s,
-        )  # fmt: skip
+        )
         self._num_added += 1
-        self._sequences[ask.id] = sequence
+        self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -210,12 +215,12 @@ class TwinEngine:
         for sequence in self._scheduler.resize(limits.num_blocks - reserved):
             sequence.context_tokens = sequence.num_tokens  # what the step under way computes of it is thrown away
 
-    def _drop(self, sequence: _Sequence) -> None:
-        del self._sequences[sequence.ask.id]
+    def _drop(self, sequence: TwinSequence) -> None:
+        del self._sequences[sequence.request.id]
         self._scheduler.remove(sequence)
 
-    def start_step(self, now_s: float = 0.0) -> Step | None:
-        """The next step; None without work."""
+    def start_step(self, now_s: float = 0.0) -> TwinStep | None:
+        """The next step, at `now_s` of the caller's clock; None without work."""
         scheduled = self._scheduler.compose()
         if scheduled is None:
             return None
@@ -228,34 +233,34 @@ class TwinEngine:
         duration_s = self.timing.step_s(
             prefill_tokens=batch.prefill_tokens, sequences=sequences, context_tokens=context_tokens
         )
-        return Step(duration_s, sequences, batch.prefill_tokens, context_tokens, scheduled)
+        return TwinStep(duration_s, sequences, batch.prefill_tokens, context_tokens, scheduled)
 
-    def end_step(self, step: Step) -> list[Output]:
+    def end_step(self, step: TwinStep) -> list[TwinOutput]:
         """The tokens of a step, for the sequences that are still there."""
         outputs = []
         limits = self.limits
         self._scheduler.end(step.scheduled)
         for sequence in step.scheduled.group:  # without those that were aborted or preempted (by `reserve`) meanwhile
-            ask = sequence.ask
+            request = sequence.request
             sequence.num_output += 1
             token = next_token(sequence.checksum, limits)
-            may_stop = sequence.num_output > ask.min_tokens
-            if may_stop and not ask.ignore_eos and sequence.checksum % limits.mean_answer_tokens == 0:
+            may_stop = sequence.num_output > request.min_tokens
+            if may_stop and not request.ignore_eos and sequence.checksum % limits.mean_answer_tokens == 0:
                 token = limits.eos_token
             sequence.checksum = zlib.crc32(token.to_bytes(4, "little"), sequence.checksum)
             sequence.num_tokens += 1
             finish: Finish | None = None
             stop_token = None
-            if may_stop and token in ask.stop_tokens:
+            if may_stop and token in request.stop_tokens:
                 finish, stop_token = "stop", token
-            elif may_stop and token == limits.eos_token and not ask.ignore_eos:
+            elif may_stop and token == limits.eos_token and not request.ignore_eos:
                 finish = "stop"
-            elif sequence.num_output >= ask.max_tokens or sequence.num_tokens >= limits.max_model_len:
+            elif sequence.num_output >= request.max_tokens or sequence.num_tokens >= limits.max_model_len:
                 finish = "length"
             first = None
             if sequence.num_output == 1:
-                first = First(len(ask.prompt), sequence.queued_s, sequence.scheduled_s)
-            outputs.append(Output(ask.id, ask.client, token, finish, stop_token, first))
+                first = FirstToken(len(request.prompt), sequence.queued_s, sequence.scheduled_s)
+            outputs.append(TwinOutput(request.id, request.client, token, finish, stop_token, first))
             if finish:
                 self._drop(sequence)
         return outputs
