@@ -30,10 +30,12 @@ class LayoutPlan:
 
     @property
     def request(self) -> PlanRequest:
+        """What was asked for."""
         return self.load.request
 
     @property
     def best(self) -> PlannedLayout:
+        """The first; it fits."""
         return self.layouts[0]
 
 

@@ -26,6 +26,7 @@ class Launch:
 
     @property
     def command(self) -> str:
+        """The same, as one line for a shell."""
         return shlex.join(self.words)
 
 

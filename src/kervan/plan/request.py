@@ -55,6 +55,7 @@ class PlanRequest:
 
     @property
     def gpus_per_node(self) -> int:
+        """The same on each node."""
         return self.gpus // self.nodes
 
     @property

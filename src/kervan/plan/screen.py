@@ -36,10 +36,12 @@ class ScreenedLayout:
 
     @property
     def layout(self) -> Layout:
+        """All copies."""
         return dataclasses.replace(self.replica, dp=self.copies)
 
     @property
     def fits(self) -> bool:
+        """Whether the longest request of the load has room."""
         return not self.reason
 
 

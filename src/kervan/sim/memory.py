@@ -40,6 +40,7 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
+        """Whether the KV cache has at least a block."""
         return self.kv_tokens >= BLOCK_TOKENS
 
 

@@ -8,6 +8,8 @@ What is followed, from the source of vLLM 0.24 to 0.32 (V1 scheduler; `Scheduler
   back, waits at the head of the queue, and is computed again later. No prefix cache.
 - With pipeline stages and model runner V2, a sequence is in every p-th step (`next_decode_eligible_step`).
 
+`tests/contract/test_scheduler.py` runs vLLM's own beside it.
+
 Where it differs from vLLM: requests whose length is known give their blocks back when their last step is composed, and
 not when its tokens come out; with pipeline stages `max_num_seqs` bounds each batch and not all of them together, and
 only sequences of the batch that is composed are preempted. `Rules` has what else its users choose.
@@ -104,6 +106,7 @@ class DecodeGroup(Generic[R]):
         return sum(n * ((after + phase) // size - (before + phase) // size) for phase, n in enumerate(self.phases))
 
     def add(self, request: R) -> None:
+        """A request whose context is computed becomes a member."""
         request.joined = self.steps
         heapq.heappush(self.ends, (self.steps + request.remaining_tokens, request.number, request))
         self.context_tokens += request.computed_tokens

@@ -40,6 +40,7 @@ class Batch(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """All that are computed."""
         return self.sequences + self.prefill_tokens
 
 
@@ -61,6 +62,7 @@ class Terms:
 
     @property
     def total_s(self) -> float:
+        """Their sum."""
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 

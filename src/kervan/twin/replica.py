@@ -80,6 +80,7 @@ class TwinReplica:
 
     @property
     def facts(self) -> wire.EngineFacts:
+        """What it tells gateways of its engine."""
         limits = self.engine.limits
         return wire.EngineFacts(
             limits.max_model_len,
@@ -90,6 +91,7 @@ class TwinReplica:
         )
 
     def close(self) -> None:
+        """Close its sockets; it cannot be used any more."""
         self._context.destroy(linger=0)
         os.close(self._wake_read)
         os.close(self._wake_write)

@@ -71,7 +71,7 @@ class TwinSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TwinRequest:
-    """A request. `client`: whose output it is, given back untouched."""
+    """What a client wants of a twin. `client`: whose output it is, given back untouched."""
 
     id: str
     client: int
@@ -162,18 +162,22 @@ class TwinEngine:
 
     @property
     def num_running(self) -> int:
+        """Requests with blocks."""
         return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
+        """Requests in the queue."""
         return len(self._scheduler.waiting)
 
     @property
     def num_preempted(self) -> int:
+        """How often a request was preempted, since the start."""
         return self._scheduler.num_preempted
 
     @property
     def has_work(self) -> bool:
+        """Whether any request is here."""
         return bool(self._sequences)
 
     @property
