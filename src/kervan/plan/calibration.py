@@ -31,7 +31,7 @@ FREE = tuple(f.name for f in dataclasses.fields(Constants) if f.name not in ("ex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point(ClosedLoop):
+class MeasuredPoint(ClosedLoop):
     """A measured closed loop of one replica. `frontends`: API server processes or gateways."""
 
     model: str
@@ -79,7 +79,7 @@ PRIOR = Calibration(
 )
 
 
-def predict(point: Point, spec: ModelSpec, gpu: Gpu, constants: Constants) -> dict[str, float]:
+def predict(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constants) -> dict[str, float]:
     """What the model says of a point, by the names of its fields."""
     layout = Layout(point.tp, point.pp, 1, point.ep)
     limits = engine.limits(spec, gpu, {}, needed_tokens=point.isl + point.osl)
@@ -101,7 +101,7 @@ def predict(point: Point, spec: ModelSpec, gpu: Gpu, constants: Constants) -> di
     )
 
 
-def residual(point: Point, spec: ModelSpec, gpu: Gpu, constants: Constants) -> Residual:
+def residual(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constants) -> Residual:
     """How far a prediction is off."""
     predicted = predict(point, spec, gpu, constants)
     return Residual(
@@ -119,7 +119,7 @@ def spread(residuals: Iterable[Residual]) -> dict[str, float]:
 
 
 def fit(
-    points: Sequence[Point],
+    points: Sequence[MeasuredPoint],
     specs: Mapping[str, ModelSpec],
     gpu: Gpu,
     *,
@@ -141,7 +141,7 @@ def fit(
 
 
 def fit_many(
-    points: Sequence[tuple[Point, ModelSpec, Gpu, Sequence[str]]],
+    points: Sequence[tuple[MeasuredPoint, ModelSpec, Gpu, Sequence[str]]],
     *,
     start: Constants = PRIOR.constants,
     free: Sequence[str] = FREE,
@@ -198,7 +198,7 @@ def fit_many(
 def calibrate(
     name: str,
     date: str,
-    points: Sequence[Point],
+    points: Sequence[MeasuredPoint],
     specs: Mapping[str, ModelSpec],
     gpu: Gpu,
     *,

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from kervan.plan import serving
-from kervan.plan.load import Load
+from kervan.plan.load import PlanLoad
 from kervan.plan.screen import ScreenedLayout
 from kervan.plan.serving import LoadResult
 from kervan.sim.step_time import Batch
@@ -58,7 +58,7 @@ class Simulations:
     nothing else is kept, and the order of calls does not matter.
     """
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: PlanLoad) -> None:
         self._load = load
         self._closed_results: dict[tuple[ScreenedLayout, int, int], LoadResult] = {}
         self._open_results: dict[tuple[ScreenedLayout, float], LoadResult] = {}
@@ -133,7 +133,7 @@ class Simulations:
         )
 
 
-def _evaluation(load: Load, screened: ScreenedLayout, runs: Runs) -> Evaluation:
+def _evaluation(load: PlanLoad, screened: ScreenedLayout, runs: Runs) -> Evaluation:
     request, first = load.request, runs[0]
     out_tok_s = statistics.fmean(sum(copies * result.out_tok_s for copies, result in parts) for parts in runs)
     requests_s = statistics.fmean(sum(copies * result.requests_s for copies, result in parts) for parts in runs)
@@ -165,7 +165,7 @@ def _all_replicas(parts: list[tuple[int, LoadResult]]) -> LoadResult:
     return dataclasses.replace(parts[0][1], responses=responses)
 
 
-def _binding(load: Load, screened: ScreenedLayout, batch: float) -> str:
+def _binding(load: PlanLoad, screened: ScreenedLayout, batch: float) -> str:
     """What most of the time goes to: of decode steps, and of the prefill that their tokens need."""
     times = screened.step_time
     sequences = max(1, round(batch))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kervan.facts import layout as layouts
-from kervan.plan.load import Load
+from kervan.plan.load import PlanLoad
 from kervan.plan.rank import LIKELY, PlannedLayout
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
@@ -23,7 +23,7 @@ ROUGH = "layouts far behind the best were simulated once, with less load: their 
 class LayoutPlan:
     """Layouts, the best first; those that do not fit last. `verdict` is a sentence, `notes` are more of them."""
 
-    load: Load
+    load: PlanLoad
     layouts: tuple[PlannedLayout, ...]
     verdict: str
     notes: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class LayoutPlan:
         return self.layouts[0]
 
 
-def explain(load: Load, ranked: Sequence[PlannedLayout], *, has_rough: bool) -> LayoutPlan:
+def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, has_rough: bool) -> LayoutPlan:
     """The plan of ranked layouts. `has_rough`: figures of some are rough."""
     notes = _notes(load.request, ranked)
     if has_rough:
@@ -71,7 +71,7 @@ def step_terms(plan: LayoutPlan) -> list[tuple[str, float, float]]:
     return sorted(named, key=lambda row: -row[1])
 
 
-def nothing_fits(load: Load, unfit: Sequence[PlannedLayout]) -> str:
+def nothing_fits(load: PlanLoad, unfit: Sequence[PlannedLayout]) -> str:
     """What is missing at the layout that comes nearest, and which GPU count or quantisation would do."""
     request = load.request
     nearest = max(unfit, key=lambda c: (c.memory.kv_gib, c.memory.kv_tokens))

@@ -17,7 +17,7 @@ OPEN_LOOP_REQUESTS = (12, 160)
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class PlanLoad:
     """`isl`, `osl`: mean prompt and output tokens. `limits`: of the engine that serves it."""
 
     request: PlanRequest
@@ -67,7 +67,7 @@ class Load:
         return requests
 
 
-def load(request: PlanRequest) -> Load:
+def load(request: PlanRequest) -> PlanLoad:
     """The load of a plan.
 
     Raises: ConfigError for engine arguments that make no sense, and for requests that are longer than they allow.
@@ -84,4 +84,4 @@ def load(request: PlanRequest) -> Load:
             f"a request of {longest} tokens is longer than max_model_len={limits.max_model_len}; use shorter --isl and "
             f"--osl, or --engine-arg max_model_len={longest} if the model allows"
         )
-    return Load(request, limits, isl, osl, longest)
+    return PlanLoad(request, limits, isl, osl, longest)

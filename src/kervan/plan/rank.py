@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kervan.facts.layout import Layout
 from kervan.plan.bands import Bands
 from kervan.plan.evaluate import Evaluation
-from kervan.plan.load import Load
+from kervan.plan.load import PlanLoad
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import ScreenedLayout
 from kervan.sim.limits import EngineLimits
@@ -61,7 +61,7 @@ class PlannedLayout:
     reason: str = ""
 
 
-def planned(load: Load, evaluation: Evaluation, bands: Bands) -> PlannedLayout:
+def planned(load: PlanLoad, evaluation: Evaluation, bands: Bands) -> PlannedLayout:
     """The figures of a layout that fits, with its price and score."""
     request, layout = load.request, evaluation.screened.layout
     mtok_per_h = evaluation.out_tok_s * 3600 / 1e6
@@ -94,7 +94,7 @@ def planned(load: Load, evaluation: Evaluation, bands: Bands) -> PlannedLayout:
     return dataclasses.replace(one, score=_score(request, one))
 
 
-def unfit(load: Load, screened: ScreenedLayout) -> PlannedLayout:
+def unfit(load: PlanLoad, screened: ScreenedLayout) -> PlannedLayout:
     """A layout that does not fit."""
     return PlannedLayout(
         layout=screened.layout, fits=False, memory=screened.memory, limits=load.limits, reason=screened.reason,

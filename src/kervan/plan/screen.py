@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kervan.errors import ConfigError
 from kervan.facts import layout as layouts
 from kervan.facts.layout import Layout
-from kervan.plan.load import Load
+from kervan.plan.load import PlanLoad
 from kervan.plan.request import PlanRequest
 from kervan.sim import memory
 from kervan.sim.memory import MemoryEstimate
@@ -45,7 +45,7 @@ class ScreenedLayout:
         return not self.reason
 
 
-def screen(load: Load) -> list[ScreenedLayout]:
+def screen(load: PlanLoad) -> list[ScreenedLayout]:
     """The layout that is given, or all, with as many copies as there are GPUs for. Where requests come at a rate, also
     with as many as it needs by arithmetic, with half and with twice that.
 
@@ -66,7 +66,7 @@ def screen(load: Load) -> list[ScreenedLayout]:
     return screened if request.is_open else _compared(request, screened)
 
 
-def step_time(load: Load, replica: Layout) -> StepTime:
+def step_time(load: PlanLoad, replica: Layout) -> StepTime:
     """The step times of one replica; stages on several nodes hand over by the network."""
     request = load.request
     is_spread = layouts.nodes_per_replica(replica, request.gpus_per_node) > 1
@@ -76,7 +76,7 @@ def step_time(load: Load, replica: Layout) -> StepTime:
     )  # fmt: skip
 
 
-def _screened(load: Load, replica: Layout, copies: int) -> ScreenedLayout:
+def _screened(load: PlanLoad, replica: Layout, copies: int) -> ScreenedLayout:
     request = load.request
     room = memory.estimate(request.spec, replica, request.gpu, load.limits, context_tokens=load.context_tokens)
     times = step_time(load, replica)
@@ -123,7 +123,7 @@ def _given(request: PlanRequest) -> tuple[Layout, int]:
     return replica, copies
 
 
-def _slo_requests_s(load: Load, times: StepTime, room: MemoryEstimate) -> float:
+def _slo_requests_s(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> float:
     """Requests per second of one replica where the mean time per token, prompts mixed in, reaches 85% of the SLO.
 
     Each request costs a share of a prefill step and of its decode steps; the batch follows by Little's law.
@@ -139,7 +139,7 @@ def _slo_requests_s(load: Load, times: StepTime, room: MemoryEstimate) -> float:
     return 0.9 * _steady(load, times, low)[0]
 
 
-def _steady(load: Load, times: StepTime, batch: int) -> tuple[float, float]:
+def _steady(load: PlanLoad, times: StepTime, batch: int) -> tuple[float, float]:
     """(requests per second, seconds per token) of a replica that always runs `batch` sequences."""
     isl, osl = load.isl, load.osl
     decode = Batch(batch, batch * load.context_tokens, 0, 0.0, batch)
@@ -156,7 +156,7 @@ def _steady(load: Load, times: StepTime, batch: int) -> tuple[float, float]:
     return batch / (osl * per_token_s), per_token_s
 
 
-def _why_not(room: MemoryEstimate, load: Load) -> str:
+def _why_not(room: MemoryEstimate, load: PlanLoad) -> str:
     budget_gib = room.total_gib * load.limits.gpu_memory_utilization
     if room.kv_gib <= 0:
         return (

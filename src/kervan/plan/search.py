@@ -4,7 +4,7 @@ from kervan.errors import CapacityError
 from kervan.plan.bands import bands
 from kervan.plan.evaluate import SEEDS, Simulations
 from kervan.plan.explain import LayoutPlan, explain, nothing_fits
-from kervan.plan.load import Load, load
+from kervan.plan.load import PlanLoad, load
 from kervan.plan.rank import PlannedLayout, planned, rank, unfit
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import ScreenedLayout, screen
@@ -32,7 +32,7 @@ def search(request: PlanRequest) -> LayoutPlan:
     return explain(loaded, ranked, has_rough=any(one.is_rough for one in screened))
 
 
-def _planned(loaded: Load, simulations: Simulations, one: ScreenedLayout, seeds: int) -> PlannedLayout:
+def _planned(loaded: PlanLoad, simulations: Simulations, one: ScreenedLayout, seeds: int) -> PlannedLayout:
     if not one.fits:
         return unfit(loaded, one)
     evaluation = simulations.evaluate(one, seeds=seeds)

@@ -94,7 +94,7 @@ class LoadResult:
 
 
 def mean_of(runs: Sequence[LoadResult]) -> dict[str, float]:
-    """The means over several runs of what a table has: keys as in `kervan.plan.calibration.Point`."""
+    """The means over several runs of what a table has: keys as in `kervan.plan.calibration.MeasuredPoint`."""
     return {
         "out_tok_s": statistics.fmean(run.out_tok_s for run in runs),
         "ttft_p50_s": statistics.fmean(run.ttft_s(0.5) for run in runs),

@@ -10,12 +10,12 @@ from kervan.config.workload import Slo, parse_lengths
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
 from kervan.plan.evaluate import Simulations
-from kervan.plan.load import Load, load
+from kervan.plan.load import PlanLoad, load
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import screen
 
 
-def loaded(name: str = "llama3-70b", **given: Any) -> Load:
+def loaded(name: str = "llama3-70b", **given: Any) -> PlanLoad:
     spec = parse(json.loads((MODELS / name / "config.json").read_text()), name)
     sizes: dict[str, Any] = {"isl": parse_lengths("512"), "osl": parse_lengths("32..64"), "gpus": 8}
     return load(PlanRequest(spec=spec, gpu=hardware.gpu("H200"), **(sizes | given)))

@@ -8,12 +8,12 @@ from harness.places import MODELS
 from kervan.config.workload import parse_lengths
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
-from kervan.plan.load import Load, load
+from kervan.plan.load import PlanLoad, load
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import screen
 
 
-def loaded(name: str = "llama3-70b", **given: Any) -> Load:
+def loaded(name: str = "llama3-70b", **given: Any) -> PlanLoad:
     spec = parse(json.loads((MODELS / name / "config.json").read_text()), name)
     sizes: dict[str, Any] = {"isl": parse_lengths("512"), "osl": parse_lengths("32..64"), "gpus": 8}
     return load(PlanRequest(spec=spec, gpu=hardware.gpu("H200"), **(sizes | given)))
