@@ -39,26 +39,26 @@ runpy.run_module("kervan", run_name="__main__")
 """
 
 
-def ask(words: str) -> dict[str, float]:
+def timed_plan(arguments: str) -> dict[str, float]:
     """One plan by a process of its own: seconds on the clock and of CPU, and the most memory that it held."""
     begin_s = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-c", PLAN, "plan", *words.split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", PLAN, "plan", *arguments.split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     assert process.stderr is not None
-    told = process.stderr.read().decode()
+    errors = process.stderr.read().decode()
     _, status, used = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - begin_s
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"kervan plan {words} ended with {process.returncode}: {told}")
-    peak_mib = int(told.split()[-1]) * 1024 / MIB
+        sys.exit(f"kervan plan {arguments} ended with {process.returncode}: {errors}")
+    peak_mib = int(errors.split()[-1]) * 1024 / MIB
     return {"wall_s": wall_s, "cpu_s": used.ru_utime + used.ru_stime, "peak_mib": peak_mib}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(rows: dict[str, Any]) -> str:
     lines = [f"{'question':34}{'seconds':>9}{'min':>8}{'max':>8}{'CPU s':>8}{'MiB':>8}"]
-    for name, one in found.items():
+    for name, one in rows.items():
         wall = one["wall_s"]
         lines.append(
             f"{name:34}{wall['median']:9.2f}{wall['min']:8.2f}{wall['max']:8.2f}{one['cpu_s']['median']:8.2f}"
@@ -74,16 +74,16 @@ def main() -> None:
     args = parser.parse_args()
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in QUESTIONS}
     for number in range(args.repeat + 1):
-        for name, words in QUESTIONS.items():
-            told = ask(words)
+        for name, arguments in QUESTIONS.items():
+            measured = timed_plan(arguments)
             if number:  # the first reads files that no one has read
-                runs[name].append(told)
-    found = {name: {key: spread([run[key] for run in told]) for key in told[0]} for name, told in runs.items()}
-    print(table(found))
+                runs[name].append(measured)
+    rows = {name: {key: spread([run[key] for run in plans]) for key in plans[0]} for name, plans in runs.items()}
+    print(table(rows))
     if args.record is not None:
         command = shlex.join(["python", "benchmarks/plan_search.py", *sys.argv[1:]])
         settings = {"repeat": args.repeat, "questions": QUESTIONS}
-        made = records.record("plan-search", {"questions": found, "load_average": os.getloadavg()})
+        made = records.record("plan-search", {"questions": rows, "load_average": os.getloadavg()})
         print(records.write(args.record, {**made, "command": command, "settings": settings}))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from kervan.facts import architecture, hardware
 from kervan.facts.architecture import ModelSpec
 from kervan.plan import calibration
-from kervan.plan.calibration import PRIOR, Point
+from kervan.plan.calibration import PRIOR, MeasuredPoint
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records"
@@ -39,7 +39,7 @@ SHORT_TOKENS = 8
 class Measured:
     """A point, its GPU, and which set it is in."""
 
-    point: Point
+    point: MeasuredPoint
     gpu: str
     group: str
 
@@ -89,12 +89,12 @@ def _record(name: str) -> Any:
     return json.loads((RECORDS / f"{name}.json").read_text())
 
 
-def _point(row: dict[str, Any]) -> Point:
-    names = {f.name for f in dataclasses.fields(Point)}
-    return Point(**{key: value for key, value in row.items() if key in names})
+def _point(row: dict[str, Any]) -> MeasuredPoint:
+    names = {f.name for f in dataclasses.fields(MeasuredPoint)}
+    return MeasuredPoint(**{key: value for key, value in row.items() if key in names})
 
 
-def _layout_point(row: dict[str, Any], model: str) -> Point:
+def _layout_point(row: dict[str, Any], model: str) -> MeasuredPoint:
     """A row of layouts.py: bare vLLM, or kervan with four gateways."""
     words = row["what"].removeprefix("bare ").split()
     pp = int(words[words.index("pp") + 1]) if "pp" in words else 1

@@ -32,8 +32,8 @@ from kervan.bench import records
 from kervan.config.fleet import FleetConfig
 from kervan.serve import changes, cluster
 from kervan.serve import status as serve_status
-from kervan.twin.engine import answer
 from kervan.twin.settings import settings
+from kervan.twin.token_engine import answer
 
 MAX_REPLICAS = 4
 GATEWAY_CHANGE = 10  # every so many changes

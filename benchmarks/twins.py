@@ -50,11 +50,11 @@ async def client_alone(
     from kervan.fleet.link import Member
     from kervan.fleet.process import TWIN_ENGINE, EngineProcess
     from kervan.fleet.vllm.codec import VllmCodec
-    from kervan.twin.engine import Limits, StepTiming, TwinSettings
     from kervan.twin.replica import TwinSpec
+    from kervan.twin.token_engine import StepTiming, TwinLimits, TwinSettings
 
     timing = StepTiming(base_s=step_s, prefill_token_s=0.0, sequence_s=0.0, context_token_s=0.0)
-    limits = Limits(num_blocks=100_000, max_num_seqs=1024, max_num_batched_tokens=1 << 20, max_model_len=8192)
+    limits = TwinLimits(num_blocks=100_000, max_num_seqs=1024, max_num_batched_tokens=1 << 20, max_model_len=8192)
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         names = [f"t{i:03}" for i in range(num_twins)]

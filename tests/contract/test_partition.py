@@ -8,7 +8,7 @@ from harness.live import until
 from harness.twin_bench import LIMITS, TwinBench
 
 from kervan.fleet.link import Member, ReplicaLink
-from kervan.twin.engine import StepTiming, answer
+from kervan.twin.token_engine import StepTiming, answer
 
 TIMING = StepTiming(base_s=0.01, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
 OUTPUT_ADDRESS = re.compile(rb"tcp://127\.0\.0\.1:(\d{5})")

@@ -14,7 +14,7 @@ from kervan.config.fault import Fault
 from kervan.fleet.client import FleetClient
 from kervan.fleet.link import Member
 from kervan.twin import wire as twin_wire
-from kervan.twin.engine import StepTiming, answer
+from kervan.twin.token_engine import StepTiming, answer
 
 NUM_LONG = 1500
 

@@ -9,11 +9,11 @@ from harness.live import until
 from kervan.fleet.client import FleetClient
 from kervan.fleet.link import Member
 from kervan.fleet.process import TWIN_ENGINE, EngineProcess
-from kervan.twin.engine import Limits, StepTiming, TwinSettings
 from kervan.twin.replica import TwinSpec
+from kervan.twin.token_engine import StepTiming, TwinLimits, TwinSettings
 
 SECRET = "s3cret"
-LIMITS = Limits(num_blocks=1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, last_token=899)
+LIMITS = TwinLimits(num_blocks=1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, last_token=899)
 FAST = StepTiming(base_s=1e-3, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
 
 
@@ -35,7 +35,7 @@ class TwinBench:
             for output in outputs.outputs:
                 self.outputs.setdefault(output.request_id, []).append(output)
 
-    async def start(self, name: str, timing: StepTiming = FAST, limits: Limits = LIMITS) -> EngineProcess:
+    async def start(self, name: str, timing: StepTiming = FAST, limits: TwinLimits = LIMITS) -> EngineProcess:
         spec = TwinSpec(name, "127.0.0.1", SECRET, TwinSettings(timing, limits))
         twin = EngineProcess(spec, log_path=self.directory / f"{name}.log", module=TWIN_ENGINE)
         await self.join(name, twin)

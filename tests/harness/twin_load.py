@@ -15,8 +15,8 @@ import httpx
 from harness.live import START_S, Fleet
 from harness.shared_fleet import Models
 from kervan.config.fleet import FleetConfig
-from kervan.twin.engine import answer
 from kervan.twin.settings import settings
+from kervan.twin.token_engine import answer
 
 NUM_STREAMS = 16
 

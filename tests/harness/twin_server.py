@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kervan.config.fleet import FleetConfig
-from kervan.twin.engine import answer
 from kervan.twin.settings import settings
+from kervan.twin.token_engine import answer
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024,

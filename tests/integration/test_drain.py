@@ -12,7 +12,7 @@ from harness.ray_cluster import AS_IF_GPU, SECOND, RayCluster, ray_cluster
 from harness.shared_fleet import Models
 from harness.twin_load import Load, kervan, load
 
-from kervan.twin.engine import answer
+from kervan.twin.token_engine import answer
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 

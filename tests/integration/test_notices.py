@@ -19,7 +19,7 @@ from harness.twin_load import NUM_STREAMS, Load, kervan, load
 
 from kervan.notices import state_file
 from kervan.notices.state_file import NodeState
-from kervan.twin.engine import answer
+from kervan.twin.token_engine import answer
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 

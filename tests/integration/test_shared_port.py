@@ -14,8 +14,8 @@ from harness.twin_load import NUM_STREAMS, kervan, kill_actor, load
 
 from kervan.config.fleet import FleetConfig
 from kervan.ports import free_port
-from kervan.twin.engine import answer
 from kervan.twin.settings import settings
+from kervan.twin.token_engine import answer
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 

@@ -21,8 +21,8 @@ from harness.twin_load import kervan, kill_actor, knocks, load
 
 from kervan.config.fleet import FleetConfig
 from kervan.fleet.process import TWIN_ENGINE
-from kervan.twin.engine import answer
 from kervan.twin.settings import settings
+from kervan.twin.token_engine import answer
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 

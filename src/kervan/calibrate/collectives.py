@@ -25,14 +25,14 @@ REPEATS = 7
 
 
 @dataclass(frozen=True, slots=True)
-class CollectivePlan:
+class CollectivesPlan:
     """What the ranks measure: on GPUs by NCCL, or on CPU by gloo, which shows only that this code works."""
 
     on_gpu: bool
     bytes: tuple[int, ...] = tuple(8 * KIB * 2**i for i in range(16))  # 8 KiB to 256 MiB
 
 
-def work(rank: Rank, plan: CollectivePlan, keep: Callable[[Any], None]) -> None:
+def work(rank: Rank, plan: CollectivesPlan, keep: Callable[[Any], None]) -> None:
     """Work of one rank; rank 0 keeps the rows, and a text where torch's own kernels cannot run."""
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read when torch first uses such memory
     import torch
@@ -61,7 +61,7 @@ def work(rank: Rank, plan: CollectivePlan, keep: Callable[[Any], None]) -> None:
         dist.destroy_process_group()
 
 
-def _measure(rank: Rank, plan: CollectivePlan, device: Any) -> Iterator[Collective | str]:
+def _measure(rank: Rank, plan: CollectivesPlan, device: Any) -> Iterator[Collective | str]:
     import torch.distributed as dist
 
     _check(device, rank)

@@ -16,7 +16,7 @@ from kervan.facts import architecture, hardware
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import parse_layout
 from kervan.plan import calibration
-from kervan.plan.calibration import PRIOR, Calibration, Point
+from kervan.plan.calibration import PRIOR, Calibration, MeasuredPoint
 from kervan.sim.constants import Constants
 
 LARGE_ROWS = 2048  # matrix products of so many rows are bound by arithmetic
@@ -60,13 +60,13 @@ def gpu_of(found: Measurements) -> Gpu:
     return hardware.gpu(re.sub(r",.*", "", found.gpu))
 
 
-def points_of(rows: Sequence[Serving]) -> list[Point]:
+def points_of(rows: Sequence[Serving]) -> list[MeasuredPoint]:
     """Serving rows as the fit's points; bare vLLM has one frontend."""
-    names = {f.name for f in dataclasses.fields(Point)}
-    return [Point(**{k: v for k, v in dataclasses.asdict(row).items() if k in names}) for row in rows]
+    names = {f.name for f in dataclasses.fields(MeasuredPoint)}
+    return [MeasuredPoint(**{k: v for k, v in dataclasses.asdict(row).items() if k in names}) for row in rows]
 
 
-def fit(found: Measurements, *, more: Sequence[Point] = ()) -> Calibration:
+def fit(found: Measurements, *, more: Sequence[MeasuredPoint] = ()) -> Calibration:
     """The calibration of one host; `more`: points of other runs on the same kind of GPU and the same models.
 
     Raises: ConfigError for an unknown GPU, or when no serving point was measured.
@@ -88,7 +88,7 @@ def fit(found: Measurements, *, more: Sequence[Point] = ()) -> Calibration:
     )  # fmt: skip
 
 
-def points_of_record(text: str) -> list[Point]:
+def points_of_record(text: str) -> list[MeasuredPoint]:
     """The closed loops of a `kervan bench` record, from `FILE` or `FILE:tp=2,pp=1`: the layout of the one replica that
     was loaded.
 
@@ -99,6 +99,6 @@ def points_of_record(text: str) -> list[Point]:
     if layout.pop("dp", 1) != 1:
         raise ConfigError(f"--bench {text!r}: a record of several replicas says nothing of one; load one replica")
     return [
-        Point(model=Path(loop.model).name, **layout, **dataclasses.asdict(loop.figures))
+        MeasuredPoint(model=Path(loop.model).name, **layout, **dataclasses.asdict(loop.figures))
         for loop in records.closed_loops(Path(file))
     ]

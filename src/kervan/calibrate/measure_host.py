@@ -159,7 +159,7 @@ def measure(settings: Settings, *, say: Say, on_change: Callable[[Measurements],
     parts = Parts(settings, found, say, end_s)
     parts.kernels("cuda:0", kernels.QUICK if settings.is_quick else kernels.Sizes())
     for num_ranks in group_sizes(device.count):
-        plan = collectives.CollectivePlan(on_gpu=True)
+        plan = collectives.CollectivesPlan(on_gpu=True)
         parts.collectives(num_ranks, replace(plan, bytes=QUICK_BYTES) if settings.is_quick else plan)
     if settings.has_serving:
         parts.serving(device, shapes)
@@ -191,7 +191,7 @@ class Parts:
         for_s = max(1.0, min(KERNELS_S, self._left_s()))
         self.found.keep_all(ranks.run(kernels.work, (device, sizes), for_s=for_s), "kernels", self.say)
 
-    def collectives(self, num_ranks: int, plan: collectives.CollectivePlan) -> None:
+    def collectives(self, num_ranks: int, plan: collectives.CollectivesPlan) -> None:
         """All-reduce, and between two ranks also send/recv."""
         what = f"collectives over {num_ranks} ranks"
         self.say(f"measuring {what}")

@@ -13,7 +13,7 @@ from kervan.bench.load_client import BuildRequest
 from kervan.bench.prompts import Prompts, Request
 from kervan.bench.sse import Chunk
 from kervan.config.workload import TraceRow
-from kervan.twin.engine import Limits, answer
+from kervan.twin.token_engine import TwinLimits, answer
 
 # A request -> the tokens of its response.
 ExpectedTokens = Callable[[Request], list[int]]
@@ -26,7 +26,7 @@ class _Completion(msgspec.Struct):
     max_tokens: int
 
 
-def tokens_of_twins(limits: Limits) -> ExpectedTokens:
+def tokens_of_twins(limits: TwinLimits) -> ExpectedTokens:
     """What twins with these limits generate."""
     decode = msgspec.json.Decoder(_Completion).decode
 

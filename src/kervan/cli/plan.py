@@ -13,8 +13,9 @@ from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
     from kervan.facts.hardware import Gpu
-    from kervan.plan.candidates import Candidate, Question
-    from kervan.plan.search import Plan
+    from kervan.plan.explain import LayoutPlan
+    from kervan.plan.rank import PlannedLayout
+    from kervan.plan.request import PlanRequest
 
 DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_ISL, DEFAULT_OSL = "1024", "256"
@@ -65,20 +66,20 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
 
     given["engine_args"] = engine_arguments(given["engine_args"])
     layout = given.pop("layout")
-    question = ask(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
-    found = search.search(question)
+    request = plan_request(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
+    layout_plan = search.search(request)
     if plot is not None:
         from kervan.plan import plotting
 
-        plotting.write(found, plot)
+        plotting.write(layout_plan, plot)
     if as_json:
         from kervan.cli import render
 
-        render.print_json(as_dict(found, model))
+        render.print_json(as_dict(layout_plan, model))
         return
-    _print(found, model, show_all=show_all)
+    _print(layout_plan, model, show_all=show_all)
     if explain:
-        _print_terms(found)
+        _print_terms(layout_plan)
 
 
 def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def ask(
+def plan_request(
     model: str,
     *,
     gpu: str,
@@ -113,8 +114,8 @@ def ask(
     engine_args: Mapping[str, Any],
     calibration: Path | None = None,
     gateways: int = 1,
-) -> "Question":
-    """The question that the options pose, in the words of the command line.
+) -> "PlanRequest":
+    """The request that the options make, in the words of the command line.
 
     Raises: ConfigError for any that makes no sense.
     """
@@ -123,7 +124,7 @@ def ask(
     from kervan.facts import model as models
     from kervan.facts import prices as price_table
     from kervan.plan import calibration as calibrations
-    from kervan.plan.candidates import NETWORK_BYTES_S, Question
+    from kervan.plan.request import NETWORK_BYTES_S, PlanRequest
 
     found_gpu, num_gpus = _gpu(gpu, gpus, nodes)
     path = Path(model)
@@ -139,7 +140,7 @@ def ask(
     table = price_table.load(prices)
     own = price_table.parse_price_usd_per_h(price) if price else None
     has_load = rate is not None or concurrency is not None or trace is not None
-    return Question(
+    return PlanRequest(
         spec=architecture.parse(config, model if is_file else f"{model}/config.json"),
         gpu=found_gpu,
         gpus=num_gpus,
@@ -168,8 +169,8 @@ def _gpu(name: str, count: int | None, nodes: int) -> tuple["Gpu", int]:
         return hardware.gpu(name), count or 8 * nodes
     from kervan.observe import machine
 
-    found = machine.read()
-    return found.gpu, count or found.num_gpus * nodes
+    local = machine.read()
+    return local.gpu, count or local.num_gpus * nodes
 
 
 def _rate(text: str) -> float:
@@ -186,25 +187,25 @@ def _rate(text: str) -> float:
 def _price(table: Any, gpu: str, market: Any) -> float | None:
     from kervan.facts import prices
 
-    found = prices.lookup(gpu, market, table)
-    return None if found is None else found.usd_per_gpu_h
+    price = prices.lookup(gpu, market, table)
+    return None if price is None else price.usd_per_gpu_h
 
 
-def as_dict(found: "Plan", model: str) -> dict[str, Any]:
+def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
     """The plan for scripts; layouts that do not fit have no figures."""
     from kervan.plan import launch
 
-    best = launch.launch(found.question, found.best, model)
+    best = launch.launch(plan.request, plan.best, model)
     return {
         "model": model,
-        "gpu": found.question.gpu.name,
-        "gpus": found.question.gpus,
-        "calibration": found.question.calibration.name,
-        "slo": str(found.question.slo),
-        "candidates": [_row(candidate) for candidate in found.candidates],
+        "gpu": plan.request.gpu.name,
+        "gpus": plan.request.gpus,
+        "calibration": plan.request.calibration.name,
+        "slo": str(plan.request.slo),
+        "candidates": [_row(one) for one in plan.layouts],
         "best": 0,
-        "verdict": found.verdict,
-        "notes": list(found.notes),
+        "verdict": plan.verdict,
+        "notes": list(plan.notes),
         "launch": {
             "command": best.command,
             "engine_args": dict(best.engine_args),
@@ -215,7 +216,7 @@ def as_dict(found: "Plan", model: str) -> dict[str, Any]:
     }
 
 
-def _row(c: "Candidate") -> dict[str, Any]:
+def _row(c: "PlannedLayout") -> dict[str, Any]:
     figures: dict[str, Any] = {
         key: round(getattr(c, key), 4)
         for key in (
@@ -247,17 +248,17 @@ def _row(c: "Candidate") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print(found: "Plan", model: str, *, show_all: bool) -> None:
+def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from kervan.facts import prices
     from kervan.plan import launch
 
-    q = found.question
+    q = plan.request
     console = Console(highlight=False, width=None if console_is_wide() else 160)
-    console.print(f"[bold]{found.verdict}[/bold]", soft_wrap=True)
-    for note in found.notes:
+    console.print(f"[bold]{plan.verdict}[/bold]", soft_wrap=True)
+    for note in plan.notes:
         console.print(note, soft_wrap=True, markup=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in (
@@ -275,7 +276,7 @@ def _print(found: "Plan", model: str, *, show_all: bool) -> None:
         "bound by",
     ):
         table.add_column(name, justify="left" if name in ("layout", "bound by") else "right")
-    rows = found.candidates if show_all else found.candidates[:SHOWN]
+    rows = plan.layouts if show_all else plan.layouts[:SHOWN]
     for c in rows:
         if not c.fits:
             table.add_row(str(c.layout), str(c.layout.gpus), *[""] * 9, f"does not fit: {c.reason}")
@@ -286,12 +287,12 @@ def _print(found: "Plan", model: str, *, show_all: bool) -> None:
             "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}", c.reason or c.binding,
         )  # fmt: skip
     console.print(table)
-    if len(rows) < len(found.candidates):
-        console.print(f"{len(found.candidates) - len(rows)} more with --all", style="dim")
-    if found.best.usd_per_mtok is not None:
-        all_in, spot = found.best.usd_per_mtok_all_in, found.best.usd_per_mtok_spot
+    if len(rows) < len(plan.layouts):
+        console.print(f"{len(plan.layouts) - len(rows)} more with --all", style="dim")
+    if plan.best.usd_per_mtok is not None:
+        all_in, spot = plan.best.usd_per_mtok_all_in, plan.best.usd_per_mtok_spot
         console.print(
-            f"best: {found.best.usd_per_mtok:.2f} USD per million output tokens at {q.usd_per_gpu_h:g} USD per GPU and "
+            f"best: {plan.best.usd_per_mtok:.2f} USD per million output tokens at {q.usd_per_gpu_h:g} USD per GPU and "
             f"hour; {all_in:.2f} with a spare replica and a cold start a day"
             + (f"; {spot:.2f} on spot" if spot is not None else ""),
             soft_wrap=True, markup=False,
@@ -300,7 +301,7 @@ def _print(found: "Plan", model: str, *, show_all: bool) -> None:
         if row is not None and row.usd_per_gpu_h == q.usd_per_gpu_h and (warning := row.warning(datetime.date.today())):
             console.print(warning, style="yellow", soft_wrap=True, markup=False)
     console.print(f"constants: {q.calibration.name}; +- and SLO from its errors", style="dim")
-    console.print(launch.launch(q, found.best, model).command, soft_wrap=True, markup=False)
+    console.print(launch.launch(q, plan.best, model).command, soft_wrap=True, markup=False)
 
 
 def console_is_wide() -> bool:
@@ -316,17 +317,17 @@ def _ms(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 
-def _percent(c: "Candidate", key: str) -> str:
+def _percent(c: "PlannedLayout", key: str) -> str:
     return f"{100 * (c.bands.get(key, 1.0) - 1):.0f}%"
 
 
-def _print_terms(found: "Plan") -> None:
+def _print_terms(plan: "LayoutPlan") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kervan.plan import launch
+    from kervan.plan import explain
 
-    best = found.best
+    best = plan.best
     table = Table(
         "what", box=None, pad_edge=False, header_style="dim",
         title=f"{best.layout}: a step of {max(1, round(best.mean_batch))} sequences, "
@@ -335,7 +336,7 @@ def _print_terms(found: "Plan") -> None:
     )  # fmt: skip
     table.add_column("decode, ms", justify="right")
     table.add_column("prefill, ms", justify="right")
-    rows = launch.explain(found.question, best)
+    rows = explain.step_terms(plan)
     for name, decode_ms, prefill_ms in rows:
         table.add_row(name.replace("_", " "), f"{decode_ms:.3f}", f"{prefill_ms:.2f}")
     table.add_row("sum", f"{sum(r[1] for r in rows):.3f}", f"{sum(r[2] for r in rows):.2f}", style="bold")

@@ -115,13 +115,13 @@ def _planned(settings: dict[str, Any], address: str | None, say: Callable[[str],
             "out one of the two"
         )
     arguments = settings.get("engine_args") or {}
-    question = plans.ask(
+    request = plans.plan_request(
         settings.get("model") or "", gpu=settings.get("gpu") or "local", engine_args=arguments, fixed={}
     )
-    plan = search.search(question)
-    best = launch.launch(question, plan.best, settings["model"])
-    say(f"plan: {plan.verdict}")
-    size = plan.best.layout
+    layout_plan = search.search(request)
+    best = launch.launch(request, layout_plan.best, settings["model"])
+    say(f"plan: {layout_plan.verdict}")
+    size = layout_plan.best.layout
     planned = {"tp": size.tp, "pp": size.pp, "ep": size.ep, "replicas": size.dp}
     return {**settings, **planned, "engine_args": {**best.engine_args, **arguments}}
 

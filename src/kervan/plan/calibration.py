@@ -31,7 +31,7 @@ FREE = tuple(f.name for f in dataclasses.fields(Constants) if f.name not in ("ex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point(ClosedLoop):
+class MeasuredPoint(ClosedLoop):
     """A measured closed loop of one replica. `frontends`: API server processes or gateways."""
 
     model: str
@@ -79,27 +79,34 @@ PRIOR = Calibration(
 )
 
 
-def predict(point: Point, spec: ModelSpec, gpu: Gpu, constants: Constants) -> dict[str, float]:
+def predict(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constants) -> dict[str, float]:
     """What the model says of a point, by the names of its fields."""
     layout = Layout(point.tp, point.pp, 1, point.ep)
     limits = engine.limits(spec, gpu, {}, needed_tokens=point.isl + point.osl)
-    time = StepTime(spec, layout, gpu, limits, constants)
-    room = memory.estimate(spec, layout, gpu, limits, context_tokens=point.isl + point.osl / 2).kv_tokens
-    asks = serving.fixed(point.num_requests, point.isl, point.osl)
+    step_time = StepTime(spec, layout, gpu, limits, constants)
+    kv_tokens = memory.estimate(spec, layout, gpu, limits, context_tokens=point.isl + point.osl / 2).kv_tokens
+    requests = serving.fixed(point.num_requests, point.isl, point.osl)
     return serving.mean_of(
         [
             serving.closed_loop(
-                time, asks, streams=point.concurrency, kv_tokens=room, frontends=point.frontends, seed=seed
+                step_time,
+                requests,
+                streams=point.concurrency,
+                kv_tokens=kv_tokens,
+                frontends=point.frontends,
+                seed=seed,
             )
             for seed in range(SEEDS)
         ]
     )
 
 
-def residual(point: Point, spec: ModelSpec, gpu: Gpu, constants: Constants) -> Residual:
+def residual(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constants) -> Residual:
     """How far a prediction is off."""
-    said = predict(point, spec, gpu, constants)
-    return Residual(str(point), {key: said[key] / getattr(point, key) - 1 for key in said if getattr(point, key) > 0})
+    predicted = predict(point, spec, gpu, constants)
+    return Residual(
+        str(point), {key: predicted[key] / getattr(point, key) - 1 for key in predicted if getattr(point, key) > 0}
+    )
 
 
 def spread(residuals: Iterable[Residual]) -> dict[str, float]:
@@ -108,11 +115,11 @@ def spread(residuals: Iterable[Residual]) -> dict[str, float]:
     for one in residuals:
         for key, error in one.errors.items():
             logs.setdefault(key, []).append(math.log(1 + error))
-    return {key: max(0.01, math.sqrt(sum(x * x for x in found) / len(found))) for key, found in logs.items()}
+    return {key: max(0.01, math.sqrt(sum(x * x for x in values) / len(values))) for key, values in logs.items()}
 
 
 def fit(
-    points: Sequence[Point],
+    points: Sequence[MeasuredPoint],
     specs: Mapping[str, ModelSpec],
     gpu: Gpu,
     *,
@@ -134,7 +141,7 @@ def fit(
 
 
 def fit_many(
-    points: Sequence[tuple[Point, ModelSpec, Gpu, Sequence[str]]],
+    points: Sequence[tuple[MeasuredPoint, ModelSpec, Gpu, Sequence[str]]],
     *,
     start: Constants = PRIOR.constants,
     free: Sequence[str] = FREE,
@@ -157,16 +164,16 @@ def fit_many(
 
     def errors(logs: Any) -> Any:
         constants = moved(logs)
-        found = []
+        scaled = []
         for point, spec, gpu, keys in points:
-            said = predict(point, spec, gpu, constants)
+            predicted = predict(point, spec, gpu, constants)
             # One point that went wrong must not pull the others: beyond five tolerances an error counts no more.
-            found += [
-                max(-5.0, min(5.0, math.log(said[key] / getattr(point, key)) / TOLERANCE[key]))
+            scaled += [
+                max(-5.0, min(5.0, math.log(predicted[key] / getattr(point, key)) / TOLERANCE[key]))
                 for key in keys
                 if getattr(point, key) > 0
             ]
-        return np.array([*found, *(x / PRIOR_SPREAD for x in logs)])
+        return np.array([*scaled, *(x / PRIOR_SPREAD for x in logs)])
 
     logs = np.zeros(len(free))
     base = errors(logs)
@@ -191,7 +198,7 @@ def fit_many(
 def calibrate(
     name: str,
     date: str,
-    points: Sequence[Point],
+    points: Sequence[MeasuredPoint],
     specs: Mapping[str, ModelSpec],
     gpu: Gpu,
     *,
@@ -217,16 +224,18 @@ def save(calibration: Calibration, path: Path) -> None:
 def load(path: Path) -> Calibration:
     """Raises: ConfigError for a file that is missing, no calibration, or of another format."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+        calibration = msgspec.json.decode(path.read_bytes(), type=Calibration)
     except OSError as error:
         raise ConfigError(f"calibration {path} cannot be read: {error}") from error
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"calibration {path} is none ({error}); make one with kervan calibrate") from error
-    if found.format != FORMAT:
-        raise ConfigError(f"calibration {path} has format {found.format}, this kervan reads {FORMAT}; calibrate again")
-    bad = [n for n in FREE if not 0 < getattr(found.constants, n) < math.inf]
+    if calibration.format != FORMAT:
+        raise ConfigError(
+            f"calibration {path} has format {calibration.format}, this kervan reads {FORMAT}; calibrate again"
+        )
+    bad = [n for n in FREE if not 0 < getattr(calibration.constants, n) < math.inf]
     if bad:
         raise ConfigError(
-            f"calibration {path}: {bad[0]}={getattr(found.constants, bad[0])} is not above 0; calibrate again"
+            f"calibration {path}: {bad[0]}={getattr(calibration.constants, bad[0])} is not above 0; calibrate again"
         )
-    return found
+    return calibration

@@ -3,21 +3,21 @@
 from pathlib import Path
 
 from kervan.errors import ConfigError
-from kervan.plan.candidates import Candidate
-from kervan.plan.search import Plan
+from kervan.plan.explain import LayoutPlan
+from kervan.plan.rank import PlannedLayout
 
 
-def pareto(candidates: list[Candidate]) -> list[Candidate]:
+def pareto(layouts: list[PlannedLayout]) -> list[PlannedLayout]:
     """Those that no other beats in both tokens/s per GPU and time per token, by time per token."""
     best, front = 0.0, []
-    for c in sorted(candidates, key=lambda c: (c.tpot_p50_ms, -c.out_tok_s / c.layout.gpus)):
+    for c in sorted(layouts, key=lambda c: (c.tpot_p50_ms, -c.out_tok_s / c.layout.gpus)):
         if c.out_tok_s / c.layout.gpus > best:
             best = c.out_tok_s / c.layout.gpus
             front.append(c)
     return front
 
 
-def write(plan: Plan, path: Path) -> None:
+def write(plan: LayoutPlan, path: Path) -> None:
     """Write the plot; it needs no network to be looked at.
 
     Raises: ConfigError without plotly, or when the file cannot be written.
@@ -26,7 +26,7 @@ def write(plan: Plan, path: Path) -> None:
         import plotly.graph_objects as go
     except ImportError as error:
         raise ConfigError("--plot needs plotly; pip install 'kervan[bench]'") from error
-    fitting = [c for c in plan.candidates if c.fits]
+    fitting = [c for c in plan.layouts if c.fits]
     front = pareto(fitting)
     figure = go.Figure()
     for name, mode, rows in (("layouts", "markers+text", fitting), ("Pareto front", "lines", front)):
@@ -39,7 +39,7 @@ def write(plan: Plan, path: Path) -> None:
             textposition="top center",
         )
     figure.update_layout(
-        title=f"{plan.question.spec.architecture} on {plan.question.gpus} x {plan.question.gpu.name}",
+        title=f"{plan.request.spec.architecture} on {plan.request.gpus} x {plan.request.gpu.name}",
         xaxis_title="tokens/s of one stream (1 / TPOT p50)",
         yaxis_title="output tokens/s per GPU",
         template="simple_white",

@@ -46,16 +46,16 @@ def limits(spec: ModelSpec, gpu: Gpu, arguments: Mapping[str, Any], *, needed_to
         if value is None:
             return default
         try:
-            found = float(value)
+            converted = float(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"engine argument {name}={value!r} is no number; write for example {name}={default:g}"
             ) from error
-        if not least <= found <= most:
+        if not least <= converted <= most:
             raise ConfigError(
                 f"engine argument {name}={value} is outside {least:g} to {most:g}; the default is {default:g}"
             )
-        return found
+        return converted
 
     budget = int(number("max_num_batched_tokens", 8192 if is_large else 2048, 64, 1e7))
     fitting = max(8192, 1 << max(0, needed_tokens - 1).bit_length())

@@ -24,7 +24,7 @@ VOCAB_PADDING = 64  # source: vLLM's VocabParallelEmbedding
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryEstimate:
     """One GPU of the fullest stage, in GiB, and what its KV cache holds. `kv_tokens` counts a whole replica.
 
     `kv_gib` is negative when the model does not fit.
@@ -40,6 +40,7 @@ class Memory:
 
     @property
     def fits(self) -> bool:
+        """Whether the KV cache has at least a block."""
         return self.kv_tokens >= BLOCK_TOKENS
 
 
@@ -103,7 +104,9 @@ def sequence_bytes(spec: ModelSpec, layout: Layout, limits: EngineLimits, stage:
     return total
 
 
-def estimate(spec: ModelSpec, layout: Layout, gpu: Gpu, limits: EngineLimits, *, context_tokens: float = 0.0) -> Memory:
+def estimate(
+    spec: ModelSpec, layout: Layout, gpu: Gpu, limits: EngineLimits, *, context_tokens: float = 0.0
+) -> MemoryEstimate:
     """The memory of a replica's fullest GPU.
 
     `context_tokens`: mean length of a sequence (`max_model_len` without it). It matters where layers keep a window or
@@ -113,12 +116,12 @@ def estimate(spec: ModelSpec, layout: Layout, gpu: Gpu, limits: EngineLimits, *,
     length = context_tokens or float(limits.max_model_len)
     overhead = CONTEXT_GIB + (NCCL_GIB if layout.gpus_per_replica > 1 else 0.0)
     overhead += 0.0 if limits.is_runner_v2 else GRAPHS_V1_GIB
-    found = []
+    estimates = []
     for stage in stages(spec, layout.pp):
         weights = weight_bytes(spec, layout, stage) / GIB
         activations = activation_bytes(spec, layout, limits, stage) / GIB
         pool = total * limits.gpu_memory_utilization - weights - activations - overhead
         per_token = sequence_bytes(spec, layout, limits, stage, length) / length
         tokens = int(max(0.0, pool) * GIB / per_token) // BLOCK_TOKENS * BLOCK_TOKENS
-        found.append(Memory(total, weights, activations, overhead, pool, tokens, per_token))
-    return min(found, key=lambda memory: (memory.kv_tokens, memory.kv_gib))
+        estimates.append(MemoryEstimate(total, weights, activations, overhead, pool, tokens, per_token))
+    return min(estimates, key=lambda memory: (memory.kv_tokens, memory.kv_gib))

@@ -40,6 +40,7 @@ class Batch(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """All that are computed."""
         return self.sequences + self.prefill_tokens
 
 
@@ -61,6 +62,7 @@ class Terms:
 
     @property
     def total_s(self) -> float:
+        """Their sum."""
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
@@ -118,8 +120,8 @@ class StepTime:
         """The same for all stages."""
         if len(self.stages) == 1:
             return [self.stages[0].total_s(batch)]
-        found = [stage.total_s(batch) for stage in self._distinct]
-        return [found[kind] for kind in self._kind_of]
+        times_s = [stage.total_s(batch) for stage in self._distinct]
+        return [times_s[kind] for kind in self._kind_of]
 
     @property
     def is_pipelined(self) -> bool:
@@ -128,9 +130,9 @@ class StepTime:
 
     def pass_s(self, batch: Batch) -> tuple[float, float, float]:
         """Of a batch in a pipeline: seconds through all stages and hand-overs, in the slowest stage, in the last."""
-        found = [stage.total_s(batch) for stage in self._distinct]
-        whole_s = sum(count * one_s for count, one_s in zip(self._counts, found, strict=True))
-        return whole_s + (self.layout.pp - 1) * self.hand_over_s(batch), max(found), found[-1]
+        times_s = [stage.total_s(batch) for stage in self._distinct]
+        whole_s = sum(count * one_s for count, one_s in zip(self._counts, times_s, strict=True))
+        return whole_s + (self.layout.pp - 1) * self.hand_over_s(batch), max(times_s), times_s[-1]
 
     def context_token_s(self, index: int) -> float:
         """What a stage takes longer for each token of context more."""
@@ -285,14 +287,14 @@ class _Stage:
 
     def terms(self, batch: Batch) -> Terms:
         linear = self._linear_s(batch.tokens)
-        found = dataclasses.replace(
+        terms = dataclasses.replace(
             linear,
             kv_read=self._kv_read_s(batch),
             prefill_attention=self._prefill_attention_s(batch),
             head=self._head_s(batch.samples) if self.is_last and batch.samples else 0.0,
             overhead=self._overhead_s(batch),
         )
-        return dataclasses.replace(found, host=max(0.0, self._host_s(batch) - found.total_s))
+        return dataclasses.replace(terms, host=max(0.0, self._host_s(batch) - terms.total_s))
 
     def total_s(self, batch: Batch) -> float:
         busy_s: float = self._linear_total_s(batch.tokens) + self._kv_read_s(batch)

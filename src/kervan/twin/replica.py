@@ -21,7 +21,7 @@ from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, Ready
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
-from kervan.twin.engine import Output, Step, TwinEngine, TwinSettings
+from kervan.twin.token_engine import TwinEngine, TwinOutput, TwinSettings, TwinStep
 from kervan.twin.wire import ABORT, ADD, UTILITY, GatewayWire, read_ids
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class TwinReplica:
         self._report = report
         self._commands: deque[Command] = deque()
         self._wires: list[GatewayWire] = []
-        self._step: Step | None = None
+        self._step: TwinStep | None = None
         self._step_ends_s = 0.0
         self._num_steps = 0
         self._step_clock = StepClock()
@@ -80,6 +80,7 @@ class TwinReplica:
 
     @property
     def facts(self) -> wire.EngineFacts:
+        """What it tells gateways of its engine."""
         limits = self.engine.limits
         return wire.EngineFacts(
             limits.max_model_len,
@@ -90,6 +91,7 @@ class TwinReplica:
         )
 
     def close(self) -> None:
+        """Close its sockets; it cannot be used any more."""
         self._context.destroy(linger=0)
         os.close(self._wake_read)
         os.close(self._wake_write)
@@ -148,7 +150,7 @@ class TwinReplica:
         self._num_steps += 1
         self._step_clock.stepped()
         self._num_tokens += len(outputs)
-        by_client: dict[int, list[Output]] = {}
+        by_client: dict[int, list[TwinOutput]] = {}
         for output in outputs:
             by_client.setdefault(output.client, []).append(output)
         for client, own in by_client.items():
@@ -211,7 +213,7 @@ class TwinReplica:
                 self._input.send_multipart([identity, wire.PONG, self._pong(self.sessions.all[client])])
             elif kind == ADD:
                 self._step_clock.work_comes(has_work=self.engine.has_work)
-                self.engine.add(self._wires[client].read_ask(frames[0], client), time.monotonic())
+                self.engine.add(self._wires[client].read_request(frames[0], client), time.monotonic())
             elif kind == ABORT:
                 self.engine.abort(read_ids(frames[0]))
             elif kind == UTILITY:

@@ -14,18 +14,18 @@ from kervan.facts.architecture import ModelSpec
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout
 from kervan.plan.calibration import PRIOR
-from kervan.sim import limits as plan_engine
+from kervan.sim import limits as engine_limits
 from kervan.sim import memory
-from kervan.sim.limits import EngineLimits
+from kervan.sim.limits import BLOCK_TOKENS, EngineLimits
 from kervan.sim.step_time import Batch, StepTime
-from kervan.twin.engine import BLOCK_SIZE, Limits, StepTiming, TwinSettings
+from kervan.twin.token_engine import StepTiming, TwinLimits, TwinSettings
 
 # Where the straight lines through the planner's step time are taken.
 TYPICAL_SEQUENCES = 64
 TYPICAL_PROMPT = 1024
 MAX_PER_NODE = 100  # Ray Serve's own bound
 
-# What the user may set with --twin, besides the fields of StepTiming and Limits.
+# What the user may set with --twin, besides the fields of StepTiming and TwinLimits.
 EXTRA = {"speed": 1.0, "kv_tokens": 0, "spot_per_node": 0}
 
 
@@ -41,12 +41,12 @@ def settings(config: FleetConfig) -> TwinSettings:
     gpu = hardware.gpu(config.gpu)
     given = _given(config.twin)
     layout = Layout(config.tp, config.pp, 1, config.ep)
-    engine_limits = plan_engine.limits(spec, gpu, {"max_model_len": spec.max_model_len, **config.engine_args})
-    values = _sizes(spec, gpu, layout, engine_limits, given) | _times(spec, gpu, layout, engine_limits)
+    modelled = engine_limits.limits(spec, gpu, {"max_model_len": spec.max_model_len, **config.engine_args})
+    values = _sizes(spec, gpu, layout, modelled, given) | _times(spec, gpu, layout, modelled)
     values |= _tokens(config.model, spec.vocab, _eos_token(described, spec.vocab))
     values |= {key: value for key, value in given.items() if key not in EXTRA}
     timing = StepTiming(**{f.name: float(values[f.name]) for f in dataclasses.fields(StepTiming)})
-    limits = Limits(**{f.name: int(values[f.name]) for f in dataclasses.fields(Limits) if f.name in values})
+    limits = TwinLimits(**{f.name: int(values[f.name]) for f in dataclasses.fields(TwinLimits) if f.name in values})
     _check(limits)
     return TwinSettings(timing, limits, given["speed"])
 
@@ -60,7 +60,7 @@ def spot_per_node(config: FleetConfig) -> int:
 
 
 def _given(words: Mapping[str, Any]) -> dict[str, float]:
-    fields = {f.name for f in (*dataclasses.fields(StepTiming), *dataclasses.fields(Limits))}
+    fields = {f.name for f in (*dataclasses.fields(StepTiming), *dataclasses.fields(TwinLimits))}
     known = sorted(fields | set(EXTRA))
     given: dict[str, float] = dict(EXTRA)
     for key, value in words.items():
@@ -100,7 +100,7 @@ def _sizes(
             "use a larger --tp"
         )
     return {
-        "num_blocks": kv_tokens // int(given.get("block_size", BLOCK_SIZE)),
+        "num_blocks": kv_tokens // int(given.get("block_size", BLOCK_TOKENS)),
         "max_num_seqs": limits.max_num_seqs,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "max_model_len": limits.max_model_len,
@@ -111,11 +111,11 @@ def _times(spec: ModelSpec, gpu: Gpu, layout: Layout, limits: EngineLimits) -> d
     """The planner's step time as a straight line in each of its arguments: one sequence and `TYPICAL_SEQUENCES`, no
     context and some, no prompt and a full budget.
     """
-    time = StepTime(spec, layout, gpu, limits, PRIOR.constants)
+    step_time = StepTime(spec, layout, gpu, limits, PRIOR.constants)
 
     def step_s(sequences: int = 1, context: float = 0.0, prefill: int = 0) -> float:
         pairs = prefill * min(prefill, TYPICAL_PROMPT) / 2
-        return time.total_s(Batch(sequences, context, prefill, pairs, sequences))
+        return step_time.total_s(Batch(sequences, context, prefill, pairs, sequences))
 
     alone_s = step_s()
     sequence_s = (step_s(TYPICAL_SEQUENCES) - alone_s) / (TYPICAL_SEQUENCES - 1)
@@ -124,7 +124,7 @@ def _times(spec: ModelSpec, gpu: Gpu, layout: Layout, limits: EngineLimits) -> d
         "base_s": alone_s - sequence_s,
         "prefill_token_s": (step_s(prefill=budget) - alone_s) / budget,
         "sequence_s": sequence_s,
-        "context_token_s": sum(time.context_token_s(index) for index in range(layout.pp)),
+        "context_token_s": sum(step_time.context_token_s(index) for index in range(layout.pp)),
     }
 
 
@@ -143,7 +143,7 @@ def _tokens(model: str, vocab: int, eos_token: int) -> dict[str, float]:
     return {"first_token": first, "last_token": last, "eos_token": eos_token}
 
 
-def _check(limits: Limits) -> None:
+def _check(limits: TwinLimits) -> None:
     if limits.num_blocks * limits.block_size < limits.max_model_len:
         raise ConfigError(
             f"num_blocks={limits.num_blocks} blocks of {limits.block_size} tokens hold "

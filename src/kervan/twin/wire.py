@@ -12,7 +12,7 @@ import msgspec
 
 from kervan.fleet import wire
 from kervan.fleet.sessions import RefusalError
-from kervan.twin.engine import Ask, Output
+from kervan.twin.token_engine import TwinOutput, TwinRequest
 
 ADD, ABORT, UTILITY = b"\x00", b"\x01", b"\x03"
 FINISH = {"stop": 0, "length": 1}
@@ -60,7 +60,7 @@ class GatewayWire:
         self._utility = _need(outputs, "utility_output")
         self._head: list[Any] = [0] + [None] * self._utility  # engine_index, then what stands at its default
 
-    def read_ask(self, frame: bytes | memoryview, client: int) -> Ask:
+    def read_request(self, frame: bytes | memoryview, client: int) -> TwinRequest:
         """The request in an ADD.
 
         Raises: msgspec.MsgspecError, LookupError, TypeError for what is no request.
@@ -69,7 +69,7 @@ class GatewayWire:
         sampling = fields[self._sampling] or {}
         max_tokens = sampling.get("max_tokens", MAX_TOKENS_DEFAULT)
         generated = (sampling.get("extra_args") or {}).get(wire.GENERATED, ())  # a moved stream's
-        return Ask(
+        return TwinRequest(
             id=fields[self._id],
             client=client,
             prompt=[*fields[self._prompt], *generated],
@@ -79,7 +79,7 @@ class GatewayWire:
             stop_tokens=frozenset(sampling.get("stop_token_ids") or ()),
         )
 
-    def outputs(self, outputs: Sequence[Output], now_s: float) -> bytes:
+    def outputs(self, outputs: Sequence[TwinOutput], now_s: float) -> bytes:
         """EngineCoreOutputs with one token for each."""
         rows: list[list[Any]] = []
         for output in outputs:

@@ -55,7 +55,7 @@ def test_kernels_and_collectives_are_measured_on_cpu_and_kept(tmp_path: Path) ->
     found = measure_host.MeasurementLog(blank, states.append)
     parts = measure_host.Parts(measure_host.Settings(), found, said.append, end_s=time.monotonic() + 240)
     parts.kernels("cpu", TINY)
-    parts.collectives(2, collectives.CollectivePlan(on_gpu=False, bytes=(64, 4096)))
+    parts.collectives(2, collectives.CollectivesPlan(on_gpu=False, bytes=(64, 4096)))
 
     value = found.value
     assert value.notes == ()

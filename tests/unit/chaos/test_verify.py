@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kervan.chaos.verify import Difference, compare
-from kervan.twin.engine import Limits, answer
+from kervan.twin.token_engine import TwinLimits, answer
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_broken_stream_that_was_right_so_far_has_no_difference(truth: list[int
     assert compare(truth, truth[:length], is_whole=False) == Difference()
 
 
-LIMITS = Limits(num_blocks=100, first_token=5, last_token=500, eos_token=1)
+LIMITS = TwinLimits(num_blocks=100, first_token=5, last_token=500, eos_token=1)
 
 
 @pytest.mark.parametrize("at", [0, 1, 57, 99])

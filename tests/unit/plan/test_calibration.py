@@ -13,7 +13,7 @@ from kervan.errors import ConfigError
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
 from kervan.plan import calibration
-from kervan.plan.calibration import PRIOR, Point
+from kervan.plan.calibration import PRIOR, MeasuredPoint
 
 
 def config(name: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def config(name: str) -> dict[str, Any]:
 
 GPU = hardware.gpu("H200")
 LINES = (MODELS.parent / "records/bare-h200-2026-11-22.jsonl").read_text().splitlines()
-POINTS = [Point(**json.loads(line)) for line in LINES]
+POINTS = [MeasuredPoint(**json.loads(line)) for line in LINES]
 SPECS = {name: parse(config(name), name) for name in {point.model for point in POINTS}}
 
 

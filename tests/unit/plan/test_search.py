@@ -11,7 +11,7 @@ from kervan.config.workload import Slo, parse_lengths
 from kervan.errors import CapacityError, ConfigError
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
-from kervan.plan.candidates import Question
+from kervan.plan.request import PlanRequest
 from kervan.plan.search import search
 from kervan.sim import limits as engine
 
@@ -24,102 +24,102 @@ def config(name: str) -> dict[str, Any]:
 H200 = hardware.gpu("H200")
 
 
-def question(name: str = "llama3-8b", *, gpu: hardware.Gpu = H200, **given: Any) -> Question:
+def plan_request(name: str = "llama3-8b", *, gpu: hardware.Gpu = H200, **given: Any) -> PlanRequest:
     given = {"isl": parse_lengths("512"), "osl": parse_lengths("32"), "gpus": 2, "concurrency": 4} | given
-    return Question(spec=parse(config(name), name), gpu=gpu, **given)
+    return PlanRequest(spec=parse(config(name), name), gpu=gpu, **given)
 
 
 def test_those_that_keep_the_slo_come_first() -> None:
-    plan = search(question("llama3-70b", gpus=4, concurrency=8, slo=Slo(tpot_s=0.021)))
-    likely = [c.meets_slo >= 0.5 for c in plan.candidates if c.fits]
+    plan = search(plan_request("llama3-70b", gpus=4, concurrency=8, slo=Slo(tpot_s=0.021)))
+    likely = [c.meets_slo >= 0.5 for c in plan.layouts if c.fits]
     assert likely == sorted(likely, reverse=True)
-    assert [c.fits for c in plan.candidates] == sorted((c.fits for c in plan.candidates), reverse=True)
+    assert [c.fits for c in plan.layouts] == sorted((c.fits for c in plan.layouts), reverse=True)
     assert plan.best.layout.tp == 4
-    assert any(not c.fits and c.reason for c in plan.candidates)  # 70B on one GPU
+    assert any(not c.fits and c.reason for c in plan.layouts)  # 70B on one GPU
 
 
 def test_where_none_keeps_the_slo_the_nearest_comes_first() -> None:
-    plan = search(question("llama3-70b", gpus=4, concurrency=8, slo=Slo(tpot_s=0.005)))
-    times = [c.tpot_p99_ms for c in plan.candidates if c.fits]
+    plan = search(plan_request("llama3-70b", gpus=4, concurrency=8, slo=Slo(tpot_s=0.005)))
+    times = [c.tpot_p99_ms for c in plan.layouts if c.fits]
     assert times == sorted(times)
     assert "no layout is likely to keep the SLO" in plan.verdict
 
 
 @pytest.mark.parametrize("goal", ["cost", "throughput", "latency"])
 def test_the_best_is_that_of_the_goal(goal: Any) -> None:
-    plan = search(question(goal=goal, usd_per_gpu_h=2.0))
+    plan = search(plan_request(goal=goal, usd_per_gpu_h=2.0))
     figures = {
         "cost": lambda c: -c.usd_per_mtok, "throughput": lambda c: c.out_tok_s, "latency": lambda c: -c.tpot_p50_ms
     }  # fmt: skip
-    assert plan.best == max(plan.candidates, key=figures[goal])
+    assert plan.best == max(plan.layouts, key=figures[goal])
 
 
 def test_two_that_are_alike_are_told() -> None:
-    plan = search(question(gpus=2, goal="throughput"))
-    spread = dict.fromkeys(plan.question.calibration.spread, 1.0)
-    vague = dataclasses.replace(plan.question.calibration, spread=spread)
-    assert any("cannot be told apart" in note for note in search(question(calibration=vague)).notes)
+    plan = search(plan_request(gpus=2, goal="throughput"))
+    spread = dict.fromkeys(plan.request.calibration.spread, 1.0)
+    vague = dataclasses.replace(plan.request.calibration, spread=spread)
+    assert any("cannot be told apart" in note for note in search(plan_request(calibration=vague)).notes)
 
 
 def test_rough_figures_are_told_and_no_few_gpus_have_them() -> None:
     """Long pipelines far behind the best are looked at shortly; of what is measured on a few GPUs nothing is."""
     note = "simulated once, with less load: their figures are rough"
-    assert any(note in told for told in search(question("llama3-70b", gpus=32, concurrency=32)).notes)
-    assert not any(note in told for told in search(question("llama3-70b", gpus=4, concurrency=32)).notes)
-    pipeline = search(question("llama3-70b", gpus=32, concurrency=32, fixed={"pp": 32}))
+    assert any(note in told for told in search(plan_request("llama3-70b", gpus=32, concurrency=32)).notes)
+    assert not any(note in told for told in search(plan_request("llama3-70b", gpus=4, concurrency=32)).notes)
+    pipeline = search(plan_request("llama3-70b", gpus=32, concurrency=32, fixed={"pp": 32}))
     assert not any(note in told for told in pipeline.notes)
 
 
 def test_what_fits_nowhere_says_what_would_do() -> None:
     with pytest.raises(CapacityError, match=r"GiB more than the .* use --gpus 4 or the weights in"):
-        search(question("llama3-70b", gpu=hardware.gpu("L40S"), gpus=2))
+        search(plan_request("llama3-70b", gpu=hardware.gpu("L40S"), gpus=2))
     with pytest.raises(ConfigError, match="longer than max_model_len=8192"):
-        search(question(isl=parse_lengths("9000")))
+        search(plan_request(isl=parse_lengths("9000")))
 
 
 def test_one_layout() -> None:
-    plan = search(question(gpus=4, fixed={"tp": 2, "pp": 2}))
-    assert [str(c.layout) for c in plan.candidates] == ["TP2xPP2"]
+    plan = search(plan_request(gpus=4, fixed={"tp": 2, "pp": 2}))
+    assert [str(c.layout) for c in plan.layouts] == ["TP2xPP2"]
     with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4"):
-        search(question(gpus=4, fixed={"tp": 2, "dp": 4}))
+        search(plan_request(gpus=4, fixed={"tp": 2, "dp": 4}))
 
 
 def test_a_rate_above_capacity_is_said() -> None:
-    plan = search(question(gpus=1, concurrency=None, rate=10_000.0, slo=Slo(ttft_s=1.0)))
+    plan = search(plan_request(gpus=1, concurrency=None, rate=10_000.0, slo=Slo(ttft_s=1.0)))
     assert plan.best.meets_slo == 0.0
     assert "faster than they are served" in plan.best.reason
     assert "no layout is likely to keep the SLO" in plan.verdict
 
 
 def test_without_a_load_the_best_keeps_the_slo() -> None:
-    plan = search(question("llama3-70b", gpus=16, nodes=2, concurrency=None, slo=Slo(ttft_s=2.0, tpot_s=0.05)))
+    plan = search(plan_request("llama3-70b", gpus=16, nodes=2, concurrency=None, slo=Slo(ttft_s=2.0, tpot_s=0.05)))
     assert plan.best.meets_slo > 0.5
     assert plan.best.tpot_p99_ms <= 50
-    assert {c.layout.gpus for c in plan.candidates} == {16}
+    assert {c.layout.gpus for c in plan.layouts} == {16}
 
 
 def test_an_unknown_architecture_is_said() -> None:
     spec = parse(config("llama3-8b") | {"model_type": "new", "architectures": ["NewForCausalLM"]}, "new")
-    plan = search(dataclasses.replace(question(gpus=1), spec=spec))
+    plan = search(dataclasses.replace(plan_request(gpus=1), spec=spec))
     assert any("NewForCausalLM is not an architecture that kervan knows" in note for note in plan.notes)
 
 
 def test_stages_that_take_turns_are_told() -> None:
-    told = {name: search(question(name)).notes for name in ("llama3-8b", "qwen25-14b")}
+    told = {name: search(plan_request(name)).notes for name in ("llama3-8b", "qwen25-14b")}
     assert [note for note in told["llama3-8b"] if "turns" in note] == []
     (note,) = (note for note in told["qwen25-14b"] if "turns" in note)
     assert note.startswith("vLLM 0.24 serves Qwen2ForCausalLM with its model runner V1: pipeline stages take turns")
-    assert not any("turns" in note for note in search(question("qwen25-14b", fixed={"tp": 2})).notes)
+    assert not any("turns" in note for note in search(plan_request("qwen25-14b", fixed={"tp": 2})).notes)
 
 
 def test_engine_arguments_that_no_figure_depends_on_are_told() -> None:
     (told,) = (
         note
-        for note in search(question(arguments={"max_num_seqs": 32, "gpu_memory_utilisation": 0.5, "seed": 1})).notes
+        for note in search(plan_request(arguments={"max_num_seqs": 32, "gpu_memory_utilisation": 0.5, "seed": 1})).notes
         if "engine argument" in note
     )
     assert "gpu_memory_utilisation, seed; kervan up hands it to vLLM" in told
-    assert not any("engine argument" in note for note in search(question(arguments={"max_num_seqs": 32})).notes)
+    assert not any("engine argument" in note for note in search(plan_request(arguments={"max_num_seqs": 32})).notes)
 
 
 def test_engine_arguments_that_count_are_those_that_are_read() -> None:
@@ -141,4 +141,4 @@ def test_engine_arguments_that_count_are_those_that_are_read() -> None:
 )  # fmt: skip
 def test_engine_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="engine argument"):
-        search(question(arguments=arguments))
+        search(plan_request(arguments=arguments))

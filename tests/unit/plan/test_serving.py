@@ -13,9 +13,10 @@ from kervan.facts import hardware
 from kervan.facts.architecture import parse
 from kervan.facts.layout import Layout
 from kervan.plan import serving
-from kervan.plan.serving import Ask
+from kervan.plan.serving import LoadRequest
 from kervan.sim import limits as engine
 from kervan.sim.constants import Constants
+from kervan.sim.scheduler import Scheduler
 from kervan.sim.step_time import Batch, StepTime
 
 
@@ -37,7 +38,7 @@ ROOM = 900_000
 
 def closed(
     streams: int, *, pp: int = 1, count: int = 64, room: int = ROOM, seed: int = 0, **more: int
-) -> serving.Served:
+) -> serving.LoadResult:
     return serving.closed_loop(
         TIMES[pp], serving.fixed(count, 512, 64), streams=streams, kv_tokens=room, seed=seed, **more
     )
@@ -51,29 +52,29 @@ def closed(
 def test_every_request_is_answered_in_any_pool(
     lengths: list[tuple[int, int]], streams: int, time: StepTime, room: int
 ) -> None:
-    asks = [Ask(0.0, prompt, answer) for prompt, answer in lengths]
-    found = serving.closed_loop(time, asks, streams=streams, kv_tokens=room)
+    requests = [LoadRequest(0.0, prompt, answer) for prompt, answer in lengths]
+    found = serving.closed_loop(time, requests, streams=streams, kv_tokens=room)
     assert found.is_stable
-    assert sorted(a.output_tokens for a in found.answers) == sorted(answer for _, answer in lengths)
-    assert all(a.sent_s < a.first_s <= a.last_s for a in found.answers)
+    assert sorted(a.output_tokens for a in found.responses) == sorted(answer for _, answer in lengths)
+    assert all(a.sent_s < a.first_s <= a.last_s for a in found.responses)
 
 
 def test_a_full_pool_preempts_and_is_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
     most = []
-    compose = serving._Replica._compose
+    compose = Scheduler.compose
 
-    def watched(self: serving._Replica, now_s: float) -> object:
-        step = compose(self, now_s)
-        most.append(self.held_tokens)
-        assert self.held_tokens >= 0
+    def watched(self: Scheduler[Any], *given: Any) -> object:
+        step = compose(self, *given)
+        self.check_integrity()
+        most.append(self.num_blocks - self.free_blocks)
         return step
 
-    monkeypatch.setattr(serving._Replica, "_compose", watched)
-    asks = serving.fixed(24, 100, 400)
-    found = serving.closed_loop(TIMES[1], asks, streams=24, kv_tokens=3000)
+    monkeypatch.setattr(Scheduler, "compose", watched)
+    requests = serving.fixed(24, 100, 400)
+    found = serving.closed_loop(TIMES[1], requests, streams=24, kv_tokens=3000)
     assert found.is_stable
     assert found.preemptions > 0
-    assert len(found.answers) == 24
+    assert len(found.responses) == 24
     assert max(most) <= 3000
 
 
@@ -90,10 +91,10 @@ def test_a_seed_fixes_the_run() -> None:
 
 @pytest.mark.parametrize("time", [TIMES[1], TIMES[2], TURNS[2]], ids=["pp 1", "pp 2", "pp 2, V1"])
 def test_steps_taken_together_change_no_time(time: StepTime, monkeypatch: pytest.MonkeyPatch) -> None:
-    asks = serving.fixed(64, 512, 64)
-    together = serving.closed_loop(time, asks, streams=16, kv_tokens=ROOM)
-    monkeypatch.setattr(serving._Replica, "_repeats", lambda *_: 1)
-    single = serving.closed_loop(time, asks, streams=16, kv_tokens=ROOM)
+    requests = serving.fixed(64, 512, 64)
+    together = serving.closed_loop(time, requests, streams=16, kv_tokens=ROOM)
+    monkeypatch.setattr(Scheduler, "_repeats", lambda *_: 1)
+    single = serving.closed_loop(time, requests, streams=16, kv_tokens=ROOM)
     assert together.out_tok_s == pytest.approx(single.out_tok_s, rel=1e-3)
     assert together.tpot_s(0.5) == pytest.approx(single.tpot_s(0.5), rel=2e-3)
     assert together.ttft_s(0.5) == pytest.approx(single.ttft_s(0.5), rel=2e-2)
@@ -109,7 +110,7 @@ def prefill_s(time: StepTime, prompts: int, tokens: int) -> float:
     quick = dataclasses.replace(time.constants, prompt_s=0.0, prompt_token_s=0.0, output_s=0.0, delivery_s=0.0)
     time = StepTime(time.spec, time.layout, time.gpu, time.limits, quick)
     found = serving.closed_loop(time, serving.fixed(prompts, tokens, 1), streams=prompts, kv_tokens=ROOM)
-    return max(answer.first_s for answer in found.answers)
+    return max(response.first_s for response in found.responses)
 
 
 @pytest.mark.parametrize("pp", [2, 4])
@@ -128,8 +129,8 @@ def test_parts_of_a_prompt_follow_each_other_on_runner_v1_too() -> None:
 
 @pytest.mark.parametrize("pp", [2, 4])
 def test_one_stream_is_as_fast_on_both_runners(pp: int) -> None:
-    asks = serving.fixed(4, 512, 64)
-    turns, piped = (serving.closed_loop(time[pp], asks, streams=1, kv_tokens=ROOM) for time in (TURNS, TIMES))
+    requests = serving.fixed(4, 512, 64)
+    turns, piped = (serving.closed_loop(time[pp], requests, streams=1, kv_tokens=ROOM) for time in (TURNS, TIMES))
     assert turns.tpot_s(0.5) == pytest.approx(piped.tpot_s(0.5), rel=0.01)
 
 
@@ -137,7 +138,7 @@ def test_an_open_loop_waits_above_its_capacity() -> None:
     slow, fast = (
         serving.open_loop(TIMES[1], serving.poisson(200, rate, 512, 64), kv_tokens=ROOM) for rate in (5.0, 5000.0)
     )
-    assert len(slow.answers) == len(fast.answers) == 200
+    assert len(slow.responses) == len(fast.responses) == 200
     assert slow.requests_s == pytest.approx(5.0, rel=0.2)
     assert fast.requests_s < 500
     assert fast.ttft_s(0.5) > 5 * slow.ttft_s(0.5)

@@ -8,8 +8,8 @@ import pytest
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError, ConfigError
-from kervan.twin.engine import Ask, TwinEngine, TwinSettings
 from kervan.twin.settings import settings
+from kervan.twin.token_engine import TwinEngine, TwinRequest, TwinSettings
 
 LLAMA3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -50,7 +50,9 @@ def closed_loop_tok_s(found: TwinSettings, streams: int) -> float:
     now_s, added, tokens = 0.0, 0, 0
     while True:
         while added < 4 * streams and len(twin.clients_of(0)) < streams:
-            twin.add(Ask(id=str(added), client=0, prompt=range(added, added + 1024), max_tokens=256, ignore_eos=True))
+            twin.add(
+                TwinRequest(id=str(added), client=0, prompt=range(added, added + 1024), max_tokens=256, ignore_eos=True)
+            )
             added += 1
         step = twin.start_step()
         if step is None:

@@ -6,24 +6,33 @@ from collections import Counter
 
 import pytest
 
-from kervan.twin.engine import Ask, Limits, Output, StepTiming, TwinEngine, answer, extend, next_token
+from kervan.twin.token_engine import (
+    StepTiming,
+    TwinEngine,
+    TwinLimits,
+    TwinOutput,
+    TwinRequest,
+    answer,
+    extend,
+    next_token,
+)
 
 TIMING = StepTiming(base_s=1.0, prefill_token_s=0.1, sequence_s=0.01, context_token_s=0.001)
-LIMITS = Limits(num_blocks=8, block_size=4, max_num_seqs=2, max_num_batched_tokens=10, max_model_len=32)
+LIMITS = TwinLimits(num_blocks=8, block_size=4, max_num_seqs=2, max_num_batched_tokens=10, max_model_len=32)
 
 
 def engine(**changes: int) -> TwinEngine:
     settings = {field: getattr(LIMITS, field) for field in LIMITS.__slots__} | changes
-    return TwinEngine(TIMING, Limits(**settings))
+    return TwinEngine(TIMING, TwinLimits(**settings))
 
 
-def ask(name: str, num_prompt: int, max_tokens: int = 3, **more: object) -> Ask:
-    return Ask(id=name, client=0, prompt=range(num_prompt), max_tokens=max_tokens, ignore_eos=True, **more)  # type: ignore[arg-type]
+def ask(name: str, num_prompt: int, max_tokens: int = 3, **more: object) -> TwinRequest:
+    return TwinRequest(id=name, client=0, prompt=range(num_prompt), max_tokens=max_tokens, ignore_eos=True, **more)  # type: ignore[arg-type]
 
 
-def run(twin: TwinEngine, num_steps: int = 10_000) -> dict[str, list[Output]]:
+def run(twin: TwinEngine, num_steps: int = 10_000) -> dict[str, list[TwinOutput]]:
     """Step until there is no work; outputs by request."""
-    given: dict[str, list[Output]] = {}
+    given: dict[str, list[TwinOutput]] = {}
     for _ in range(num_steps):
         step = twin.start_step()
         if step is None:
@@ -87,6 +96,19 @@ def test_without_free_blocks_a_request_waits() -> None:
     assert {name: len(outputs) for name, outputs in run(twin).items()} == {"a": 6, "b": 3}
 
 
+def test_a_prompt_starts_when_all_of_it_has_room() -> None:
+    """8 blocks of 4: `a` has 3 of them, so `b`'s first 9 tokens would fit, but not its 24 (`scheduler_reserve_full_isl`)."""
+    twin = engine()
+    twin.add(ask("a", 10, max_tokens=2))
+    twin.add(ask("b", 24))
+    run(twin, 1)
+    step = twin.start_step()
+    assert step is not None
+    assert (twin.num_running, twin.num_waiting, step.prefill_tokens) == (1, 1, 0)
+    assert [output.id for output in twin.end_step(step)] == ["a"]
+    assert set(run(twin)) == {"b"}
+
+
 def test_a_full_pool_preempts_the_youngest_and_its_answer_is_the_same() -> None:
     """Two prompts of 14 tokens (4 blocks each) fill the pool; at 17 tokens `a` needs a fifth block: `b` goes back."""
     twin = engine(max_num_batched_tokens=32)
@@ -129,16 +151,18 @@ def test_a_lost_a_doubled_and_a_changed_token_show_in_what_follows() -> None:
 
 
 def test_tokens_stay_in_range_and_cover_it() -> None:
-    limits = Limits(num_blocks=1, first_token=7, last_token=16)
+    limits = TwinLimits(num_blocks=1, first_token=7, last_token=16)
     seen = Counter(next_token(zlib.crc32(bytes([i % 256, i // 256])), limits) for i in range(10_000))
     assert set(seen) == set(range(7, 17))
     assert min(seen.values()) > 800
 
 
 def test_answers_that_end_by_themselves_have_the_mean_length_asked_for() -> None:
-    twin = TwinEngine(TIMING, Limits(num_blocks=10_000, mean_answer_tokens=50, max_num_seqs=400, max_model_len=1024))
+    twin = TwinEngine(
+        TIMING, TwinLimits(num_blocks=10_000, mean_answer_tokens=50, max_num_seqs=400, max_model_len=1024)
+    )
     for i in range(400):
-        twin.add(Ask(id=str(i), client=0, prompt=[i], max_tokens=900))
+        twin.add(TwinRequest(id=str(i), client=0, prompt=[i], max_tokens=900))
     given = run(twin)
     assert all(outputs[-1].finish == "stop" and outputs[-1].token == 1000 for outputs in given.values())
     mean = sum(map(len, given.values())) / 400
@@ -151,7 +175,7 @@ def test_stop_tokens_min_tokens_and_the_context_end_an_answer() -> None:
     stop = frozenset({tokens[2], tokens[6]})
     twin.add(ask("early", 4, max_tokens=12, stop_tokens=stop))
     twin.add(ask("late", 4, max_tokens=12, stop_tokens=stop, min_tokens=3))
-    twin.add(Ask(id="full", client=0, prompt=range(27), max_tokens=99, ignore_eos=True))
+    twin.add(TwinRequest(id="full", client=0, prompt=range(27), max_tokens=99, ignore_eos=True))
     given = run(twin)
     assert [output.token for output in given["early"]] == tokens[:3]
     assert (given["early"][-1].finish, given["early"][-1].stop_token) == ("stop", tokens[2])
@@ -186,7 +210,7 @@ def test_aborts_during_a_step() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) -> None:
     rng = random.Random(seed)
-    limits = Limits(
+    limits = TwinLimits(
         num_blocks=rng.randint(16, 40), block_size=4, max_num_seqs=rng.randint(1, 9),
         max_num_batched_tokens=rng.randint(1, 40), max_model_len=64,
     )  # fmt: skip
@@ -198,7 +222,9 @@ def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) 
         if i < 150 and rng.random() < 0.3:
             name = str(i)
             prompts[name] = [rng.randrange(1000) for _ in range(rng.randint(1, 40))]
-            twin.add(Ask(id=name, client=0, prompt=prompts[name], max_tokens=rng.randint(1, 20), ignore_eos=True))
+            twin.add(
+                TwinRequest(id=name, client=0, prompt=prompts[name], max_tokens=rng.randint(1, 20), ignore_eos=True)
+            )
         if rng.random() < 0.05 and prompts:
             name = rng.choice(list(prompts))
             if twin.clients_of(0) and name in twin.clients_of(0):
@@ -209,8 +235,8 @@ def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) 
         step = twin.start_step()
         if step is None:
             continue
-        assert sum(num for _, num in step.work) <= limits.max_num_batched_tokens
-        assert len(step.work) <= limits.max_num_seqs
+        assert step.scheduled.batch.tokens <= limits.max_num_batched_tokens
+        assert step.sequences <= limits.max_num_seqs
         for output in twin.end_step(step):
             given.setdefault(output.id, []).append(output.token)
         twin.check_integrity()

@@ -1,0 +1,167 @@
+"""Last step: the plan in plain words: which strategy, what binds it, and what to do when nothing fits."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kervan.facts import layout as layouts
+from kervan.plan.load import PlanLoad
+from kervan.plan.rank import LIKELY, PlannedLayout
+from kervan.plan.request import PlanRequest
+from kervan.plan.screen import step_time
+from kervan.sim import limits as engine_limits
+from kervan.sim.memory import GIB
+from kervan.sim.step_time import Batch
+from kervan.vendor.vllm_names import RUNNER_V2_ARCHITECTURES
+
+ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
+ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
+ROUGH = "layouts far behind the best were simulated once, with less load: their figures are rough"
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutPlan:
+    """Layouts, the best first; those that do not fit last. `verdict` is a sentence, `notes` are more of them."""
+
+    load: PlanLoad
+    layouts: tuple[PlannedLayout, ...]
+    verdict: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def request(self) -> PlanRequest:
+        """What was asked for."""
+        return self.load.request
+
+    @property
+    def best(self) -> PlannedLayout:
+        """The first; it fits."""
+        return self.layouts[0]
+
+
+def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, has_rough: bool) -> LayoutPlan:
+    """The plan of ranked layouts. `has_rough`: figures of some are rough."""
+    notes = _notes(load.request, ranked)
+    if has_rough:
+        notes.append(ROUGH)
+    return LayoutPlan(load, tuple(ranked), _verdict(load.request, ranked), tuple(notes))
+
+
+def step_terms(plan: LayoutPlan) -> list[tuple[str, float, float]]:
+    """(term, ms in a decode step, ms in a prefill step) of one pass of the best layout through all stages, the largest
+    first.
+
+    The decode step runs the planned batch at its mean context, the prefill step a full token budget of prompts.
+    """
+    load, best = plan.load, plan.best
+    times = step_time(load, dataclasses.replace(best.layout, dp=1))
+    sequences = max(1, round(best.mean_batch))
+    decode = Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences)
+    tokens = load.limits.max_num_batched_tokens
+    prefill = Batch(0, 0, tokens, tokens * min(load.isl, tokens) / 2, max(1, int(tokens / load.isl)))
+    rows: dict[str, list[float]] = {}
+    for column, batch in enumerate((decode, prefill)):
+        for index in range(times.layout.pp):
+            terms = times.terms(index, batch)
+            for name in terms.__slots__:
+                rows.setdefault(name, [0.0, 0.0])[column] += 1000 * getattr(terms, name)
+        if times.layout.pp > 1:
+            rows.setdefault("hand_over", [0.0, 0.0])[column] += 1000 * (times.layout.pp - 1) * times.hand_over_s(batch)
+    named = [(name, first, second) for name, (first, second) in rows.items() if first or second]
+    return sorted(named, key=lambda row: -row[1])
+
+
+def nothing_fits(load: PlanLoad, unfit: Sequence[PlannedLayout]) -> str:
+    """What is missing at the layout that comes nearest, and which GPU count or quantisation would do."""
+    request = load.request
+    nearest = max(unfit, key=lambda c: (c.memory.kv_gib, c.memory.kv_tokens))
+    budget_gib = nearest.memory.total_gib * load.limits.gpu_memory_utilization
+    workspace_gib = nearest.memory.activations_gib + nearest.memory.overhead_gib
+    total_gib = request.spec.parameters * request.spec.weight_bytes / GIB
+    fixes = []
+    for per_replica in ADVISED_GPUS:
+        if per_replica > request.gpus and total_gib / per_replica + workspace_gib < 0.95 * budget_gib:
+            fixes.append(f"--gpus {per_replica}")
+            break
+    if request.spec.quantization is None:
+        for name, share in (("fp8", 0.5), ("4 bit (AWQ or GPTQ)", 0.27)):
+            if total_gib * share / nearest.layout.gpus_per_replica + workspace_gib < 0.95 * budget_gib:
+                fixes.append(f"the weights in {name}")
+                break
+    if nearest.memory.kv_gib > 0:
+        fixes.insert(0, f"requests of at most {nearest.memory.kv_tokens} tokens")
+    advice = "; use " + " or ".join(fixes) if fixes else "; no number of these GPUs up to 128 would do"
+    return (
+        f"{request.spec.source} ({total_gib:.0f} GiB of weights) fits no layout on {request.gpus} x "
+        f"{request.gpu.name}: at {nearest.layout} {nearest.reason}{advice}"
+    )
+
+
+def _verdict(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> str:
+    """The strategy in plain words, by the rule that people ask for."""
+    best = ranked[0]
+    layout = best.layout
+    across = layouts.nodes_per_replica(layout, request.gpus_per_node) > 1
+    if request.spec.experts is not None and layout.ep > 1:
+        strategy = f"experts shared out over the {layout.ep} GPUs of each replica"
+    elif layout.pp > 1 and layout.tp > 1:
+        strategy = "tensor parallel inside a node, pipeline stages between" + (" nodes" if across else " groups")
+    elif layout.pp > 1:
+        strategy = "pipeline stages"
+    elif layout.tp > 1:
+        strategy = f"tensor parallel over {layout.tp} GPUs"
+    else:
+        strategy = "the model fits one GPU: data parallel copies" if layout.dp > 1 else "the model fits one GPU"
+    if layout.dp > 1 and layout.gpus_per_replica > 1:
+        strategy += f", {layout.dp} copies"
+    kept = ""
+    if request.slo.ttft_s is not None or request.slo.tpot_s is not None:
+        kept = f"; the SLO ({request.slo}) is kept with a probability of {best.meets_slo:.0%}"
+        if best.meets_slo < LIKELY:
+            kept = f"; no layout is likely to keep the SLO ({request.slo}): this one does with {best.meets_slo:.0%}"
+    return f"{layout}: {strategy}{kept}"
+
+
+def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
+    best = ranked[0]
+    notes = [f"bound by {best.binding}: {best.lever}"]
+    alike = [c for c in ranked[1:] if c.fits and _is_alike(request, best, c)]
+    if alike:
+        names = ", ".join(str(c.layout) for c in alike[:4]) + (" and more" if len(alike) > 4 else "")
+        notes.append(f"cannot be told apart from {names}: the difference is within the prediction's band")
+    if not request.spec.is_known:
+        notes.append(
+            f"{request.spec.architecture} is not an architecture that kervan knows: counted as attention and gated "
+            "MLP, by the config's numbers"
+        )
+    if request.gpu.name != request.calibration.gpu:
+        notes.append(
+            f"constants are those of {request.calibration.gpu} ({request.calibration.name}): "
+            f"calibrate for {request.gpu.name}"
+        )
+    if not request.gpu.link.has_peer_to_peer and best.layout.tp > 1:
+        notes.append(f"{request.gpu.name} has no direct link: the time of its all-reduce is assumed, not measured")
+    if request.spec.architecture not in RUNNER_V2_ARCHITECTURES and any(c.fits and c.layout.pp > 1 for c in ranked):
+        notes.append(
+            f"vLLM 0.24 serves {request.spec.architecture} with its model runner V1: pipeline stages take turns, so "
+            "they add memory and no speed"
+        )
+    if passed_on := sorted(request.arguments.keys() - engine_limits.COUNTED):
+        notes.append(
+            f"the figures do not depend on engine argument {', '.join(passed_on)}; kervan up hands it to vLLM, which "
+            "refuses a name that it does not know"
+        )
+    unfit = [c for c in ranked if not c.fits]
+    if unfit:
+        notes.append(f"does not fit: {', '.join(sorted({str(dataclasses.replace(c.layout, dp=1)) for c in unfit}))}")
+    return notes
+
+
+def _is_alike(request: PlanRequest, best: PlannedLayout, other: PlannedLayout) -> bool:
+    """Whether the goal's figures differ by less than the prediction's band."""
+    if other.meets_slo < LIKELY <= best.meets_slo or other.score <= 0 or best.score <= 0:
+        return False
+    key = "tpot_p50_ms" if request.goal == "latency" else "out_tok_s"
+    width = math.log(best.bands.get(key, 1.0))
+    return abs(math.log(best.score / other.score)) < ALIKE_SHARE * 2 * width

@@ -1,0 +1,133 @@
+"""Fifth step: layouts with figures, bands and prices, the best first."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from kervan.facts.layout import Layout
+from kervan.plan.bands import Bands
+from kervan.plan.evaluate import Evaluation
+from kervan.plan.load import PlanLoad
+from kervan.plan.request import PlanRequest
+from kervan.plan.screen import ScreenedLayout
+from kervan.sim.limits import EngineLimits
+from kervan.sim.memory import MemoryEstimate
+
+LIKELY = 0.5  # from here on a layout counts as keeping the SLO
+START_S = 101.0  # first start of an 8B engine on a machine: benchmarks/records/layouts-replicas-2xh200-2026-11-23.json
+STARTS_PER_DAY = 1.0
+LEVERS = {
+    "weights bandwidth": "more streams per replica share a read of the weights; fp8 halves it; a larger tp divides it",
+    "compute": "fp8 where the GPU has it, prefix caching for repeated prompts, or more GPUs",
+    "expert weights and compute": "more streams share each read of the experts; fp8 weights; a larger tp with ep",
+    "KV bandwidth": "an fp8 KV cache (--engine-arg kv_cache_dtype=fp8) halves it; a larger tp divides it",
+    "KV memory": "an fp8 KV cache (--engine-arg kv_cache_dtype=fp8), fp8 weights, a larger tp, or more replicas",
+    "all-reduce": "a smaller tp with more replicas, if the model fits; or GPUs with faster links",
+    "pipeline bubble": "a larger tp in place of pp, within a node",
+    "per-step overhead": "more streams per replica, or a smaller tp: the GPU waits for launches and small kernels",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLayout:
+    """A layout with predictions, times in milliseconds. `bands` and `meets_slo`: as in `Bands`.
+
+    `concurrency`: streams that it runs at once, over all replicas. `score`: larger is better. A layout that does not
+    fit has no figures, and `reason`.
+    """
+
+    layout: Layout
+    fits: bool
+    memory: MemoryEstimate
+    limits: EngineLimits
+    concurrency: int = 0
+    out_tok_s: float = 0.0
+    requests_s: float = 0.0
+    ttft_p50_ms: float = 0.0
+    ttft_p95_ms: float = 0.0
+    ttft_p99_ms: float = 0.0
+    tpot_p50_ms: float = 0.0
+    tpot_p95_ms: float = 0.0
+    tpot_p99_ms: float = 0.0
+    mean_batch: float = 0.0
+    usd_per_mtok: float | None = None
+    usd_per_mtok_spot: float | None = None
+    usd_per_mtok_all_in: float | None = None
+    binding: str = ""
+    lever: str = ""
+    meets_slo: float = 1.0
+    bands: Mapping[str, float] = field(default_factory=dict)
+    score: float = 0.0
+    reason: str = ""
+
+
+def planned(load: PlanLoad, evaluation: Evaluation, bands: Bands) -> PlannedLayout:
+    """The figures of a layout that fits, with its price and score."""
+    request, layout = load.request, evaluation.screened.layout
+    mtok_per_h = evaluation.out_tok_s * 3600 / 1e6
+    usd = request.usd_per_gpu_h * layout.gpus / mtok_per_h if request.usd_per_gpu_h and mtok_per_h else None
+    spot = request.spot_usd_per_gpu_h * layout.gpus / mtok_per_h if request.spot_usd_per_gpu_h and mtok_per_h else None
+    one = PlannedLayout(
+        layout=layout,
+        fits=True,
+        memory=evaluation.screened.memory,
+        limits=load.limits,
+        concurrency=request.concurrency or max(1, round(evaluation.running)),
+        out_tok_s=evaluation.out_tok_s,
+        requests_s=evaluation.requests_s,
+        ttft_p50_ms=evaluation.ttft_p50_ms,
+        ttft_p95_ms=evaluation.ttft_p95_ms,
+        ttft_p99_ms=evaluation.ttft_p99_ms,
+        tpot_p50_ms=evaluation.tpot_p50_ms,
+        tpot_p95_ms=evaluation.tpot_p95_ms,
+        tpot_p99_ms=evaluation.tpot_p99_ms,
+        mean_batch=evaluation.mean_batch,
+        usd_per_mtok=usd,
+        usd_per_mtok_spot=spot,
+        usd_per_mtok_all_in=None if usd is None else usd * all_in_factor(layout.dp),
+        binding=evaluation.binding,
+        lever=LEVERS[evaluation.binding],
+        meets_slo=bands.meets_slo,
+        bands=bands.factors,
+        reason="" if evaluation.is_stable else "requests come in faster than they are served",
+    )
+    return dataclasses.replace(one, score=_score(request, one))
+
+
+def unfit(load: PlanLoad, screened: ScreenedLayout) -> PlannedLayout:
+    """A layout that does not fit."""
+    return PlannedLayout(
+        layout=screened.layout, fits=False, memory=screened.memory, limits=load.limits, reason=screened.reason,
+        binding="KV memory" if screened.memory.kv_gib > 0 else "weights memory",
+    )  # fmt: skip
+
+
+def rank(request: PlanRequest, layouts: Iterable[PlannedLayout]) -> list[PlannedLayout]:
+    """The best first: what fits, what keeps the SLO, then the goal; what does not keep it, by how little it fails."""
+    return sorted(layouts, key=lambda one: _rank(request, one), reverse=True)
+
+
+def all_in_factor(copies: int) -> float:
+    """What a price per token grows by with one spare replica, and a cold start of each replica per day."""
+    return (copies + 1) / copies * (1 + STARTS_PER_DAY * START_S / 86_400)
+
+
+def _rank(request: PlanRequest, one: PlannedLayout) -> tuple[float, ...]:
+    if one.meets_slo >= LIKELY:
+        return (one.fits, True, one.score, -one.layout.gpus)
+    bounds = ((one.ttft_p99_ms, request.slo.ttft_s), (one.tpot_p99_ms, request.slo.tpot_s))
+    excess = max((value_ms / (1000 * bound_s) for value_ms, bound_s in bounds if bound_s is not None), default=0.0)
+    return (one.fits, False, -excess, -one.layout.gpus)
+
+
+def _score(request: PlanRequest, one: PlannedLayout) -> float:
+    """Larger is better: the goal, times the probability to keep the SLO."""
+    if request.goal == "latency":
+        value = 1000 / max(1e-9, one.tpot_p50_ms)
+    elif request.goal == "throughput":
+        value = one.out_tok_s
+    elif one.usd_per_mtok is not None:
+        value = 1 / one.usd_per_mtok
+    else:
+        value = one.out_tok_s / one.layout.gpus
+    return value * one.meets_slo

@@ -1,0 +1,170 @@
+"""Second step: all layouts, with what arithmetic alone says of each: whether it fits, and how much it takes."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from kervan.errors import ConfigError
+from kervan.facts import layout as layouts
+from kervan.facts.layout import Layout
+from kervan.plan.load import PlanLoad
+from kervan.plan.request import PlanRequest
+from kervan.sim import memory
+from kervan.sim.memory import MemoryEstimate
+from kervan.sim.step_time import Batch, StepTime
+
+FAR_BEHIND_SHARE = 0.6  # of the best layout's requests/s per GPU: below it a layout's load is not refined
+LONG_PIPELINE = 16  # stages from which on a closed loop is so many steps that it matters
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenedLayout:
+    """`copies` of a replica, whose own dp is 1.
+
+    `requests_s`: what one replica takes by arithmetic: within the SLO, or in a closed loop with its streams; 0 for one
+    that does not fit, and `reason` says why. `is_rough`: it takes so much less per GPU than the best that it is
+    simulated once only, with less load.
+    """
+
+    replica: Layout
+    copies: int
+    memory: MemoryEstimate
+    step_time: StepTime
+    requests_s: float
+    reason: str = ""
+    is_rough: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """All copies."""
+        return dataclasses.replace(self.replica, dp=self.copies)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the longest request of the load has room."""
+        return not self.reason
+
+
+def screen(load: PlanLoad) -> list[ScreenedLayout]:
+    """The layout that is given, or all, with as many copies as there are GPUs for. Where requests come at a rate, also
+    with as many as it needs by arithmetic, with half and with twice that.
+
+    Raises: ConfigError for a given layout that the model or the GPUs do not allow.
+    """
+    request = load.request
+    if request.fixed:
+        return [_screened(load, *_given(request))]
+    screened = []
+    for replica in layouts.sizes(request.spec, gpus=request.gpus, gpus_per_node=request.gpus_per_node):
+        most = layouts.most_copies(replica, gpus=request.gpus, gpus_per_node=request.gpus_per_node)
+        one = _screened(load, replica, most)
+        copies = {most}
+        if load.rate and one.requests_s:
+            needed = math.ceil(load.rate / one.requests_s)
+            copies |= {n for n in (max(1, needed // 2), needed, 2 * needed) if n < most}
+        screened += [dataclasses.replace(one, copies=n) for n in sorted(copies)]
+    return screened if request.is_open else _compared(request, screened)
+
+
+def step_time(load: PlanLoad, replica: Layout) -> StepTime:
+    """The step times of one replica; stages on several nodes hand over by the network."""
+    request = load.request
+    is_spread = layouts.nodes_per_replica(replica, request.gpus_per_node) > 1
+    return StepTime(
+        request.spec, replica, request.gpu, load.limits, request.calibration.constants,
+        network_bytes_s=request.network_bytes_s if is_spread else 0.0,
+    )  # fmt: skip
+
+
+def _screened(load: PlanLoad, replica: Layout, copies: int) -> ScreenedLayout:
+    request = load.request
+    room = memory.estimate(request.spec, replica, request.gpu, load.limits, context_tokens=load.context_tokens)
+    times = step_time(load, replica)
+    if room.kv_tokens < load.longest_tokens:
+        return ScreenedLayout(replica, copies, room, times, 0.0, reason=_why_not(room, load))
+    if request.concurrency is None or request.is_open:
+        requests_s = _slo_requests_s(load, times, room)
+    else:
+        streams = min(math.ceil(request.concurrency / copies), load.limits.max_num_seqs)
+        busy = min(copies, request.concurrency)  # replicas that have a stream
+        requests_s = _steady(load, times, streams)[0] * busy / copies
+    return ScreenedLayout(replica, copies, room, times, requests_s)
+
+
+def _compared(request: PlanRequest, screened: list[ScreenedLayout]) -> list[ScreenedLayout]:
+    """Those far behind the best are rough; in a closed loop, of them long pipelines only."""
+    best = max(one.requests_s / one.replica.gpus_per_replica for one in screened)
+    return [
+        dataclasses.replace(
+            one,
+            is_rough=one.fits
+            and one.requests_s / one.replica.gpus_per_replica < FAR_BEHIND_SHARE * best
+            and (request.concurrency is None or one.replica.pp >= LONG_PIPELINE),
+        )
+        for one in screened
+    ]
+
+
+def _given(request: PlanRequest) -> tuple[Layout, int]:
+    """The layout of `fixed`, whose sizes are 1 where it names none."""
+    replica = Layout(request.fixed.get("tp", 1), request.fixed.get("pp", 1), 1, request.fixed.get("ep", 1))
+    layouts.check(request.spec, replica)
+    if replica.tp > request.gpus_per_node:
+        raise ConfigError(
+            f"tp={replica.tp} needs as many GPUs on one node, and a node has {request.gpus_per_node}; use at most "
+            f"tp={request.gpus_per_node}, and pp for more GPUs (--layout)"
+        )
+    copies = request.fixed.get("dp", 1)
+    if copies * replica.gpus_per_replica > request.gpus:
+        raise ConfigError(
+            f"tp={replica.tp} x pp={replica.pp} x dp={copies} needs {copies * replica.gpus_per_replica} GPUs, and "
+            f"there are {request.gpus}; give --gpus {copies * replica.gpus_per_replica} or a smaller --layout"
+        )
+    return replica, copies
+
+
+def _slo_requests_s(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> float:
+    """Requests per second of one replica where the mean time per token, prompts mixed in, reaches 85% of the SLO.
+
+    Each request costs a share of a prefill step and of its decode steps; the batch follows by Little's law.
+    """
+    bound_s = 0.85 * (load.request.slo.tpot_s or 0.1)
+    low, high = 1, max(1, min(load.limits.max_num_seqs, int(room.kv_tokens / load.context_tokens * 0.9)))
+    while low < high:
+        batch = (low + high + 1) // 2
+        if _steady(load, times, batch)[1] <= bound_s:
+            low = batch
+        else:
+            high = batch - 1
+    return 0.9 * _steady(load, times, low)[0]
+
+
+def _steady(load: PlanLoad, times: StepTime, batch: int) -> tuple[float, float]:
+    """(requests per second, seconds per token) of a replica that always runs `batch` sequences."""
+    isl, osl = load.isl, load.osl
+    decode = Batch(batch, batch * load.context_tokens, 0, 0.0, batch)
+    budget = max(1, load.limits.max_num_batched_tokens - batch)
+    prompts = max(1.0, budget / isl)
+    chunk = min(budget, int(isl * prompts))
+    prefill = Batch(batch, batch * load.context_tokens, chunk, chunk * min(isl, chunk) / 2, batch + int(prompts))
+    slowest_s = max(times.stage_s(i, decode) for i in range(times.layout.pp))
+    decode_s = max(times.total_s(decode), slowest_s * times.layout.pp) if times.layout.pp > 1 else slowest_s
+    extras_s = [times.stage_s(i, prefill) - times.stage_s(i, decode) for i in range(times.layout.pp)]
+    extra_s = max(extras_s) if times.is_pipelined else sum(extras_s)
+    # While a sequence runs, each of the others is replaced once: so many prompts are prefilled in between.
+    per_token_s = decode_s + batch / osl * extra_s * isl / chunk
+    return batch / (osl * per_token_s), per_token_s
+
+
+def _why_not(room: MemoryEstimate, load: PlanLoad) -> str:
+    budget_gib = room.total_gib * load.limits.gpu_memory_utilization
+    if room.kv_gib <= 0:
+        return (
+            f"{room.weights_gib:.1f} GiB of weights and {room.activations_gib + room.overhead_gib:.1f} GiB of "
+            f"workspace per GPU are {-room.kv_gib:.1f} GiB more than the {budget_gib:.1f} GiB that vLLM may use of a "
+            f"{load.request.gpu.name}"
+        )
+    return (
+        f"{room.kv_gib:.1f} GiB per GPU are left for {room.kv_tokens} tokens of KV cache, and one request has up to "
+        f"{load.longest_tokens}"
+    )

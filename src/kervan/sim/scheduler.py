@@ -1,0 +1,422 @@
+"""vLLM's scheduler on paper: which requests a step computes, and how many tokens of each. No clock, no randomness.
+
+What is followed, from the source of vLLM 0.24 to 0.32 (V1 scheduler; `Scheduler.schedule`, `AsyncScheduler`):
+
+- Each step has a budget of `max_num_batched_tokens`: running answers take one token each, prompts what is left, in the
+  order of arrival, as many as fit, the last one in part.
+- KV blocks are taken as tokens come. When running requests need more than there are, the youngest gives its blocks
+  back, waits at the head of the queue, and is computed again later. No prefix cache.
+- With pipeline stages and model runner V2, a sequence is in every p-th step (`next_decode_eligible_step`).
+
+`tests/contract/test_scheduler.py` runs vLLM's own beside it.
+
+Where it differs from vLLM: requests whose length is known give their blocks back when their last step is composed, and
+not when its tokens come out; with pipeline stages `max_num_seqs` bounds each batch and not all of them together, and
+only sequences of the batch that is composed are preempted. `Rules` has what else its users choose.
+
+Sequences that decode advance together, so their ends are kept as the number of their group's step, and a step costs the
+same however many are in it. Equal steps in a row can be composed as one.
+"""
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from kervan.sim.limits import BLOCK_TOKENS
+from kervan.sim.step_time import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """How the pool of KV blocks is shared out; the defaults are vLLM's.
+
+    `block_tokens`: of a block; 1 counts tokens. `admits_whole_prompts`: a prompt starts when all of it has room
+    (`scheduler_reserve_full_isl`), else when its first part has. `shortens_prompts`: a prompt in progress takes what
+    room is left and keeps what it has, in place of giving it all back; it is not preempted while a part of it is
+    computed, the last sequence of a batch never is, and one that is preempted may start again in the same step.
+    """
+
+    block_tokens: int = BLOCK_TOKENS
+    admits_whole_prompts: bool = True
+    shortens_prompts: bool = False
+
+
+VLLM = Rules()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class ScheduledRequest:
+    """A request as the scheduler sees it.
+
+    `number`: its place in the order of arrival. `context_tokens`: to prefill; the prompt, after a preemption with what
+    was generated. `remaining_tokens`: still to come; infinite when only the tokens tell, and `Scheduler.remove` is the
+    end. `computed_tokens`: of the context in the KV cache, when it joined its group at step `joined` of it.
+    """
+
+    number: int
+    context_tokens: int
+    remaining_tokens: float = math.inf
+    computed_tokens: int = 0
+    joined: int = 0
+
+
+R = TypeVar("R", bound=ScheduledRequest)
+
+
+@dataclass(slots=True)
+class DecodeGroup(Generic[R]):
+    """Sequences that advance together. `ends`: a heap of (step of the group with the last token, number, request).
+
+    `phases`: how many have `computed - steps` tokens modulo the block's size. `free_s`: end of its last step, kept by
+    whoever has the clock.
+    """
+
+    block_tokens: int
+    steps: int = 0
+    ends: list[tuple[float, int, R]] = field(default_factory=list)
+    context_tokens: float = 0.0
+    phases: list[int] = field(init=False)
+    free_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.phases = [0] * self.block_tokens
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[R]:
+        """In the order of arrival."""
+        return iter(sorted((end[2] for end in self.ends), key=lambda request: request.number))
+
+    def computed_tokens(self, request: R) -> int:
+        """What a member has in the KV cache."""
+        return request.computed_tokens + self.steps - request.joined
+
+    def blocks_for(self, steps: int) -> int:
+        """Blocks that so many further steps take."""
+        size = self.block_tokens
+        if size == 1:
+            return steps * len(self.ends)
+        if steps == 1:
+            return self.phases[-self.steps % size]
+        before, after = self.steps - 1, self.steps + steps - 1
+        return sum(n * ((after + phase) // size - (before + phase) // size) for phase, n in enumerate(self.phases))
+
+    def add(self, request: R) -> None:
+        """A request whose context is computed becomes a member."""
+        request.joined = self.steps
+        heapq.heappush(self.ends, (self.steps + request.remaining_tokens, request.number, request))
+        self.context_tokens += request.computed_tokens
+        self.phases[(request.computed_tokens - self.steps) % self.block_tokens] += 1
+
+    def take_in(self, other: "DecodeGroup[R]") -> None:
+        """Members of another group join this one."""
+        moved = self.steps - other.steps
+        for end, number, request in other.ends:
+            request.joined += moved
+            heapq.heappush(self.ends, (end + moved, number, request))
+        for phase, count in enumerate(other.phases):
+            self.phases[(phase - moved) % self.block_tokens] += count
+        self.context_tokens += other.context_tokens
+        self.free_s = max(self.free_s, other.free_s)
+
+    def advance(self, steps: int) -> list[R]:
+        """So many tokens more for each member; those that have all of theirs leave, and are returned."""
+        self.steps += steps
+        self.context_tokens += steps * len(self.ends)
+        over = []
+        while self.ends and self.ends[0][0] <= self.steps:
+            request = heapq.heappop(self.ends)[2]
+            self._leave(request)
+            over.append(request)
+        return over
+
+    def remove(self, request: R) -> bool:
+        """Whether it was a member."""
+        at = next((i for i, (_, _, member) in enumerate(self.ends) if member is request), None)
+        if at is None:
+            return False
+        request.remaining_tokens = self.ends.pop(at)[0] - self.steps
+        heapq.heapify(self.ends)
+        self._leave(request)
+        return True
+
+    def _leave(self, request: R) -> None:
+        request.computed_tokens = self.computed_tokens(request)
+        request.joined = self.steps
+        self.context_tokens -= request.computed_tokens
+        self.phases[(request.computed_tokens - self.steps) % self.block_tokens] -= 1
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledStep(Generic[R]):
+    """What a step computes: a token of each sequence that decodes, and prompts.
+
+    `group`: those that decode, and from the next step on `firsts`, whose prompt is complete. `lasts`: those that get
+    their last token. `chunk`: the prompt that is computed in part. `repeats`: equal steps in a row, of sequences that
+    decode. `places`: in the queue of batches: its own, and those of empty ones behind it.
+    """
+
+    batch: Batch
+    group: DecodeGroup[R]
+    firsts: list[R]
+    lasts: list[R]
+    chunk: R | None
+    repeats: int = 1
+    places: int = 1
+
+
+class Scheduler(Generic[R]):
+    """Composes steps from the requests that are added; `end` gives back the place of a step that is over."""
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_blocks: int,
+        rules: Rules = VLLM,
+        decode_distance: int = 1,
+        max_under_way: int = 1,
+    ) -> None:
+        """`decode_distance`: steps from one token of a sequence to its next; more than 1 with pipeline stages.
+        `max_under_way`: steps composed before the first of them is over; 2 with async scheduling.
+        """
+        # vLLM refuses a budget below `max_num_seqs`: one token of each sequence has to fit.
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.num_blocks = self.free_blocks = num_blocks
+        self.rules = rules
+        self.num_preempted = 0
+        self.waiting: deque[R] = deque()
+        self._decode_distance = decode_distance
+        self._max_under_way = max_under_way
+        self._partial: R | None = None  # the prompt that is computed in part, the youngest that runs
+        self._ready = self._new_group()
+        self._resting: deque[tuple[int, DecodeGroup[R]]] = deque()  # (number of the step in which it runs again, group)
+        self._under_way: deque[ScheduledStep[R]] = deque()
+        self._places = 0  # taken in the queue of batches
+        self._num_composed = 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests with blocks."""
+        return sum(map(len, self._groups)) + (self._partial is not None)
+
+    def add(self, request: R) -> None:
+        """To the end of the queue."""
+        self.waiting.append(request)
+
+    def remove(self, request: R) -> None:
+        """Forget a request, wherever it is, and take back its blocks.
+
+        Raises: ValueError when it is not here.
+        """
+        if request is self._partial:
+            self._partial = None
+            self._release(request)
+        elif any(group.remove(request) for group in self._groups):
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+
+    def resize(self, num_blocks: int) -> list[R]:
+        """Change the size of the pool; returns those that are preempted for it, the youngest first.
+
+        The step under way may compute a token of them, which counts as generated: where it is thrown away,
+        `context_tokens` is one less.
+        """
+        preempted = []
+        while self.num_blocks - self.free_blocks > num_blocks:
+            preempted.append(self._preempt_youngest())
+        self.free_blocks += num_blocks - self.num_blocks
+        self.num_blocks = num_blocks
+        return preempted
+
+    def compose(self, steps_alike: Callable[[Batch], int] | None = None) -> ScheduledStep[R] | None:
+        """The next step; None when nothing can run or enough is under way.
+
+        `steps_alike`: how many steps of a batch may be composed as one, as far as the clock goes; without it, one.
+        """
+        if self._places >= self._max_under_way:
+            return None
+        while True:
+            while self._resting and self._resting[0][0] <= self._num_composed + 1:
+                self._join_ready(self._resting.popleft()[1])
+            step = self._fill(steps_alike)
+            if step is not None:
+                self._under_way.append(step)
+                self._places += 1
+            if step is not None or not self._resting:
+                return step
+            # Nothing may run in this step: vLLM composes empty ones until something may, each in a place of its queue.
+            empty = self._resting[0][0] - self._num_composed - 1
+            if self._places + empty + 1 > self._max_under_way:
+                return None
+            if self._under_way:
+                self._under_way[-1].places += empty
+                self._places += empty
+            self._num_composed += empty
+
+    def end(self, step: ScheduledStep[R]) -> None:
+        """The oldest step under way is over."""
+        assert self._under_way and self._under_way[0] is step, "steps end in the order in which they were composed"
+        self._under_way.popleft()
+        self._places -= step.places
+
+    def check_integrity(self) -> None:
+        """Raises: AssertionError when blocks were lost or given twice."""
+        held = sum(self._blocks(group.computed_tokens(request)) for group in self._groups for request in group)
+        held += self._blocks(self._partial.computed_tokens) if self._partial is not None else 0
+        assert held + self.free_blocks == self.num_blocks, (
+            f"{held} blocks held and {self.free_blocks} free are not the pool's {self.num_blocks}"
+        )
+
+    # ---- one step
+
+    def _fill(self, steps_alike: Callable[[Batch], int] | None) -> ScheduledStep[R] | None:
+        group, preempted_before = self._ready, self.num_preempted
+        if group.blocks_for(1) > self.free_blocks:
+            self._make_room(group)
+        sequences = len(group)
+        decode_blocks = group.blocks_for(1)
+        self.free_blocks -= decode_blocks
+        firsts: list[R] = []
+        chunk, prefill, pairs = None, 0, 0.0
+        if self.waiting or self._partial is not None:
+            may_admit = self.rules.shortens_prompts or self.num_preempted == preempted_before
+            firsts, chunk, prefill, pairs = self._fill_prompts(sequences, may_admit=may_admit)
+        if not sequences and not prefill:
+            return None
+        self._num_composed += 1
+        batch = Batch(sequences, group.context_tokens + sequences, prefill, pairs, sequences + len(firsts))
+        repeats = 1 if prefill or steps_alike is None else self._repeats(group, batch, steps_alike)
+        if repeats > 1:
+            self.free_blocks -= group.blocks_for(repeats) - decode_blocks
+        lasts = group.advance(repeats)
+        for request in firsts:
+            request.remaining_tokens -= 1
+            if request.remaining_tokens > 0:
+                group.add(request)
+            else:
+                lasts.append(request)
+        for request in lasts:
+            self._release(request)
+        if self._decode_distance > 1:
+            self._ready = self._new_group()
+            if len(group):
+                self._resting.append((self._num_composed + self._decode_distance, group))
+        return ScheduledStep(batch, group, firsts, lasts, chunk, repeats)
+
+    def _fill_prompts(self, sequences: int, *, may_admit: bool) -> tuple[list[R], R | None, int, float]:
+        """(prompts that are complete then, the one in part, tokens, pairs of tokens that their attention looks at)."""
+        budget = self.max_num_batched_tokens - sequences
+        running, prefill, pairs = sequences, 0, 0.0
+        firsts: list[R] = []
+        chunk: R | None = None
+        while budget > 0 and running < self.max_num_seqs and chunk is None:
+            is_new = self._partial is None
+            if is_new and not (self.waiting and may_admit):
+                break
+            request = self.waiting[0] if self._partial is None else self._partial
+            tokens = min(budget, request.context_tokens - request.computed_tokens)
+            tokens = self._fitting(request, tokens, is_new=is_new, is_idle=not sequences and not self._under_way)
+            if not tokens:
+                break
+            if is_new:
+                self.waiting.popleft()
+            self._partial = None
+            computed = request.computed_tokens + tokens
+            pairs += tokens * request.computed_tokens + tokens * tokens / 2
+            self.free_blocks -= self._blocks(computed) - self._blocks(request.computed_tokens)
+            request.computed_tokens = computed
+            prefill += tokens
+            budget -= tokens
+            running += 1
+            if computed == request.context_tokens:
+                firsts.append(request)
+            else:
+                chunk = self._partial = request
+        return firsts, chunk, prefill, pairs
+
+    def _fitting(self, request: R, tokens: int, *, is_new: bool, is_idle: bool) -> int:
+        """How many of the tokens of a prompt's next part may be computed; 0 for none."""
+        if self.rules.shortens_prompts:
+            room = self.free_blocks * self.rules.block_tokens
+            if tokens <= room:
+                return tokens
+            return max(0, room) if is_idle or not is_new else 0
+        needed = self._blocks(request.computed_tokens + tokens) - self._blocks(request.computed_tokens)
+        if is_new:
+            needed = self._blocks(request.context_tokens) if self.rules.admits_whole_prompts else needed
+        elif needed > self.free_blocks:  # the youngest that runs is the one that needs them
+            self._preempt_partial()
+            return 0
+        return tokens if needed <= self.free_blocks else 0
+
+    def _repeats(self, group: DecodeGroup[R], batch: Batch, steps_alike: Callable[[Batch], int]) -> int:
+        """How many steps like this one follow each other before anything ends, comes in, or fills the pool."""
+        if self.waiting or self._resting:
+            return 1
+        if any(step.lasts or step.chunk is not None for step in self._under_way):
+            return 1
+        most = min(
+            group.ends[0][0] - group.steps - 1,
+            self.rules.block_tokens * (self.free_blocks // len(group)),
+            steps_alike(batch),
+        )
+        return max(1, int(most))
+
+    def _make_room(self, group: DecodeGroup[R]) -> None:
+        """Preempt the youngest while the sequences that decode need more blocks than there are."""
+        is_kept = self.rules.shortens_prompts and any(step.chunk is self._partial for step in self._under_way)
+        if self._partial is not None and len(group) and not is_kept and group.blocks_for(1) > self.free_blocks:
+            self._preempt_partial()
+        least = 1 if self.rules.shortens_prompts else 0
+        while len(group) > least and group.blocks_for(1) > self.free_blocks:
+            self._preempt_decoding(group)
+
+    # ---- who runs
+
+    @property
+    def _groups(self) -> list[DecodeGroup[R]]:
+        return [self._ready, *(group for _, group in self._resting)]
+
+    def _preempt_youngest(self) -> R:
+        return self._preempt_decoding(self._ready) if self._partial is None else self._preempt_partial()
+
+    def _preempt_partial(self) -> R:
+        assert self._partial is not None
+        request, self._partial = self._partial, None
+        return self._preempt(request)
+
+    def _preempt_decoding(self, group: DecodeGroup[R]) -> R:
+        request = max(group.ends, key=lambda end: end[1])[2]
+        group.remove(request)
+        request.context_tokens = request.computed_tokens + 1
+        return self._preempt(request)
+
+    def _preempt(self, request: R) -> R:
+        self._release(request)
+        request.computed_tokens = 0
+        self.waiting.appendleft(request)
+        self.num_preempted += 1
+        return request
+
+    def _join_ready(self, group: DecodeGroup[R]) -> None:
+        if len(self._ready):
+            self._ready.take_in(group)
+        else:
+            self._ready = group
+
+    def _new_group(self) -> DecodeGroup[R]:
+        return DecodeGroup(self.rules.block_tokens)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.rules.block_tokens)
+
+    def _release(self, request: R) -> None:
+        self.free_blocks += self._blocks(request.computed_tokens)
