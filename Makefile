@@ -22,6 +22,9 @@ else
 TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 endif
 
+# Fleets are many processes; each would compile kervan anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTEST := KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) \
   KERVAN_TRITON=$(CURDIR)/$(TRITON) $(BIN)/pytest
 
@@ -48,14 +51,27 @@ $(TRITON): | $(STAMP)
 
 environment: $(STAMP) $(OTHER_VLLM) $(TRITON)
 
+# Unit tests wait more than they compute, so they run four at a time; the others share fleets that fill the machine.
+UNIT := tests/unit -n 4 --dist worksteal
+
+ifdef PYTEST_ARGS
 test: lint $(OTHER_VLLM) $(TRITON)
-	$(PYTEST) --cov $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+else
+test: lint $(OTHER_VLLM) $(TRITON)
+	@failed=0; rm -f .pytest_cache/v/cache/lastfailed; \
+	$(PYTEST) $(UNIT) --cov --cov-report= || failed=1; \
+	echo "files of which the unit tests run less than 70%:"; \
+	$(BIN)/coverage report --skip-covered --sort=cover | awk '$$NF + 0 < 70 && /%/'; \
+	$(PYTEST) tests/contract tests/docs tests/integration tests/gpu --durations=25 || failed=1; \
+	exit $$failed
+endif
 
 exhaustive: $(OTHER_VLLM) $(TRITON)
 	$(PYTEST) --exhaustive $(PYTEST_ARGS)
 
 unit: $(STAMP)
-	$(BIN)/pytest tests/unit -n 2 $(PYTEST_ARGS)
+	$(BIN)/pytest $(UNIT) $(PYTEST_ARGS)
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 $(TORCH) \
