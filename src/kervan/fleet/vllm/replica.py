@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -307,7 +307,7 @@ class _Phases:
         self._since_s = now_s
 
 
-def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases) -> None:
+def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases, imported: Set[str]) -> None:
     try:
         core.run_canary()
     except EngineError as error:
@@ -315,6 +315,8 @@ def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases) -> No
         return
     threading.Thread(target=_report_load, args=(core, control), daemon=True, name="load").start()
     phases.end("canary")
+    if imported:
+        warm_engines.tell_imports(imported)
     control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds))
 
 
@@ -323,6 +325,7 @@ def run(
 ) -> int:
     """Serve until told to stop; the exit status."""
     phases = _Phases(asked_s)
+    imported = frozenset(sys.modules) if is_forked else frozenset()
     core: FleetEngineCore | None = None
 
     def on_command(line: bytes) -> None:
@@ -357,7 +360,7 @@ def run(
         explained = failures.explain(error)
         control.send(EngineFailed(failures.kind(explained), str(explained)))
         return 1
-    threading.Thread(target=_announce, args=(core, control, phases), daemon=True, name="canary").start()
+    threading.Thread(target=_announce, args=(core, control, phases, imported), daemon=True, name="canary").start()
     try:
         core.run_busy_loop()
     except SystemExit:

@@ -8,7 +8,9 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Sequence, Set
 
 from kervan.fleet import fork_server
 from kervan.fleet.vllm.__main__ import run
@@ -16,16 +18,34 @@ from kervan.fleet.vllm.__main__ import run
 logger = logging.getLogger(__name__)
 
 LINGER_S = 120.0  # longer than Serve takes to start a replica in the place of one that is gone
-# What an engine loads after `replica`, before its first step; those of other devices cannot be imported.
+# What an engine loads after `replica`, before its first step; those of other devices cannot be imported. The log of a
+# forked replica says what it has imported since.
 LATE_MODULES = (
     "vllm.v1.worker.gpu_worker",
     "vllm.v1.worker.gpu_model_runner",
     "vllm.v1.worker.gpu.model_runner",
     "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.model_loader.default_loader",
-    "vllm.compilation.backends",
+    "vllm.model_executor.model_loader.dummy_loader",
+    "vllm.model_executor.warmup.kernel_warmup",
+    "vllm.v1.attention.backends.flash_attn",
     "xgrammar",
     "transformers",
+)
+# For engines that compile, though what they compile is in vLLM's cache: 4 s on H200's host (restarts record).
+COMPILING_MODULES = (
+    "vllm.compilation.backends",
+    "vllm.compilation.caching",
+    "vllm.compilation.cuda_graph",
+    "torch._dynamo",
+    "torch._dynamo.aot_compile",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.compile_fx",
+    "torch._inductor.output_code",
+    "torch._inductor.standalone_compile",
+    "torch._inductor.async_compile",
+    "torch._inductor.runtime.triton_heuristics",
+    "triton",
 )
 # NVML's (driver 580: "cuda" and a number) and pyarrow's: libraries that put themselves right in a fork.
 HARMLESS_THREADS = ("cuda0", "jemalloc_bg_thd")
@@ -43,7 +63,7 @@ def prepare(model_classes: Sequence[str]) -> None:
         from vllm.platforms import current_platform
 
         cpu = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
-        for name in (*LATE_MODULES, *(cpu if current_platform.is_cpu() else ())):
+        for name in (*LATE_MODULES, *(cpu if current_platform.is_cpu() else COMPILING_MODULES)):
             _import(name)
         from kervan.fleet.vllm import versions
 
@@ -65,6 +85,14 @@ def _cuda_starts() -> bool:
     except OSError:
         return True
     return cuda.cuInit(0) in (CUDA_SUCCESS, CUDA_ERROR_NO_DEVICE)
+
+
+def tell_imports(before: Set[str]) -> None:
+    """Write to the log which modules came after `before`: candidates for the lists above."""
+    fresh = [name for name in sys.modules if name not in before]
+    packages = Counter(".".join(name.split(".")[:2]) for name in fresh)
+    most = ", ".join(f"{name} {count}" for name, count in packages.most_common(12))
+    logger.info("%d modules imported after the fork: %s", len(fresh), most)
 
 
 def fork_workers() -> None:
