@@ -4,6 +4,7 @@ The starter sends commands, the engine sends reports. When either end goes, the 
 whose starter died ends itself, so nothing is left behind on a GPU.
 """
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -115,4 +116,7 @@ class ControlEnd:
 
     def close(self) -> None:
         """The other end sees end-of-file."""
+        with contextlib.suppress(OSError):  # it has gone already
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._reader.close()
         self._sock.close()

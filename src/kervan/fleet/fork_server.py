@@ -174,17 +174,23 @@ class ForkServer:
     def _fork(self, request: Request, connection: socket.socket, file: int, control: int, log: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
+        is_leader, leads = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.close(file)
+            for descriptor in (file, is_leader):
+                os.close(descriptor)
             connection.close()
-            self._become_child(request, control, log)
+            self._become_child(request, control, log, leads)
+        os.close(leads)
+        os.read(is_leader, 1)  # who is told its number may signal its group at once
+        os.close(is_leader)
         return pid
 
-    def _become_child(self, request: Request, control: int, log: int) -> NoReturn:
+    def _become_child(self, request: Request, control: int, log: int, leads: int) -> NoReturn:
         status = 1
         try:
             os.setsid()
+            os.close(leads)
             for descriptor in (*self._owners.values(), *self._children.values()):
                 os.close(descriptor)
             for connection in self._clients:

@@ -113,11 +113,12 @@ class EngineProcess:
     def _begin(self, process: "subprocess.Popen[bytes] | ForkedProcess", control: ControlEnd) -> None:
         with self._lock:
             self._process, self._control = process, control
-            if self.ended.is_set():  # killed before it was there
-                end_group(process.pid)
-                control.close()
-                process.wait()
-                return
+            is_wanted = not self.ended.is_set()
+        if not is_wanted:  # killed before it was there
+            end_group(process.pid)
+            control.close()
+            process.wait()
+            return
         with contextlib.suppress(OSError):  # it has ended: `_on_end` tells how
             control.send(self.spec)
         control.follow(self._on_line, lambda: self._on_end(process))

@@ -83,6 +83,12 @@ def test_a_child_has_its_own_environment_group_directory_and_log(fork: Fork) -> 
     assert int(one.says("len(os.listdir('/proc/self/fd'))")) == 5
 
 
+def test_a_child_leads_its_group_when_its_number_is_known(fork: Fork) -> None:
+    for _ in range(20):
+        child = fork()
+        assert os.getpgid(child.process.pid) == child.process.pid
+
+
 def test_what_is_inherited_makes_another_server(fork: Fork) -> None:
     assert fork(OMP_NUM_THREADS="1").server != fork(OMP_NUM_THREADS="2").server
 
