@@ -41,13 +41,14 @@ def start(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     place = tempfile.mkdtemp(prefix="kt-")
     monkeypatch.setattr(tempfile, "tempdir", place)
     engines: list[EngineProcess] = []
+    environment = {**os.environ, **ENVIRONMENT}  # vLLM, once imported here, changes it
     argv = list(FleetConfig(model=str(models.demo), engine_args=ARGUMENTS).engine_argv)
 
     def start(name: str, *, is_forked: bool, **env: str) -> EngineProcess:
         engine = EngineProcess(
             EngineSpec(name, argv, "127.0.0.1", SECRET),
             log_path=tmp_path / f"{name}.log",
-            env={**os.environ, **ENVIRONMENT, **env},
+            env={**environment, **env},
             fork_for_pid=os.getpid() if is_forked else None,
         )
         engines.append(engine)
