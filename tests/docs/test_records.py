@@ -290,3 +290,19 @@ def test_versions_and_hardware_are_those_of_the_records() -> None:
         assert f"One {gpu}, {hardware['cores']} CPU cores" in section
         assert f"{settings['isl']} tokens in and {settings['osl']} out" in section
         assert {len(level["kervan"]["front_memory"]) for level in record["summary"]} == {2}  # "two gateways"
+
+
+def test_the_restarts_are_those_of_the_record() -> None:
+    text = (REPOSITORY / "docs/serving.md").read_text()
+    match = re.search(r"^<!-- restarts: (\S+) -->
+((?:\|.*
+)+)", text, re.M)
+    assert match is not None
+    of_side = {row["side"]: row for row in json.loads((REPOSITORY / match[1]).read_text())["rows"]}
+    _, _, *lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in match[2].splitlines()]
+    assert [cells[0] for cells in lines] == ["warm", "`warm_start: false`"]
+    for row, cells in zip((of_side["warm"], of_side["cold"]), lines, strict=True):
+        assert cells[1] == ", ".join(f"{kill['to_ready_s']:.1f}" for kill in row["kills"])
+        assert cells[2] == f"{row['scale']['to_ready_s']:.1f}"
+        assert cells[3] == f"{max(kill['longest_gap_s'] for kill in row['kills']):.2f}"
+        assert int(cells[4]) == len(row["streams"]["broken"])

@@ -29,7 +29,7 @@ from kervan.fleet.fork_server import Reply, Request, locked
 # Imports take 5 to 20 s; on a machine so busy that they take this long, engines start without it.
 START_TIMEOUT_S = 180.0
 # What may differ between engines of one server: the engine reads it after the fork.
-PER_ENGINE = frozenset({"CUDA_VISIBLE_DEVICES", "VLLM_RPC_BASE_PATH"})
+PER_ENGINE = frozenset({"CUDA_VISIBLE_DEVICES", "KERVAN_HOME", "VLLM_RPC_BASE_PATH"})
 PER_ENGINE_PREFIX = "RAY_"
 MAX_SOCKET_PATH = 107  # bytes of a Unix socket's address on Linux, less its end
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
