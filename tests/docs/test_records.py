@@ -294,9 +294,7 @@ def test_versions_and_hardware_are_those_of_the_records() -> None:
 
 def test_the_restarts_are_those_of_the_record() -> None:
     text = (REPOSITORY / "docs/serving.md").read_text()
-    match = re.search(r"^<!-- restarts: (\S+) -->
-((?:\|.*
-)+)", text, re.M)
+    match = re.search(r"^<!-- restarts: (\S+) -->\n((?:\|.*\n)+)", text, re.M)
     assert match is not None
     of_side = {row["side"]: row for row in json.loads((REPOSITORY / match[1]).read_text())["rows"]}
     _, _, *lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in match[2].splitlines()]
