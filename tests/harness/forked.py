@@ -1,4 +1,4 @@
-"""`python -m harness.forked FD PLACE`: a fork server whose children import nothing and do as they are told.
+"""`python -m harness.forked FD PLACE PID`: a fork server whose children import nothing and do as they are told.
 
 The first line on a child's control line is Python to run there; its result goes back as a line.
 """
@@ -7,7 +7,9 @@ import importlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kervan.fleet import fork_server
@@ -16,6 +18,9 @@ prepared: list[str] = []
 
 
 def prepare(hints: Sequence[str]) -> None:
+    if not hints and "SLOW" in os.environ:
+        Path(os.environ["SLOW"]).write_text(str(os.getpid()))
+        time.sleep(600)
     prepared.extend(hints)
     if "thread" in hints:
         threading.Thread(target=threading.Event().wait, daemon=True, name="idle").start()

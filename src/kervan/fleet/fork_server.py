@@ -62,7 +62,7 @@ class NotForkableError(Exception):
 class ForkServer:
     """Forks `run(control_fd, asked_s)` for each client of `listener`.
 
-    `prepare(hints)` imports, first and before each fork. `harmless_threads`: see `check_forkable`. `may_end` is asked
+    `prepare(hints)` imports, before each fork. `harmless_threads`: see `check_forkable`. `may_end` is asked
     before it ends unneeded: a client may be on its way.
     """
 
@@ -90,7 +90,6 @@ class ForkServer:
 
     def serve(self) -> None:
         """Until nobody needs it. Raises: NotForkableError."""
-        self._prepare(())
         check_forkable(self._harmless_threads)
         gc.collect()
         gc.freeze()  # or each child's first collection would copy all pages
@@ -263,6 +262,29 @@ def _reply(connection: socket.socket, reply: Reply) -> None:
         connection.sendall(msgspec.json.encode(reply) + b"\n")
 
 
+@contextlib.contextmanager
+def _ending_with(pid: int) -> Iterator[None]:
+    """End this process when that one has ended; looked at by a timer, as a thread would be in the way of a fork."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(0)
+
+    def look(*_: object) -> None:
+        if has_ended(pidfd):
+            os._exit(0)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.siginterrupt(signal.SIGALRM, False)  # system calls of the libraries that are imported go on
+    signal.setitimer(signal.ITIMER_REAL, POLL_S, POLL_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        os.close(pidfd)
+
+
 def main(
     prepare: Callable[[Sequence[str]], None],
     run: Callable[[int, float], Any],
@@ -270,7 +292,10 @@ def main(
     linger_s: float,
     harmless_threads: Sequence[str] = (),
 ) -> NoReturn:
-    """`FD PLACE`: serve on the listening socket FD; PLACE is where its files are, without their endings."""
+    """`FD PLACE PID`: serve on the listening socket FD; PLACE is where its files are, without their endings.
+
+    PID: the process for which it is started. When that ends during the imports, this one ends too.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if os.fork():  # nobody's child: who started it may end before it, and take its children along
         os._exit(0)
@@ -288,6 +313,8 @@ def main(
 
     status = 0
     try:
+        with _ending_with(int(sys.argv[3])):
+            prepare(())
         server = ForkServer(
             listener, prepare, run, linger_s=linger_s, harmless_threads=harmless_threads, may_end=may_end
         )

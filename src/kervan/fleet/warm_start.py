@@ -78,7 +78,7 @@ def fork(
     """
     request = Request(dict(env), str(Path.cwd()), owner_pid or os.getpid(), time.time(), list(hints))
     try:
-        connection = _connect(module, env)
+        connection = _connect(module, env, request.owner_pid)
         with tempfile.TemporaryFile() as file:
             file.write(msgspec.json.encode(request))
             file.flush()
@@ -138,7 +138,7 @@ def _place(module: str, env: Mapping[str, str]) -> Path:
     return directory / identity(module, env)
 
 
-def _connect(module: str, env: Mapping[str, str]) -> socket.socket:
+def _connect(module: str, env: Mapping[str, str], owner_pid: int) -> socket.socket:
     place = _place(module, env)
     path = place.with_suffix(".sock")
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
@@ -150,7 +150,7 @@ def _connect(module: str, env: Mapping[str, str]) -> socket.socket:
         try:
             connection.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
-            _start(module, env, place)
+            _start(module, env, place, owner_pid)
             try:
                 connection.connect(str(path))
             except ConnectionRefusedError:
@@ -158,7 +158,7 @@ def _connect(module: str, env: Mapping[str, str]) -> socket.socket:
         return connection
 
 
-def _start(module: str, env: Mapping[str, str], place: Path) -> None:
+def _start(module: str, env: Mapping[str, str], place: Path, owner_pid: int) -> None:
     """Start a server that listens already when this returns; it takes connections when it has imported."""
     path = place.with_suffix(".sock")
     path.unlink(missing_ok=True)
@@ -166,7 +166,7 @@ def _start(module: str, env: Mapping[str, str], place: Path) -> None:
         listener.bind(str(path))
         listener.listen(64)
         process = subprocess.Popen(
-            [sys.executable, "-m", module, str(listener.fileno()), str(place)],
+            [sys.executable, "-m", module, str(listener.fileno()), str(place), str(owner_pid)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,18 @@ def test_it_ends_with_the_last_process_that_it_is_for(fork: Fork) -> None:
     owner.communicate(b"\n")
     eventually(lambda: not is_alive(server), "the server is gone with its owner", 10)
     assert fork().server != server
+
+
+def test_it_ends_with_that_process_during_its_imports_too(fork: Fork, tmp_path: Path) -> None:
+    owner, slow = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE), tmp_path / "slow"
+    with ThreadPoolExecutor() as pool:
+        forking = pool.submit(fork, owner_pid=owner.pid, SLOW=str(slow))
+        server = int(eventually(lambda: slow.exists() and slow.read_text(), "it imports", 30))
+        assert is_alive(server)
+        owner.communicate(b"\n")
+        eventually(lambda: not is_alive(server), "the server is gone with its owner", 10)
+        with pytest.raises(WarmStartError, match="the fork server ended"):
+            forking.result(30)
 
 
 def test_it_ends_when_nobody_needs_it_for_a_while(fork: Fork) -> None:

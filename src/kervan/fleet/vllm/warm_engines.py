@@ -1,4 +1,4 @@
-"""`python -m kervan.fleet.vllm.warm_engines FD PLACE`: the process from which a node's engines are forked.
+"""`python -m kervan.fleet.vllm.warm_engines FD PLACE PID`: the process from which a node's engines are forked.
 
 It imports what every engine imports before it touches its device (`kervan.fleet.fork_server`).
 """
