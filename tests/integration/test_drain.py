@@ -107,7 +107,7 @@ def test_what_cannot_be_drained_is_refused(pair: Fleet) -> None:
     for words, why in (
         (("nobody",), "'nobody' is neither a replica of fleet 'pair' (on-demand-"),
         ((node,), f"node {node} is the only one: nothing could go on elsewhere"),
-        (("nobody", "--deadline", "soon"), "--deadline 'soon' is no duration"),
+        (("nobody", "--deadline", "soon"), "--deadline 'soon' is not a duration"),
     ):
         refused = pair.home.kervan("drain", *words, "--name", "pair")
         assert refused.returncode == 1

@@ -133,7 +133,7 @@ def test_a_fleet_in_the_foreground_ends_with_its_command(
     with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
         lines = []
-        while "Ctrl-C ends it" not in lines:
+        while "Ctrl-C stops it" not in lines:
             line = process.stdout.readline()
             assert line, lines
             lines.append(line.strip())

@@ -306,7 +306,7 @@ class Runs:
                     self._say(f"{one.server} is ready after {took_s:.0f} s")
                     memory = parse_memory(one.read_log(), one.server, self._engine_args, round(took_s, 1))
                     if memory is None:
-                        self._on_note(f"{one.server}: its log does not tell weights and KV cache")
+                        self._on_note(f"{one.server}: its log does not show weights and KV cache")
                     else:
                         self._on_row(memory)
                 elif time.monotonic() > end_s:

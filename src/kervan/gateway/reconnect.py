@@ -275,7 +275,7 @@ def _last_event(scope: Scope) -> Position | None:
     position = Position.parse(text)
     if text and position is None:
         raise ValueError(
-            f"Last-Event-ID {text[:40]!r} is no id of an event; send the last `id` of the stream, such as 12.1"
+            f"Last-Event-ID {text[:40]!r} is not an event id; send the last `id` of the stream, such as 12.1"
         )
     return position
 

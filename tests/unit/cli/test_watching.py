@@ -59,7 +59,7 @@ WHOLE = (replica("a"), replica("b"), gateway())
                      "replica b is starting for 9 s on 10.0.0.1; its log: /l", id="starting"),
         pytest.param((replica("a"), replica("b", "unhealthy", reason="no step for 60 s"), gateway()), [],
                      "replica b is unhealthy: no step for 60 s; it is replaced", id="unhealthy"),
-        pytest.param((replica("a"), replica("b", "draining"), gateway()), [], "replica b drains", id="draining"),
+        pytest.param((replica("a"), replica("b", "draining"), gateway()), [], "replica b is draining", id="draining"),
         pytest.param((replica("a"), replica("b", reason="too slow"), gateway()), [], "replica b: too slow", id="note"),
         pytest.param((replica("a"), replica("b")), [], "1 of 1 gateways are missing", id="no gateway"),
         pytest.param((replica("a"), replica("b"), gateway(is_ready=False, reason="the gateway is starting")), [],
@@ -79,7 +79,7 @@ def test_lost_nodes_and_failed_starts_are_named() -> None:
     failed = StartFailure("c", "CapacityError", "out of memory; use --tp 8")
     told = explain(CONFIG, snapshot(replica("a"), gateway(), failures=(failed,)), [node("n", 8)], ["10.0.0.9"])
     assert told[1:] == [
-        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+        "node 10.0.0.9 is dead; its replicas and gateways are started elsewhere",
         "c could not start: out of memory; use --tp 8",
     ]
 
@@ -97,7 +97,7 @@ def test_a_lost_node_is_named_while_what_was_on_it_is_still_listed() -> None:
     assert told == [
         "replica b: no sign of life for 5 s",
         "gateway gw: no sign of life for 5 s",
-        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+        "node 10.0.0.9 is dead; its replicas and gateways are started elsewhere",
     ]
 
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_since_a_node_was_lost_is_explained() -> None:
     told = explain(CONFIG, snapshot(replica("a"), gateway()), [node("n1", 0, 4)], ["10.0.0.9"])
     assert told == [
         "1 replica of 2 waits for 4 GPUs on one node: node n1 has 0 free of 4; add a node, or kervan scale 1",
-        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+        "node 10.0.0.9 is dead; its replicas and gateways are started elsewhere",
     ]
 
 
@@ -170,12 +170,12 @@ LEAVING = NodeEntry("10.0.0.1", ["aws"], [PREEMPTION])
 
 def test_what_is_said_of_nodes() -> None:
     found = snapshot(
-        *WHOLE, LEAVING, NodeEntry("10.0.0.2", ["azure"], [], "azure cannot tell: [Errno 1]"), NodeEntry("10.0.0.3", ["aws"]),
+        *WHOLE, LEAVING, NodeEntry("10.0.0.2", ["azure"], [], "azure cannot be read: [Errno 1]"), NodeEntry("10.0.0.3", ["aws"]),
         NodeEntry("10.0.0.4", ["aws"], [], "", is_drained=True),
     )  # fmt: skip
     assert notice_lines(found, NOW_S) == [
         "node 10.0.0.1 goes in 100 s: preemption (aws)",
-        "node 10.0.0.2 may miss its notice: azure cannot tell: [Errno 1]",
+        "node 10.0.0.2 may miss its notice: azure cannot be read: [Errno 1]",
         "node 10.0.0.4 is drained: Ray puts nothing there any more",
     ]
 

@@ -318,5 +318,5 @@ async def test_a_source_in_trouble_is_told(cluster: Cluster) -> None:
         await until(lambda: watch.watcher.health["aws"].problem)
         watch.operator.announce(remaining_s=60)  # anything that makes it look again
         await until(lambda: cluster.told[-1:] and cluster.told[-1].problem)
-        assert cluster.told[-1].problem.startswith("aws cannot tell: PUT http://127.0.0.1:1/latest/api/token")
+        assert cluster.told[-1].problem.startswith("aws cannot be read: PUT http://127.0.0.1:1/latest/api/token")
         assert cluster.told[-1].watches == ["aws"]
