@@ -55,7 +55,7 @@ async def test_spot_goes_and_comes_back(cluster: RayCluster, models: Models, scr
         await eventually_async(lambda: sizes(fleet) == (3, 0), "on-demand covers for both", START_S)
         told = await kervan(fleet, "status", "--why")
         assert "pool spot: 2 of 2 replicas wait for a spot node" in told
-        assert "pool on-demand: 2 more than its least cover for missing spot replicas" in told
+        assert "pool on-demand: 2 above its minimum cover for missing spot replicas" in told
         # Changes do not wait for what cannot be placed.
         await kervan(fleet, "scale", "--pool", "spot:0..1", "--pool", "on-demand:1..2")
         await eventually_async(lambda: sizes(fleet) == (2, 0), "the new bounds hold", START_S)

@@ -166,7 +166,7 @@ class _Running:
         """Why it does not run: its last error lines, or its last words."""
         lines = [line.strip() for line in self.read_log().splitlines() if line.strip()]
         errors = [line for line in lines if re.search(r"(Error|Exception)\b.*:", line)]
-        said = " | ".join((errors or lines)[-3:])[-900:] or "it said nothing"
+        said = " | ".join((errors or lines)[-3:])[-900:] or "no output"
         return f"{self.server}: {what}: {said}"
 
 

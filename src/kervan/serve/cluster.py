@@ -129,7 +129,7 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
         if not line:
             last_line = (Path(temp_dir) / "local_ray.log").read_text().strip().splitlines()[-1:]
             raise EngineError(
-                f"Ray did not start: {' '.join(last_line) or 'it said nothing'}; is ray[serve] installed whole?"
+                f"Ray did not start: {' '.join(last_line) or 'no output'}; is ray[serve] fully installed?"
             )
         local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token, has_haproxy)
     except BaseException:

@@ -144,7 +144,7 @@ class NodeGuard:
 
     async def on_withdrawn(self, notice: Notice) -> None:
         """Look at the cluster at once; for the node's watcher to call."""
-        logger.warning("node %s: %s is taken back (%s)", self._node, notice.kind, notice.source)
+        logger.warning("node %s: %s is withdrawn (%s)", self._node, notice.kind, notice.source)
         self._woken.set()
 
     async def run(self, watcher: Watcher) -> str:

@@ -92,11 +92,11 @@ def test_a_node_lost_long_ago_is_no_news() -> None:
 
 
 def test_a_lost_node_is_named_while_what_was_on_it_is_still_listed() -> None:
-    late = {"node": "10.0.0.9", "reason": "no sign of life for 5 s"}
+    late = {"node": "10.0.0.9", "reason": "no heartbeat for 5 s"}
     told = explain(CONFIG, snapshot(replica("a"), replica("b", **late), gateway(**late)), [], ["10.0.0.9"])
     assert told == [
-        "replica b: no sign of life for 5 s",
-        "gateway gw: no sign of life for 5 s",
+        "replica b: no heartbeat for 5 s",
+        "gateway gw: no heartbeat for 5 s",
         "node 10.0.0.9 is dead; its replicas and gateways are started elsewhere",
     ]
 
@@ -174,7 +174,7 @@ def test_what_is_said_of_nodes() -> None:
         NodeEntry("10.0.0.4", ["aws"], [], "", is_drained=True),
     )  # fmt: skip
     assert notice_lines(found, NOW_S) == [
-        "node 10.0.0.1 goes in 100 s: preemption (aws)",
+        "node 10.0.0.1 leaves in 100 s: preemption (aws)",
         "node 10.0.0.2 may miss its notice: azure cannot be read: [Errno 1]",
         "node 10.0.0.4 is drained: Ray puts nothing there any more",
     ]
@@ -182,14 +182,14 @@ def test_what_is_said_of_nodes() -> None:
 
 def test_status_and_top_show_a_node_under_notice(capsys: pytest.CaptureFixture[str]) -> None:
     told = FleetStatus("chat", "http://h:1", CONFIG, snapshot(*WHOLE, LEAVING))
-    line = "node 10.0.0.1 goes in 0 s: preemption (aws)"
+    line = "node 10.0.0.1 leaves in 0 s: preemption (aws)"
     render.print_status(told)
     assert line in capsys.readouterr().out
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(top.view(told, []))
     assert line in console.export_text()
     assert list(top.events(snapshot(*WHOLE), snapshot(*WHOLE, LEAVING))) == [
-        "node 10.0.0.1: goes in 120 s: preemption (aws)"
+        "node 10.0.0.1: leaves in 120 s: preemption (aws)"
     ]
     (node,) = json.loads(json.dumps(told.to_dict()))["nodes"]
     assert (node["node"], node["watches"], node["drained"]) == ("10.0.0.1", ["aws"], False)

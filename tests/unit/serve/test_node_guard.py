@@ -163,7 +163,7 @@ async def test_a_recommendation_moves_nothing(cluster: Cluster) -> None:
         settings = NoticeSettings(watch=("azure",), azure_url=server.url, azure_period_s=0.05)
         async with guarded(cluster, settings):
             await until(lambda: cluster.told and cluster.told[-1].notices)
-            assert cluster.told[-1].notices[0].describe(time.time()) == "stands still for some seconds: pause (azure)"
+            assert cluster.told[-1].notices[0].describe(time.time()) == "pauses for some seconds: pause (azure)"
             assert cluster.done == []
 
 
