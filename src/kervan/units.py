@@ -15,7 +15,7 @@ def parse_duration_s(text: str, subject: str = "duration") -> float:
     """
     match = _DURATION.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"{subject} {text!r} is no duration; write a number and us, ms, s, min or h, like 250ms")
+        raise ConfigError(f"{subject} {text!r} is not a duration; write a number and us, ms, s, min or h, like 250ms")
     return float(match[1]) * _SECONDS[match[2] or "s"]
 
 

@@ -98,7 +98,7 @@ async def test_faults_show_in_load_and_end(bench: TwinBench) -> None:
     await bench.add("s", [1, 2, 3], 4000)
     await until(lambda: len(bench.tokens("s")) > 10)
     twin.suffer(Fault("hang"))
-    await until(lambda: "told to suffer: hang" in twin.load.note)
+    await until(lambda: "injected fault: hang" in twin.load.note)
     steps = twin.load.num_steps
     await until(lambda: time.monotonic() - twin._last_report_s < 0.5)
     await asyncio.sleep(1.5)

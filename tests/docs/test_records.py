@@ -1,4 +1,4 @@
-"""Tables of the README and the docs are those of the records that they name."""
+"""Tables of the docs are those of the records that they name."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def _against(name: str) -> dict[str, Getter]:
 
 OPPONENTS = {"vLLM": "bare", "Ray Serve LLM": "ray-llm", "the same, direct": "ray-llm-direct"}
 
-# Head of a README column -> the values of its cell, in their order.
+# Head of a column in docs/performance.md -> the values of its cell, in their order.
 COLUMNS: dict[str, Getter] = {
     "streams": lambda level: [level["concurrency"]],
     "pairs": lambda level: [level["pairs"]],
@@ -86,13 +86,13 @@ TABLE = re.compile(r"^<!-- numbers: (\S+) -->\n((?:\|.*\n)+)", re.M)
 def measured() -> list[Any]:
     """(record, heads, cells) of each row in a marked table."""
     found = []
-    for record, table in TABLE.findall((REPOSITORY / "README.md").read_text()):
+    for record, table in TABLE.findall((REPOSITORY / "docs/performance.md").read_text()):
         lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
         found += [pytest.param(record, lines[0], row, id=f"{Path(record).stem} {row[0]}") for row in lines[2:]]
     return found
 
 
-def test_the_readme_has_numbers() -> None:
+def test_the_performance_page_has_numbers() -> None:
     assert len(measured()) >= 8
 
 
@@ -269,10 +269,10 @@ def test_what_autogroups_cost_is_that_of_the_records() -> None:
 
 
 def test_versions_and_hardware_are_those_of_the_records() -> None:
-    text = (REPOSITORY / "README.md").read_text()
+    text = (REPOSITORY / "docs/performance.md").read_text()
     match = re.search(r"^<!-- versions: (.+?) -->\n(.+?)\n\n", text, re.M | re.S)
     assert match is not None
-    section = text[text.index("\n## Measured") :]
+    section = text[text.index("\n## One H200, compared with vLLM") :]
     for path in match[1].split():
         record = json.loads((REPOSITORY / path).read_text())
         versions, hardware, settings = record["versions"], record["hardware"], record["settings"]

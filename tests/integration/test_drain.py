@@ -106,8 +106,8 @@ def test_what_cannot_be_drained_is_refused(pair: Fleet) -> None:
     (node,) = {replica["node"] for replica in pair.status()["replicas"]}
     for words, why in (
         (("nobody",), "'nobody' is neither a replica of fleet 'pair' (on-demand-"),
-        ((node,), f"node {node} is the only one: nothing could go on elsewhere"),
-        (("nobody", "--deadline", "soon"), "--deadline 'soon' is no duration"),
+        ((node,), f"node {node} is the only one, so nothing can move"),
+        (("nobody", "--deadline", "soon"), "--deadline 'soon' is not a duration"),
     ):
         refused = pair.home.kervan("drain", *words, "--name", "pair")
         assert refused.returncode == 1

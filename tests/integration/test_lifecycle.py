@@ -36,7 +36,7 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", *words: str) -> Non
 
 def test_name_in_use(fleet: Fleet, home: Home, models: Any) -> None:
     done = home.kervan("up", str(models.demo), "--name", fleet.name, "--port", str(free_port()), "--detach")
-    assert_refused(done, f"nothing will answer at 127.0.0.1:{fleet.port} any more", "--yes")
+    assert_refused(done, f"127.0.0.1:{fleet.port} will no longer serve requests", "--yes")
     other = home.kervan("up", str(models.embedding), "--name", fleet.name, "--detach")
     assert_refused(other, "cannot become", "--name", "kervan down")
     assert fleet.get("/health/ready").status_code == 200
@@ -133,7 +133,7 @@ def test_a_fleet_in_the_foreground_ends_with_its_command(
     with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
         lines = []
-        while "Ctrl-C ends it" not in lines:
+        while "Ctrl-C stops it" not in lines:
             line = process.stdout.readline()
             assert line, lines
             lines.append(line.strip())

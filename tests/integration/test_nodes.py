@@ -13,7 +13,7 @@ from harness.shared_fleet import Models
 from harness.twin_load import NUM_STREAMS, kervan, load
 from harness.undisturbed import answers_undisturbed, under_load
 
-FINE = "all is as it should be"
+FINE = "no problems found"
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
@@ -89,7 +89,7 @@ async def test_a_lost_node(cluster: RayCluster, models: Models, scratch: Path) -
         cluster.kill_node(LOST)
         # A beat is missed after 3 s. Until then all may seem well, though the change may be done.
         async with asyncio.timeout(60):
-            while f"node {LOST} is dead; what was on it is started elsewhere" not in (
+            while f"node {LOST} is dead; its replicas and gateways are started elsewhere" not in (
                 told := await kervan(fleet, "status", "--why")
             ):
                 pass

@@ -48,7 +48,7 @@ def test_a_fleet_of_twins_is_shown_as_it_is(twins: Fleet) -> None:
     status = twins.status()
     assert (status["engine"], [r["state"] for r in status["replicas"]]) == ("twin", ["ready"] * 3)
     why = twins.home.kervan("status", "--why", "--name", "twins")
-    assert why.stdout.splitlines()[-1] == "all is as it should be"
+    assert why.stdout.splitlines()[-1] == "no problems found"
     screen = twins.home.kervan("top", "--once", "--name", "twins").stdout
     assert all(replica["id"] in screen for replica in status["replicas"])
     found = json.loads(twins.home.kervan("top", "--json", "--name", "twins").stdout)
@@ -119,7 +119,7 @@ async def test_a_change_that_cannot_start_changes_nothing(twins: Fleet, models: 
     await asyncio.to_thread(twins.wait_until_whole, 3, 1)
     before = {replica["id"] for replica in twins.status()["replicas"]}
     for words, why in (
-        (("up", "--twin", "speed=fast"), "is no number"),
+        (("up", "--twin", "speed=fast"), "is not a number"),
         (("up", "--gpu", "L5"), "no GPU 'L5' is known"),
         (("up", str(models.embedding)), "streams cannot move to another model"),
         (("up", "--engine", "vllm"), "cannot become 'vllm'"),
@@ -165,7 +165,7 @@ async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> Non
         await asyncio.to_thread(eventually, lambda: not {hung, crashed} & ids(), "the sick ones are replaced", START_S)
         await asyncio.to_thread(twins.wait_until_whole, 3, 1)
         why = await kervan(twins, "status", "--why")
-        assert f"replica {pressed}: told to suffer: kv-pressure 0.9" in why
+        assert f"replica {pressed}: injected fault: kv-pressure 0.9" in why
         await kervan(twins, "fault", pressed, "none")
     assert twins.total("kervan_streams_given_up_total") == 0
 

@@ -52,7 +52,7 @@ def parse_url(text: str) -> str:
     except ValueError:
         port = -1
     if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query or parts.fragment:
-        raise ConfigError(f"{text!r} is no server's URL; write one like http://127.0.0.1:8000")
+        raise ConfigError(f"{text!r} is not a server URL; write one like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

@@ -94,7 +94,7 @@ def _verdict(runs: Sequence[ReportedRun]) -> ReportVerdict:
     results = [run.record["result"] for run in runs]
     statuses = [result["reconciliation"]["status"] for result in results]
     floors = [result["client_floor"] for result in results if result["client_floor"] is not None]
-    floor_check = "Nothing tells what the client itself added."
+    floor_check = "The client's own overhead was not measured."
     if floors:
         worst = max(floors, key=lambda floor: float(floor["ttft_s"]))
         floor_check = (

@@ -66,7 +66,7 @@ def answers(url: str) -> bool:
 
 def _tail(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return " | ".join(lines[-3:])[-600:] or "it said nothing"
+    return " | ".join(lines[-3:])[-600:] or "no output"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

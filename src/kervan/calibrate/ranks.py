@@ -80,7 +80,9 @@ def _rows(running: dict[Connection, BaseProcess], end_s: float, for_s: float) ->
                 process = running.pop(link)
                 process.join(STOP_S)
                 if process.exitcode:
-                    raise EngineError(f"{process.name} exited {process.exitcode} without a word") from None
+                    raise EngineError(
+                        f"{process.name} exited with status {process.exitcode} without a message"
+                    ) from None
                 continue
             if isinstance(row, _Failed):
                 raise EngineError(row.message)

@@ -166,7 +166,7 @@ class _Running:
         """Why it does not run: its last error lines, or its last words."""
         lines = [line.strip() for line in self.read_log().splitlines() if line.strip()]
         errors = [line for line in lines if re.search(r"(Error|Exception)\b.*:", line)]
-        said = " | ".join((errors or lines)[-3:])[-900:] or "it said nothing"
+        said = " | ".join((errors or lines)[-3:])[-900:] or "no output"
         return f"{self.server}: {what}: {said}"
 
 
@@ -306,7 +306,7 @@ class Runs:
                     self._say(f"{one.server} is ready after {took_s:.0f} s")
                     memory = parse_memory(one.read_log(), one.server, self._engine_args, round(took_s, 1))
                     if memory is None:
-                        self._on_note(f"{one.server}: its log does not tell weights and KV cache")
+                        self._on_note(f"{one.server}: its log does not show weights and KV cache")
                     else:
                         self._on_row(memory)
                 elif time.monotonic() > end_s:

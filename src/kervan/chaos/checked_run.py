@@ -131,7 +131,7 @@ class CheckedRun(abc.ABC):
             stop.cancel()
             running.cancel()
         if ends_at_stop and self._is_stopped.is_set():
-            raise FleetError("stopped before anything was disturbed")
+            raise FleetError("stopped before any fault was injected")
 
     async def _measure(self, prompts: KnownPrompts) -> Report:
         checks = StreamChecks(prompts.expected, self._disruptions, self._say)
@@ -199,9 +199,7 @@ class CheckedRun(abc.ABC):
             self._moved[gateway.id] = first, gateway.moved
         for disruption in effects.follow(self._disruptions, self._ready(), self._target(), time.time()):
             if disruption.recover_s is not None:
-                self._say(
-                    f"whole again {disruption.recover_s:.1f} s after the {disruption.kind} of {disruption.replica}"
-                )
+                self._say(f"recovered {disruption.recover_s:.1f} s after the {disruption.kind} of {disruption.replica}")
 
     async def _wait_until_whole(self, watching: "asyncio.Task[None]") -> None:
         bound_s = time.monotonic() + RECOVERY_S + self._config.stall_timeout_s

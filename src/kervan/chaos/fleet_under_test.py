@@ -85,7 +85,7 @@ def _gateway(url: str, headers: Iterable[tuple[str, str]], name: str | None) -> 
         reason = str(error)
     except (ValueError, KeyError, TypeError):
         reason = f"GET {path} is not answered as a gateway would"
-    raise ConfigError(f"{url} is no kervan fleet: {reason}; give the URL that `kervan status` shows")
+    raise ConfigError(f"{url} is not a kervan fleet: {reason}; give the URL that `kervan status` shows")
 
 
 def _remembered(url: str) -> str:

@@ -83,11 +83,11 @@ def run(model: str, plan: ReplayPlan, say: Say) -> Report:
         pass  # a broken row is told now, not in the middle
     config = start.validate(fleet_config(model, plan, f"replay-{os.getpid()}", free_port()))
     drive.raise_file_limit()
-    say("starting a Ray cluster of its own on this machine")
+    say("starting a separate Ray cluster on this machine")
     nodes = LocalNodes()
     try:
         nodes.join()
-        say("the fleet comes first, the spot nodes of the beginning then")
+        say("starting the fleet, then the first spot nodes")
         status = start.Startup(config, nodes.address, say).run()
         directory = attach(config.name, nodes.address)
         config = directory.fleet().result().config
@@ -162,7 +162,7 @@ class ReplayRun(CheckedRun):
         load = self._plan.load(self._course.end_s)
         self._arrivals = RepeatedTrace(load, twins.settings(self._config).limits.max_model_len)
         self._say(
-            f"{plural(len(self._there), 'spot node')} at first; requests of {Path(self._plan.trace).name} for "
+            f"{plural(len(self._there), 'spot node')} at start; requests from {Path(self._plan.trace).name} for "
             f"{self._course.end_s:g} s"
         )
         share = Share(load, prompts.endpoint, prompts.alphabet, Slo())
@@ -190,7 +190,7 @@ class ReplayRun(CheckedRun):
         return [asyncio.create_task(self._take(node, self._there.pop(node))) for node in change.nodes]
 
     async def _add(self, node: str, address: str) -> None:
-        self._say(f"{node} comes, at {address}")
+        self._say(f"{node} joins at {address}")
         self._note()
         await asyncio.to_thread(self._nodes.add, address)
 
@@ -201,7 +201,7 @@ class ReplayRun(CheckedRun):
         self._num_removed += 1
         self._note()
         self._say(
-            f"{node} at {address} {f'goes in {deadline_s:g} s' if deadline_s else 'is killed'}, with "
+            f"{node} at {address} {f'leaves in {deadline_s:g} s' if deadline_s else 'is killed'}, with "
             + (", ".join(f"{r.id} and its {plural(r.running, 'stream')}" for r in on_it) or "nothing on it")
         )
         for replica in on_it:
@@ -214,7 +214,7 @@ class ReplayRun(CheckedRun):
                 async with asyncio.timeout(deadline_s):
                     await self._drain(node, address, on_it)
         await asyncio.to_thread(self._nodes.remove, address)
-        self._say(f"{node} has gone")
+        self._say(f"{node} has left")
 
     async def _drain(self, node: str, address: str, replicas: list[ReplicaEntry]) -> None:
         """Returns when the replicas are gone."""
@@ -224,7 +224,7 @@ class ReplayRun(CheckedRun):
             for replica in replicas:
                 await asyncio.to_thread(self._fleet.strike, "drain", replica.id, deadline_s)
         except KervanError as error:
-            self._say(f"{node} could not be told to go: {error}")
+            self._say(f"{node} could not be drained: {error}")
         while any(replica.id == one.id for one in self._snapshot.replicas for replica in replicas):
             self._has_seen.clear()
             await self._has_seen.wait()

@@ -89,16 +89,16 @@ def _parsed(line: str) -> tuple[float, str, tuple[str, ...]]:
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{line[:40]!r} is no JSON ({error.msg}); write {FORM}") from error
+        raise ValueError(f"{line[:40]!r} is not valid JSON ({error.msg}); write {FORM}") from error
     if not isinstance(row, list) or len(row) != 3 or not isinstance(row[2], dict):
         raise ValueError(f"{line[:40]!r} is not of time, word and nodes; write {FORM}")
     at_ms, word, nodes = row[0], row[1], row[2].get("nodes")
     if isinstance(at_ms, bool) or not isinstance(at_ms, int | float) or not 0 <= at_ms < math.inf:
-        raise ValueError(f"time {at_ms!r} is no number of milliseconds from 0 on")
+        raise ValueError(f"time {at_ms!r} is not a number of milliseconds, 0 or more")
     if word not in (*get_args(Word), END):
         raise ValueError(f"{word!r} is none of add, remove and {END}")
     if not isinstance(nodes, list) or not all(isinstance(node, str) and node for node in nodes):
-        raise ValueError(f"nodes {nodes!r} is no list of names")
+        raise ValueError(f"nodes {nodes!r} is not a list of names")
     if len(set(nodes)) != len(nodes) or (not nodes and word != END):
         raise ValueError(f"nodes {nodes!r} names {'one twice' if nodes else 'none'}")
     return at_ms / 1000, word, tuple(nodes)

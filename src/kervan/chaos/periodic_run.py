@@ -74,7 +74,7 @@ class _PeriodicRun(CheckedRun):
         longest = parse_lengths(load.isl).maximum + parse_lengths(load.osl).maximum
         if server.max_model_len is not None and longest > server.max_model_len:
             raise ConfigError(
-                f"--isl {load.isl} and --osl {load.osl} make up to {longest} tokens, and the model takes "
+                f"--isl {load.isl} and --osl {load.osl} make up to {longest} tokens, and the model's limit is "
                 f"{server.max_model_len}; use shorter ones"
             )
         if self._config.engine == "twin":
@@ -86,7 +86,7 @@ class _PeriodicRun(CheckedRun):
 
     async def _recorded(self, endpoint: Endpoint, alphabet: Alphabet) -> KnownPrompts:
         """Prompts of a real model, with what it answers undisturbed, both alone and in a batch."""
-        self._say(f"{NUM_PROMPTS} prompts are answered twice, undisturbed: by these the later answers are judged")
+        self._say(f"{NUM_PROMPTS} prompts are run twice without faults; later outputs are compared with these")
         rounds: list[dict[bytes, list[int]]] = []
         for streams in (1, min(max(2, self._plan.streams), NUM_PROMPTS)):
             responses: dict[bytes, list[int]] = {}
@@ -95,7 +95,7 @@ class _PeriodicRun(CheckedRun):
                 exchange = stream.exchange
                 if exchange.error is not None:
                     why = f"{exchange.error}: {exchange.message}"
-                    raise FleetError(f"an answer failed before anything was disturbed: {why}")
+                    raise FleetError(f"a request failed before any fault was injected: {why}")
                 responses[exchange.request.body] = stream.tokens
 
             client = LoadClient(Share(self._plan.load(streams, num_requests=NUM_PROMPTS), endpoint, alphabet, Slo()))
@@ -105,9 +105,9 @@ class _PeriodicRun(CheckedRun):
         prompts = Prompts(self._plan.load(1, num_requests=NUM_PROMPTS), endpoint, alphabet)
         numbers = tuple(n for n in range(NUM_PROMPTS) if prompts.request(n, 0, None, ()).body in same)
         if not numbers:
-            raise FleetError("no prompt was answered twice in the same way, so no stream could be checked")
+            raise FleetError("no prompt gave the same output twice, so no stream could be checked")
         if len(numbers) < NUM_PROMPTS:
-            self._say(f"{NUM_PROMPTS - len(numbers)} were answered differently in a batch, and are left out")
+            self._say(f"{NUM_PROMPTS - len(numbers)} gave a different output in a batch, and are left out")
         return KnownPrompts(endpoint, alphabet, tokens_as_recorded(same), numbers)
 
     # ---- disruptions

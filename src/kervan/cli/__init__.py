@@ -8,18 +8,18 @@ from kervan import __version__
 from kervan.errors import KervanError
 
 COMMANDS = {
-    "plan": "Say which parallelism to use, what it delivers, what it costs.",
+    "plan": "Recommend a parallelism layout, with its predicted performance and cost.",
     "up": "Serve a model.",
-    "down": "End a fleet.",
-    "status": "Show a fleet.",
-    "top": "Watch a fleet live.",
+    "down": "Stop a fleet.",
+    "status": "Show the state of a fleet.",
+    "top": "Watch a fleet live in the terminal.",
     "scale": "Change the number of replicas or gateways.",
-    "drain": "Take a replica or a node out of service; its streams move.",
-    "fault": "Let a simulated replica suffer.",
-    "chaos": "Disturb a fleet under load and check every token.",
-    "bench": "Measure a server under load.",
-    "calibrate": "Measure this host's GPUs, for the planner.",
-    "demo": "See it run on this machine, without a GPU.",
+    "drain": "Take a replica or a node out of service; its streams move to other replicas.",
+    "fault": "Inject a fault into a simulated replica.",
+    "chaos": "Inject faults into a fleet under load and check every token.",
+    "bench": "Load-test an OpenAI-compatible server.",
+    "calibrate": "Measure this host's GPUs for the planner.",
+    "demo": "Run a small fleet on this machine, without a GPU, and kill a replica.",
 }
 
 

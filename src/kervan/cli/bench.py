@@ -34,7 +34,9 @@ SECTIONS = {
 
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("url")
-@click.option("--streams", help="Closed loop: each stream asks again when it is answered; 1,16,64 is a sweep.")
+@click.option(
+    "--streams", help="Closed loop: each stream sends its next request when the last has ended; 1,16,64 is a sweep."
+)
 @click.option("--rate", help="Open loop: requests/s, whether or not the server keeps up; 1,2,4 is a sweep.")
 @click.option(
     "--arrivals", type=click.Choice(get_args(Process)), default=Load.process, show_default=True, help="Of an open loop."
@@ -73,7 +75,7 @@ SECTIONS = {
 )
 @click.option("--seed", type=int, default=Load.seed, show_default=True, help="Same seed, same prompts and arrivals.")
 @click.option("--processes", type=int, help="Client processes; without it, as few as carry the load.")
-@click.option("--no-calibration", is_flag=True, help="Do not measure the client first; nothing tells what it adds.")
+@click.option("--no-calibration", is_flag=True, help="Do not measure the client's own overhead first.")
 @click.option(
     "--find-rate", is_flag=True, help="Search the highest rate that keeps the SLO; --rate is where it begins."
 )

@@ -174,7 +174,7 @@ def _parse_sweep(text: str | None, option: str, kind: Callable[[str], Number]) -
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"{option} {text!r} is no number; write 16, or 1,16,64 for a sweep") from error
+        raise ConfigError(f"{option} {text!r} is not a number; write 16, or 1,16,64 for a sweep") from error
 
 
 def _parse_prefix(text: str | None) -> tuple[int, int]:

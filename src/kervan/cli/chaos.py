@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 SECTIONS = {
-    "Disruptions of the fleet at URL": "--kill-every --drain-every --hang-every --min-ready",
-    "Load on it": "--streams --isl --osl",
-    "Where it is": "--api-key --name --address",
+    "Faults in the fleet at URL": "--kill-every --drain-every --hang-every --min-ready",
+    "Load": "--streams --isl --osl",
+    "Fleet": "--api-key --name --address",
     "Replay": "--replay --trace --speed --trace-speed --max-nodes",
-    "Both": "--for --deadline --seed --record --json --help",
+    "General": "--for --deadline --seed --record --json --help",
 }
 # By the names of their parameters: without a meaning with --replay, and only with it.
 NOT_WITH_REPLAY = (
@@ -92,56 +92,62 @@ class ChaosOptions:
 
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("where", metavar="URL|MODEL")
-@click.option("--kill-every", metavar="10s", help="SIGKILL an engine's process once in so long.")
-@click.option("--drain-every", metavar="30s", help="Drain a replica once in so long.")
-@click.option("--hang-every", metavar="2min", help="SIGSTOP an engine's process once in so long.")
-@click.option("--for", "duration", help="How long in all. [default: 1min, or the trace of --replay]")
+@click.option("--kill-every", metavar="10s", help="Send SIGKILL to an engine process at this interval.")
+@click.option("--drain-every", metavar="30s", help="Drain a replica at this interval.")
+@click.option("--hang-every", metavar="2min", help="Send SIGSTOP to an engine process at this interval.")
+@click.option("--for", "duration", help="Total duration. [default: 1min, or the trace of --replay]")
 @click.option(
     "--streams",
     type=click.IntRange(1, 10_000),
     default=DisruptionPlan.streams,
     show_default=True,
-    help="At the same time.",
+    help="Concurrent streams.",
 )
 @click.option("--isl", default=DisruptionPlan.isl, show_default=True, help="Prompt tokens, as for kervan bench.")
 @click.option("--osl", default=DisruptionPlan.osl, show_default=True, help="Output tokens, in the same forms.")
 @click.option("--min-ready", type=click.IntRange(min=0), default=DisruptionPlan.min_ready, show_default=True,
-              help="Disturb nothing unless so many other replicas are ready.")  # fmt: skip
+              help="Skip a fault unless this many other replicas are ready.")  # fmt: skip
 @click.option("--deadline", default=f"{DisruptionPlan.deadline_s:g}s", show_default=True,
-              help="Of each drain, or of a node's notice; 0s with --replay: nodes are killed.")  # fmt: skip
+              help="For each drain, or each node's notice with --replay (0s: killed without notice).")  # fmt: skip
 @click.option(
     "--seed",
     type=int,
     default=DisruptionPlan.seed,
     show_default=True,
-    help="Same seed, same prompts and order of victims.",
+    help="Fixes the prompts and the order of victims.",
 )
 @click.option("--api-key", help="Sent as a bearer token; or KERVAN_API_KEY.")
 @click.option("--name", help="The fleet's name; without it, that of the gateway that answers.")
 @options.address
-@click.option("--replay", metavar="FILE", help="Trace of nodes, played on a Ray and with twins of its own.")
-@click.option("--trace", metavar="FILE", help="Azure CSV or Mooncake JSONL: the requests meanwhile.")
+@click.option("--replay", metavar="FILE", help="Node trace to replay, on a separate Ray cluster of twins.")
+@click.option("--trace", metavar="FILE", help="Request trace: Azure CSV or Mooncake JSONL.")
 @click.option(
-    "--speed", type=float, default=ReplayPlan.speed, show_default=True, help="Of the nodes: 10 plays 20 minutes in 2."
+    "--speed",
+    type=float,
+    default=ReplayPlan.speed,
+    show_default=True,
+    help="Speed of the node trace: 10 plays 20 minutes in 2.",
 )
-@click.option("--trace-speed", type=float, default=ReplayPlan.trace_speed, show_default=True, help="Of the requests.")
+@click.option(
+    "--trace-speed", type=float, default=ReplayPlan.trace_speed, show_default=True, help="Speed of the request trace."
+)
 @click.option(
     "--max-nodes",
     type=int,
     default=ReplayPlan.max_nodes,
     show_default=True,
-    help="Spot nodes at a time; the rest is left out.",
+    help="Most spot nodes at a time; others in the trace are left out.",
 )
 @click.option("--record", type=click.Path(path_type=Path), help="Write a record to this file or directory.")
 @options.as_json
 @click.pass_context
 def chaos(context: click.Context, /, **arguments: Any) -> None:
-    """Disturb the fleet at URL under load, and check every token that its clients get.
+    """Inject faults into the fleet at URL under load, and check every token that its clients get.
 
-    With --replay: twins of MODEL, a directory, on a Ray cluster whose spot nodes come and go as in a trace.
+    With --replay: run twins of MODEL, a directory, on a Ray cluster whose spot nodes join and leave as in a trace.
 
-    Exit status 1 if a stream broke, a token was lost, came twice or was wrong, or the fleet did not become whole again.
-    Ctrl-C ends it early, with the report.
+    Exit status 1 if a stream broke, a token was lost, duplicated or wrong, or the fleet did not recover. Ctrl-C stops
+    it early and prints the report.
     """
     from kervan.bench import records
     from kervan.cli import render
@@ -202,7 +208,7 @@ def _print(report: "Report") -> None:
 
     result = report.to_dict()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    table = Table("", "disruptions", "skipped", "whole again, p50", "max", box=None, pad_edge=False, header_style="dim")
+    table = Table("", "disruptions", "skipped", "recovery, p50", "max", box=None, pad_edge=False, header_style="dim")
     for kind, row in result["kinds"].items():
         recover_s = row["recover_s"]
         table.add_row(
@@ -212,7 +218,7 @@ def _print(report: "Report") -> None:
     gap_s = result["gap_s"]
     print(
         f"\n{result['streams']} streams with {result['tokens']} tokens in {result['wall_s']:.0f} s: "
-        f"{result['broken']} broken, {result['tokens_lost']} tokens lost, {result['tokens_doubled']} doubled, "
+        f"{result['broken']} broken, {result['tokens_lost']} tokens lost, {result['tokens_doubled']} duplicated, "
         f"{result['tokens_wrong']} wrong\n"
         f"{result['moves']} moves; longest wait of a moved stream for a token: p50 {_time(gap_s['p50'])}, "
         f"p99 {_time(gap_s['p99'])}, max {_time(gap_s['max'])}"
@@ -225,7 +231,7 @@ def _print(report: "Report") -> None:
         print("no stream has ended, so nothing was checked")
     if report.unrecovered:
         late = ", ".join(f"the {disruption.kind} of {disruption.replica}" for disruption in report.unrecovered)
-        print(f"the fleet was not whole again after {late}")
+        print(f"the fleet did not recover after {late}")
 
 
 def _print_nodes(result: dict[str, Any]) -> None:
@@ -234,7 +240,7 @@ def _print_nodes(result: dict[str, Any]) -> None:
     for at_s, row in {row["at_s"]: row for row in result["over_time"]}.items():  # the last one of each moment
         print(f"{at_s:5.1f} s  {row['nodes']:5d}  {row['on-demand']:9d}  {row['spot']:4d}")
     if result["requests_cut"]:
-        print(f"{result['requests_cut']} requests were cut to what the model takes")
+        print(f"{result['requests_cut']} requests were cut to the model's maximum length")
 
 
 def _time(seconds: float | None) -> str:

@@ -33,7 +33,7 @@ _REPLY_S: Final = 60.0
 
 @click.command()
 def demo() -> None:
-    """Serve a tiny model on two CPU replicas, kill the one that answers, see the answer go on, stop everything."""
+    """Serve a tiny model on two CPU replicas, kill the one that is answering, see the answer continue, and stop."""
     name = f"demo-{os.getpid()}"  # never a fleet that somebody else has started
     say = _clock()
     with _sigterm_unwinds():
@@ -72,8 +72,8 @@ def demo() -> None:
                     f"learned; delete {_MODEL_DIRECTORY} and run the demo again"
                 )
             say(
-                f"every word as the model learned it; first token after {1e3 * first_s:.0f} ms, all after "
-                f"{last_s:.2f} s, the longest pause {1e3 * max(pauses_s):.0f} ms"
+                f"output matches the expected text; first token after {1e3 * first_s:.0f} ms, last after "
+                f"{last_s:.2f} s, longest pause {1e3 * max(pauses_s):.0f} ms"
             )
             _kervan("status", "--name", name)
         finally:
@@ -169,7 +169,8 @@ def _kill(replica_id: str, pids: Mapping[str, int]) -> None:
     """
     if replica_id not in pids:
         raise FleetError(
-            f"replica {replica_id} answers, and the first ({', '.join(pids)}) have not lasted; run the demo again"
+            f"replica {replica_id} is answering, and the initial replicas ({', '.join(pids)}) are gone; "
+            "run the demo again"
         )
     try:
         os.kill(pids[replica_id], signal.SIGKILL)

@@ -6,16 +6,16 @@ from kervan.cli import options
 
 
 @click.command()
-@click.option("--graceful", is_flag=True, help="Take no more requests, and end when all streams have ended.")
+@click.option("--graceful", is_flag=True, help="Reject new requests, and stop when all streams have ended.")
 @click.option("--deadline", help="With --graceful: how long to wait, like 10min. [default: 5min]")
 @options.name
 @options.address
 @options.as_json
 def down(graceful: bool, deadline: str | None, name: str, address: str | None, as_json: bool) -> None:
-    """End a fleet; with the last one, the Ray that kervan started.
+    """Stop a fleet; with the last one, also the Ray that kervan started.
 
-    Streams have `drain_timeout_s` to end; with --graceful as long as --deadline, and if some are left then, the fleet
-    goes on.
+    Open streams get `drain_timeout_s` to end. With --graceful they get --deadline; if some are still open then, the
+    fleet keeps running.
     """
     from kervan.cli import render
     from kervan.serve import down as serve_down

@@ -7,15 +7,15 @@ from kervan.cli import options
 
 @click.command()
 @click.argument("target", metavar="REPLICA|NODE")
-@click.option("--deadline", default="90s", show_default=True, help="When it must be gone, like 30s or 2min.")
+@click.option("--deadline", default="90s", show_default=True, help="Time until it must be gone, like 30s or 2min.")
 @options.name
 @options.address
 @options.as_json
 def drain(target: str, deadline: str, name: str, address: str | None, as_json: bool) -> None:
-    """Take REPLICA, or all that is on NODE, out of service; returns when it is gone.
+    """Take REPLICA, or everything on NODE, out of service; returns when it is gone.
 
-    It gets no new work at once, and its streams go on elsewhere. NODE is an address or a Ray node id; fleets of the
-    whole cluster leave it, and Ray puts nothing there until the node's Ray is started anew.
+    It gets no new requests, and its streams continue on other replicas. NODE is an address or a Ray node id; all fleets
+    of the cluster leave it, and Ray schedules nothing there until Ray is restarted on the node.
     """
     from kervan.cli import render
     from kervan.serve import drain as serve_drain

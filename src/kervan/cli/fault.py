@@ -10,7 +10,7 @@ from kervan.config.fault import Fault, FaultKind
 AMOUNTS = {
     "slow": (1.0, 1e6, "how many times as long a step takes, at least 1"),
     "crash": (0.0, 1e12, "the tokens after which it dies"),
-    "kv-pressure": (0.0, 1.0, "the share of the KV pool to take away, 0 to 1"),
+    "kv-pressure": (0.0, 1.0, "the share of the KV cache to take away, 0 to 1"),
 }
 
 
@@ -21,10 +21,11 @@ AMOUNTS = {
 @options.name
 @options.address
 def fault(replica: str, kind: FaultKind, amount: float | None, name: str, address: str | None) -> None:
-    """Let a simulated REPLICA (--engine twin) suffer.
+    """Inject a fault into a simulated REPLICA (--engine twin).
 
-    slow AMOUNT: steps take AMOUNT times as long. hang: no step ends any more; the watchdog will find it. crash AMOUNT:
-    the process dies AMOUNT tokens later. kv-pressure AMOUNT: this share of the KV pool is gone. none: whole again.
+    slow AMOUNT: steps take AMOUNT times as long. hang: no further step completes; the watchdog detects it.
+    crash AMOUNT: the process dies after AMOUNT more tokens. kv-pressure AMOUNT: this share of the KV cache is taken
+    away. none: ends the fault.
     """
     from kervan.serve.fault import suffer
 

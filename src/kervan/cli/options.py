@@ -34,7 +34,11 @@ DEFAULT_NAME = SETTINGS["name"].default
 name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="The fleet's name.")
 address = click.option("--address", help="Ray cluster to join (HOST:PORT); without it, Ray on this machine.")
 pools = click.option(
-    "--pool", "pools", multiple=True, metavar="NAME:COUNT", help="on-demand:2, spot:0..6: by market type; repeatable."
+    "--pool",
+    "pools",
+    multiple=True,
+    metavar="NAME:COUNT",
+    help="Replicas by market type: on-demand:2, spot:0..6; repeatable.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -50,7 +54,7 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         try:
             counts = int(least), int(most) if dots else 0
         except ValueError:
-            self.fail(f"{value!r} is no number and no range; write for example 2 or 1..4", param, ctx)
+            self.fail(f"{value!r} is neither a number nor a range; write for example 2 or 1..4", param, ctx)
         if dots and counts[1] < max(1, counts[0]):
             self.fail(f"{value!r} goes from {counts[0]} down to {counts[1]}; write for example 1..4", param, ctx)
         return counts

@@ -136,7 +136,7 @@ def plan_request(
             "directory and give the directory"
         )
     if network is not None and not 0 < network < 1e6:
-        raise ConfigError(f"--network {network} is no speed in Gbit/s; write for example --network 400")
+        raise ConfigError(f"--network {network} is not a speed in Gbit/s; write for example --network 400")
     table = price_table.load(prices)
     own = price_table.parse_price_usd_per_h(price) if price else None
     has_load = rate is not None or concurrency is not None or trace is not None
@@ -180,7 +180,7 @@ def _rate(text: str) -> float:
     except ValueError:
         rate = math.nan
     if not 0 < rate < 1e6 or (slash and unit.strip() not in ("s", "sec", "second")):
-        raise ConfigError(f"--rate {text!r} is no number of requests per second; write for example --rate 5/s")
+        raise ConfigError(f"--rate {text!r} is not a number of requests per second; write for example --rate 5/s")
     return rate
 
 

@@ -10,7 +10,7 @@ from kervan.cli import options
 @click.command()
 @click.argument("replicas", type=click.IntRange(min=0), required=False)
 @options.pools
-@click.option("--gateways", type=options.Count(), help="HTTP gateways; MIN..MAX: as many as their load asks for.")
+@click.option("--gateways", type=options.Count(), help="HTTP gateways; MIN..MAX: scaled by load.")
 @options.name
 @options.address
 @options.as_json
@@ -22,16 +22,16 @@ def scale(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Run REPLICAS engine replicas, or so many of each pool; returns when they are ready, or gone."""
+    """Run REPLICAS engine replicas, or the given number per pool; returns when they are ready, or gone."""
     from kervan.cli import render
     from kervan.serve import changes
 
     if replicas is None and gateways is None and not pools:
         raise click.UsageError("give REPLICAS or --pool, --gateways, or both")
     if replicas is not None and pools:
-        raise click.UsageError(f"{replicas} beside --pool says twice how many; give only the pools")
+        raise click.UsageError(f"{replicas} and --pool both set the number of replicas; give only the pools")
     if gateways is not None and gateways[0] < 1:
-        raise click.UsageError("--gateways 0 would leave nothing that answers; give at least 1, or kervan down")
+        raise click.UsageError("--gateways 0 would leave nothing to serve requests; give at least 1, or kervan down")
     settings: dict[str, Any] = options.gateway_settings(gateways) | ({} if replicas is None else {"replicas": replicas})
     settings |= options.pool_settings(pools)
     result = changes.scale(name, settings, address, render.progress_lines(is_quiet=as_json))

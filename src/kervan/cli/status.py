@@ -8,7 +8,7 @@ from kervan.cli import options
 @click.command()
 @options.name
 @options.address
-@click.option("--why", "with_why", is_flag=True, help="Say in a sentence each why what is not ready is not.")
+@click.option("--why", "with_why", is_flag=True, help="Explain in one sentence each why something is not ready.")
 @options.as_json
 def status(name: str, address: str | None, with_why: bool, as_json: bool) -> None:
     """Show a fleet: its replicas, their load, its gateways."""
@@ -25,4 +25,4 @@ def status(name: str, address: str | None, with_why: bool, as_json: bool) -> Non
         return
     render.print_status(shown)
     if sentences is not None:
-        print("\n".join(sentences) or "all is as it should be")
+        print("\n".join(sentences) or "no problems found")

@@ -117,10 +117,10 @@ def to_dict(status: FleetStatus) -> dict[str, object]:
 @options.name
 @options.address
 @click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="Seconds.")
-@click.option("--once", is_flag=True, help="Print one screen and end; so it is without a terminal.")
+@click.option("--once", is_flag=True, help="Print one screen and exit; the default without a terminal.")
 @options.as_json
 def top(name: str, address: str | None, every_s: float, once: bool, as_json: bool) -> None:
-    """Watch a fleet: load, tokens/s and TTFT of each replica, gateways, events. Ctrl-C ends it.
+    """Watch a fleet: load, tokens/s and TTFT of each replica, gateways, events. Ctrl-C stops it.
 
     Numbers are of the last second. TTFT is from the moment a gateway placed a request on the replica.
     """

@@ -23,7 +23,11 @@ SECTIONS = {
 
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model", required=False)
-@click.option("--auto", is_flag=True, help="Layout, replicas and batch limits as kervan plan says, for all GPUs here.")
+@click.option(
+    "--auto",
+    is_flag=True,
+    help="Use the layout, replicas and batch limits that kervan plan recommends for all GPUs here.",
+)
 @options.setting("--tp")
 @options.setting("--pp")
 @options.setting("--ep")
@@ -39,17 +43,17 @@ SECTIONS = {
 @options.setting("--port")
 @options.setting("--shared-port/--own-port", "shared_port")
 @click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
+@click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="A vLLM argument; repeatable.")
 @click.option(
-    "--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's own argument; repeatable."
-)
-@click.option(
-    "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment of engines and gateways; repeatable."
+    "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment variable of engines and gateways; repeatable."
 )
 @options.setting("--ingress")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same words.")
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same settings."
+)
 @options.name
 @options.address
-@click.option("--yes", is_flag=True, help="Change a running fleet also where that costs its clients something.")
+@click.option("--yes", is_flag=True, help="Apply a change to a running fleet even if it disturbs clients.")
 @click.option("--detach", is_flag=True, help="Return when the fleet is ready.")
 @options.as_json
 @sigterm.interrupting()
@@ -58,8 +62,9 @@ def up(
 ) -> None:
     """Serve MODEL: a Hugging Face id or a local directory.
 
-    Returns, or prints its URL, when every replica has produced a token. Options win over --config. If the fleet runs
-    already, it takes on the settings that are given and keeps the others: new replicas are ready before old ones leave.
+    Prints the URL, or returns with --detach, when every replica has produced a token. Options override --config. On a
+    fleet that is already running, the given settings are applied and the others kept: new replicas are ready before old
+    ones leave.
     """
     from kervan.cli import render
     from kervan.serve.attach import is_up
@@ -86,12 +91,12 @@ def up(
         startup.keep()
         return
     try:
-        print("Ctrl-C ends it", flush=True)
+        print("Ctrl-C stops it", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         from kervan.serve.down import down
 
-        print("ending", flush=True)
+        print("stopping", flush=True)
         down(config.name, address)
 
 
@@ -107,7 +112,7 @@ def _planned(settings: dict[str, Any], address: str | None, say: Callable[[str],
     if address is not None and not is_twin:
         raise ConfigError(
             "--auto reads the GPUs of this machine, and --address joins a cluster of others; "
-            "use the words that kervan plan --gpu KIND --gpus N prints"
+            "use the options that kervan plan --gpu KIND --gpus N prints"
         )
     if given := [key for key in ("tp", "pp", "ep", "replicas", "pools") if settings.get(key)]:
         raise ConfigError(
@@ -171,7 +176,7 @@ def _settings(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     settings |= {key: value for key, value in given.items() if value is not None}
     if settings.get("pools") and "replicas" in settings:
         raise ConfigError(
-            f"--replicas {settings['replicas']} beside --pool says twice how many; give only the pools, "
+            f"--replicas {settings['replicas']} and --pool both set the number of replicas; give only the pools, "
             f"for example --pool on-demand:{settings['replicas']} --pool spot:0..6"
         )
     return settings

@@ -48,7 +48,9 @@ def parse_bounds(pool: str, text: str) -> PoolBounds:
     example = f"--pool {pool}:2 or --pool {pool}:0..6"
     match = COUNT_PATTERN.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"pool {pool}: {text!r} is no number and no range MIN..MAX; write for example {example}")
+        raise ConfigError(
+            f"pool {pool}: {text!r} is neither a number nor a range MIN..MAX; write for example {example}"
+        )
     bounds = PoolBounds(int(match[1]), int(match[2] or match[1]))
     if bounds.maximum < bounds.minimum:
         raise ConfigError(
@@ -84,59 +86,61 @@ class FleetConfig:
     # What a replica runs on, and how many there are.
     tp: int = _setting(1, "GPUs that share each layer (tensor parallel)", 1, 64)
     pp: int = _setting(1, "Groups of GPUs that hold consecutive layers (pipeline parallel)", 1, 64)
-    ep: int = _setting(1, "GPUs that share out each layer's experts: 1 or tp", 1, 64)
+    ep: int = _setting(1, "GPUs that each layer's experts are spread over: 1 or tp", 1, 64)
     nodes_per_replica: int = _setting(
-        0, "Nodes that share a replica's pp stages, a divisor of pp; 0: as few as can hold it", 0, 64
+        0, "Nodes to spread a replica's pp stages over, a divisor of pp; 0: as few as possible", 0, 64
     )
     gpus_per_replica: float = _setting(
-        0.0, "A share of one GPU for a small model, like 0.5; 0: tp*pp whole ones", 0, 64 * 64
+        0.0, "Fraction of one GPU for a small model, such as 0.5; 0: tp*pp whole GPUs", 0, 64 * 64
     )
     device: Literal["", "GPU", "CPU"] = _setting(
-        "", "GPU or CPU; without it what the cluster has when the fleet first starts, which then stays"
+        "", "GPU or CPU; by default what the cluster has when the fleet first starts, fixed from then on"
     )
     replicas: int = _setting(
-        1, "Engine replicas, each on tp*pp GPUs; with pools, the sum of their least", 0, MAX_REPLICAS
+        1, "Engine replicas, each on tp*pp GPUs; with pools, the sum of their minimums", 0, MAX_REPLICAS
     )
-    pools: Mapping[str, str] = _setting({}, "By market type, how many replicas: a number or MIN..MAX")
+    pools: Mapping[str, str] = _setting({}, "Replicas by market type: a number or MIN..MAX")
     # The HTTP front.
     gateways: int = _setting(
         0,
-        "HTTP gateways; 0: one per 8 cores, 1 to 4. On the command line MIN..MAX, of which MAX is max_gateways",
+        "HTTP gateways; 0: one per 8 cores, 1 to 4. On the command line also MIN..MAX, where MAX sets max_gateways",
         0,
         MAX_GATEWAYS,
     )
-    max_gateways: int = _setting(0, "Above 0: from gateways to so many, by their load", 0, MAX_GATEWAYS)
+    max_gateways: int = _setting(0, "Above 0: scale from gateways up to this number by load", 0, MAX_GATEWAYS)
     host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces")
     port: int = _setting(8000, "Port to listen on", 1, 65535)
-    shared_port: bool = _setting(False, "Other fleets of the cluster may be on the port too, if they say so as well")
+    shared_port: bool = _setting(False, "Share the port with other fleets of the cluster that set this too")
     ingress: Ingress = _setting(  # noqa: RUF009
-        "direct", "direct: gateways answer clients themselves; serve: HAProxy in front of them"
+        "direct", "direct: clients connect to the gateways; serve: through HAProxy"
     )
-    api_keys: tuple[str, ...] = _setting((), "Keys of which clients must send one; none: open to all")
+    api_keys: tuple[str, ...] = _setting((), "Clients must send one of these keys; none: open to all")
     # The engines.
     engine: Engine = _setting("vllm", "vllm, or twin for simulated replicas, without a GPU")  # noqa: RUF009
-    gpu: str = _setting("", "The GPU that a twin stands for, like H200")
-    twin: Mapping[str, Any] = _setting({}, "Settings of twins, in place of what follows from model and GPU")
+    gpu: str = _setting("", "The GPU that a twin simulates, such as H200")
+    twin: Mapping[str, Any] = _setting({}, "Settings of twins that override what the model and GPU imply")
     engine_args: Mapping[str, Any] = _setting({}, "vLLM's own arguments, named with _ or -")
     env: Mapping[str, str] = _setting({}, "Environment variables of engines and gateways")
     # Bounds and times.
-    max_queued_streams: int = _setting(1024, "Streams that may wait beyond what the replicas run at once", 0, 10**9)
+    max_queued_streams: int = _setting(1024, "Streams that may queue beyond what the replicas run at once", 0, 10**9)
     hold_timeout_s: float = _setting(300.0, "How long a stream waits for a replica before it fails", 0, MAX_S)
     stall_timeout_s: float = _setting(
-        60.0, "A replica without a report, or with work and without a step, for so long is ended", 1, MAX_S
+        60.0, "A replica that sends no report, or has work but makes no step, for this long is killed", 1, MAX_S
     )
     drain_timeout_s: float = _setting(
-        60.0, "How long a leaving replica or gateway may take to be free of streams", 0, MAX_S
+        60.0, "How long a leaving replica or gateway waits until its streams have left", 0, MAX_S
     )
     fallback_after_s: float = _setting(
-        15.0, "On-demand replicas cover for spot ones that are missing for so long", 0, MAX_S
+        15.0, "Start on-demand replicas for spot replicas that are missing for this long", 0, MAX_S
     )
-    fallback_hold_s: float = _setting(300.0, "They leave when spot has been whole for so long", 0, MAX_S)
+    fallback_hold_s: float = _setting(
+        300.0, "Stop them again when no spot replica has been missing for this long", 0, MAX_S
+    )
     replay_s: float = _setting(
-        0.0, "Above 0: clients can come back to a stream so long after it ended or broke", 0, 86_400
+        0.0, "Above 0: clients can reconnect to a stream for this long after it ended or broke", 0, 86_400
     )
-    replay_max_mib: int = _setting(256, "What each gateway keeps for replay_s at most, in MiB of memory", 1, 1 << 20)
-    warm_start: bool = _setting(True, "Fork engines from a process of the node that has vLLM imported")
+    replay_max_mib: int = _setting(256, "Memory that each gateway may use for replay_s, in MiB", 1, 1 << 20)
+    warm_start: bool = _setting(True, "Fork engines from a process on the node that has already imported vLLM")
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):

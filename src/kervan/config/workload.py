@@ -120,7 +120,7 @@ def parse_lengths(text: str, subject: str = "length") -> Lengths:
         return _lengths(text)
     except (ValueError, KeyError, TypeError) as error:
         reason = f" ({error})" if isinstance(error, _LengthsError) else ""
-        raise ConfigError(f"{subject} {text!r} is no number of tokens{reason}; write {LENGTHS_HELP}") from error
+        raise ConfigError(f"{subject} {text!r} is not a number of tokens{reason}; write {LENGTHS_HELP}") from error
 
 
 class _LengthsError(ValueError):

@@ -242,7 +242,7 @@ class _Fields:
                 if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
                     value = max(value)
                 else:
-                    raise ConfigError(f"{self.source}: {name}={value!r} is no whole number; fetch the file again")
+                    raise ConfigError(f"{self.source}: {name}={value!r} is not a whole number; fetch the file again")
             if not least <= value <= most:
                 raise ConfigError(f"{self.source}: {name}={value} is outside {least} to {most}; fetch the file again")
             return value
@@ -276,7 +276,7 @@ def _experts(get: _Fields, num_layers: int) -> Experts | None:
     every = get.number("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", default=1, least=1)
     dense = fields.get("mlp_only_layers") or []
     if not isinstance(dense, list):
-        raise ConfigError(f"{get.source}: mlp_only_layers={dense!r} is no list of layers; fetch the file again")
+        raise ConfigError(f"{get.source}: mlp_only_layers={dense!r} is not a list of layers; fetch the file again")
     each = fields.get("moe_layer_freq")
     if isinstance(each, list):  # one flag for each layer
         return Experts(

@@ -21,7 +21,7 @@ def resolve(model: str) -> str:
         path = Path(model).expanduser()
         is_directory, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a name too long, a null byte
-        raise ConfigError(f"model {model[:80]!r} is no usable path ({error}); check the path") from error
+        raise ConfigError(f"model {model[:80]!r} is not a usable path ({error}); check the path") from error
     if is_directory:
         return str(path.resolve())
     if is_file:

@@ -105,7 +105,7 @@ def parse_price_usd_per_h(text: str) -> float:
     match = USD_PER_H.fullmatch(text.strip())
     if match is None:
         raise ConfigError(
-            f"price {text!r} is no amount of US dollars per GPU and hour; write for example --price 3.40/h"
+            f"price {text!r} is not an amount of US dollars per GPU and hour; write for example --price 3.40/h"
         )
     usd = float(match[1])
     if not 0 < usd <= MAX_USD_PER_H:
@@ -143,11 +143,13 @@ def _price(row: Any, subject: str) -> Price:
         raise ConfigError(f"{subject}: market {row['market']!r} is not one of {', '.join(MARKETS)}")
     usd, date = row["usd_per_gpu_h"], row["date"]
     if isinstance(usd, bool) or not isinstance(usd, int | float):
-        raise ConfigError(f"{subject}: usd_per_gpu_h={usd!r} is no number; give US dollars per GPU and hour, like 3.40")
+        raise ConfigError(
+            f"{subject}: usd_per_gpu_h={usd!r} is not a number; give US dollars per GPU and hour, like 3.40"
+        )
     if not 0 < usd <= MAX_USD_PER_H:  # nor is nan
         raise ConfigError(f"{subject}: usd_per_gpu_h={usd!r} is outside 0..{MAX_USD_PER_H}; give the price of one GPU")
     if not isinstance(date, datetime.date) or isinstance(date, datetime.datetime):
-        raise ConfigError(f"{subject}: date {date!r} is no date; write for example date: 2026-11-25, without quotes")
+        raise ConfigError(f"{subject}: date {date!r} is not a date; write for example date: 2026-11-25, without quotes")
     try:
         gpu = hardware.gpu(str(row["gpu"])).name
     except ConfigError as error:

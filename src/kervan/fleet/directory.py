@@ -102,13 +102,13 @@ class NodeNotice(msgspec.Struct, frozen=True):
     seen_s: float
 
     def describe(self, now_s: float) -> str:
-        """What becomes of the node, like "goes in 118 s: preemption (aws)". `now_s`: Unix time."""
+        """What becomes of the node, like "leaves in 118 s: preemption (aws)". `now_s`: Unix time."""
         if not self.is_certain:
-            when = "stands still for some seconds" if self.kind == "pause" else "may go"
+            when = "pauses for some seconds" if self.kind == "pause" else "may go"
         elif self.deadline_s is None:
             when = "goes"
         else:
-            when = f"goes in {max(0.0, self.deadline_s - now_s):.0f} s"
+            when = f"leaves in {max(0.0, self.deadline_s - now_s):.0f} s"
         return f"{when}: {self.kind} ({self.source})"
 
 
@@ -288,6 +288,6 @@ class Directory:
             if now_s - at_s <= SILENT_S:
                 listed.append(entry)
                 continue
-            late = f"no sign of life for {now_s - at_s:.0f} s"
+            late = f"no heartbeat for {now_s - at_s:.0f} s"
             listed.append(msgspec.structs.replace(entry, reason=f"{entry.reason}, {late}" if entry.reason else late))
         return listed

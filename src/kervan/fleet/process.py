@@ -200,7 +200,7 @@ class EngineProcess:
         """End the engine and its workers now."""
         with self._lock:
             if self._process is None:
-                self.failure = EngineFailed("EngineError", "told to end before it had started")
+                self.failure = EngineFailed("EngineError", "stopped before it had started")
                 self.ended.set()
             elif not self.ended.is_set():  # after that the number may be another's
                 end_group(self._process.pid)

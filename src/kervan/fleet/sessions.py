@@ -111,7 +111,7 @@ class Sessions:
         oldest_s = time.monotonic() - wire.LEASE_S
         for session in self.live:
             if session.last_seen_s < oldest_s:
-                self._close(session, f"no sign of life for {wire.LEASE_S:.0f} s")
+                self._close(session, f"no heartbeat for {wire.LEASE_S:.0f} s")
 
     def _close(self, session: Session, why: str) -> None:
         session.is_over = True

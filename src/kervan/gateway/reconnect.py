@@ -225,11 +225,11 @@ class Streams:
             await _unknown(send, journal.stream_id)
             return
         if journal.refusal:
-            await _refuse(send, 410, f"stream {journal.stream_id} cannot be given again: {journal.refusal}")
+            await _refuse(send, 410, f"stream {journal.stream_id} cannot be resumed: {journal.refusal}")
             return
         if not _reaches(journal, after):
             had = f"it has {journal.num_tokens} tokens here, and Last-Event-ID says {after}"
-            await _refuse(send, 410, f"stream {journal.stream_id} cannot go on from there: {had}")
+            await _refuse(send, 410, f"stream {journal.stream_id} cannot continue from there: {had}")
             return
         if not journal.is_own:
             known = store.journals.get(journal.stream_id)
@@ -242,7 +242,7 @@ class Streams:
                 while journal.attempt is not None:  # its client's old connection was not yet found broken
                     await journal.attempt.end()
         except TimeoutError:
-            await _refuse(send, 503, "the stream's earlier answer does not end; try again")
+            await _refuse(send, 503, "the stream's earlier connection does not close; try again")
             return
         self.num_fetched += 1
         length = (b"content-length", b"%d" % len(journal.body))
@@ -275,13 +275,13 @@ def _last_event(scope: Scope) -> Position | None:
     position = Position.parse(text)
     if text and position is None:
         raise ValueError(
-            f"Last-Event-ID {text[:40]!r} is no id of an event; send the last `id` of the stream, such as 12.1"
+            f"Last-Event-ID {text[:40]!r} is not an event id; send the last `id` of the stream, such as 12.1"
         )
     return position
 
 
 async def _unknown(send: Send, stream_id: str) -> None:
-    await _refuse(send, 404, f"no stream {stream_id[:80]!r} is kept; it is unknown, or its time is over")
+    await _refuse(send, 404, f"no stream {stream_id[:80]!r} is kept; it is unknown or has expired")
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:

@@ -159,7 +159,7 @@ class SharedPort:
                     urls = neighbour.urls(None, self._node, next(self._turns))
                     await self._relay.forward(urls, neighbour.relay_key, scope, b"", _silence, response.send)
             except (RelayFailedError, TimeoutError) as error:
-                logger.warning("fleet %s did not tell its models: %r", neighbour.name, error)
+                logger.warning("fleet %s did not report its models: %r", neighbour.name, error)
                 return CollectedResponse()
             return response
 

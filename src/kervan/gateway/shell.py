@@ -253,7 +253,7 @@ class GatewayShell:
         except asyncio.CancelledError:
             if not self._deadlines.is_over(task) or task.uncancel() > 0:
                 raise
-            text = f"{size} bytes of the body came in {self.body_timeout_s:g} s, and it is not whole; send it faster"
+            text = f"{size} bytes of the body came in {self.body_timeout_s:g} s, and it is not complete; send it faster"
             await respond(send, 408, error_body(408, text), headers=[(b"connection", b"close")])
             return None
         finally:
@@ -264,7 +264,7 @@ class GatewayShell:
 
     async def _refuse_size(self, size: str, method: str, receive: Receive, send: Send) -> None:
         limit = self.max_body_bytes
-        message = f"the body is {size}; this gateway takes at most {limit} bytes ({limit / MIB:g} MiB)"
+        message = f"the body is {size}; this gateway accepts at most {limit} bytes ({limit / MIB:g} MiB)"
         await _refuse(413, message, method, receive, send)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -273,7 +273,7 @@ class GatewayShell:
             await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key"})
             return
         if self.inner is None or self.view.admit() is not None:
-            await send({"type": "websocket.close", "code": 1013, "reason": "the fleet takes no request now"})
+            await send({"type": "websocket.close", "code": 1013, "reason": "the fleet accepts no requests now"})
             return
         self.view.stream_opened()
         try:
@@ -390,7 +390,7 @@ async def _refuse(
 
 
 async def _refuse_method(path: str, method: str, allowed: str, receive: Receive, send: Send) -> None:
-    message = f"{path} does not take {method}; use {allowed}"
+    message = f"{path} does not accept {method}; use {allowed}"
     await _refuse(405, message, method, receive, send, headers=[(b"allow", allowed.encode())])
 
 

@@ -25,7 +25,7 @@ class OperatorSource(PushSource):
         Raises: ConfigError for a time that is negative.
         """
         if remaining_s is not None and not 0 <= remaining_s < float("inf"):
-            raise ConfigError(f"remaining_s={remaining_s} is no time of 0 s or more; leave it out for no deadline")
+            raise ConfigError(f"remaining_s={remaining_s} is not a time of 0 s or more; leave it out for no deadline")
         now_s = self.wall()
         notice = Notice(
             kind="operator",

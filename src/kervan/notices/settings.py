@@ -46,9 +46,9 @@ class NoticeSettings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_s") and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{field.name}={value} is no time of 0 s or more; leave it out for the default")
+                raise ConfigError(f"{field.name}={value} is not a time of 0 s or more; leave it out for the default")
             if field.name.endswith("_url") and not value.startswith(("http://", "https://")):
-                raise ConfigError(f"{field.name}={value!r} is no URL; write for example http://127.0.0.1:1338")
+                raise ConfigError(f"{field.name}={value!r} is not a URL; write for example http://127.0.0.1:1338")
         for name in self.watch:
             if name not in get_args(Watched):
                 raise ConfigError(f"watch names {name!r}, which is not one of {', '.join(get_args(Watched))}")
@@ -74,7 +74,7 @@ def from_environment(environ: Mapping[str, str]) -> NoticeSettings:
             try:
                 values[name] = float(text)
             except ValueError as error:
-                raise ConfigError(f"{variable}={text!r} is no number of seconds; write for example 2.5") from error
+                raise ConfigError(f"{variable}={text!r} is not a number of seconds; write for example 2.5") from error
         else:
             values[name] = text.rstrip("/") if name.endswith("_url") else text
     return NoticeSettings(**values)  # type: ignore[arg-type]  # __post_init__ checks the values

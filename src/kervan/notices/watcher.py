@@ -115,7 +115,7 @@ class Watcher:
     def _failed(self, name: str, health: SourceHealth, problem: str) -> float:
         """Count a failure; how long to leave the source alone."""
         if problem != health.problem:
-            logger.warning("notices: %s cannot tell: %s", name, problem)
+            logger.warning("notices: %s cannot be read: %s", name, problem)
         health.problem = problem
         health.failures += 1
         health.failures_in_a_row += 1

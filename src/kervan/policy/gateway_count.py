@@ -28,7 +28,7 @@ def decide(busy: Sequence[float], current: int, minimum: int, maximum: int) -> G
     if bounded != current:
         return GatewayCount(bounded, f"{current} is outside {minimum} to {maximum}")
     if not busy:
-        return GatewayCount(current, "no gateway has told how busy it is")
+        return GatewayCount(current, "no gateway has reported its load")
     mean = sum(busy) / len(busy)
     if mean > HIGH:
         # At most twice as many: what clients do with more gateways is not known.

@@ -21,7 +21,7 @@ from kervan.serve.versions import versions
 FIXED = {
     "model": "streams cannot move to another model; start a second fleet (--name), or kervan down first",
     "engine": "streams cannot move between engines and twins; start a second fleet (--name), or kervan down first",
-    "ingress": "it belongs to Serve's start; kervan down first",
+    "ingress": "it is fixed when Serve starts; kervan down first",
     "name": "it is how the fleet is found; kervan down first",
 }
 HIDDEN = frozenset({"api_keys"})  # told as changed, without the values
@@ -64,7 +64,7 @@ class RunningFleet:
         if (before.host, before.port) != (after.host, after.port):
             if not neighbours:
                 check_port(after.host, after.port)
-            warnings.append(f"nothing will answer at {before.host}:{before.port} any more")
+            warnings.append(f"{before.host}:{before.port} will no longer serve requests")
         pool_nodes = cluster.nodes_for(after)
         held = pools.held(self._directory.snapshot().result())
         taken = before.world_size * before.gpu_share
@@ -100,10 +100,10 @@ class RunningFleet:
                 awaited=pools.awaited(change.after, room),
             )
         except KervanError as error:
-            self.progress("it failed; going back")
+            self.progress("the change failed; restoring the old settings")
             self._directory.set_config(change.before).result()
             app.deploy(app.build(change.before, nodes, surges=change.surges), change.before)
-            raise type(error)(f"{error} (the fleet goes on as before)") from error
+            raise type(error)(f"{error} (the fleet keeps its old settings)") from error
         shared_port.wait_until_known(change.after, self.progress)
         return status
 

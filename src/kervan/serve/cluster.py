@@ -33,7 +33,7 @@ STOP_TIMEOUT_S = 20.0
 # Ray's own label key; a node has it from `ray start --labels`, the cluster launcher's or KubeRay's files.
 MARKET_LABEL = "ray.io/market-type"
 CONNECT_TIMEOUT_S = 5.0
-NODES_UNKNOWN = "Ray does not tell which nodes there are"
+NODES_UNKNOWN = "Ray did not list the nodes of the cluster"
 
 
 def home() -> Path:
@@ -129,7 +129,7 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
         if not line:
             last_line = (Path(temp_dir) / "local_ray.log").read_text().strip().splitlines()[-1:]
             raise EngineError(
-                f"Ray did not start: {' '.join(last_line) or 'it said nothing'}; is ray[serve] installed whole?"
+                f"Ray did not start: {' '.join(last_line) or 'no output'}; is ray[serve] fully installed?"
             )
         local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token, has_haproxy)
     except BaseException:
@@ -246,7 +246,9 @@ def check_address(address: str) -> None:
         return
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdigit() or "/" in host:
-        raise FleetError(f"--address {address!r} is no HOST:PORT; give that of the cluster's head, like 10.0.0.1:6379")
+        raise FleetError(
+            f"--address {address!r} is not in HOST:PORT form; give that of the cluster's head, like 10.0.0.1:6379"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
@@ -309,10 +311,10 @@ def drain_node(node_id: str, deadline_s: float) -> None:
 
     Raises: FleetError when Ray refuses, or does not answer.
     """
-    with as_fleet_error(f"Ray does not drain node {node_id}"):
+    with as_fleet_error(f"Ray did not drain node {node_id}"):
         refusal = ray_internals.drain_node(node_id, time.time_ns() // 1_000_000 + int(deadline_s * 1000))
     if refusal:
-        raise FleetError(f"Ray does not drain node {node_id}: {refusal}")
+        raise FleetError(f"Ray did not drain node {node_id}: {refusal}")
 
 
 def dead_nodes() -> list[str]:

@@ -67,8 +67,8 @@ def let_streams_end(
             line = f"waiting for {plural(streams, 'stream')}"
             if waited_s > deadline_s:
                 raise FleetError(
-                    f"{line} after {waited_s:.0f} s, and --deadline was {deadline_s:.0f} s; fleet {name!r} takes "
-                    "requests again; give it longer, or leave --graceful out to cut them"
+                    f"{line} after {waited_s:.0f} s, and --deadline was {deadline_s:.0f} s; fleet {name!r} accepts "
+                    "requests again; use a longer --deadline, or omit --graceful to cut them off"
                 )
             if streams and line != last_line:
                 last_line = line

@@ -71,7 +71,7 @@ def drain(
         )
     if len(nodes) == 1:
         raise FleetError(
-            f"node {target} is the only one: nothing could go on elsewhere; kervan down ends the fleet, a replica's id "
+            f"node {target} is the only one, so nothing can move; kervan down stops the fleet, a replica's id "
             f"drains that one: {', '.join(r.id for r in snapshot.replicas)}"
         )
     watchers.announce(node_id, deadline_s)  # first, so that it does not take Ray's drain for somebody else's

@@ -95,7 +95,7 @@ class LocalNodes:
         if not line:
             with contextlib.suppress(OSError):
                 line = " ".join(self._log_path.read_text().strip().splitlines()[-1:])
-            raise EngineError(f"Ray did not give {what}: {line or 'it said nothing'}; is ray[serve] installed whole?")
+            raise EngineError(f"Ray did not give {what}: {line or 'no output'}; is ray[serve] fully installed?")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EngineError(f"Ray did not give {what}: {answer['error']}; try again when the machine is less busy")

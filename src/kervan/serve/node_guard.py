@@ -144,7 +144,7 @@ class NodeGuard:
 
     async def on_withdrawn(self, notice: Notice) -> None:
         """Look at the cluster at once; for the node's watcher to call."""
-        logger.warning("node %s: %s is taken back (%s)", self._node, notice.kind, notice.source)
+        logger.warning("node %s: %s is withdrawn (%s)", self._node, notice.kind, notice.source)
         self._woken.set()
 
     async def run(self, watcher: Watcher) -> str:
@@ -223,7 +223,7 @@ class NodeGuard:
 
     def _entry(self, watcher: Watcher, *, is_drained: bool) -> NodeEntry:
         watches = [name for name in watcher.health if name not in (self.drained.name, OperatorSource.name)]
-        problems = [f"{name} cannot tell: {one.problem}" for name, one in watcher.health.items() if one.problem]
+        problems = [f"{name} cannot be read: {one.problem}" for name, one in watcher.health.items() if one.problem]
         notices = [notice_entry(notice) for notice in watcher.pending]
         return NodeEntry(self._node, watches, notices, "; ".join(problems), is_drained, self._before)
 
@@ -265,7 +265,7 @@ class NodeGuard:
             await asyncio.wait([self._writing], timeout=WRITE_TIMEOUT_S)
         for notice in watcher.pending:
             if notice.is_certain and await watcher.acknowledge(notice):
-                logger.warning("node %s is empty, and %s was told so", self._node, notice.source)
+                logger.warning("node %s is empty, and %s was notified", self._node, notice.source)
         await self._try("directories", self._cluster.move_directories())
 
     # ---- its account

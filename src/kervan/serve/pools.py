@@ -94,7 +94,7 @@ def check(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, 
             raise CapacityError(
                 f"{bounds.minimum} replicas of pool {SPOT} at least, and no node has the label {MARKET_LABEL}={SPOT}; "
                 f"start such nodes with `ray start --labels {MARKET_LABEL}={SPOT}`, or use "
-                f"--pool {SPOT}:0..{bounds.maximum} to go on without them"
+                f"--pool {SPOT}:0..{bounds.maximum} to start without them"
             )
         if (most := per_node(config, pool)) is not None and bounds.minimum > (room := len(own) * most):
             raise CapacityError(
@@ -174,7 +174,7 @@ def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices
         sentences.append(f"pool {SPOT}: {missing} {why}")
     extra = len(replicas_of(ON_DEMAND, snapshot)) - config.bounds[ON_DEMAND].minimum
     if extra > 0:
-        sentences.append(f"pool {ON_DEMAND}: {extra} more than its least cover for missing spot replicas")
+        sentences.append(f"pool {ON_DEMAND}: {extra} above its minimum cover for missing spot replicas")
     return sentences
 
 

@@ -75,7 +75,7 @@ class EngineReplica:
             await asyncio.sleep(DRAIN_POLL_S)
         if self._is_draining:  # told to go before it was ready, which is no failure
             await asyncio.to_thread(self._drained.wait)
-            raise EngineError(f"replica {self._id} was told to end before it was ready")
+            raise EngineError(f"replica {self._id} was stopped before it was ready")
         if (failure := self._process.failure) is not None:
             self._process.kill()
             self._is_draining = True

@@ -64,7 +64,7 @@ def check(config: FleetConfig, others: Sequence[FleetConfig]) -> list[FleetConfi
             )
         if not config.shared_port:
             raise ConfigError(
-                f"{place} is taken by fleet {other.name!r}; add --shared-port to answer there together, told apart by "
+                f"{place} is taken by fleet {other.name!r}; add --shared-port to share it, with requests told apart by "
                 f"the requests' model; or choose another --port"
             )
         if not other.shared_port:

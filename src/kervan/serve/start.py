@@ -62,7 +62,7 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise ConfigError(
-                    f"host {host!r} is no address of this machine ({error.strerror}); "
+                    f"host {host!r} is not an address of this machine ({error.strerror}); "
                     "use 127.0.0.1, or 0.0.0.0 for all (--host)"
                 ) from error
             other = port + 1 if 1024 <= port < 65535 else 8000

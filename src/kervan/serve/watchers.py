@@ -102,7 +102,7 @@ def announce(node_id: str, remaining_s: float) -> None:
 def end_all() -> None:
     """End all watchers of the cluster. Raises: FleetError when Ray does not answer."""
     for name in actor_names(_PREFIX):
-        with as_fleet_error(f"{name} goes on"), contextlib.suppress(ValueError):  # it has ended meanwhile
+        with as_fleet_error(f"{name} could not be stopped"), contextlib.suppress(ValueError):  # it has ended meanwhile
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
@@ -127,7 +127,7 @@ class RayCluster:
         if self._names and not self._snapshots:
             raise FleetError(f"no directory answers, of {', '.join(self._names)}")
         nodes = await asyncio.to_thread(cluster.nodes)
-        with as_fleet_error("Ray does not tell which nodes are drained"):
+        with as_fleet_error("Ray did not list the drained nodes"):
             draining = await asyncio.to_thread(ray_internals.draining_nodes)
         drained_at_ms = draining.get(self._node_id)
         return ClusterView(

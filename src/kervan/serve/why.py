@@ -32,10 +32,10 @@ def explain(
                 f"replica {replica.id} is starting {replica.reason} on {replica.node}; its log: {replica.log_path}"
             )
         elif replica.state == "draining":
-            sentences.append(f"replica {replica.id} drains: its streams move, then it ends")
+            sentences.append(f"replica {replica.id} is draining: its streams move, then it stops")
         elif replica.state == "unhealthy":
             sentences.append(
-                f"replica {replica.id} is unhealthy: {replica.reason or 'no reason was told'}; it is replaced"
+                f"replica {replica.id} is unhealthy: {replica.reason or 'no reason given'}; it is replaced"
             )
         elif replica.reason:
             sentences.append(f"replica {replica.id}: {replica.reason}")
@@ -52,7 +52,7 @@ def explain(
     nodes_used |= {gateway.node for gateway in snapshot.gateways}
     is_short = present < least or len(snapshot.gateways) < config.gateways
     if is_short or not nodes_used.isdisjoint(dead_nodes):
-        sentences += [f"node {node} is dead; what was on it is started elsewhere" for node in dead_nodes]
+        sentences += [f"node {node} is dead; its replicas and gateways are started elsewhere" for node in dead_nodes]
     if present < least:
         sentences += [f"{f.who} could not start: {f.message}" for f in snapshot.failures[-3:]]
     return sentences

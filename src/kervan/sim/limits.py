@@ -49,7 +49,7 @@ def limits(spec: ModelSpec, gpu: Gpu, arguments: Mapping[str, Any], *, needed_to
             converted = float(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"engine argument {name}={value!r} is no number; write for example {name}={default:g}"
+                f"engine argument {name}={value!r} is not a number; write for example {name}={default:g}"
             ) from error
         if not least <= converted <= most:
             raise ConfigError(

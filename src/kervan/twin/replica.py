@@ -156,7 +156,7 @@ class TwinReplica:
         for client, own in by_client.items():
             self._send(client, self._wires[client].outputs(own, now_s))
         if self._crash_at is not None and self._num_tokens >= self._crash_at:
-            logger.error("crashes after %d tokens, as told", self._num_tokens)
+            logger.error("crashes after %d tokens, as requested", self._num_tokens)
             os.kill(os.getpid(), signal.SIGKILL)
         if not self.engine.has_work:
             self._step_ends_s = 0.0
@@ -180,7 +180,7 @@ class TwinReplica:
         if self._lost_share > 0.05:
             notes.append(f"this machine is too slow for it: {100 * self._lost_share:.0f}% of its time is lost")
         if self.fault.kind != "none":
-            notes.append(f"told to suffer: {self.fault.kind} {self.fault.amount:g}")
+            notes.append(f"injected fault: {self.fault.kind} {self.fault.amount:g}")
         self._report(EngineLoad(*self._load, self._num_steps, self.engine.has_work, "; ".join(notes)))
 
     # ---- what others want
@@ -192,7 +192,7 @@ class TwinReplica:
                 self._input.send_multipart([session.identity, wire.PONG, self._pong(session)])
         elif command.fault is not None:
             self.fault = command.fault
-            logger.warning("told to suffer: %s %g", self.fault.kind, self.fault.amount)
+            logger.warning("injected fault: %s %g", self.fault.kind, self.fault.amount)
             self.engine.reserve(self.fault.amount if self.fault.kind == "kv-pressure" else 0.0)
             self._crash_at = self._num_tokens + self.fault.amount if self.fault.kind == "crash" else None
 

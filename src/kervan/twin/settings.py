@@ -72,13 +72,13 @@ def _given(words: Mapping[str, Any]) -> dict[str, float]:
             given[key] = float(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"twin setting {key}={value!r} is no number; write for example {key}=1 (--twin)"
+                f"twin setting {key}={value!r} is not a number; write for example {key}=1 (--twin)"
             ) from error
         if not 0 <= given[key] < 1e12 or (key in ("speed", "mean_answer_tokens", "block_size") and given[key] == 0):
             raise ConfigError(f"twin setting {key}={value} is out of range; give a positive number (--twin)")
         if key == "spot_per_node" and given[key] not in range(MAX_PER_NODE + 1):
             raise ConfigError(
-                f"twin setting {key}={value} is no whole number in 0..{MAX_PER_NODE}, and more Ray Serve does not "
+                f"twin setting {key}={value} is not a whole number in 0..{MAX_PER_NODE}, and more Ray Serve does not "
                 f"count; use for example {key}=1, or 0 for any number (--twin)"
             )
     return given

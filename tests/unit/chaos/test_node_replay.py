@@ -145,8 +145,8 @@ def test_nodes_come_and_go_with_a_notice(play: Callable[..., tuple[Any, list[str
     steps = [(1, 2, 1), (2, 1, 2), (1, 2, 1), (0, 2, 0)]
     assert [size for size in sizes if size in steps] == steps
     assert found["over_time"][-1]["at_s"] >= 1.2
-    assert f"b at {second} goes in 5 s, with spot-{second} and its 2 streams" in said
-    assert said[-1].startswith("whole again") or said[-1] == "a has gone"
+    assert f"b at {second} leaves in 5 s, with spot-{second} and its 2 streams" in said
+    assert said[-1].startswith("recovered") or said[-1] == "a has left"
 
 
 def test_nodes_are_killed_without_one(play: Callable[..., tuple[Any, list[str]]]) -> None:

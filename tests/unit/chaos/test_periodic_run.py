@@ -167,8 +167,8 @@ def test_answers_of_a_real_model_are_judged_by_those_before(server: TwinServer, 
     said: list[str] = []
     found = periodic_run.run(MemoryFleet(), real, plan(osl="10", duration_s=2.0), at(server), said.append).to_dict()
     assert said[:2] == [
-        "32 prompts are answered twice, undisturbed: by these the later answers are judged",
-        "1 were answered differently in a batch, and are left out",
+        "32 prompts are run twice without faults; later outputs are compared with these",
+        "1 gave a different output in a batch, and are left out",
     ]
     assert (found["tokens_lost"], found["tokens_wrong"], found["broken"]) == (1, 0, 0)
     assert found["streams"] == server.count - 1 - 64
@@ -179,7 +179,7 @@ def test_a_real_model_that_fails_undisturbed_is_told_before_anything_is_hit(
 ) -> None:
     fleet = MemoryFleet()
     server.faults = {10: "break"}
-    with pytest.raises(FleetError, match="failed before anything was disturbed: truncated"):
+    with pytest.raises(FleetError, match="failed before any fault was injected: truncated"):
         periodic_run.run(fleet, FleetConfig(model=config.model, replicas=3), plan(), at(server), lambda _: None)
     assert fleet.hits == []
 
@@ -239,10 +239,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ((), 1, "give --kill-every, --drain-every or --hang-every"),
         (("--kill-every", "10s", "--for", "5s"), 1, "--kill-every 10 s is not between 0 and the 5 s of --for"),
         (("--kill-every", "0s"), 1, "--kill-every 0 s is not between 0 and the 60 s of --for"),
-        (("--kill-every", "soon"), 1, "--kill-every 'soon' is no duration"),
+        (("--kill-every", "soon"), 1, "--kill-every 'soon' is not a duration"),
         (("--kill-every", "1s", "--streams", "0"), 2, "0 is not in the range"),
         (("--kill-every", "1s", "--min-ready", "-1"), 2, "-1 is not in the range"),
-        (("--kill-every", "1s", "--deadline", "x"), 1, "--deadline 'x' is no duration"),
+        (("--kill-every", "1s", "--deadline", "x"), 1, "--deadline 'x' is not a duration"),
     ],
 )
 def test_bad_words_are_refused(
@@ -255,9 +255,9 @@ def test_bad_words_are_refused(
 
 def test_what_is_no_fleet_is_refused(server: TwinServer, refused: Callable[..., tuple[object, str]]) -> None:
     for url, why in (
-        (server.url, "is no kervan fleet: GET /kervan/status: HTTP Error 404"),
-        ("http://127.0.0.1:1", "is no kervan fleet: GET /kervan/status: <urlopen error"),
-        ("nonsense://x", "is no server's URL"),
+        (server.url, "is not a kervan fleet: GET /kervan/status: HTTP Error 404"),
+        ("http://127.0.0.1:1", "is not a kervan fleet: GET /kervan/status: <urlopen error"),
+        ("nonsense://x", "is not a server URL"),
     ):
         code, said = refused(url, "--kill-every", "1s")
         assert code == 1
@@ -267,7 +267,7 @@ def test_what_is_no_fleet_is_refused(server: TwinServer, refused: Callable[..., 
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"isl": "many"}, "'many' is no number of tokens"),
+        ({"isl": "many"}, "'many' is not a number of tokens"),
         ({"streams": 2_000_000}, "--streams 2000000 needs 2000200 open files, and the limit is"),
     ],
 )

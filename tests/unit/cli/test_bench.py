@@ -119,7 +119,7 @@ def test_against_itself(server: str) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["nowhere:x"], "no server's URL"),
+        (["nowhere:x"], "not a server URL"),
         (["http://127.0.0.1:9", "--rate", "0"], "rate 0 is not above 0"),
         (["http://127.0.0.1:9", "--streams", "many"], "1,16,64"),
         (["http://127.0.0.1:9", "--streams", "2", "--rate", "2"], "kinds of arrivals"),

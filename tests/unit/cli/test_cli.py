@@ -306,8 +306,11 @@ def test_a_real_process_says_it_in_one_line(tmp_path: Path) -> None:
         (("--pool", "spot:"), "has no NAME:COUNT form"),
         (("--pool", "spot:0..6"), "add --pool on-demand:1"),
         (("--pool", "on-demand:1", "--pool", "on-demand:2"), "--pool on-demand is given twice, with 1 and 2"),
-        (("--pool", "on-demand:1", "--pool", "spot:x"), "pool spot: 'x' is no number and no range MIN..MAX"),
-        (("--pool", "on-demand:1", "--replicas", "1"), "--replicas 1 beside --pool says twice how many; give only"),
+        (("--pool", "on-demand:1", "--pool", "spot:x"), "pool spot: 'x' is neither a number nor a range MIN..MAX"),
+        (
+            ("--pool", "on-demand:1", "--replicas", "1"),
+            "--replicas 1 and --pool both set the number of replicas; give only",
+        ),
     ],
 )
 def test_pools_that_make_no_sense(kervan: Kervan, model: Path, words: tuple[str, ...], message: str) -> None:
@@ -316,4 +319,4 @@ def test_pools_that_make_no_sense(kervan: Kervan, model: Path, words: tuple[str,
 
 def test_scale_takes_replicas_or_pools(kervan: Kervan) -> None:
     code, _, err = kervan.run("scale", 2, "--pool", "spot:0..2")
-    assert (code, "2 beside --pool says twice how many; give only the pools" in err) == (2, True)
+    assert (code, "2 and --pool both set the number of replicas; give only the pools" in err) == (2, True)

@@ -96,7 +96,7 @@ def test_a_replica_is_killed() -> None:
         assert process.wait(10) == -9
     with pytest.raises(FleetError, match=f"replica a, process {process.pid}, cannot be killed: No such process; run"):
         demo._kill("a", {"a": process.pid})
-    with pytest.raises(FleetError, match=r"replica c answers, and the first \(a, b\) have not lasted"):
+    with pytest.raises(FleetError, match=r"replica c is answering, and the initial replicas \(a, b\) are gone"):
         demo._kill("c", {"a": process.pid, "b": 1})
 
 

@@ -98,5 +98,5 @@ def test_one_line_says_that_ray_is_away(
         cli.main()
     assert ended.value.code == 1
     assert capsys.readouterr().err == (
-        "error: Ray does not tell which nodes there are (RpcError: GCS is gone); try again in a few seconds\n"
+        "error: Ray did not list the nodes of the cluster (RpcError: GCS is gone); try again in a few seconds\n"
     )

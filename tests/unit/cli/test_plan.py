@@ -99,7 +99,7 @@ def test_a_trace_and_rates(kervan: Kervan, tmp_path: Path) -> None:
         (("--gpu", "H200", "--rate", "0/s"), "write for example --rate 5/s"),
         (("--gpu", "H200", "--rate", "5/s", "--concurrency", 3), "give one of them"),
         (("--gpu", "H200", "--engine-arg", "foo"), "key=value"),
-        (("--gpu", "H200", "--engine-arg", "max_num_seqs=abc"), "is no number"),
+        (("--gpu", "H200", "--engine-arg", "max_num_seqs=abc"), "is not a number"),
         (("--gpu", "H200", "--engine-arg", "tensor-parallel-size=2"), "use --layout"),
         (("--gpu", "H200", "--price", "abc"), "--price 3.40/h"),
         (("--gpu", "H200", "--isl", "9000"), "shorter --isl"),

@@ -59,7 +59,7 @@ WHOLE = (replica("a"), replica("b"), gateway())
                      "replica b is starting for 9 s on 10.0.0.1; its log: /l", id="starting"),
         pytest.param((replica("a"), replica("b", "unhealthy", reason="no step for 60 s"), gateway()), [],
                      "replica b is unhealthy: no step for 60 s; it is replaced", id="unhealthy"),
-        pytest.param((replica("a"), replica("b", "draining"), gateway()), [], "replica b drains", id="draining"),
+        pytest.param((replica("a"), replica("b", "draining"), gateway()), [], "replica b is draining", id="draining"),
         pytest.param((replica("a"), replica("b", reason="too slow"), gateway()), [], "replica b: too slow", id="note"),
         pytest.param((replica("a"), replica("b")), [], "1 of 1 gateways are missing", id="no gateway"),
         pytest.param((replica("a"), replica("b"), gateway(is_ready=False, reason="the gateway is starting")), [],
@@ -79,7 +79,7 @@ def test_lost_nodes_and_failed_starts_are_named() -> None:
     failed = StartFailure("c", "CapacityError", "out of memory; use --tp 8")
     told = explain(CONFIG, snapshot(replica("a"), gateway(), failures=(failed,)), [node("n", 8)], ["10.0.0.9"])
     assert told[1:] == [
-        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+        "node 10.0.0.9 is dead; its replicas and gateways are started elsewhere",
         "c could not start: out of memory; use --tp 8",
     ]
 
@@ -92,12 +92,12 @@ def test_a_node_lost_long_ago_is_no_news() -> None:
 
 
 def test_a_lost_node_is_named_while_what_was_on_it_is_still_listed() -> None:
-    late = {"node": "10.0.0.9", "reason": "no sign of life for 5 s"}
+    late = {"node": "10.0.0.9", "reason": "no heartbeat for 5 s"}
     told = explain(CONFIG, snapshot(replica("a"), replica("b", **late), gateway(**late)), [], ["10.0.0.9"])
     assert told == [
-        "replica b: no sign of life for 5 s",
-        "gateway gw: no sign of life for 5 s",
-        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+        "replica b: no heartbeat for 5 s",
+        "gateway gw: no heartbeat for 5 s",
+        "node 10.0.0.9 is dead; its replicas and gateways are started elsewhere",
     ]
 
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_since_a_node_was_lost_is_explained() -> None:
     told = explain(CONFIG, snapshot(replica("a"), gateway()), [node("n1", 0, 4)], ["10.0.0.9"])
     assert told == [
         "1 replica of 2 waits for 4 GPUs on one node: node n1 has 0 free of 4; add a node, or kervan scale 1",
-        "node 10.0.0.9 is dead; what was on it is started elsewhere",
+        "node 10.0.0.9 is dead; its replicas and gateways are started elsewhere",
     ]
 
 
@@ -170,26 +170,26 @@ LEAVING = NodeEntry("10.0.0.1", ["aws"], [PREEMPTION])
 
 def test_what_is_said_of_nodes() -> None:
     found = snapshot(
-        *WHOLE, LEAVING, NodeEntry("10.0.0.2", ["azure"], [], "azure cannot tell: [Errno 1]"), NodeEntry("10.0.0.3", ["aws"]),
+        *WHOLE, LEAVING, NodeEntry("10.0.0.2", ["azure"], [], "azure cannot be read: [Errno 1]"), NodeEntry("10.0.0.3", ["aws"]),
         NodeEntry("10.0.0.4", ["aws"], [], "", is_drained=True),
     )  # fmt: skip
     assert notice_lines(found, NOW_S) == [
-        "node 10.0.0.1 goes in 100 s: preemption (aws)",
-        "node 10.0.0.2 may miss its notice: azure cannot tell: [Errno 1]",
+        "node 10.0.0.1 leaves in 100 s: preemption (aws)",
+        "node 10.0.0.2 may miss its notice: azure cannot be read: [Errno 1]",
         "node 10.0.0.4 is drained: Ray puts nothing there any more",
     ]
 
 
 def test_status_and_top_show_a_node_under_notice(capsys: pytest.CaptureFixture[str]) -> None:
     told = FleetStatus("chat", "http://h:1", CONFIG, snapshot(*WHOLE, LEAVING))
-    line = "node 10.0.0.1 goes in 0 s: preemption (aws)"
+    line = "node 10.0.0.1 leaves in 0 s: preemption (aws)"
     render.print_status(told)
     assert line in capsys.readouterr().out
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(top.view(told, []))
     assert line in console.export_text()
     assert list(top.events(snapshot(*WHOLE), snapshot(*WHOLE, LEAVING))) == [
-        "node 10.0.0.1: goes in 120 s: preemption (aws)"
+        "node 10.0.0.1: leaves in 120 s: preemption (aws)"
     ]
     (node,) = json.loads(json.dumps(told.to_dict()))["nodes"]
     assert (node["node"], node["watches"], node["drained"]) == ("10.0.0.1", ["aws"], False)

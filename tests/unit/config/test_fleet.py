@@ -211,7 +211,10 @@ def test_pools_say_how_many_of_each_market_type() -> None:
     [
         ({"pools": {"spot": "0..6"}}, "add --pool on-demand:1, or --pool on-demand:0..1 for one only while spot is"),
         ({"pools": {"on-demand": 1, "gold": 2}}, "pool 'gold' is not one of on-demand, spot"),
-        ({"pools": {"on-demand": "1.."}}, "'1..' is no number and no range MIN..MAX; write for example --pool on-d"),
+        (
+            {"pools": {"on-demand": "1.."}},
+            "'1..' is neither a number nor a range MIN..MAX; write for example --pool on-d",
+        ),
         ({"pools": {"on-demand": "4..2"}}, "goes from 4 down to 2; write --pool on-demand:2..4"),
         ({"pools": {"on-demand": 0, "spot": 0}}, "room for 0 replicas; give one more"),
         ({"pools": {"on-demand": 5000}}, "5000 is above 4096"),

@@ -152,7 +152,7 @@ def test_missing_fields_are_named(name: str) -> None:
 
 
 def test_lists_that_are_none() -> None:
-    with pytest.raises(ConfigError, match="mlp_only_layers=3 is no list"):
+    with pytest.raises(ConfigError, match="mlp_only_layers=3 is not a list"):
         parse(DEEPSEEK | {"mlp_only_layers": 3}, "test")
     assert llama(quantization_config={"quant_method": "fp8", "ignore": 3}).quantization is not None
 

@@ -101,7 +101,7 @@ def test_prices_are_read(text: str) -> None:
 )
 def test_no_prices_are_refused(text: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"is no amount of US dollars per GPU and hour; write for example --price 3\.40/h"
+        ConfigError, match=r"is not an amount of US dollars per GPU and hour; write for example --price 3\.40/h"
     ):
         parse_price_usd_per_h(text)
 
@@ -133,15 +133,15 @@ def one_row(**changes: str | None) -> str:
         pytest.param(one_row(date=None), "row 1 has no date; give gpu", id="missing key"),
         pytest.param(one_row(gpu="H2000"), r"row 1: no GPU 'H2000' is known; did you mean H200\?", id="gpu"),
         pytest.param(one_row(market="reserved"), "market 'reserved' is not one of on-demand, spot", id="market"),
-        pytest.param(one_row(usd_per_gpu_h="cheap"), "usd_per_gpu_h='cheap' is no number", id="no number"),
-        pytest.param(one_row(usd_per_gpu_h="true"), "usd_per_gpu_h=True is no number", id="true"),
+        pytest.param(one_row(usd_per_gpu_h="cheap"), "usd_per_gpu_h='cheap' is not a number", id="no number"),
+        pytest.param(one_row(usd_per_gpu_h="true"), "usd_per_gpu_h=True is not a number", id="true"),
         pytest.param(one_row(usd_per_gpu_h=".nan"), r"usd_per_gpu_h=nan is outside 0\.\.10000", id="nan"),
         pytest.param(one_row(usd_per_gpu_h="0"), r"usd_per_gpu_h=0 is outside 0\.\.10000", id="zero"),
         pytest.param(one_row(usd_per_gpu_h="-1"), r"usd_per_gpu_h=-1 is outside 0\.\.10000", id="negative"),
-        pytest.param(one_row(date="'today'"), "date 'today' is no date; write", id="date"),
+        pytest.param(one_row(date="'today'"), "date 'today' is not a date; write", id="date"),
         pytest.param(one_row(date="2026-11-31"), "cannot be read: day is out of range", id="no such day"),
         pytest.param(one_row(usd_per_gpu_h="9" * 400), r"is outside 0\.\.10000", id="huge"),
-        pytest.param(one_row(date="2026-11-20T10:00:00"), r"date datetime\.datetime\(.*\) is no date", id="a time"),
+        pytest.param(one_row(date="2026-11-20T10:00:00"), r"date datetime\.datetime\(.*\) is not a date", id="a time"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:

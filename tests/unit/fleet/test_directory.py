@@ -63,8 +63,8 @@ def test_an_entry_whose_beats_are_late_says_so(directory: Directory, clock: Cloc
     assert [entry.reason for entry in directory.snapshot().replicas] == ["too slow"]
     clock.now_s += 1.0
     snapshot = directory.snapshot()
-    assert snapshot.replicas[0].reason == "too slow, no sign of life for 4 s"
-    assert snapshot.gateways[0].reason == "no sign of life for 4 s"
+    assert snapshot.replicas[0].reason == "too slow, no heartbeat for 4 s"
+    assert snapshot.gateways[0].reason == "no heartbeat for 4 s"
     directory.beat_gateway(gateway("g"))
     assert directory.snapshot().gateways[0].reason == ""
 
@@ -252,11 +252,11 @@ def test_a_nodes_notice_is_told_at_once_and_forgotten_without_beats(directory: D
 @pytest.mark.parametrize(
     ("notice", "words"),
     [
-        (NOTICE, "goes in 50 s: preemption (aws)"),
+        (NOTICE, "leaves in 50 s: preemption (aws)"),
         (NodeNotice("operator", "operator", True, None, 1000.0), "goes: operator (operator)"),
-        (NodeNotice("maintenance", "azure", True, 900.0, 800.0), "goes in 0 s: maintenance (azure)"),
+        (NodeNotice("maintenance", "azure", True, 900.0, 800.0), "leaves in 0 s: maintenance (azure)"),
         (NodeNotice("rebalance", "aws", False, None, 1000.0), "may go: rebalance (aws)"),
-        (NodeNotice("pause", "azure", False, 1060.0, 1000.0), "stands still for some seconds: pause (azure)"),
+        (NodeNotice("pause", "azure", False, 1060.0, 1000.0), "pauses for some seconds: pause (azure)"),
     ],
 )
 def test_a_notice_in_words(notice: NodeNotice, words: str) -> None:

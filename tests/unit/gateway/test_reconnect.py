@@ -304,7 +304,7 @@ async def test_of_two_that_ask_a_copys_gateway_at_once_one_is_answered(sites: li
         ({"stream_id": "x\u00fc"}, 404, "no stream"),
         ({"key": "k2"}, 404, "is kept"),
         ({"key": "k3"}, 401, "no valid API key"),
-        ({"last": "soon"}, 400, "'soon' is no id of an event"),
+        ({"last": "soon"}, 400, "'soon' is not an event id"),
         ({"last": "5.1"}, 410, "it has 4 tokens here, and Last-Event-ID says 5.1"),
         ({"last": "6.1"}, 410, "it has 4 tokens here, and Last-Event-ID says 6.1"),
     ],

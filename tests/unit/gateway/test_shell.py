@@ -125,7 +125,7 @@ async def test_pages_answer_head_and_refuse_other_methods(site: Site, path: str)
 async def test_simple_paths_are_post_only(site: Site, path: str) -> None:
     refused = await site.http.get(path)
     assert refused.headers["allow"] == "POST"
-    assert error_of(refused)["message"] == f"{path} does not take GET; use POST"
+    assert error_of(refused)["message"] == f"{path} does not accept GET; use POST"
 
 
 async def test_not_ready_tells_the_reason(site: Site) -> None:
@@ -208,7 +208,7 @@ async def chunked() -> AsyncIterator[bytes]:
 async def test_body_of_10_mb_is_413(site: Site, content: Callable[[], Any], found: str) -> None:
     response = await site.http.post("/v1/completions", content=content())
     assert error_of(response)["message"].startswith(f"the body is {found}")
-    assert error_of(response)["message"].endswith("this gateway takes at most 8388608 bytes (8 MiB)")
+    assert error_of(response)["message"].endswith("this gateway accepts at most 8388608 bytes (8 MiB)")
     assert response.headers["connection"] == "close"
     assert site.inner.bodies == []
     await site.view.is_idle.wait()

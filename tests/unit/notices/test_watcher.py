@@ -200,8 +200,8 @@ async def test_trouble_is_logged_when_it_changes_and_hides_no_other_source(caplo
         assert (health.failures, health.failures_in_a_row, health.problem) == (5, 0, "")
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        "notices: scripted cannot tell: gone",
-        "notices: scripted cannot tell: HTTP 500",
+        "notices: scripted cannot be read: gone",
+        "notices: scripted cannot be read: HTTP 500",
         "notices: scripted answers again",
     ]
 

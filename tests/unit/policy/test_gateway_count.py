@@ -9,7 +9,7 @@ from kervan.policy.gateway_count import HIGH, LOW
 @pytest.mark.parametrize(
     ("busy", "current", "count", "reason"),
     [
-        pytest.param([], 1, 1, "no gateway has told", id="nothing known"),
+        pytest.param([], 1, 1, "no gateway has reported", id="nothing known"),
         pytest.param([0.5], 1, 1, "50% busy", id="enough"),
         pytest.param([0.9], 1, 2, "90% busy, above 70%", id="one more: 0.9/0.5 = 1.8"),
         pytest.param([1.0, 0.8], 2, 4, "90% busy, above 70%", id="two more: 1.8/0.5 = 3.6"),

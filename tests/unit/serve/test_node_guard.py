@@ -163,7 +163,7 @@ async def test_a_recommendation_moves_nothing(cluster: Cluster) -> None:
         settings = NoticeSettings(watch=("azure",), azure_url=server.url, azure_period_s=0.05)
         async with guarded(cluster, settings):
             await until(lambda: cluster.told and cluster.told[-1].notices)
-            assert cluster.told[-1].notices[0].describe(time.time()) == "stands still for some seconds: pause (azure)"
+            assert cluster.told[-1].notices[0].describe(time.time()) == "pauses for some seconds: pause (azure)"
             assert cluster.done == []
 
 
@@ -318,5 +318,5 @@ async def test_a_source_in_trouble_is_told(cluster: Cluster) -> None:
         await until(lambda: watch.watcher.health["aws"].problem)
         watch.operator.announce(remaining_s=60)  # anything that makes it look again
         await until(lambda: cluster.told[-1:] and cluster.told[-1].problem)
-        assert cluster.told[-1].problem.startswith("aws cannot tell: PUT http://127.0.0.1:1/latest/api/token")
+        assert cluster.told[-1].problem.startswith("aws cannot be read: PUT http://127.0.0.1:1/latest/api/token")
         assert cluster.told[-1].watches == ["aws"]

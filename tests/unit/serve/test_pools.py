@@ -116,7 +116,7 @@ def test_the_least_of_each_pool_must_fit_on_its_own_nodes() -> None:
     with pytest.raises(CapacityError, match=r"4 replicas of pool spot, .*s1: 3 of 8.*use --pool spot:3"):
         pools.check(config(spot="4..6"), [OWN, SPOT], {})
     with pytest.raises(
-        CapacityError, match=r"no node has the label ray.io/market-type=spot.*--pool spot:0..6 to go on"
+        CapacityError, match=r"no node has the label ray.io/market-type=spot.*--pool spot:0..6 to start without"
     ):
         pools.check(config(spot="4..6"), [OWN], {})
     with pytest.raises(CapacityError, match="use --replicas 3"):
@@ -171,7 +171,7 @@ def test_twins_that_have_a_spot_node_each() -> None:
                      ["pool spot: 2 of 6 replicas wait for a spot node with 1 GPU free"], id="full"),
         pytest.param((replicas("on-demand", *["ready"] * 3), replicas("spot", *["ready"] * 5)), [OWN, SPOT],
                      ["pool spot: 1 of 6 replicas are on their way: there is room on a spot node",
-                      "pool on-demand: 1 more than its least cover for missing spot replicas"], id="covered"),
+                      "pool on-demand: 1 above its minimum cover for missing spot replicas"], id="covered"),
     ],
 )  # fmt: skip
 def test_what_is_not_as_wanted(

@@ -106,12 +106,12 @@ def test_tokens_are_ordinary_text(directory: Path) -> None:
         ),
         pytest.param({"gpu": "A10G", "described": LLAMA3_70B}, CapacityError, "use a larger --tp", id="weights"),
         pytest.param({"twin": {"base": "1"}}, ConfigError, "did you mean 'base_s'?", id="unknown setting"),
-        pytest.param({"twin": {"speed": "fast"}}, ConfigError, "is no number", id="no number"),
+        pytest.param({"twin": {"speed": "fast"}}, ConfigError, "is not a number", id="no number"),
         pytest.param({"twin": {"speed": "0"}}, ConfigError, "out of range", id="zero speed"),
-        pytest.param({"twin": {"spot_per_node": "0.5"}}, ConfigError, "no whole number in 0..100", id="part of one"),
-        pytest.param({"twin": {"spot_per_node": "101"}}, ConfigError, "no whole number in 0..100", id="too many"),
+        pytest.param({"twin": {"spot_per_node": "0.5"}}, ConfigError, "not a whole number in 0..100", id="part of one"),
+        pytest.param({"twin": {"spot_per_node": "101"}}, ConfigError, "not a whole number in 0..100", id="too many"),
         pytest.param({"twin": {"num_blocks": "3"}}, ConfigError, "use num_blocks=512", id="too few blocks"),
-        pytest.param({"engine_args": {"max_num_seqs": "many"}}, ConfigError, "is no number", id="engine argument"),
+        pytest.param({"engine_args": {"max_num_seqs": "many"}}, ConfigError, "is not a number", id="engine argument"),
         pytest.param(
             {"described": {"model_type": "x", "architectures": ["y"]}}, ConfigError, "hidden_size", id="shape"
         ),

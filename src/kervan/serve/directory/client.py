@@ -153,7 +153,7 @@ class DirectoryClient:
         """
         import ray
 
-        with as_fleet_error(f"the directory of fleet {self.fleet_name!r} goes on"):
+        with as_fleet_error(f"the directory of fleet {self.fleet_name!r} could not be stopped"):
             ray.kill(self._actor, no_restart=not restarts)
 
     def _call(self, method: str, decode: Callable[[Any], T], *arguments: Any) -> DirectoryResponse[T]:
@@ -183,7 +183,7 @@ def find_directory(fleet_name: str) -> DirectoryClient:
     """
     import ray
 
-    with as_fleet_error(f"Ray does not tell where the directory of fleet {fleet_name!r} is"):
+    with as_fleet_error(f"Ray did not return the directory of fleet {fleet_name!r}"):
         try:
             return DirectoryClient(fleet_name, ray.get_actor(ACTOR_PREFIX + fleet_name, namespace=NAMESPACE))
         except ValueError as error:
@@ -201,6 +201,6 @@ def actor_names(prefix: str) -> list[str]:
     """The names of kervan's actors on the cluster that start so. Raises: FleetError when Ray does not answer."""
     import ray
 
-    with as_fleet_error("Ray does not tell which fleets there are"):
+    with as_fleet_error("Ray did not list the fleets"):
         actors = ray.util.list_named_actors(all_namespaces=True)
     return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]

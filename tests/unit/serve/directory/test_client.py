@@ -209,5 +209,5 @@ def test_a_ray_that_is_away_is_no_missing_fleet(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ray.util, "list_named_actors", away)
     monkeypatch.setattr(ray, "get_actor", away)
     for ask in (fleet_names, lambda: find_directory("a")):
-        with pytest.raises(FleetError, match=r"Ray does not tell .*GCS.*try again"):
+        with pytest.raises(FleetError, match=r"Ray did not .*GCS.*try again"):
             ask()
