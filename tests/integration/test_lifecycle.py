@@ -139,7 +139,7 @@ def test_a_fleet_in_the_foreground_ends_with_its_command(
             lines.append(line.strip())
         process.send_signal(number)
         rest, said = process.communicate(timeout=120)
-    assert (process.returncode, rest) == (0, "ending\n"), said
+    assert (process.returncode, rest) == (0, "stopping\n"), said
     assert (home.fleets(), home.ray_directories()) == ([], known)
     eventually(lambda: set(strays()) <= alive_before, "no process is left", 20)
 

@@ -87,7 +87,7 @@ def test_decode_batches_that_need_too_much_memory_are_left_out() -> None:
     ("work", "for_s", "message", "rows"),
     [
         (fail, 60.0, r"rank 0 of 1: RuntimeError: no memory \(fail, line", ["one row"]),
-        (die, 60.0, "kervan-calibrate-0 exited 9 without a word", []),
+        (die, 60.0, "kervan-calibrate-0 exited with status 9 without a message", []),
         (hang, 0.5, "1 of the processes had not ended after 0 s", []),
     ],
 )
