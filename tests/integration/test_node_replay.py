@@ -48,7 +48,7 @@ def test_a_replay_that_is_told_to_end_leaves_nothing(
     with subprocess.Popen(**home.command("chaos", str(models.demo), *words), stdout=subprocess.PIPE) as process:
         assert process.stderr is not None
         said = [process.stderr.readline()]
-        while said[-1] and "the fleet comes first" not in said[-1]:
+        while said[-1] and "starting the fleet, then" not in said[-1]:
             said.append(process.stderr.readline())
         process.terminate()
         told, rest = process.communicate(timeout=START_S)

@@ -199,7 +199,7 @@ def test_chaos_breaks_nothing(twins: Fleet, kinds: dict[str, int], words: tuple[
 def test_chaos_is_refused_where_it_cannot_be(twins: Fleet) -> None:
     for words, why in (
         (("--min-ready", "3"), "the fleet has 3 replicas, and --min-ready 3 wants 3 besides the one that goes"),
-        (("--osl", "4000"), "make up to 4064 tokens, and the model takes 2048"),
+        (("--osl", "4000"), "make up to 4064 tokens, and the model's limit is 2048"),
         (("--name", "nobody"), "no fleet 'nobody'"),
     ):
         refused = twins.home.kervan("chaos", twins.url, "--kill-every", "1s", *words)
