@@ -118,6 +118,17 @@ async def test_an_engine_starts_anew_where_none_can_be_forked(start: Start) -> N
     engine.kill()
 
 
+async def test_an_engine_that_cannot_be_started_is_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more_processes(*_: object, **__: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr("kervan.fleet.warm_start.subprocess.Popen", no_more_processes)
+    engine = start("none", is_forked=True)
+    await eventually_async(engine.ended.is_set, "its end is told", 20)
+    assert engine.failure is not None
+    assert engine.failure.message == "the engine process could not be started: no more processes"
+
+
 async def test_an_engine_that_is_told_to_end_before_it_is_there(start: Start) -> None:
     engine = start("never", is_forked=True)
     assert engine.pid == 0

@@ -106,9 +106,16 @@ class EngineProcess:
 
     def _fork_or_spawn(self, environment: Mapping[str, str], owner_pid: int) -> None:
         try:
-            self._begin(*self._fork(environment, owner_pid))
-        except WarmStartError:
-            self._begin(*self._spawn(VLLM_ENGINE, environment))
+            try:
+                started: tuple[subprocess.Popen[bytes] | ForkedProcess, ControlEnd] = self._fork(environment, owner_pid)
+            except WarmStartError:
+                started = self._spawn(VLLM_ENGINE, environment)
+        except OSError as error:  # no memory, processes or files are left: nobody waits for this thread
+            self.failure = EngineFailed("EngineError", f"the engine process could not be started: {error}")
+            self.ended.set()
+            self._on_change()
+        else:
+            self._begin(*started)
 
     def _begin(self, process: "subprocess.Popen[bytes] | ForkedProcess", control: ControlEnd) -> None:
         with self._lock:

@@ -32,7 +32,7 @@ LATE_MODULES = (
     "xgrammar",
     "transformers",
 )
-# For engines that compile, though what they compile is in vLLM's cache: 4 s on H200's host (restarts record).
+# For engines that compile; they import these although what they compile is in vLLM's cache.
 COMPILING_MODULES = (
     "vllm.compilation.backends",
     "vllm.compilation.caching",
@@ -58,7 +58,8 @@ def prepare(model_classes: Sequence[str]) -> None:
 
     Raises: NotForkableError when CUDA could not be used in a fork any more.
     """
-    if not _known:
+    is_first = not _known
+    if is_first:
         _import("kervan.fleet.vllm.replica")
         from vllm.platforms import current_platform
 
@@ -74,8 +75,8 @@ def prepare(model_classes: Sequence[str]) -> None:
 
         head_start.look_at(sorted(fresh))
         _known.update(fresh)
-        if not fork_server.in_a_fork(_cuda_starts):
-            raise fork_server.NotForkableError("the imports have started CUDA, which a fork cannot use then")
+    if (is_first or fresh) and not fork_server.in_a_fork(_cuda_starts):
+        raise fork_server.NotForkableError("the imports have started CUDA, which a fork cannot use then")
 
 
 def _cuda_starts() -> bool:
