@@ -220,7 +220,7 @@ def memory(replicas: list[Row]) -> Row:
         engine = psutil.Process(replica["pid"])
         tree = [engine, *engine.children(recursive=True)]
         row["engines_pss"].append(round(sum(part.memory_full_info().pss for part in tree) / 1e6))
-        if (parent := engine.parent()) and any("warm_engines" in word for word in parent.cmdline()):
+        if (parent := engine.parent()) and any("warm_process" in word for word in parent.cmdline()):
             full = parent.memory_full_info()
             row["warm_process"] = {name: round(getattr(full, name) / 1e6) for name in ("rss", "pss", "uss")}
     return row

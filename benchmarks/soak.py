@@ -13,6 +13,7 @@ a process's own depends on who else runs on the machine.) Every token of every s
 import argparse
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import random
@@ -41,7 +42,10 @@ REST_S = 12.0  # after which the directory has forgotten what is gone, and lease
 LONGEST_REST_S = 120.0  # for processes that still leave; then they are told as left behind
 # Words in a process's command line -> its role, for what a fleet has of its own with the fleet's name in it. Ray names
 # its workers after their actors; other fleets may be on the same Ray.
-OWN_ROLES = {"ServeReplica:kervan-{}:gateway": "gateway", "ServeReplica:kervan-{}:on-demand": "replica actor"}
+OWN_ROLES = {
+    "ServeReplica:kervan-{}:gateway": "gateway actor",
+    "ServeReplica:kervan-{}:on-demand": "replica actor",
+}
 ROLES = {
     "ray::DirectoryActor": "directory",
     "ray::ServeController": "serve controller",
@@ -57,7 +61,15 @@ def role(process: psutil.Process, fleet: str) -> str:
     if "kervan.twin.replica" in command:
         parent = process.parent()
         return "twin" if parent is not None and role(parent, fleet) == "replica actor" else "other"
+    if command.startswith("kervan gateway ") and command.endswith(f" of {fleet}"):
+        return "gateway"
     return next((name for word, name in roles.items() if word in command), "other")
+
+
+def _is_gateway(process: psutil.Process, fleet: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return role(process, fleet) == "gateway"
+    return False
 
 
 def look(config: FleetConfig) -> dict[str, Any]:
@@ -66,7 +78,9 @@ def look(config: FleetConfig) -> dict[str, Any]:
     assert local is not None
     counts: collections.Counter[str] = collections.Counter()
     held = []
-    for process in psutil.Process(local.pid).children(recursive=True):
+    # Gateways are forked from a process of the node, which is not Ray's.
+    gateways = [p for p in psutil.process_iter() if p.pid != local.pid and _is_gateway(p, config.name)]
+    for process in [*psutil.Process(local.pid).children(recursive=True), *gateways]:
         try:
             name = role(process, config.name)
             counts[name] += 1
@@ -89,7 +103,7 @@ def look(config: FleetConfig) -> dict[str, Any]:
 
 def left_behind(looked: dict[str, Any]) -> bool:
     """Whether there are other processes of the fleet than its size tells."""
-    expected = {"twin": "replicas", "replica actor": "replicas", "gateway": "gateways"}
+    expected = {"twin": "replicas", "replica actor": "replicas", "gateway": "gateways", "gateway actor": "gateways"}
     return any(looked["processes"].get(name) != looked[number] for name, number in expected.items())
 
 

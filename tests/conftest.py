@@ -72,7 +72,7 @@ def _strays(scratch: Path) -> list[str]:
         except (OSError, psutil.Error):
             continue
         command = " ".join(process.info["cmdline"] or ())
-        if is_ours and any(word in command for word in ("ray", "vllm", "kervan")):
+        if is_ours and any(word in command.lower() for word in ("ray", "vllm", "kervan")):
             found.append(f"{process.pid}: {command[:150]}")
     return found
 

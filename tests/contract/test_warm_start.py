@@ -62,6 +62,11 @@ def start(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
             process.kill()
 
 
+def stack_of(pid: int) -> str:
+    """Where its stack begins: another place in each program that is started, and the same in its forks."""
+    return next(line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "[stack]" in line).split("-")[1]
+
+
 async def answers(engine: EngineProcess) -> dict[str, list[int]]:
     """Its tokens for each request."""
     bench = TwinBench(engine.log_path.parent)
@@ -85,7 +90,8 @@ async def test_forked_engines(start: Start) -> None:
     assert servers["one"] == servers["two"] != os.getpid() == servers["anew"]
     # Its workers are forked too: no process of it has been started from a program since.
     workers = psutil.Process(engines["two"].pid).children(recursive=True)
-    assert [w for w in workers if "warm_engines" in " ".join(w.cmdline())]
+    assert [worker for worker in workers if stack_of(worker.pid) == stack_of(servers["two"])]
+    assert stack_of(servers["two"]) != stack_of(os.getpid())
 
     # Killed: the end is seen, nothing of it is left, and the next one comes from where it came.
     group = [engines["one"].pid, *(child.pid for child in psutil.Process(engines["one"].pid).children(recursive=True))]

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,25 @@ from kervan.fleet import fork_server
 prepared: list[str] = []
 
 
-def prepare(hints: Sequence[str]) -> None:
-    if not hints and "SLOW" in os.environ:
+def prepare(program: str, hints: Sequence[str]) -> Callable[[], None] | None:
+    if not program and "SLOW" in os.environ:
         Path(os.environ["SLOW"]).write_text(str(os.getpid()))
         time.sleep(600)
     prepared.extend(hints)
     if "thread" in hints:
         threading.Thread(target=threading.Event().wait, daemon=True, name="idle").start()
+    return (lambda: prepared.append("later")) if "later" in hints else None
 
 
-def run(control_fd: int, asked_s: float) -> None:
+def run(program: str, control_fd: int, asked_s: float) -> None:
     with socket.socket(fileno=control_fd) as control, control.makefile("rw") as lines:
-        names: dict[str, Any] = {"prepared": prepared, "asked_s": asked_s, "os": os, "importlib": importlib}
+        names: dict[str, Any] = {
+            "program": program,
+            "prepared": prepared,
+            "asked_s": asked_s,
+            "os": os,
+            "importlib": importlib,
+        }
         for line in lines:
             lines.write(f"{eval(line, names)}\n")
             lines.flush()

@@ -38,8 +38,9 @@ THREADS = Path("/proc/self/task")
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What a client asks for. `asked_s`: `time.time()` then; `hints`: what else to import before forking."""
+    """What a client asks for. `asked_s`: `time.time()` then; `hints`: what else `program` needs imported before."""
 
+    program: str
     env: dict[str, str]
     cwd: str
     owner_pid: int
@@ -55,22 +56,27 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str = ""
 
 
+Prepare = Callable[[str, Sequence[str]], Callable[[], None] | None]
+Run = Callable[[str, int, float], Any]
+
+
 class NotForkableError(Exception):
     """The process has threads or a device that its children would not have."""
 
 
 class ForkServer:
-    """Forks `run(control_fd, asked_s)` for each client of `listener`.
+    """Forks `run(program, control_fd, asked_s)` for each client of `listener`.
 
-    `prepare(hints)` imports, before each fork. `harmless_threads`: see `check_forkable`. `may_end` is asked
-    before it ends unneeded: a client may be on its way.
+    `prepare(program, hints)` imports, before each fork; what it returns, if anything, is called when no client waits
+    any more: imports that the next child of this kind will not have to make. `harmless_threads`: see `check_forkable`.
+    `may_end` is asked before it ends unneeded: a client may be on its way.
     """
 
     def __init__(
         self,
         listener: socket.socket,
-        prepare: Callable[[Sequence[str]], None],
-        run: Callable[[int, float], Any],
+        prepare: Prepare,
+        run: Run,
         *,
         linger_s: float,
         harmless_threads: Sequence[str] = (),
@@ -86,6 +92,7 @@ class ForkServer:
         self._owners: dict[int, int] = {}  # pid -> pidfd
         self._clients: dict[socket.socket, int] = {}  # connection -> pid of its child
         self._children: dict[int, int] = {}  # pid -> pidfd, until it is reaped
+        self._postponed: list[Callable[[], None]] = []
         self._idle_since_s = time.monotonic()
 
     def serve(self) -> None:
@@ -95,8 +102,12 @@ class ForkServer:
         gc.freeze()  # or each child's first collection would copy all pages
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         while self._is_needed() or not self._may_end():
-            for key, _ in self._selector.select(POLL_S):
+            ready = self._selector.select(0.0 if self._postponed else POLL_S)
+            for key, _ in ready:
                 key.data()
+            if not ready and self._postponed:
+                self._postponed.pop(0)()
+                check_forkable(self._harmless_threads)
 
     def _is_needed(self) -> bool:
         now_s = time.monotonic()
@@ -122,7 +133,8 @@ class ForkServer:
                 file.seek(0)
                 request = msgspec.json.decode(file.read(), type=Request)
             self._follow_owner(request.owner_pid)
-            self._prepare(request.hints)
+            if (later := self._prepare(request.program, request.hints)) is not None:
+                self._postponed.append(later)
             check_forkable(self._harmless_threads)
             pid = self._fork(request, connection, *descriptors)
         except (OSError, msgspec.DecodeError) as error:
@@ -202,7 +214,7 @@ class ForkServer:
             os.environ.clear()
             os.environ.update(request.env)
             os.chdir(request.cwd)
-            status = self._run(control, request.asked_s) or 0
+            status = self._run(request.program, control, request.asked_s) or 0
         except BaseException:
             logger.exception("a forked process failed")
         finally:
@@ -286,13 +298,13 @@ def _ending_with(pid: int) -> Iterator[None]:
 
 
 def main(
-    prepare: Callable[[Sequence[str]], None],
-    run: Callable[[int, float], Any],
+    prepare: Prepare,
+    run: Run,
     *,
     linger_s: float,
     harmless_threads: Sequence[str] = (),
 ) -> NoReturn:
-    """`FD PLACE PID`: serve on the listening socket FD; PLACE is where its files are, without their endings.
+    """`FD PLACE PID`: prepare for no program yet, then serve on the listening socket FD. PLACE: see `warm_start`.
 
     PID: the process for which it is started. When that ends during the imports, this one ends too.
     """
@@ -314,13 +326,13 @@ def main(
     status = 0
     try:
         with _ending_with(int(sys.argv[3])):
-            prepare(())
+            prepare("", ())
         server = ForkServer(
             listener, prepare, run, linger_s=linger_s, harmless_threads=harmless_threads, may_end=may_end
         )
         server.serve()
     except NotForkableError as error:
-        logger.warning("no engine can be forked: %s", error)
+        logger.warning("nothing can be forked: %s", error)
         place.with_suffix(".refused").write_text(str(error))  # the next ones need not wait to hear it
         status = 3
     os._exit(status)

@@ -3,9 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -16,18 +13,16 @@ from typing import Literal
 import msgspec
 
 from kervan.config.fault import Fault
-from kervan.fleet import warm_start
+from kervan.fleet import child
+from kervan.fleet.child import Child
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready, Report
-from kervan.fleet.log_files import open_log
 from kervan.fleet.process_group import end_group
 from kervan.fleet.vllm import start_parts
 from kervan.fleet.vllm.head_start import model_classes
-from kervan.fleet.warm_start import ForkedProcess, WarmStartError
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
 
-VLLM_ENGINE = "kervan.fleet.vllm"
-WARM_ENGINES = "kervan.fleet.vllm.warm_engines"
+VLLM_ENGINE = "kervan.fleet.vllm.__main__"
 TWIN_ENGINE = "kervan.twin.replica"
 # Nobody removes the sockets over which vLLM's workers talk, so they get a directory that goes with the engine. The path
 # of a Unix socket has at most 107 bytes, 37 of them vLLM's name for it.
@@ -67,49 +62,21 @@ class EngineProcess:
             environment.setdefault("VLLM_RPC_BASE_PATH", self._sockets_of_workers.name)
         self.ended = threading.Event()
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
+        self._process: Child | None = None
         self._control: ControlEnd | None = None
         if fork_for_pid is None:
-            self._begin(*self._spawn(module, environment))
+            self._begin(*child.spawn(module, env=environment, log_path=log_path))
         else:
             threading.Thread(
                 target=self._fork_or_spawn, args=(environment, fork_for_pid), daemon=True, name="engine-start"
             ).start()
 
-    def _spawn(self, module: str, environment: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", ControlEnd]:
-        ours, theirs = socket.socketpair()
-        with open_log(self.log_path) as log, theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=environment,
-            )
-        return process, ControlEnd(ours)
-
-    def _fork(self, environment: Mapping[str, str], owner_pid: int) -> tuple[ForkedProcess, ControlEnd]:
-        ours, theirs = socket.socketpair()
-        hints = model_classes(self.spec.engine_argv) if isinstance(self.spec, EngineSpec) else []
-        with open_log(self.log_path) as log, theirs:
-            try:
-                process = warm_start.fork(
-                    WARM_ENGINES, env=environment, control=theirs, log_fd=log.fileno(), hints=hints, owner_pid=owner_pid
-                )
-            except WarmStartError as error:
-                ours.close()  # should there be an engine all the same, it ends by this
-                log.write(f"starts anew: {error}\n".encode())
-                raise
-        return process, ControlEnd(ours)
-
     def _fork_or_spawn(self, environment: Mapping[str, str], owner_pid: int) -> None:
+        hints = model_classes(self.spec.engine_argv) if isinstance(self.spec, EngineSpec) else []
         try:
-            try:
-                started: tuple[subprocess.Popen[bytes] | ForkedProcess, ControlEnd] = self._fork(environment, owner_pid)
-            except WarmStartError:
-                started = self._spawn(VLLM_ENGINE, environment)
+            started = child.fork_or_spawn(
+                VLLM_ENGINE, env=environment, log_path=self.log_path, owner_pid=owner_pid, hints=hints
+            )
         except OSError as error:  # no memory, processes or files are left: nobody waits for this thread
             self.failure = EngineFailed("EngineError", f"the engine process could not be started: {error}")
             self.ended.set()
@@ -117,7 +84,7 @@ class EngineProcess:
         else:
             self._begin(*started)
 
-    def _begin(self, process: "subprocess.Popen[bytes] | ForkedProcess", control: ControlEnd) -> None:
+    def _begin(self, process: Child, control: ControlEnd) -> None:
         with self._lock:
             self._process, self._control = process, control
             is_wanted = not self.ended.is_set()
@@ -149,25 +116,16 @@ class EngineProcess:
             self.load = report
         self._on_change()
 
-    def _on_end(self, process: "subprocess.Popen[bytes] | ForkedProcess") -> None:
+    def _on_end(self, process: Child) -> None:
         # The core is gone; its workers would hold their GPU memory for seconds more.
         end_group(process.pid)
         status = process.wait()
         self._sockets_of_workers.cleanup()
         if self.ready is None and self.failure is None:
-            self.failure = EngineFailed("EngineError", self._post_mortem(status))
+            how = child.post_mortem(status, self.log_path)
+            self.failure = EngineFailed("EngineError", f"the engine process ended during start-up with {how}")
         self.ended.set()
         self._on_change()
-
-    def _post_mortem(self, status: int | None) -> str:
-        if status is None:
-            how = "an exit status that nobody knows, as the process that forked it ended too"
-        else:
-            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        if status == -signal.SIGKILL:
-            how += " (killed; when the machine was out of memory, by its kernel)"
-        last = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        return f"the engine process ended during start-up with {how}; its last line: {' '.join(last)[:300]}"
 
     def health(self, stall_timeout_s: float) -> Health:
         """Whether a ready engine still reports, and steps while it has work."""

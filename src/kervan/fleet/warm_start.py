@@ -1,7 +1,7 @@
-"""Starts engines as forks of a process of this node that has vLLM imported already (`fork_server`).
+"""Starts engines and gateways as forks of a process of this node that has vLLM imported already (`fork_server`).
 
-That process is found by a Unix socket named after its identity: all that an engine inherits from it. An engine that
-differs in any of that gets another one. The first engine of a node starts it and waits for its imports, which it would
+That process is found by a Unix socket named after its identity: all that a child inherits from it. A child that
+differs in any of that gets another one. The first child on a node starts it and waits for its imports, which it would
 have made itself; those after it wait for nothing.
 """
 
@@ -26,17 +26,17 @@ import msgspec
 from kervan.errors import EngineError
 from kervan.fleet.fork_server import Reply, Request, locked
 
-# Imports take 5 to 20 s; on a machine so busy that they take this long, engines start without it.
+# Imports take 5 to 20 s; on a machine so busy that they take this long, its children start without it.
 START_TIMEOUT_S = 180.0
-# What may differ between engines of one server: the engine reads it after the fork.
-PER_ENGINE = frozenset({"CUDA_VISIBLE_DEVICES", "KERVAN_HOME", "VLLM_RPC_BASE_PATH"})
-PER_ENGINE_PREFIX = "RAY_"
+# What may differ between children of one server: they read it after the fork.
+PER_CHILD = frozenset({"CUDA_VISIBLE_DEVICES", "KERVAN_HOME", "VLLM_RPC_BASE_PATH"})
+PER_CHILD_PREFIX = "RAY_"
 MAX_SOCKET_PATH = 107  # bytes of a Unix socket's address on Linux, less its end
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 
 
 class WarmStartError(EngineError):
-    """No engine could be forked; the message says why."""
+    """No process could be forked; the message says why."""
 
 
 class ForkedProcess:
@@ -63,6 +63,7 @@ class ForkedProcess:
 
 def fork(
     module: str,
+    program: str,
     *,
     env: Mapping[str, str],
     control: socket.socket,
@@ -70,13 +71,13 @@ def fork(
     hints: Sequence[str] = (),
     owner_pid: int | None = None,
 ) -> ForkedProcess:
-    """An engine forked from the server `module` of this node, which is started where there is none.
+    """`program`, forked from the server `module` of this node, which is started where there is none.
 
     `env` is its whole environment, `control` its end of the control line, `log_fd` where it writes. `hints`: what the
     server had better import before. `owner_pid`: the process for which the server stays (None: this one).
     Blocks while the server imports. Raises: WarmStartError when none can be forked.
     """
-    request = Request(dict(env), str(Path.cwd()), owner_pid or os.getpid(), time.time(), list(hints))
+    request = Request(program, dict(env), str(Path.cwd()), owner_pid or os.getpid(), time.time(), list(hints))
     try:
         connection = _connect(module, env, request.owner_pid)
         with tempfile.TemporaryFile() as file:
@@ -97,9 +98,9 @@ def fork(
 
 
 def identity(module: str, env: Mapping[str, str]) -> str:
-    """Names what an engine inherits from its server: environment, limits, priority, cores, namespaces, code."""
+    """Names what a child inherits from its server: environment, limits, priority, cores, namespaces, code."""
     shared = {
-        name: value for name, value in env.items() if name not in PER_ENGINE and not name.startswith(PER_ENGINE_PREFIX)
+        name: value for name, value in env.items() if name not in PER_CHILD and not name.startswith(PER_CHILD_PREFIX)
     }
     limits = sorted(name for name in dir(resource) if name.startswith("RLIMIT_"))
     inherited = [
@@ -172,7 +173,7 @@ def _start(module: str, env: Mapping[str, str], place: Path, owner_pid: int) -> 
             stderr=log,
             pass_fds=[listener.fileno()],
             start_new_session=True,
-            env={name: value for name, value in env.items() if name not in PER_ENGINE},
+            env={name: value for name, value in env.items() if name not in PER_CHILD},
         )
     process.wait()  # it leaves a process behind at once: `fork_server.main`
 

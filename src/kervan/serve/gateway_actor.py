@@ -4,11 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
-import time
 import uuid
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +14,25 @@ import ray
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.fleet.directory import GatewayEntry, StartFailure
+from kervan.fleet.directory import GatewayEntry, Snapshot, StartFailure
 from kervan.fleet.log_files import new_log, open_log
-from kervan.fleet.vllm import failures
+from kervan.gateway.control import GatewayFailed
+from kervan.gateway.process import GatewayProcess
+from kervan.gateway.program import Beats, failure_of
 from kervan.gateway.server import Gateway, GatewayConfig
+from kervan.gateway.shared_port import Neighbour
 from kervan.serve import watchers
 from kervan.serve.autoscaling import BUSY
 from kervan.serve.cluster import home
 from kervan.serve.directory.client import find_directory
+from kervan.serve.environment import process_environment
 from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
 
 logger = logging.getLogger(__name__)
 
-BEAT_PERIOD_S = 1.0
+POLL_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
+REPORT_TIMEOUT_S = 2.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -70,138 +72,160 @@ def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: S
     )
 
 
-class GatewayReplica:
-    """Answers clients itself, on a uvloop loop of its own thread, away from Ray's loops."""
+class _GatewayActor:
+    """What each kind of gateway actor has to do with the directory."""
+
+    def __init__(self, config_json: str, version: str) -> None:
+        self._config = FleetConfig.from_json(config_json)
+        self._version = version
+        self._id = f"gw-{uuid.uuid4().hex[:6]}"
+        self._log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
+        _log_to(self._log_path)
+        self._directory = find_directory(self._config.name)
+        self._neighbourhood = Neighbourhood(self._config)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_stopping = False
+        watchers.keep(self._config.env, [ray.get_runtime_context().get_node_id()])
+
+    async def _settings(self) -> tuple[GatewayConfig, list[Neighbour]]:
+        """Of the gateway, and the other fleets on its port.
+
+        These are known before the port is open: a request for another fleet may be the first.
+        """
+        _, secret = await self._directory.fleet()
+        others = (await self._directory.snapshot()).gateways
+        neighbours = await asyncio.to_thread(self._neighbourhood.look) if self._config.shared_port else []
+        others += [gateway for neighbour in neighbours for gateway in neighbour.gateways]
+        return _gateway_config(self._config, self._id, secret, others), neighbours
+
+    async def _follow(self, on_change: Callable[[Snapshot], None]) -> None:
+        """Hand on the directory's changes; a directory that is away changes nothing."""
+        async for snapshot in self._directory.follow(poll_s=POLL_PERIOD_S, retry_s=POLL_PERIOD_S):
+            on_change(snapshot)
+
+    def _beat(self, entry: GatewayEntry) -> None:
+        if not self._is_stopping:
+            entry = msgspec.structs.replace(entry, version=self._version, log_path=str(self._log_path))
+            self._directory.beat_gateway(entry)
+
+    def _failure(self, failed: GatewayFailed) -> StartFailure:
+        return StartFailure(self._id, failed.kind, failed.message, str(self._log_path))
+
+    async def _leave(self) -> None:
+        self._is_stopping = True
+        for task in self._tasks:
+            task.cancel()
+        with contextlib.suppress(FleetError):
+            await self._directory.remove(self._id)
+
+
+class GatewayReplica(_GatewayActor):
+    """Keeps a gateway in a process of its own, away from Ray's threads, which answers clients itself.
+
+    Serve calls `__init__`, `check_health` and `__del__` on one loop.
+    """
+
+    async def __init__(self, config_json: str, version: str, *engines: Any) -> None:  # type: ignore[misc]
+        super().__init__(config_json, version)
+        gateway_config, neighbours = await self._settings()
+        self._process = GatewayProcess(
+            gateway_config, log_path=self._log_path, on_entry=self._beat, on_failure=self._on_failure
+        )
+        jobs = [self._follow(self._process.update)]
+        if gateway_config.shared_port:
+            jobs.append(self._neighbourhood.follow(self._process.update_neighbours))
+        self._tasks = [asyncio.create_task(job) for job in jobs]
+        self._has_begun = False
+        try:
+            await self._process.start(
+                neighbours,
+                env=process_environment(self._config, is_on_cpu=self._config.engine == "twin" or not _has_gpus()),
+                # The parent is the node's raylet, which outlives gateways.
+                fork_for_pid=os.getppid() if self._config.warm_start else None,
+            )
+        except FleetError as error:
+            self._is_stopping = True
+            if self._process.failure is not None:
+                await self._directory.report_failure(self._failure(self._process.failure))
+            raise FleetError(f"gateway: {error}") from error
+        self._has_begun = True
+
+    def _on_failure(self, failed: GatewayFailed) -> None:
+        logger.error("%s: %s", failed.kind, failed.message)
+        if self._has_begun:  # else `__init__` tells
+            self._reporting = asyncio.create_task(self._report(failed))
+
+    async def _report(self, failed: GatewayFailed) -> None:
+        with contextlib.suppress(FleetError):
+            await self._directory.report_failure(self._failure(failed)).within(REPORT_TIMEOUT_S)
+        if self._process.ended.is_set():
+            # Serve replaces an actor that is gone at once; a failing health check would take three periods.
+            os._exit(1)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaler."""
+        entry = self._process.entry
+        return {BUSY: entry.busy if entry is not None else 0.0}
+
+    async def check_health(self) -> None:
+        """Raises: FleetError when vLLM's app could not be built, or the gateway's loop does not answer."""
+        if self._process.failure is not None:
+            raise FleetError(f"gateway: {self._process.failure.message}")
+        await asyncio.wait_for(self._process.ping(), HEALTH_TIMEOUT_S)
+
+    async def __del__(self) -> None:
+        """Stop accepting, let open requests end, leave."""
+        if self._is_stopping or not hasattr(self, "_process"):
+            return
+        await self._leave()
+        await self._process.stop()
+
+
+def _has_gpus() -> bool:
+    """Whether Ray counts GPUs on this node, though this actor has none."""
+    own = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == own and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes())
+
+
+class IngressGatewayReplica(_GatewayActor):
+    """Lets Serve's HAProxy bring the requests, and so runs in the actor, on the loop on which Serve calls the app."""
 
     def __init__(self, config_json: str, version: str, *engines: Any) -> None:
-        self._config = config = FleetConfig.from_json(config_json)
-        self._version = version
-        os.environ.update(config.env)
+        super().__init__(config_json, version)
+        os.environ.update(self._config.env)
         # A gateway holds no GPU; vLLM must still see which kind this node has.
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             del os.environ["CUDA_VISIBLE_DEVICES"]
-        gateway_id = f"gw-{uuid.uuid4().hex[:6]}"
-        self._log_path = new_log(home() / "logs", f"{config.name}-{gateway_id}")
-        _log_to(self._log_path)
-        self._directory = find_directory(config.name)
-        _, secret = self._directory.fleet().result(timeout_s=None)
-        others = self._directory.snapshot().result(timeout_s=None).gateways
-        self._neighbourhood = Neighbourhood(config)
-        # Known before the port is open: a request for another fleet may be the first.
-        self._neighbours = self._neighbourhood.look() if config.shared_port else []
-        others += [gateway for neighbour in self._neighbours for gateway in neighbour.gateways]
-        self._gateway_config = _gateway_config(config, gateway_id, secret, others)
-        self._gateway: Gateway
-        self._loop: asyncio.AbstractEventLoop
-        watchers.keep(config.env, [ray.get_runtime_context().get_node_id()])
-        self._is_stopping = False
         self._busy = 0.0
-        self._begin()
 
-    def _begin(self) -> None:
-        started: Future[None] = Future()
-        threading.Thread(target=self._run, args=(started,), daemon=True, name="gateway").start()
-        try:
-            started.result()
-            if self._gateway_config.opens_when_attached:  # Serve ends an old gateway as soon as this returns
-                asyncio.run_coroutine_threadsafe(self._gateway.wait_attached(), self._loop).result()
-        except BaseException as error:  # vLLM's parser of arguments exits
-            self._directory.report_failure(self._failure(error)).result(timeout_s=None)
-            raise FleetError(f"gateway: {error}") from error
-
-    def _run(self, started: "Future[None]") -> None:
-        import uvloop
-
-        async def main() -> None:
-            try:
-                await self._start_gateway(serve_http=True)
-            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-                started.set_exception(error)
-                return
-            started.set_result(None)
-            following_neighbours = asyncio.create_task(self._follow_neighbours())
-            async with asyncio.TaskGroup() as group:
-                following = group.create_task(self._follow())
-                group.create_task(self._beat_forever())
-                await self._stopped.wait()
-                following.cancel()
-            following_neighbours.cancel()
-
-        uvloop.run(main())
-
-    async def _start_gateway(self, *, serve_http: bool) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopped = asyncio.Event()
-        self._gateway = Gateway(self._gateway_config)
-        if self._gateway.shared_port is not None:
-            self._gateway.shared_port.update(self._neighbours)
-        await self._gateway.start(serve_http=serve_http)
-
-    def _failure(self, error: BaseException) -> StartFailure:
-        cause = failures.known(error) or error
-        message = " ".join(str(cause).split())
-        return StartFailure(self._gateway_config.gateway_id, type(cause).__name__, message, str(self._log_path))
-
-    async def _follow(self) -> None:
-        """Hand the directory's changes to the gateway; a directory that is away changes nothing."""
-        async for snapshot in self._directory.follow(poll_s=BEAT_PERIOD_S, retry_s=BEAT_PERIOD_S):
-            self._gateway.update(snapshot)
-            if self._stopped.is_set():
-                return
-
-    async def _follow_neighbours(self) -> None:
-        """Tell the gateway of the other fleets on its port."""
-        if self._gateway.shared_port is not None:
-            await self._neighbourhood.follow(self._gateway.shared_port.update)
+    async def __serve_build_asgi_app__(self) -> Any:  # the name by which Serve asks (BUILD_APP_METHOD)
+        gateway_config, _ = await self._settings()
+        self._gateway = Gateway(gateway_config)
+        await self._gateway.start(serve_http=False)
+        self._tasks = [asyncio.create_task(job) for job in (self._follow(self._gateway.update), self._beat_forever())]
+        return self._gateway.shell
 
     async def _beat_forever(self) -> None:
-        cpu_s, wall_s = time.thread_time(), time.monotonic()
-        while not self._stopped.is_set():
-            before_s = cpu_s, wall_s
-            cpu_s, wall_s = time.thread_time(), time.monotonic()
-            if wall_s > before_s[1]:
-                self._busy = (cpu_s - before_s[0]) / (wall_s - before_s[1])
-            if not self._is_stopping:
-                entry = msgspec.structs.replace(
-                    self._gateway.entry(), version=self._version, log_path=str(self._log_path), busy=self._busy
-                )
-                self._directory.beat_gateway(entry)
-            if self._gateway.failure is not None:
-                await self._directory.report_failure(self._failure(self._gateway.failure))
-                return
-            await asyncio.sleep(BEAT_PERIOD_S)
-
-    async def _in_gateway(self, job: Coroutine[Any, Any, Any]) -> Any:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(job, self._loop))
+        beats = Beats(self._gateway)
+        while self._gateway.failure is None:
+            entry = beats.next().entry
+            self._busy = entry.busy
+            self._beat(entry)
+            await asyncio.sleep(POLL_PERIOD_S)
+        await self._directory.report_failure(self._failure(failure_of(self._gateway.failure)))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For Serve's autoscaler."""
         return {BUSY: self._busy}
 
     async def check_health(self) -> None:
-        """Raises: FleetError when vLLM's app could not be built, or the gateway's loop does not answer."""
-        if self._gateway.failure is not None:
+        """Raises: FleetError when vLLM's app could not be built."""
+        if hasattr(self, "_gateway") and self._gateway.failure is not None:
             raise FleetError(f"gateway: {self._gateway.failure}")
-        await asyncio.wait_for(self._in_gateway(asyncio.sleep(0)), HEALTH_TIMEOUT_S)
 
     async def __del__(self) -> None:
         """Stop accepting, let open requests end, leave."""
         if self._is_stopping or not hasattr(self, "_gateway"):
             return
-        self._is_stopping = True
-        with contextlib.suppress(FleetError):
-            await self._directory.remove(self._gateway_config.gateway_id)
-        await self._in_gateway(self._gateway.stop())
-        self._loop.call_soon_threadsafe(self._stopped.set)
-
-
-class IngressGatewayReplica(GatewayReplica):
-    """Lets Serve's HAProxy bring the requests, and so runs on the loop on which Serve calls the app."""
-
-    def _begin(self) -> None:
-        """Serve asks for the app next."""
-
-    async def __serve_build_asgi_app__(self) -> Any:  # the name by which Serve asks (BUILD_APP_METHOD)
-        await self._start_gateway(serve_http=False)
-        self._jobs = [asyncio.create_task(job) for job in (self._follow(), self._beat_forever())]
-        return self._gateway.shell
+        await self._leave()
+        await self._gateway.stop()

@@ -21,6 +21,7 @@ from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import watchers
 from kervan.serve.cluster import home
 from kervan.serve.directory.client import DirectoryResponse, find_directory
+from kervan.serve.environment import process_environment
 from kervan.twin import settings as twins
 from kervan.twin.replica import TwinSpec
 
@@ -63,7 +64,7 @@ class EngineReplica:
         self._process = EngineProcess(
             spec,
             log_path=log_path,
-            env=engine_environment(self._config, is_on_cpu=_is_on_cpu(self._config)),
+            env=process_environment(self._config, is_on_cpu=_is_on_cpu(self._config)),
             module=module,
             # The parent is the node's raylet, which outlives replicas.
             fork_for_pid=os.getppid() if module == VLLM_ENGINE and self._config.warm_start else None,
@@ -227,16 +228,3 @@ def _addresses(node_ids: list[str]) -> list[str]:
 
 def _is_on_cpu(config: FleetConfig) -> bool:
     return not (config.device == "GPU" or ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-
-
-def engine_environment(config: FleetConfig, *, is_on_cpu: bool) -> dict[str, str]:
-    """The whole environment of an engine process: this actor's, less what Ray set for its own, and the user's."""
-    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    if env.get("CUDA_VISIBLE_DEVICES") == "":  # Ray's way to say that this actor itself has no GPU
-        del env["CUDA_VISIBLE_DEVICES"]
-    env.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if is_on_cpu and config.engine_args.get("enforce_eager") is True:
-        # vLLM 0.24 to 0.32 compile how log probabilities are ranked all the same, at the first request that wants some.
-        # All streams of the replica would stand still meanwhile: 19 s on two cores, 2 s with a filled cache (by hand).
-        env.setdefault("TORCH_COMPILE_DISABLE", "1")
-    return {**env, **config.env}

@@ -53,7 +53,13 @@ def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fork]:
             whole = {**os.environ, "PYTHONPATH": str(TESTS), **env}
             with theirs, log.open("ab") as file:
                 process = warm_start.fork(
-                    MODULE, env=whole, control=theirs, log_fd=file.fileno(), hints=hints, owner_pid=owner_pid
+                    MODULE,
+                    "some.program",
+                    env=whole,
+                    control=theirs,
+                    log_fd=file.fileno(),
+                    hints=hints,
+                    owner_pid=owner_pid,
                 )
             children.append(Child(process, ours, log, server=psutil.Process(process.pid).ppid()))
             return children[-1]
@@ -69,7 +75,13 @@ def test_children_share_a_server_and_what_it_has_prepared(fork: Fork) -> None:
     first, second = fork(hints=("a",)), fork(hints=("b",))
     assert first.server == second.server
     assert (first.says("prepared"), second.says("prepared")) == ("['a']", "['a', 'b']")
+    assert first.says("program") == "some.program"
     assert float(first.says("asked_s")) <= time.time()
+
+
+def test_what_may_wait_is_prepared_when_nobody_waits(fork: Fork) -> None:
+    assert fork(hints=("later",)).says("prepared") == "['later']"
+    eventually(lambda: "'later'" in fork().says("prepared[1:]"), "it is prepared", 20)
 
 
 def test_a_child_has_its_own_environment_group_directory_and_log(fork: Fork) -> None:

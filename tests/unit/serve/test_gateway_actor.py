@@ -1,41 +1,60 @@
-"""How a gateway that cannot start is reported."""
+"""What a gateway's actor tells of a gateway that cannot start, or is gone."""
 
-import functools
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kervan.errors import ConfigError, FleetError
+from kervan.errors import FleetError
 from kervan.fleet.directory import StartFailure
+from kervan.gateway.control import GatewayFailed
+from kervan.serve import gateway_actor
 from kervan.serve.gateway_actor import GatewayReplica
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "message"),
-    [
-        (ConfigError("no such\n  argument"), "ConfigError", "no such argument"),
-        (OSError("port 8000 is taken"), "OSError", "port 8000 is taken"),
-        (SystemExit(2), "SystemExit", "2"),
-    ],
-    ids=["refused", "the port is taken", "a parser of arguments that exits"],
-)
-def test_a_gateway_that_does_not_start_is_reported_in_one_line(error: BaseException, kind: str, message: str) -> None:
-    async def start(**_: Any) -> None:
-        raise error
+class Directory:
+    def __init__(self) -> None:
+        self.reported: list[StartFailure] = []
 
-    reported: list[StartFailure] = []
-    report = SimpleNamespace(result=lambda timeout_s: None)
-    replica = SimpleNamespace(
-        _gateway_config=SimpleNamespace(gateway_id="gw-1", opens_when_attached=True),
-        _log_path=Path("gw.log"),
-        _directory=SimpleNamespace(report_failure=lambda failure: reported.append(failure) or report),
-        _start_gateway=start,
-    )
-    replica._run = functools.partial(GatewayReplica._run, replica)
-    replica._failure = functools.partial(GatewayReplica._failure, replica)
-    with pytest.raises(FleetError, match="gateway: ") as raised:
-        GatewayReplica._begin(replica)
-    assert raised.value.__cause__ is error
-    assert reported == [StartFailure("gw-1", kind, message, "gw.log")]
+    def report_failure(self, failure: StartFailure) -> Any:
+        self.reported.append(failure)
+
+        async def within(_: float) -> None:
+            if failure.message == "nobody hears":
+                raise FleetError("the directory does not answer")
+
+        return SimpleNamespace(within=within)
+
+
+@pytest.fixture
+def replica(monkeypatch: pytest.MonkeyPatch) -> Any:
+    made: Any = GatewayReplica.__new__(GatewayReplica)
+    made._id, made._log_path, made._directory = "gw-1", "gw.log", Directory()
+    made._process = SimpleNamespace(ended=SimpleNamespace(is_set=lambda: True))
+    made._is_stopping = True  # nothing is to be ended
+    made.exits = []
+    monkeypatch.setattr(gateway_actor.os, "_exit", made.exits.append)
+    return made
+
+
+@pytest.mark.parametrize("message", ["signal SIGKILL", "nobody hears"])
+async def test_an_actor_goes_with_its_gateway(replica: Any, message: str) -> None:
+    replica._has_begun = True
+    replica._on_failure(GatewayFailed("FleetError", message))
+    await replica._reporting
+    assert replica._directory.reported == [StartFailure("gw-1", "FleetError", message, "gw.log")]
+    assert replica.exits == [1]
+
+
+async def test_it_stays_with_a_gateway_that_lives(replica: Any) -> None:
+    replica._has_begun = True
+    replica._process.ended.is_set = lambda: False
+    replica._on_failure(GatewayFailed("ConfigError", "vLLM refuses"))
+    await replica._reporting
+    assert (len(replica._directory.reported), replica.exits) == (1, [])
+
+
+async def test_a_start_that_fails_is_told_by_the_start(replica: Any) -> None:
+    replica._has_begun = False
+    replica._on_failure(GatewayFailed("ConfigError", "vLLM refuses"))
+    assert (replica._directory.reported, replica.exits) == ([], [])

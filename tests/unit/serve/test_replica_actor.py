@@ -3,50 +3,9 @@
 import functools
 import threading
 from types import SimpleNamespace
-from typing import Any
 
-import pytest
-
-from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
-from kervan.serve.replica_actor import EngineReplica, engine_environment
-
-EAGER = {"enforce_eager": True}
-
-
-@pytest.mark.parametrize(
-    ("engine_args", "is_on_cpu", "env", "expected"),
-    [
-        pytest.param(EAGER, True, {}, "1", id="nothing is compiled, log probabilities neither"),
-        pytest.param(EAGER, True, {"TORCH_COMPILE_DISABLE": "0"}, "0", id="the user's word"),
-        pytest.param({}, True, {}, None, id="vLLM compiles the model"),
-        pytest.param({"enforce_eager": False}, True, {}, None, id="and is told to"),
-        pytest.param(EAGER, False, {}, None, id="GPUs as vLLM has it"),
-    ],
-)
-def test_nothing_is_compiled_on_eager_cpu_engines(
-    engine_args: dict[str, Any],
-    is_on_cpu: bool,
-    env: dict[str, str],
-    expected: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-    config = FleetConfig(model="m", engine_args=engine_args, env=env)
-    assert engine_environment(config, is_on_cpu=is_on_cpu).get("TORCH_COMPILE_DISABLE") == expected
-
-
-def test_what_ray_set_for_its_actor_is_not_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    found = engine_environment(FleetConfig(model="m", env={"HF_HUB_OFFLINE": "1"}), is_on_cpu=True)
-    assert found.keys().isdisjoint({"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"})
-    assert found["HF_HUB_OFFLINE"] == "1"
-
-
-def test_the_gpus_of_an_actor_are_its_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert engine_environment(FleetConfig(model="m"), is_on_cpu=False)["CUDA_VISIBLE_DEVICES"] == "2,3"
+from kervan.serve.replica_actor import EngineReplica
 
 
 async def test_a_replica_ends_although_its_directory_is_gone() -> None:

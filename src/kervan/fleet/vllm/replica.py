@@ -36,7 +36,7 @@ from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, 
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
-from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions, warm_engines
+from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions, warm_process
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +316,7 @@ def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases, impor
     threading.Thread(target=_report_load, args=(core, control), daemon=True, name="load").start()
     phases.end("canary")
     if imported:
-        warm_engines.tell_imports(imported)
+        warm_process.tell_imports(imported)
     control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds))
 
 
@@ -350,7 +350,7 @@ def run(
 
             stages.join(spec.placement, vllm_config)
         if is_forked:
-            warm_engines.fork_workers()
+            warm_process.fork_workers()
         phases.end("config")
         with gpu_memory.taking(vllm_config, is_shared=spec.shares_gpu, is_here=spec.placement is None):
             core = FleetEngineCore(vllm_config, spec)
@@ -387,7 +387,7 @@ def serve(
 ) -> NoReturn:
     """Be the engine that `spec` asks for until the end of this process.
 
-    `ahead`: of `head_start`; `asked_s`: `time.time()` when the engine was wanted; `is_forked`: from `warm_engines`.
+    `ahead`: of `head_start`; `asked_s`: `time.time()` when the engine was wanted; `is_forked`: from `warm_process`.
     """
     status = run(control, spec, ahead, asked_s, is_forked)
     sys.stdout.flush()

@@ -1,22 +1,24 @@
-"""`python -m kervan.fleet.vllm.warm_engines FD PLACE PID`: the process from which a node's engines are forked.
+"""`python -m kervan.fleet.vllm.warm_process FD PLACE PID`: what a node's engines and gateways are forked from.
 
-It imports what every engine imports before it touches its device (`kervan.fleet.fork_server`).
+It imports what every engine imports before it touches its device (`kervan.fleet.fork_server`), and what gateways import
+beyond that when it has forked the first one: a second process would cost more than they need of each other's modules.
 """
 
+import contextlib
 import ctypes
-import functools
 import importlib
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 from kervan.fleet import fork_server
-from kervan.fleet.vllm.__main__ import run
 
 logger = logging.getLogger(__name__)
 
+GATEWAY = "kervan.gateway.program"
 LINGER_S = 120.0  # longer than Serve takes to start a replica in the place of one that is gone
 # What an engine loads after `replica`, before its first step; those of other devices cannot be imported. The log of a
 # forked replica says what it has imported since.
@@ -50,16 +52,18 @@ COMPILING_MODULES = (
 # NVML's (driver 580: "cuda" and a number) and pyarrow's: libraries that put themselves right in a fork.
 HARMLESS_THREADS = ("cuda0", "jemalloc_bg_thd")
 CUDA_SUCCESS, CUDA_ERROR_NO_DEVICE = 0, 100
-_known: set[str] = set()
+_known: set[str] = set()  # "" when vLLM is imported, model classes, GATEWAY
 
 
-def prepare(model_classes: Sequence[str]) -> None:
-    """Import vLLM, and the classes of these models as a Hugging Face config names them.
+def prepare(program: str, hints: Sequence[str]) -> Callable[[], None] | None:
+    """Import vLLM and, for an engine, the classes of its model: `hints` names them as a Hugging Face config does.
 
-    Raises: NotForkableError when CUDA could not be used in a fork any more.
+    For a gateway, returns what imports vLLM's server; the first gateway does so itself, as an engine may wait to be
+    forked. Raises: NotForkableError when CUDA could not be used in a fork any more.
     """
     is_first = not _known
     if is_first:
+        _allow_titles()
         _import("kervan.fleet.vllm.replica")
         from vllm.platforms import current_platform
 
@@ -70,13 +74,38 @@ def prepare(model_classes: Sequence[str]) -> None:
 
         versions.parse_args(["--model", "none"])  # builds the parser, whose help texts take a second
         _known.add("")
-    if fresh := set(model_classes) - _known:
+    if program == GATEWAY:
+        return None if GATEWAY in _known else _import_gateway
+    if fresh := set(hints) - _known:
         from kervan.fleet.vllm import head_start
 
         head_start.look_at(sorted(fresh))
         _known.update(fresh)
     if (is_first or fresh) and not fork_server.in_a_fork(_cuda_starts):
         raise fork_server.NotForkableError("the imports have started CUDA, which a fork cannot use then")
+    return None
+
+
+def _import_gateway() -> None:
+    from kervan.fleet.vllm import versions
+
+    _import(GATEWAY)
+    _import("kervan.fleet.vllm.frontend")
+    versions.app_modules()
+    _known.add(GATEWAY)
+
+
+def run(program: str, control_fd: int, asked_s: float) -> Any:
+    """Be `program`, in a fork: what `python -m program FD` does otherwise."""
+    return importlib.import_module(program).run(control_fd, asked_s, is_forked=True)
+
+
+def _allow_titles() -> None:
+    """Let children name themselves for `ps`: setproctitle must have seen the environment where a process began."""
+    with contextlib.suppress(ImportError):
+        from setproctitle import getproctitle
+
+        getproctitle()
 
 
 def _cuda_starts() -> bool:
@@ -117,6 +146,4 @@ def _import(name: str) -> None:
 
 
 if __name__ == "__main__":
-    fork_server.main(
-        prepare, functools.partial(run, is_forked=True), linger_s=LINGER_S, harmless_threads=HARMLESS_THREADS
-    )
+    fork_server.main(prepare, run, linger_s=LINGER_S, harmless_threads=HARMLESS_THREADS)

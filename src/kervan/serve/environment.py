@@ -1,0 +1,21 @@
+"""The environment of the processes that a fleet's actors start."""
+
+import os
+
+from kervan.config.fleet import FleetConfig
+
+
+def process_environment(config: FleetConfig, *, is_on_cpu: bool) -> dict[str, str]:
+    """The whole environment of an engine or gateway: this actor's, less what Ray set for its own, and the user's.
+
+    One for both, as what differs makes another process from which they are forked (`kervan.fleet.warm_start`).
+    """
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    if env.get("CUDA_VISIBLE_DEVICES") == "":  # Ray's way to say that this actor itself has no GPU
+        del env["CUDA_VISIBLE_DEVICES"]
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if is_on_cpu and config.engine_args.get("enforce_eager") is True:
+        # vLLM 0.24 to 0.32 compile how log probabilities are ranked all the same, at the first request that wants some.
+        # All streams of the replica would stand still meanwhile: 19 s on two cores, 2 s with a filled cache (by hand).
+        env.setdefault("TORCH_COMPILE_DISABLE", "1")
+    return {**env, **config.env}
