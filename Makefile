@@ -51,8 +51,10 @@ $(TRITON): | $(STAMP)
 
 environment: $(STAMP) $(OTHER_VLLM) $(TRITON)
 
-# Unit tests wait more than they compute, so they run four at a time; the others share fleets that fill the machine.
+# Unit tests wait more than they compute, so they run four at a time. So do those with fleets; two halves of them, by
+# what they share (tests/harness/groups.py).
 UNIT := tests/unit -n 4 --dist worksteal
+HALVES := -n 2 --dist loadgroup --no-loadscope-reorder
 
 ifdef PYTEST_ARGS
 test: lint $(OTHER_VLLM) $(TRITON)
@@ -63,12 +65,12 @@ test: lint $(OTHER_VLLM) $(TRITON)
 	$(PYTEST) $(UNIT) --cov --cov-report= || failed=1; \
 	echo "files of which the unit tests run less than 70%:"; \
 	$(BIN)/coverage report --skip-covered --sort=cover | awk '$$NF + 0 < 70 && /%/'; \
-	$(PYTEST) tests/contract tests/docs tests/integration tests/gpu --durations=25 || failed=1; \
+	$(PYTEST) tests/contract tests/docs tests/integration tests/gpu $(HALVES) --durations=25 || failed=1; \
 	exit $$failed
 endif
 
 exhaustive: $(OTHER_VLLM) $(TRITON)
-	$(PYTEST) --exhaustive $(PYTEST_ARGS)
+	$(PYTEST) --exhaustive $(HALVES) $(PYTEST_ARGS)
 
 unit: $(STAMP)
 	$(BIN)/pytest $(UNIT) $(PYTEST_ARGS)

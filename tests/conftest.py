@@ -7,13 +7,15 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from harness import groups
 
 from kervan import autogroups
 
-pytest_plugins = ["harness.sweeps", "harness.shared_fleet", "harness.toy_fleet"]
+pytest_plugins = ["harness.groups", "harness.sweeps", "harness.shared_fleet", "harness.toy_fleet"]
 
 MARK = "KERVAN_TEST_SESSION"
 LEAVE_S = 20.0
@@ -31,12 +33,21 @@ def pytest_report_header() -> str | None:
 
 
 SCRATCH = pytest.StashKey[Path]()
+LEFT = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash.setdefault(LEFT, []).extend(getattr(node, "workeroutput", {}).get("left", []))
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-randomly has shuffled
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def cost(item: pytest.Item) -> tuple[bool, bool]:
-        return item.get_closest_marker("fleet") is not None, item.get_closest_marker("destructive") is not None
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def cost(item: pytest.Item) -> tuple[int, bool]:
+        is_destructive = item.get_closest_marker("destructive") is not None
+        if groups.is_parallel(config):
+            return groups.rank(item), is_destructive
+        return item.get_closest_marker("fleet") is not None, is_destructive
 
     for item in items:
         if item.get_closest_marker("fleet"):
@@ -85,11 +96,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         time.sleep(0.2)
     files = sorted(path.name for path in scratch.glob("kervan-ray-*"))
     if left or files:
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        lines = ["left behind by the tests:", *left, *(f"{scratch}/{name}" for name in files)]
-        if reporter is not None:
-            reporter.write_line("\n" + "\n".join(lines), red=True)
+        told = session.config.stash.setdefault(LEFT, [])
+        told += [*left, *(f"{scratch}/{name}" for name in files)]
+    if told := session.config.stash.get(LEFT, []):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if hasattr(session.config, "workeroutput"):  # the process that started this one tells it
+            session.config.workeroutput["left"] = told
+        elif (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
+            reporter.write_line("\nleft behind by the tests:\n" + "\n".join(told), red=True)
     if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or not any(scratch.iterdir()):
         shutil.rmtree(scratch, ignore_errors=True)
     else:

@@ -9,6 +9,7 @@ import pytest
 from harness.live import SMALL, Fleet, Home, eventually, is_alive
 from harness.places import REPOSITORY
 from kervan.demo import make_demo_model, make_embedding_model, make_lora_adapter
+from kervan.fleet.fork_server import locked
 
 FLEET_ARGS = (
     *SMALL,
@@ -32,8 +33,10 @@ class Models:
 @pytest.fixture(scope="session")
 def models() -> Models:
     place = REPOSITORY / ".demo"
-    demo = make_demo_model(place / "model")
-    return Models(demo, make_embedding_model(place / "embedding"), make_lora_adapter(demo, place / "adapter"))
+    place.mkdir(exist_ok=True)
+    with locked(place / "lock"):  # tests of two processes may want them at once
+        demo = make_demo_model(place / "model")
+        return Models(demo, make_embedding_model(place / "embedding"), make_lora_adapter(demo, place / "adapter"))
 
 
 @pytest.fixture(scope="session")
