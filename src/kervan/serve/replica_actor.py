@@ -34,10 +34,48 @@ DRAIN_POLL_S = 0.1
 DRAIN_NOTICE_S = 1.0
 SHOWN_STALL_S = 2.0
 STOP_TIMEOUT_S = 10.0
+MIN_LIFE_S = 10.0
+
+
+class _Engine:
+    """One engine process of a replica, with what is told of it."""
+
+    def __init__(self, engine_id: str, process: EngineProcess) -> None:
+        self.id = engine_id
+        self.process = process
+        self.state: ReplicaState = "starting"
+        self.reason = ""
+        self.since_s = time.monotonic()
+        self.is_over = False
+        self._ready_s: float | None = None
+
+    @property
+    def has_started(self) -> bool:
+        """Whether it is ready, or will never be."""
+        return self.process.ready is not None or self.process.failure is not None
+
+    @property
+    def ready_for_s(self) -> float:
+        return 0.0 if self._ready_s is None else time.monotonic() - self._ready_s
+
+    @property
+    def start_failure(self) -> StartFailure:
+        """What the directory is told of a start that failed."""
+        failure = self.process.failure
+        assert failure is not None
+        return StartFailure(self.id, failure.kind, failure.message, str(self.process.log_path))
+
+    def become_ready(self) -> None:
+        """It may get requests."""
+        self._ready_s, self.reason, self.state = time.monotonic(), "", "ready"
 
 
 class EngineReplica:
-    """Serve calls `__init__` (returns when the engine has produced a token), `check_health`, and `__del__`."""
+    """Serve calls `__init__` (returns when the engine has produced a token), `check_health`, and `__del__`.
+
+    An engine that ends gets another one in its place, with another id: Serve and Ray take seconds for a new actor. One
+    that lived for less than `MIN_LIFE_S` does not: something may be wrong here, and Serve may choose another node.
+    """
 
     # Serve awaits it, and calls `__del__` on the same loop: were it to block, a replica that still starts could not be
     # told to end, and `kervan down` would wait until the engine is ready.
@@ -45,85 +83,115 @@ class EngineReplica:
         self._config = FleetConfig.from_json(config_json)
         self._pool = pool
         self._version = version
-        self._id = f"{pool}-{uuid.uuid4().hex[:6]}"
         self._node = ray.util.get_node_ip_address()
-        self._state: ReplicaState = "starting"
-        self._reason = ""
-        self._since_s = time.monotonic()
-        self._ready_s: float | None = None
         self._is_draining = False
+        self._lock = threading.Lock()
         self._drained = threading.Event()
         self._drain_deadline_s: float | None = None
         self._directory = find_directory(self._config.name)
-        _, secret = await self._directory.fleet()
-        log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
-        group = _placement(self._config)
-        node_ids = _node_ids(group) if group is not None else [ray.get_runtime_context().get_node_id()]
-        self._nodes = _addresses(node_ids) if group is not None else []
-        spec, module = _spec(self._config, self._id, self._node, secret, group)
-        self._process = EngineProcess(
+        _, self._secret = await self._directory.fleet()
+        self._placement = _placement(self._config)
+        self._is_on_cpu = _is_on_cpu(self._config)
+        here = [ray.get_runtime_context().get_node_id()]
+        node_ids = here if self._placement is None else _node_ids(self._placement)
+        self._nodes = [] if self._placement is None else _addresses(node_ids)
+        self._engine = engine = self._start()
+        threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
+        watchers.keep(self._config.env, node_ids)
+        while not engine.has_started:  # noqa: ASYNC110 - told by another thread
+            await asyncio.sleep(DRAIN_POLL_S)
+        if self._is_draining:  # told to go before it was ready, which is no failure
+            await asyncio.to_thread(self._drained.wait)
+            raise EngineError(f"replica {engine.id} was stopped before it was ready")
+        if (failure := engine.process.failure) is not None:
+            engine.process.kill()
+            self._is_draining = True
+            self._drained.set()
+            await self._directory.report_failure(engine.start_failure)
+            await self._directory.remove(engine.id)
+            raise EngineError(f"{failure.message} (log: {engine.process.log_path})")
+        engine.become_ready()
+        self._beat()
+        self._on_change()  # it may have ended already
+
+    def _start(self) -> "_Engine":
+        engine_id = f"{self._pool}-{uuid.uuid4().hex[:6]}"
+        spec, module = _spec(self._config, engine_id, self._node, self._secret, self._placement)
+        process = EngineProcess(
             spec,
-            log_path=log_path,
-            env=process_environment(self._config, is_on_cpu=_is_on_cpu(self._config)),
+            log_path=new_log(home() / "logs", f"{self._config.name}-{engine_id}"),
+            env=process_environment(self._config, is_on_cpu=self._is_on_cpu),
             module=module,
             # The parent is the node's raylet, which outlives replicas.
             fork_for_pid=os.getppid() if module == VLLM_ENGINE and self._config.warm_start else None,
             on_change=self._on_change,
         )
-        threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
-        watchers.keep(self._config.env, node_ids)
-        while self._process.ready is None and self._process.failure is None:  # noqa: ASYNC110 - told by another thread
-            await asyncio.sleep(DRAIN_POLL_S)
-        if self._is_draining:  # told to go before it was ready, which is no failure
-            await asyncio.to_thread(self._drained.wait)
-            raise EngineError(f"replica {self._id} was stopped before it was ready")
-        if (failure := self._process.failure) is not None:
-            self._process.kill()
-            self._is_draining = True
-            self._drained.set()
-            report = StartFailure(self._id, failure.kind, failure.message, str(log_path))
-            await self._directory.report_failure(report)
-            await self._directory.remove(self._id)
-            raise EngineError(f"{failure.message} (log: {log_path})")
-        self._state, self._ready_s = "ready", time.monotonic()
-        self._beat()
+        return _Engine(engine_id, process)
 
     def _on_change(self) -> None:
-        process = getattr(self, "_process", None)
-        if process is None or not process.ended.is_set() or self._state == "starting" or self._is_draining:
+        engine: _Engine | None = getattr(self, "_engine", None)
+        if engine is None or not engine.process.ended.is_set() or engine.state == "starting" or self._is_draining:
             return
-        # Serve replaces an actor that is gone at once; a failing health check would take three periods.
-        self._state, self._reason = "unhealthy", "the engine process ended"
+        with self._lock:
+            if engine.is_over:
+                return
+            engine.is_over = True
+        if engine.state != "unhealthy":  # else it was ended for that
+            engine.state, engine.reason = "unhealthy", "the engine process ended"
         with contextlib.suppress(FleetError):
             self._beat().result(BEAT_TIMEOUT_S)
-        os._exit(1)
+        if self._placement is None and engine.ready_for_s >= MIN_LIFE_S:
+            self._restart(engine)
+        else:
+            os._exit(1)  # Serve replaces an actor that is gone at once; a failing health check would take three periods
+
+    def _restart(self, ended: "_Engine") -> None:
+        """Another engine here, sooner than Serve would have another actor; Serve has its turn if it does not start."""
+        self._engine = engine = self._start()
+        engine.reason = f", in place of {ended.id}: {ended.reason}"
+        logger.warning("%s: %s; %s starts in its place", ended.id, ended.reason, engine.id)
+        self._directory.remove(ended.id)
+        self._beat()
+        while not engine.has_started:
+            time.sleep(DRAIN_POLL_S)
+        if self._is_draining:  # whoever drains ends it
+            return
+        if engine.process.failure is not None:
+            with contextlib.suppress(FleetError):
+                self._directory.report_failure(engine.start_failure).result(BEAT_TIMEOUT_S)
+                self._directory.remove(engine.id).result(BEAT_TIMEOUT_S)
+            os._exit(1)
+        engine.become_ready()
+        self._beat()
+        self._on_change()  # it may have ended already
 
     def _entry(self) -> ReplicaEntry:
-        ready, load = self._process.ready, self._process.load
-        reason = self._reason
-        if self._state == "starting":
-            reason = f"for {time.monotonic() - self._since_s:.0f} s"
-        elif self._state == "ready":
-            stalled_s = self._process.stalled_s
+        engine = self._engine
+        ready, load = engine.process.ready, engine.process.load
+        reason = engine.reason
+        if engine.state == "starting":
+            reason = f"for {time.monotonic() - engine.since_s:.0f} s{engine.reason}"
+        elif engine.state == "ready":
+            stalled_s = engine.process.stalled_s
             stalled = f"has work but made no step for {stalled_s:.0f} s" if stalled_s > SHOWN_STALL_S else ""
             reason = ", ".join(word for word in (stalled, load.note) if word)
         return ReplicaEntry(
-            id=self._id,
+            id=engine.id,
             pool=self._pool,
             node=self._node,
-            pid=self._process.pid,
-            state=self._state,
+            pid=engine.process.pid,
+            state=engine.state,
             address=ready.address if ready else "",
             engine_version=ready.engine_version if ready else "",
             running=load.running,
             waiting=load.waiting,
             kv_cache_usage=load.kv_cache_usage,
             reason=reason,
-            log_path=str(self._process.log_path),
+            log_path=str(engine.process.log_path),
             version=self._version,
             nodes=self._nodes,
-            start_s=self._process.start_s,
-            ready_for_s=0.0 if self._ready_s is None else time.monotonic() - self._ready_s,
+            start_s=engine.process.start_s,
+            ready_for_s=engine.ready_for_s,
             leaves_in_s=None if self._drain_deadline_s is None else max(0.0, self._drain_deadline_s - time.monotonic()),
         )
 
@@ -131,7 +199,7 @@ class EngineReplica:
         return self._directory.beat_replica(self._entry())
 
     def _beat_forever(self) -> None:
-        while not self._is_draining or self._state == "draining":
+        while not self._is_draining or self._engine.state == "draining":
             with contextlib.suppress(FleetError):  # a directory that is away changes nothing
                 for order in self._beat().result(BEAT_TIMEOUT_S):
                     self._carry_out(order)
@@ -139,9 +207,9 @@ class EngineReplica:
 
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Strike):
-            self._process.strike(order.how)
+            self._engine.process.strike(order.how)
         elif not isinstance(order, Drain):
-            self._process.suffer(order.fault)
+            self._engine.process.suffer(order.fault)
         elif self._is_draining:  # a deadline can only come nearer
             if self._drain_deadline_s is not None:
                 self._drain_deadline_s = min(self._drain_deadline_s, time.monotonic() + order.deadline_s)
@@ -156,17 +224,19 @@ class EngineReplica:
         os._exit(0)
 
     def check_health(self) -> None:
-        """Raises: EngineError when the engine is gone or stalled; it is ended then."""
-        health = self._process.health(self._config.stall_timeout_s)
-        if not health.is_healthy and not self._is_draining:
-            self._state, self._reason = "unhealthy", health.reason
-            self._process.kill()
-            raise EngineError(f"replica {self._id}: {health.reason}")
+        """End an engine that is stalled; another one takes its place. Raises: EngineError when it cannot be ended."""
+        engine = self._engine
+        health = engine.process.health(self._config.stall_timeout_s)
+        if health.is_healthy or self._is_draining or engine.process.ended.is_set():
+            return
+        engine.state, engine.reason = "unhealthy", health.reason
+        engine.process.kill()
+        if not engine.process.ended.is_set():
+            raise EngineError(f"replica {engine.id}: {health.reason}, and its process does not end")
 
     async def __del__(self) -> None:
         """Drain: announce it, wait until the gateways have moved the streams, end the engine."""
-        process: EngineProcess | None = getattr(self, "_process", None)
-        if process is None:
+        if not hasattr(self, "_engine"):
             return
         if self._is_draining:  # as it was told to; Serve ends the actor when this returns
             await asyncio.to_thread(self._drained.wait)
@@ -176,12 +246,13 @@ class EngineReplica:
         self._drained.set()
 
     async def _drain(self, deadline_s: float) -> None:
-        process = self._process
+        engine = self._engine
+        process = engine.process
         if process.ready is None:  # nobody has been told of it
             await asyncio.to_thread(process.kill)
         elif not process.ended.is_set():
             begin_s = time.monotonic()
-            self._state, self._drain_deadline_s = "draining", begin_s + deadline_s
+            engine.state, self._drain_deadline_s = "draining", begin_s + deadline_s
             self._beat()
             process.drain()
             while (now_s := time.monotonic()) < self._drain_deadline_s:
@@ -189,9 +260,9 @@ class EngineReplica:
                     break
                 await asyncio.sleep(DRAIN_POLL_S)
         await asyncio.to_thread(process.stop, STOP_TIMEOUT_S)
-        self._state = "unhealthy"
+        engine.state = "unhealthy"
         with contextlib.suppress(FleetError):  # of a fleet that ends, the directory may have ended before
-            await self._directory.remove(self._id)
+            await self._directory.remove(engine.id)
 
 
 def _spec(

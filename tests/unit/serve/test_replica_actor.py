@@ -1,11 +1,18 @@
-"""What an engine process has of its actor's environment, and of the fleet's; how a replica ends."""
+"""How a replica ends, and what takes the place of an engine that has ended."""
 
 import functools
 import threading
 from types import SimpleNamespace
+from typing import Any
 
-from kervan.errors import FleetError
-from kervan.serve.replica_actor import EngineReplica
+import pytest
+
+from kervan.config.fleet import FleetConfig
+from kervan.errors import EngineError, FleetError
+from kervan.fleet.control import EngineFailed, EngineLoad
+from kervan.policy.watchdog import Health
+from kervan.serve import replica_actor
+from kervan.serve.replica_actor import EngineReplica, _Engine
 
 
 async def test_a_replica_ends_although_its_directory_is_gone() -> None:
@@ -17,10 +24,134 @@ async def test_a_replica_ends_although_its_directory_is_gone() -> None:
     said: list[str] = []
     process = SimpleNamespace(ready=None, kill=lambda: said.append("kill"), stop=lambda _: said.append("stop"))
     replica = SimpleNamespace(
-        _id="a", _process=process, _directory=SimpleNamespace(remove=remove), _is_draining=False,
+        _engine=SimpleNamespace(id="a", process=process), _directory=SimpleNamespace(remove=remove), _is_draining=False,
         _drained=threading.Event(), _config=SimpleNamespace(drain_timeout_s=1.0),
     )  # fmt: skip
     replica._drain = functools.partial(EngineReplica._drain, replica)
     await EngineReplica.__del__(replica)
     assert said == ["kill", "stop"]
     assert replica._drained.is_set()
+
+
+class Process:
+    """As an `EngineProcess`, ready or failed at once."""
+
+    def __init__(self, failure: str = "") -> None:
+        self.ended = threading.Event()
+        self.failure = EngineFailed("EngineError", failure) if failure else None
+        self.ready = None if failure else SimpleNamespace(address="tcp://a", engine_version="1")
+        self.load = EngineLoad(0, 0, 0.0, 0, False)
+        self.log_path, self.pid, self.start_s, self.stalled_s = "a.log", 1, {}, 0.0
+        self.is_healthy, self.ends_when_killed = True, True
+
+    def health(self, _: float) -> Health:
+        return Health(self.is_healthy, "made no step")
+
+    def kill(self) -> None:
+        if self.ends_when_killed:
+            self.ended.set()
+
+
+class Exited(BaseException):
+    """In place of this process's end."""
+
+
+class Bench:
+    """A replica whose engines are such processes, and what its directory was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.coming: list[Process] = []
+        self.replica: Any = EngineReplica.__new__(EngineReplica)
+        self.replica._config, self.replica._pool, self.replica._version = FleetConfig(model="m"), "pool", "v"
+        self.replica._node, self.replica._nodes, self.replica._placement = "n", [], None
+        self.replica._is_draining, self.replica._drain_deadline_s = False, None
+        self.replica._lock, self.replica._drained = threading.Lock(), threading.Event()
+        self.replica._directory = SimpleNamespace(
+            beat_replica=lambda entry: self.tell(entry.state, entry.id),
+            remove=lambda engine_id: self.tell("removed", engine_id),
+            report_failure=lambda failure: self.tell(f"failed: {failure.message}", failure.who),
+        )
+        self.replica._start = lambda: _Engine(f"e{2 - len(self.coming)}", self.coming.pop(0))  # type: ignore[arg-type]
+        self.replica._engine = self.engine = _Engine("e0", Process())  # type: ignore[arg-type]
+
+    def tell(self, what: str, who: str) -> Any:
+        self.told.append((what, who))
+        return SimpleNamespace(result=lambda _: None)
+
+    def engine_ends(self) -> None:
+        self.engine.process.ended.set()
+        self.replica._on_change()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    def leave(status: int) -> None:
+        raise Exited(status)
+
+    monkeypatch.setattr(replica_actor.os, "_exit", leave)
+    made = Bench()
+    made.engine.become_ready()
+    return made
+
+
+@pytest.fixture
+def has_lived(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_actor, "MIN_LIFE_S", 0.0)
+
+
+@pytest.mark.usefixtures("has_lived")
+def test_another_engine_takes_the_place_of_one_that_ended(bench: Bench) -> None:
+    bench.coming = [Process()]
+    bench.engine_ends()
+    assert bench.told == [("unhealthy", "e0"), ("removed", "e0"), ("starting", "e1"), ("ready", "e1")]
+    assert bench.replica._engine.id == "e1"
+    bench.engine_ends()  # told again: nothing comes of it
+    assert len(bench.told) == 4
+
+
+@pytest.mark.usefixtures("has_lived")
+def test_serve_has_its_turn_when_that_one_does_not_start(bench: Bench) -> None:
+    bench.coming = [Process("no memory")]
+    with pytest.raises(Exited):
+        bench.engine_ends()
+    assert bench.told[-2:] == [("failed: no memory", "e1"), ("removed", "e1")]
+
+
+def test_serve_has_its_turn_when_an_engine_ends_soon(bench: Bench) -> None:
+    with pytest.raises(Exited):
+        bench.engine_ends()
+    assert bench.told == [("unhealthy", "e0")]
+
+
+@pytest.mark.usefixtures("has_lived")
+def test_workers_on_other_nodes_are_serves_to_replace(bench: Bench) -> None:
+    bench.replica._placement = object()
+    with pytest.raises(Exited):
+        bench.engine_ends()
+
+
+def test_a_replica_that_drains_starts_nothing(bench: Bench) -> None:
+    bench.replica._is_draining = True
+    bench.engine_ends()
+    assert bench.told == []
+
+
+@pytest.mark.usefixtures("has_lived")
+def test_a_stalled_engine_is_replaced_for_that_reason(bench: Bench) -> None:
+    bench.coming = [Process()]
+    bench.engine.process.is_healthy = False  # type: ignore[attr-defined]
+    bench.replica.check_health()
+    assert (bench.engine.state, bench.engine.reason) == ("unhealthy", "made no step")
+    bench.replica.check_health()  # it has ended, and that is seen by another thread
+    bench.engine_ends()
+    assert bench.told[0] == ("unhealthy", "e0")
+    assert bench.engine.reason == "made no step"
+    bench.replica.check_health()
+
+
+def test_a_stalled_engine_that_cannot_be_ended_is_told_to_serve(bench: Bench) -> None:
+    bench.engine.process.is_healthy = False  # type: ignore[attr-defined]
+    bench.engine.process.ends_when_killed = False  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="made no step, and its process does not end"):
+        bench.replica.check_health()
