@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from harness import commands
 
 from kervan import autogroups
 
@@ -64,7 +65,7 @@ def _strays(scratch: Path) -> list[str]:
     """
     mark, found = f"{MARK}={os.environ[MARK]}".encode(), []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        if process.pid == os.getpid() or process.info["status"] == psutil.STATUS_ZOMBIE:
+        if process.pid in (os.getpid(), commands.server_pid()) or process.info["status"] == psutil.STATUS_ZOMBIE:
             continue
         try:
             is_ours = mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
@@ -79,6 +80,7 @@ def _strays(scratch: Path) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    commands.end()
     scratch = session.config.stash[SCRATCH]
     deadline_s = time.monotonic() + LEAVE_S
     while (left := _strays(scratch)) and time.monotonic() < deadline_s:
