@@ -1,4 +1,4 @@
-"""Runs `kervan` commands for the tests, as forks of `command_server.py`: a `kervan status` takes a third of the CPU then."""
+"""Runs `kervan` commands for the tests, as forks of `command_server.py`: with less than half of the CPU."""
 
 import contextlib
 import json
