@@ -3,8 +3,9 @@
     python benchmarks/restarts.py                      # 8B shape, random weights, two replicas on one GPU
     python benchmarks/restarts.py --model DIR ...      # a small model on CPU
 
-For each side, a fleet of two replicas is started and loaded with streams that do not end. One replica after the other
-is killed: how long until the next one is ready, and the longest gap of a stream. Then one is removed and added.
+For each side, a fleet is started and loaded with streams that do not end. One replica after the other is killed: how
+long until the next one is ready, and the longest gap of a stream, with the tokens that all streams had by then: what
+has moved is read again at once. Then, of two replicas, one is removed and added.
 Random weights say nothing sure in bf16, so tokens are counted, not compared (`kervan chaos` compares them).
 """
 
@@ -49,12 +50,13 @@ class Streams:
     broken: list[str] = field(default_factory=list)
     whole: int = 0
     gaps_s: list[float] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
     _tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     _is_over: bool = False
 
     async def start(self) -> None:
         """Returns when each has tokens."""
-        self.gaps_s = [0.0] * self.count
+        self.gaps_s, self.held = [0.0] * self.count, [0] * self.count
         began = [asyncio.Event() for _ in range(self.count)]
         self._tasks = [asyncio.create_task(self._stream(n, began[n])) for n in range(self.count)]
         await asyncio.gather(*(event.wait() for event in began))
@@ -84,6 +86,7 @@ class Streams:
         self, session: aiohttp.ClientSession, body: dict[str, Any], number: int, began: asyncio.Event
     ) -> None:
         usage, last_s = 0, 0.0
+        self.held[number] = 0
         try:
             async with session.post(f"{self.url}/v1/completions", json=body) as response:
                 response.raise_for_status()
@@ -94,6 +97,7 @@ class Streams:
                     if last_s:
                         self.gaps_s[number] = max(self.gaps_s[number], now_s - last_s)
                     last_s = now_s
+                    self.held[number] += 1  # one token each, or a few after a gap
                     began.set()
                     usage = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens") or usage
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -132,10 +136,10 @@ class Side:
         """Seconds that `kervan up` took."""
         arguments = [word for argument in self.args.engine_arg for word in ("--engine-arg", argument)]
         arguments += [word for pair in self.args.env for word in ("--env", pair)]
-        share = ["--gpus-per-replica", "0.5"] if self.args.model is None else []
+        share = ["--gpus-per-replica", "0.5"] if self.args.model is None and self.args.replicas > 1 else []
         begin_s = time.monotonic()
         self.kervan(
-            *("up", self._model, "--name", self.name, "--detach", "--port", str(self.port), "--replicas", "2"),
+            *("up", self._model, "--name", self.name, "--detach", "--port", str(self.port), "--replicas", str(self.args.replicas)),
             *("--config", str(self._config), "--gateways", "1", "--engine-arg", "served_model_name=shape"),
             *share, *arguments,
         )  # fmt: skip
@@ -171,7 +175,7 @@ class Side:
         try:
             timeout = aiohttp.ClientTimeout(total=60)
             async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
-                await self.until_linked(session, 2)
+                await self.until_linked(session, self.args.replicas)
                 ready = await asyncio.to_thread(self.replicas)
                 row["starts"] = [replica["start_s"] for replica in ready]
                 self._known = [replica["id"] for replica in ready]
@@ -182,29 +186,36 @@ class Side:
                 streams.longest_gap_s()
                 row["kills"] = [await self.kill(session, streams) for _ in range(self.args.kills)]
                 await asyncio.sleep(SETTLE_S)
-                await asyncio.to_thread(self.kervan, "scale", "1", "--name", self.name)
-                begin_s = time.monotonic()
-                await asyncio.to_thread(self.kervan, "scale", "2", "--name", self.name)
-                await self.until_linked(session, 2)
-                to_ready_s = round(time.monotonic() - begin_s, 1)
-                row["scale"] = {"to_ready_s": to_ready_s, "start_s": await asyncio.to_thread(self.new_start)}
+                if self.args.replicas > 1:
+                    row["scale"] = await self.scale(session)
                 await streams.stop()
                 row["streams"] = {"whole": streams.whole, "tokens": streams.tokens, "broken": streams.broken}
         finally:
             await asyncio.to_thread(self.kervan, "down", "--name", self.name)
         return row
 
+    async def scale(self, session: aiohttp.ClientSession) -> Row:
+        """One replica less, and one more: how long until the gateway gives work to that."""
+        await asyncio.to_thread(self.kervan, "scale", str(self.args.replicas - 1), "--name", self.name)
+        begin_s = time.monotonic()
+        await asyncio.to_thread(self.kervan, "scale", str(self.args.replicas), "--name", self.name)
+        await self.until_linked(session, self.args.replicas)
+        to_ready_s = round(time.monotonic() - begin_s, 1)
+        return {"to_ready_s": to_ready_s, "start_s": await asyncio.to_thread(self.new_start)}
+
     async def kill(self, session: aiohttp.ClientSession, streams: Streams) -> Row:
         """Kill the replica that has lived longest; what that cost."""
         of_id = {replica["id"]: replica for replica in await asyncio.to_thread(self.replicas)}
         oldest = of_id[next(known for known in self._known if known in of_id)]
         streams.longest_gap_s()
+        held = sum(streams.held)
         begin_s = time.monotonic()
         os.kill(oldest["pid"], signal.SIGKILL)
-        await self.until_linked(session, 2, gone=oldest["id"])
+        await self.until_linked(session, self.args.replicas, gone=oldest["id"])
         to_ready_s = round(time.monotonic() - begin_s, 1)
         row = {
             "to_ready_s": to_ready_s,
+            "tokens_of_streams": held,
             "longest_gap_s": round(streams.longest_gap_s(), 2),
             "start_s": await asyncio.to_thread(self.new_start),
         }
@@ -231,10 +242,11 @@ def table(rows: list[Row]) -> str:
     lines = ["side   up    kill to ready, each    median  longest gap  scale to ready  broken"]
     for row in rows:
         kills = [kill["to_ready_s"] for kill in row["kills"]]
+        scaled_s = row["scale"]["to_ready_s"] if "scale" in row else float("nan")
         lines.append(
             f"{row['side']}  {row['up_s']:6.1f}  {' '.join(f'{s:5.1f}' for s in kills):22}  "
             f"{statistics.median(kills):5.1f}  {max(kill['longest_gap_s'] for kill in row['kills']):9.2f}  "
-            f"{row['scale']['to_ready_s']:12.1f}  {len(row['streams']['broken']):8}"
+            f"{scaled_s:12.1f}  {len(row['streams']['broken']):8}"
         )
     return "\n".join(lines)
 
@@ -245,6 +257,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--replicas", type=int, default=2, help="1: the GPU is its own, and streams wait for it")
     parser.add_argument("--sides", default="cold,warm", help="in this order; the first fills the machine's caches")
     parser.add_argument("--engine-arg", action="append", default=[])
     parser.add_argument("--env", action="append", default=[])

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import groups
+from harness import commands, groups
 
 from kervan import autogroups
 
@@ -75,7 +75,7 @@ def _strays(scratch: Path) -> list[str]:
     """
     mark, found = f"{MARK}={os.environ[MARK]}".encode(), []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        if process.pid == os.getpid() or process.info["status"] == psutil.STATUS_ZOMBIE:
+        if process.pid in (os.getpid(), commands.server_pid()) or process.info["status"] == psutil.STATUS_ZOMBIE:
             continue
         try:
             is_ours = mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
@@ -90,6 +90,7 @@ def _strays(scratch: Path) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    commands.end()
     scratch = session.config.stash[SCRATCH]
     deadline_s = time.monotonic() + LEAVE_S
     while (left := _strays(scratch)) and time.monotonic() < deadline_s:

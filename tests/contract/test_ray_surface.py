@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 from ray import cluster_utils
-from ray._private import node, ray_constants, state, worker
+from ray._private import node, parameter, ray_constants, state, worker
 from ray._raylet import InnerGcsClient
 from ray.core.generated import autoscaler_pb2
 from ray.experimental import internal_kv
@@ -81,6 +81,10 @@ def test_options_and_variables_are_known() -> None:
     assert {option, "version"} <= set(parameters(Deployment.options))
     assert f'kwargs.pop("{ray_internals.TEMP_DIR_OPTION}"' in inspect.getsource(worker.init)
     assert ray_constants.RAY_WORKER_NICENESS == ray_internals.NICENESS_VARIABLE
+    assert "include_log_monitor" in parameters(parameter.RayParams.__init__)
+    assert "ray._private.parameter.RayParams(" in inspect.getsource(worker.init)
+    raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    assert ray_internals.PRESTART_VARIABLE.encode() in raylet.read_bytes()
     source = inspect.getsource(constants)
     for variable in (ray_internals.CONTROL_LOOP_VARIABLE, ray_internals.HAPROXY_VARIABLE):
         assert f'"{variable}"' in source

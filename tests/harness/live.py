@@ -18,6 +18,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from harness import commands
 from kervan.ports import free_port
 
 # Starts take a minute on two idle cores; several minutes mean that the machine is shared, not that it hangs.
@@ -96,7 +97,7 @@ class Home:
 
     def kervan(self, *args: str, timeout_s: float = START_S) -> "subprocess.CompletedProcess[str]":
         """`kervan args`, ended."""
-        return subprocess.run(**self.command(*args), stdout=subprocess.PIPE, timeout=timeout_s, check=False)
+        return commands.run(list(args), self.environment, self.scratch, timeout_s)
 
     def ray_directories(self) -> list[Path]:
         return sorted(self.scratch.glob("kervan-ray-*"))

@@ -20,11 +20,13 @@ SETTINGS = {
     "RAY_AUTH_TOKEN": "owner-" * 8,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",  # an idle worker per core, which no test is about
 }
 UP = "will now block forever"  # what `ray start --block` says then
 # What Ray takes for one. Gateways are placed where GPUs are, alternating; twins, which take none, anywhere.
 AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
 SECOND = "127.0.0.2"
+LEAN = ["--include-log-monitor=false"]  # it reads all logs for drivers that print them; kervan's do not
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class RayCluster:
         for _ in range(3):
             with path.open("w") as log:
                 node = self._nodes[name] = subprocess.Popen(
-                    [program, "start", "--block", "--object-store-memory=100000000", *words],
+                    [program, "start", "--block", "--object-store-memory=100000000", *LEAN, *words],
                     env={**self.home.environment, **(env or {})},
                     cwd=self.home.scratch,
                     stdin=subprocess.DEVNULL,

@@ -6,9 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from kervan.serve.status import FleetStatus
 from kervan.serve.why import notice_lines
 
@@ -32,6 +29,9 @@ def print_json(value: Any) -> None:
 
 def print_status(status: FleetStatus) -> None:
     """A fleet as a head line and two tables."""
+    from rich.console import Console  # not with this module: most commands of scripts print JSON
+    from rich.table import Table
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     config = status.config
     console.print(

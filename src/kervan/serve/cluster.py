@@ -149,6 +149,7 @@ def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:
         "RAY_AUTH_TOKEN": token,
         ray_internals.NICENESS_VARIABLE: "0",
         ray_internals.CONTROL_LOOP_VARIABLE: "0.5",
+        ray_internals.PRESTART_VARIABLE: "0",
     }
     return env | ({ray_internals.HAPROXY_VARIABLE: "1"} if has_haproxy else {})
 

@@ -12,7 +12,6 @@ from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.serve import cluster, placement, ray_internals
 from kervan.serve.placement import NodeDevices
 from kervan.serve.versions import versions
-from kervan.twin import settings as twins
 
 MARKET_LABEL = cluster.MARKET_LABEL
 
@@ -40,7 +39,11 @@ def of_pool(pool: str, nodes: Sequence[NodeDevices]) -> list[NodeDevices]:
 
 def per_node(config: FleetConfig, pool: str) -> int | None:
     """How many replicas of this pool a node takes, where not what they need decides that; None for any number."""
-    return (twins.spot_per_node(config) or None) if pool == SPOT else None
+    if pool != SPOT:
+        return None
+    from kervan.twin.settings import spot_per_node  # with the planner below it; most commands do without
+
+    return spot_per_node(config) or None
 
 
 def replicas_of(pool: str, snapshot: Snapshot) -> list[ReplicaEntry]:

@@ -5,6 +5,7 @@ functions, not with this module: `cluster.connect` must set Ray's environment fi
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import psutil
@@ -16,6 +17,8 @@ NICENESS_VARIABLE = "RAY_worker_niceness"
 # Serve looks at its replicas 10 times a second by default: idle work beside the gateways.
 CONTROL_LOOP_VARIABLE = "RAY_SERVE_CONTROL_LOOP_INTERVAL_S"
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+# Ray starts an idle worker per core when its first driver joins; kervan has a few actors, whatever the number of cores.
+PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 
 # An option of `ray.init`: the directory of all that Ray writes.
 TEMP_DIR_OPTION = "_temp_dir"
@@ -90,6 +93,16 @@ def silence_driver() -> None:
     worker._worker_logs_enabled = False
 
 
+def leave_out_log_monitor() -> None:
+    """Let `ray.init` of this process start a Ray without the process that reads all logs for drivers that print them.
+
+    The logs themselves are as ever. `ray.init` has no word for it, as `ray start` has.
+    """
+    from ray._private import parameter
+
+    parameter.RayParams = partial(parameter.RayParams, include_log_monitor=False)
+
+
 # ---- Serve
 
 
@@ -131,7 +144,7 @@ class NodeCluster:
 
     def add(self, **options: Any) -> Any:
         """Start a node. `options`: words of `ray.init`, such as `num_cpus`."""
-        return self._cluster.add_node(wait=False, **options)
+        return self._cluster.add_node(wait=False, include_log_monitor=False, **options)
 
     def wait_for(self, node: Any, timeout_s: float) -> None:
         """Wait until Ray has a node that was added."""

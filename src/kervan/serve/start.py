@@ -19,7 +19,6 @@ from kervan.serve.down import end_fleet
 from kervan.serve.ray_internals import HAPROXY_VARIABLE
 from kervan.serve.readiness import slowest_start, wait_until_ready
 from kervan.serve.status import FleetStatus
-from kervan.twin import settings as twins
 from kervan.units import plural
 
 
@@ -32,6 +31,8 @@ def validate(config: FleetConfig) -> FleetConfig:
     argument_names.check(config.engine_args)
     models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
     if config.engine == "twin":
+        from kervan.twin import settings as twins
+
         twins.settings(config)
     notices.from_environment(config.env)
     return config
