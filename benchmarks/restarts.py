@@ -139,8 +139,8 @@ class Side:
         share = ["--gpus-per-replica", "0.5"] if self.args.model is None and self.args.replicas > 1 else []
         begin_s = time.monotonic()
         self.kervan(
-            *("up", self._model, "--name", self.name, "--detach", "--port", str(self.port), "--replicas", str(self.args.replicas)),
-            *("--config", str(self._config), "--gateways", "1", "--engine-arg", "served_model_name=shape"),
+            *("up", self._model, "--name", self.name, "--detach", "--port", str(self.port)),
+            *("--replicas", str(self.args.replicas), "--config", str(self._config), "--gateways", "1", "--engine-arg", "served_model_name=shape"),
             *share, *arguments,
         )  # fmt: skip
         return time.monotonic() - begin_s
@@ -213,6 +213,7 @@ class Side:
         os.kill(oldest["pid"], signal.SIGKILL)
         await self.until_linked(session, self.args.replicas, gone=oldest["id"])
         to_ready_s = round(time.monotonic() - begin_s, 1)
+        await asyncio.sleep(SETTLE_S)  # streams that waited have a token then
         row = {
             "to_ready_s": to_ready_s,
             "tokens_of_streams": held,
@@ -220,7 +221,6 @@ class Side:
             "start_s": await asyncio.to_thread(self.new_start),
         }
         print(f"{self.name}: {json.dumps(row)}", flush=True)
-        await asyncio.sleep(SETTLE_S)
         return row
 
 
@@ -272,7 +272,7 @@ def main() -> None:
             subprocess.run([sys.executable, HERE / "shape_model.py", config, model], check=True)
             args.engine_arg = [*DUMMY, *args.engine_arg]
         servers.parse_engine_args(args.engine_arg)
-        record = records.record("restarts", {"streams": args.streams, "rows": (rows := [])})
+        record = records.record("restarts", {"streams": args.streams, "replicas": args.replicas, "rows": (rows := [])})
         record["command"] = " ".join(["python", "benchmarks/restarts.py", *sys.argv[1:]])
         for side in args.sides.split(","):
             one = Side(args, model, is_warm=side == "warm", place=Path(place))
