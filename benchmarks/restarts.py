@@ -140,7 +140,8 @@ class Side:
         begin_s = time.monotonic()
         self.kervan(
             *("up", self._model, "--name", self.name, "--detach", "--port", str(self.port)),
-            *("--replicas", str(self.args.replicas), "--config", str(self._config), "--gateways", "1", "--engine-arg", "served_model_name=shape"),
+            *("--replicas", str(self.args.replicas), "--config", str(self._config), "--gateways", "1"),
+            *("--engine-arg", "served_model_name=shape"),
             *share, *arguments,
         )  # fmt: skip
         return time.monotonic() - begin_s

@@ -61,7 +61,7 @@ def _wait_until_free(handle: Any, utilization: float) -> None:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         if memory.free >= utilization * memory.total:
             return
-        time.sleep(0.5)
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
