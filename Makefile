@@ -54,7 +54,7 @@ environment: $(STAMP) $(OTHER_VLLM) $(TRITON)
 # Unit tests wait more than they compute, so they run four at a time. So do those with fleets; two halves of them, by
 # what they share (tests/harness/groups.py).
 UNIT := tests/unit -n 4 --dist worksteal
-HALVES := -n 2 --dist loadgroup --no-loadscope-reorder
+HALVES := -n 2 --dist loadscope --no-loadscope-reorder
 
 ifdef PYTEST_ARGS
 test: lint $(OTHER_VLLM) $(TRITON)

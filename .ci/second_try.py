@@ -5,7 +5,6 @@ explanation. Prints `passed on the second try: NAME` for each of the others.
 """
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,7 @@ MOST = 5
 
 
 def main() -> int:
-    names = json.loads(LAST_FAILED.read_text()) if LAST_FAILED.exists() else []
-    names = sorted(re.sub(r"@\w+$", "", name) for name in names)  # the group, of tests that ran beside others
+    names = sorted(json.loads(LAST_FAILED.read_text())) if LAST_FAILED.exists() else []
     if not 0 < len(names) <= MOST or not all("::" in name for name in names):
         print(f"no second try: {len(names)} tests failed, or what failed is no test; up to {MOST} are tried again")
         return 1

@@ -1,14 +1,21 @@
-"""Two halves of the suite beside each other: `pytest -n 2 --dist loadgroup --no-loadscope-reorder`.
+"""Two halves of the suite beside each other: `pytest -n 2 --dist loadscope --no-loadscope-reorder`.
 
 Tests that use the shared fleet of vLLM replicas are one group, and the other tests of a module are one: a group runs in
 one process, so that what its tests share is started once. Groups that start fleets come first, short ones fill the end.
 """
 
+import functools
+import json
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 SHARED = "fleet"
+PLACE = "KERVAN_TEST_GROUPS"  # the file in which the first process tells the group of each test
 
 
 def group(item: pytest.Item) -> str:
@@ -25,11 +32,43 @@ def rank(item: pytest.Item) -> int:
 
 def is_parallel(config: pytest.Config) -> bool:
     """Whether this process runs one half."""
-    return hasattr(config, "workerinput") and config.getoption("dist") == "loadgroup"
+    return hasattr(config, "workerinput") and PLACE in os.environ
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if is_parallel(config):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group(item)))
+class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """xdist's own groups are marked by suffixes of names, which pytest 9.2 does not take (xdist 3.8.0)."""
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, str]:
+        groups: dict[str, str] = json.loads(Path(os.environ[PLACE]).read_text())
+        return groups
+
+    def _split_scope(self, nodeid: str) -> str:
+        return self._groups[nodeid]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling | None:
+    return GroupScheduling(config, log) if PLACE in os.environ else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
+    os.environ.pop(PLACE, None)
+    if config.getoption("dist", "no") == "loadscope":
+        file, os.environ[PLACE] = tempfile.mkstemp(prefix="kt-groups-")
+        os.close(file)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist tells that there are tests to run
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if is_parallel(session.config) and session.config.workerinput["workerid"] == "gw0":  # type: ignore[attr-defined]
+        told = Path(os.environ[PLACE])
+        told.with_suffix(".part").write_text(json.dumps({item.nodeid: group(item) for item in session.items}))
+        told.with_suffix(".part").rename(told)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and (place := os.environ.pop(PLACE, None)):
+        Path(place).unlink(missing_ok=True)
