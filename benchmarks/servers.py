@@ -342,12 +342,21 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def _raylets(worker: int) -> Iterator[psutil.Process]:
+    """The raylet above a process, or above the one from which it was forked."""
+    for above in psutil.Process(worker).parents():
+        if above.name().startswith("raylet"):
+            yield above
+        elif "warm_process" in _title(above):  # `warm_process FD PLACE PID`, the last of which is the raylet's
+            yield psutil.Process(int(above.cmdline()[-1]))
+
+
 def _ray_processes(workers: Sequence[int]) -> tuple[int, ...]:
-    """The raylet above `workers`, and the other processes of its Ray session (GCS, dashboard); empty if none is."""
-    raylets = {a.pid: _title(a) for w in workers for a in psutil.Process(w).parents() if a.name().startswith("raylet")}
-    sessions = {found for title in raylets.values() for found in re.findall(r"session_\d{4}[-_\d]+", title)}
-    others = (p for p in psutil.process_iter() if p.pid not in workers)
-    return tuple(sorted({*raylets, *(p.pid for p in others if any(s in _title(p) for s in sessions))}))
+    """The raylet of `workers`, and the other processes of its Ray session (GCS, dashboard); empty if there is none."""
+    raylets = {raylet.pid: raylet for worker in workers for raylet in _raylets(worker)}
+    sessions = {found for raylet in raylets.values() for found in re.findall(r"session_\d{4}[-_\d]+", _title(raylet))}
+    others = {p.pid for p in psutil.process_iter() if any(session in _title(p) for session in sessions)}
+    return tuple(sorted({*raylets, *others} - set(workers)))
 
 
 @dataclass(frozen=True)
