@@ -56,7 +56,7 @@ WATCHED = ("gateway", "directory", "serve controller", "gcs", "raylet")
 
 
 def role(process: psutil.Process, fleet: str) -> str:
-    command = " ".join(process.cmdline())
+    command = " ".join(process.cmdline()).strip()
     roles = {word.format(fleet): name for word, name in OWN_ROLES.items()} | ROLES
     if "kervan.twin.replica" in command:
         parent = process.parent()

@@ -19,6 +19,9 @@ from kervan.twin.settings import settings
 from kervan.twin.token_engine import answer
 
 NUM_STREAMS = 16
+# Seconds of a twin's step. Steps cost the test and the gateway CPU, not the twin: at 50 ms, 16 streams take a third of a
+# core, and more of them would show no more.
+STEP_S = 0.05
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Load:
                 prompt = [
                     rng.randint(self.limits.first_token, self.limits.last_token) for _ in range(rng.randint(4, 60))
                 ]
-                num_tokens = rng.randint(20, 200)
+                num_tokens = rng.randint(20, 120)
                 try:
                     tokens, finish = await self.stream(client, prompt, num_tokens)
                 except httpx.HTTPError as error:

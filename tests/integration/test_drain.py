@@ -10,7 +10,7 @@ import pytest
 from harness.live import START_S, Fleet, Home, eventually
 from harness.ray_cluster import AS_IF_GPU, SECOND, RayCluster, ray_cluster
 from harness.shared_fleet import Models
-from harness.twin_load import Load, kervan, load
+from harness.twin_load import STEP_S, Load, kervan, load
 
 from kervan.twin.token_engine import answer
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
 def settings(scratch: Path) -> tuple[str, str]:
     config = scratch / "drained.yaml"
-    config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.03}}))
+    config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}}))
     return "--config", str(config)
 
 
@@ -35,10 +35,10 @@ async def a_graceful_end(fleet: Fleet, models: Models) -> None:
     """The last stream ends whole, and then the fleet is gone."""
     last = Load(fleet.url, models.demo)
     async with httpx.AsyncClient(base_url=fleet.url, timeout=START_S) as client:
-        stream = asyncio.create_task(last.stream(client, [7], 300))  # 9 s
+        stream = asyncio.create_task(last.stream(client, [7], 200))  # 10 s
         await asyncio.to_thread(eventually, lambda: sum(streams_of(fleet).values()) == 1, "it is placed", START_S)
         told = await kervan(fleet, "down", "--graceful")
-        assert await stream == (answer([7], 300, last.limits), "length")
+        assert await stream == (answer([7], 200, last.limits), "length")
     assert told.startswith("pair: stopped")
 
 
@@ -71,7 +71,7 @@ async def test_a_drain_does_not_wait_for_long_answers(pair: Fleet, models: Model
     await asyncio.to_thread(pair.wait_until_whole, 2, 1)
     long = Load(pair.url, models.demo)
     async with httpx.AsyncClient(base_url=pair.url, timeout=START_S) as client:
-        streams = [asyncio.create_task(long.stream(client, [7 + n], 1500)) for n in range(4)]  # 45 s each
+        streams = [asyncio.create_task(long.stream(client, [7 + n], 600)) for n in range(4)]  # 30 s each
         await asyncio.to_thread(eventually, lambda: sum(streams_of(pair).values()) == 4, "all are placed", START_S)
         await asyncio.sleep(1.0)
         counts = streams_of(pair)
@@ -80,14 +80,14 @@ async def test_a_drain_does_not_wait_for_long_answers(pair: Fleet, models: Model
         assert told["moved"] >= 1
         assert not any(stream.done() for stream in streams)
         for n, stream in enumerate(streams):
-            assert await stream == (answer([7 + n], 1500, long.limits), "length")
+            assert await stream == (answer([7 + n], 600, long.limits), "length")
 
 
 async def test_a_graceful_end_that_takes_too_long_is_taken_back(pair: Fleet, models: Models) -> None:
     await asyncio.to_thread(pair.wait_until_whole, 2, 1)
     long = Load(pair.url, models.demo)
     async with httpx.AsyncClient(base_url=pair.url, timeout=START_S) as client:
-        stream = asyncio.create_task(long.stream(client, [7], 900))  # 27 s
+        stream = asyncio.create_task(long.stream(client, [7], 540))  # 27 s
         await asyncio.to_thread(eventually, lambda: sum(streams_of(pair).values()) == 1, "it is placed", START_S)
         words = ("down", "--graceful", "--deadline", "6s", "--name", "pair")
         ending = asyncio.create_task(asyncio.to_thread(pair.home.kervan, *words))
@@ -99,7 +99,7 @@ async def test_a_graceful_end_that_takes_too_long_is_taken_back(pair: Fleet, mod
         failed = await ending
         assert (failed.returncode, "waiting for 1 stream after" in failed.stderr) == (1, True)
         assert await long.stream(client, [8], 10) == (answer([8], 10, long.limits), "length")
-        assert await stream == (answer([7], 900, long.limits), "length")
+        assert await stream == (answer([7], 540, long.limits), "length")
 
 
 def test_what_cannot_be_drained_is_refused(pair: Fleet) -> None:

@@ -72,6 +72,7 @@ def cluster(scratch: Path) -> Iterator[RayCluster]:
         yield owned
 
 
+@pytest.mark.exhaustive
 def test_stages_are_on_nodes_of_their_own(cluster: RayCluster, models: Models) -> None:
     """Each of two nodes gets a stage. vLLM's CPU backend dies at their first step: that is told, and all is undone."""
     address = ("--address", cluster.address)

@@ -17,6 +17,7 @@ TRACES = REPOSITORY / "benchmarks/traces"
 REQUESTS = TRACES / "azure_conv_2023_first_3min.csv"
 
 
+@pytest.mark.exhaustive
 def test_a_trace_of_nodes_is_played(home: Home, models: Models) -> None:
     """22 minutes in 44 s: node-3 is there, node-8 comes and is killed, node-10 comes, and both are killed."""
     words = ("--replay", str(TRACES / "spotserve_0304.txt"), "--trace", str(REQUESTS))

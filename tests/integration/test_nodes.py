@@ -10,7 +10,7 @@ from harness.live import SMALL, START_S, Fleet, eventually
 from harness.ray_cluster import AS_IF_GPU, RayCluster, ray_cluster
 from harness.ray_cluster import SECOND as LOST
 from harness.shared_fleet import Models
-from harness.twin_load import NUM_STREAMS, kervan, load
+from harness.twin_load import NUM_STREAMS, STEP_S, kervan, load
 from harness.undisturbed import answers_undisturbed, under_load
 
 FINE = "no problems found"
@@ -38,6 +38,7 @@ def one_gpu(scratch: Path) -> Iterator[RayCluster]:
         yield owned
 
 
+@pytest.mark.exhaustive
 async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, models: Models) -> None:
     """The replica waits for half a GPU, which is told, and its streams with it; with a new node all goes on."""
     arguments = (*SMALL, "max_model_len=1024", "served_model_name=tiny")
@@ -69,7 +70,7 @@ async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, mo
 async def test_a_lost_node(cluster: RayCluster, models: Models, scratch: Path) -> None:
     """Streams of its replicas move; its gateway's end, and new requests are taken; all that was there comes again."""
     config = scratch / "nodes.yaml"
-    config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.03}}))
+    config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}}))
     arguments = ("max_model_len=2048", "served_model_name=twin")
     options = ("--config", str(config), "--replicas", "4", "--gateways", "2", "--address", cluster.address)
     fleet = await asyncio.to_thread(cluster.home.up, models.demo, "spread", arguments, *options)

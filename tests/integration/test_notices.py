@@ -15,7 +15,7 @@ from harness.clouds import Aws, Server, serving
 from harness.live import START_S, Fleet, eventually_async
 from harness.ray_cluster import RayCluster
 from harness.shared_fleet import Models
-from harness.twin_load import NUM_STREAMS, Load, kervan, load
+from harness.twin_load import NUM_STREAMS, STEP_S, Load, kervan, load
 
 from kervan.notices import state_file
 from kervan.notices.state_file import NodeState
@@ -27,8 +27,7 @@ SPOT = "127.0.0.2"
 # Gateways go where a GPU is, and so not to the spot node.
 AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
 LEAD_S = 15.0
-BASE_S = 0.03
-LONG_TOKENS = 700  # 21 s: they cannot end before the node does
+LONG_TOKENS = 420  # 21 s: they cannot end before the node does
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ async def long_stream(running: Load, seed: int) -> bool:
 async def test_a_spot_node_is_taken_back_under_load(cluster: RayCluster, models: Models, scratch: Path) -> None:
     """A recommendation is shown and changes nothing. The notice empties the node, whose Ray then ends by itself."""
     config = scratch / "spot.yaml"
-    config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": BASE_S}}))
+    config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}}))
     words = ("max_model_len=2048", "served_model_name=twin")
     options = ("--config", str(config), "--replicas", "4", "--gateways", "1", "--address", cluster.address)
     left_before = NodeState(

@@ -9,7 +9,7 @@ import pytest
 from harness.live import START_S, Fleet, eventually_async
 from harness.ray_cluster import RayCluster
 from harness.shared_fleet import Models
-from harness.twin_load import kervan, load
+from harness.twin_load import STEP_S, kervan, load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
@@ -38,7 +38,7 @@ def sizes(fleet: Fleet) -> tuple[int, int]:
 
 async def test_spot_goes_and_comes_back(cluster: RayCluster, models: Models, scratch: Path) -> None:
     config = scratch / "pools.yaml"
-    settings = {"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.03}, "pools": {"on-demand": "1..3"}}
+    settings = {"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}, "pools": {"on-demand": "1..3"}}
     config.write_text(json.dumps({**settings, "fallback_after_s": 1.0, "fallback_hold_s": HOLD_S}))
     cluster.start_node(SPOT_NODE, SPOT_LABEL)
     arguments = ("max_model_len=2048", "served_model_name=twin")

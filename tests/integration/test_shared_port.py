@@ -10,7 +10,7 @@ import openai
 import pytest
 from harness.live import Fleet, Home, eventually, eventually_async
 from harness.shared_fleet import Models
-from harness.twin_load import NUM_STREAMS, kervan, kill_actor, load
+from harness.twin_load import NUM_STREAMS, STEP_S, kervan, kill_actor, load
 
 from kervan.config.fleet import FleetConfig
 from kervan.ports import free_port
@@ -27,7 +27,7 @@ KEYS = {"alpha": "none", "beta": KEY}
 def start(home: Home, models: Models, name: str, port: int, *options: str) -> Fleet:
     """A fleet of one twin and one gateway whose model has the fleet's name."""
     arguments = ("max_model_len=2048", f"served_model_name={name}")
-    twin = ("--engine", "twin", "--gpu", "H200", "--twin", "base_s=0.03", "--gateways", "1")
+    twin = ("--engine", "twin", "--gpu", "H200", "--twin", f"base_s={STEP_S}", "--gateways", "1")
     return home.up(models.demo, name, arguments, *twin, *options, port=port)
 
 
