@@ -17,7 +17,8 @@ from kervan.demo import PAIRS
 
 pytestmark = pytest.mark.destructive
 
-NUM_STREAMS = 32
+NUM_STREAMS = 16
+NUM_SPREAD = 32  # the kernel spreads their connections over the gateways: 1 in 2**31 that one gets all
 LONGEST = 1900
 # ZMQ declares a silent peer dead after 2 s; the rest is the load of the machine.
 NOTICE_S = 20.0
@@ -144,8 +145,8 @@ async def test_gateway_killed(whole_fleet: Fleet, undisturbed: Undisturbed) -> N
     fleet = whole_fleet
     gateways = fleet.gateway_pids()
     victim, survivor = gateways
-    async with under_load(fleet, undisturbed, NUM_STREAMS) as load:
-        assert set(load.gateways) == {victim, survivor}  # 32 connections, spread by the kernel: 1 in 2**31 fails
+    async with under_load(fleet, undisturbed, NUM_SPREAD) as load:
+        assert set(load.gateways) == {victim, survivor}
         os.kill(gateways[victim], signal.SIGKILL)
         for _ in range(5):
             assert fleet.get("/health").status_code == 200
