@@ -21,14 +21,14 @@ ExpectedTokens = Callable[[Request], list[int]]
 SAMPLING: dict[str, Any] = {"return_token_ids": True, "temperature": 0}
 
 
-class _Completion(msgspec.Struct):
+class _CompletionBody(msgspec.Struct):
     prompt: list[int]
     max_tokens: int
 
 
 def tokens_of_twins(limits: TwinLimits) -> ExpectedTokens:
     """What twins with these limits generate."""
-    decode = msgspec.json.Decoder(_Completion).decode
+    decode = msgspec.json.Decoder(_CompletionBody).decode
 
     def expected(request: Request) -> list[int]:
         completion = decode(request.body)
