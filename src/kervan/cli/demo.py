@@ -212,10 +212,10 @@ def _stream_chat(host: str, port: int, question: str) -> Iterator[str]:
             if event == "[DONE]":
                 return
             if event:
-                told = json.loads(event)
-                if "error" in told:
-                    raise FleetError(f"the stream ended with an error: {told['error']}; see `kervan status`")
-                yield told["choices"][0]["delta"].get("content") or ""
+                chunk = json.loads(event)
+                if "error" in chunk:
+                    raise FleetError(f"the stream ended with an error: {chunk['error']}; see `kervan status`")
+                yield chunk["choices"][0]["delta"].get("content") or ""
     raise FleetError(f"the stream of http://{host}:{port} ended without [DONE]; see `kervan status`")
 
 
