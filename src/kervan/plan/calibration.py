@@ -112,8 +112,8 @@ def residual(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constan
 def spread(residuals: Iterable[Residual]) -> dict[str, float]:
     """Root mean square of log(predicted / measured), by what is predicted; at least 0.01."""
     logs: dict[str, list[float]] = {}
-    for one in residuals:
-        for key, error in one.errors.items():
+    for residual in residuals:
+        for key, error in residual.errors.items():
             logs.setdefault(key, []).append(math.log(1 + error))
     return {key: max(0.01, math.sqrt(sum(x * x for x in values) / len(values))) for key, values in logs.items()}
 
