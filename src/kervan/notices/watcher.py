@@ -81,11 +81,11 @@ class Watcher:
 
     async def acknowledge(self, notice: Notice) -> bool:
         """Tell the cloud that this node is empty; False where that means nothing, or failed (it is logged)."""
-        known = self._pending.get(notice.identity)
-        if known is None:
+        pending = self._pending.get(notice.identity)
+        if pending is None:
             return False
         try:
-            return await self._sources[known[0]].acknowledge(notice)
+            return await self._sources[pending[0]].acknowledge(notice)
         except SourceError as error:
             logger.warning("notices: the acknowledgement of %s %s failed: %s", notice.kind, notice.event_id, error)
             return False
@@ -125,9 +125,9 @@ class Watcher:
     def _take(self, source: NoticeSource, polled: Sequence[Notice]) -> None:
         """Compare what a source says with what it said before."""
         for notice in polled:
-            known = self._pending.get(notice.identity)
+            pending = self._pending.get(notice.identity)
             self._absences.pop(notice.identity, None)
-            if known is None or notice.is_sooner_than(known[1]):
+            if pending is None or notice.is_sooner_than(pending[1]):
                 self._pending[notice.identity] = (source.name, notice)
                 self._to_tell.put_nowait((self._on_notice, notice))
         present = {notice.identity for notice in polled}
