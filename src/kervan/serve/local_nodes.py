@@ -114,7 +114,7 @@ class LocalNodes:
 # ---- the process that has the nodes
 
 
-class _Nodes:
+class _RayNodes:
     """Spot nodes by address."""
 
     def __init__(self, temp_dir: str) -> None:
@@ -172,7 +172,7 @@ def main() -> None:
 
     temp_dir = sys.argv[1]
     try:
-        nodes = _Nodes(temp_dir)
+        nodes = _RayNodes(temp_dir)
         answer({"address": nodes.address})
         try:
             for line in sys.stdin:
