@@ -26,9 +26,9 @@ from kervan.gateway.control import (
     Command,
     GatewayFailed,
     GatewaySpec,
+    LoopPing,
+    LoopPong,
     Opened,
-    Ping,
-    Pong,
     Stop,
     Update,
     UpdateNeighbours,
@@ -133,8 +133,8 @@ class _Program:
         elif isinstance(command, UpdateNeighbours):
             if self._gateway.shared_port is not None:
                 self._gateway.shared_port.update(command.neighbours)
-        elif isinstance(command, Ping):
-            self._send(Pong(command.number))
+        elif isinstance(command, LoopPing):
+            self._send(LoopPong(command.number))
         else:
             assert isinstance(command, Stop)
             self._stopping.set()

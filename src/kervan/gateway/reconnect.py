@@ -232,11 +232,11 @@ class Streams:
             await _refuse(send, 410, f"stream {journal.stream_id} cannot continue from there: {had}")
             return
         if not journal.is_own:
-            known = store.journals.get(journal.stream_id)
-            if known is None or not known.is_own:  # else another request was faster
-                known = journal.adopted()
-                store.journals.add(known)
-            journal = known
+            kept = store.journals.get(journal.stream_id)
+            if kept is None or not kept.is_own:  # else another request was faster
+                kept = journal.adopted()
+                store.journals.add(kept)
+            journal = kept
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 while journal.attempt is not None:  # its client's old connection was not yet found broken

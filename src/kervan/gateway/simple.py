@@ -57,7 +57,7 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Completion(msgspec.Struct):
+class _VllmResponse(msgspec.Struct):
     """What we read of a completion, a chat completion, or one chunk of a streamed one."""
 
     choices: list[_Choice] = []
@@ -67,7 +67,7 @@ class _Completion(msgspec.Struct):
 
 _generate_decoder = msgspec.json.Decoder(GenerateRequest)
 _chat_decoder = msgspec.json.Decoder(ChatRequest)
-_completion_decoder = msgspec.json.Decoder(_Completion)
+_completion_decoder = msgspec.json.Decoder(_VllmResponse)
 
 
 class _FieldError(ValueError):
