@@ -148,9 +148,9 @@ class FleetClient:
     async def add(self, request: Any) -> None:
         """Take a request: place it now, or hold it until a replica can take it."""
         stream = self.codec.describe(request)
-        known = self._placements.streams.get(stream.request_id)
-        if known is not None:  # a further part of a streaming input goes where the first went
-            await self._continue(known, request)
+        earlier = self._placements.streams.get(stream.request_id)
+        if earlier is not None:  # a further part of a streaming input goes where the first went
+            await self._continue(earlier, request)
             return
         stream.wire_id = stream.request_id
         self._placements.streams[stream.request_id] = stream

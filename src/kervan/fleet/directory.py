@@ -205,9 +205,9 @@ class Directory:
 
     def beat_replica(self, entry: ReplicaEntry) -> list[Order]:
         """Take a beat; what has been ordered of the replica since the last one."""
-        known = self._replicas.get(entry.id)
+        before = self._replicas.get(entry.id)
         self._replicas[entry.id] = (entry, self._now())
-        if known is None or (known[0].state, known[0].address) != (entry.state, entry.address):
+        if before is None or (before[0].state, before[0].address) != (entry.state, entry.address):
             self.version += 1
         return self._orders.pop(entry.id, [])
 
@@ -229,16 +229,16 @@ class Directory:
 
     def beat_gateway(self, entry: GatewayEntry) -> None:
         """Take a beat of a gateway."""
-        known = self._gateways.get(entry.id)
+        before = self._gateways.get(entry.id)
         self._gateways[entry.id] = (entry, self._now())
-        if known is None or _lasting(known[0]) != _lasting(entry):
+        if before is None or _lasting(before[0]) != _lasting(entry):
             self.version += 1
 
     def beat_node(self, entry: NodeEntry) -> None:
         """Take a beat of a node's watcher."""
-        known = self._nodes.get(entry.node)
+        before = self._nodes.get(entry.node)
         self._nodes[entry.node] = (entry, self._now())
-        if known is None or known[0] != entry:
+        if before is None or before[0] != entry:
             self.version += 1
 
     def remove(self, entry_id: str) -> None:

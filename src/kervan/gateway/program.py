@@ -43,7 +43,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def failure_of(error: BaseException) -> GatewayFailed:
     """What stopped a gateway, in one line."""
-    cause = failures.known(error) or error
+    cause = failures.diagnosed(error) or error
     return GatewayFailed(type(cause).__name__, " ".join(str(cause).split()))
 
 

@@ -30,7 +30,7 @@ def installed_vllm() -> Path:
     return Path(spec.origin).parent
 
 
-def known() -> frozenset[str]:
+def installed_names() -> frozenset[str]:
     """Argument names with underscores."""
     root = installed_vllm()
     names: set[str] = set()
@@ -47,7 +47,7 @@ def known() -> frozenset[str]:
 
 def check(names: Iterable[str]) -> None:
     """Raises: ConfigError naming the first unknown argument and the nearest known one."""
-    valid = known()
+    valid = installed_names()
     for name in names:
         if name not in valid:
             near = difflib.get_close_matches(name, valid, n=3)
