@@ -103,7 +103,7 @@ def drive(
             process.start()
             theirs.close()
             links[mine] = process
-        return _Session(links, actions, on_progress).run()
+        return _DriverRun(links, actions, on_progress).run()
     finally:
         for link, process in links.items():
             link.close()
@@ -113,7 +113,7 @@ def drive(
                 process.join()
 
 
-class _Session:
+class _DriverRun:
     def __init__(
         self,
         links: dict[Connection, BaseProcess],
