@@ -70,7 +70,7 @@ class CheckedRun(abc.ABC):
         say: Say,
     ) -> None:
         self._fleet, self._config, self._say = fleet, config, say
-        self._asked = plan
+        self._requested_plan = plan
         self._disruptions: list[Disruption] = []
         self._skipped: dict[DisruptionKind, int] = dict.fromkeys(kinds, 0)
         self._snapshot = Snapshot(-1, [], [], [])
@@ -155,7 +155,7 @@ class CheckedRun(abc.ABC):
             watching.cancel()
             striking.cancel()
         return ChaosReport(
-            plan=self._asked,
+            plan=self._requested_plan,
             engine=self._config.engine,
             target_replicas=self._config.replicas,
             wall_s=wall_s,

@@ -203,14 +203,14 @@ class ReplayRun(CheckedRun):
     async def _take(self, node: str, address: str) -> None:
         """With a notice, the node goes when it is empty, at the latest at its deadline; else at once."""
         deadline_s = self._plan.deadline_s
-        on_it = [r for r in self._snapshot.replicas if address in (r.node, *r.nodes)]
+        replicas = [r for r in self._snapshot.replicas if address in (r.node, *r.nodes)]
         self._num_removed += 1
         self._note()
         self._say(
             f"{node} at {address} {f'leaves in {deadline_s:g} s' if deadline_s else 'is killed'}, with "
-            + (", ".join(f"{r.id} and its {plural(r.running, 'stream')}" for r in on_it) or "nothing on it")
+            + (", ".join(f"{r.id} and its {plural(r.running, 'stream')}" for r in replicas) or "nothing on it")
         )
-        for replica in on_it:
+        for replica in replicas:
             if replica.state == "ready":
                 number = len(self._disruptions)
                 kind: DisruptionKind = "drain" if deadline_s else "kill"
@@ -218,7 +218,7 @@ class ReplayRun(CheckedRun):
         if deadline_s:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
-                    await self._drain(node, address, on_it)
+                    await self._drain(node, address, replicas)
         await asyncio.to_thread(self._nodes.remove, address)
         self._say(f"{node} has left")
 
