@@ -59,10 +59,10 @@ def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
         if gateway.id in moved and gateway.moved > moved[gateway.id]:
             count = gateway.moved - moved[gateway.id]
             yield f"gateway {gateway.id} moved {count} stream{'s' if count > 1 else ''}"
-    heard = {(node.node, notice.kind, notice.source) for node in before.nodes for notice in node.notices}
+    listed = {(node.node, notice.kind, notice.source) for node in before.nodes for notice in node.notices}
     for node in after.nodes:
         for notice in node.notices:
-            if (node.node, notice.kind, notice.source) not in heard:
+            if (node.node, notice.kind, notice.source) not in listed:
                 yield f"node {node.node}: {notice.describe(notice.seen_s)}"
     reported = {failure.number for failure in before.failures}
     for failure in after.failures:
@@ -84,11 +84,11 @@ def view(status: FleetStatus, lines: list[str]) -> RenderableType:
     for column in ("running", "waiting", "KV use", "tok/s", "TTFT"):
         replicas.add_column(column, justify="right")
     for r in snapshot.replicas:
-        seen = traffic(snapshot, r.id)
+        rates = traffic(snapshot, r.id)
         replicas.add_row(
             r.id, r.pool, r.node, Text.assemble((r.state, STATE_STYLE[r.state]), f" {r.reason}" if r.reason else ""),
-            str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%", f"{seen.tokens_per_s:,.0f}",
-            "-" if seen.ttft_s is None else format_duration(seen.ttft_s),
+            str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%", f"{rates.tokens_per_s:,.0f}",
+            "-" if rates.ttft_s is None else format_duration(rates.ttft_s),
         )  # fmt: skip
     gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
     for column in ("streams", "held", "moved", "busy", "tok/s"):
@@ -106,8 +106,8 @@ def to_dict(status: FleetStatus) -> dict[str, object]:
     """`kervan status --json` with traffic."""
     content = status.to_dict()
     for replica in content["replicas"]:
-        seen = traffic(status.snapshot, replica["id"])
-        replica |= {"tokens_per_s": round(seen.tokens_per_s, 1), "ttft_s": seen.ttft_s}
+        rates = traffic(status.snapshot, replica["id"])
+        replica |= {"tokens_per_s": round(rates.tokens_per_s, 1), "ttft_s": rates.ttft_s}
     for shown, gateway in zip(content["gateways"], status.snapshot.gateways, strict=True):
         shown |= {"streams": gateway.streams, "held": gateway.held, "moved": gateway.moved}
     return content
