@@ -155,13 +155,13 @@ class RequestTally:
 
     @property
     def blocks(self) -> list[dict[str, Sketch]]:
-        """By stretch of the run and metric."""
+        """The distributions of values in seconds, by stretch of the run and by metric."""
         self.settle()
         return self._blocks
 
     @property
     def timeline(self) -> Timeline:
-        """What happened when."""
+        """Counts by time, in cells of equal width."""
         self.settle()
         return self._timeline
 
@@ -280,7 +280,7 @@ class RequestTally:
         self.longest_gap_s = max(self.longest_gap_s, longest_s)
 
     def settle(self) -> None:
-        """Count what is pending."""
+        """Add what has been buffered to the distributions and the timeline."""
         for block in range(NUM_BLOCKS):
             self._settle_block(block)
         self._settle_timeline()
@@ -328,7 +328,7 @@ class RequestTally:
 
     @property
     def duration_s(self) -> float:
-        """From the first request sent to the last one ended; 0 of nothing."""
+        """Seconds from the first request sent to the last one ended; 0 without requests."""
         return max(0.0, self.last_end_s - self.first_send_s) if self.first_send_s < math.inf else 0.0
 
 

@@ -73,13 +73,14 @@ class MeasurementLog:
     on_change: Callable[[Measurements], None] = field(default=lambda _: None)
 
     def keep(self, row: Any) -> None:
+        """Add a row of a kind in `_FIELDS`, or a note (a string). Raises: KeyError for anything else."""
         name = _FIELDS[type(row)]
         longer: dict[str, Any] = {name: (*getattr(self.value, name), row)}
         self.value = replace(self.value, **longer)
         self.on_change(self.value)
 
     def keep_all(self, rows: Iterable[Any], what: str, say: Say) -> None:
-        """The rows, and a note if they end with an error."""
+        """Keep each row; a note that begins with `what`, also given to `say`, if they end with an EngineError."""
         try:
             for row in rows:
                 self.keep(row)
@@ -89,7 +90,10 @@ class MeasurementLog:
 
 
 def check(settings: Settings) -> None:
-    """Raises: ConfigError when something is not installed or a model cannot be read. Loads nothing."""
+    """Check that torch, vLLM and the models that `settings` needs are here. Loads none of them.
+
+    Raises: ConfigError when something is not installed, or a model's config.json cannot be read.
+    """
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"kervan calibrate needs torch to measure, and it is not installed; run {INSTALL}")
     if settings.has_serving and importlib.util.find_spec("vllm") is None:
@@ -99,7 +103,10 @@ def check(settings: Settings) -> None:
 
 
 def shape_of(directory: Path) -> Shape:
-    """Raises: ConfigError."""
+    """The model in `directory`, as its config.json describes it; its name is the directory's.
+
+    Raises: ConfigError when the file cannot be read, or is not that of a language model.
+    """
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())

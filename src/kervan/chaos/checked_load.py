@@ -27,7 +27,7 @@ class _CompletionBody(msgspec.Struct):
 
 
 def tokens_of_twins(limits: TwinLimits) -> ExpectedTokens:
-    """What twins with these limits generate."""
+    """A function that computes the token ids with which twins with these limits respond to a request."""
     decode = msgspec.json.Decoder(_CompletionBody).decode
 
     def expected(request: Request) -> list[int]:
@@ -38,7 +38,7 @@ def tokens_of_twins(limits: TwinLimits) -> ExpectedTokens:
 
 
 def tokens_as_recorded(responses: Mapping[bytes, list[int]]) -> ExpectedTokens:
-    """What was generated before; `responses` by the request's body."""
+    """A function that looks up the token ids that were generated before; `responses`: by the body of the request."""
     return lambda request: responses[request.body]
 
 

@@ -24,7 +24,10 @@ class Disruption:
 
     @property
     def recover_s(self) -> float | None:
-        """None before the fleet is whole. A kill counts from the death, not from the order, which takes up to 1 s."""
+        """Seconds until the fleet was whole; None until it is.
+
+        A kill counts from the death, not from the order, which takes up to 1 s.
+        """
         if self.whole_s is None or self.felt_s is None:
             return None
         return self.whole_s - (self.felt_s if self.kind == "kill" else self.ordered_s)

@@ -38,7 +38,7 @@ def traffic(snapshot: Snapshot, replica_id: str) -> ReplicaTraffic:
 
 
 def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
-    """What happened between two looks, one line each."""
+    """What happened between two snapshots, one line each."""
     for kind, old, new in (
         ("replica", {r.id: r.state for r in before.replicas}, {r.id: r.state for r in after.replicas}),
         (

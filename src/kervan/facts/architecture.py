@@ -100,6 +100,7 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
+        """Transformer layers, whatever their kind of attention."""
         return len(self.layers)
 
     def bytes_per_weight(self, part: Part) -> float:
@@ -130,6 +131,7 @@ class ModelSpec:
         return [((self.mlp_matrices - 1) * share, self.hidden), (self.hidden, share)]
 
     def has_experts(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) routes its tokens to experts, in place of a dense MLP."""
         return self.experts is not None and layer in self.experts.layers
 
     @property

@@ -24,6 +24,7 @@ class Instance:
 
     @property
     def network_bytes_s(self) -> float:
+        """`network_gbit_s` in bytes per second: of a whole machine, per direction."""
         return self.network_gbit_s * 1e9 / 8
 
 

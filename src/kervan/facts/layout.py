@@ -22,10 +22,12 @@ class Layout:
 
     @property
     def gpus_per_replica(self) -> int:
+        """GPUs of one replica, tp x pp; expert parallelism takes none of its own."""
         return self.tp * self.pp
 
     @property
     def gpus(self) -> int:
+        """GPUs of all `dp` replicas."""
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:

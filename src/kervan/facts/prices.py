@@ -40,10 +40,11 @@ class Price:
     note: str = ""
 
     def age_days(self, today: datetime.date) -> int:
+        """Days from when the price was read to `today`; negative for a date to come."""
         return (today - self.date).days
 
     def warning(self, today: datetime.date) -> str:
-        """What to tell the user of a price that is old; empty for one that is not."""
+        """A warning for the user if the price is older than `STALE_AFTER_DAYS`; else empty."""
         age = self.age_days(today)
         if age <= STALE_AFTER_DAYS:
             return ""

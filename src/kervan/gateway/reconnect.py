@@ -115,7 +115,7 @@ class Streams:
     # ---- POST
 
     async def post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        """Let `app` answer; `receive` gives the body first."""
+        """Let `app` respond; `receive` gives the body first."""
         stream_id = self.new_id()
         why_not = refusal(body) if self.store is not None and scope["path"] in REPLAYED_PATHS else None
         if self.store is None or why_not is None:
@@ -158,7 +158,7 @@ class Streams:
     # ---- GET
 
     async def get(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer GET /v1/streams/{id}: here, or by the gateway that has the stream."""
+        """Respond to GET /v1/streams/{id}: here, or through the gateway that has the stream."""
         if self.store is None:
             await _refuse(send, 404, "this fleet keeps no streams; give it replay_s above 0 in its config file")
             return
@@ -188,7 +188,7 @@ class Streams:
             await self._respond_again(self.store, app, journal, after, scope, receive, send)
 
     async def get_internal(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer another gateway, which has checked the request: with a stream that is here, or not at all."""
+        """Respond to another gateway, which has checked the request: with a stream that is here, or with 421."""
         stream_id = scope["path"].removeprefix(INTERNAL_PREFIX)
         journal = self.store.journals.get(stream_id) if self.store is not None else None
         after = _last_event(scope)

@@ -79,7 +79,7 @@ class _FieldError(ValueError):
 
 
 async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
-    """Answer {"text", "tokens"}; vLLM's own errors pass unchanged."""
+    """Respond with {"text", "tokens"}; vLLM's own errors pass unchanged."""
     try:
         request = _decode(_generate_decoder, body)
         _check_range("max_tokens", request.max_tokens, 1, MAX_TOKENS)
@@ -104,7 +104,7 @@ async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *
 
 
 async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
-    """Answer {"content", "usage"}, or the same as server-sent events; vLLM's own errors pass unchanged."""
+    """Respond with {"content", "usage"}, or the same as server-sent events; vLLM's own errors pass unchanged."""
     try:
         request = _decode(_chat_decoder, body)
         if not request.messages:

@@ -9,7 +9,7 @@ P2P_READ, P2P_NVLINK = 0, 2
 
 
 def read() -> Reading | None:
-    """None without the package, the library or a GPU."""
+    """A reading of this machine's GPUs by NVML; None without the package, the library or a GPU."""
     try:
         import pynvml
     except ImportError:

@@ -102,7 +102,7 @@ def predict(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constant
 
 
 def residual(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constants) -> Residual:
-    """How far a prediction is off."""
+    """How far the prediction of one point is off: predicted over measured, less one, by figure."""
     predicted = predict(point, spec, gpu, constants)
     return Residual(
         str(point), {key: predicted[key] / getattr(point, key) - 1 for key in predicted if getattr(point, key) > 0}

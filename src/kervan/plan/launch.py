@@ -14,8 +14,8 @@ GRAPH_STEP = 8  # vLLM's captured batches are multiples of it
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """`bundles`: what Ray holds for each replica, a bundle per node. `target_ongoing_requests`: sequences that a
-    replica is planned to run at once, the target of an autoscaler.
+    """`argv`: the command that starts it. `bundles`: what Ray holds for each replica, a bundle per node.
+    `target_ongoing_requests`: sequences that a replica is planned to run at once, the target of an autoscaler.
     """
 
     argv: tuple[str, ...]
@@ -26,7 +26,7 @@ class Launch:
 
     @property
     def command(self) -> str:
-        """The same, as one line for a shell."""
+        """`argv` as one line for a shell."""
         return shlex.join(self.argv)
 
 

@@ -36,7 +36,7 @@ class ScreenedLayout:
 
     @property
     def layout(self) -> Layout:
-        """All copies."""
+        """The layout of all copies: that of a replica, with dp the number of copies."""
         return dataclasses.replace(self.replica, dp=self.copies)
 
     @property

@@ -40,7 +40,7 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class LoadResponse:
-    """What its client saw."""
+    """What the client of a request saw: times in seconds from the start of the load."""
 
     sent_s: float
     first_s: float

@@ -40,10 +40,11 @@ class LengthEstimate:
 
     @property
     def counts(self) -> tuple[float, ...]:
+        """Responses per bucket, `NUM_BUCKETS` numbers, aged; another estimate can begin with them."""
         return tuple(self._counts)
 
     def observe(self, output_tokens: int) -> None:
-        """An answer has ended after so many tokens. Leave out those that broke off: they would have gone on."""
+        """Count a response that ended after so many tokens. Leave out those that broke off: they would have gone on."""
         self._counts[_bucket(output_tokens)] += 1.0
         self._sum += 1.0
         self._age()
@@ -101,7 +102,7 @@ class _Totals:
         self._tokens = [0.0, *itertools.accumulate(middles)]
 
     def below(self, length: float) -> tuple[float, float]:
-        """How many answers are shorter than `length`, and their tokens."""
+        """How many responses are shorter than `length` tokens, and their tokens."""
         if length >= EDGES[-1]:
             return self._responses[-1], self._tokens[-1]
         bucket = _bucket(int(length))
@@ -110,7 +111,7 @@ class _Totals:
         return self._responses[bucket] + inside, self._tokens[bucket] + inside * (low + max(low, length)) / 2
 
     def length_at(self, responses: float) -> float:
-        """The length that so many answers are shorter than."""
+        """The length in tokens that so many responses are shorter than."""
         bucket = min(bisect.bisect_left(self._responses, responses), NUM_BUCKETS) - 1
         if bucket < 0:
             return 0.0

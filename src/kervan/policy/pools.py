@@ -19,6 +19,7 @@ class SpotState:
 
     @property
     def present(self) -> int:
+        """Replicas that are on a node, ready or not yet."""
         return self.ready + self.starting
 
 

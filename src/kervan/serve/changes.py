@@ -39,7 +39,7 @@ class FleetChange:
 
 
 class RunningFleet:
-    """A fleet that is up, to be changed."""
+    """Plans and carries out changes of a fleet that is up."""
 
     def __init__(self, name: str, address: str | None, progress: Callable[[str], None]):
         """Raises: FleetError when there is no such fleet."""

@@ -31,7 +31,7 @@ def installed_vllm() -> Path:
 
 
 def installed_names() -> frozenset[str]:
-    """Argument names with underscores."""
+    """The names of the installed vLLM's arguments, with underscores. Raises: ConfigError without vLLM."""
     root = installed_vllm()
     names: set[str] = set()
     for file, classes in SOURCES:

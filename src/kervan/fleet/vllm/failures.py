@@ -24,7 +24,7 @@ def diagnosed(error: BaseException) -> KervanError | None:
 
 
 def explain(error: BaseException) -> KervanError:
-    """The same for every cause."""
+    """The kervan error for whatever vLLM raised while it started; for an unknown cause, with vLLM's own text."""
     if (diagnosis := diagnosed(error)) is not None:
         return diagnosis
     text = " ".join(str(error).split())
