@@ -25,7 +25,7 @@ import servers
 
 from kervan.bench import records
 from kervan.calibrate.measurements import Memory, Serving
-from kervan.calibrate.serving import POINT_S, Point, Runs, Server, phases
+from kervan.calibrate.serving import POINT_S, Point, Server, ServingRuns, phases
 from kervan.calibrate.shapes import write_model
 from kervan.errors import ConfigError
 
@@ -131,7 +131,7 @@ def main() -> None:
             return
         settings = {"engine_args": args.engine_arg, "env": args.env, "for_s": args.for_s, "point_s": args.point_s}
         kept = Kept(args.out, lines, settings)
-        runs = Runs(
+        runs = ServingRuns(
             log_dir=args.log_dir or args.out / "logs",
             for_s=args.for_s - (time.monotonic() - begin_s),
             on_row=kept.row,

@@ -47,9 +47,9 @@ class Stage:
 
 
 def steady(rate: float, duration_s: float = math.inf) -> tuple[Stage, ...]:
-    """One stage of a constant rate.
+    """One stage of `rate` requests/s for `duration_s`, by default without end.
 
-    Raises: ConfigError.
+    Raises: ConfigError for a rate that is not above 0, or not finite.
     """
     if not 0 < rate < math.inf:
         raise ConfigError(f"rate {rate:g} is not above 0; give requests per second, like 2.5")
@@ -57,9 +57,9 @@ def steady(rate: float, duration_s: float = math.inf) -> tuple[Stage, ...]:
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """`"2@30s,2..10@1min,burst:100"`.
+    """The stages of a text like `"2@30s,2..10@1min,burst:100"`: rates in requests/s, and how long each lasts.
 
-    Raises: ConfigError.
+    Raises: ConfigError for a part that is none of these forms.
     """
     return tuple(_stage(item.strip()) for item in text.split(","))
 

@@ -33,7 +33,7 @@ class ResponseListener(Protocol):
     """Whom a channel tells about the answer to its request. All times are `time.time()`."""
 
     def on_status(self, status: int, headers: dict[str, str]) -> None:
-        """The answer has begun; names of headers are in small letters."""
+        """The response has begun; names of headers are in small letters."""
 
     def on_body(self, piece: bytes, at_s: float) -> None:
         """The next bytes of the body, of any length, and when they reached this machine."""
@@ -42,7 +42,7 @@ class ResponseListener(Protocol):
         """As `on_body` for each."""
 
     def on_end(self, at_s: float, fault: str | None) -> None:
-        """The answer is whole (`fault` None), or will never be."""
+        """The response is whole (`fault` None), or will never be."""
 
 
 class Poller:
@@ -70,14 +70,14 @@ class Poller:
         self._epoll.register(link.fileno(), select.EPOLLIN)
 
     def remove(self, link: socket.socket) -> None:
-        """Look at `link` no more; nothing happens if it is not known."""
+        """Stop watching `link`; does nothing if it is not watched."""
         if self._epoll is None:
             self._loop.remove_reader(link)
         elif self._callbacks.pop(link.fileno(), None) is not None:
             self._epoll.unregister(link.fileno())
 
     def close(self) -> None:
-        """Call nobody back any more."""
+        """Stop watching all sockets."""
         if self._epoll is not None:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
@@ -194,7 +194,7 @@ class Channel:
         return at_s
 
     def close(self) -> None:
-        """Drop the connection; nothing is told to a listener any more."""
+        """Drop the connection; the listener of an open request is not called again."""
         self._listener = None
         self._waiting, self._stamps = [], []
         self.is_open = False

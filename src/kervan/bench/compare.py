@@ -13,7 +13,7 @@ LOWER_IS_BETTER = {"ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "e2e_
 
 
 def order(num_pairs: int) -> Iterator[tuple[int, tuple[Side, Side]]]:
-    """(pair, who comes first): turned round in each second pair, so that slow drift falls on both alike."""
+    """(pair, its sides in the order of their runs): they swap in every second pair, so slow drift falls on both."""
     for pair in range(num_pairs):
         yield pair, ("a", "b") if pair % 2 == 0 else ("b", "a")
 

@@ -57,7 +57,7 @@ class RequestCounter:
         self._written_s: dict[Exchange, float] = {}  # when the calibration server wrote the last chunk
 
     def on_sent(self, exchange: Exchange) -> None:
-        """Nothing is counted before it has ended."""
+        """Does nothing: a request is counted when it has ended."""
 
     def on_done(self, exchange: Exchange) -> None:
         """Count a whole response."""

@@ -103,7 +103,7 @@ def drive(
             process.start()
             theirs.close()
             links[mine] = process
-        return _Session(links, actions, on_progress).run()
+        return _DriverRun(links, actions, on_progress).run()
     finally:
         for link, process in links.items():
             link.close()
@@ -113,7 +113,7 @@ def drive(
                 process.join()
 
 
-class _Session:
+class _DriverRun:
     def __init__(
         self,
         links: dict[Connection, BaseProcess],
@@ -128,7 +128,7 @@ class _Session:
         self._reports: dict[int, WorkerProgress] = {}
         self._finished: dict[Connection, worker.WorkerFinished] = {}
         self._start_s = 0.0
-        self._is_told_to_stop = False
+        self._is_stopping = False
 
     def run(self) -> Outcome:
         interrupted = False
@@ -136,13 +136,13 @@ class _Session:
             self._wait_until_ready()
             self._start_s = time.time() + START_DELAY_S
             clock_s = time.time() - time.monotonic()
-            self._tell("start", self._start_s)
+            self._send("start", self._start_s)
             try:
                 while len(self._finished) < len(self._links):
                     self._step()
             except KeyboardInterrupt:
                 interrupted = True
-                self._tell("stop")
+                self._send("stop")
                 end_s = time.monotonic() + STOP_TIMEOUT_S
                 while len(self._finished) < len(self._links) and time.monotonic() < end_s:
                     self._step()
@@ -170,7 +170,7 @@ class _Session:
             floor=floor,
         )
 
-    def _tell(self, *command: object) -> None:
+    def _send(self, *command: object) -> None:
         for link in self._links:
             with suppress(OSError):
                 link.send(command)
@@ -222,9 +222,9 @@ class _Session:
             self._end_action(running, now_s)
         if fresh and self._on_progress is not None:
             enough = self._on_progress(now_s, list(self._reports.values()))
-            if enough and not self._is_told_to_stop:
-                self._is_told_to_stop = True
-                self._tell("stop")
+            if enough and not self._is_stopping:
+                self._is_stopping = True
+                self._send("stop")
 
     def _end_action(self, running: _RunningAction, now_s: float | None) -> None:
         self._running.remove(running)

@@ -75,9 +75,9 @@ def _open(endpoint: Endpoint, path: str, body: bytes | None = None, timeout_s: f
 
 
 def get_text(endpoint: Endpoint, path: str) -> str:
-    """The body of a GET.
+    """The body of the response to a GET, at most 64 MiB of it; bytes that are not UTF-8 are replaced.
 
-    Raises: RequestError.
+    Raises: RequestError when there is no response, or one with an error status.
     """
     try:
         with _open(endpoint, path) as response:
@@ -87,9 +87,9 @@ def get_text(endpoint: Endpoint, path: str) -> str:
 
 
 def call(endpoint: Endpoint, path: str, body: Any) -> Any:
-    """The JSON answer to a POST.
+    """The JSON response to a POST.
 
-    Raises: RequestError.
+    Raises: RequestError when there is no response, or one with an error status, or one that is not JSON.
     """
     try:
         with _open(endpoint, path, encode(body)) as response:

@@ -180,11 +180,11 @@ class LoadClient:
             raise self._failure
 
     def stop_sending(self) -> None:
-        """Send nothing more; what is in flight goes on to its end."""
+        """Send no more requests; those in flight run to their end."""
         self._is_ended = True
 
     def end(self) -> None:
-        """Send nothing more, and cut off what is in flight, which counts as unfinished."""
+        """Send no more requests, and cut off those in flight, which count as unfinished."""
         self._is_ended = True
         self.unfinished += len(self._in_flight)
         for channel in self._in_flight.values():
@@ -193,7 +193,7 @@ class LoadClient:
             task.cancel()
 
     def in_flight(self) -> list[Exchange]:
-        """Requests that were sent and have not ended, with all that has come of their responses."""
+        """Requests that were sent and have not ended, with what has come of their responses."""
         for channel in self._in_flight.values():
             channel.settle()
         return list(self._in_flight)

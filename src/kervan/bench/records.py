@@ -105,7 +105,7 @@ def _output(*command: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RecordedLoop:
-    """One of a record's closed loops, and the model that answered."""
+    """One of a record's closed loops, and the model that was served."""
 
     model: str
     figures: ClosedLoop

@@ -37,7 +37,7 @@ class Result:
 
     @property
     def tally(self) -> RequestTally:
-        """All that was counted."""
+        """The counts of all workers together."""
         return self.outcome.tally
 
     @property
@@ -56,11 +56,11 @@ class Result:
         return self.tally.busy_s / self.tally.duration_s if self.tally.duration_s else 0.0
 
     def quantile(self, metric: str, q: float) -> float | None:
-        """Of one of `METRICS` over the whole run, in seconds; None of nothing."""
+        """The `q` quantile of one of `METRICS` over the whole run, in seconds; None if nothing was counted."""
         return self.tally.whole(metric).quantile(q)
 
     def effects(self) -> list[faults.Effect]:
-        """What the actions of the run did."""
+        """The effect of each action of the run on output tokens/s."""
         bound_s = self.load.duration_s
         end_s = self.tally.last_end_s - self.tally.start_s if self.tally.last_end_s else 0.0
         return faults.effects(self.tally.timeline, self.outcome.events, min(end_s, bound_s or end_s))

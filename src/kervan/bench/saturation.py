@@ -88,7 +88,7 @@ class TrialResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """By Wilson's score."""
+        """The 95% interval of the share, by Wilson's score."""
         return wilson_interval(self.good, self.ended)
 
 

@@ -91,7 +91,7 @@ class Sketch:
 
     @property
     def mean(self) -> float | None:
-        """Exact; None of nothing."""
+        """The exact mean; None without values."""
         return self.total / self.count if self.count else None
 
     def quantile(self, q: float) -> float | None:

@@ -44,7 +44,7 @@ class EventParser:
 
 
 class Usage(msgspec.Struct, gc=False):
-    """What the server has counted."""
+    """Token counts by the server, of one request."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -62,7 +62,7 @@ class Delta(msgspec.Struct, gc=False):
 
 
 class ChunkChoice(msgspec.Struct, gc=False):
-    """One of the `n` answers in a chunk. `delta`: of chats, `text`: of completions."""
+    """One of the `n` choices in a chunk. `delta`: of chats, `text`: of completions."""
 
     index: int = 0
     text: str | None = None
@@ -84,12 +84,12 @@ _decode_all = msgspec.json.Decoder(list[Chunk]).decode
 
 
 def decode(data: bytes) -> Chunk:
-    """Raises: ValueError when `data` is no such object."""
+    """The chunk in the data of an event. Raises: ValueError when `data` is no such object."""
     return _decode(data)
 
 
 def decode_all(data: bytes) -> list[Chunk]:
-    """As `decode`, of a JSON array."""
+    """As `decode`, for a JSON array of such objects."""
     return _decode_all(data)
 
 
@@ -109,6 +109,6 @@ def carries_token(choice: ChunkChoice) -> bool:
 
 
 def is_reasoning(choice: ChunkChoice) -> bool:
-    """Whether what a choice brings is thought, not answer."""
+    """Whether what a choice brings is reasoning, not the answer."""
     delta = choice.delta
     return delta is not None and not delta.content and bool(delta.reasoning or delta.reasoning_content)

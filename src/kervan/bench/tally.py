@@ -155,13 +155,13 @@ class RequestTally:
 
     @property
     def blocks(self) -> list[dict[str, Sketch]]:
-        """By stretch of the run and metric."""
+        """The distributions of values in seconds, by stretch of the run and by metric."""
         self.settle()
         return self._blocks
 
     @property
     def timeline(self) -> Timeline:
-        """What happened when."""
+        """Counts by time, in cells of equal width."""
         self.settle()
         return self._timeline
 
@@ -172,9 +172,9 @@ class RequestTally:
 
     def _add_failure(self, kind: str, message: str, at_s: float) -> None:
         self.errors[kind] = self.errors.get(kind, 0) + 1
-        known = self.messages.setdefault(kind, [])
-        if len(known) < NUM_FIRST_ERRORS and message not in known:
-            known.append(message)
+        first = self.messages.setdefault(kind, [])
+        if len(first) < NUM_FIRST_ERRORS and message not in first:
+            first.append(message)
         self._timeline.at(at_s - self.start_s).errors += 1
 
     def add(self, exchange: Exchange, *, block: int) -> None:
@@ -280,7 +280,7 @@ class RequestTally:
         self.longest_gap_s = max(self.longest_gap_s, longest_s)
 
     def settle(self) -> None:
-        """Count what is pending."""
+        """Add what has been buffered to the distributions and the timeline."""
         for block in range(NUM_BLOCKS):
             self._settle_block(block)
         self._settle_timeline()
@@ -308,8 +308,8 @@ class RequestTally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, count in other.errors.items():
             self.errors[kind] = self.errors.get(kind, 0) + count
-            known = self.messages.setdefault(kind, [])
-            known += [m for m in other.messages.get(kind, ()) if m not in known][: NUM_FIRST_ERRORS - len(known)]
+            first = self.messages.setdefault(kind, [])
+            first += [m for m in other.messages.get(kind, ()) if m not in first][: NUM_FIRST_ERRORS - len(first)]
         self.first_send_s = min(self.first_send_s, other.first_send_s)
         self.last_end_s = max(self.last_end_s, other.last_end_s)
         self.longest_gap_s = max(self.longest_gap_s, other.longest_gap_s)
@@ -328,7 +328,7 @@ class RequestTally:
 
     @property
     def duration_s(self) -> float:
-        """From the first request sent to the last one ended; 0 of nothing."""
+        """Seconds from the first request sent to the last one ended; 0 without requests."""
         return max(0.0, self.last_end_s - self.first_send_s) if self.first_send_s < math.inf else 0.0
 
 

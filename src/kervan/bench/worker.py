@@ -33,7 +33,7 @@ class WorkerFinished:
 
 @dataclass(slots=True)
 class WorkerFailed:
-    """A worker that cannot go on."""
+    """Sent by a worker that cannot go on, with the reason."""
 
     worker: int
     message: str

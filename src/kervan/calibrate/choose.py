@@ -136,10 +136,10 @@ def servers(shapes: Sequence[tuple[Shape, Path]], num_gpus: int, memory_bytes: i
 
 def place(sizes: Iterable[int], num_gpus: int) -> list[tuple[int, ...]]:
     """GPUs for servers of these sizes: the next free ones, from 0 again when too few are left."""
-    found, at = [], 0
+    places, at = [], 0
     for size in sizes:
         if at + size > num_gpus:
             at = 0
-        found.append(tuple(range(at, at + size)))
+        places.append(tuple(range(at, at + size)))
         at += size
-    return found
+    return places

@@ -13,12 +13,14 @@ REPEATS = 7
 
 
 class Clock(Protocol):
-    """`seconds`: of one call, the median of several repeats over `calls` in turn.
+    """Times calls on one device."""
 
-    Several calls that do the same on other data keep that data out of the cache.
-    """
+    def seconds(self, calls: Sequence[Call]) -> float:
+        """Seconds of one call: the median of several repeats over `calls`, at least one, in turn.
 
-    def seconds(self, calls: Sequence[Call]) -> float: ...
+        Several calls that do the same on other data keep that data out of the cache.
+        """
+        ...
 
 
 def num_calls(estimate_s: float, at_least: int) -> int:
@@ -30,6 +32,7 @@ class CpuClock:
     """The wall clock of this process."""
 
     def seconds(self, calls: Sequence[Call]) -> float:
+        """Wall-clock seconds of one call, as in `Clock`."""
         for call in calls:
             call()
         begin_s = time.perf_counter()
@@ -48,6 +51,7 @@ class CudaClock:
     """CUDA events around the replay of a graph of the calls."""
 
     def seconds(self, calls: Sequence[Call]) -> float:
+        """GPU seconds of one call, as in `Clock`; a CUDA graph must be able to hold the calls."""
         import torch
 
         graph, count = capture(calls)

@@ -26,21 +26,21 @@ SMALL_BYTES = 64 * 1024
 WITHIN_A_MODEL = 0.95
 
 
-def constants_of_kernels(found: Measurements, gpu: Gpu) -> Constants:
+def constants_of_kernels(measured: Measurements, gpu: Gpu) -> Constants:
     """The prior with what single kernels say; each is believed within a factor of two."""
     start = PRIOR.constants
     changes: dict[str, float] = {}
-    small = [m for m in found.matmul if m.m <= SMALL_ROWS]
+    small = [m for m in measured.matmul if m.m <= SMALL_ROWS]
     if small:
         share = sorted(2 * m.n * m.k / m.seconds / gpu.bandwidth_bytes_s for m in small)[len(small) // 2]
         changes["bandwidth_share"] = _near(share, start.bandwidth_share)
-    large = [m for m in found.matmul if m.m >= LARGE_ROWS]
+    large = [m for m in measured.matmul if m.m >= LARGE_ROWS]
     if large:
         rates = sorted(2 * m.m * m.n * m.k / m.seconds / gpu.bf16_flops for m in large)
         changes["flops_share"] = _near(WITHIN_A_MODEL * rates[len(rates) // 2], start.flops_share)
     sums = [
         c.seconds
-        for c in found.collectives
+        for c in measured.collectives
         if c.op == "all_reduce" and c.in_graph and c.bytes <= SMALL_BYTES and c.backend in ("nccl", "symm_mem")
     ]
     if sums:
@@ -48,16 +48,16 @@ def constants_of_kernels(found: Measurements, gpu: Gpu) -> Constants:
     return dataclasses.replace(start, **changes)
 
 
-def _near(found: float, prior: float) -> float:
-    return min(2 * prior, max(prior / 2, found))
+def _near(figure: float, prior: float) -> float:
+    return min(2 * prior, max(prior / 2, figure))
 
 
-def gpu_of(found: Measurements) -> Gpu:
+def gpu_of(measured: Measurements) -> Gpu:
     """The row of the GPU that was measured.
 
     Raises: ConfigError for one that is not in the table.
     """
-    return hardware.gpu(re.sub(r",.*", "", found.gpu))
+    return hardware.gpu(re.sub(r",.*", "", measured.gpu))
 
 
 def points_of(rows: Sequence[Serving]) -> list[MeasuredPoint]:
@@ -66,25 +66,25 @@ def points_of(rows: Sequence[Serving]) -> list[MeasuredPoint]:
     return [MeasuredPoint(**{k: v for k, v in dataclasses.asdict(row).items() if k in names}) for row in rows]
 
 
-def fit(found: Measurements, *, more: Sequence[MeasuredPoint] = ()) -> Calibration:
+def fit(measured: Measurements, *, more: Sequence[MeasuredPoint] = ()) -> Calibration:
     """The calibration of one host; `more`: points of other runs on the same kind of GPU and the same models.
 
     Raises: ConfigError for an unknown GPU, or when no serving point was measured.
     """
-    gpu = gpu_of(found)
-    points = [*points_of(found.serving), *more]
+    gpu = gpu_of(measured)
+    points = [*points_of(measured.serving), *more]
     if not points:
         raise ConfigError(
             "the measurements have no serving point, so there is nothing to fit the constants to; run kervan "
             "calibrate without --no-serving"
         )
-    specs = {name: architecture.parse(config, f"{name}/config.json") for name, config in found.models.items()}
+    specs = {name: architecture.parse(config, f"{name}/config.json") for name, config in measured.models.items()}
     if missing := sorted({point.model for point in points} - specs.keys()):
         raise ConfigError(f"the measurements lack the config.json of {', '.join(missing)}; calibrate again")
-    versions = ", ".join(f"{name} {found.versions[name]}" for name in ("vllm", "torch") if name in found.versions)
+    versions = ", ".join(f"{name} {measured.versions[name]}" for name in ("vllm", "torch") if name in measured.versions)
     return calibration.calibrate(
-        f"{gpu.name.lower()}-{found.date[:10]}", found.date[:10], points, specs, gpu,
-        start=constants_of_kernels(found, gpu), source=f"{found.num_gpus} x {found.gpu}, {versions}",
+        f"{gpu.name.lower()}-{measured.date[:10]}", measured.date[:10], points, specs, gpu,
+        start=constants_of_kernels(measured, gpu), source=f"{measured.num_gpus} x {measured.gpu}, {versions}",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from kervan.calibrate.clock import Call, Clock, CpuClock, CudaClock, capture, el
 from kervan.calibrate.measurements import Attention, Copy, Floor, Matmul
 from kervan.calibrate.ranks import Rank
 
-Row = Copy | Matmul | Attention | Floor
+KernelRow = Copy | Matmul | Attention | Floor
 MIB = 1 << 20
 ROTATED_BYTES = 256 * MIB  # different weights or caches in turn, more than any cache of a GPU holds
 CHAIN = 400
@@ -52,7 +52,7 @@ QUICK = Sizes(
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class HostGpus:
     """What torch says of the accelerators: `name` and `memory_bytes` of the first."""
 
     name: str
@@ -62,27 +62,27 @@ class Device:
 
 
 def look(rank: Rank, arguments: None, keep: Callable[[Any], None]) -> None:
-    """Work of one rank: keeps a `Device`, or None without a GPU."""
+    """Work of one rank: keeps `HostGpus`, or None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         keep(None)
         return
-    found = torch.cuda.get_device_properties(0)
+    first = torch.cuda.get_device_properties(0)
     versions = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
         versions["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())
-    keep(Device(found.name, torch.cuda.device_count(), found.total_memory, tuple(versions.items())))
+    keep(HostGpus(first.name, torch.cuda.device_count(), first.total_memory, tuple(versions.items())))
 
 
-def work(rank: Rank, arguments: tuple[str, Sizes], keep: Callable[[Row], None]) -> None:
+def work(rank: Rank, arguments: tuple[str, Sizes], keep: Callable[[KernelRow], None]) -> None:
     """Work of one rank: `arguments` are a torch device and the sizes."""
     device, sizes = arguments
     for row in measure(device, sizes):
         keep(row)
 
 
-def measure(device: str, sizes: Sizes) -> Iterator[Row]:
+def measure(device: str, sizes: Sizes) -> Iterator[KernelRow]:
     """Rows, the quick and important ones first. Takes about half a minute on a GPU with the default sizes."""
     import torch
 
@@ -102,10 +102,10 @@ def measure(device: str, sizes: Sizes) -> Iterator[Row]:
 def _floors(device: str) -> Iterator[Floor]:
     import torch
 
-    one = torch.zeros(1, device=device)
+    scalar = torch.zeros(1, device=device)
 
     def add() -> None:
-        one.add_(1)
+        scalar.add_(1)
 
     if device.startswith("cuda"):
         chain, _ = capture([add], CHAIN)
@@ -193,11 +193,11 @@ def _fastest(device: str, clock: Clock, sets: Sequence[tuple[Any, Any, Any]], *,
     def attention(q: Any, k: Any, v: Any) -> Call:
         return lambda: scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
-    calls = [attention(*one) for one in sets]
+    calls = [attention(*qkv) for qkv in sets]
     backends = {"flash": SDPBackend.FLASH_ATTENTION}
     if device.startswith("cuda"):
         backends["cudnn"] = SDPBackend.CUDNN_ATTENTION
-    found: list[tuple[float, str]] = []
+    timings: list[tuple[float, str]] = []
     refusals = []
     for name, backend in backends.items():
         with sdpa_kernel(backend):
@@ -206,10 +206,10 @@ def _fastest(device: str, clock: Clock, sets: Sequence[tuple[Any, Any, Any]], *,
             except RuntimeError as error:
                 refusals.append(f"{name}: {error}")
                 continue
-            found.append((clock.seconds(calls), name))
-    if not found:
+            timings.append((clock.seconds(calls), name))
+    if not timings:
         raise RuntimeError("; ".join(refusals))
-    seconds, name = min(found)
+    seconds, name = min(timings)
     return name, seconds
 
 

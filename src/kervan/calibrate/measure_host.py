@@ -14,7 +14,7 @@ from typing import Any
 from kervan.bench import records
 from kervan.calibrate import choose, collectives, kernels, ranks
 from kervan.calibrate.choose import Shape
-from kervan.calibrate.kernels import Device
+from kervan.calibrate.kernels import HostGpus
 from kervan.calibrate.measurements import (
     Attention,
     Collective,
@@ -25,7 +25,7 @@ from kervan.calibrate.measurements import (
     Memory,
     Serving,
 )
-from kervan.calibrate.serving import MIN_PHASE_S, Runs
+from kervan.calibrate.serving import MIN_PHASE_S, ServingRuns
 from kervan.calibrate.shapes import write_model
 from kervan.errors import ConfigError, EngineError
 
@@ -73,13 +73,14 @@ class MeasurementLog:
     on_change: Callable[[Measurements], None] = field(default=lambda _: None)
 
     def keep(self, row: Any) -> None:
+        """Add a row of a kind in `_FIELDS`, or a note (a string). Raises: KeyError for anything else."""
         name = _FIELDS[type(row)]
         longer: dict[str, Any] = {name: (*getattr(self.value, name), row)}
         self.value = replace(self.value, **longer)
         self.on_change(self.value)
 
     def keep_all(self, rows: Iterable[Any], what: str, say: Say) -> None:
-        """The rows, and a note if they end with an error."""
+        """Keep each row; a note that begins with `what`, also given to `say`, if they end with an EngineError."""
         try:
             for row in rows:
                 self.keep(row)
@@ -89,7 +90,10 @@ class MeasurementLog:
 
 
 def check(settings: Settings) -> None:
-    """Raises: ConfigError when something is not installed or a model cannot be read. Loads nothing."""
+    """Check that torch, vLLM and the models that `settings` needs are here. Loads none of them.
+
+    Raises: ConfigError when something is not installed, or a model's config.json cannot be read.
+    """
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"kervan calibrate needs torch to measure, and it is not installed; run {INSTALL}")
     if settings.has_serving and importlib.util.find_spec("vllm") is None:
@@ -99,7 +103,10 @@ def check(settings: Settings) -> None:
 
 
 def shape_of(directory: Path) -> Shape:
-    """Raises: ConfigError."""
+    """The model in `directory`, as its config.json describes it; its name is the directory's.
+
+    Raises: ConfigError when the file cannot be read, or is not that of a language model.
+    """
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -112,35 +119,35 @@ def shape_of(directory: Path) -> Shape:
     return shape
 
 
-def _shapes(settings: Settings, device: Device) -> list[Shape]:
+def _shapes(settings: Settings, gpus: HostGpus) -> list[Shape]:
     """What servers run. Raises: ConfigError for one that does not fit."""
     if not settings.has_serving:
         return []
     shapes = [shape_of(directory) for directory in settings.models]
-    shapes = shapes or choose.default_shapes(device.memory_bytes)[: 1 if settings.is_quick else 2]
+    shapes = shapes or choose.default_shapes(gpus.memory_bytes)[: 1 if settings.is_quick else 2]
     if len({shape.name for shape in shapes}) < len(shapes):
         names = ", ".join(shape.name for shape in shapes)
         raise ConfigError(f"--model: the directories {names} have the same name, which the rows go by; rename one")
     for shape in shapes:
-        choose.smallest_tp(shape, device.count, device.memory_bytes)
+        choose.smallest_tp(shape, gpus.count, gpus.memory_bytes)
     return shapes
 
 
-def find_device(num_gpus: int | None) -> Device:
+def find_gpus(num_gpus: int | None) -> HostGpus:
     """This host's GPUs, as many as asked for. Takes seconds: a process of its own loads torch.
 
     Raises: ConfigError without a GPU, or with fewer than asked for.
     """
-    found = next(ranks.run(kernels.look, None, for_s=LOOK_S), None)
-    if found is None:
+    gpus = next(ranks.run(kernels.look, None, for_s=LOOK_S), None)
+    if gpus is None:
         raise ConfigError(
             "torch sees no GPU here, and a calibration measures GPUs; run it on a host that has them, or plan with the "
             "numbers that kervan comes with"
         )
-    assert isinstance(found, Device)
-    if num_gpus is not None and num_gpus > found.count:
-        raise ConfigError(f"--gpus {num_gpus} is more than the {found.count} that torch sees here")
-    return replace(found, count=num_gpus or found.count)
+    assert isinstance(gpus, HostGpus)
+    if num_gpus is not None and num_gpus > gpus.count:
+        raise ConfigError(f"--gpus {num_gpus} is more than the {gpus.count} that torch sees here")
+    return replace(gpus, count=num_gpus or gpus.count)
 
 
 def measure(settings: Settings, *, say: Say, on_change: Callable[[Measurements], None]) -> Measurements:
@@ -151,21 +158,21 @@ def measure(settings: Settings, *, say: Say, on_change: Callable[[Measurements],
     end_s = time.monotonic() + settings.for_s
     check(settings)
     say("looking at the GPUs")
-    device = find_device(settings.num_gpus)
-    memory_gib = device.memory_bytes / choose.GIB
-    say(f"{device.count} x {device.name}, {memory_gib:.0f} GiB")
-    shapes = _shapes(settings, device)
-    found = MeasurementLog(_blank(device), on_change)
-    parts = Parts(settings, found, say, end_s)
+    gpus = find_gpus(settings.num_gpus)
+    memory_gib = gpus.memory_bytes / choose.GIB
+    say(f"{gpus.count} x {gpus.name}, {memory_gib:.0f} GiB")
+    shapes = _shapes(settings, gpus)
+    log = MeasurementLog(_blank(gpus), on_change)
+    parts = Parts(settings, log, say, end_s)
     parts.kernels("cuda:0", kernels.QUICK if settings.is_quick else kernels.Sizes())
-    for num_ranks in group_sizes(device.count):
+    for num_ranks in group_sizes(gpus.count):
         plan = collectives.CollectivesPlan(on_gpu=True)
         parts.collectives(num_ranks, replace(plan, bytes=QUICK_BYTES) if settings.is_quick else plan)
     if settings.has_serving:
-        parts.serving(device, shapes)
-    if not (found.value.copy or found.value.collectives or found.value.serving):
-        raise EngineError(f"nothing could be measured: {'; '.join(found.value.notes)[:500]}")
-    return found.value
+        parts.serving(gpus, shapes)
+    if not (log.value.copy or log.value.collectives or log.value.serving):
+        raise EngineError(f"nothing could be measured: {'; '.join(log.value.notes)[:500]}")
+    return log.value
 
 
 def group_sizes(num_gpus: int) -> list[int]:
@@ -178,7 +185,7 @@ class Parts:
     """The parts of a calibration, which keep what they find and note what they could not do."""
 
     settings: Settings
-    found: MeasurementLog
+    log: MeasurementLog
     say: Say
     end_s: float
 
@@ -189,41 +196,43 @@ class Parts:
         """Copy, matrix products, attention and floors."""
         self.say("measuring kernels on one GPU")
         for_s = max(1.0, min(KERNELS_S, self._left_s()))
-        self.found.keep_all(ranks.run(kernels.work, (device, sizes), for_s=for_s), "kernels", self.say)
+        self.log.keep_all(ranks.run(kernels.work, (device, sizes), for_s=for_s), "kernels", self.say)
 
     def collectives(self, num_ranks: int, plan: collectives.CollectivesPlan) -> None:
         """All-reduce, and between two ranks also send/recv."""
         what = f"collectives over {num_ranks} ranks"
         self.say(f"measuring {what}")
         for_s = max(1.0, min(COLLECTIVES_S, self._left_s()))
-        self.found.keep_all(ranks.run(collectives.work, plan, ranks=num_ranks, for_s=for_s), what, self.say)
+        self.log.keep_all(ranks.run(collectives.work, plan, ranks=num_ranks, for_s=for_s), what, self.say)
 
-    def serving(self, device: Device, shapes: Sequence[Shape]) -> None:
+    def serving(self, gpus: HostGpus, shapes: Sequence[Shape]) -> None:
         """vLLM's server on a few layouts."""
         if self._left_s() < MIN_PHASE_S:
-            self.found.keep(f"serving: not measured, {max(0.0, self._left_s()):.0f} s were left")
+            self.log.keep(f"serving: not measured, {max(0.0, self._left_s()):.0f} s were left")
             return
         with tempfile.TemporaryDirectory(prefix="kervan-calibrate-") as place:
             logs = self.settings.log_dir or Path(place) / "logs"
             home = self.settings.shapes_dir or Path(place)
-            made = [(shape, write_model(shape.config, home / shape.name)) for shape in shapes]
-            servers = choose.servers(made, device.count, device.memory_bytes, is_quick=self.settings.is_quick)
-            self.found.value = replace(self.found.value, models={shape.name: shape.config for shape in shapes})
-            runs = Runs(log_dir=logs, for_s=self._left_s(), on_row=self.found.keep, on_note=self._note, say=self.say)
+            models = [(shape, write_model(shape.config, home / shape.name)) for shape in shapes]
+            servers = choose.servers(models, gpus.count, gpus.memory_bytes, is_quick=self.settings.is_quick)
+            self.log.value = replace(self.log.value, models={shape.name: shape.config for shape in shapes})
+            runs = ServingRuns(
+                log_dir=logs, for_s=self._left_s(), on_row=self.log.keep, on_note=self._note, say=self.say
+            )
             runs.measure(servers)
 
     def _note(self, text: str) -> None:
         self.say(text)
-        self.found.keep(text)
+        self.log.keep(text)
 
 
-def _blank(device: Device) -> Measurements:
+def _blank(gpus: HostGpus) -> Measurements:
     environment = records.environment()
     return Measurements(
-        gpu=device.name,
-        num_gpus=device.count,
-        hardware={**environment["hardware"], "gpu_memory_bytes": device.memory_bytes, "environment": _nccl()},
-        versions={**environment["versions"], **dict(device.versions)},
+        gpu=gpus.name,
+        num_gpus=gpus.count,
+        hardware={**environment["hardware"], "gpu_memory_bytes": gpus.memory_bytes, "environment": _nccl()},
+        versions={**environment["versions"], **dict(gpus.versions)},
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -144,9 +144,9 @@ _ROWS: dict[str, type[Any]] = {
 }
 
 
-def to_dict(found: Measurements) -> dict[str, Any]:
+def to_dict(measurements: Measurements) -> dict[str, Any]:
     """For JSON; `from_dict` gives an equal value back."""
-    return {"format": FORMAT, **dataclasses.asdict(found)}
+    return {"format": FORMAT, **dataclasses.asdict(measurements)}
 
 
 def from_dict(content: Mapping[str, Any], subject: str = "measurements") -> Measurements:
@@ -164,14 +164,14 @@ def from_dict(content: Mapping[str, Any], subject: str = "measurements") -> Meas
         raise ConfigError(f"{subject} is not what kervan calibrate wrote ({error}); run it again") from error
 
 
-def write(path: Path, found: Measurements) -> None:
+def write(path: Path, measurements: Measurements) -> None:
     """Write JSON to `path`; its directory is made.
 
     Raises: ConfigError when that is impossible.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(to_dict(found), indent=1) + "\n")
+        path.write_text(json.dumps(to_dict(measurements), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); name another file") from error
 
@@ -188,7 +188,7 @@ def read(path: Path) -> Measurements:
     return from_dict(content, str(path))
 
 
-def slug(found: Measurements) -> str:
+def slug(measurements: Measurements) -> str:
     """A short name for files: `2xh100-80gb-hbm3` of two "NVIDIA H100 80GB HBM3"."""
-    words = re.findall(r"[a-z0-9]+", found.gpu.lower())
-    return f"{found.num_gpus}x{'-'.join(word for word in words if word != 'nvidia') or 'gpu'}"
+    parts = re.findall(r"[a-z0-9]+", measurements.gpu.lower())
+    return f"{measurements.num_gpus}x{'-'.join(word for word in parts if word != 'nvidia') or 'gpu'}"

@@ -95,8 +95,8 @@ def _main(work: Work, rank: Rank, arguments: Any, link: Connection) -> None:
     except Exception as error:  # noqa: BLE001 - told to the parent, which raises
         lines = str(error).strip().splitlines()
         where = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__}: {lines[0][:300] if lines else ''} ({where.name}, line {where.lineno})"
+        problem = f"{type(error).__name__}: {lines[0][:300] if lines else ''} ({where.name}, line {where.lineno})"
         with suppress(OSError):
-            link.send(_Failed(f"rank {rank.number} of {rank.of}: {said}"))
+            link.send(_Failed(f"rank {rank.number} of {rank.of}: {problem}"))
     finally:
         link.close()

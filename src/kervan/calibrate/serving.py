@@ -105,15 +105,15 @@ class Server:
 
 def phases(servers: Iterable[Server]) -> list[list[Server]]:
     """Servers that run side by side, in the order given: one whose GPUs are taken begins the next phase."""
-    found: list[list[Server]] = []
+    groups: list[list[Server]] = []
     taken: set[int] = set()
     for server in servers:
-        if not found or taken & set(server.gpus):
-            found.append([])
+        if not groups or taken & set(server.gpus):
+            groups.append([])
             taken = set()
-        found[-1].append(server)
+        groups[-1].append(server)
         taken |= set(server.gpus)
-    return found
+    return groups
 
 
 def parse_memory(
@@ -163,11 +163,11 @@ class _Running:
         return self.log.read_text(errors="replace")
 
     def failure(self, what: str) -> str:
-        """Why it does not run: its last error lines, or its last words."""
+        """Why it does not run: its last error lines, or else its last lines."""
         lines = [line.strip() for line in self.read_log().splitlines() if line.strip()]
         errors = [line for line in lines if re.search(r"(Error|Exception)\b.*:", line)]
-        said = " | ".join((errors or lines)[-3:])[-900:] or "no output"
-        return f"{self.server}: {what}: {said}"
+        excerpt = " | ".join((errors or lines)[-3:])[-900:] or "no output"
+        return f"{self.server}: {what}: {excerpt}"
 
 
 def vllm_command(server: Server, port: int, engine_args: Mapping[str, Any]) -> list[str]:
@@ -207,21 +207,21 @@ def _start(
 def _stop(running: Sequence[_Running]) -> None:
     """End the servers and all that they started, together; returns when nothing of them is left."""
     trees: list[psutil.Process] = []
-    for one in running:
+    for child in running:
         with suppress(psutil.NoSuchProcess):
-            root = psutil.Process(one.process.pid)
+            root = psutil.Process(child.process.pid)
             trees += [*root.children(recursive=True), root]
     for number, grace_s in ((signal.SIGTERM, STOP_GRACE_S), (signal.SIGKILL, STOP_GRACE_S)):
-        for one in running:
+        for child in running:
             with suppress(ProcessLookupError):
-                os.killpg(one.process.pid, number)
+                os.killpg(child.process.pid, number)
         _, trees = psutil.wait_procs(trees, timeout=grace_s)
     for process in trees:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(trees, timeout=STOP_GRACE_S)
-    for one in running:
-        one.process.wait()
+    for child in running:
+        child.process.wait()
 
 
 def visible_devices(gpus: Sequence[int], visible: str | None) -> str:
@@ -238,7 +238,7 @@ def _one_at_a_time(call: Callable[[Any], None], lock: threading.Lock) -> Callabl
     return locked
 
 
-class Runs:
+class ServingRuns:
     """Measures servers until a deadline; whatever is measured goes to `on_row` at once, and what is not to `on_note`.
 
     Both are called from one thread at a time.
@@ -282,7 +282,7 @@ class Runs:
                 for server in phase:
                     running.append(_start(server, self._command, self._engine_args, self._log_dir, self._env))
                 ready = self._wait(running)
-                _stop([one for one in running if one not in ready])
+                _stop([child for child in running if child not in ready])
                 self._load(ready)
             finally:
                 _stop(running)
@@ -296,24 +296,24 @@ class Runs:
         waiting = list(running)
         end_s = time.monotonic() + min(START_TIMEOUT_S, self._left_s())
         while waiting:
-            for one in list(waiting):
-                took_s = time.monotonic() - one.begin_s
-                if (code := one.process.poll()) is not None:
-                    self._on_note(one.failure(f"exited {code}"))
-                elif answers(one.url):
-                    ready.append(one)
+            for child in list(waiting):
+                took_s = time.monotonic() - child.begin_s
+                if (code := child.process.poll()) is not None:
+                    self._on_note(child.failure(f"exited {code}"))
+                elif answers(child.url):
+                    ready.append(child)
                     self._longest_start_s = max(self._longest_start_s, took_s)
-                    self._say(f"{one.server} is ready after {took_s:.0f} s")
-                    memory = parse_memory(one.read_log(), one.server, self._engine_args, round(took_s, 1))
+                    self._say(f"{child.server} is ready after {took_s:.0f} s")
+                    memory = parse_memory(child.read_log(), child.server, self._engine_args, round(took_s, 1))
                     if memory is None:
-                        self._on_note(f"{one.server}: its log does not show weights and KV cache")
+                        self._on_note(f"{child.server}: its log does not show weights and KV cache")
                     else:
                         self._on_row(memory)
                 elif time.monotonic() > end_s:
-                    self._on_note(one.failure(f"not ready after {took_s:.0f} s"))
+                    self._on_note(child.failure(f"not ready after {took_s:.0f} s"))
                 else:
                     continue
-                waiting.remove(one)
+                waiting.remove(child)
             if waiting:
                 time.sleep(0.25)
         return ready
@@ -329,31 +329,32 @@ class Runs:
                 self._end_s = -math.inf  # Ctrl-C: the threads end what they do
                 raise
 
-    def _load_one(self, one: _Running) -> None:
+    def _load_one(self, child: _Running) -> None:
         """Every point of one server that there is time for."""
         try:
-            prepared = self._warm_up(one)
-            for number, point in enumerate(one.server.points):
+            prepared = self._warm_up(child)
+            for number, point in enumerate(child.server.points):
                 if self._left_s() < 5:
-                    self._on_note(f"{one.server}: {point}: not measured, no time was left")
+                    self._on_note(f"{child.server}: {point}: not measured, no time was left")
                     continue
                 result, is_cut = self._run(prepared, point, seed=number + 1)
-                row, why = to_row(one.server, point, result, is_cut=is_cut)
+                row, why = to_row(child.server, point, result, is_cut=is_cut)
                 if row is not None:
                     self._on_row(row)
-                    self._say(f"{one.server}: {point}: {row.out_tok_s:,.0f} tok/s, TPOT {1000 * row.tpot_p50_s:.1f} ms")
+                    figures = f"{row.out_tok_s:,.0f} tok/s, TPOT {1000 * row.tpot_p50_s:.1f} ms"
+                    self._say(f"{child.server}: {point}: {figures}")
                 for text in why:
-                    self._on_note(f"{one.server}: {point}: {text}")
-                if (code := one.process.poll()) is not None:
-                    self._on_note(one.failure(f"exited {code} under load"))
+                    self._on_note(f"{child.server}: {point}: {text}")
+                if (code := child.process.poll()) is not None:
+                    self._on_note(child.failure(f"exited {code} under load"))
                     break
         except KervanError as error:
-            self._on_note(f"{one.server}: {error}")
+            self._on_note(f"{child.server}: {error}")
 
-    def _warm_up(self, one: _Running) -> Prepared:
-        isl = min(512, one.server.points[0].isl)
+    def _warm_up(self, child: _Running) -> Prepared:
+        isl = min(512, child.server.points[0].isl)
         load = Load(streams=8, num_requests=16, isl=str(isl), osl="16", timeout_s=max(5.0, self._left_s()))
-        prepared = prepare(Endpoint(url=one.url, model=one.server.model), load)
+        prepared = prepare(Endpoint(url=child.url, model=child.server.model), load)
         if not prepared.probe.answered:
             raise EngineError(f"the server does not answer a first request: {prepared.probe.complaint}")
         measure(prepared, load, client=ClientOptions(processes=1, calibrates=False, reconciles=False))

@@ -45,12 +45,12 @@ def write_model(shape: Mapping[str, Any], out: Path) -> Path:
 
 def _special_ids(fields: Mapping[str, Any], vocab_size: int) -> tuple[int, int]:
     """First and last token; configs have one id, a list of them, null, or nothing."""
-    found = []
+    ids = []
     for name, default in (("bos_token_id", 0), ("eos_token_id", 1)):
         value = fields.get(name)
         value = value[0] if isinstance(value, list) and value else value
-        found.append(value if isinstance(value, int) and 0 <= value < vocab_size else default)
-    return found[0], found[1]
+        ids.append(value if isinstance(value, int) and 0 <= value < vocab_size else default)
+    return ids[0], ids[1]
 
 
 def _merges() -> Iterator[tuple[str, str]]:

@@ -21,14 +21,14 @@ ExpectedTokens = Callable[[Request], list[int]]
 SAMPLING: dict[str, Any] = {"return_token_ids": True, "temperature": 0}
 
 
-class _Completion(msgspec.Struct):
+class _CompletionBody(msgspec.Struct):
     prompt: list[int]
     max_tokens: int
 
 
 def tokens_of_twins(limits: TwinLimits) -> ExpectedTokens:
-    """What twins with these limits generate."""
-    decode = msgspec.json.Decoder(_Completion).decode
+    """A function that computes the token ids with which twins with these limits respond to a request."""
+    decode = msgspec.json.Decoder(_CompletionBody).decode
 
     def expected(request: Request) -> list[int]:
         completion = decode(request.body)
@@ -38,7 +38,7 @@ def tokens_of_twins(limits: TwinLimits) -> ExpectedTokens:
 
 
 def tokens_as_recorded(responses: Mapping[bytes, list[int]]) -> ExpectedTokens:
-    """What was generated before; `responses` by the request's body."""
+    """A function that looks up the token ids that were generated before; `responses`: by the body of the request."""
     return lambda request: responses[request.body]
 
 

@@ -18,8 +18,8 @@ from kervan.chaos.checked_load import SAMPLING, ExpectedTokens, StreamObserver, 
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetUnderTest
 from kervan.chaos.plans import DisruptionPlan, ReplayPlan
-from kervan.chaos.report import NodeHistory, Report
-from kervan.chaos.schedule import Kind
+from kervan.chaos.report import ChaosReport, NodeHistory
+from kervan.chaos.schedule import DisruptionKind
 from kervan.chaos.stream_checks import StreamChecks
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
@@ -66,18 +66,18 @@ class CheckedRun(abc.ABC):
         fleet: FleetUnderTest,
         config: FleetConfig,
         plan: DisruptionPlan | ReplayPlan,
-        kinds: Sequence[Kind],
+        kinds: Sequence[DisruptionKind],
         say: Say,
     ) -> None:
         self._fleet, self._config, self._say = fleet, config, say
-        self._asked = plan
+        self._requested_plan = plan
         self._disruptions: list[Disruption] = []
-        self._skipped: dict[Kind, int] = dict.fromkeys(kinds, 0)
+        self._skipped: dict[DisruptionKind, int] = dict.fromkeys(kinds, 0)
         self._snapshot = Snapshot(-1, [], [], [])
         self._moved: dict[str, tuple[int, int]] = {}
         self._is_stopped = asyncio.Event()
 
-    def run_to_end(self, endpoint: Endpoint) -> Report:
+    def run_to_end(self, endpoint: Endpoint) -> ChaosReport:
         """Blocks; Ctrl-C ends it early, with the report."""
         factory, _ = eventloop.factory()
         with asyncio.Runner(loop_factory=factory) as runner:
@@ -107,7 +107,7 @@ class CheckedRun(abc.ABC):
 
     # ---- from the first stream to the report
 
-    async def _run(self, endpoint: Endpoint) -> Report:
+    async def _run(self, endpoint: Endpoint) -> ChaosReport:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._is_stopped.set)
         try:
@@ -133,7 +133,7 @@ class CheckedRun(abc.ABC):
         if ends_at_stop and self._is_stopped.is_set():
             raise FleetError("stopped before any fault was injected")
 
-    async def _measure(self, prompts: KnownPrompts) -> Report:
+    async def _measure(self, prompts: KnownPrompts) -> ChaosReport:
         checks = StreamChecks(prompts.expected, self._disruptions, self._say)
         client = self._client(prompts)
         begin_s = time.time()
@@ -154,8 +154,8 @@ class CheckedRun(abc.ABC):
         finally:
             watching.cancel()
             striking.cancel()
-        return Report(
-            plan=self._asked,
+        return ChaosReport(
+            plan=self._requested_plan,
             engine=self._config.engine,
             target_replicas=self._config.replicas,
             wall_s=wall_s,

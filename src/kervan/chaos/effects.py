@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
-from kervan.chaos.schedule import Kind
+from kervan.chaos.schedule import DisruptionKind
 
 
 @dataclass(slots=True)
@@ -15,7 +15,7 @@ class Disruption:
     """One that was ordered. `felt_s`: its replica was no longer ready; `whole_s`: from then all were, for once."""
 
     number: int
-    kind: Kind
+    kind: DisruptionKind
     replica: str
     ordered_s: float
     streams: int = 0
@@ -24,7 +24,10 @@ class Disruption:
 
     @property
     def recover_s(self) -> float | None:
-        """None before the fleet is whole. A kill counts from the death, not from the order, which takes up to 1 s."""
+        """Seconds until the fleet was whole; None until it is.
+
+        A kill counts from the death, not from the order, which takes up to 1 s.
+        """
         if self.whole_s is None or self.felt_s is None:
             return None
         return self.whole_s - (self.felt_s if self.kind == "kill" else self.ordered_s)
@@ -64,8 +67,8 @@ def longest_gaps_s(sent_s: float, tokens_s: Sequence[float], disruptions: Sequen
         while window + 1 < len(disruptions) and disruptions[window + 1].ordered_s <= at_s:
             window += 1
         if window >= 0:
-            known = disruptions[: window + 1]
-            if number or any(other.felt_s is None or sent_s <= other.felt_s for other in known):
+            past = disruptions[: window + 1]
+            if number or any(other.felt_s is None or sent_s <= other.felt_s for other in past):
                 longest[window] = max(longest.get(window, 0.0), at_s - before_s)
         before_s = at_s
     return list(longest.values())

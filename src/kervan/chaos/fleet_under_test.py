@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from kervan.bench.endpoint import RequestError, get_text
 from kervan.bench.load import Endpoint
-from kervan.chaos.schedule import Kind
+from kervan.chaos.schedule import DisruptionKind
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Drain, Snapshot, Strike
@@ -28,7 +28,7 @@ class FleetUnderTest(Protocol):
         Raises: FleetError when its directory does not answer.
         """
 
-    def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
+    def strike(self, kind: DisruptionKind, replica_id: str, deadline_s: float) -> bool:
         """Order a disruption, obeyed within about a second; whether there is such a replica.
 
         Raises: FleetError when the directory does not answer.
@@ -48,7 +48,7 @@ class FleetOnRay:
         """As `FleetUnderTest.look`."""
         return self._directory.changed(version, timeout_s).result()
 
-    def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
+    def strike(self, kind: DisruptionKind, replica_id: str, deadline_s: float) -> bool:
         """As `FleetUnderTest.strike`."""
         return self._directory.order(replica_id, Drain(deadline_s) if kind == "drain" else Strike(kind)).result()
 
@@ -91,5 +91,5 @@ def _gateway(url: str, headers: Iterable[tuple[str, str]], name: str | None) -> 
 def _remembered(url: str) -> str:
     """The name of the fleet that was started from here at this URL's port."""
     port = urlsplit(url).port
-    known = [fleet.name for fleet in cluster.remembered() if urlsplit(fleet.url).port == port]
-    return known[0] if known else "default"
+    names = [fleet.name for fleet in cluster.remembered() if urlsplit(fleet.url).port == port]
+    return names[0] if names else "default"

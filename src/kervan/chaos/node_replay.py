@@ -17,8 +17,8 @@ from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
 from kervan.chaos.node_trace import NodeChange, NodeTrace
 from kervan.chaos.plans import ReplayPlan
-from kervan.chaos.report import NodeHistory, Report
-from kervan.chaos.schedule import Kind
+from kervan.chaos.report import ChaosReport, NodeHistory
+from kervan.chaos.schedule import DisruptionKind
 from kervan.config import fleet as facts
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo, read_trace
@@ -43,7 +43,7 @@ MIN_FALLBACK_AFTER_S = 1.0
 READY_TIMEOUT_S = 300.0
 
 
-class Nodes(Protocol):
+class SpotNodes(Protocol):
     """The cluster's spot nodes, by address. Calls block. Raises: KervanError."""
 
     def add(self, ip: str) -> None:
@@ -73,7 +73,7 @@ def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetCon
     return facts.from_mapping(settings, "kervan chaos --replay")
 
 
-def run(model: str, plan: ReplayPlan, say: Say) -> Report:
+def run(model: str, plan: ReplayPlan, say: Say) -> ChaosReport:
     """Start a Ray cluster and a fleet, play the traces, end all. Blocks; Ctrl-C ends it early, with the report.
 
     Raises: ConfigError before anything is started; KervanError when the cluster or the fleet does not start.
@@ -104,7 +104,13 @@ class ReplayRun(CheckedRun):
     """The nodes' changes under an open loop. A node that is there at 0 is so before the load begins (`prepare`)."""
 
     def __init__(
-        self, fleet: FleetUnderTest, config: FleetConfig, plan: ReplayPlan, course: NodeTrace, nodes: Nodes, say: Say
+        self,
+        fleet: FleetUnderTest,
+        config: FleetConfig,
+        plan: ReplayPlan,
+        course: NodeTrace,
+        nodes: SpotNodes,
+        say: Say,
     ) -> None:
         super().__init__(fleet, config, plan, ["drain" if plan.deadline_s else "kill"], say)
         self._plan, self._course, self._nodes = plan, course, nodes
@@ -197,22 +203,22 @@ class ReplayRun(CheckedRun):
     async def _take(self, node: str, address: str) -> None:
         """With a notice, the node goes when it is empty, at the latest at its deadline; else at once."""
         deadline_s = self._plan.deadline_s
-        on_it = [r for r in self._snapshot.replicas if address in (r.node, *r.nodes)]
+        replicas = [r for r in self._snapshot.replicas if address in (r.node, *r.nodes)]
         self._num_removed += 1
         self._note()
         self._say(
             f"{node} at {address} {f'leaves in {deadline_s:g} s' if deadline_s else 'is killed'}, with "
-            + (", ".join(f"{r.id} and its {plural(r.running, 'stream')}" for r in on_it) or "nothing on it")
+            + (", ".join(f"{r.id} and its {plural(r.running, 'stream')}" for r in replicas) or "nothing on it")
         )
-        for replica in on_it:
+        for replica in replicas:
             if replica.state == "ready":
                 number = len(self._disruptions)
-                kind: Kind = "drain" if deadline_s else "kill"
+                kind: DisruptionKind = "drain" if deadline_s else "kill"
                 self._disruptions.append(Disruption(number, kind, replica.id, time.time(), replica.running))
         if deadline_s:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
-                    await self._drain(node, address, on_it)
+                    await self._drain(node, address, replicas)
         await asyncio.to_thread(self._nodes.remove, address)
         self._say(f"{node} has left")
 
@@ -225,7 +231,7 @@ class ReplayRun(CheckedRun):
                 await asyncio.to_thread(self._fleet.strike, "drain", replica.id, deadline_s)
         except KervanError as error:
             self._say(f"{node} could not be drained: {error}")
-        while any(replica.id == one.id for one in self._snapshot.replicas for replica in replicas):
+        while any(replica.id == listed.id for listed in self._snapshot.replicas for replica in replicas):
             self._has_seen.clear()
             await self._has_seen.wait()
 

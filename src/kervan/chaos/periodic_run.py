@@ -15,8 +15,8 @@ from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, known_prompt
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetUnderTest
 from kervan.chaos.plans import DisruptionPlan
-from kervan.chaos.report import Report
-from kervan.chaos.schedule import Kind
+from kervan.chaos.report import ChaosReport
+from kervan.chaos.schedule import DisruptionKind
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo, parse_lengths
 from kervan.errors import ConfigError, FleetError
@@ -34,7 +34,7 @@ def check_size(plan: DisruptionPlan, config: FleetConfig) -> None:
         )
 
 
-def run(fleet: FleetUnderTest, config: FleetConfig, plan: DisruptionPlan, endpoint: Endpoint, say: Say) -> Report:
+def run(fleet: FleetUnderTest, config: FleetConfig, plan: DisruptionPlan, endpoint: Endpoint, say: Say) -> ChaosReport:
     """Carry out `plan` on the fleet at `endpoint`. Blocks; Ctrl-C ends it early, with the report.
 
     Raises: ConfigError, FleetError before the first disruption.
@@ -117,7 +117,7 @@ class _PeriodicRun(CheckedRun):
             await asyncio.sleep(begin_s + moment.at_s - time.time())
             await self._strike(number, moment.kind)
 
-    async def _strike(self, number: int, kind: Kind) -> None:
+    async def _strike(self, number: int, kind: DisruptionKind) -> None:
         running = {r.id: r.running for r in self._snapshot.replicas if r.id in self._ready()}
         hit = {disruption.replica for disruption in self._disruptions if disruption.whole_s is None}
         fit = running.keys() - hit
@@ -138,6 +138,6 @@ class _PeriodicRun(CheckedRun):
             return
         self._say(f"{kind} {replica} with {disruption.streams} streams; {plural(len(fit) - 1, 'other')} ready")
 
-    def _skip(self, kind: Kind, why: str) -> None:
+    def _skip(self, kind: DisruptionKind, why: str) -> None:
         self._skipped[kind] += 1
         self._say(f"no {kind} this time: {why}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from kervan.bench.load import Load
 from kervan.chaos import node_trace, schedule
 from kervan.chaos.node_trace import NodeTrace
-from kervan.chaos.schedule import Kind, Moment
+from kervan.chaos.schedule import DisruptionKind, Moment
 from kervan.errors import ConfigError
 
 MAX_NODES = 32
@@ -19,7 +19,7 @@ STREAM_TIMEOUT_S = 400.0  # longer than a stream is held without a replica (300 
 class DisruptionPlan:
     """Disruptions under a closed loop. `periods_s`: one of each kind comes once in so long. `deadline_s`: of drains."""
 
-    periods_s: Mapping[Kind, float]
+    periods_s: Mapping[DisruptionKind, float]
     duration_s: float = 60.0
     streams: int = 64
     min_ready: int = 1

@@ -7,7 +7,7 @@ from typing import Any
 from kervan.chaos import effects
 from kervan.chaos.effects import Disruption
 from kervan.chaos.plans import DisruptionPlan, ReplayPlan
-from kervan.chaos.schedule import Kind
+from kervan.chaos.schedule import DisruptionKind
 from kervan.chaos.verify import Difference
 from kervan.stats import quantile
 
@@ -26,7 +26,7 @@ class NodeHistory:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
+class ChaosReport:
     """`streams` have ended, whole or broken; `unfinished` ones were cut off by Ctrl-C. `plan`: what was asked for."""
 
     plan: DisruptionPlan | ReplayPlan
@@ -34,7 +34,7 @@ class Report:
     target_replicas: int
     wall_s: float
     disruptions: Sequence[Disruption]
-    skipped: Mapping[Kind, int]
+    skipped: Mapping[DisruptionKind, int]
     streams: int
     unfinished: int
     tokens: int
@@ -51,7 +51,9 @@ class Report:
     @property
     def unrecovered(self) -> list[Disruption]:
         """Disruptions after which the fleet was never whole; with Ctrl-C nobody has waited for that."""
-        return [] if self.was_interrupted else [one for one in self.disruptions if one.whole_s is None]
+        if self.was_interrupted:
+            return []
+        return [disruption for disruption in self.disruptions if disruption.whole_s is None]
 
     @property
     def is_good(self) -> bool:
@@ -87,13 +89,13 @@ class Report:
             **({} if self.nodes is None else asdict(self.nodes)),
         }
 
-    def _of_kind(self, kind: Kind) -> dict[str, Any]:
-        those = [one for one in self.disruptions if one.kind == kind]
-        return {"disruptions": len(those), "skipped": self.skipped[kind], "recover_s": self._recovery(those)}
+    def _of_kind(self, kind: DisruptionKind) -> dict[str, Any]:
+        of_kind = [disruption for disruption in self.disruptions if disruption.kind == kind]
+        return {"disruptions": len(of_kind), "skipped": self.skipped[kind], "recover_s": self._recovery(of_kind)}
 
     @staticmethod
     def _recovery(disruptions: Sequence[Disruption]) -> dict[str, float | None]:
-        took_s = [one.recover_s for one in disruptions if one.recover_s is not None]
+        took_s = [disruption.recover_s for disruption in disruptions if disruption.recover_s is not None]
         return {**_quantiles(took_s, p50=0.5), "max": _rounded(max(took_s, default=None))}
 
 

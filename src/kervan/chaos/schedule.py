@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["kill", "drain", "hang"]
+DisruptionKind = Literal["kill", "drain", "hang"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +13,10 @@ class Moment:
     """A disruption that is due `at_s` seconds after the start."""
 
     at_s: float
-    kind: Kind
+    kind: DisruptionKind
 
 
-def moments(periods_s: Mapping[Kind, float], duration_s: float) -> list[Moment]:
+def moments(periods_s: Mapping[DisruptionKind, float], duration_s: float) -> list[Moment]:
     """Each kind once in its period, the first time when one has passed, before `duration_s`; in order of time.
 
     Raises: ValueError of a period that is not above 0.

@@ -8,7 +8,7 @@ _EDIT = 1 << 32  # an alignment's cost is edits * _EDIT + replacements: of equal
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Tokens that did not come, that came too much, and that are others than they should be."""
+    """How many expected tokens did not come, how many came in addition, and how many came in place of others."""
 
     lost: int = 0
     doubled: int = 0

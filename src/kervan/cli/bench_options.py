@@ -73,7 +73,7 @@ class BenchOptions:
     html: Path | None
 
     def slo(self) -> Slo:
-        """What counts as good; without --slo, all that is whole."""
+        """The bounds that a good request keeps; without --slo, every request that is whole counts as good."""
         if self.slo_text is None:
             if self.find_rate:
                 raise ConfigError("--find-rate needs an --slo, like ttft=1s,tpot=50ms")
@@ -81,7 +81,7 @@ class BenchOptions:
         return parse_slo(self.slo_text)
 
     def endpoint(self, url: str) -> Endpoint:
-        """The server at `url`, as it is to be asked."""
+        """The server at `url`, with what --api, --model and other options say of its requests."""
         return Endpoint(
             url=url,
             model=self.model or "",

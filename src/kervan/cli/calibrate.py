@@ -51,7 +51,7 @@ def calibrate(**given: Any) -> None:
     output: Path | None = given["output"]
     say = render.progress_lines()
     if given["stored"] is not None:
-        found = measurements.read(given["stored"])
+        measured = measurements.read(given["stored"])
     else:
         if for_s < 30:
             raise ConfigError(f"--for {given['duration']} is below 30 s, which one server alone takes to start")
@@ -70,53 +70,53 @@ def calibrate(**given: Any) -> None:
             output = output or cluster.home() / "calibrations" / f"{measurements.slug(newest)}.json"
             measurements.write(output, newest)
 
-        found = measure_host.measure(settings, say=say, on_change=keep)
+        measured = measure_host.measure(settings, say=say, on_change=keep)
         say(f"measurements: {output}")
     source = given["stored"] or output or Path("calibration.json")
     fitted, path = None, None
-    if found.serving or given["bench"]:
+    if measured.serving or given["bench"]:
         from kervan.calibrate import fitting
         from kervan.plan import calibration
 
         more = [point for text in given["bench"] for point in fitting.points_of_record(text)]
-        say(f"fitting the planner's constants to {len(found.serving) + len(more)} points")
-        fitted = fitting.fit(found, more=more)
+        say(f"fitting the planner's constants to {len(measured.serving) + len(more)} points")
+        fitted = fitting.fit(measured, more=more)
         path = given["fitted"] or source.with_suffix(".calibration.json")
         calibration.save(fitted, path)
         say(f"calibration: {path}")
     if given["as_json"]:
-        render.print_json(measurements.to_dict(found) | ({"calibration": str(path)} if path else {}))
+        render.print_json(measurements.to_dict(measured) | ({"calibration": str(path)} if path else {}))
         return
-    _print(found)
+    _print(measured)
     if fitted is not None:
         _print_fit(fitted)
         print(f"kervan plan MODEL --gpu {fitted.gpu} --calibration {path}")
 
 
-def _print(found: "Measurements") -> None:
+def _print(measured: "Measurements") -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(f"[bold]{found.num_gpus} x {found.gpu}[/bold], {found.date}")
-    for line in _kernel_lines(found):
+    console.print(f"[bold]{measured.num_gpus} x {measured.gpu}[/bold], {measured.date}")
+    for line in _kernel_lines(measured):
         print(line)
-    if found.serving:
+    if measured.serving:
         table = Table("model", "tp", "pp", "streams", "in/out", box=None, pad_edge=False, header_style="dim")
         for column in ("tok/s", "TTFT p50", "TPOT p50"):
             table.add_column(column, justify="right")
-        for row in found.serving:
+        for row in measured.serving:
             table.add_row(
                 row.model, str(row.tp), str(row.pp), str(row.concurrency), f"{row.isl}/{row.osl}",
                 f"{row.out_tok_s:,.0f}", _time(row.ttft_p50_s), _time(row.tpot_p50_s),
             )  # fmt: skip
         console.print(table)
-    for one in found.memory:
+    for memory in measured.memory:
         print(
-            f"{one.model} tp {one.tp} pp {one.pp}: weights {one.weights_gib_per_gpu:.1f} GiB a GPU, KV cache "
-            f"{one.kv_cache_gib_per_gpu:.1f} GiB a GPU, {one.kv_cache_tokens:,} tokens"
+            f"{memory.model} tp {memory.tp} pp {memory.pp}: weights {memory.weights_gib_per_gpu:.1f} GiB a GPU, "
+            f"KV cache {memory.kv_cache_gib_per_gpu:.1f} GiB a GPU, {memory.kv_cache_tokens:,} tokens"
         )
-    for note in found.notes:
+    for note in measured.notes:
         console.print(f"not complete: {note}", style="yellow", markup=False, soft_wrap=True)
 
 
@@ -129,25 +129,27 @@ def _print_fit(fitted: "Calibration") -> None:
     names = {"out_tok_s": "tok/s", "tpot_p50_s": "TPOT p50", "ttft_p50_s": "TTFT p50", "ttft_p99_s": "TTFT p99"}
     for name in names.values():
         table.add_column(f"{name} off by", justify="right")
-    for one in fitted.residuals:
-        table.add_row(one.point, *(f"{100 * one.errors[key]:+.1f}%" if key in one.errors else "" for key in names))
+    for residual in fitted.residuals:
+        table.add_row(
+            residual.point, *(f"{100 * residual.errors[key]:+.1f}%" if key in residual.errors else "" for key in names)
+        )
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def _kernel_lines(found: "Measurements") -> Iterator[str]:
-    if found.copy:
-        yield f"copy {max(c.bytes / c.seconds for c in found.copy) / 1e12:.2f} TB/s read and written"
-    if found.matmul:
-        fast = max(found.matmul, key=lambda p: p.m * p.n * p.k / p.seconds)
-        slim = max((p for p in found.matmul if p.m <= 16), key=lambda p: p.n * p.k / p.seconds, default=None)
+def _kernel_lines(measured: "Measurements") -> Iterator[str]:
+    if measured.copy:
+        yield f"copy {max(c.bytes / c.seconds for c in measured.copy) / 1e12:.2f} TB/s read and written"
+    if measured.matmul:
+        fast = max(measured.matmul, key=lambda p: p.m * p.n * p.k / p.seconds)
+        slim = max((p for p in measured.matmul if p.m <= 16), key=lambda p: p.n * p.k / p.seconds, default=None)
         yield f"matrix products up to {2 * fast.m * fast.n * fast.k / fast.seconds / 1e12:.0f} TFLOP/s (m {fast.m})" + (
             f"; weights read at up to {2 * slim.n * slim.k / slim.seconds / 1e12:.2f} TB/s (m {slim.m})" if slim else ""
         )
-    for one in found.floors:
-        yield f"{one.name} {_time(one.seconds)}"
-    for ranks in sorted({c.ranks for c in found.collectives}):
+    for floor in measured.floors:
+        yield f"{floor.name} {_time(floor.seconds)}"
+    for ranks in sorted({c.ranks for c in measured.collectives}):
         for backend, in_graph in (("nccl", False), ("nccl", True), ("symm_mem", True)):
-            sums = [c for c in found.collectives
+            sums = [c for c in measured.collectives
                     if (c.op, c.ranks, c.backend, c.in_graph) == ("all_reduce", ranks, backend, in_graph)]  # fmt: skip
             if sums:
                 small, large = min(sums, key=lambda c: c.bytes), max(sums, key=lambda c: c.bytes)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kervan.chaos.plans import DisruptionPlan, ReplayPlan
-from kervan.chaos.schedule import Kind
+from kervan.chaos.schedule import DisruptionKind
 from kervan.cli import options, sigterm
 from kervan.errors import ConfigError
 from kervan.units import format_duration, parse_duration_s
 
 if TYPE_CHECKING:
-    from kervan.chaos.report import Report
+    from kervan.chaos.report import ChaosReport
 
 
 SECTIONS = {
@@ -60,7 +60,11 @@ class ChaosOptions:
 
     def disruption_plan(self) -> DisruptionPlan:
         """Without --replay. Raises: ConfigError."""
-        every: dict[Kind, str | None] = {"kill": self.kill_every, "drain": self.drain_every, "hang": self.hang_every}
+        every: dict[DisruptionKind, str | None] = {
+            "kill": self.kill_every,
+            "drain": self.drain_every,
+            "hang": self.hang_every,
+        }
         return DisruptionPlan(
             periods_s={
                 kind: parse_duration_s(text, f"--{kind}-every") for kind, text in every.items() if text is not None
@@ -178,7 +182,7 @@ def _check_mode(context: click.Context, *, is_replay: bool) -> None:
             )
 
 
-def _replay(given: ChaosOptions) -> "Report":
+def _replay(given: ChaosOptions) -> "ChaosReport":
     plan = given.replay_plan()
     from kervan.chaos import node_replay
     from kervan.cli import render
@@ -187,7 +191,7 @@ def _replay(given: ChaosOptions) -> "Report":
         return node_replay.run(given.where, plan, render.progress_lines())
 
 
-def _disturb(given: ChaosOptions) -> "Report":
+def _disturb(given: ChaosOptions) -> "ChaosReport":
     plan = given.disruption_plan()
     from kervan.bench.endpoint import parse_url
     from kervan.bench.load import Endpoint
@@ -202,7 +206,7 @@ def _disturb(given: ChaosOptions) -> "Report":
     return periodic_run.run(fleet, fleet.config, plan, endpoint, render.progress_lines())
 
 
-def _print(report: "Report") -> None:
+def _print(report: "ChaosReport") -> None:
     from rich.console import Console
     from rich.table import Table
 

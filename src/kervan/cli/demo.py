@@ -47,28 +47,28 @@ def demo() -> None:
                 *("--engine-arg", "dtype=float32", "--engine-arg", "enforce_eager=true"),
                 *("--engine-arg", "max_model_len=2048", "--env", "VLLM_CPU_KVCACHE_SPACE=1"),
             )
-            pids = {replica["id"]: replica["pid"] for replica in _told("status", "--name", name)["replicas"]}
+            pids = {replica["id"]: replica["pid"] for replica in _json_of("status", "--name", name)["replicas"]}
             say(f"chat: POST http://127.0.0.1:{port}/v1/chat/completions\n\n> {_QUESTION}\n")
             started = time.monotonic()
-            answer, first_s, last_s, pauses_s = "", 0.0, 0.0, [0.0]
-            answering, is_killed = "", False
+            response, first_s, last_s, pauses_s = "", 0.0, 0.0, [0.0]
+            serving, is_killed = "", False
             for piece in _stream_chat("127.0.0.1", port, _QUESTION):
                 now_s = time.monotonic() - started
                 # Asked at the first piece already: some hundred tokens may be over before a later question is answered.
-                answering = answering or _answering("127.0.0.1", port)
+                serving = serving or _serving_replica("127.0.0.1", port)
                 first_s = first_s or now_s
                 pauses_s.append(now_s - (last_s or now_s))
                 last_s = now_s
-                answer += piece
+                response += piece
                 click.echo(piece, nl=False)
-                if not is_killed and len(answer) > len(PAIRS[_QUESTION]) // 3:
-                    _kill(answering, pids)
+                if not is_killed and len(response) > len(PAIRS[_QUESTION]) // 3:
+                    _kill(serving, pids)
                     is_killed = True
-                    click.echo(f"\n\n    kill -9 {pids[answering]}    ({answering}, which is answering)\n")
+                    click.echo(f"\n\n    kill -9 {pids[serving]}    ({serving}, which is answering)\n")
             click.echo("\n")
-            if answer != PAIRS[_QUESTION]:
+            if response != PAIRS[_QUESTION]:
                 raise FleetError(
-                    f"the answer has {len(answer)} characters and is not the {len(PAIRS[_QUESTION])} that the model "
+                    f"the answer has {len(response)} characters and is not the {len(PAIRS[_QUESTION])} that the model "
                     f"learned; delete {_MODEL_DIRECTORY} and run the demo again"
                 )
             say(
@@ -131,8 +131,8 @@ def _failed(args: Sequence[str], code: int) -> FleetError:
     return FleetError(f"`{shlex.join(['kervan', *args])}` exited with {code}; its message is above")
 
 
-def _told(*args: str) -> Any:
-    """What `kervan args --json` tells.
+def _json_of(*args: str) -> Any:
+    """The JSON that `kervan args --json` prints.
 
     Raises:
         FleetError: it failed.
@@ -145,7 +145,7 @@ def _told(*args: str) -> Any:
     return json.loads(done.stdout)
 
 
-def _answering(host: str, port: int) -> str:
+def _serving_replica(host: str, port: int) -> str:
     """The replica that has the one stream, as the gateway sees it.
 
     Raises:
@@ -212,10 +212,10 @@ def _stream_chat(host: str, port: int, question: str) -> Iterator[str]:
             if event == "[DONE]":
                 return
             if event:
-                told = json.loads(event)
-                if "error" in told:
-                    raise FleetError(f"the stream ended with an error: {told['error']}; see `kervan status`")
-                yield told["choices"][0]["delta"].get("content") or ""
+                chunk = json.loads(event)
+                if "error" in chunk:
+                    raise FleetError(f"the stream ended with an error: {chunk['error']}; see `kervan status`")
+                yield chunk["choices"][0]["delta"].get("content") or ""
     raise FleetError(f"the stream of http://{host}:{port} ended without [DONE]; see `kervan status`")
 
 

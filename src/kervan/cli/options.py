@@ -44,7 +44,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]
-    """A number, or two with `..` between: as (number, 0) or (least, most)."""
+    """A number, or two joined by `..`; the value is (number, 0) or (least, most)."""
 
     name = "N or MIN..MAX"
 

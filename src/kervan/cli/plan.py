@@ -202,7 +202,7 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
         "gpus": plan.request.gpus,
         "calibration": plan.request.calibration.name,
         "slo": str(plan.request.slo),
-        "candidates": [_row(one) for one in plan.layouts],
+        "candidates": [_row(layout) for layout in plan.layouts],
         "best": 0,
         "verdict": plan.verdict,
         "notes": list(plan.notes),

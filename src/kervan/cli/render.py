@@ -24,6 +24,7 @@ def progress_lines(*, is_quiet: bool = False) -> Callable[[str], None]:
 
 
 def print_json(value: Any) -> None:
+    """Print `value` to stdout as indented JSON, for `--json`. Raises: TypeError for what is not JSON."""
     print(json.dumps(value, indent=2))
 
 

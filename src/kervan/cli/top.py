@@ -31,14 +31,14 @@ class ReplicaTraffic:
 
 
 def traffic(snapshot: Snapshot, replica_id: str) -> ReplicaTraffic:
-    """What the gateways tell of a replica."""
-    told = [gateway.traffic[replica_id] for gateway in snapshot.gateways if replica_id in gateway.traffic]
-    ttfts_s = [one.ttft_s for one in told if one.ttft_s is not None]
-    return ReplicaTraffic(sum(one.tokens_per_s for one in told), sum(ttfts_s) / len(ttfts_s) if ttfts_s else None)
+    """What the gateways report of a replica."""
+    shares = [gateway.traffic[replica_id] for gateway in snapshot.gateways if replica_id in gateway.traffic]
+    ttfts_s = [share.ttft_s for share in shares if share.ttft_s is not None]
+    return ReplicaTraffic(sum(share.tokens_per_s for share in shares), sum(ttfts_s) / len(ttfts_s) if ttfts_s else None)
 
 
 def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
-    """What happened between two looks, one line each."""
+    """What happened between two snapshots, one line each."""
     for kind, old, new in (
         ("replica", {r.id: r.state for r in before.replicas}, {r.id: r.state for r in after.replicas}),
         (
@@ -59,21 +59,21 @@ def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
         if gateway.id in moved and gateway.moved > moved[gateway.id]:
             count = gateway.moved - moved[gateway.id]
             yield f"gateway {gateway.id} moved {count} stream{'s' if count > 1 else ''}"
-    heard = {(node.node, notice.kind, notice.source) for node in before.nodes for notice in node.notices}
+    listed = {(node.node, notice.kind, notice.source) for node in before.nodes for notice in node.notices}
     for node in after.nodes:
         for notice in node.notices:
-            if (node.node, notice.kind, notice.source) not in heard:
+            if (node.node, notice.kind, notice.source) not in listed:
                 yield f"node {node.node}: {notice.describe(notice.seen_s)}"
-    known = {failure.number for failure in before.failures}
+    reported = {failure.number for failure in before.failures}
     for failure in after.failures:
-        if failure.number not in known:
+        if failure.number not in reported:
             yield f"{failure.who} did not start: {failure.message}"
 
 
 def view(status: FleetStatus, lines: list[str]) -> RenderableType:
     """The screen: head, replicas, gateways, latest events."""
     snapshot, config = status.snapshot, status.config
-    total = sum(one.tokens_per_s for gateway in snapshot.gateways for one in gateway.traffic.values())
+    total = sum(replica.tokens_per_s for gateway in snapshot.gateways for replica in gateway.traffic.values())
     streams, held = sum(g.streams for g in snapshot.gateways), sum(g.held for g in snapshot.gateways)
     head = Text.assemble(
         (status.name, "bold"),
@@ -84,18 +84,18 @@ def view(status: FleetStatus, lines: list[str]) -> RenderableType:
     for column in ("running", "waiting", "KV use", "tok/s", "TTFT"):
         replicas.add_column(column, justify="right")
     for r in snapshot.replicas:
-        seen = traffic(snapshot, r.id)
+        rates = traffic(snapshot, r.id)
         replicas.add_row(
             r.id, r.pool, r.node, Text.assemble((r.state, STATE_STYLE[r.state]), f" {r.reason}" if r.reason else ""),
-            str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%", f"{seen.tokens_per_s:,.0f}",
-            "-" if seen.ttft_s is None else format_duration(seen.ttft_s),
+            str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%", f"{rates.tokens_per_s:,.0f}",
+            "-" if rates.ttft_s is None else format_duration(rates.ttft_s),
         )  # fmt: skip
     gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
     for column in ("streams", "held", "moved", "busy", "tok/s"):
         gateways.add_column(column, justify="right")
     for g in snapshot.gateways:
         state = Text("ready", "green") if g.is_ready else Text(g.reason or "starting", "yellow")
-        rate = sum(one.tokens_per_s for one in g.traffic.values())
+        rate = sum(replica.tokens_per_s for replica in g.traffic.values())
         counts = (str(count) for count in (g.streams, g.held, g.moved))
         gateways.add_row(g.id, g.node, str(g.pid), state, *counts, f"{g.busy:.0%}", f"{rate:,.0f}")
     notices = [Text(line, "yellow") for line in notice_lines(snapshot, time.time())]
@@ -104,13 +104,13 @@ def view(status: FleetStatus, lines: list[str]) -> RenderableType:
 
 def to_dict(status: FleetStatus) -> dict[str, object]:
     """`kervan status --json` with traffic."""
-    found = status.to_dict()
-    for replica in found["replicas"]:
-        seen = traffic(status.snapshot, replica["id"])
-        replica |= {"tokens_per_s": round(seen.tokens_per_s, 1), "ttft_s": seen.ttft_s}
-    for shown, gateway in zip(found["gateways"], status.snapshot.gateways, strict=True):
+    content = status.to_dict()
+    for replica in content["replicas"]:
+        rates = traffic(status.snapshot, replica["id"])
+        replica |= {"tokens_per_s": round(rates.tokens_per_s, 1), "ttft_s": rates.ttft_s}
+    for shown, gateway in zip(content["gateways"], status.snapshot.gateways, strict=True):
         shown |= {"streams": gateway.streams, "held": gateway.held, "moved": gateway.moved}
-    return found
+    return content
 
 
 @click.command()
@@ -133,11 +133,11 @@ def top(name: str, address: str | None, every_s: float, once: bool, as_json: boo
     if once or not console.is_terminal:
         console.print(view(status, []))
         return
-    told: deque[str] = deque(maxlen=MAX_EVENTS)
+    history: deque[str] = deque(maxlen=MAX_EVENTS)
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             room = max(0, console.height - len(status.snapshot.replicas) - len(status.snapshot.gateways) - 7)
-            live.update(view(status, list(told)[-room:] if room else []), refresh=True)
+            live.update(view(status, list(history)[-room:] if room else []), refresh=True)
             time.sleep(every_s)
             before, status = status, watch.look()
-            told += [f"{time.strftime('%X')} {line}" for line in events(before.snapshot, status.snapshot)]
+            history += [f"{time.strftime('%X')} {line}" for line in events(before.snapshot, status.snapshot)]

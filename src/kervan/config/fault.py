@@ -8,7 +8,7 @@ FaultKind = Literal["slow", "hang", "crash", "kv-pressure", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a replica is to suffer from, until it is told something else."""
+    """A fault that a simulated replica suffers from until it gets another one."""
 
     kind: FaultKind
     """slow: steps take longer. hang: no further step. crash: the process dies. kv-pressure: a share of the KV pool is

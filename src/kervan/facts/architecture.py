@@ -100,6 +100,7 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
+        """Transformer layers, whatever their kind of attention."""
         return len(self.layers)
 
     def bytes_per_weight(self, part: Part) -> float:
@@ -130,6 +131,7 @@ class ModelSpec:
         return [((self.mlp_matrices - 1) * share, self.hidden), (self.hidden, share)]
 
     def has_experts(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) routes its tokens to experts, in place of a dense MLP."""
         return self.experts is not None and layer in self.experts.layers
 
     @property
@@ -358,32 +360,32 @@ def _mla(get: _Fields) -> Mla | None:
     )
 
 
-def _quantization(found: Any, source: str) -> Quantization | None:
+def _quantization(settings: Any, source: str) -> Quantization | None:
     """What `quantization_config` says.
 
     Raises: ConfigError for a method whose size is not known.
     """
-    if not isinstance(found, Mapping):
+    if not isinstance(settings, Mapping):
         return None
-    method = str(found.get("quant_method") or found.get("quant_algo") or "").lower()
-    kept = _kept(found)
-    if method in ("fp8", "fbgemm_fp8", "ptpc_fp8", "modelopt") and "nvfp4" not in str(found).lower():
+    method = str(settings.get("quant_method") or settings.get("quant_algo") or "").lower()
+    kept = _kept(settings)
+    if method in ("fp8", "fbgemm_fp8", "ptpc_fp8", "modelopt") and "nvfp4" not in str(settings).lower():
         return Quantization(method, 1.0, kept, computes_fp8=True)
-    if "nvfp4" in str(found).lower():
+    if "nvfp4" in str(settings).lower():
         return Quantization(
-            "nvfp4", 0.5 + 1 / 16, kept, computes_fp4="input_activations" in str(found) or method == "modelopt"
+            "nvfp4", 0.5 + 1 / 16, kept, computes_fp4="input_activations" in str(settings) or method == "modelopt"
         )
     if method == "mxfp4":
         return Quantization(method, 0.5 + 1 / 32, kept | {"attention", "router", "embedding", "head"})
     if method == "bitsandbytes":
-        return Quantization(method, 0.5 + 4 / 64 if found.get("load_in_4bit") else 1.0, kept)
-    bits, group = found.get("bits") or found.get("w_bit"), found.get("group_size") or 128
+        return Quantization(method, 0.5 + 4 / 64 if settings.get("load_in_4bit") else 1.0, kept)
+    bits, group = settings.get("bits") or settings.get("w_bit"), settings.get("group_size") or 128
     if method == "compressed-tensors":
-        weights = _first_weights(found)
+        weights = _first_weights(settings)
         bits, group = weights.get("num_bits"), weights.get("group_size") or 0
         if bits == 8:
             is_float = weights.get("type") == "float"
-            return Quantization(method, 1.0, kept, computes_fp8=is_float and "input_activations" in str(found))
+            return Quantization(method, 1.0, kept, computes_fp8=is_float and "input_activations" in str(settings))
     if not isinstance(bits, int) or not 1 <= bits <= 16:
         raise ConfigError(
             f"{source}: quantization_config with quant_method={method!r} and bits={bits!r} is not known, so the "
@@ -393,8 +395,8 @@ def _quantization(found: Any, source: str) -> Quantization | None:
     return Quantization(method, bits / 8 + scales, kept)
 
 
-def _first_weights(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    groups = found.get("config_groups")
+def _first_weights(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    groups = settings.get("config_groups")
     if isinstance(groups, Mapping):
         for group in groups.values():
             if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping):
@@ -417,15 +419,15 @@ _MODULES: tuple[tuple[str, Part], ...] = (
 _NOT_TEXT = r"vision|visual|audio|multi_?modal|mm_projector"  # its weights are not counted
 
 
-def _kept(found: Mapping[str, Any]) -> frozenset[Part]:
+def _kept(settings: Mapping[str, Any]) -> frozenset[Part]:
     """Parts that are left in the model's own type as a whole: those that a list of exceptions names for many layers."""
     kept: set[Part] = {"head", "embedding", "router"}
-    listed = found.get("ignore") or found.get("modules_to_not_convert") or found.get("ignored_layers") or []
+    listed = settings.get("ignore") or settings.get("modules_to_not_convert") or settings.get("ignored_layers") or []
     if not isinstance(listed, list):
         return frozenset(kept)
-    words = [name for name in listed if isinstance(name, str) and not re.search(_NOT_TEXT, name)]
+    names = [name for name in listed if isinstance(name, str) and not re.search(_NOT_TEXT, name)]
     for part_pattern, part in _MODULES:
-        hits = [name for name in words if re.search(part_pattern, name)]
+        hits = [name for name in names if re.search(part_pattern, name)]
         is_general = any(name.startswith("re:") or not re.search(r"\.\d+\.", name) for name in hits)
         if is_general or len(hits) > 8:
             kept.add(part)

@@ -183,8 +183,8 @@ VENDORS = ("nvidia", "amd", "tesla")
 
 def _key(name: str) -> str:
     """The name without case, vendor, spaces, dashes and underscores."""
-    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
-    return "".join(word for word in words if word not in VENDORS)
+    parts = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
+    return "".join(part for part in parts if part not in VENDORS)
 
 
 KNOWN = {_key(name): gpu for name, gpu in GPUS.items()} | {key: GPUS[name] for key, name in ALIASES.items()}
@@ -200,9 +200,9 @@ def gpu(name: str) -> Gpu:
 
     Raises: ConfigError for a name that is not in the table.
     """
-    found = find(name)
-    if found is None:
+    row = find(name)
+    if row is None:
         near = difflib.get_close_matches(_key(name), KNOWN, n=1)
         hint = f"did you mean {KNOWN[near[0]].name}? " if near else ""
         raise ConfigError(f"no GPU {name!r} is known; {hint}known: {', '.join(GPUS)} (--gpu)")
-    return found
+    return row

@@ -24,6 +24,7 @@ class Instance:
 
     @property
     def network_bytes_s(self) -> float:
+        """`network_gbit_s` in bytes per second: of a whole machine, per direction."""
         return self.network_gbit_s * 1e9 / 8
 
 
@@ -69,13 +70,13 @@ def instance(name: str) -> Instance:
 
     Raises: ConfigError for a name that is not in the table.
     """
-    known = {key.lower(): value for key, value in INSTANCES.items()}
-    found = known.get(name.strip().lower())
-    if found is None:
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f"did you mean {known[near[0]].name}? " if near else ""
+    by_name = {key.lower(): value for key, value in INSTANCES.items()}
+    machine = by_name.get(name.strip().lower())
+    if machine is None:
+        near = difflib.get_close_matches(name.lower(), by_name, n=1)
+        hint = f"did you mean {by_name[near[0]].name}? " if near else ""
         raise ConfigError(f"no instance {name!r} is known; {hint}known: {', '.join(INSTANCES)}")
-    return found
+    return machine
 
 
 def with_gpu(gpu: str) -> tuple[Instance, ...]:
@@ -84,5 +85,5 @@ def with_gpu(gpu: str) -> tuple[Instance, ...]:
     Raises: ConfigError for a GPU that is not in the table of GPUs.
     """
     name = hardware.gpu(gpu).name
-    found = (instance for instance in INSTANCES.values() if instance.gpu == name)
-    return tuple(sorted(found, key=lambda instance: -instance.network_gbit_s))
+    machines = (instance for instance in INSTANCES.values() if instance.gpu == name)
+    return tuple(sorted(machines, key=lambda instance: -instance.network_gbit_s))

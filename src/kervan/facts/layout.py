@@ -22,10 +22,12 @@ class Layout:
 
     @property
     def gpus_per_replica(self) -> int:
+        """GPUs of one replica, tp x pp; expert parallelism takes none of its own."""
         return self.tp * self.pp
 
     @property
     def gpus(self) -> int:
+        """GPUs of all `dp` replicas."""
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
@@ -41,7 +43,7 @@ def parse_layout(text: str) -> dict[str, int]:
 
     Raises: ConfigError.
     """
-    found: dict[str, int] = {}
+    named: dict[str, int] = {}
     for item in text.split(","):
         key, separator, value = item.partition("=")
         key = key.strip().lower()
@@ -50,10 +52,10 @@ def parse_layout(text: str) -> dict[str, int]:
                 f"layout {item.strip()!r} is none of tp=, pp=, dp=, ep= with a number from 1; "
                 "write for example tp=2,pp=2"
             )
-        if key in found:
+        if key in named:
             raise ConfigError(f"layout {text!r} gives {key} twice; give it once")
-        found[key] = int(value)
-    return found
+        named[key] = int(value)
+    return named
 
 
 def tensor_sizes(spec: ModelSpec, most: int) -> list[int]:
@@ -110,7 +112,7 @@ def sizes(spec: ModelSpec, *, gpus: int, gpus_per_node: int) -> list[Layout]:
 
     `pp` beyond one node counts in whole nodes' worth of stages: a stage's GPUs are never on two nodes.
     """
-    found: list[Layout] = []
+    replicas: list[Layout] = []
     for tp in tensor_sizes(spec, min(gpus, gpus_per_node)):
         if tp & (tp - 1) and gpus_per_node % tp:
             continue  # three of eight GPUs leave two idle
@@ -123,10 +125,10 @@ def sizes(spec: ModelSpec, *, gpus: int, gpus_per_node: int) -> list[Layout]:
                 continue
             if spec.num_layers % pp and pp & (pp - 1) and not gpus & (gpus - 1):
                 continue
-            found.append(replica)
+            replicas.append(replica)
             if spec.experts is not None and tp > 1 and spec.experts.count % tp == 0:
-                found.append(Layout(tp, pp, ep=tp))
-    return found
+                replicas.append(Layout(tp, pp, ep=tp))
+    return replicas
 
 
 def most_copies(replica: Layout, *, gpus: int, gpus_per_node: int) -> int:
@@ -142,5 +144,5 @@ def nodes_per_replica(layout: Layout, gpus_per_node: int) -> int:
     return math.ceil(layout.pp / stages_per_node)
 
 
-def _one_of(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+def _one_of(alternatives: list[str]) -> str:
+    return alternatives[0] if len(alternatives) == 1 else f"{', '.join(alternatives[:-1])} or {alternatives[-1]}"

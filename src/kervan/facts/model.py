@@ -80,8 +80,8 @@ def check_layout(config: dict[str, Any] | None, *, tp: int, pp: int, ep: int = 1
 
 
 def _one_of(numbers: list[int]) -> str:
-    words = [str(n) for n in numbers]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    alternatives = [str(n) for n in numbers]
+    return alternatives[0] if len(alternatives) == 1 else f"{', '.join(alternatives[:-1])} or {alternatives[-1]}"
 
 
 def special_tokens(model: str) -> frozenset[int]:

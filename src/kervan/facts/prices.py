@@ -40,10 +40,11 @@ class Price:
     note: str = ""
 
     def age_days(self, today: datetime.date) -> int:
+        """Days from when the price was read to `today`; negative for a date to come."""
         return (today - self.date).days
 
     def warning(self, today: datetime.date) -> str:
-        """What to tell the user of a price that is old; empty for one that is not."""
+        """A warning for the user if the price is older than `STALE_AFTER_DAYS`; else empty."""
         age = self.age_days(today)
         if age <= STALE_AFTER_DAYS:
             return ""
@@ -130,13 +131,13 @@ def _read(text: str, subject: str) -> tuple[Price, ...]:
 def _price(row: Any, subject: str) -> Price:
     if not isinstance(row, dict):
         raise ConfigError(f"{subject}: {row!r} is {type(row).__name__}; give gpu, market, usd_per_gpu_h and date")
-    known = [field.name for field in dataclasses.fields(Price)]
+    fields = [field.name for field in dataclasses.fields(Price)]
     for key in row:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
             raise ConfigError(f"{subject} has unknown key {key!r}; {hint}")
-    missing = [key for key in known if key not in row and key not in OPTIONAL]
+    missing = [key for key in fields if key not in row and key not in OPTIONAL]
     if missing:
         raise ConfigError(f"{subject} has no {', '.join(missing)}; give gpu, market, usd_per_gpu_h and date")
     if row["market"] not in MARKETS:
@@ -154,5 +155,5 @@ def _price(row: Any, subject: str) -> Price:
         gpu = hardware.gpu(str(row["gpu"])).name
     except ConfigError as error:
         raise ConfigError(f"{subject}: {str(error).removesuffix(' (--gpu)')}") from error
-    words = {key: str(row[key]) for key in OPTIONAL if key in row}
-    return Price(gpu=gpu, market=row["market"], usd_per_gpu_h=float(usd), date=date, **words)
+    optional = {key: str(row[key]) for key in OPTIONAL if key in row}
+    return Price(gpu=gpu, market=row["market"], usd_per_gpu_h=float(usd), date=date, **optional)

@@ -23,7 +23,7 @@ def link_proof(secret: str, *, session: bytes, gateway_id: str, replica_id: str)
 
 
 def copies_proof(secret: str, *, nonce: bytes, gateway_id: str) -> bytes:
-    """What a gateway answers to the `nonce` of the one that takes copies of its journals."""
+    """The response of a gateway to the `nonce` of the one that takes copies of its journals."""
     return _mac(secret, "copies", nonce, gateway_id)
 
 
@@ -33,7 +33,7 @@ def relay_key(secret: str) -> bytes:
 
 
 def is_proof(given: bytes, expected: bytes) -> bool:
-    """Whether they are the same, in a time that does not tell where they differ."""
+    """Whether they are equal; compared in constant time, so that the time does not reveal where they differ."""
     return hmac.compare_digest(given, expected)
 
 

@@ -54,7 +54,7 @@ class Calls:
         return await future
 
     def fail(self, link: ReplicaLink, reason: str) -> None:
-        """The link was lost: what was not answered over it will not be."""
+        """The link was lost: calls over it that have no response fail with ReplicaLostError."""
         for future in link.calls.values():
             if not future.done():
                 future.set_exception(ReplicaLostError(f"replica {link.replica_id} was lost: {reason}"))

@@ -84,12 +84,12 @@ class FleetClient:
 
     @property
     def links(self) -> list[ReplicaLink]:
-        """The live ones."""
+        """The live links, one per replica."""
         return list(self._links.live.values())
 
     @property
     def refusals(self) -> dict[str, str]:
-        """Why, by replica, for each that refuses this gateway."""
+        """Replica id -> the reason for which it refuses this gateway."""
         return self._links.refusals
 
     @property
@@ -148,9 +148,9 @@ class FleetClient:
     async def add(self, request: Any) -> None:
         """Take a request: place it now, or hold it until a replica can take it."""
         stream = self.codec.describe(request)
-        known = self._placements.streams.get(stream.request_id)
-        if known is not None:  # a further part of a streaming input goes where the first went
-            await self._continue(known, request)
+        earlier = self._placements.streams.get(stream.request_id)
+        if earlier is not None:  # a further part of a streaming input goes where the first went
+            await self._continue(earlier, request)
             return
         stream.wire_id = stream.request_id
         self._placements.streams[stream.request_id] = stream
@@ -184,7 +184,7 @@ class FleetClient:
         await self._placements.place(stream)
 
     async def abort(self, request_ids: Iterable[str]) -> None:
-        """Forget streams and free their replicas; ids that are not known are left out."""
+        """Forget streams and abort them at their replicas; unknown ids are ignored."""
         by_replica: dict[str, list[str]] = {}
         for request_id in request_ids:
             stream = self._placements.streams.get(request_id)

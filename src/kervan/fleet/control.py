@@ -91,7 +91,7 @@ class ControlEnd:
         self._lock = threading.Lock()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Raises: OSError when the other end is gone."""
+        """Send a message as one JSON line. Raises: OSError when the other end is gone."""
         with self._lock:
             self._sock.sendall(msgspec.json.encode(message) + b"\n")
 
@@ -115,7 +115,7 @@ class ControlEnd:
         return thread
 
     def close(self) -> None:
-        """The other end sees end-of-file."""
+        """Close this end; the other end sees end-of-file."""
         with contextlib.suppress(OSError):  # it has gone already
             self._sock.shutdown(socket.SHUT_RDWR)
         self._reader.close()

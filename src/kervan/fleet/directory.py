@@ -204,15 +204,15 @@ class Directory:
         self.version = 0
 
     def beat_replica(self, entry: ReplicaEntry) -> list[Order]:
-        """Take a beat; what has been ordered of the replica since the last one."""
-        known = self._replicas.get(entry.id)
+        """Update the replica's entry; returns what it has been ordered to do since its last beat."""
+        before = self._replicas.get(entry.id)
         self._replicas[entry.id] = (entry, self._now())
-        if known is None or (known[0].state, known[0].address) != (entry.state, entry.address):
+        if before is None or (before[0].state, before[0].address) != (entry.state, entry.address):
             self.version += 1
         return self._orders.pop(entry.id, [])
 
     def order(self, replica_id: str, order: Order) -> bool:
-        """Tell a replica something at its next beat; whether it is known. Gateways hear of a drain before it does."""
+        """Give a replica an order at its next beat; False if it is not listed. Gateways see a drain before it does."""
         if replica_id not in self._replicas:
             return False
         self._orders.setdefault(replica_id, []).append(order)
@@ -228,17 +228,17 @@ class Directory:
             self.version += 1
 
     def beat_gateway(self, entry: GatewayEntry) -> None:
-        """Take a beat of a gateway."""
-        known = self._gateways.get(entry.id)
+        """Update the gateway's entry."""
+        before = self._gateways.get(entry.id)
         self._gateways[entry.id] = (entry, self._now())
-        if known is None or _lasting(known[0]) != _lasting(entry):
+        if before is None or _lasting(before[0]) != _lasting(entry):
             self.version += 1
 
     def beat_node(self, entry: NodeEntry) -> None:
-        """Take a beat of a node's watcher."""
-        known = self._nodes.get(entry.node)
+        """Update the entry of a node, sent by its watcher."""
+        before = self._nodes.get(entry.node)
         self._nodes[entry.node] = (entry, self._now())
-        if known is None or known[0] != entry:
+        if before is None or before[0] != entry:
             self.version += 1
 
     def remove(self, entry_id: str) -> None:

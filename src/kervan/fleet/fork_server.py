@@ -10,7 +10,7 @@ output, session and control line; everything else that a process inherits is the
       | close ----------------------------------->|  is gone, so that nobody else gets its number
 
 It ends when nobody has needed it for `linger_s`, and at once when no child and none of the processes is left for which
-it has been started (`Request.owner_pid`; for Ray, the node's raylet).
+it has been started (`ForkRequest.owner_pid`; for Ray, the node's raylet).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ NUM_DESCRIPTORS = 3
 THREADS = Path("/proc/self/task")
 
 
-class Request(msgspec.Struct, frozen=True):
+class ForkRequest(msgspec.Struct, frozen=True):
     """What a client asks for. `asked_s`: `time.time()` then; `hints`: what else `program` needs imported before."""
 
     program: str
@@ -131,7 +131,7 @@ class ForkServer:
                 return
             with os.fdopen(os.dup(descriptors[0]), "rb") as file:
                 file.seek(0)
-                request = msgspec.json.decode(file.read(), type=Request)
+                request = msgspec.json.decode(file.read(), type=ForkRequest)
             self._follow_owner(request.owner_pid)
             if (later := self._prepare(request.program, request.hints)) is not None:
                 self._postponed.append(later)
@@ -182,7 +182,7 @@ class ForkServer:
         os.close(self._children.pop(pid))
         os.waitpid(pid, 0)
 
-    def _fork(self, request: Request, connection: socket.socket, file: int, control: int, log: int) -> int:
+    def _fork(self, request: ForkRequest, connection: socket.socket, file: int, control: int, log: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         is_leader, leads = os.pipe()
@@ -197,7 +197,7 @@ class ForkServer:
         os.close(is_leader)
         return pid
 
-    def _become_child(self, request: Request, control: int, log: int, leads: int) -> NoReturn:
+    def _become_child(self, request: ForkRequest, control: int, log: int, leads: int) -> NoReturn:
         status = 1
         try:
             os.setsid()

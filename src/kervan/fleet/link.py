@@ -109,7 +109,7 @@ class ReplicaLink:
         return self.member.replica_id
 
     def hear(self, pong: wire.Pong) -> None:
-        """Take a sign of life."""
+        """Take a PONG: what the replica reports of its load, and a sign of life."""
         self.load.hear(pong.other_tokens, pong.num_gateways)
         self.pong, self.pong_s = pong, time.monotonic()
         self.load.is_draining = self.is_draining
@@ -132,7 +132,7 @@ class ReplicaLink:
         return self.is_told_to_drain or self.pong.is_draining
 
     def stepped(self) -> None:
-        """Its engine has sent what a step gave."""
+        """The engine has sent the outputs of a step."""
         now_s = time.monotonic()
         gap_s, self._stepped_s = now_s - self._stepped_s, now_s
         if gap_s < LONGEST_STEP_S:  # else it had nothing to do
@@ -156,7 +156,7 @@ class ReplicaLink:
         return self._step_s
 
     def note_ttft(self, ttft_s: float) -> None:
-        """Of one stream; `fleet.traffic` takes them away."""
+        """Add the TTFT of one stream; `fleet.traffic` collects them."""
         if len(self.ttfts_s) < MAX_TTFTS:
             self.ttfts_s.append(ttft_s)
 

@@ -74,9 +74,9 @@ class Links:
                 self._tasks[member] = task
                 task.add_done_callback(functools.partial(self._task_ended, member))
         for link in self.live.values():
-            self._tell(link)
+            self._update(link)
 
-    def _tell(self, link: ReplicaLink) -> None:
+    def _update(self, link: ReplicaLink) -> None:
         member = self._members.get(link.replica_id)
         if member is not None:
             link.follow(member)
@@ -124,7 +124,7 @@ class Links:
 
     def _add(self, link: ReplicaLink) -> None:
         self.refusals.pop(link.replica_id, None)
-        self._tell(link)
+        self._update(link)
         self.live[link.replica_id] = link
         self._sort_loads()
         self._has_live.set()

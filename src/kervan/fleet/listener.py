@@ -70,19 +70,19 @@ class LinkListener:
         link.num_outputs, link.output_s = number, time.monotonic()
         outputs = self._codec.decode(frames[1:])
         if outputs.utility_output is not None:
-            self._answer(outputs.utility_output)
+            self._resolve(outputs.utility_output)
         else:
             self._deliver(link, outputs)
         return None
 
-    def _answer(self, answer: Any) -> None:
-        future = self._link.calls.pop(answer.call_id, None)
+    def _resolve(self, response: Any) -> None:
+        future = self._link.calls.pop(response.call_id, None)
         if future is None or future.done():
             return
-        if answer.failure_message is not None:
-            future.set_exception(EngineError(f"replica {self._link.replica_id}: {answer.failure_message}"))
+        if response.failure_message is not None:
+            future.set_exception(EngineError(f"replica {self._link.replica_id}: {response.failure_message}"))
         else:
-            future.set_result(answer.result.result if answer.result is not None else None)
+            future.set_result(response.result.result if response.result is not None else None)
 
     async def _watch(self) -> str:
         """Until one of the connections breaks."""

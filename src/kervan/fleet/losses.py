@@ -47,13 +47,13 @@ class Losses:
         self._is_closing = False
 
     def close(self) -> None:
-        """Move and reject nothing any more."""
+        """Move and reject no more streams."""
         self._is_closing = True
 
     # ---- replicas that are lost
 
     async def replica_lost(self, link: ReplicaLink, reason: str) -> None:
-        """Its streams go elsewhere, or come to their end."""
+        """A replica was lost: its streams move to others, or end with an error."""
         if self._is_closing:
             return
         self._counts.lost_replicas += 1

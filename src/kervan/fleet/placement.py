@@ -99,7 +99,7 @@ class Placements:
         await self.place_again(stream, target)
 
     async def place_again(self, stream: Stream, target: str | None = None) -> None:
-        """A stream that is in no place, after it has been in one."""
+        """Place a stream again that was placed before, and is now neither placed nor held."""
         stream.epoch += 1
         self._counts.moved += 1
         await self.place(stream, target)
@@ -112,7 +112,7 @@ class Placements:
         stream.replica_id = None
 
     def forget(self, stream: Stream) -> None:
-        """It is over."""
+        """The stream is over: remove it."""
         was_suspect = stream.is_suspect
         self.unplace(stream, self._links.live.get(stream.replica_id or ""))
         stream.is_rejection_pending = False
@@ -124,14 +124,14 @@ class Placements:
             self.place_held_soon()
 
     async def place_held(self) -> None:
-        """Try all that are held, in their order."""
+        """Try to place all held streams, in their order."""
         for stream in list(self._held):
             if stream in self._held:  # neither placed nor over since
                 del self._held[stream]
                 await self.place(stream)
 
     def place_held_soon(self) -> None:
-        """The same after what is being done now: a replica may take a suspect again."""
+        """`place_held` in the event loop's next turn: a replica may take a suspect again."""
         if self._held:
             self._retry = asyncio.get_running_loop().create_task(self.place_held())
 

@@ -19,7 +19,7 @@ class StallDetector:
         self._stalled_at_s: deque[float] = deque()
 
     def look(self, links: Sequence[ReplicaLink], prefill_tokens_per_s: float | None) -> dict[str, str]:
-        """Mark the links that are stalled; why, by their ids, if their streams should move now."""
+        """Mark the stalled links; returns replica id -> reason for those whose streams should move now."""
         now_s = time.monotonic()
         is_late, self._looked_s = now_s - self._looked_s > PERIOD_S + LATE_S, now_s
         if is_late:

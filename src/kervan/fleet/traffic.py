@@ -37,11 +37,11 @@ class TrafficMeter:
         self._rate_at_s = self._looked_s = time.monotonic()
 
     def tally(self, replica_id: str) -> ReplicaTally:
-        """Its streams so far, also over links that it had before."""
+        """The counts of a replica's streams so far, over its earlier links too."""
         return self._tallies.setdefault(replica_id, ReplicaTally())
 
     def look(self, links: Mapping[str, ReplicaLink]) -> dict[str, Traffic]:
-        """What came from each replica since the last look, by its id; of those that are gone, their last counts."""
+        """Replica id -> what came from it since the last call; one that is gone keeps its last counts for a while."""
         now_s = time.monotonic()
         elapsed_s, self._looked_s = now_s - self._looked_s, now_s
         traffic = {}

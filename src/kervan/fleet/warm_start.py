@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from kervan.errors import EngineError
-from kervan.fleet.fork_server import Reply, Request, locked
+from kervan.fleet.fork_server import ForkRequest, Reply, locked
 
 # Imports take 5 to 20 s; on a machine so busy that they take this long, its children start without it.
 START_TIMEOUT_S = 180.0
@@ -77,7 +77,7 @@ def fork(
     server had better import before. `owner_pid`: the process for which the server stays (None: this one).
     Blocks while the server imports. Raises: WarmStartError when none can be forked.
     """
-    request = Request(program, dict(env), str(Path.cwd()), owner_pid or os.getpid(), time.time(), list(hints))
+    request = ForkRequest(program, dict(env), str(Path.cwd()), owner_pid or os.getpid(), time.time(), list(hints))
     try:
         connection = _connect(module, env, request.owner_pid)
         with tempfile.TemporaryFile() as file:

@@ -26,8 +26,8 @@ class UpdateNeighbours(msgspec.Struct, frozen=True, tag="neighbours"):
     neighbours: list[Neighbour]
 
 
-class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    """To be answered by its loop with a `Pong` of this number."""
+class LoopPing(msgspec.Struct, frozen=True, tag="ping"):
+    """To be answered by its loop with a `LoopPong` of this number."""
 
     number: int
 
@@ -50,8 +50,8 @@ class Beat(msgspec.Struct, frozen=True, tag="beat"):
     entry: GatewayEntry
 
 
-class Pong(msgspec.Struct, frozen=True, tag="pong"):
-    """Its loop has come round to the `Ping` of this number."""
+class LoopPong(msgspec.Struct, frozen=True, tag="pong"):
+    """Its loop has come round to the `LoopPing` of this number."""
 
     number: int
 
@@ -63,5 +63,5 @@ class GatewayFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-Command = Update | UpdateNeighbours | Ping | Stop
-Report = Opened | Attached | Beat | Pong | GatewayFailed
+Command = Update | UpdateNeighbours | LoopPing | Stop
+Report = Opened | Attached | Beat | LoopPong | GatewayFailed

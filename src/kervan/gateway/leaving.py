@@ -46,10 +46,10 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket, *,
     config, loop = server.config, asyncio.get_running_loop()
 
     def protocol() -> asyncio.Protocol:
-        made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
+        http: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
             config=config, server_state=server.server_state, app_state=server.lifespan.state
         )
-        return made
+        return http
 
     for connection in accepted:
         connection.setblocking(False)

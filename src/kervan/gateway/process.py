@@ -21,9 +21,9 @@ from kervan.gateway.control import (
     Beat,
     GatewayFailed,
     GatewaySpec,
+    LoopPing,
+    LoopPong,
     Opened,
-    Ping,
-    Pong,
     Report,
     Stop,
     Update,
@@ -117,7 +117,7 @@ class GatewayProcess:
         if isinstance(report, Beat):
             self.entry = report.entry
             self._on_entry(report.entry)
-        elif isinstance(report, Pong):
+        elif isinstance(report, LoopPong):
             if (waiting := self._pongs.pop(report.number, None)) is not None and not waiting.done():
                 waiting.set_result(None)
         elif isinstance(report, GatewayFailed):
@@ -153,7 +153,7 @@ class GatewayProcess:
         """Returns when its loop has answered. Raises: FleetError when it is gone."""
         number = next(self._pings)
         self._pongs[number] = pong = self._loop.create_future()
-        self._send(Ping(number))
+        self._send(LoopPing(number))
         ended = asyncio.create_task(self.ended.wait())
         try:
             await asyncio.wait((pong, ended), return_when=asyncio.FIRST_COMPLETED)

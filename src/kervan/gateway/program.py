@@ -26,9 +26,9 @@ from kervan.gateway.control import (
     Command,
     GatewayFailed,
     GatewaySpec,
+    LoopPing,
+    LoopPong,
     Opened,
-    Ping,
-    Pong,
     Stop,
     Update,
     UpdateNeighbours,
@@ -43,7 +43,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def failure_of(error: BaseException) -> GatewayFailed:
     """What stopped a gateway, in one line."""
-    cause = failures.known(error) or error
+    cause = failures.diagnosed(error) or error
     return GatewayFailed(type(cause).__name__, " ".join(str(cause).split()))
 
 
@@ -133,8 +133,8 @@ class _Program:
         elif isinstance(command, UpdateNeighbours):
             if self._gateway.shared_port is not None:
                 self._gateway.shared_port.update(command.neighbours)
-        elif isinstance(command, Ping):
-            self._send(Pong(command.number))
+        elif isinstance(command, LoopPing):
+            self._send(LoopPong(command.number))
         else:
             assert isinstance(command, Stop)
             self._stopping.set()

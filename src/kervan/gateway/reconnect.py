@@ -68,16 +68,16 @@ _body_decoder = msgspec.json.Decoder(_BodyFields)
 def refusal(body: bytes) -> str | None:
     """Why the answer to `body` could not be given again; "" if it can, None if it is no stream (or vLLM refuses it)."""
     try:
-        asked = _body_decoder.decode(body)
+        fields = _body_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    if not asked.stream:
+    if not fields.stream:
         return None
-    if (asked.n or 1) > 1 or (asked.best_of or 1) > 1 or asked.use_beam_search:
+    if (fields.n or 1) > 1 or (fields.best_of or 1) > 1 or fields.use_beam_search:
         return "it has several choices (n, best_of or beam search)"
-    if (asked.stream_interval or 1) > 1:
+    if (fields.stream_interval or 1) > 1:
         return "its events come every few tokens (stream_interval)"
-    if _num_prompts(bytes(asked.prompt)) > 1 or bytes(asked.prompt_embeds).startswith(b"["):
+    if _num_prompts(bytes(fields.prompt)) > 1 or bytes(fields.prompt_embeds).startswith(b"["):
         return "it answers several prompts"
     return ""
 
@@ -115,7 +115,7 @@ class Streams:
     # ---- POST
 
     async def post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        """Let `app` answer; `receive` gives the body first."""
+        """Let `app` respond; `receive` gives the body first."""
         stream_id = self.new_id()
         why_not = refusal(body) if self.store is not None and scope["path"] in REPLAYED_PATHS else None
         if self.store is None or why_not is None:
@@ -133,10 +133,10 @@ class Streams:
             self.store.changed(journal)
             await app(scope, receive, with_id(send, stream_id))
         else:
-            await self._answer(self.store, app, Attempt(journal), {**scope, "headers": headers}, receive, send)
+            await self._respond(self.store, app, Attempt(journal), {**scope, "headers": headers}, receive, send)
 
     @staticmethod
-    async def _answer(
+    async def _respond(
         store: ReplicatedStore, app: ASGIApp, attempt: Attempt, scope: Scope, receive: Receive, send: Send
     ) -> None:
         journal = attempt.journal
@@ -158,7 +158,7 @@ class Streams:
     # ---- GET
 
     async def get(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer GET /v1/streams/{id}: here, or by the gateway that has the stream."""
+        """Respond to GET /v1/streams/{id}: here, or through the gateway that has the stream."""
         if self.store is None:
             await _refuse(send, 404, "this fleet keeps no streams; give it replay_s above 0 in its config file")
             return
@@ -176,42 +176,40 @@ class Streams:
             origin_id = stream_id.rpartition("-")[0]
             others = [gateway for gateway in self._gateways() if gateway.id != self._gateway_id]
             origin = [gateway.internal_url for gateway in others if gateway.id == origin_id]
-            if await self._ask_gateways(origin, stream_id, scope, receive, send):
+            if await self._forward(origin, stream_id, scope, receive, send):
                 return
             if journal is None or not _reaches(journal, after):
                 rest = [gateway.internal_url for gateway in others if gateway.id != origin_id]
-                if await self._ask_gateways(rest, stream_id, scope, receive, send):
+                if await self._forward(rest, stream_id, scope, receive, send):
                     return
         if journal is None:
             await _unknown(send, stream_id)
         else:
-            await self._answer_again(self.store, app, journal, after, scope, receive, send)
+            await self._respond_again(self.store, app, journal, after, scope, receive, send)
 
     async def get_internal(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer another gateway, which has checked the request: with a stream that is here, or not at all."""
+        """Respond to another gateway, which has checked the request: with a stream that is here, or with 421."""
         stream_id = scope["path"].removeprefix(INTERNAL_PREFIX)
         journal = self.store.journals.get(stream_id) if self.store is not None else None
         after = _last_event(scope)
         if self.store is None or journal is None or (not journal.is_own and not _reaches(journal, after)):
             await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the stream is not here"))
         else:
-            await self._answer_again(self.store, app, journal, after, scope, receive, send)
+            await self._respond_again(self.store, app, journal, after, scope, receive, send)
 
-    async def _ask_gateways(
-        self, urls: Sequence[str], stream_id: str, scope: Scope, receive: Receive, send: Send
-    ) -> bool:
+    async def _forward(self, urls: Sequence[str], stream_id: str, scope: Scope, receive: Receive, send: Send) -> bool:
         """Whether one of the gateways at `urls` has answered."""
         if not urls:
             return False
         path = INTERNAL_PREFIX + stream_id
-        asked = {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
+        forwarded = {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
         try:
-            await self._relay.forward(urls, self._key, asked, b"", receive, send)
+            await self._relay.forward(urls, self._key, forwarded, b"", receive, send)
         except RelayFailedError:
             return False
         return True
 
-    async def _answer_again(
+    async def _respond_again(
         self,
         store: ReplicatedStore,
         app: ASGIApp,
@@ -232,11 +230,11 @@ class Streams:
             await _refuse(send, 410, f"stream {journal.stream_id} cannot continue from there: {had}")
             return
         if not journal.is_own:
-            known = store.journals.get(journal.stream_id)
-            if known is None or not known.is_own:  # else another request was faster
-                known = journal.adopted()
-                store.journals.add(known)
-            journal = known
+            kept = store.journals.get(journal.stream_id)
+            if kept is None or not kept.is_own:  # else another request was faster
+                kept = journal.adopted()
+                store.journals.add(kept)
+            journal = kept
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 while journal.attempt is not None:  # its client's old connection was not yet found broken
@@ -248,7 +246,7 @@ class Streams:
         length = (b"content-length", b"%d" % len(journal.body))
         path = {"path": journal.path, "raw_path": journal.path.encode(), "query_string": b"", "method": "POST"}
         again = {**scope, **path, "headers": [*journal.headers, length]}
-        await self._answer(
+        await self._respond(
             store,
             app,
             Attempt(journal, after or Position(0, 0)),

@@ -263,6 +263,7 @@ class Gateway:
         return "no replica is ready: " + ("; ".join(states) or "none has started yet")
 
     def admit(self) -> Shed | None:
+        """None when the fleet takes one more request; else when to try again, and why (`policy/admission.py`)."""
         if self._snapshot.is_closing:
             return Shed(CLOSING_RETRY_S, CLOSING)
         decision = admission.decide(
@@ -279,15 +280,19 @@ class Gateway:
         return Shed(decision.retry_after_s, decision.reason)
 
     def model_name(self) -> str:
+        """The first served model name; only once vLLM's app is attached."""
         return str(self.frontend.model_name)
 
     def stream_opened(self) -> None:
+        """Count one HTTP request more in flight."""
         self.num_open += 1
 
     def stream_closed(self) -> None:
+        """Count one HTTP request fewer in flight."""
         self.num_open -= 1
 
     async def status(self) -> dict[str, object]:
+        """Counts of this gateway's streams, and how many each replica has of them, as JSON types."""
         return {
             "gateway": self.config.gateway_id,
             "streams": self.fleet.num_streams,

@@ -44,7 +44,7 @@ class Neighbour:
         return PortFleet(self.name, tuple(dict.fromkeys([*self.models, *loaded])), self.has_keys)
 
     def urls(self, model: str | None, node: str, turn: int) -> list[str]:
-        """Where to ask for `model`, the best first."""
+        """Base URLs of the gateways that serve `model`, the best first."""
         candidates = [
             GatewayCandidate(g.internal_url, model is None or model in g.models, g.is_ready, g.node == node)
             for g in self.gateways
@@ -89,7 +89,7 @@ class SharedPort:
         return tuple(self._neighbours)
 
     def update(self, neighbours: Sequence[Neighbour]) -> None:
-        """Know these other fleets from now on."""
+        """Replace the list of the other fleets on the port."""
         self._neighbours = {neighbour.name: neighbour for neighbour in neighbours}
 
     def close(self) -> None:

@@ -226,8 +226,8 @@ class GatewayShell:
         # Digests have one length and every key is compared: the time says nothing about which key, or how much of it.
         digest = hashlib.sha256(key.strip()).digest()
         is_known = False
-        for known in self._key_digests:
-            is_known |= hmac.compare_digest(digest, known)
+        for expected in self._key_digests:
+            is_known |= hmac.compare_digest(digest, expected)
         return is_known
 
     async def read_body(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:

@@ -57,7 +57,7 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Completion(msgspec.Struct):
+class _VllmResponse(msgspec.Struct):
     """What we read of a completion, a chat completion, or one chunk of a streamed one."""
 
     choices: list[_Choice] = []
@@ -67,7 +67,7 @@ class _Completion(msgspec.Struct):
 
 _generate_decoder = msgspec.json.Decoder(GenerateRequest)
 _chat_decoder = msgspec.json.Decoder(ChatRequest)
-_completion_decoder = msgspec.json.Decoder(_Completion)
+_completion_decoder = msgspec.json.Decoder(_VllmResponse)
 
 
 class _FieldError(ValueError):
@@ -79,7 +79,7 @@ class _FieldError(ValueError):
 
 
 async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
-    """Answer {"text", "tokens"}; vLLM's own errors pass unchanged."""
+    """Respond with {"text", "tokens"}; vLLM's own errors pass unchanged."""
     try:
         request = _decode(_generate_decoder, body)
         _check_range("max_tokens", request.max_tokens, 1, MAX_TOKENS)
@@ -104,7 +104,7 @@ async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *
 
 
 async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
-    """Answer {"content", "usage"}, or the same as server-sent events; vLLM's own errors pass unchanged."""
+    """Respond with {"content", "usage"}, or the same as server-sent events; vLLM's own errors pass unchanged."""
     try:
         request = _decode(_chat_decoder, body)
         if not request.messages:

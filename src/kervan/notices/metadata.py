@@ -44,7 +44,7 @@ class Metadata:
         await self.close()
 
     async def close(self) -> None:
-        """Close what is open; a later request opens anew."""
+        """Close the open connections; a later request opens new ones."""
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -85,5 +85,5 @@ class Metadata:
 
 
 def unexpected(what: str, response: MetadataResponse) -> SourceError:
-    """The error for a status that nothing was documented for."""
+    """The error for a status that the documentation does not name."""
     return SourceError(f"{what}: HTTP {response.status}")

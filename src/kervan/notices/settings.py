@@ -66,8 +66,8 @@ def from_environment(environ: Mapping[str, str]) -> NoticeSettings:
             continue
         name = variable.removeprefix(PREFIX).lower()
         if name not in hints:
-            known = ", ".join(PREFIX + key.upper() for key in hints)
-            raise ConfigError(f"{variable} is not a setting of notices; known ones: {known}")
+            variables = ", ".join(PREFIX + key.upper() for key in hints)
+            raise ConfigError(f"{variable} is not a setting of notices; known ones: {variables}")
         if name == "watch":
             values[name] = tuple(word.strip() for word in text.split(",") if word.strip())
         elif hints[name] is float:

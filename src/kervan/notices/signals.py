@@ -24,13 +24,13 @@ class SigtermSource(PushSource):
     def __init__(self, *, node: str, lead_s: float = 25.0, wall: Callable[[], float] = time.time):
         super().__init__(node, wall=wall)
         self._lead_s = lead_s
-        self._was_told = False
+        self._was_notified = False
 
     def notify(self) -> None:
         """Take note of the signal. Call it on the event loop, for example from a handler of your own."""
-        if self._was_told:
+        if self._was_notified:
             return
-        self._was_told = True
+        self._was_notified = True
         now_s = self.wall()
         self.put(
             Notice(

@@ -9,20 +9,25 @@ from kervan.notices.events import Notice
 
 
 class NoticeSource(Protocol):
-    """One place that notices come from.
-
-    `period_s`: the least time from the begin of one poll to the next. `polls_to_withdraw`: after so many polls in a row
-    without it a notice is no longer pending; more than 1 where a server may forget it for a moment.
-    """
+    """One place that notices come from."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Names the source in notices, states and logs: one of `SourceName`."""
+        ...
 
     @property
-    def period_s(self) -> float: ...
+    def period_s(self) -> float:
+        """The least number of seconds from the start of one poll to the start of the next."""
+        ...
 
     @property
-    def polls_to_withdraw(self) -> int: ...
+    def polls_to_withdraw(self) -> int:
+        """After so many polls in a row without it, a notice is no longer pending.
+
+        More than 1 where a server may forget it for a moment.
+        """
+        ...
 
     async def poll(self) -> Sequence[Notice]:
         """All notices that are pending, now or when that changes. A call that is cancelled leaves nothing behind.

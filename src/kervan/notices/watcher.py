@@ -60,7 +60,7 @@ class Watcher:
         self._monotonic = monotonic
         self._pending: dict[Identity, tuple[str, Notice]] = {}
         self._absences: dict[Identity, int] = {}
-        self._to_tell: asyncio.Queue[tuple[NoticeCallback, Notice]] = asyncio.Queue()
+        self._undelivered: asyncio.Queue[tuple[NoticeCallback, Notice]] = asyncio.Queue()
 
     @property
     def pending(self) -> list[Notice]:
@@ -75,17 +75,17 @@ class Watcher:
     async def run(self) -> None:
         """Watch until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._tell())
+            tasks.create_task(self._deliver())
             for source in self._sources.values():
                 tasks.create_task(self._watch(source))
 
     async def acknowledge(self, notice: Notice) -> bool:
         """Tell the cloud that this node is empty; False where that means nothing, or failed (it is logged)."""
-        known = self._pending.get(notice.identity)
-        if known is None:
+        pending = self._pending.get(notice.identity)
+        if pending is None:
             return False
         try:
-            return await self._sources[known[0]].acknowledge(notice)
+            return await self._sources[pending[0]].acknowledge(notice)
         except SourceError as error:
             logger.warning("notices: the acknowledgement of %s %s failed: %s", notice.kind, notice.event_id, error)
             return False
@@ -125,11 +125,11 @@ class Watcher:
     def _take(self, source: NoticeSource, polled: Sequence[Notice]) -> None:
         """Compare what a source says with what it said before."""
         for notice in polled:
-            known = self._pending.get(notice.identity)
+            pending = self._pending.get(notice.identity)
             self._absences.pop(notice.identity, None)
-            if known is None or notice.is_sooner_than(known[1]):
+            if pending is None or notice.is_sooner_than(pending[1]):
                 self._pending[notice.identity] = (source.name, notice)
-                self._to_tell.put_nowait((self._on_notice, notice))
+                self._undelivered.put_nowait((self._on_notice, notice))
         present = {notice.identity for notice in polled}
         for identity, (name, notice) in list(self._pending.items()):
             if name != source.name or identity in present:
@@ -139,14 +139,14 @@ class Watcher:
             if absences >= source.polls_to_withdraw:
                 del self._pending[identity], self._absences[identity]
                 if self._on_withdrawn is not None:
-                    self._to_tell.put_nowait((self._on_withdrawn, notice))
+                    self._undelivered.put_nowait((self._on_withdrawn, notice))
 
-    async def _tell(self) -> None:
+    async def _deliver(self) -> None:
         while True:
-            tell, notice = await self._to_tell.get()
+            callback, notice = await self._undelivered.get()
             for attempt in range(1, TELL_ATTEMPTS + 1):
                 try:
-                    await tell(notice)
+                    await callback(notice)
                 except Exception:  # supervised: a notice is worth more than one failed call
                     logger.exception(
                         "notices: telling of %s %s failed (%d of %d)",

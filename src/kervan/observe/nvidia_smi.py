@@ -78,18 +78,18 @@ def parse_query(text: str) -> tuple[str, tuple[GpuDevice, ...]]:
 
 
 def parse_matrix(text: str) -> dict[Pair, str]:
-    """The words between the GPUs in the table of `nvidia-smi topo`; columns of network cards are left out."""
+    """The entries between the GPUs in the table of `nvidia-smi topo`; columns of network cards are left out."""
     lines = [ANSI.sub("", line).split() for line in text.splitlines()]
-    head = next((words for words in lines if words[:1] == ["GPU0"] and words[1:2] != ["X"]), [])
+    head = next((cells for cells in lines if cells[:1] == ["GPU0"] and cells[1:2] != ["X"]), [])
     paths = {}
-    for words in lines:
-        name = re.fullmatch(r"GPU(\d+)", words[0]) if words else None
-        if name is None or words is head:
+    for cells in lines:
+        name = re.fullmatch(r"GPU(\d+)", cells[0]) if cells else None
+        if name is None or cells is head:
             continue
-        for column, word in zip(head, words[1:], strict=False):
+        for column, entry in zip(head, cells[1:], strict=False):
             other = re.fullmatch(r"GPU(\d+)", column)
-            if other is not None and word != "X":
-                paths[int(name[1]), int(other[1])] = word
+            if other is not None and entry != "X":
+                paths[int(name[1]), int(other[1])] = entry
     return paths
 
 

@@ -9,7 +9,7 @@ P2P_READ, P2P_NVLINK = 0, 2
 
 
 def read() -> Reading | None:
-    """None without the package, the library or a GPU."""
+    """A reading of this machine's GPUs by NVML; None without the package, the library or a GPU."""
     try:
         import pynvml
     except ImportError:
@@ -68,14 +68,14 @@ def _connection(nvml: Any, handle: Any, other: Any) -> str:
         direct = sum(end == bus_id for end in ends)
         return f"NV{direct or len(ends)}" if ends else ""
     ancestor = _query(nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, handle, other)
-    words = {
+    connections = {
         nvml.NVML_TOPOLOGY_SINGLE: "PIX",
         nvml.NVML_TOPOLOGY_MULTIPLE: "PXB",
         nvml.NVML_TOPOLOGY_HOSTBRIDGE: "PHB",
         nvml.NVML_TOPOLOGY_NODE: "NODE",
         nvml.NVML_TOPOLOGY_SYSTEM: "SYS",
     }
-    return words.get(ancestor, "")
+    return connections.get(ancestor, "")
 
 
 def _link_ends(nvml: Any, handle: Any) -> list[str]:

@@ -102,7 +102,7 @@ def predict(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constant
 
 
 def residual(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constants) -> Residual:
-    """How far a prediction is off."""
+    """How far the prediction of one point is off: predicted over measured, less one, by figure."""
     predicted = predict(point, spec, gpu, constants)
     return Residual(
         str(point), {key: predicted[key] / getattr(point, key) - 1 for key in predicted if getattr(point, key) > 0}
@@ -112,8 +112,8 @@ def residual(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constan
 def spread(residuals: Iterable[Residual]) -> dict[str, float]:
     """Root mean square of log(predicted / measured), by what is predicted; at least 0.01."""
     logs: dict[str, list[float]] = {}
-    for one in residuals:
-        for key, error in one.errors.items():
+    for residual in residuals:
+        for key, error in residual.errors.items():
             logs.setdefault(key, []).append(math.log(1 + error))
     return {key: max(0.01, math.sqrt(sum(x * x for x in values) / len(values))) for key, values in logs.items()}
 

@@ -161,7 +161,7 @@ def _all_replicas(parts: list[tuple[int, LoadResult]]) -> LoadResult:
     if len(parts) == 1:
         return parts[0][1]
     # Weights would be exact; with two loads that differ by one stream the copies are few.
-    responses = tuple(one for copies, result in parts for one in result.responses * min(copies, 4))
+    responses = tuple(response for copies, result in parts for response in result.responses * min(copies, 4))
     return dataclasses.replace(parts[0][1], responses=responses)
 
 

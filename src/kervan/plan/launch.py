@@ -14,11 +14,11 @@ GRAPH_STEP = 8  # vLLM's captured batches are multiples of it
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """`bundles`: what Ray holds for each replica, a bundle per node. `target_ongoing_requests`: sequences that a
-    replica is planned to run at once, the target of an autoscaler.
+    """`argv`: the command that starts it. `bundles`: what Ray holds for each replica, a bundle per node.
+    `target_ongoing_requests`: sequences that a replica is planned to run at once, the target of an autoscaler.
     """
 
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     engine_args: Mapping[str, Any]
     replicas: int
     bundles: tuple[Mapping[str, float], ...]
@@ -26,8 +26,8 @@ class Launch:
 
     @property
     def command(self) -> str:
-        """The same, as one line for a shell."""
-        return shlex.join(self.words)
+        """`argv` as one line for a shell."""
+        return shlex.join(self.argv)
 
 
 def launch(request: PlanRequest, layout: PlannedLayout, model: str) -> Launch:
@@ -42,12 +42,12 @@ def launch(request: PlanRequest, layout: PlannedLayout, model: str) -> Launch:
         "max_num_seqs": min(limits.max_num_seqs, max(64, -(-2 * sequences // GRAPH_STEP) * GRAPH_STEP)),
         **dict(request.arguments.items()),
     }
-    words = ["kervan", "up", model, "--tp", str(size.tp)]
-    words += ["--pp", str(size.pp)] if size.pp > 1 else []
-    words += ["--ep", str(size.ep)] if size.ep > 1 else []
-    words += ["--replicas", str(size.dp)]
+    argv = ["kervan", "up", model, "--tp", str(size.tp)]
+    argv += ["--pp", str(size.pp)] if size.pp > 1 else []
+    argv += ["--ep", str(size.ep)] if size.ep > 1 else []
+    argv += ["--replicas", str(size.dp)]
     for key, value in engine_args.items():
-        words += ["--engine-arg", f"{key}={value}"]
+        argv += ["--engine-arg", f"{key}={value}"]
     nodes = layouts.nodes_per_replica(size, request.gpus_per_node)
     bundle = {"GPU": float(size.gpus_per_replica // nodes)}
-    return Launch(tuple(words), engine_args, size.dp, (bundle,) * nodes, sequences)
+    return Launch(tuple(argv), engine_args, size.dp, (bundle,) * nodes, sequences)

@@ -67,7 +67,7 @@ def planned(load: PlanLoad, evaluation: Evaluation, bands: Bands) -> PlannedLayo
     mtok_per_h = evaluation.out_tok_s * 3600 / 1e6
     usd = request.usd_per_gpu_h * layout.gpus / mtok_per_h if request.usd_per_gpu_h and mtok_per_h else None
     spot = request.spot_usd_per_gpu_h * layout.gpus / mtok_per_h if request.spot_usd_per_gpu_h and mtok_per_h else None
-    one = PlannedLayout(
+    unscored = PlannedLayout(
         layout=layout,
         fits=True,
         memory=evaluation.screened.memory,
@@ -91,7 +91,7 @@ def planned(load: PlanLoad, evaluation: Evaluation, bands: Bands) -> PlannedLayo
         bands=bands.factors,
         reason="" if evaluation.is_stable else "requests come in faster than they are served",
     )
-    return dataclasses.replace(one, score=_score(request, one))
+    return dataclasses.replace(unscored, score=_score(request, unscored))
 
 
 def unfit(load: PlanLoad, screened: ScreenedLayout) -> PlannedLayout:
@@ -104,7 +104,7 @@ def unfit(load: PlanLoad, screened: ScreenedLayout) -> PlannedLayout:
 
 def rank(request: PlanRequest, layouts: Iterable[PlannedLayout]) -> list[PlannedLayout]:
     """The best first: what fits, what keeps the SLO, then the goal; what does not keep it, by how little it fails."""
-    return sorted(layouts, key=lambda one: _rank(request, one), reverse=True)
+    return sorted(layouts, key=lambda candidate: _rank(request, candidate), reverse=True)
 
 
 def all_in_factor(copies: int) -> float:
@@ -112,22 +112,22 @@ def all_in_factor(copies: int) -> float:
     return (copies + 1) / copies * (1 + STARTS_PER_DAY * START_S / 86_400)
 
 
-def _rank(request: PlanRequest, one: PlannedLayout) -> tuple[float, ...]:
-    if one.meets_slo >= LIKELY:
-        return (one.fits, True, one.score, -one.layout.gpus)
-    bounds = ((one.ttft_p99_ms, request.slo.ttft_s), (one.tpot_p99_ms, request.slo.tpot_s))
+def _rank(request: PlanRequest, candidate: PlannedLayout) -> tuple[float, ...]:
+    if candidate.meets_slo >= LIKELY:
+        return (candidate.fits, True, candidate.score, -candidate.layout.gpus)
+    bounds = ((candidate.ttft_p99_ms, request.slo.ttft_s), (candidate.tpot_p99_ms, request.slo.tpot_s))
     excess = max((value_ms / (1000 * bound_s) for value_ms, bound_s in bounds if bound_s is not None), default=0.0)
-    return (one.fits, False, -excess, -one.layout.gpus)
+    return (candidate.fits, False, -excess, -candidate.layout.gpus)
 
 
-def _score(request: PlanRequest, one: PlannedLayout) -> float:
+def _score(request: PlanRequest, candidate: PlannedLayout) -> float:
     """Larger is better: the goal, times the probability to keep the SLO."""
     if request.goal == "latency":
-        value = 1000 / max(1e-9, one.tpot_p50_ms)
+        value = 1000 / max(1e-9, candidate.tpot_p50_ms)
     elif request.goal == "throughput":
-        value = one.out_tok_s
-    elif one.usd_per_mtok is not None:
-        value = 1 / one.usd_per_mtok
+        value = candidate.out_tok_s
+    elif candidate.usd_per_mtok is not None:
+        value = 1 / candidate.usd_per_mtok
     else:
-        value = one.out_tok_s / one.layout.gpus
-    return value * one.meets_slo
+        value = candidate.out_tok_s / candidate.layout.gpus
+    return value * candidate.meets_slo

@@ -55,7 +55,7 @@ class PlanRequest:
 
     @property
     def gpus_per_node(self) -> int:
-        """The same on each node."""
+        """GPUs of each node; all nodes have the same number."""
         return self.gpus // self.nodes
 
     @property

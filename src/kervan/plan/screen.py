@@ -36,7 +36,7 @@ class ScreenedLayout:
 
     @property
     def layout(self) -> Layout:
-        """All copies."""
+        """The layout of all copies: that of a replica, with dp the number of copies."""
         return dataclasses.replace(self.replica, dp=self.copies)
 
     @property
@@ -57,12 +57,12 @@ def screen(load: PlanLoad) -> list[ScreenedLayout]:
     screened = []
     for replica in layouts.sizes(request.spec, gpus=request.gpus, gpus_per_node=request.gpus_per_node):
         most = layouts.most_copies(replica, gpus=request.gpus, gpus_per_node=request.gpus_per_node)
-        one = _screened(load, replica, most)
+        fullest = _screened(load, replica, most)
         copies = {most}
-        if load.rate and one.requests_s:
-            needed = math.ceil(load.rate / one.requests_s)
+        if load.rate and fullest.requests_s:
+            needed = math.ceil(load.rate / fullest.requests_s)
             copies |= {n for n in (max(1, needed // 2), needed, 2 * needed) if n < most}
-        screened += [dataclasses.replace(one, copies=n) for n in sorted(copies)]
+        screened += [dataclasses.replace(fullest, copies=n) for n in sorted(copies)]
     return screened if request.is_open else _compared(request, screened)
 
 
@@ -93,15 +93,15 @@ def _screened(load: PlanLoad, replica: Layout, copies: int) -> ScreenedLayout:
 
 def _compared(request: PlanRequest, screened: list[ScreenedLayout]) -> list[ScreenedLayout]:
     """Those far behind the best are rough; in a closed loop, of them long pipelines only."""
-    best = max(one.requests_s / one.replica.gpus_per_replica for one in screened)
+    best = max(candidate.requests_s / candidate.replica.gpus_per_replica for candidate in screened)
     return [
         dataclasses.replace(
-            one,
-            is_rough=one.fits
-            and one.requests_s / one.replica.gpus_per_replica < FAR_BEHIND_SHARE * best
-            and (request.concurrency is None or one.replica.pp >= LONG_PIPELINE),
+            candidate,
+            is_rough=candidate.fits
+            and candidate.requests_s / candidate.replica.gpus_per_replica < FAR_BEHIND_SHARE * best
+            and (request.concurrency is None or candidate.replica.pp >= LONG_PIPELINE),
         )
-        for one in screened
+        for candidate in screened
     ]
 
 

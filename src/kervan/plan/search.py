@@ -20,20 +20,20 @@ def search(request: PlanRequest) -> LayoutPlan:
     """
     loaded = load(request)
     screened = screen(loaded)
-    if not any(one.fits for one in screened):
-        raise CapacityError(nothing_fits(loaded, [unfit(loaded, one) for one in screened]))
+    if not any(candidate.fits for candidate in screened):
+        raise CapacityError(nothing_fits(loaded, [unfit(loaded, candidate) for candidate in screened]))
     simulations = Simulations(loaded)
     is_few = len(screened) <= REFINED
-    of_layout = {one.layout: one for one in screened}
-    ranked = rank(request, [_planned(loaded, simulations, one, SEEDS if is_few else 1) for one in screened])
+    of_layout = {candidate.layout: candidate for candidate in screened}
+    ranked = rank(request, [_planned(loaded, simulations, candidate, SEEDS if is_few else 1) for candidate in screened])
     if not is_few:  # a second look at those in front, from more runs
-        again = [_planned(loaded, simulations, of_layout[one.layout], SEEDS) for one in ranked[:REFINED]]
+        again = [_planned(loaded, simulations, of_layout[candidate.layout], SEEDS) for candidate in ranked[:REFINED]]
         ranked = rank(request, [*again, *ranked[REFINED:]])
-    return explain(loaded, ranked, has_rough=any(one.is_rough for one in screened))
+    return explain(loaded, ranked, has_rough=any(candidate.is_rough for candidate in screened))
 
 
-def _planned(loaded: PlanLoad, simulations: Simulations, one: ScreenedLayout, seeds: int) -> PlannedLayout:
-    if not one.fits:
-        return unfit(loaded, one)
-    evaluation = simulations.evaluate(one, seeds=seeds)
+def _planned(loaded: PlanLoad, simulations: Simulations, screened: ScreenedLayout, seeds: int) -> PlannedLayout:
+    if not screened.fits:
+        return unfit(loaded, screened)
+    evaluation = simulations.evaluate(screened, seeds=seeds)
     return planned(loaded, evaluation, bands(loaded.request, evaluation))

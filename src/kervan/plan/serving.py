@@ -40,7 +40,7 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class LoadResponse:
-    """What its client saw."""
+    """What the client of a request saw: times in seconds from the start of the load."""
 
     sent_s: float
     first_s: float
@@ -105,7 +105,7 @@ def mean_of(runs: Sequence[LoadResult]) -> dict[str, float]:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Request(ScheduledRequest):
+class _ReplicaRequest(ScheduledRequest):
     output_tokens: int
     sent_s: float
     first_s: float = -1.0
@@ -150,7 +150,7 @@ class _Replica:
         self.frontends = frontends
         self.stages = step_time.layout.pp
         self.is_pipelined = step_time.is_pipelined
-        self.scheduler: Scheduler[_Request] = Scheduler(
+        self.scheduler: Scheduler[_ReplicaRequest] = Scheduler(
             max_num_seqs=step_time.limits.max_num_seqs,
             max_num_batched_tokens=step_time.limits.max_num_batched_tokens,
             num_blocks=kv_tokens,
@@ -162,8 +162,8 @@ class _Replica:
         self.entry_free_s = self.exit_s = 0.0  # when the first stage is free, when the last batch leaves the last one
         self.context_token_s = sum(step_time.context_token_s(index) for index in range(self.stages))
         self.prompts_free_s = self.outputs_free_s = 0.0
-        self.arrivals: list[tuple[float, int, _Request]] = []
-        self.under_way: deque[tuple[ScheduledStep[_Request], float]] = deque()  # and when it ends
+        self.arrivals: list[tuple[float, int, _ReplicaRequest]] = []
+        self.under_way: deque[tuple[ScheduledStep[_ReplicaRequest], float]] = deque()  # and when it ends
         self.responses: list[LoadResponse] = []
         self.busy_s = self.batch_s = 0.0
         self.last_delivery_s = 0.0
@@ -212,7 +212,7 @@ class _Replica:
         begin_s = max(self.prompts_free_s, sent_s)
         work_s = self.rng.expovariate(1.0) * (c.prompt_s + c.prompt_token_s * arriving.prompt_tokens) / self.frontends
         self.prompts_free_s = begin_s + work_s
-        request = _Request(
+        request = _ReplicaRequest(
             number=number, context_tokens=arriving.prompt_tokens, remaining_tokens=arriving.output_tokens,
             output_tokens=arriving.output_tokens, sent_s=sent_s,
         )  # fmt: skip
@@ -227,7 +227,7 @@ class _Replica:
 
     # ---- what goes out
 
-    def _end_s(self, step: ScheduledStep[_Request]) -> float:
+    def _end_s(self, step: ScheduledStep[_ReplicaRequest]) -> float:
         """When a step that is composed now ends."""
         at_s, batch, again = self.now_s, step.batch, step.repeats - 1
         if self.stages > 1 and batch.sequences:  # the first stage needs the tokens that the last one drew
@@ -252,7 +252,7 @@ class _Replica:
         self.batch_s += busy_s * batch.samples
         return end_s
 
-    def _deliver(self, step: ScheduledStep[_Request], end_s: float) -> None:
+    def _deliver(self, step: ScheduledStep[_ReplicaRequest], end_s: float) -> None:
         c = self.step_time.constants
         if not step.batch.samples:
             return

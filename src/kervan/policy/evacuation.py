@@ -356,7 +356,7 @@ def _take(
     for every stream.
     """
     passed: list[tuple[float, int]] = []
-    found = None
+    target = None
     while open_places:
         entry = heapq.heappop(open_places)
         place = places[entry[1]]
@@ -366,13 +366,13 @@ def _take(
             queued_tokens = place.queued_tokens
             fits = queued_tokens == 0 if breaks_bound else queued_tokens + tokens <= place.bound_tokens
         if fits:
-            found = entry[1]
+            target = entry[1]
             break
         if least_room <= place.free_kv_tokens:
             passed.append(entry)
     for entry in passed:
         heapq.heappush(open_places, entry)
-    return found
+    return target
 
 
 def _take_crowded(crowded: list[tuple[float, int]], places: Sequence[_Place]) -> int:

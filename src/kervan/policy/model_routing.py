@@ -25,11 +25,11 @@ class Route:
 
 def owners(fleets: Sequence[PortFleet]) -> dict[str, str]:
     """Model name -> fleet. Of several with one name (adapters loaded at run time) the first by name has it."""
-    found: dict[str, str] = {}
+    owner_of: dict[str, str] = {}
     for fleet in sorted(fleets, key=lambda fleet: fleet.name):
         for model in fleet.models:
-            found.setdefault(model, fleet.name)
-    return found
+            owner_of.setdefault(model, fleet.name)
+    return owner_of
 
 
 def decide(fleets: Sequence[PortFleet], *, own: str, model: str | None, fleet: str | None, needs_model: bool) -> Route:
@@ -39,7 +39,7 @@ def decide(fleets: Sequence[PortFleet], *, own: str, model: str | None, fleet: s
     the kernel chose that gateway by chance.
     """
     if fleet is not None:
-        if any(known.name == fleet for known in fleets):
+        if any(listed.name == fleet for listed in fleets):
             return Route(fleet)
         return Route(None, 404, f"no fleet {fleet!r} is on this port{_known(fleets, 'fleets')}", "fleet")
     if model is not None:

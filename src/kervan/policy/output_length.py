@@ -40,10 +40,11 @@ class LengthEstimate:
 
     @property
     def counts(self) -> tuple[float, ...]:
+        """Responses per bucket, `NUM_BUCKETS` numbers, aged; another estimate can begin with them."""
         return tuple(self._counts)
 
     def observe(self, output_tokens: int) -> None:
-        """An answer has ended after so many tokens. Leave out those that broke off: they would have gone on."""
+        """Count a response that ended after so many tokens. Leave out those that broke off: they would have gone on."""
         self._counts[_bucket(output_tokens)] += 1.0
         self._sum += 1.0
         self._age()
@@ -96,26 +97,26 @@ class _Totals:
 
     def __init__(self, counts: Sequence[float]) -> None:
         self._counts = tuple(counts)
-        self._answers = [0.0, *itertools.accumulate(counts)]
+        self._responses = [0.0, *itertools.accumulate(counts)]
         middles = (count * (EDGES[i] + EDGES[i + 1]) / 2 for i, count in enumerate(counts))
         self._tokens = [0.0, *itertools.accumulate(middles)]
 
     def below(self, length: float) -> tuple[float, float]:
-        """How many answers are shorter than `length`, and their tokens."""
+        """How many responses are shorter than `length` tokens, and their tokens."""
         if length >= EDGES[-1]:
-            return self._answers[-1], self._tokens[-1]
+            return self._responses[-1], self._tokens[-1]
         bucket = _bucket(int(length))
         low, high = EDGES[bucket], EDGES[bucket + 1]
         inside = self._counts[bucket] * max(0.0, length - low) / (high - low)
-        return self._answers[bucket] + inside, self._tokens[bucket] + inside * (low + max(low, length)) / 2
+        return self._responses[bucket] + inside, self._tokens[bucket] + inside * (low + max(low, length)) / 2
 
-    def length_at(self, answers: float) -> float:
-        """The length that so many answers are shorter than."""
-        bucket = min(bisect.bisect_left(self._answers, answers), NUM_BUCKETS) - 1
+    def length_at(self, responses: float) -> float:
+        """The length in tokens that so many responses are shorter than."""
+        bucket = min(bisect.bisect_left(self._responses, responses), NUM_BUCKETS) - 1
         if bucket < 0:
             return 0.0
         low, high, count = EDGES[bucket], EDGES[bucket + 1], self._counts[bucket]
-        return low if not count else low + (high - low) * min(1.0, (answers - self._answers[bucket]) / count)
+        return low if not count else low + (high - low) * min(1.0, (responses - self._responses[bucket]) / count)
 
 
 def _bucket(tokens: int) -> int:

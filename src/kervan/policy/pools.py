@@ -19,6 +19,7 @@ class SpotState:
 
     @property
     def present(self) -> int:
+        """Replicas that are on a node, ready or not yet."""
         return self.ready + self.starting
 
 
@@ -64,8 +65,8 @@ def on_demand(
     if not kept or (kept[-1].absent, kept[-1].unready) != (absent, unready):
         kept = (*kept, Shortage(now_s, absent, unready))
     known_s = now_s - kept[0].at_s
-    at_least = min(one.absent for one in _since(kept, now_s - after_s)) if known_s >= after_s else 0
-    at_most = max(one.unready for one in _since(kept, now_s - hold_s)) if known_s >= hold_s else math.inf
+    at_least = min(shortage.absent for shortage in _since(kept, now_s - after_s)) if known_s >= after_s else 0
+    at_most = max(shortage.unready for shortage in _since(kept, now_s - hold_s)) if known_s >= hold_s else math.inf
     extra = bounded - minimum
     covering = min(max(extra, at_least), at_most, maximum - minimum)
     count = minimum + int(covering)

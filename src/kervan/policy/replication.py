@@ -16,7 +16,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class PeerChoice:
-    """The peer, or None."""
+    """The gateway that is to keep the copies; None without one."""
 
     peer: Peer | None
     reason: str

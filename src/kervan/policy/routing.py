@@ -45,12 +45,12 @@ class ReplicaLoad:
     is_risky: bool = False
 
     def add(self, tokens: int) -> None:
-        """This gateway's streams cost `tokens` more, or less."""
+        """Add `tokens` (negative: take off) to what this gateway's streams cost."""
         self.own_tokens += tokens
         self.outstanding_tokens += tokens * self.num_gateways
 
     def hear(self, other_tokens: int, num_gateways: int) -> None:
-        """News from the replica: what the others' streams cost, and how many gateways it has, this one included."""
+        """Take a PONG: what the others' streams cost, and how many gateways the replica has, this one included."""
         self.outstanding_tokens = self.own_tokens + other_tokens
         self.num_gateways = num_gateways
 

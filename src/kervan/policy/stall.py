@@ -54,11 +54,13 @@ def decide(replicas: Sequence[StepProgress], *, prefill_tokens_per_s: float | No
     `prefill_tokens_per_s`: as learned from first tokens, None while it is not known. `num_recent`: see `patience_s`.
     """
     reasons = {}
-    for one in replicas:
-        limit_s = patience_s(one, prefill_tokens_per_s=prefill_tokens_per_s, num_recent=num_recent)
-        if one.stalled_s > limit_s:
-            reasons[one.replica_id] = f"has work but made no step for {one.stalled_s:.1f} s (patience {limit_s:.1f} s)"
+    for replica in replicas:
+        limit_s = patience_s(replica, prefill_tokens_per_s=prefill_tokens_per_s, num_recent=num_recent)
+        if replica.stalled_s > limit_s:
+            stalled_s = replica.stalled_s
+            reasons[replica.replica_id] = f"has work but made no step for {stalled_s:.1f} s (patience {limit_s:.1f} s)"
     can_move = any(
-        one.takes_streams and one.stalled_s <= RECENT_STEP_S and one.replica_id not in reasons for one in replicas
+        replica.takes_streams and replica.stalled_s <= RECENT_STEP_S and replica.replica_id not in reasons
+        for replica in replicas
     )
     return StallDecision(reasons, can_move)

@@ -32,7 +32,7 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
     `surges`: when replicas are replaced, new ones are ready before old ones drain, a quarter of them at a time; without
     it, a fifth of them (at least one) is stopped first.
     """
-    made = versions(config)
+    current = versions(config)
     stored = config.to_json()
     common: dict[str, Any] = {
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
@@ -49,11 +49,11 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
             graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
             max_replicas_per_node=pools.per_node(config, pool),
             **_place(config, nodes, pool),
-            version=made.replicas,
+            version=current.replicas,
             max_surge_percent=SURGE_PERCENT if surges else 0,
             **common,
         )
-        .bind(stored, pool, made.replicas)
+        .bind(stored, pool, current.replicas)
         for pool, number in _deployments(config).items()
     ]
     kind = next((node.accelerator for node in nodes if node.accelerator), None)
@@ -64,11 +64,11 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
         graceful_shutdown_timeout_s=config.drain_timeout_s + 10.0,
         # vLLM's frontend needs the platform of the engines, so gateways live where such GPUs are.
         ray_actor_options={"num_cpus": 0, "resources": {kind: 0.001} if kind else {}},
-        version=made.gateways,
+        version=current.gateways,
         max_surge_percent=100,
         **common,
     )
-    return gateways.bind(stored, made.gateways, *engines)
+    return gateways.bind(stored, current.gateways, *engines)
 
 
 def _deployments(config: FleetConfig) -> dict[str, int]:

@@ -14,10 +14,10 @@ def attach(name: str, address: str | None) -> DirectoryClient:
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     if address is None:
-        known = cluster.recall(name)
+        remembered = cluster.recall(name)
         local = cluster.find_local_ray()
-        if known is not None:
-            address = known.address
+        if remembered is not None:
+            address = remembered.address
         elif local is not None:
             address = local.address
         else:

@@ -36,7 +36,7 @@ def count_gateways(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """Called by Serve's controller. It bounds the result and waits before it acts."""
     busy = (context.aggregated_metrics or {}).get(BUSY, {})
     decision = gateway_count.decide(
-        [busy[one] for one in context.running_replicas if one in busy],
+        [busy[replica_id] for replica_id in context.running_replicas if replica_id in busy],
         context.target_num_replicas,
         context.capacity_adjusted_min_replicas,
         context.capacity_adjusted_max_replicas,

@@ -39,7 +39,7 @@ class FleetChange:
 
 
 class RunningFleet:
-    """A fleet that is up, to be changed."""
+    """Plans and carries out changes of a fleet that is up."""
 
     def __init__(self, name: str, address: str | None, progress: Callable[[str], None]):
         """Raises: FleetError when there is no such fleet."""
@@ -86,7 +86,7 @@ class RunningFleet:
         from kervan.serve import app, shared_port
 
         snapshot = self._directory.snapshot().result()
-        known = snapshot.failures[-1].number if snapshot.failures else 0
+        last_failure = snapshot.failures[-1].number if snapshot.failures else 0
         nodes = cluster.devices_by_node(change.after.device)
         room = pools.placeable(change.after, cluster.nodes_for(change.after), pools.held(snapshot))
         self._directory.set_config(change.after).result()
@@ -96,7 +96,7 @@ class RunningFleet:
                 change.after,
                 self._directory,
                 self.progress,
-                after_failure=known,
+                after_failure=last_failure,
                 awaited=pools.awaited(change.after, room),
             )
         except KervanError as error:

@@ -88,7 +88,7 @@ class StartingRay:
     process: subprocess.Popen[str]
 
     def keep(self) -> None:
-        """Let it outlive this process."""
+        """Let this Ray outlive this process."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.write("stay\n")
@@ -329,7 +329,7 @@ def dead_nodes() -> list[str]:
 
 
 def remember(fleet: Remembered) -> None:
-    """Keep that a fleet was started from this machine."""
+    """Record in `home()` that a fleet was started from this machine."""
     path = home() / "fleets" / f"{fleet.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, fleet)

@@ -21,8 +21,8 @@ def down(name: str, address: str | None = None) -> Literal["stopped", "stopped w
     Raises: FleetError when there is no such fleet.
     """
     local = cluster.find_local_ray()
-    known = cluster.recall(name)
-    if known is not None and address is None and local is None:
+    entry = cluster.recall(name)
+    if entry is not None and address is None and local is None:
         # The local Ray is gone (a reboot, a kill): nothing is left to end but the memory of it.
         with contextlib.suppress(KervanError):
             attach(name, address)
@@ -32,7 +32,7 @@ def down(name: str, address: str | None = None) -> Literal["stopped", "stopped w
     attach(name, address)
     end_fleet(name)
     cluster.forget(name)
-    is_local = local is not None and (address or (known.address if known else local.address)) == local.address
+    is_local = local is not None and (address or (entry.address if entry else local.address)) == local.address
     if local is not None and is_local and not fleet_names():
         import ray
 

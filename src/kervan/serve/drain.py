@@ -132,7 +132,7 @@ def _drain(
 
 
 def _all_ids(ids_by_fleet: dict[str, list[str]]) -> tuple[str, ...]:
-    return tuple(one for ids in ids_by_fleet.values() for one in ids)
+    return tuple(member_id for ids in ids_by_fleet.values() for member_id in ids)
 
 
 def _num_moved(snapshot: Snapshot) -> int:

@@ -1,8 +1,8 @@
 """A Ray cluster whose nodes are all on this machine, and come and go on order: for `kervan chaos --replay`.
 
 `python -m kervan.serve.local_nodes TEMP_DIR` is the process that has the nodes: Ray binds their life to it. It reads
-one order per line, `{"add": "127.0.0.2"}` or `{"remove": "127.0.0.2"}`, and answers each with a line. It ends with all
-nodes on SIGTERM, or when its input closes, so a command that dies leaves nothing.
+one order per line, `{"add": "127.0.0.2"}` or `{"remove": "127.0.0.2"}`, and responds to each with a line. It ends with
+all nodes on SIGTERM, or when its input closes, so a command that dies leaves nothing.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class LocalNodes:
                 env={**os.environ, **cluster.ray_environment(self._token), "RAY_TMPDIR": self._temp_dir},
             )
         try:
-            self.address = str(self._answer("the head of a Ray cluster")["address"])
+            self.address = str(self._response("the head of a Ray cluster")["address"])
         except BaseException:
             self.close()
             raise
@@ -87,19 +87,19 @@ class LocalNodes:
             with contextlib.suppress(OSError):
                 self._process.stdin.write(json.dumps(order) + "\n")
                 self._process.stdin.flush()
-            self._answer(what)
+            self._response(what)
 
-    def _answer(self, what: str) -> dict[str, Any]:
+    def _response(self, what: str) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             with contextlib.suppress(OSError):
                 line = " ".join(self._log_path.read_text().strip().splitlines()[-1:])
             raise EngineError(f"Ray did not give {what}: {line or 'no output'}; is ray[serve] fully installed?")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise EngineError(f"Ray did not give {what}: {answer['error']}; try again when the machine is less busy")
-        return answer
+        response: dict[str, Any] = json.loads(line)
+        if "error" in response:
+            raise EngineError(f"Ray did not give {what}: {response['error']}; try again when the machine is less busy")
+        return response
 
     def close(self) -> None:
         """End all nodes and everything on them."""
@@ -114,7 +114,7 @@ class LocalNodes:
 # ---- the process that has the nodes
 
 
-class _Nodes:
+class _RayNodes:
     """Spot nodes by address."""
 
     def __init__(self, temp_dir: str) -> None:
@@ -162,27 +162,27 @@ def main() -> None:
     """Blocks until its input closes or SIGTERM comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w")
+    responses = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Ray prints is for the log
 
-    def answer(message: dict[str, Any]) -> None:
+    def respond(message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            answers.write(json.dumps(message) + "\n")
-            answers.flush()
+            responses.write(json.dumps(message) + "\n")
+            responses.flush()
 
     temp_dir = sys.argv[1]
     try:
-        nodes = _Nodes(temp_dir)
-        answer({"address": nodes.address})
+        nodes = _RayNodes(temp_dir)
+        respond({"address": nodes.address})
         try:
             for line in sys.stdin:
                 for word, ip in json.loads(line).items():
                     try:
                         (nodes.add if word == "add" else nodes.remove)(ip)
                     except Exception as error:  # noqa: BLE001 - whatever Ray raises goes to who gave the order
-                        answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
+                        respond({"error": " ".join(f"{type(error).__name__}: {error}".split())})
                     else:
-                        answer({})
+                        respond({})
         finally:
             nodes.close()
     finally:

@@ -223,7 +223,9 @@ class NodeGuard:
 
     def _entry(self, watcher: Watcher, *, is_drained: bool) -> NodeEntry:
         watches = [name for name in watcher.health if name not in (self.drained.name, OperatorSource.name)]
-        problems = [f"{name} cannot be read: {one.problem}" for name, one in watcher.health.items() if one.problem]
+        problems = [
+            f"{name} cannot be read: {health.problem}" for name, health in watcher.health.items() if health.problem
+        ]
         notices = [notice_entry(notice) for notice in watcher.pending]
         return NodeEntry(self._node, watches, notices, "; ".join(problems), is_drained, self._before)
 

@@ -53,13 +53,13 @@ def replicas_of(pool: str, snapshot: Snapshot) -> list[ReplicaEntry]:
 
 def spot_facts(config: FleetConfig, snapshot: Snapshot) -> SpotFacts:
     """Replicas that drain are not counted: they are as good as gone."""
-    made = versions(config).replicas
+    version = versions(config).replicas
     there = [replica for replica in replicas_of(SPOT, snapshot) if replica.state in ("starting", "ready")]
     return SpotFacts(
         config.bounds[SPOT].maximum if SPOT in config.bounds else 0,
         sum(replica.state == "ready" for replica in there),
         sum(replica.state == "starting" for replica in there),
-        sum(replica.version != made for replica in there),
+        sum(replica.version != version for replica in there),
         config.fallback_after_s,
         config.fallback_hold_s,
     )
@@ -137,11 +137,11 @@ def awaited(config: FleetConfig, can_be: Mapping[str, int]) -> dict[str, int]:
 
 def are_settled(config: FleetConfig, snapshot: Snapshot, awaited: Mapping[str, int]) -> bool:
     """Whether so many replicas are ready, and none is there beyond what the pools may have."""
-    made = versions(config).replicas
+    version = versions(config).replicas
     bounds = config.bounds
     for pool in {*bounds, *(replica.pool for replica in snapshot.replicas)}:
         there = replicas_of(pool, snapshot)
-        ready = sum(replica.state == "ready" and replica.version == made for replica in there)
+        ready = sum(replica.state == "ready" and replica.version == version for replica in there)
         if len(there) > (bounds[pool].maximum if pool in bounds else 0) or ready < awaited.get(pool, 0):
             return False
     return True

@@ -35,7 +35,7 @@ def wait_until_ready(
 
     Raises: the KervanError that a replica or gateway reported with a number above `after_failure`.
     """
-    made = versions(config)
+    current = versions(config)
     last_line = ""
     changed_s, explained = time.monotonic(), set[str]()
     while True:
@@ -49,7 +49,7 @@ def wait_until_ready(
         for failure in snapshot.failures:
             if failure.number > after_failure:
                 raise _as_error(failure)
-        readiness = _readiness(snapshot, made)
+        readiness = _readiness(snapshot, current)
         line = readiness.line(sum(awaited.values()), config.gateways)
         if line != last_line:
             last_line, changed_s = line, time.monotonic()
@@ -90,9 +90,9 @@ class _Readiness:
         return f"{line}, {plural(self.old_replicas, 'replica')} and {plural(self.old_gateways, 'gateway')} to go"
 
 
-def _readiness(snapshot: Snapshot, made: Versions) -> _Readiness:
-    replicas = [replica for replica in snapshot.replicas if replica.version == made.replicas]
-    gateways = [gateway for gateway in snapshot.gateways if gateway.version == made.gateways]
+def _readiness(snapshot: Snapshot, current: Versions) -> _Readiness:
+    replicas = [replica for replica in snapshot.replicas if replica.version == current.replicas]
+    gateways = [gateway for gateway in snapshot.gateways if gateway.version == current.gateways]
     return _Readiness(
         ready_replicas=sum(replica.state == "ready" for replica in replicas),
         ready_gateways=sum(gateway.is_ready for gateway in gateways),
@@ -122,8 +122,8 @@ def slowest_start(snapshot: Snapshot) -> str:
 
 
 def _as_error(failure: StartFailure) -> KervanError:
-    known: type[KervanError] = getattr(errors, failure.kind, EngineError)
+    error_class: type[KervanError] = getattr(errors, failure.kind, EngineError)
     where = f" (log: {failure.log_path})" if failure.log_path and Path(failure.log_path).exists() else ""
     if failure.kind in ("ConfigError", "CapacityError"):
         where = ""
-    return known(f"{failure.message}{where}")
+    return error_class(f"{failure.message}{where}")

@@ -90,7 +90,7 @@ class Neighbourhood:
 
     def __init__(self, config: FleetConfig) -> None:
         self._config = config
-        self._known: dict[str, Neighbour] = {}
+        self._neighbours: dict[str, Neighbour] = {}
         self._followers: dict[str, asyncio.Task[None]] = {}
 
     def look(self) -> list[Neighbour]:
@@ -116,9 +116,9 @@ class Neighbourhood:
         for name in set(names) - {self._config.name}:
             if name not in self._followers or self._followers[name].done():
                 self._followers[name] = asyncio.create_task(self._follow_one(name, on_change))
-        gone = (self._followers.keys() | self._known.keys()) - set(names)
+        gone = (self._followers.keys() | self._neighbours.keys()) - set(names)
         for name in gone:
-            self._known.pop(name, None)
+            self._neighbours.pop(name, None)
             if name in self._followers:
                 self._followers.pop(name).cancel()
         if gone:
@@ -138,17 +138,17 @@ class Neighbourhood:
     def take(self, fleet: StoredFleet, snapshot: Snapshot) -> None:
         """Keep what a directory tells of its fleet, if that is on this fleet's port."""
         other, secret = fleet
-        known = self._known.pop(other.name, None)
+        before = self._neighbours.pop(other.name, None)
         if not other.shared_port or (other.host, other.port) != (self._config.host, self._config.port):
             return
         key, gateways = relay_key(secret), tuple(snapshot.gateways)
-        if not gateways and known is not None and known.relay_key == key:
-            gateways = known.gateways  # a directory that Ray has restarted knows none before the next beats
-        self._known[other.name] = Neighbour(other.name, served_names(other), bool(other.api_keys), key, gateways)
+        if not gateways and before is not None and before.relay_key == key:
+            gateways = before.gateways  # a directory that Ray has restarted knows none before the next beats
+        self._neighbours[other.name] = Neighbour(other.name, served_names(other), bool(other.api_keys), key, gateways)
 
     def listed(self) -> list[Neighbour]:
         """The other fleets as they are known, by name."""
-        return [self._known[name] for name in sorted(self._known)]
+        return [self._neighbours[name] for name in sorted(self._neighbours)]
 
 
 def fleets() -> list[tuple[FleetConfig, Snapshot]]:

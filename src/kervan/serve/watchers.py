@@ -122,7 +122,7 @@ class RayCluster:
         if time.monotonic() - self._named_s >= NAMES_PERIOD_S:
             self._names = await asyncio.to_thread(fleet_names)
             self._named_s = time.monotonic()
-        await asyncio.gather(*(self._tell(name, entry) for name in self._names))
+        await asyncio.gather(*(self._update(name, entry) for name in self._names))
         self._snapshots = {name: self._snapshots[name] for name in self._names if name in self._snapshots}
         if self._names and not self._snapshots:
             raise FleetError(f"no directory answers, of {', '.join(self._names)}")
@@ -137,7 +137,7 @@ class RayCluster:
             drained_at_s=drained_at_ms / 1000 if drained_at_ms else None,
         )
 
-    async def _tell(self, name: str, entry: NodeEntry) -> None:
+    async def _update(self, name: str, entry: NodeEntry) -> None:
         """A directory that is away leaves the snapshot that was."""
         with contextlib.suppress(FleetError):
             directory = await asyncio.to_thread(find_directory, name)

@@ -98,7 +98,7 @@ class StepTime:
         self.constants = constants
         self.network_bytes_s = network_bytes_s
         # Stages whose layers are of the same kinds take the same time, and are one object.
-        kinds: dict[tuple[object, ...], _Stage] = {}
+        kinds: dict[tuple[object, ...], _StageTime] = {}
         self.stages = []
         for layers in stages(spec, layout.pp):
             key = (
@@ -106,7 +106,7 @@ class StepTime:
                 sum(spec.has_experts(i) for i in layers),
                 layers.stop == spec.num_layers,
             )
-            self.stages.append(kinds.setdefault(key, _Stage(self, layers)))
+            self.stages.append(kinds.setdefault(key, _StageTime(self, layers)))
         self._distinct = list(kinds.values())
         self._kind_of = [self._distinct.index(stage) for stage in self.stages]
         self._counts = [self._kind_of.count(kind) for kind in range(len(self._distinct))]
@@ -159,7 +159,7 @@ class StepTime:
         return sum(self.stages_s(batch)) + (self.layout.pp - 1) * self.hand_over_s(batch)
 
 
-class _Stage:
+class _StageTime:
     def __init__(self, owner: StepTime, layers: range) -> None:
         self.o = owner
         spec, layout = owner.spec, owner.layout

@@ -234,6 +234,10 @@ class TwinReplica:
 
 
 def main() -> None:
+    """`python -m kervan.twin.replica FD`: a twin, driven over the control line on FD. Ends with the other end of it.
+
+    Exits with status 1, and the reason over the line, when the spec is malformed or a port cannot be bound.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = ControlEnd(socket.socket(fileno=int(sys.argv[1])))

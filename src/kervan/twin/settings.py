@@ -59,14 +59,14 @@ def spot_per_node(config: FleetConfig) -> int:
     return int(_given(config.twin)["spot_per_node"]) if config.engine == "twin" else 0
 
 
-def _given(words: Mapping[str, Any]) -> dict[str, float]:
+def _given(settings: Mapping[str, Any]) -> dict[str, float]:
     fields = {f.name for f in (*dataclasses.fields(StepTiming), *dataclasses.fields(TwinLimits))}
-    known = sorted(fields | set(EXTRA))
+    names = sorted(fields | set(EXTRA))
     given: dict[str, float] = dict(EXTRA)
-    for key, value in words.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    for key, value in settings.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
             raise ConfigError(f"a twin has no setting {key!r}; {hint} (--twin)")
         try:
             given[key] = float(value)

@@ -84,6 +84,11 @@ class TwinRequest:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class TwinSequence(ScheduledRequest):
+    """A request that the twin runs. `checksum`: of all its tokens so far, which decides the next one.
+
+    `queued_s`, `scheduled_s`: when it came, and when it first ran, by the clock that the engine's caller passes.
+    """
+
     request: TwinRequest
     checksum: int
     num_tokens: int  # prompt + output

@@ -21,7 +21,7 @@ from kervan.calibrate import choose, collectives, kernels, measure_host, measure
 from kervan.calibrate.choose import GIB, Shape
 from kervan.calibrate.clock import num_calls
 from kervan.calibrate.measurements import Attention, Collective, Copy, Floor, Matmul, Measurements, Memory, Serving
-from kervan.calibrate.serving import Point, Runs, Server
+from kervan.calibrate.serving import Point, Server, ServingRuns
 from kervan.cli import calibrate as command
 from kervan.config import engine_arguments
 from kervan.errors import ConfigError, EngineError
@@ -243,7 +243,7 @@ def test_models_need_names_of_their_own(tmp_path: Path) -> None:
     for place in places:
         place.mkdir(parents=True)
         (place / "config.json").write_text(json.dumps(dict(choose.SHAPES["llama-1b"])))
-    device = kernels.Device("NVIDIA H100", 1, 80 * GIB, ())
+    device = kernels.HostGpus("NVIDIA H100", 1, 80 * GIB, ())
     with pytest.raises(ConfigError, match="m, m have the same name"):
         measure_host._shapes(measure_host.Settings(models=tuple(places)), device)
     assert [shape.name for shape in measure_host._shapes(measure_host.Settings(models=(places[0],)), device)] == ["m"]
@@ -478,7 +478,7 @@ def test_servers_of_a_phase_are_loaded_together_and_failures_noted(tmp_path: Pat
         return Server(model, tmp_path, 1, 1, 1, (gpu,), (Point(1, 32, 6), Point(3, 32, 6)))
 
     events: list[Any] = []
-    runs = Runs(
+    runs = ServingRuns(
         log_dir=tmp_path / "logs", for_s=240, on_row=events.append, on_note=events.append, say=events.append,
         command=stand_in,
     )  # fmt: skip
@@ -507,7 +507,7 @@ def test_without_time_nothing_is_started(tmp_path: Path) -> None:
     def never(*_: Any) -> list[str]:
         raise AssertionError("started")
 
-    runs = Runs(log_dir=tmp_path, for_s=20, on_row=never, on_note=notes.append, command=never)
+    runs = ServingRuns(log_dir=tmp_path, for_s=20, on_row=never, on_note=notes.append, command=never)
     runs.measure([server()])
     assert notes == ["m tp 1 pp 1: not measured, 10 s were left"]  # 20 s less 10 s to stop servers
 

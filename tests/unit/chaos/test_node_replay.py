@@ -17,7 +17,7 @@ from kervan.bench.load import Endpoint
 from kervan.chaos.checked_load import RepeatedTrace
 from kervan.chaos.node_replay import ReplayRun, fleet_config
 from kervan.chaos.plans import ReplayPlan
-from kervan.chaos.schedule import Kind
+from kervan.chaos.schedule import DisruptionKind
 from kervan.errors import ConfigError, EngineError
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
 
@@ -58,7 +58,7 @@ class MemoryCluster:
             gateway = GatewayEntry("g", "h", 2, "http://h", "http://h", True, moved=self.moved)
             return Snapshot(self._version, replicas, [gateway], [])
 
-    def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
+    def strike(self, kind: DisruptionKind, replica_id: str, deadline_s: float) -> bool:
         self.orders.append(f"{kind} {replica_id} in {deadline_s:g} s")
         timer = threading.Timer(self.drain_s, self._end, (replica_id.replace("spot-", ""),))
         timer.daemon = True

@@ -19,7 +19,7 @@ from kervan.bench.load import Endpoint
 from kervan.chaos import checked_run, periodic_run
 from kervan.chaos.periodic_run import check_size
 from kervan.chaos.plans import DisruptionPlan
-from kervan.chaos.schedule import Kind
+from kervan.chaos.schedule import DisruptionKind
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
@@ -31,7 +31,7 @@ class MemoryFleet:
 
     num_replicas: int = 3
     replace_s: float = 0.2
-    hits: list[tuple[Kind, str]] = field(default_factory=list)
+    hits: list[tuple[DisruptionKind, str]] = field(default_factory=list)
     moved: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class MemoryFleet:
             gateway = GatewayEntry("g", "h", 2, "http://h", "http://h", True, moved=self.moved)
             return Snapshot(self._version, replicas, [gateway], [])
 
-    def strike(self, kind: Kind, replica_id: str, deadline_s: float) -> bool:
+    def strike(self, kind: DisruptionKind, replica_id: str, deadline_s: float) -> bool:
         with self._changed:
             if replica_id not in self._names:
                 return False

@@ -4,17 +4,17 @@ import pytest
 
 from kervan.chaos.effects import Disruption
 from kervan.chaos.plans import DisruptionPlan
-from kervan.chaos.report import Report
+from kervan.chaos.report import ChaosReport
 from kervan.chaos.verify import Difference
 
 
-def report(**more: object) -> Report:
+def report(**more: object) -> ChaosReport:
     words: dict[str, object] = {
         "plan": DisruptionPlan(periods_s={"kill": 10.0}), "engine": "twin", "target_replicas": 2, "wall_s": 60.0, "disruptions": [], "skipped": {"kill": 0},
         "streams": 10, "unfinished": 0, "tokens": 100, "broken": 0, "difference": Difference(), "errors": {},
         "messages": {}, "moves": 0, "longest_s": [],
     }  # fmt: skip
-    return Report(**(words | more))  # type: ignore[arg-type]
+    return ChaosReport(**(words | more))  # type: ignore[arg-type]
 
 
 def test_the_report_has_the_keys_that_scripts_rely_on() -> None:

@@ -46,7 +46,7 @@ def server(status: int, page: bytes) -> Iterator[int]:
 
 def answering(status: int, page: object) -> str:
     with server(status, page if isinstance(page, bytes) else json.dumps(page).encode()) as port:
-        return demo._answering("127.0.0.1", port)
+        return demo._serving_replica("127.0.0.1", port)
 
 
 def test_the_replica_that_answers_is_the_one_with_the_stream() -> None:
@@ -83,7 +83,9 @@ def test_a_stream_that_breaks_off(last: str, why: str) -> None:
             next(pieces)
 
 
-@pytest.mark.parametrize("ask", [demo._answering, lambda host, port: list(demo._stream_chat(host, port, "Hello?"))])
+@pytest.mark.parametrize(
+    "ask", [demo._serving_replica, lambda host, port: list(demo._stream_chat(host, port, "Hello?"))]
+)
 def test_a_gateway_that_is_gone(ask: Callable[[str, int], object]) -> None:
     port = free_port()
     with pytest.raises(FleetError, match=f"127.0.0.1:{port} does not answer: .*refused; see `kervan status`"):
@@ -105,5 +107,5 @@ def test_a_command_that_fails(
 ) -> None:
     monkeypatch.setenv("KERVAN_HOME", str(tmp_path))
     with pytest.raises(FleetError, match=r"`kervan status --name none --json` exited with 1; its message is above"):
-        demo._told("status", "--name", "none")
+        demo._json_of("status", "--name", "none")
     assert "no fleet 'none' was started from this machine" in capfd.readouterr().err

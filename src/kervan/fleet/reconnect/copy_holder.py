@@ -64,8 +64,8 @@ class _SenderConnection(FramedConnection):
         elif isinstance(record, Open):
             copy = Journal(record.stream_id, record.key_digest, record.path, record.headers, record.body, is_own=False)
             self._copies[record.number] = copy
-            known = journals.get(record.stream_id)
-            if known is None or not known.is_own:  # else its client has come here, and it goes on here
+            kept = journals.get(record.stream_id)
+            if kept is None or not kept.is_own:  # else its client has come here, and it goes on here
                 journals.add(copy)
         elif isinstance(record, State):
             copy = self._copies[record.number]

@@ -61,7 +61,7 @@ class Journal:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes of the store."""
+        """Bytes that it takes of the store's limit."""
         return len(self.body) + len(self.data)
 
     @property
@@ -130,13 +130,13 @@ class Attempt:
         return position if self.after is None or position > self.after else None
 
     async def wait_for(self, count: int) -> None:
-        """Return when the app has taken so much."""
+        """Return when the app has taken so many tokens."""
         while self._count < count:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
     async def end(self) -> None:
-        """Break the answer off, and return when nothing is generated for it any more."""
+        """Break the response off; returns when nothing is generated for it any more."""
         self.must_end.set()
         await self.has_ended.wait()
 

@@ -29,7 +29,7 @@ class JournalStore:
         return iter(list(self._all.values()))
 
     def get(self, stream_id: str) -> Journal | None:
-        """The journal, unless its time is over."""
+        """The journal of this stream; None if there is none, or its time is over."""
         journal = self._all.get(stream_id)
         return None if journal is None or self._is_over(journal) else journal
 
@@ -41,11 +41,11 @@ class JournalStore:
             self.sweep()
 
     def end(self, journal: Journal) -> None:
-        """Its answer ended or broke off now."""
+        """The response ended or broke off now: keep its journal for `replay_s` more."""
         journal.ended_s = self._now()
 
     def drop(self, journal: Journal) -> None:
-        """Keep it no longer; its stream goes on, and nothing more is recorded."""
+        """Drop the journal; its stream goes on, and nothing more of it is recorded."""
         journal.is_dropped = True
         if self._all.get(journal.stream_id) is journal:
             del self._all[journal.stream_id]
@@ -55,7 +55,7 @@ class JournalStore:
         return journal.ended_s is not None and self._now() - journal.ended_s > self._replay_s
 
     def sweep(self) -> list[Journal]:
-        """Drop what is over, and what is too much; what was dropped."""
+        """Drop journals that are over or exceed the limit; returns those that were dropped."""
         dropped = [journal for journal in self if self._is_over(journal)]
         for journal in dropped:
             self.drop(journal)

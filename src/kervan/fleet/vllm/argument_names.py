@@ -30,8 +30,8 @@ def installed_vllm() -> Path:
     return Path(spec.origin).parent
 
 
-def known() -> frozenset[str]:
-    """Argument names with underscores."""
+def installed_names() -> frozenset[str]:
+    """The names of the installed vLLM's arguments, with underscores. Raises: ConfigError without vLLM."""
     root = installed_vllm()
     names: set[str] = set()
     for file, classes in SOURCES:
@@ -47,7 +47,7 @@ def known() -> frozenset[str]:
 
 def check(names: Iterable[str]) -> None:
     """Raises: ConfigError naming the first unknown argument and the nearest known one."""
-    valid = known()
+    valid = installed_names()
     for name in names:
         if name not in valid:
             near = difflib.get_close_matches(name, valid, n=3)

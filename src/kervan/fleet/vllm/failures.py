@@ -6,7 +6,7 @@ from kervan.errors import CapacityError, ConfigError, EngineError, KervanError
 from kervan.fleet.control import FailureKind
 
 
-def known(error: BaseException) -> KervanError | None:
+def diagnosed(error: BaseException) -> KervanError | None:
     """The kervan error for what vLLM raised while it started, if its cause has a known fix."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
@@ -24,9 +24,9 @@ def known(error: BaseException) -> KervanError | None:
 
 
 def explain(error: BaseException) -> KervanError:
-    """The same for every cause."""
-    if (known_error := known(error)) is not None:
-        return known_error
+    """The kervan error for whatever vLLM raised while it started; for an unknown cause, with vLLM's own text."""
+    if (diagnosis := diagnosed(error)) is not None:
+        return diagnosis
     text = " ".join(str(error).split())
     kind_of_error = ConfigError if type(error).__name__ in ("ValidationError", "ValueError", "OSError") else EngineError
     return kind_of_error(f"vLLM did not start: {type(error).__name__}: {_shorten(text)}")

@@ -14,9 +14,9 @@ def kept_handlers() -> Iterator[None]:
     replica raises, and Serve stops it.
     """
     handlers = logging._handlerList  # type: ignore[attr-defined]  # those that dictConfig closes
-    known = handlers[:]
+    kept = handlers[:]
     handlers.clear()
     try:
         yield
     finally:
-        handlers[:0] = known
+        handlers[:0] = kept

@@ -14,7 +14,7 @@ BROKEN = ("abort", "error")  # finish reasons of an answer that is not whole, an
 
 
 def follow(engine: AsyncLLM) -> None:
-    """Let each `Attempt` know what the app takes for it."""
+    """Let vLLM's app report to each `Attempt` how many tokens it has consumed."""
     generate = engine.generate
 
     def followed(*args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:

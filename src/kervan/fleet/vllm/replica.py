@@ -109,6 +109,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
 
     @property
     def facts(self) -> wire.EngineFacts:
+        """What WELCOME tells gateways of this engine: limits in tokens and sequences, and its KV cache in blocks."""
         config = self.vllm_config
         return wire.EngineFacts(
             max_model_len=config.model_config.max_model_len,
@@ -275,6 +276,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         raise EngineError(f"the engine gave no canary token within {CANARY_TIMEOUT_S:.0f} s")
 
     def request_stop(self) -> None:
+        """Ask vLLM's loop to shut down, and wake it up. May be called from any thread; returns at once."""
         self.shutdown_state = EngineShutdownState.REQUESTED
         self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 

@@ -72,14 +72,14 @@ class DirectoryActor:
         self._publish_pools()
 
     async def beat_replica(self, entry: bytes) -> list[bytes]:
-        """Take a beat; what has been ordered of the replica since the last one."""
+        """As `Directory.beat_replica`; entry and orders are MessagePack."""
         orders = self._directory.beat_replica(msgspec.msgpack.decode(entry, type=ReplicaEntry))
         self._wake_followers()
         self._publish_pools()
         return [msgspec.msgpack.encode(order) for order in orders]
 
     async def order(self, replica_id: str, order: bytes) -> bool:
-        """Keep an order for a replica; whether there is such a one."""
+        """Keep an order for a replica; False if it is not listed."""
         is_known = self._directory.order(replica_id, msgspec.msgpack.decode(order, type=Order))
         self._wake_followers()
         return is_known

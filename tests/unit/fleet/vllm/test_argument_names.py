@@ -65,7 +65,7 @@ def test_names_are_read_from_either_layout_of_vllm(tmp_path: Path, monkeypatch: 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(argument_names, "installed_vllm", lambda: tmp_path)
-    assert argument_names.known() == {"max_model_len", "chat_template"}
+    assert argument_names.installed_names() == {"max_model_len", "chat_template"}
 
 
 def test_without_vllm_the_extra_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

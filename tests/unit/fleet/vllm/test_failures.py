@@ -3,7 +3,7 @@
 import pytest
 
 from kervan.errors import CapacityError, ConfigError, EngineError, KervanError
-from kervan.fleet.vllm.failures import explain, known
+from kervan.fleet.vllm.failures import diagnosed, explain
 
 SEE_DOCS = "See https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."
 
@@ -221,9 +221,9 @@ def test_other_failures_are_told_in_one_line(error: Exception, kind: type[Kervan
 
 
 def test_a_gateways_failure_that_is_not_vllms_keeps_its_words() -> None:
-    assert known(OSError(98, "Address already in use")) is None
+    assert diagnosed(OSError(98, "Address already in use")) is None
     too_long = ValueError("User-specified max_model_len (4096) is greater than the derived max_model_len (2048)")
-    assert str(known(too_long)).endswith("Fix: a max_model_len within the model's own context length")
+    assert str(diagnosed(too_long)).endswith("Fix: a max_model_len within the model's own context length")
 
 
 def test_long_texts_are_cut() -> None:
