@@ -11,7 +11,7 @@ from kervan.policy import pools as pool_sizes
 from kervan.serve import pools
 
 APP_PREFIX = "kervan-"  # of a fleet's application in Serve
-BUSY = "busy"  # a gateway's metric: the share of a core that its loop used
+BUSY = "busy"  # a gateway's metric: the share of the time in which its loop ran, or waited for a core
 READ_PERIOD_S = 0.5  # Serve asks ten times a second
 
 
