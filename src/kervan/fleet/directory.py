@@ -65,9 +65,9 @@ class Traffic(msgspec.Struct, frozen=True):
 class GatewayEntry(msgspec.Struct, frozen=True):
     """One gateway. `url` is public; `internal_url` reaches this very gateway, not its neighbours on the port.
 
-    `busy`: the share of the last second in which its loop ran, or waited for a core. `models`: names by which clients may ask it.
-    `neighbours`: other fleets on its port to which it passes requests on. `copies_address`: where it takes copies of
-    other gateways' journals, host:port.
+    `busy`: the share of the last second in which its loop ran, or waited for a core. `models`: names by which clients
+    may ask it. `neighbours`: other fleets on its port to which it passes requests on. `copies_address`: where it takes
+    copies of other gateways' journals, host:port.
     """
 
     id: str

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Shares of the time of a gateway's loop, which runs on one core. Above HIGH, a burst of first tokens waits in the loop; TARGET
-# leaves room for connections that do not spread evenly, since the kernel deals them out by hash and a client keeps its.
+# Shares of the time of a gateway's loop, which runs on one core. Above HIGH, a burst of first tokens waits in the loop;
+# TARGET leaves room for connections that do not spread evenly: the kernel deals them out by hash, and a client keeps its.
 HIGH = 0.7
 TARGET = 0.5
 LOW = 0.35
@@ -20,7 +20,7 @@ class GatewayCount:
 
 
 def decide(busy: Sequence[float], current: int, minimum: int, maximum: int) -> GatewayCount:
-    """`busy`: the share of the time in which each gateway's loop ran, or waited for a core. `current`: how many there are to be.
+    """`busy`: the share of the time in which each gateway's loop ran, or waited for a core. `current`: the number now.
 
     One leaves at a time, and only if the others stay below LOW without it; between LOW and HIGH nothing changes.
     """
