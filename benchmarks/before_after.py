@@ -162,7 +162,7 @@ def run(sides: list[Side], model: str, args: argparse.Namespace, record: Row, sa
         loads.append({
             "side": side.name,
             "failed": measured["requests"]["errors"],
-            "tok_s": measured["output_tok_s"],
+            "tok_s": measured["out_tok_s"],
             "ttft_ms": measured["ttft_s"]["p50"] * 1e3,
             "tpot_ms": measured["tpot_s"]["p50"] * 1e3,
             "gateway_us_per_token": cpu_s / measured["output_tokens"] * 1e6,

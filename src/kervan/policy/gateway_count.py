@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Shares of the time of a gateway's loop, which runs on one core. Above HIGH, a burst of first tokens waits in the loop;
-# TARGET leaves room for connections that do not spread evenly: the kernel deals them out by hash, and a client keeps its.
+# TARGET leaves room for connections that spread unevenly: the kernel deals them by hash, and a client keeps its.
 HIGH = 0.7
 TARGET = 0.5
 LOW = 0.35
