@@ -118,6 +118,13 @@ def medians(rows: list[Row], side: str, figures: tuple[str, ...]) -> Row:
     return found
 
 
+def ratios(rows: list[Row], figure: str) -> list[float]:
+    """After over before of each pair, smallest first; the host's speed drifts, and both of a pair share it."""
+    by_pair = zip(rows[::2], rows[1::2], strict=True)
+    ordered = [sorted(pair, key=lambda row: row["side"]) for pair in by_pair]  # "after" is before "before"
+    return sorted(after[figure] / before[figure] for after, before in ordered)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a checkout of the code before")
@@ -182,6 +189,9 @@ def run(sides: list[Side], model: str, args: argparse.Namespace, record: Row, sa
         chaos.append({"side": side.name} | {name: told[name] for name in CHAOS})
         print(json.dumps(chaos[-1]), flush=True)
         save()
+    for figure in FIGURES:
+        least, *_, most = of_pairs = ratios(loads, figure)
+        print(f"{figure}: after/before {statistics.median(of_pairs):.2f} [{least:.2f}, {most:.2f}]")
     for side in sides:
         print(side.name, side.commit, json.dumps(medians(loads, side.name, FIGURES)))
         mine = [row for row in chaos if row["side"] == side.name]
