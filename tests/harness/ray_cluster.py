@@ -26,7 +26,7 @@ UP = "will now block forever"  # what `ray start --block` says then
 # What Ray takes for one. Gateways are placed where GPUs are, alternating; twins, which take none, anywhere.
 AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
 SECOND = "127.0.0.2"
-LEAN = ["--include-log-monitor=false"]  # it reads all logs for drivers that print them; kervan's do not
+LEAN = ["--include-log-monitor=false"]  # it reads all logs for drivers that print them, and few do
 
 
 @dataclass(frozen=True)

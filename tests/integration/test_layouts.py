@@ -68,7 +68,9 @@ async def test_half_of_a_tensor_parallel_group_dies(pair: Fleet) -> None:
 
 @pytest.fixture
 def cluster(scratch: Path) -> Iterator[RayCluster]:
-    with ray_cluster(scratch, "stages", "--num-cpus=1", second=["--num-cpus=1"]) as owned:
+    # The log monitor brings what stages print into their replica's log.
+    node = ("--num-cpus=1", "--include-log-monitor=true")
+    with ray_cluster(scratch, "stages", *node, second=node) as owned:
         yield owned
 
 
