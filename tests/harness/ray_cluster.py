@@ -26,6 +26,7 @@ UP = "will now block forever"  # what `ray start --block` says then
 # What Ray takes for one. Gateways are placed where GPUs are, alternating; twins, which take none, anywhere.
 AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
 SECOND = "127.0.0.2"
+CLOSE_S = 3.0
 LEAN = ["--include-log-monitor=false"]  # it reads all logs for drivers that print them, and few do
 
 
@@ -123,7 +124,8 @@ class RayCluster:
                 parts.append(process)
         for node in self._nodes.values():
             node.terminate()
-        _, alive = psutil.wait_procs(parts, timeout=20)
+        # A head on which Serve ran does not end by this for over 20 s.
+        _, alive = psutil.wait_procs(parts, timeout=CLOSE_S)
         for process in alive:
             with contextlib.suppress(psutil.Error):
                 process.kill()
