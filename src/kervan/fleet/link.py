@@ -101,6 +101,7 @@ class ReplicaLink:
     risky_until_s: float = 0.0
     may_linger: bool = False
     _step_s: float | None = None  # between two steps, a mean over about the last ten
+    stalled_at_s: float | None = None  # when it was last found to stand still
     _stepped_s: float = 0.0
 
     @property
@@ -148,6 +149,13 @@ class ReplicaLink:
         if not self.pong_s:
             return 0.0
         return max(0.0, now_s - max(self.pong_s - self.pong.stalled_s, self._stepped_s))
+
+    def stood_still_before(self, placed_s: float) -> bool:
+        """Whether it was found to stand still before a stream was placed there, and has made no step since.
+
+        Its streams were moved off then, so it looked idle, and got new ones; these have not made it stand still.
+        """
+        return self.stalled_at_s is not None and self._stepped_s < self.stalled_at_s <= placed_s
 
     def pace_s(self, now_s: float) -> float | None:
         """Seconds between two tokens of a stream there; None if that is not known, or it stands still."""

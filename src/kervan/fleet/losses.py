@@ -64,6 +64,9 @@ class Losses:
         await self._placements.place_held()
 
     async def _move_or_reject(self, stream: Stream, link: ReplicaLink, reason: str) -> None:
+        if stream.is_movable and not stream.gave_token and link.stood_still_before(stream.placed_s):
+            await self._placements.move(stream, link)  # what was wrong there was so before it came
+            return
         decision = quarantine.decide(
             losses=len(stream.losses),
             unproven_losses=stream.unproven_losses,

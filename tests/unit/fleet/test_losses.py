@@ -115,6 +115,30 @@ async def test_what_a_replica_may_stand_still_over_is_tried_once_elsewhere(bench
 # ---- they are suspected
 
 
+async def test_a_replica_that_stood_still_before_is_lost_through_no_stream_that_came_later(bench: Bench) -> None:
+    """Its streams have left, so it looks idle and gets new ones; then the watchdog ends it."""
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("x", max_tokens=40)
+    await bench.placed(a, "x")
+    await bench.add("y", max_tokens=40)
+    await bench.placed(b, "y")
+    await bench.steps(a, 1)
+    await bench.steps(b, 1)
+    b.stalled_s = 100.0
+    await bench.placed(a, "x", "y~1")
+    b.stalled_s = 0.0
+    await until(lambda: not bench.link(b).load.is_stalled)
+    await bench.add("s")
+    await bench.placed(b, "s")
+    link = bench.link(b)
+    await until(lambda: link.pong_s > link.streams["s"].placed_s, "it was alive with it")
+    await bench.kill(b)
+    await until(lambda: "s~1" in a.running)
+    assert bench.link(a).load.num_suspects == 0
+    await bench.finished("x", "y", "s")
+    assert bench.client.counts.given_up == 0
+
+
 async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_finish(bench: Bench) -> None:
     a, b = await bench.start("a"), await bench.start("b")
     for i in range(4):
