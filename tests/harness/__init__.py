@@ -1,5 +1,10 @@
 """What several tests share: README.md has a line for each module."""
 
+from pathlib import Path
+
 import pytest
 
-pytest.register_assert_rewrite(__name__)  # before its modules are imported: else their assertions fail without a word
+# Before its modules are imported: else their assertions fail without a word of what they compared.
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{path.stem}" for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+)
