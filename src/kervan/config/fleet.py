@@ -140,7 +140,9 @@ class FleetConfig:
         0.0, "Above 0: clients can reconnect to a stream for this long after it ended or broke", 0, 86_400
     )
     replay_max_mib: int = _setting(256, "Memory that each gateway may use for replay_s, in MiB", 1, 1 << 20)
-    warm_start: bool = _setting(True, "Fork engines from a process on the node that has already imported vLLM")
+    warm_start: bool = _setting(
+        True, "Fork engines and gateways from a process on the node that has already imported vLLM"
+    )
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
