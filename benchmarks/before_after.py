@@ -142,9 +142,10 @@ def main() -> None:
             Side("before", args.before.resolve(), Path(place) / "a"),
             Side("after", HERE.parent, Path(place) / "b"),
         ]
-        record = records.record("before_after", {"commits": {side.name: side.commit for side in sides}})
+        record = records.record(
+            "before_after", {"streams": args.streams, "commits": {side.name: side.commit for side in sides}}
+        )
         record["command"] = " ".join(["python", "benchmarks/before_after.py", "BEFORE", *sys.argv[2:]])
-        record["hardware"]["streams"] = args.streams
         try:
             run(sides, model, args, record, lambda: args.record and records.write(args.record, record))
         finally:

@@ -66,8 +66,9 @@ class _Engine:
         return StartFailure(self.id, failure.kind, failure.message, str(self.process.log_path))
 
     def become_ready(self) -> None:
-        """It may get requests."""
-        self._ready_s, self.reason, self.state = time.monotonic(), "", "ready"
+        """It may get requests, unless it drains already."""
+        if self.state == "starting":
+            self._ready_s, self.reason, self.state = time.monotonic(), "", "ready"
 
 
 class EngineReplica:
@@ -141,7 +142,11 @@ class EngineReplica:
         with contextlib.suppress(FleetError):
             self._beat().result(BEAT_TIMEOUT_S)
         if self._placement is None and engine.ready_for_s >= MIN_LIFE_S:
-            self._restart(engine)
+            try:
+                self._restart(engine)
+            except Exception:  # no process, memory or disk is left for another: without an engine this actor is no use
+                logger.exception("no engine can be started in the place of %s", engine.id)
+                os._exit(1)
         else:
             os._exit(1)  # Serve replaces an actor that is gone at once; a failing health check would take three periods
 

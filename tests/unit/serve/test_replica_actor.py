@@ -118,6 +118,16 @@ def test_serve_has_its_turn_when_that_one_does_not_start(bench: Bench) -> None:
     assert bench.told[-2:] == [("failed: no memory", "e1"), ("removed", "e1")]
 
 
+@pytest.mark.usefixtures("has_lived")
+def test_serve_has_its_turn_when_no_process_can_be_started(bench: Bench) -> None:
+    def no_more_processes() -> None:
+        raise BlockingIOError("no more processes")
+
+    bench.replica._start = no_more_processes
+    with pytest.raises(Exited):
+        bench.engine_ends()
+
+
 def test_serve_has_its_turn_when_an_engine_ends_soon(bench: Bench) -> None:
     with pytest.raises(Exited):
         bench.engine_ends()
