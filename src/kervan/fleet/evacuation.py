@@ -70,7 +70,7 @@ class Evacuations:
             pause_s: float | None = None
             if link.streams:
                 others = self._links.values()
-                targets = [other for other in others if not other.is_draining and not other.load.is_stalled]
+                targets = [other for other in others if not (other.is_draining or other.load.is_doubtful)]
                 state = evacuation_state(
                     link, targets, lengths=self._lengths, prefill_tokens_per_s=self._prefill.tokens_per_s
                 )

@@ -136,6 +136,7 @@ class ReplicaLink:
         """The engine has sent the outputs of a step."""
         now_s = time.monotonic()
         gap_s, self._stepped_s = now_s - self._stepped_s, now_s
+        self.load.is_on_trial = False
         if gap_s < LONGEST_STEP_S:  # else it had nothing to do
             self._step_s = gap_s if self._step_s is None else self._step_s + STEP_WEIGHT * (gap_s - self._step_s)
 

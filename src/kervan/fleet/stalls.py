@@ -36,6 +36,7 @@ class StallDetector:
             if is_stalled and not link.load.is_stalled:
                 self._stalled_at_s.append(now_s)
                 link.stalled_at_s = now_s
+                link.load.is_on_trial = True
             link.load.is_stalled = is_stalled
         return decision.reasons if decision.can_move else {}
 

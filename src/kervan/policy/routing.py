@@ -30,7 +30,8 @@ class ReplicaLoad:
     at once: with 4 gateways, 4 replicas and 256 streams in a closed loop, replicas then differ by 4 streams on
     average instead of 14 (`tests/unit/policy/test_routing.py`). `own_tokens` is exact.
 
-    `is_risky`: it is likelier to go soon than others (`risky_for_s`).
+    `is_risky`: it is likelier to go soon than others (`risky_for_s`). `is_on_trial`: it stood still, and has made no
+    step since its streams left it: it may have gone on, or be about to be ended.
 
     Kept up to date in place by its owner: making one for each replica at each placement would cost more than deciding.
     """
@@ -43,6 +44,12 @@ class ReplicaLoad:
     num_gateways: int = 1
     is_stalled: bool = False
     is_risky: bool = False
+    is_on_trial: bool = False
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether another stream may wait there in vain: it stands still, or is on trial with a stream already."""
+        return self.is_stalled or (self.is_on_trial and self.own_tokens > 0)
 
     def add(self, tokens: int) -> None:
         """Add `tokens` (negative: take off) to what this gateway's streams cost."""
@@ -73,13 +80,13 @@ def decide(replicas: Sequence[ReplicaLoad], *, is_suspect: bool = False) -> Plac
 
     A suspect (its last replica died before it gave a token) is tried alone: only a replica that hosts no
     other suspect takes it, so that a second death leads to one stream and not to its neighbours. One that stands still
-    takes streams only if all do.
+    takes streams only if all do, and one that stood still takes one stream of this gateway until it has made a step.
     """
     best = min(replicas, key=_tokens, default=None)
-    if best is None or best.is_draining or best.is_stalled or (is_suspect and best.num_suspects):
+    if best is None or best.is_draining or best.is_doubtful or (is_suspect and best.num_suspects):
         live = [replica for replica in replicas if not replica.is_draining]
         able = [replica for replica in live if not (is_suspect and replica.num_suspects)]
-        best = min((replica for replica in able if not replica.is_stalled), key=_tokens, default=None)
+        best = min((replica for replica in able if not replica.is_doubtful), key=_tokens, default=None)
         if best is None:
             best = min(able, key=_tokens, default=None)
         if best is None:
@@ -103,7 +110,9 @@ def safer(replicas: Sequence[ReplicaLoad], chosen: ReplicaLoad, *, is_suspect: b
 
     None without one: a loaded fleet is not loaded more for what may not happen.
     """
-    able = [r for r in replicas if not (r.is_risky or r.is_draining or r.is_stalled or (is_suspect and r.num_suspects))]
+    able = [r for r in replicas if not (r.is_risky or r.is_draining or r.is_doubtful)]
+    if is_suspect:
+        able = [r for r in able if not r.num_suspects]
     best = min(able, key=_tokens, default=None)
     if best is None or best.outstanding_tokens > SIMILAR * chosen.outstanding_tokens + ROOM_TOKENS:
         return None

@@ -80,6 +80,27 @@ async def test_streams_move_off_a_replica_that_stands_still_and_it_may_go_on(ben
     assert (bench.client.counts.moved, bench.client.counts.lost_replicas) == (1, 0)
 
 
+async def test_a_replica_that_stood_still_gets_one_stream_until_it_has_made_a_step(bench: Bench) -> None:
+    """Without streams it looks idle, and each of the new ones would wait there for as long as the first."""
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", max_tokens=80)
+    await bench.placed(a, "s")
+    a.stalled_s = 100.0
+    await bench.placed(b, "s~1")
+    a.stalled_s = 0.0
+    await until(lambda: not bench.link(a).load.is_stalled)
+    await bench.add("t", max_tokens=8)
+    await bench.placed(a, "t")
+    for request in ("u", "v"):  # though `b` has much more to do
+        await bench.add(request, max_tokens=8)
+    await bench.placed(b, "s~1", "u", "v")
+    await bench.steps(a, 1)
+    await until(lambda: not bench.link(a).load.is_on_trial)
+    await bench.add("w", max_tokens=8)
+    await bench.placed(a, "t", "w")
+    await bench.finished("s", "t", "u", "v", "w")
+
+
 async def test_nothing_moves_when_all_stand_still(bench: Bench) -> None:
     a, b = await bench.start("a"), await bench.start("b")
     await bench.add("s", max_tokens=8)

@@ -16,7 +16,9 @@ LOADS = st.lists(
         st.integers(0, 5),
         st.booleans(),
         st.integers(0, 1),
+        own_tokens=st.integers(0, 1),
         is_stalled=st.booleans(),
+        is_on_trial=st.booleans(),
     ),
     max_size=6,
     unique_by=lambda load: load.replica_id,
@@ -47,7 +49,7 @@ def test_placement_table(replicas: list[tuple], is_suspect: bool, chosen: str | 
 def test_the_least_loaded_that_may_take_it_takes_it(loads: list[ReplicaLoad], is_suspect: bool) -> None:
     placement = routing.decide(loads, is_suspect=is_suspect)
     able = [r for r in loads if not r.is_draining and not (is_suspect and r.num_suspects)]
-    able = [r for r in able if not r.is_stalled] or able
+    able = [r for r in able if not (r.is_stalled or (r.is_on_trial and r.own_tokens))] or able
     if not able:
         assert placement.replica_id is None
         return
