@@ -86,7 +86,8 @@ def test_options_and_variables_are_known() -> None:
     raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     assert ray_internals.PRESTART_VARIABLE.encode() in raylet.read_bytes()
     source = inspect.getsource(constants)
-    for variable in (ray_internals.CONTROL_LOOP_VARIABLE, ray_internals.HAPROXY_VARIABLE):
+    haproxy = (ray_internals.HAPROXY_VARIABLE, *ray_internals.HAPROXY_PORT_VARIABLES)
+    for variable in (ray_internals.CONTROL_LOOP_VARIABLE, *haproxy):
         assert f'"{variable}"' in source
 
 

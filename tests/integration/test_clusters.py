@@ -14,6 +14,7 @@ from harness.ray_cluster import RayCluster, ray_cluster
 
 from kervan.demo import PAIRS
 from kervan.ports import free_port
+from kervan.serve.ray_internals import HAPROXY_PORT_VARIABLES, HAPROXY_VARIABLE
 
 QUESTION, ANSWER = next(iter(PAIRS.items()))
 
@@ -21,7 +22,8 @@ QUESTION, ANSWER = next(iter(PAIRS.items()))
 @pytest.fixture(scope="module")
 def cluster(scratch: Path) -> Iterator[RayCluster]:
     """A Ray cluster of one node as its owner starts it, with HAProxy."""
-    with ray_cluster(scratch, "guest", more={"RAY_SERVE_ENABLE_HA_PROXY": "1"}) as owned:
+    ports = {name: str(free_port()) for name in HAPROXY_PORT_VARIABLES}
+    with ray_cluster(scratch, "guest", more={HAPROXY_VARIABLE: "1", **ports}) as owned:
         yield owned
 
 

@@ -1,10 +1,12 @@
 """A fleet as one Serve application: gateways over a pool of engine replicas."""
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from kervan.config.fleet import FleetConfig
@@ -18,6 +20,7 @@ from kervan.serve.versions import versions
 HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 SURGE_PERCENT = 25
+TAKEN_PORT = re.compile(r"cannot bind socket \(Address already in use\) for \[(\S+)\]")
 UNLIMITED = 1_000_000_000  # kervan's gateways carry the requests; Serve counts none
 
 
@@ -109,7 +112,8 @@ def _quiet() -> None:
 def start_serve(config: FleetConfig) -> None:
     """Start Serve's controller, unless it runs; with direct ingress, without a proxy.
 
-    Raises: FleetError when Serve runs already and its proxies do not listen where the fleet wants them.
+    Raises: FleetError when its proxies do not start, or when Serve runs already and they do not listen where the fleet
+    wants them.
     """
     _quiet()
     proxies = ray_internals.serve_proxies()
@@ -117,7 +121,10 @@ def start_serve(config: FleetConfig) -> None:
         if config.ingress == "direct":
             serve.start(proxy_location="Disabled")
         else:
-            serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=config.host, port=config.port))
+            try:
+                serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=config.host, port=config.port))
+            except (RayError, TimeoutError) as error:
+                raise FleetError(proxy_failure(str(error))) from error
     elif config.ingress == "serve":  # Serve keeps the proxies of its first start
         if not proxies.are_enabled:
             raise FleetError(
@@ -129,6 +136,18 @@ def start_serve(config: FleetConfig) -> None:
                 f"Serve listens on port {proxies.port} of this cluster already, not on {config.port}; "
                 f"use --port {proxies.port}, or --ingress direct"
             )
+
+
+def proxy_failure(said: str) -> str:
+    """Why Serve's proxies did not start, from what Ray says of it: a traceback with HAProxy's output."""
+    if taken := TAKEN_PORT.findall(said):
+        return (
+            f"Serve's HTTP proxy did not start: {' and '.join(dict.fromkeys(taken))} of a node is taken, perhaps by the "
+            f"proxy of another Ray cluster there; set {' and '.join(ray_internals.HAPROXY_PORT_VARIABLES)} for Ray on "
+            "all nodes to free ports, or use another --port or --ingress direct"
+        )
+    last_line = said.strip().rpartition("\n")[2][:300] or "Ray says nothing of it"
+    return f"Serve's HTTP proxy did not start: {last_line}; use --ingress direct, or see the logs of Ray on its nodes"
 
 
 def delete(fleet_name: str) -> None:

@@ -17,6 +17,8 @@ NICENESS_VARIABLE = "RAY_worker_niceness"
 # Serve looks at its replicas 10 times a second by default: idle work beside the gateways.
 CONTROL_LOOP_VARIABLE = "RAY_SERVE_CONTROL_LOOP_INTERVAL_S"
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+# HAProxy's own ports, of its metrics and its state; fixed, so two Ray clusters on one machine need others.
+HAPROXY_PORT_VARIABLES = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 # Ray starts an idle worker per core when its first driver joins; kervan has a few actors, whatever the number of cores.
 PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 
