@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import commands, groups
+from harness import commands, groups, warm_owner
 
 from kervan import autogroups
 
@@ -91,6 +91,7 @@ def _strays(scratch: Path) -> list[str]:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     commands.end()
+    warm_owner.end()
     scratch = session.config.stash[SCRATCH]
     deadline_s = time.monotonic() + LEAVE_S
     while (left := _strays(scratch)) and time.monotonic() < deadline_s:

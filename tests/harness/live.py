@@ -18,14 +18,21 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness import commands
+from harness import commands, warm_owner
 from kervan.ports import free_port
+from kervan.serve.environment import WARM_OWNER
 
 # Starts take a minute on two idle cores; several minutes mean that the machine is shared, not that it hangs.
 START_S = 600.0
 REQUEST_S = 60.0
 UNTIL_S = 120.0
 SMALL = ("dtype=float32", "enforce_eager=true")
+# Of all fleets, as those that differ are forked from another warm process. Left alone, vLLM binds every engine of a small
+# machine to core 0, and the tests run up to three.
+ENVIRONMENT = (
+    *("--env", "VLLM_CPU_KVCACHE_SPACE=1", "--env", "TORCH_COMPILE_DISABLE=1"),
+    *("--env", "VLLM_CPU_OMP_THREADS_BIND=nobind", "--env", "OMP_NUM_THREADS=1"),
+)
 
 
 def eventually(check: Callable[[], Any], what: str, timeout_s: float, every_s: float = 0.3) -> Any:
@@ -70,6 +77,7 @@ class Home:
 
     scratch: Path
     name: str = "home"
+    keeps_warm: bool = True  # False: the warm process ends with the Ray cluster, as a user's does
 
     @property
     def path(self) -> Path:
@@ -80,7 +88,8 @@ class Home:
         # What pytest says of the test would make every engine's environment another one, and so each its warm process.
         left_out = ("RAY_", "KERVAN_API_KEY", "PYTEST_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
-        return {**kept, "KERVAN_HOME": str(self.path), "TMPDIR": str(self.scratch)}
+        warm = {WARM_OWNER: str(warm_owner.pid())} if self.keeps_warm else {}
+        return {**kept, **warm, "KERVAN_HOME": str(self.path), "TMPDIR": str(self.scratch)}
 
     def command(self, *args: str) -> dict[str, Any]:
         """Keywords for subprocess that run `kervan args`."""
@@ -111,9 +120,7 @@ class Home:
         words = [word for arg in engine_args for word in ("--engine-arg", arg)]
         done = self.kervan(
             *("up", str(model), "--name", name, "--detach", "--json", "--port", str(port), *words, *options),
-            *("--env", "VLLM_CPU_KVCACHE_SPACE=1"),
-            # Left alone, vLLM binds every engine of a small machine to core 0; the tests run up to three.
-            *("--env", "VLLM_CPU_OMP_THREADS_BIND=nobind", "--env", "OMP_NUM_THREADS=1"),
+            *ENVIRONMENT,
         )
         assert done.returncode == 0, f"kervan up failed:\n{done.stderr}{done.stdout}"
         return Fleet(self, name, json.loads(done.stdout)["url"], port)

@@ -45,7 +45,7 @@ class RayCluster:
     """Nodes, by the name given to them."""
 
     def __init__(self, scratch: Path, name: str, more: Mapping[str, str] | None = None):
-        self.home = RayHome(scratch, name, tuple({**SETTINGS, **(more or {})}.items()))
+        self.home = RayHome(scratch, name, ray_environment=tuple({**SETTINGS, **(more or {})}.items()))
         self.port = free_port()
         self.place = scratch / f"r-{name[:4]}"
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness.live import REQUEST_S, SMALL, START_S, Fleet, Home, eventually, is_alive
+from harness.live import ENVIRONMENT, REQUEST_S, SMALL, START_S, Fleet, Home, eventually, is_alive
 from harness.ray_cluster import SECOND, RayCluster, ray_cluster
 from harness.shared_fleet import Models
 from harness.undisturbed import answers_undisturbed, under_load
@@ -90,8 +90,7 @@ def test_stages_are_on_nodes_of_their_own(cluster: RayCluster, models: Models) -
     arguments = [word for argument in (*SMALL, "max_model_len=256") for word in ("--engine-arg", argument)]
     up = threading.Thread(
         target=lambda: ended.append(
-            home.kervan("up", str(models.demo), *name, *address, "--pp", "2", "--detach", *arguments,
-                        "--env", "VLLM_CPU_KVCACHE_SPACE=1", "--env", "VLLM_CPU_OMP_THREADS_BIND=nobind")
+            home.kervan("up", str(models.demo), *name, *address, "--pp", "2", "--detach", *arguments, *ENVIRONMENT)
         )
     )  # fmt: skip
     up.start()

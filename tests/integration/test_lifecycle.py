@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.live import SMALL, START_S, Fleet, Home, eventually
+from harness.live import ENVIRONMENT, SMALL, START_S, Fleet, Home, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 from kervan.demo import PAIRS
@@ -63,7 +63,7 @@ def test_missing_model(home: Home, tmp_path: Path) -> None:
 def test_too_little_memory_for_the_cache(fleet: Fleet, home: Home, models: Any) -> None:
     """Known only after the engine has loaded the model; the attempt is undone, and the fleet beside it lives."""
     done = home.kervan(
-        *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach"),
+        *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach", *ENVIRONMENT),
         *arguments("max_model_len=2048", "kv_cache_memory_bytes=1000000"),
     )
     assert_refused(done, "max_model_len")
@@ -76,7 +76,7 @@ def test_too_little_memory_for_the_cache(fleet: Fleet, home: Home, models: Any) 
 def test_a_gateway_that_vllm_refuses(fleet: Fleet, home: Home, models: Any) -> None:
     """Twins read no engine arguments, so the gateway is the first to see that this one makes no sense."""
     done = home.kervan(
-        *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach"),
+        *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach", *ENVIRONMENT),
         *("--engine", "twin", "--gpu", "H200", *arguments("max_model_len=4096")),
     )
     assert_refused(done, "Fix: a max_model_len within the model's own context length")
@@ -95,11 +95,11 @@ def processes_of(fleet_name: str) -> list[str]:
 
 
 def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], list[str]]) -> None:
-    home = Home(scratch, "interrupted")
+    home = Home(scratch, "interrupted", keeps_warm=False)
     known, alive_before = home.ray_directories(), set(strays())
     words = home.command(
         *("up", str(models.demo), "--port", str(free_port()), *arguments("max_model_len=512")),
-        *("--env", "VLLM_CPU_KVCACHE_SPACE=1"),  # without it vLLM wants nearly all of the machine's memory
+        *ENVIRONMENT,
     )
     with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr is not None
@@ -127,7 +127,7 @@ def test_a_fleet_in_the_foreground_ends_with_its_command(
     scratch: Path, models: Any, strays: Callable[[], list[str]], number: signal.Signals
 ) -> None:
     """Systemd and Kubernetes send SIGTERM, for which Ray brings a handler of its own."""
-    home = Home(scratch, f"fore{number}")
+    home = Home(scratch, f"fore{number}", keeps_warm=False)
     known, alive_before = home.ray_directories(), set(strays())
     words = home.command("up", str(models.demo), "--port", str(free_port()), "--engine", "twin", "--gpu", "H200")
     with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:

@@ -43,7 +43,7 @@ def test_a_replay_that_is_told_to_end_leaves_nothing(
     scratch: Path, models: Models, strays: Callable[[], list[str]]
 ) -> None:
     """By SIGTERM, for which Ray, and there is one in the command itself, brings a handler of its own."""
-    home = Home(scratch, "untold")
+    home = Home(scratch, "untold", keeps_warm=False)
     known, alive_before = home.ray_directories(), set(strays())
     words = ("--replay", str(TRACES / "spotserve_0304.txt"), "--trace", str(REQUESTS), "--json")
     with subprocess.Popen(**home.command("chaos", str(models.demo), *words), stdout=subprocess.PIPE) as process:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from harness.live import Fleet, Home, eventually, eventually_async
+from harness.live import ENVIRONMENT, Fleet, Home, eventually, eventually_async
 from harness.shared_fleet import Models
 from harness.twin_load import NUM_STREAMS, STEP_S, kervan, kill_actor, load
 
@@ -214,7 +214,7 @@ async def test_a_directory_dies_and_no_request_for_its_fleet_is_refused(
 
 
 def refusal(home: Home, models: Models, *options: str) -> str:
-    twin = ("--engine", "twin", "--gpu", "H200", "--name", "gamma", "--detach")
+    twin = ("--engine", "twin", "--gpu", "H200", "--name", "gamma", "--detach", *ENVIRONMENT)
     done = home.kervan("up", str(models.demo), *twin, *options)
     assert done.returncode == 1
     return done.stderr.splitlines()[-1]

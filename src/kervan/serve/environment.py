@@ -4,6 +4,16 @@ import os
 
 from kervan.config.fleet import FleetConfig
 
+WARM_OWNER = "KERVAN_WARM_OWNER_PID"
+
+
+def warm_owner_pid() -> int:
+    """The process with which the node's warm process ends: this actor's raylet, which outlives actors.
+
+    Or the one that the environment names: then Ray clusters that start one after the other find it ready.
+    """
+    return int(os.environ.get(WARM_OWNER) or os.getppid())
+
 
 def process_environment(config: FleetConfig, *, is_on_cpu: bool) -> dict[str, str]:
     """The whole environment of an engine or gateway: this actor's, less what Ray set for its own, and the user's.

@@ -25,7 +25,7 @@ from kervan.serve import watchers
 from kervan.serve.autoscaling import BUSY
 from kervan.serve.cluster import home
 from kervan.serve.directory.client import find_directory
-from kervan.serve.environment import process_environment
+from kervan.serve.environment import process_environment, warm_owner_pid
 from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
 
 logger = logging.getLogger(__name__)
@@ -140,8 +140,7 @@ class GatewayReplica(_GatewayActor):
             await self._process.start(
                 neighbours,
                 env=process_environment(self._config, is_on_cpu=self._config.engine == "twin" or not _has_gpus()),
-                # The parent is the node's raylet, which outlives gateways.
-                fork_for_pid=os.getppid() if self._config.warm_start else None,
+                fork_for_pid=warm_owner_pid() if self._config.warm_start else None,
             )
         except FleetError as error:
             self._is_stopping = True

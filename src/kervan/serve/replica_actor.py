@@ -21,7 +21,7 @@ from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import watchers
 from kervan.serve.cluster import home
 from kervan.serve.directory.client import DirectoryResponse, find_directory
-from kervan.serve.environment import process_environment
+from kervan.serve.environment import process_environment, warm_owner_pid
 from kervan.twin import settings as twins
 from kervan.twin.replica import TwinSpec
 
@@ -123,8 +123,7 @@ class EngineReplica:
             log_path=new_log(home() / "logs", f"{self._config.name}-{engine_id}"),
             env=process_environment(self._config, is_on_cpu=self._is_on_cpu),
             module=module,
-            # The parent is the node's raylet, which outlives replicas.
-            fork_for_pid=os.getppid() if module == VLLM_ENGINE and self._config.warm_start else None,
+            fork_for_pid=warm_owner_pid() if module == VLLM_ENGINE and self._config.warm_start else None,
             on_change=self._on_change,
         )
         return _Engine(engine_id, process)

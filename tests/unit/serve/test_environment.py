@@ -1,11 +1,12 @@
 """What an engine's or gateway's process has of its actor's environment, and of the fleet's."""
 
+import os
 from typing import Any
 
 import pytest
 
 from kervan.config.fleet import FleetConfig
-from kervan.serve.environment import process_environment
+from kervan.serve.environment import process_environment, warm_owner_pid
 
 EAGER = {"enforce_eager": True}
 
@@ -43,3 +44,12 @@ def test_what_ray_set_for_its_actor_is_not_the_engines(monkeypatch: pytest.Monke
 def test_the_gpus_of_an_actor_are_its_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert process_environment(FleetConfig(model="m"), is_on_cpu=False)["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+def test_the_warm_process_ends_with_ray_or_with_the_process_that_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("KERVAN_WARM_OWNER_PID", raising=False)
+    assert warm_owner_pid() == os.getppid()
+    monkeypatch.setenv("KERVAN_WARM_OWNER_PID", "4711")
+    assert warm_owner_pid() == 4711
