@@ -141,10 +141,11 @@ def start_serve(config: FleetConfig) -> None:
 def proxy_failure(said: str) -> str:
     """Why Serve's proxies did not start, from what Ray says of it: a traceback with HAProxy's output."""
     if taken := TAKEN_PORT.findall(said):
+        places, variables = " and ".join(dict.fromkeys(taken)), " and ".join(ray_internals.HAPROXY_PORT_VARIABLES)
         return (
-            f"Serve's HTTP proxy did not start: {' and '.join(dict.fromkeys(taken))} of a node is taken, perhaps by the "
-            f"proxy of another Ray cluster there; set {' and '.join(ray_internals.HAPROXY_PORT_VARIABLES)} for Ray on "
-            "all nodes to free ports, or use another --port or --ingress direct"
+            f"Serve's HTTP proxy did not start: {places} of a node is taken, perhaps by the "
+            f"proxy of another Ray cluster there; set {variables} for Ray on all nodes to free ports, or use another "
+            "--port or --ingress direct"
         )
     last_line = said.strip().rpartition("\n")[2][:300] or "Ray says nothing of it"
     return f"Serve's HTTP proxy did not start: {last_line}; use --ingress direct, or see the logs of Ray on its nodes"
