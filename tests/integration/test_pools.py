@@ -44,8 +44,9 @@ async def test_spot_goes_and_comes_back(cluster: RayCluster, models: Models, scr
     arguments = ("max_model_len=2048", "served_model_name=twin")
     options = ("--config", str(config), "--pool", "spot:0..2", "--gateways", "1", "--address", cluster.address)
     fleet = await asyncio.to_thread(cluster.home.up, models.demo, "mixed", arguments, *options)
+    # On a busy machine the spot replicas are late, and on-demand covers for them until they are there.
+    await eventually_async(lambda: sizes(fleet) == (1, 2), "each pool has its own", START_S)
     status = fleet.status()
-    assert {pool: found["ready"] for pool, found in status["pools"].items()} == {"on-demand": 1, "spot": 2}
     assert {r["pool"] for r in status["replicas"] if r["node"] == SPOT_NODE} == {"spot"}
     assert {r["pool"] for r in status["replicas"] if r["node"] != SPOT_NODE} == {"on-demand"}
     assert "no problems found" in await kervan(fleet, "status", "--why")
