@@ -63,7 +63,7 @@ def test_missing_model(home: Home, tmp_path: Path) -> None:
 def test_too_little_memory_for_the_cache(fleet: Fleet, home: Home, models: Any) -> None:
     """Known only after the engine has loaded the model; the attempt is undone, and the fleet beside it lives."""
     done = home.kervan(
-        *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach", *ENVIRONMENT),
+        *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach"),
         *arguments("max_model_len=2048", "kv_cache_memory_bytes=1000000"),
     )
     assert_refused(done, "max_model_len")
