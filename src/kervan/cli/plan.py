@@ -1,5 +1,6 @@
 """`kervan plan`."""
 
+import dataclasses
 import datetime
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ SHOWN = 12
 LAYOUT_ARGUMENTS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel")
 SECTIONS = {
     "Machines": "--gpu --gpus --nodes --network --layout",
-    "Load": "--isl --osl --trace --rate --concurrency",
+    "Load": "--isl --osl --trace --rate --concurrency --prefix-hit",
     "Goal": "--slo --goal --price --prices",
     "Model": "--engine-arg --calibration --gateways",
     "Output": "--explain --plot --all --json --help",
@@ -33,7 +34,10 @@ SECTIONS = {
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model")
 @click.option("--gpu", required=True, help="Kind of GPU, like H200; local: read this machine.")
-@click.option("--gpus", type=click.IntRange(1, 65_536), help="GPUs in all. [default: 8 per node; local: all]")
+@click.option(
+    "--gpus", type=click.IntRange(1, 65_536),
+    help="GPUs in all. [default: as many as --rate needs; without it 8 per node; local: all]",
+)  # fmt: skip
 @click.option("--nodes", type=click.IntRange(1, 8192), default=1, show_default=True, help="Nodes that the GPUs are on.")
 @click.option("--network", type=float, help="Gbit/s between nodes, for each GPU. [default: 400]")
 @click.option("--layout", help="Only this layout: tp=2,pp=2 (also dp=, ep=).")
@@ -42,7 +46,13 @@ SECTIONS = {
 @click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals of a trace (Azure or Mooncake).")
 @click.option("--rate", help="Requests per second, like 5/s; with --trace it is sped up to that.")
 @click.option("--concurrency", type=click.IntRange(1, 65_536), help="Streams of a closed loop, over the whole plan.")
-@click.option("--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} without a load, else none]")
+@click.option(
+    "--prefix-hit", type=float, default=0.0, show_default=True,
+    help="Share of the prompt tokens that are found in the prefix cache, like 0.6.",
+)  # fmt: skip
+@click.option(
+    "--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} without a load or --gpus, else none]"
+)
 @click.option(
     "--goal", type=click.Choice(["cost", "throughput", "latency"]), default="cost", show_default=True,
     help="What to rank by, after the SLO.",
@@ -107,6 +117,7 @@ def plan_request(
     trace: Path | None = None,
     rate: str | None = None,
     concurrency: int | None = None,
+    prefix_hit: float = 0.0,
     slo: str | None = None,
     goal: Any = "cost",
     price: str | None = None,
@@ -140,17 +151,25 @@ def plan_request(
     table = price_table.load(prices)
     own = price_table.parse_price_usd_per_h(price) if price else None
     has_load = rate is not None or concurrency is not None or trace is not None
+    counts_gpus = rate is not None and gpus is None and "dp" not in fixed and gpu.lower() != "local"
+    if not 0 <= prefix_hit < 1:
+        raise ConfigError(
+            f"--prefix-hit {prefix_hit:g} is not a share from 0 to below 1: each prompt has a last token to compute; "
+            "write for example --prefix-hit 0.6"
+        )
     return PlanRequest(
         spec=architecture.parse(config, model if is_file else f"{model}/config.json"),
         gpu=found_gpu,
         gpus=num_gpus,
         nodes=nodes,
+        counts_gpus=counts_gpus,
         isl=parse_lengths(isl, "--isl"),
         osl=parse_lengths(osl, "--osl"),
         concurrency=concurrency,
         rate=None if rate is None else _rate(rate),
         trace=tuple(read_trace(trace)) if trace else (),
-        slo=parse_slo(slo) if slo is not None else Slo() if has_load else parse_slo(DEFAULT_SLO),
+        prefix_hit=prefix_hit,
+        slo=parse_slo(slo) if slo is not None else Slo() if has_load and not counts_gpus else parse_slo(DEFAULT_SLO),
         goal=goal,
         usd_per_gpu_h=own or _price(table, found_gpu.name, "on-demand"),
         spot_usd_per_gpu_h=None if own else _price(table, found_gpu.name, "spot"),
@@ -199,12 +218,14 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
     return {
         "model": model,
         "gpu": plan.request.gpu.name,
-        "gpus": plan.request.gpus,
+        "gpus": plan.best.layout.gpus if plan.request.counts_gpus else plan.request.gpus,
         "calibration": plan.request.calibration.name,
         "slo": str(plan.request.slo),
         "candidates": [_row(layout) for layout in plan.layouts],
         "best": 0,
+        "keeps_slo": plan.keeps_slo,
         "verdict": plan.verdict,
+        "strategies": [dataclasses.asdict(strategy) for strategy in plan.strategies],
         "notes": list(plan.notes),
         "launch": {
             "command": best.command,
@@ -221,7 +242,7 @@ def _row(c: "PlannedLayout") -> dict[str, Any]:
         key: round(getattr(c, key), 4)
         for key in (
             "out_tok_s", "requests_s", "ttft_p50_ms", "ttft_p95_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p95_ms",
-            "tpot_p99_ms", "mean_batch", "meets_slo", "score",
+            "tpot_p99_ms", "e2e_p99_ms", "mean_batch", "served_share", "meets_slo", "score",
         )
     }  # fmt: skip
     prices = {
@@ -260,6 +281,9 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     console.print(f"[bold]{plan.verdict}[/bold]", soft_wrap=True)
     for note in plan.notes:
         console.print(note, soft_wrap=True, markup=False)
+    for strategy in plan.strategies:
+        use = "yes" if strategy.use else "no"
+        console.print(f"{strategy.name}: {use}; {strategy.reason}", soft_wrap=True, markup=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in (
         "layout",
@@ -276,6 +300,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         "bound by",
     ):
         table.add_column(name, justify="left" if name in ("layout", "bound by") else "right")
+    has_slo = bool(str(q.slo))
     rows = plan.layouts if show_all else plan.layouts[:SHOWN]
     for c in rows:
         if not c.fits:
@@ -284,7 +309,8 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         table.add_row(
             str(c.layout), str(c.layout.gpus), str(c.concurrency), f"{c.out_tok_s:,.0f} +-{_percent(c, 'out_tok_s')}",
             _ms(c.ttft_p50_ms), _ms(c.ttft_p99_ms), _ms(c.tpot_p50_ms), _ms(c.tpot_p99_ms), f"{c.memory.kv_tokens:,}",
-            "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}", c.reason or c.binding,
+            "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}" if has_slo else "",
+            c.reason or c.binding,
         )  # fmt: skip
     console.print(table)
     if len(rows) < len(plan.layouts):

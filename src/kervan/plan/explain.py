@@ -5,11 +5,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kervan.config.workload import Slo
 from kervan.facts import layout as layouts
 from kervan.plan.load import PlanLoad
-from kervan.plan.rank import LIKELY, PlannedLayout
+from kervan.plan.rank import LIKELY, PlannedLayout, excesses
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
+from kervan.plan.strategies import Strategy, strategies
 from kervan.sim import limits as engine_limits
 from kervan.sim.memory import GIB
 from kervan.sim.step_time import Batch
@@ -17,17 +19,21 @@ from kervan.vendor.vllm_names import RUNNER_V2_ARCHITECTURES
 
 ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
-ROUGH = "layouts far behind the best were simulated once, with less load: their figures are rough"
+ROUGH = "the first three are simulated closely, the others once: figures of those are rough"
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutPlan:
-    """Layouts, the best first; those that do not fit last. `verdict` is a sentence, `notes` are more of them."""
+    """Layouts, the best first; those that do not fit last.
+
+    `verdict` is a sentence, `notes` are more of them, `strategies` has one for each kind of parallelism.
+    """
 
     load: PlanLoad
     layouts: tuple[PlannedLayout, ...]
     verdict: str
     notes: tuple[str, ...] = ()
+    strategies: tuple[Strategy, ...] = ()
 
     @property
     def request(self) -> PlanRequest:
@@ -35,17 +41,30 @@ class LayoutPlan:
         return self.load.request
 
     @property
+    def keeps_slo(self) -> bool:
+        """Whether the best layout is likely to keep the SLO; true without one, where it serves the load."""
+        return self.best.meets_slo >= LIKELY
+
+    @property
     def best(self) -> PlannedLayout:
         """The first; it fits."""
         return self.layouts[0]
 
 
-def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, has_rough: bool) -> LayoutPlan:
-    """The plan of ranked layouts. `has_rough`: figures of some are rough."""
-    notes = _notes(load.request, ranked)
+def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, remedies: Sequence[str], has_rough: bool) -> LayoutPlan:
+    """The plan of ranked layouts. `remedies`: what would keep the SLO where none does. `has_rough`: figures of some are
+    rough.
+    """
+    request, best = load.request, ranked[0]
+    notes = _notes(request, ranked)
     if has_rough:
         notes.append(ROUGH)
-    return LayoutPlan(load, tuple(ranked), _verdict(load.request, ranked), tuple(notes))
+    verdict = _verdict(request, ranked)
+    if best.meets_slo < LIKELY:
+        would = "; ".join(remedies) or "nothing that was tried"
+        notes = [f"nearest: {verdict}", f"what would keep the SLO: {would}", *notes]
+        verdict = _why_none(load, best)
+    return LayoutPlan(load, tuple(ranked), verdict, tuple(notes), strategies(load, ranked))
 
 
 def step_terms(plan: LayoutPlan) -> list[tuple[str, float, float]]:
@@ -116,11 +135,34 @@ def _verdict(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> str:
     if layout.dp > 1 and layout.gpus_per_replica > 1:
         strategy += f", {layout.dp} copies"
     kept = ""
-    if request.slo.ttft_s is not None or request.slo.tpot_s is not None:
+    if request.slo != Slo() and best.meets_slo >= LIKELY:
         kept = f"; the SLO ({request.slo}) is kept with a probability of {best.meets_slo:.0%}"
-        if best.meets_slo < LIKELY:
-            kept = f"; no layout is likely to keep the SLO ({request.slo}): this one does with {best.meets_slo:.0%}"
-    return f"{layout}: {strategy}{kept}"
+        if not request.has_load:
+            kept = f"; keeps the SLO ({request.slo}) up to {best.requests_s:.3g} requests/s"
+    counted = f"{layout.gpus} GPUs: " if request.counts_gpus else ""
+    return f"{counted}{layout}: {strategy}{kept}"
+
+
+def _why_none(load: PlanLoad, best: PlannedLayout) -> str:
+    """Why no layout keeps the SLO: the bound that the nearest one misses, and by how much."""
+    request = load.request
+    if best.served_share < 1:
+        return (
+            f"No layout serves the load: {load.rate:.3g} requests/s come in, and {best.layout} serves "
+            f"{best.requests_s:.3g}, {best.served_share:.0%}"
+        )
+    name, excess = max(excesses(request, best).items(), key=lambda item: item[1])
+    bound_ms = 1000 * getattr(request.slo, f"{name}_s")
+    alone = "" if request.has_load else " with one request at a time"
+    if excess <= 1:  # within the bound, but not likely so
+        return (
+            f"No layout is likely to keep the SLO ({request.slo}): {best.layout} has {name.upper()} p99 of "
+            f"{excess * bound_ms:.3g} ms, so near {bound_ms:.4g} ms that its probability is {best.meets_slo:.0%}"
+        )
+    return (
+        f"No layout keeps the SLO ({request.slo}): {best.layout} comes nearest, with {name.upper()} p99 of "
+        f"{excess * bound_ms:.3g} ms{alone}, {excess:.2g} times the bound of {bound_ms:.4g} ms"
+    )
 
 
 def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:

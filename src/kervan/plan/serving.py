@@ -26,8 +26,8 @@ from kervan.sim.step_time import Batch, StepTime
 from kervan.stats import quantile
 
 MAX_STEPS = 400_000  # after so many a load counts as one that is never served
-# Requests in the system may become so many more between two moments of a load that is served: a share of those that came
-# in between, and what chance makes of as many as are there (of a Poisson process, their square root on either side).
+# Requests that wait for their first token may become so many more between two moments of a load that is served: a share
+# of those that came in between, and what chance makes of as many as wait.
 MAX_GROWTH_SHARE = 0.05
 MAX_GROWTH_SIGMAS = 2.0
 LATE_S = 3600.0  # what an open loop measures is given up when it is not over so long after the last of it was sent
@@ -35,11 +35,15 @@ LATE_S = 3600.0  # what an open loop measures is given up when it is not over so
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """A request: when it is sent (closed loop: ignored), and its lengths in tokens."""
+    """A request: when it is sent (closed loop: ignored), and its lengths in tokens.
+
+    `cached_tokens`: of its prompt, found in the prefix cache; fewer than the prompt has.
+    """
 
     sent_s: float
     prompt_tokens: int
     output_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +79,11 @@ class LoadResult:
     """What came of a load.
 
     In a closed loop all requests count, from the first one sent to the last one over. In an open loop those that are
-    measured: `duration_s` is from the first of them sent to the last one sent, so that neither the first requests, which
-    find an empty replica, nor the last ones, which are alone in the end, make the rates smaller. `output_tokens`: in that
-    time, of all requests. `mean_batch`: sequences that run, mean over it. `is_stable`: all were served, and no more and
-    more were waiting or running.
+    measured: `duration_s` is from the first of them sent to the last one sent, so that neither the first requests,
+    which find an empty replica, nor the last ones, which are alone in the end, make the rates smaller.
+
+    `output_tokens`: in that time, of all requests. `mean_batch`: sequences in a step, mean over it. `is_stable`: all
+    were served, and no more and more were waiting.
     """
 
     responses: tuple[LoadResponse, ...]
@@ -98,6 +103,11 @@ class LoadResult:
         """Requests per second, of the mean length."""
         mean_tokens = sum(response.output_tokens for response in self.responses) / max(1, len(self.responses))
         return self.out_tok_s / max(1.0, mean_tokens)
+
+    @property
+    def in_flight(self) -> float:
+        """Requests that are queued or run, mean over time (Little's law)."""
+        return sum(response.last_s - response.sent_s for response in self.responses) / self.duration_s
 
     def ttft_s(self, q: float) -> float:
         """A quantile of the seconds to the first token. The median is the mean of the middle fifth: prompts that are
@@ -213,7 +223,6 @@ class _Replica:
             decode_distance=self.stages if self.is_pipelined else 1,
             max_under_way=self.stages + (1 if self.stages == 1 or self.is_pipelined else 0),
         )
-        self.num_running = len(running)
         self.scheduler.add_running(
             _ReplicaRequest(
                 number=number - len(running), context_tokens=one.context_tokens, remaining_tokens=one.remaining_tokens,
@@ -230,6 +239,7 @@ class _Replica:
         self.responses: list[LoadResponse] = []
         self.spans: list[_Span] = []
         self.sent_s: list[float] = []
+        self.first_s: list[float] = []
         self.over_s: list[float] = []
 
     def run(self) -> LoadResult:
@@ -286,13 +296,13 @@ class _Replica:
         )
 
     def _piles_up(self, begin_s: float, end_s: float) -> bool:
-        """Whether more and more requests were waiting or running between two moments."""
-        before, after = self._num_in_system(begin_s), self._num_in_system(end_s)
+        """Whether more and more requests waited for their first token."""
+        before, after = self._num_waiting(begin_s), self._num_waiting(end_s)
         bound = MAX_GROWTH_SHARE * len(self.measured) + MAX_GROWTH_SIGMAS * math.sqrt(max(1, (before + after) / 2))
         return after - before > bound
 
-    def _num_in_system(self, at_s: float) -> int:
-        return self.num_running + bisect.bisect_right(self.sent_s, at_s) - bisect.bisect_right(self.over_s, at_s)
+    def _num_waiting(self, at_s: float) -> int:
+        return bisect.bisect_right(self.sent_s, at_s) - bisect.bisect_right(self.first_s, at_s)
 
     # ---- what comes in
 
@@ -311,7 +321,7 @@ class _Replica:
         self.prompts_free_s = begin_s + work_s
         request = _ReplicaRequest(
             number=number, context_tokens=arriving.prompt_tokens, remaining_tokens=arriving.output_tokens,
-            output_tokens=arriving.output_tokens, sent_s=sent_s,
+            output_tokens=arriving.output_tokens, sent_s=sent_s, cached_tokens=arriving.cached_tokens,
         )  # fmt: skip
         heapq.heappush(self.arrivals, (self.prompts_free_s, number, request))
 
@@ -358,6 +368,7 @@ class _Replica:
         for request in step.firsts:
             if request.first_s < 0:
                 request.first_s = seen_s
+                self.first_s.append(seen_s)
         for request in step.lasts:
             self.over_s.append(seen_s)
             if request.number in self.measured:
@@ -367,9 +378,9 @@ class _Replica:
                 self._send(seen_s)
 
 
-def fixed(count: int, prompt_tokens: int, output_tokens: int) -> list[LoadRequest]:
+def fixed(count: int, prompt_tokens: int, output_tokens: int, cached_tokens: int = 0) -> list[LoadRequest]:
     """So many requests of the same lengths, for a closed loop."""
-    return [LoadRequest(0.0, prompt_tokens, output_tokens)] * count
+    return [LoadRequest(0.0, prompt_tokens, output_tokens, cached_tokens)] * count
 
 
 def poisson(count: int, rate: float, prompt_tokens: int, output_tokens: int, *, seed: int = 0) -> list[LoadRequest]:

@@ -36,12 +36,14 @@ class ScheduledRequest:
 
     `number`: its place in the order of arrival. `context_tokens`: to prefill; the prompt, after a preemption with what
     was generated. `remaining_tokens`: still to come; infinite when only the tokens tell, and `Scheduler.remove` is the
-    end. `computed_tokens`: of the context in the KV cache, when it joined its group at step `joined` of it.
+    end. `cached_tokens`: of the beginning, found in the prefix cache; they need blocks, and no time. `computed_tokens`:
+    of the context in the KV cache, when it joined its group at step `joined` of it.
     """
 
     number: int
     context_tokens: int
     remaining_tokens: float = math.inf
+    cached_tokens: int = 0
     computed_tokens: int = 0
     joined: int = 0
 
@@ -323,14 +325,15 @@ class Scheduler(Generic[R]):
             if is_new and not (self.waiting and may_admit):
                 break
             request = self.waiting[0] if self._partial is None else self._partial
-            tokens = min(budget, request.context_tokens - request.computed_tokens)
+            before = request.cached_tokens if is_new else request.computed_tokens
+            tokens = min(budget, request.context_tokens - before)
             if not self._fits(request, tokens, is_new=is_new):
                 break
             if is_new:
                 self.waiting.popleft()
             self._partial = None
-            computed = request.computed_tokens + tokens
-            pairs += tokens * request.computed_tokens + tokens * tokens / 2
+            computed = before + tokens
+            pairs += tokens * before + tokens * tokens / 2
             self.free_blocks -= self._blocks(computed) - self._blocks(request.computed_tokens)
             request.computed_tokens = computed
             prefill += tokens
