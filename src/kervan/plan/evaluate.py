@@ -16,7 +16,7 @@ from kervan.sim.step_time import Batch
 
 MANY_STREAMS = 1024
 MAX_STREAM_REQUESTS = 512  # of a closed loop, as in the measurements
-LEAST_OPEN_REQUESTS = 24
+LEAST_OPEN_REQUESTS, MAX_OPEN_REQUESTS = 24, 1000
 MAX_FACTORS = 24
 HEADROOM = 1.1  # times the rate must be served by as many GPUs as are advised for it
 
@@ -25,22 +25,24 @@ HEADROOM = 1.1  # times the rate must be served by as many GPUs as are advised f
 class Care:
     """How closely a layout is looked at.
 
-    `seeds`: runs of each load. `requests`: measured of an open loop in each. `factor`: by which the search for the
-    highest rate within the SLO goes up and down; it ends when a rate that keeps it and one that does not differ by less
-    than `close_share`, or, where that is infinite, at the first rate that keeps it. `pipeline_steps`: so long an open
-    loop of a pipeline is followed, about; its steps are composed one by one.
+    `seeds`: runs of each load. `requests`: measured of an open loop in each; more, `MAX_OPEN_REQUESTS` at most, where
+    they come in less than `least_s`: a busy replica swings for longer. `factor`: by which the search for the highest
+    rate within the SLO goes up and down; it ends when a rate that keeps it and one that does not differ by less than
+    `close_share`, or, where that is infinite, at the first rate that keeps it. `pipeline_steps`: so long an open loop
+    of a pipeline is followed, about; its steps are composed one by one.
     """
 
     seeds: int
     requests: int
+    least_s: float
     factor: float
     close_share: float
     pipeline_steps: int
 
 
-GLANCE = Care(seeds=1, requests=60, factor=1.25, close_share=math.inf, pipeline_steps=800)
-FIRST_LOOK = Care(seeds=1, requests=100, factor=1.25, close_share=0.15, pipeline_steps=1200)
-CLOSE_LOOK = Care(seeds=3, requests=320, factor=1.1, close_share=0.03, pipeline_steps=4000)
+GLANCE = Care(seeds=1, requests=60, least_s=2.0, factor=1.25, close_share=math.inf, pipeline_steps=800)
+FIRST_LOOK = Care(seeds=1, requests=100, least_s=5.0, factor=1.25, close_share=0.15, pipeline_steps=1200)
+CLOSE_LOOK = Care(seeds=3, requests=320, least_s=30.0, factor=1.1, close_share=0.03, pipeline_steps=4000)
 FULL_SHARE = 0.93  # of the KV cache, from which on it counts as full
 BINDING = {
     "weights": "weights bandwidth", "compute": "compute", "experts": "expert weights and compute",
@@ -146,16 +148,17 @@ class Simulations:
     def _affordable(self, screened: ScreenedLayout, rate: float, care: Care, running: int) -> int:
         """How many requests are measured: fewer where a pipeline would take more steps than there is time for."""
         times = screened.step_time
+        wanted = max(care.requests, min(MAX_OPEN_REQUESTS, int(care.least_s * rate)))
         if not times.is_pipelined:
-            return care.requests
+            return wanted
         sequences = max(1, running // times.layout.pp)
         batch = Batch(sequences, sequences * self._load.context_tokens, 0, 0.0, sequences)
         step_s = max(*times.stages_s(batch), times.total_s(batch) / times.layout.pp)
-        return max(LEAST_OPEN_REQUESTS, min(care.requests, int(care.pipeline_steps * step_s * rate)))
+        return max(LEAST_OPEN_REQUESTS, min(wanted, int(care.pipeline_steps * step_s * rate)))
 
     def highest_rate(self, screened: ScreenedLayout, care: Care = CLOSE_LOOK) -> float:
         """Requests per second of one replica at which its 99th percentiles are just within the SLO; 0 where those of
-        one request at a time are not. The search takes one run at each rate, and the last word is that of all runs.
+        one request at a time are not. The search takes one run at each rate, its last steps all.
         """
         slo, factor = self._load.request.slo, care.factor
 
@@ -179,11 +182,14 @@ class Simulations:
         while broken / kept > 1 + care.close_share:
             middle = math.sqrt(kept * broken)
             kept, broken = (middle, broken) if is_kept(middle) else (kept, middle)
-        for _ in range(MAX_FACTORS):
-            if is_kept(kept, care.seeds):
-                return kept
-            kept /= 1 + care.close_share
-        return 0.0
+        step = 1 + care.close_share / 2
+        was_kept = is_kept(kept, care.seeds)
+        for _ in range(MAX_FACTORS if care.seeds > 1 else 0):
+            following = kept * step if was_kept else kept / step
+            if is_kept(following, care.seeds) != was_kept:
+                return kept if was_kept else following
+            kept = following
+        return kept
 
     def copies_needed(self, screened: ScreenedLayout, care: Care) -> int:
         """Replicas that keep the SLO at the rate of the plan, with `HEADROOM`; where one request at a time does not

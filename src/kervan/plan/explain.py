@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kervan.config.workload import Slo
 from kervan.facts import layout as layouts
 from kervan.plan.load import PlanLoad
-from kervan.plan.rank import LIKELY, PlannedLayout, excesses
+from kervan.plan.rank import LIKELY, PlannedLayout, excesses, per_s
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
 from kervan.plan.strategies import Strategy, strategies
@@ -19,7 +19,7 @@ from kervan.vendor.vllm_names import RUNNER_V2_ARCHITECTURES
 
 ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
-ROUGH = "the first three are simulated closely, the others once: figures of those are rough"
+ROUGH = "the first three are simulated closely, the others shortly: figures of those are rough"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def _verdict(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> str:
     if request.slo != Slo() and best.meets_slo >= LIKELY:
         kept = f"; the SLO ({request.slo}) is kept with a probability of {best.meets_slo:.0%}"
         if not request.has_load:
-            kept = f"; keeps the SLO ({request.slo}) up to {best.requests_s:.3g} requests/s"
+            kept = f"; keeps the SLO ({request.slo}) up to {per_s(best.requests_s)} requests/s"
     counted = f"{layout.gpus} GPUs: " if request.counts_gpus else ""
     return f"{counted}{layout}: {strategy}{kept}"
 
@@ -148,8 +148,8 @@ def _why_none(load: PlanLoad, best: PlannedLayout) -> str:
     request = load.request
     if best.served_share < 1:
         return (
-            f"No layout serves the load: {load.rate:.3g} requests/s come in, and {best.layout} serves "
-            f"{best.requests_s:.3g}, {best.served_share:.0%}"
+            f"No layout serves the load: {per_s(load.rate)} requests/s come in, and {best.layout} serves "
+            f"{per_s(best.requests_s)}, {best.served_share:.0%}"
         )
     name, excess = max(excesses(request, best).items(), key=lambda item: item[1])
     bound_ms = 1000 * getattr(request.slo, f"{name}_s")

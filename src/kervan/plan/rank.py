@@ -124,8 +124,13 @@ def excesses(request: PlanRequest, candidate: PlannedLayout) -> dict[str, float]
     return {name: values_ms[name] / (1000 * bound_s) for name, bound_s in bounds_s.items() if bound_s is not None}
 
 
+def per_s(requests_s: float) -> str:
+    """A rate with three digits at least."""
+    return f"{requests_s:,.0f}" if requests_s >= 100 else f"{requests_s:.3g}"
+
+
 def _overload(evaluation: Evaluation, rate: float) -> str:
-    return f"overloaded: {rate:.3g} requests/s come in, and {evaluation.requests_s:.3g} are served"
+    return f"overloaded: {per_s(rate)} requests/s come in, and {per_s(evaluation.requests_s)} are served"
 
 
 def _rank(request: PlanRequest, candidate: PlannedLayout) -> tuple[float, ...]:

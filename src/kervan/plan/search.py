@@ -32,10 +32,11 @@ def search(request: PlanRequest) -> LayoutPlan:
     of_layout = {candidate.layout: candidate for candidate in screened}
     care = CLOSE_LOOK if is_few else FIRST_LOOK
     ranked = rank(request, [_planned(loaded, simulations, one, GLANCE if one.is_rough else care) for one in screened])
+    has_rough = any(one.is_rough for one in screened) or (not is_few and request.concurrency is None)
     if not is_few:
         again = [_planned(loaded, simulations, of_layout[c.layout], CLOSE_LOOK) for c in ranked[:REFINED] if c.fits]
         ranked = rank(request, [*again, *ranked[len(again) :]])
-    return explain(loaded, ranked, remedies=_remedies(request, ranked), has_rough=not is_few)
+    return explain(loaded, ranked, remedies=_remedies(request, ranked), has_rough=has_rough)
 
 
 def _remedies(request: PlanRequest, ranked: list[PlannedLayout]) -> list[str]:
