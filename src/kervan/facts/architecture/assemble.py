@@ -13,6 +13,14 @@ from kervan.facts.architecture.layers import LayerKinds
 from kervan.facts.architecture.spec import Cut, FeedForward, Layer, Mixer, Reach, Weight
 from kervan.facts.model import EXPERT_FIELDS
 
+# Sizes of states, which matter where a layer has one.
+STATE_FIELDS = (
+    "conv_L_cache", "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank", "mamba_n_heads", "mamba_d_head",
+    "mamba_n_groups", "mamba_conv_bias", "mamba_proj_bias", "linear_num_value_heads", "linear_num_key_heads",
+    "linear_value_head_dim", "linear_key_head_dim", "linear_conv_kernel_dim", "ssm_state_size", "mamba_num_heads",
+    "mamba_head_dim", "n_groups", "expand",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExpertNumbers:
@@ -63,7 +71,7 @@ def expert_numbers(f: Fields, model_type: str) -> ExpertNumbers | None:
         if unknown := ffn.not_understood():
             raise ffn.refuse(unknown[0], "it stands in ffn_config, so the model's size is not known")
     else:
-        width = f.number(*width_names, "intermediate_size")
+        width = f.number(*width_names, default=0, least=0) or f.number("intermediate_size")
     shared = f.number(
         "shared_expert_intermediate_size", "shared_intermediate_size", "shared_experts_intermediate_size",
         "moe_shared_intermediate_size", default=0, least=0,
@@ -111,6 +119,8 @@ class LayerMaker:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.is_latent = f.has("kv_lora_rank") and f.number("kv_lora_rank", default=0, least=0) > 0
         f.understood("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "use_mla", "mla_use_nope")
+        if model_type in families.STATES and not {"state", "both"} & set(kinds.mixers):
+            f.understood(*STATE_FIELDS)  # of layers that this model has none of
         self.matrices = 2 if model_type in families.UNGATED else 3
         self.notes: list[str] = []
         self.widest = 1
@@ -180,8 +190,9 @@ class LayerMaker:
             extra += 2 * h * rank
         if inputs := f.number("altup_num_inputs", default=0, least=0):
             extra += inputs * h
-        if streams := f.number("hc_mult", default=0, least=0):
-            extra += 2 * (2 + streams) * streams * streams * h
+        if streams := f.number("hc_mult", default=0, least=0):  # hyper-connections before attention and MLP
+            mixes = 2 if self.model_type == "hy_v4" else 2 + streams
+            extra += 2 * mixes * streams * streams * h
         return mixers, extra
 
     def _state_kind(self) -> str:
@@ -214,7 +225,7 @@ class LayerMaker:
         if self.model_type == "minicpm3":
             return b.wide_latent(self.heads)
         if self.is_latent:
-            return b.latent(self.heads)
+            return b.latent(self.heads, is_gated=self.model_type == "hy_v4")
         heads, kv_heads, head_dim = self.heads, self.kv_heads, self.head_dim
         value_dim = f.number("v_head_dim", default=head_dim)
         own = f.get("per_layer_config")  # Gemma 4 in transformers 5

@@ -81,13 +81,18 @@ class Builder:
             has_cache=has_cache,
         )
 
-    def latent(self, heads: int) -> LatentAttention:
-        """Multi-head latent attention, with an indexer where the fields give one and this layer has its own."""
+    def latent(self, heads: int, *, is_gated: bool = False) -> LatentAttention:
+        """Multi-head latent attention, with an indexer where the fields give one and this layer has its own.
+
+        `is_gated`: a gate as wide as the values of all heads.
+        """
         f, h = self.fields, self.hidden
         query_rank = f.number("q_lora_rank", default=0, least=0)
         kv_rank, rope = f.number("kv_lora_rank"), f.number("qk_rope_head_dim")
         nope, value = f.number("qk_nope_head_dim"), f.number("v_head_dim")
         weights = self._latent_weights(heads, query_rank, kv_rank, nope, rope, value)
+        if is_gated:
+            weights += (self.weight("attention", "self_attn.gate_proj", (Cut(heads, value),), (h,)),)
         selected = f.number("index_topk", default=0, least=0)
         index_dim = f.number("index_head_dim", default=128) if selected else 0
         index_heads = f.number("index_n_heads", default=64) if selected else 0

@@ -77,6 +77,9 @@ RECURRENT = frozenset(
 # Beside transformers' own (`defaults.json`): what it or vLLM fills in by code.
 MORE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "bloom": {"max_position_embeddings": 2048},  # ALiBi: any length, trained with this one
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "hunyuan_v1_moe": {"num_shared_expert": 1},
+    "hy_v3": {"first_k_dense_replace": 1},
     "nemotron_h": {"mamba_ssm_cache_dtype": "float32"},  # source: NemotronHForCausalLMConfig, vLLM 0.32
     "olmo_hybrid": {"full_attention_interval": 4},
     "qwen3_next": {"full_attention_interval": 4},

@@ -17,7 +17,7 @@ MAX_SHOWN = 60  # characters of a value in an error
 _ABOUT_LAYOUT = re.compile(
     r"layer|dense|attn|attention|head|expert|moe|mamba|ssm|conv|kv|cache|window|sparse|index|mlp|block|hybrid|pattern"
     r"|state|lora|rank|latent|ffn|intermediate|expand|group|stack|depth|width|ngram|engram|memory|recurrent|delta"
-    r"|linear|shared|compress|gate|gating|hidden|dim|size|residual_stream|hc_|altup|ple_|loop|cycles|share|cross",
+    r"|linear|shared|compress|gate|gating|hidden|dim|size|residual_stream|hc_|altup|ple_|loop|cycles|share|cross|use_cla|cla_",
     re.I,
 )
 # Names with such words that change neither size nor speed, as patterns for whole names.
@@ -172,13 +172,18 @@ class Fields:
         return [
             name
             for name, value in self.given.items()
-            if name not in self._read and not is_off(value) and _ABOUT_LAYOUT.search(name) and not is_harmless(name)
+            if name not in self._read and not is_off(value) and is_about_layout(name) and not is_harmless(name)
         ]
 
     def refuse(self, name: str, why: str, known: Iterable[str] = ()) -> ConfigError:
         """The error for a field that is not understood."""
         listed = "; known are " + ", ".join(known) if known else ""
         return ConfigError(f"{self.source}: {name}={brief(self.given.get(name))} is not understood: {why}{listed}")
+
+
+def is_about_layout(name: str) -> bool:
+    """Whether a field of this name can say something of layers, attention, experts or caches."""
+    return _ABOUT_LAYOUT.search(name) is not None
 
 
 def is_harmless(name: str) -> bool:

@@ -12,7 +12,8 @@ FeedKind = Literal["dense", "experts", "both", "none"]
 
 MIXER_WORDS: dict[str, MixerKind] = {
     "full_attention": "full", "attention": "full", "global": "full", "global_attention": "full", "full": "full",
-    "deepseek_sparse_attention": "full", "attention_full": "full", "mla": "full",
+    "deepseek_sparse_attention": "full", "indexed_attention": "full", "compressed_sparse_attention": "full",
+    "heavily_compressed_attention": "full", "attention_full": "full", "mla": "full",
     "sliding_attention": "sliding", "local": "sliding", "swa": "sliding", "sliding_window": "sliding",
     "local_attention": "sliding", "sliding_window_attention": "sliding",
     "chunked_attention": "chunked",
@@ -96,7 +97,7 @@ def _mixers(f: Fields, model_type: str, n: int, window: int) -> list[MixerKind]:
         found = reader(f, model_type, n)
         if found is not None:
             return [_with_window(kind, window) for kind in found]
-    if model_type in families.PURE_STATE:
+    if model_type in families.PURE_STATE or model_type == "granitemoehybrid":
         return ["state"] * n
     if model_type == "falcon_h1":
         return ["both"] * n
