@@ -43,7 +43,7 @@ def expert_numbers(f: Fields, model_type: str) -> ExpertNumbers | None:
         count = 0
     names = (
         "num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "top_k_experts", "moe_top_k",
-        "experts_per_token", "num_selected_experts", "top_k", "experts_top_k", "num_activated_experts",
+        "experts_per_token", "num_selected_experts", "experts_top_k", "num_activated_experts",
         "n_activated_experts",
     )  # fmt: skip
     f.understood(*names)
@@ -51,7 +51,7 @@ def expert_numbers(f: Fields, model_type: str) -> ExpertNumbers | None:
     f.understood(
         *width_names, "shared_expert_intermediate_size", "shared_intermediate_size", "n_shared_experts",
         "num_shared_experts", "moe_num_shared_experts", "moe_shared_expert_intermediate_size", "num_shared_expert",
-        "n_shared_expert", "shared_experts_intermediate_size", "moe_shared_intermediate_size",
+        "n_shared_expert", "shared_experts_intermediate_size", "moe_shared_intermediate_size", "share_expert_dim",
     )  # fmt: skip
     if count < 2:
         return None
@@ -74,7 +74,7 @@ def expert_numbers(f: Fields, model_type: str) -> ExpertNumbers | None:
         width = f.number(*width_names, default=0, least=0) or f.number("intermediate_size")
     shared = f.number(
         "shared_expert_intermediate_size", "shared_intermediate_size", "shared_experts_intermediate_size",
-        "moe_shared_intermediate_size", default=0, least=0,
+        "moe_shared_intermediate_size", "share_expert_dim", default=0, least=0,
     )  # fmt: skip
     num_shared = f.number(
         "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert", "n_shared_expert",
@@ -121,6 +121,8 @@ class LayerMaker:
         f.understood("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "use_mla", "mla_use_nope")
         if model_type in families.STATES and not {"state", "both"} & set(kinds.mixers):
             f.understood(*STATE_FIELDS)  # of layers that this model has none of
+        if model_type in families.PURE_STATE:
+            f.understood("intermediate_size")
         self.matrices = 2 if model_type in families.UNGATED else 3
         self.notes: list[str] = []
         self.widest = 1
@@ -252,6 +254,12 @@ class LayerMaker:
             kv_heads = f.number(swa[1], default=kv_heads)
             head_dim = f.number(swa[2], default=head_dim)
             value_dim = f.number(swa[3], default=value_dim if f.has("v_head_dim") else head_dim)
+        other = f.get("attention_other_setting")  # Step-3.5: heads of sliding layers
+        if isinstance(other, dict) and other.get("attention_type") == f"{reach}_attention":
+            part = Fields(other, f.source)
+            heads = part.number("num_attention_heads", default=heads)
+            kv_heads = part.number("num_attention_groups", default=kv_heads)
+            head_dim = value_dim = part.number("head_dim", default=head_dim)
         if heads % kv_heads:
             raise ConfigError(
                 f"{f.source}: layer {b.layer} has {kv_heads} KV heads, which do not divide its {heads} attention "
@@ -267,6 +275,7 @@ class LayerMaker:
             gate=self._gate(heads, head_dim),
             has_cache=b.layer < n - f.number("num_kv_shared_layers", default=0, least=0, most=n),
             has_value=has_value,
+            query_rank=f.number("share_q_dim", default=0, least=0),
         )
 
     def _gate(self, heads: int, head_dim: int) -> tuple[Cut, ...]:

@@ -60,15 +60,21 @@ class Builder:
         has_value: bool = True,
         inputs: int = 0,
         outputs: int = 0,
+        query_rank: int = 0,
     ) -> Attention:
-        """`gate`: outputs beside the queries. `inputs` and `outputs`: where they are not the model's hidden size."""
+        """`gate`: outputs beside the queries. `inputs` and `outputs`: where they are not the model's hidden size.
+        `query_rank`: queries are made from so many numbers, whole on every GPU as the keys are (Step-3).
+        """
         value_dim = value_dim or head_dim
-        parts: Side = (Cut(heads, head_dim), *gate)
+        parts: Side = ((query_rank or Cut(heads, head_dim)), *gate)
         if has_cache:
             parts += (Cut(kv_heads, head_dim), *((Cut(kv_heads, value_dim),) if has_value else ()))
         qkv = self.weight(
             "attention", [f"self_attn.{one}_proj" for one in ("q", "k", "v", "qkv")], parts, (inputs or self.hidden,)
         )
+        more: tuple[Weight, ...] = ()
+        if query_rank:
+            more = (self.weight("attention", "self_attn.wq", (Cut(heads, head_dim),), (query_rank,)),)
         out = self.weight("attention", "self_attn.o_proj", (outputs or self.hidden,), (Cut(heads, value_dim),))
         return Attention(
             reach=reach,
@@ -76,7 +82,7 @@ class Builder:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             value_dim=value_dim,
-            weights=(qkv, out),
+            weights=(qkv, *more, out),
             window=window if reach != "full" else 0,
             has_cache=has_cache,
         )

@@ -13,20 +13,19 @@ from typing import Any
 # Families whose blocks are counted as transformers and vLLM make them: tests/contract/test_model_counts.py.
 KNOWN = frozenset(
     [
-        "afmoe", "apertus", "arcee", "axk1", "bamba", "bloom", "cohere", "cohere2", "cohere2_moe", "dbrx",
-        "deepseek_v2",
-        "deepseek_v3", "deepseek_v32", "deepseek_v4", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon",
-        "falcon_h1", "falcon_mamba", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "glm",
-        "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss",
-        "gptj", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
-        "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm2", "jamba", "kimi_k2", "kimi_linear",
-        "lfm2", "lfm2_moe", "llama", "llama4_text", "longcat_flash", "mamba", "mamba2", "minicpm", "minicpm3",
-        "minimax",
-        "minimax_m1", "minimax_m2", "minimax_text_01", "ministral", "ministral3", "mistral", "mixtral", "nemotron",
-        "nemotron-nas", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "opt", "phi", "phi3", "phimoe",
-        "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_text",
-        "qwen3_vl_moe_text", "qwen2_vl_text", "qwen2_5_vl_text", "seed_oss", "smollm3", "solar", "stablelm",
-        "starcoder2", "zamba2", "chatglm", "bailing_moe", "deepseek", "mimo",
+        "afmoe", "apertus", "arcee", "axk1", "bailing_moe", "bailing_moe_v2", "bamba", "bloom", "chatglm", "cohere",
+        "cohere2", "cohere2_moe", "dbrx", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4",
+        "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "gemma",
+        "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
+        "glm_moe_dsa", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "granite_swa",
+        "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe",
+        "hy_v3", "hy_v4", "hyperclovax", "internlm2", "jamba", "kimi_k2", "kimi_linear", "laguna", "lfm2", "lfm2_moe",
+        "llama", "llama4_text", "longcat_flash", "mamba", "mamba2", "mimo", "mimo_v2_flash", "minicpm", "minicpm3",
+        "minimax", "minimax_m1", "minimax_m2", "minimax_text_01", "ministral", "ministral3", "mistral", "mixtral",
+        "nemotron", "nemotron-nas", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "opt", "phi",
+        "phi3", "phimoe", "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text",
+        "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "smollm3",
+        "solar", "stablelm", "starcoder2", "step3_text", "step3p5", "zamba2",
     ]
 )  # fmt: skip
 # MLPs of two matrices, without a gate.
@@ -111,6 +110,8 @@ TEXT_TYPES = {
     "gemma3": "gemma3_text", "gemma3n": "gemma3n_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text",
     "llama4": "llama4_text", "paligemma": "gemma", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text",
     "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2",
+    "glm4v_text": "glm4", "glm4v_moe_text": "glm4_moe", "glm4v": "glm4", "glm4v_moe": "glm4_moe",
+    "step3_vl": "step3_text",
     "qwen3_vl": "qwen3_vl_text", "qwen3_vl_moe": "qwen3_vl_moe_text", "llava": "llama", "llava_next": "llama",
     "mistral3": "mistral", "pixtral": "mistral", "qwen2_audio": "qwen2", "MiniMaxText01": "minimax_text_01",
     "minimax-text-01": "minimax_text_01", "MiniMaxM1": "minimax_m1", "kimi_k25": "kimi_k2",

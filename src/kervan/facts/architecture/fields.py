@@ -62,6 +62,14 @@ _HARMLESS = re.compile(
             r"tensor_parallel\w*|.*_version|torch_dtype|dtype|.*_dtype|seed|task_specific_params|problem_type|return_dict",
             r"residual_dtype|finetuning_task|sep_token\w*|bos_\w+|eos_\w+|pad_\w+|classifier_\w*|.*_template|sequence_length",
             r"seq_length|max_seq_length|vocab_size_per_layer_input_\w+|unsloth\w*|rms_norm|block_auto_adjust_\w+_done",
+            # generation settings that old files repeat, and other settings of a program
+            r"num_beam\w*|\w*_repeat_ngram\w*|num_return_sequences|ignore_index|use_bfloat16|\w+_index$|torchscript",
+            r"max_batch_size|pad_key_length|pre_allocate_kv_cache|pad_vocab_size\w*|pool_type|skip_cls_token|class_num",
+            r"anyres_\w+|num_media_embeds|dense_list|group_limited_greedy|use_parallel_(block|embedding)|use_gated_activation",
+            r"use_embedding_sharing|order_of_interleaved_layers|max_attn_value|moe_(gate|drop_tokens|random_routing\w*)",
+            r"shared_moe_mode|need_fp32_gate|att_impl_type|mlp_type|conv_use_xavier_init|mla_scale_\w+|zero_centered",
+            r"norm_\w+|query_num|slice_config|slice_mode|batch_vision_input|use_pos_enc|head_type|norm_head|multi_gate|tf_legacy_loss",
+            r"attn_output_multiplier|moe_min_capacity|enable_expert_tensor_parallelism|interleaved_qkv|attn_rotary_emb",
             # heads for draft tokens, which vLLM loads with speculative decoding only
             r"(num_)?(nextn|mtp)_\w+|mtp_\w+|num_nextn_predict_layers|num_mtp_\w+|.*_mtp_\w*|use_mtp|n_predict|\w*_for_mtp\w*",
             # what towers say outside their own part of the file
@@ -96,6 +104,7 @@ class Fields:
         self.given = given
         self.source = source
         self._defaults = defaults or {}
+        self.num_layers = 0  # a list with the same number for each of so many layers is that number
         self._read: set[str] = set()
 
     def get(self, *names: str) -> Any:
@@ -130,8 +139,8 @@ class Fields:
         Raises: ConfigError that names the field which is missing or absurd.
         """
         name, value = self._find(names)
-        if isinstance(value, list) and value and all(type(one) is int for one in value):
-            value = max(value)
+        if isinstance(value, list) and len(value) == self.num_layers and all(type(one) is int for one in value):
+            value = value[0] if len(set(value)) == 1 else value
         if isinstance(value, float) and value.is_integer() and abs(value) <= most:
             value = int(value)
         if value is not None:

@@ -21,6 +21,7 @@ MIXER_WORDS: dict[str, MixerKind] = {
     "gated_delta_net": "state", "kda": "state", "lightning_attention": "state",
     "hybrid": "both",
 }  # fmt: skip
+USUAL_WORDS = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention", "mamba", "conv")
 FEED_WORDS: dict[str, FeedKind] = {
     "dense": "dense", "mlp": "dense", "sparse": "experts", "moe": "experts", "hash_moe": "experts",
 }  # fmt: skip
@@ -116,7 +117,7 @@ def _named(f: Fields, model_type: str, n: int) -> list[MixerKind] | None:
             continue
         for word in words:
             if not isinstance(word, str) or word not in MIXER_WORDS:
-                raise f.refuse(name, f"it has {brief(word)}, whose memory kervan cannot count", sorted(MIXER_WORDS))
+                raise f.refuse(name, f"it has {brief(word)}, whose memory kervan cannot count", USUAL_WORDS)
         # transformers 5 calls Zamba2's layers "linear_attention" and "hybrid".
         return [MIXER_WORDS[word] for word in words]
     flags = f.each("attn_type_list", n)  # MiniMax-Text-01: 1 is softmax attention
@@ -159,7 +160,7 @@ def _periodic(f: Fields, model_type: str, n: int, window: int) -> list[MixerKind
     if type(every) is int and every > 1:  # Ling 2.5: the last of each group, and what is left over
         whole = n // every * every
         return ["full" if (layer + 1) % every == 0 or layer >= whole else "state" for layer in range(n)]
-    every = f.get("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
+    every = f.get("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers", "layer_switch")
     if every is None:
         every = families.WINDOW_PATTERNS.get(model_type)
     if window and isinstance(every, str) and every and not set(every) - {"L", "G"}:  # EXAONE 4: LLLG

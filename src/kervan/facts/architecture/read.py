@@ -6,7 +6,7 @@ from typing import Any
 
 from kervan.errors import ConfigError
 from kervan.facts.architecture import assemble, families, layers, quantization, towers
-from kervan.facts.architecture.fields import Fields, brief
+from kervan.facts.architecture.fields import Fields, brief, is_off
 from kervan.facts.architecture.spec import Cut, ModelSpec, Storage, Weight
 from kervan.vendor.vllm_names import REMOVED_ARCHITECTURES
 
@@ -22,7 +22,13 @@ UNDERSTOOD = (
     "hidden_act_type", "first_layer_fusion", "quantization_config", "compression_config", "query_key_layer_scaling",
     "apply_query_key_layer_scaling", "attention_type", "attn_module_list_cfg", "max_sequence_length", "max_seq_len",
     "indexer_types", "layer_idx_shift", "attention_k_eq_v", "rope_head_dim", "block_size", "hybrid_block_size",
+    "attention_method", "use_moe", "moe_every_n_layer", "num_heads", "layer_switch", "use_mixed_mlp_moe",
+    "mlp_intermediate_size", "mamba_use_mlp", "mlp_expansion_factor", "use_shared_block_lora", "moe_layer_num_skipped",
 )  # fmt: skip
+# Fields that are understood with these values, and change layers with others.
+ONE_VALUE: dict[str, tuple[Any, ...]] = {
+    "attention_method": ("MLA",), "mamba_use_mlp": (True,), "moe_layer_num_skipped": (0,), "moe_every_n_layer": (1,),
+}  # fmt: skip
 
 
 def parse(config: Mapping[str, Any], source: str) -> ModelSpec:
@@ -36,13 +42,25 @@ def parse(config: Mapping[str, Any], source: str) -> ModelSpec:
     found, model_type, is_nested = _text_part(config, architecture)
     f = Fields(found, source, families.defaults_of(model_type, is_nested=is_nested))
     f.understood(*UNDERSTOOD)
+    if not f.flag("use_cla"):
+        f.understood("cla_share_factor")
+    _refuse_other_values(f)
     spec = _spec(f, config, model_type, architecture)
     if unknown := f.not_understood():
+        gone = f" ({architecture} is gone from newer vLLM)" if architecture in REMOVED_ARCHITECTURES else ""
         raise ConfigError(
-            f"{source}: {unknown[0]}={brief(found[unknown[0]])} is not understood, so the model's size is not known; "
-            "if it changes no layer, attention, expert or cache, set it to null in a copy of the file"
+            f"{source}: {unknown[0]}={brief(found[unknown[0]])} is not understood, so the model's size is not known"
+            f"{gone}; if it changes no layer, attention, expert or cache, set it to null in a copy of the file"
         )
     return spec
+
+
+def _refuse_other_values(f: Fields) -> None:
+    """Raises: ConfigError for fields that are understood with one value alone."""
+    for name, values in ONE_VALUE.items():
+        value = f.given.get(name)
+        if not is_off(value) and value not in values:
+            raise f.refuse(name, "so the model's size is not known", [str(one) for one in values])
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -104,10 +122,10 @@ def _text_part(config: Mapping[str, Any], architecture: str) -> tuple[dict[str, 
 
 
 def _spec(f: Fields, config: Mapping[str, Any], model_type: str, architecture: str) -> ModelSpec:
-    hidden = f.number("hidden_size", "n_embd", "d_model")
-    n = _num_layers(f)
+    hidden = f.number("hidden_size", "n_embd", "n_embed", "d_model")
+    n = f.num_layers = _num_layers(f)
     heads, kv_heads = _heads(f, model_type)
-    head_dim = f.number("head_dim", "attention_head_dim", "kv_channels", default=max(1, hidden // heads))
+    head_dim = f.number("head_dim", "attention_head_dim", "kv_channels", default=0, least=0) or max(1, hidden // heads)
     own_bytes = _weight_bytes(f)
     settings = config.get("quantization_config") or f.get("quantization_config", "compression_config")
     storages = quantization.read(settings, own_bytes, str(f.get("expert_dtype") or ""), f.source)
