@@ -239,7 +239,8 @@ class LayerMaker:
             head_dim = value_dim = part.number("head_dim", default=head_dim)
         has_value = True
         if f.has("num_attention_heads_per_layer"):
-            heads = (f.each("num_attention_heads_per_layer", n) or [heads])[b.layer]
+            each = f.each("num_attention_heads_per_layer", n)
+            heads = Fields({"heads": each[b.layer]}, f.source).number("heads") if each else heads
         if f.has("global_head_dim") and reach == "full":
             head_dim = value_dim = f.number("global_head_dim")
         if f.has("num_global_key_value_heads") and reach == "full" and f.flag("attention_k_eq_v"):
@@ -329,9 +330,9 @@ class LayerMaker:
             width = f.number(*names, default=default)
         if self.model_type == "lfm2" and f.flag("block_auto_adjust_ff_dim"):
             f.understood("block_ffn_dim_multiplier", "block_multiple_of", "block_dim", "block_ff_dim")
-            multiplier = f.get("block_ffn_dim_multiplier")
+            multiplier = f.ratio("block_ffn_dim_multiplier")
             width = int(2 * width / 3)
-            if isinstance(multiplier, int | float) and not isinstance(multiplier, bool):
+            if multiplier is not None:
                 width = int(multiplier * width)
             multiple = f.number("block_multiple_of", default=256)
             width = multiple * math.ceil(width / multiple)
@@ -404,8 +405,8 @@ class LayerMaker:
         if ffn.flag("replace_with_linear"):
             small += h * h
         elif not ffn.flag("no_op"):
-            multiple = ffn.get("ffn_mult")
-            if isinstance(multiple, int | float) and not isinstance(multiple, bool):
+            multiple = ffn.ratio("ffn_mult")
+            if multiple is not None:
                 width = math.ceil(int(2 * multiple * h / 3) / 256) * 256
             else:
                 width = ffn.number("intermediate_size")

@@ -264,10 +264,8 @@ class Builder:
         f.understood("add_bias_linear", "mamba_expand", "expand", "time_step_rank")
         inner = f.number("mamba_d_ssm", "mamba_intermediate", default=f.number("mamba_expand", "expand", default=2) * h)
         heads = f.number("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
-        dim = f.get("mamba_d_head", "mamba_head_dim", "mamba_headdim")
-        if self.model_type == "mamba2":
-            dim = f.number("head_dim", default=64)
-        dim = inner // heads if dim in (None, "auto") else int(dim)
+        names = ("head_dim",) if self.model_type == "mamba2" else ("mamba_d_head", "mamba_head_dim", "mamba_headdim")
+        dim = max(1, inner // heads) if f.get(*names) in (None, "auto") else f.number(*names)
         inner = heads * dim
         groups = f.number("mamba_n_groups", "mamba_ngroups", "n_groups", default=1)
         state = f.number("mamba_d_state", "ssm_state_size", "state_size")

@@ -159,6 +159,20 @@ class Fields:
             )
         return default
 
+    def ratio(self, name: str) -> float | None:
+        """A number above 0 and below 1000; None where there is none.
+
+        Raises: ConfigError for any other value.
+        """
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1000:
+            raise ConfigError(
+                f"{self.source}: {name}={brief(value)} is not a number between 0 and 1000; fetch the file again"
+            )
+        return float(value)
+
     def each(self, name: str, count: int, what: str = "layers") -> list[Any] | None:
         """A list with something for each layer; None where it is missing or no list.
 
