@@ -135,6 +135,7 @@ PUBLISHED = {
     "gemma4_text": ("layer_types", "per_layer_config"),
     "deepseek_v4": ("layer_types", "compress_rates", "mlp_layer_types"),
     "falcon_h1": ("mamba_d_head",),
+    "hy_v4": ("indexer_types",),
     "kimi_linear": ("layer_types", "mlp_layer_types"),
     "laguna": ("layer_types", "mlp_layer_types", "num_attention_heads_per_layer", "gating"),
     "mimo_v2_flash": ("layer_types", "mlp_layer_types"),

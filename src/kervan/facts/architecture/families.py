@@ -79,6 +79,9 @@ MORE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "hunyuan_v1_moe": {"num_shared_expert": 1},
     "hy_v3": {"first_k_dense_replace": 1},
+    "hy_v4": {"first_k_dense_replace": 1},
+    "laguna": {"first_k_dense_replace": 1},
+    "mimo_v2_flash": {"first_k_dense_replace": 1},
     "nemotron_h": {"mamba_ssm_cache_dtype": "float32"},  # source: NemotronHForCausalLMConfig, vLLM 0.32
     "olmo_hybrid": {"full_attention_interval": 4},
     "qwen3_next": {"full_attention_interval": 4},
