@@ -97,7 +97,7 @@ def nothing_fits(load: PlanLoad, unfit: Sequence[PlannedLayout]) -> str:
     nearest = max(unfit, key=lambda c: (c.memory.kv_gib, c.memory.kv_tokens))
     budget_gib = nearest.memory.total_gib * load.limits.gpu_memory_utilization
     workspace_gib = nearest.memory.activations_gib + nearest.memory.overhead_gib
-    total_gib = request.spec.parameters * request.spec.weight_bytes / GIB
+    total_gib = request.spec.weights_bytes / GIB
     fixes = []
     for per_replica in ADVISED_GPUS:
         if per_replica > request.gpus and total_gib / per_replica + workspace_gib < 0.95 * budget_gib:
@@ -172,6 +172,7 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
     if alike:
         names = ", ".join(str(c.layout) for c in alike[:4]) + (" and more" if len(alike) > 4 else "")
         notes.append(f"cannot be told apart from {names}: the difference is within the prediction's band")
+    notes += request.spec.notes
     if not request.spec.is_known:
         notes.append(
             f"{request.spec.architecture} is not an architecture that kervan knows: counted as attention and gated "

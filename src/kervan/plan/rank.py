@@ -16,12 +16,13 @@ from kervan.sim.memory import MemoryEstimate
 LIKELY = 0.5  # from here on a layout counts as keeping the SLO
 START_S = 101.0  # first start of an 8B engine on a machine: benchmarks/records/layouts-replicas-2xh200-2026-11-23.json
 STARTS_PER_DAY = 1.0
+FP8_CACHE = "an fp8 KV cache (--engine-arg kv_cache_dtype=fp8)"
 LEVERS = {
     "weights bandwidth": "more streams per replica share a read of the weights; fp8 halves it; a larger tp divides it",
     "compute": "fp8 where the GPU has it, prefix caching for repeated prompts, or more GPUs",
     "expert weights and compute": "more streams share each read of the experts; fp8 weights; a larger tp with ep",
-    "KV bandwidth": "an fp8 KV cache (--engine-arg kv_cache_dtype=fp8) halves it; a larger tp divides it",
-    "KV memory": "an fp8 KV cache (--engine-arg kv_cache_dtype=fp8), fp8 weights, a larger tp, or more replicas",
+    "KV bandwidth": f"{FP8_CACHE} halves it; a larger tp divides it",
+    "KV memory": f"{FP8_CACHE}, fp8 weights, a larger tp, or more replicas",
     "all-reduce": "a smaller tp with more replicas, if the model fits; or GPUs with faster links",
     "pipeline bubble": "a larger tp in place of pp, within a node",
     "per-step overhead": "more streams per replica, or a smaller tp: the GPU waits for launches and small kernels",
@@ -90,7 +91,7 @@ def planned(load: PlanLoad, evaluation: Evaluation, bands: Bands) -> PlannedLayo
         usd_per_mtok_spot=spot,
         usd_per_mtok_all_in=None if usd is None else usd * all_in_factor(layout.dp),
         binding=evaluation.binding,
-        lever=LEVERS[evaluation.binding],
+        lever=_lever(load, evaluation.binding),
         served_share=served_share,
         meets_slo=bands.meets_slo,
         bands=bands.factors,
@@ -115,6 +116,13 @@ def rank(request: PlanRequest, layouts: Iterable[PlannedLayout]) -> list[Planned
 def all_in_factor(copies: int) -> float:
     """What a price per token grows by with one spare replica, and a cold start of each replica per day."""
     return (copies + 1) / copies * (1 + STARTS_PER_DAY * START_S / 86_400)
+
+
+def _lever(load: PlanLoad, binding: str) -> str:
+    lever = LEVERS[binding]
+    if load.limits.kv_dtype_bytes <= 1:  # it is small already
+        lever = lever.replace(f"{FP8_CACHE} halves it; ", "").replace(f"{FP8_CACHE}, ", "")
+    return lever.replace("fp8 weights, ", "") if load.request.spec.quantization else lever
 
 
 def excesses(request: PlanRequest, candidate: PlannedLayout) -> dict[str, float]:

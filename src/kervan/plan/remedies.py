@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kervan.config.workload import Slo
 from kervan.errors import KervanError
-from kervan.facts.architecture import Quantization
+from kervan.facts.architecture import in_fp8
 from kervan.facts.hardware import GPUS
 from kervan.plan.evaluate import GLANCE, Simulations
 from kervan.plan.load import load
@@ -17,7 +17,6 @@ from kervan.plan.screen import screen
 TRIED_LAYOUTS = 3  # of each other plan, those that serve most by arithmetic, and that of the largest tp
 OTHER_GPUS = ("H100", "H200", "B200", "B300")
 TIMES_GPUS = (2, 4, 8)
-FP8 = Quantization("fp8", 1.0, frozenset({"embedding", "head", "router"}), computes_fp8=True)
 
 
 def remedies(request: PlanRequest, nearest: PlannedLayout) -> list[str]:
@@ -29,7 +28,7 @@ def remedies(request: PlanRequest, nearest: PlannedLayout) -> list[str]:
 def _others(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     """Other plans in words; of a kind those behind the first that is kept are not made."""
     if request.spec.quantization is None and request.gpu.fp8_flops:
-        yield "weights in fp8", dataclasses.replace(request, spec=dataclasses.replace(request.spec, quantization=FP8))
+        yield "weights in fp8", dataclasses.replace(request, spec=in_fp8(request.spec))
     for name in OTHER_GPUS:
         gpu = GPUS[name]
         if gpu.bandwidth_bytes_s > 1.1 * request.gpu.bandwidth_bytes_s or (

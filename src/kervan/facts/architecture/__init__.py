@@ -5,6 +5,7 @@ the shapes; `families` what a `model_type` implies; `fields` which fields are re
 how weights are stored; `towers` what sees and hears.
 """
 
+from kervan.facts.architecture.quantization import in_fp8
 from kervan.facts.architecture.read import parse
 from kervan.facts.architecture.spec import (
     Attention,
@@ -34,5 +35,6 @@ __all__ = [
     "StateLayer",
     "Storage",
     "Weight",
+    "in_fp8",
     "parse",
 ]

@@ -6,12 +6,24 @@ Sources: vLLM 0.32, `model_executor/layers/quantization` (which lists name what,
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kervan.errors import ConfigError
 from kervan.facts.architecture.fields import brief
-from kervan.facts.architecture.spec import Part, Quantization, Storage
+from kervan.facts.architecture.spec import (
+    Attention,
+    Experts,
+    LatentAttention,
+    Layer,
+    Mlp,
+    ModelSpec,
+    Part,
+    Quantization,
+    StateLayer,
+    Storage,
+    Weight,
+)
 
 NEVER: frozenset[Part] = frozenset(["embedding", "head", "router"])  # vLLM leaves them in the model's own type
 FP8 = Storage(1.0, "fp8")
@@ -32,6 +44,27 @@ _ALIASES = {
     "linear_attn": ("self_attn",),
     "mlp": ("feed_forward", "block_sparse_moe", "mixer", "moe"),
 }
+
+
+def in_fp8(spec: ModelSpec) -> ModelSpec:
+    """The same model with those matrices in FP8 that vLLM's `quantization=fp8` takes: the layers', but no routers."""
+
+    def weights(of: tuple[Weight, ...]) -> tuple[Weight, ...]:
+        return tuple(one if one.part in NEVER else replace(one, storage=FP8) for one in of)
+
+    def block(one: Any) -> Any:
+        experts = {"each": weights(one.each)} if isinstance(one, Experts) else {}
+        return replace(one, weights=weights(one.weights), **experts)
+
+    made: dict[int, Layer] = {}  # layers of one shape stay one object
+    for layer in spec.layers:
+        if id(layer) not in made:
+            mixers: tuple[Attention | LatentAttention | StateLayer, ...] = tuple(map(block, layer.mixers))
+            feeds: tuple[Mlp | Experts, ...] = tuple(map(block, layer.feed_forwards))
+            made[id(layer)] = replace(layer, mixers=mixers, feed_forwards=feeds)
+    kv_cache = spec.quantization.kv_cache if spec.quantization else "auto"
+    quantization = Quantization("fp8", FP8, FP8, kv_cache=kv_cache)
+    return replace(spec, layers=tuple(made[id(layer)] for layer in spec.layers), quantization=quantization)
 
 
 class Storages:
