@@ -72,7 +72,7 @@ CONFINED = [
     ("rich", ("cli/",)),
     ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
     ("jinja2", ("bench/html_report.py",)),
-    ("plotly", ("bench/html_report.py", "plan/plotting.py")),
+    ("plotly", ("bench/html_report.py",)),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("pynvml", ("observe/nvml.py",)),
 ]

@@ -13,6 +13,7 @@ from kervan.cli import options
 from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kervan.facts.architecture import ModelSpec
     from kervan.facts.hardware import Gpu
     from kervan.plan.explain import LayoutPlan
     from kervan.plan.rank import PlannedLayout
@@ -27,13 +28,13 @@ SECTIONS = {
     "Load": "--isl --osl --trace --rate --concurrency --prefix-hit",
     "Goal": "--slo --goal --price --prices",
     "Model": "--engine-arg --calibration --gateways",
-    "Output": "--explain --plot --all --json --help",
+    "Output": "--facts --explain --plot --all --json --help",
 }
 
 
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model")
-@click.option("--gpu", required=True, help="Kind of GPU, like H200; local: read this machine.")
+@click.option("--gpu", help="Kind of GPU, like H200; local: read this machine.")
 @click.option(
     "--gpus", type=click.IntRange(1, 65_536),
     help="GPUs in all. [default: as many as --rate needs; without it 8 per node; local: all]",
@@ -62,11 +63,14 @@ SECTIONS = {
 @click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's argument; repeatable.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="A file of kervan calibrate. [default: the prior]")
 @click.option("--gateways", type=click.IntRange(1, 64), default=1, show_default=True, help="Gateways per replica.")
-@click.option("--explain", is_flag=True, help="What a step of the best layout is spent on.")
+@click.option("--facts", is_flag=True, help="Only what MODEL is: sizes, memory per token; needs no --gpu.")
+@click.option("--explain", is_flag=True, help="What a step is spent on, in the best layout and the second.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write throughput against latency, as an HTML file.")
 @click.option("--all", "show_all", is_flag=True, help=f"Show all layouts, not the best {SHOWN}.")
 @options.as_json
-def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: bool, **given: Any) -> None:
+def plan(
+    model: str, as_json: bool, facts: bool, explain: bool, plot: Path | None, show_all: bool, **given: Any
+) -> None:
     """Say which parallelism serves MODEL best on these GPUs, what it will deliver, what it costs, and why.
 
     MODEL is a directory with config.json, or that file. Nothing is started and no GPU is needed.
@@ -74,6 +78,11 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
     from kervan.facts import layout as layouts
     from kervan.plan import search
 
+    if facts:
+        _print_facts(model, as_json=as_json)
+        return
+    if given["gpu"] is None:
+        raise ConfigError("a plan needs --gpu, like --gpu H200, or local; `kervan plan --facts MODEL` needs none")
     given["engine_args"] = engine_arguments(given["engine_args"])
     layout = given.pop("layout")
     request = plan_request(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
@@ -82,6 +91,8 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
         from kervan.plan import plotting
 
         plotting.write(layout_plan, plot)
+        if not as_json:
+            click.echo(f"plot: {plot}", err=True)
     if as_json:
         from kervan.cli import render
 
@@ -131,21 +142,12 @@ def plan_request(
     Raises: ConfigError for any that makes no sense.
     """
     from kervan.config.workload import Slo, parse_lengths, parse_slo, read_trace
-    from kervan.facts import architecture
-    from kervan.facts import model as models
     from kervan.facts import prices as price_table
     from kervan.plan import calibration as calibrations
     from kervan.plan.request import NETWORK_BYTES_S, PlanRequest
 
     found_gpu, num_gpus = _gpu(gpu, gpus, nodes)
-    path = Path(model)
-    is_file = path.name == "config.json" and path.is_file()
-    config = models.read_config(str(path.parent) if is_file else models.resolve(model))
-    if config is None:
-        raise ConfigError(
-            f"model {model!r} is not on this machine, and a plan reads its config.json; fetch that one file into a "
-            "directory and give the directory"
-        )
+    spec = model_spec(model)
     if network is not None and not 0 < network < 1e6:
         raise ConfigError(f"--network {network} is not a speed in Gbit/s; write for example --network 400")
     table = price_table.load(prices)
@@ -158,7 +160,7 @@ def plan_request(
             "write for example --prefix-hit 0.6"
         )
     return PlanRequest(
-        spec=architecture.parse(config, model if is_file else f"{model}/config.json"),
+        spec=spec,
         gpu=found_gpu,
         gpus=num_gpus,
         nodes=nodes,
@@ -179,6 +181,25 @@ def plan_request(
         frontends=gateways,
         network_bytes_s=NETWORK_BYTES_S if network is None else network * 1e9 / 8,
     )
+
+
+def model_spec(model: str) -> "ModelSpec":
+    """What the config.json of MODEL says, a directory or that file.
+
+    Raises: ConfigError when it cannot be read or counted.
+    """
+    from kervan.facts import architecture
+    from kervan.facts import model as models
+
+    path = Path(model)
+    is_file = path.name == "config.json" and path.is_file()
+    config = models.read_config(str(path.parent) if is_file else models.resolve(model))
+    if config is None:
+        raise ConfigError(
+            f"model {model!r} is not on this machine, and a plan reads its config.json; fetch that one file into a "
+            "directory and give the directory"
+        )
+    return architecture.parse(config, model if is_file else f"{model}/config.json")
 
 
 def _gpu(name: str, count: int | None, nodes: int) -> tuple["Gpu", int]:
@@ -216,7 +237,7 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
 
     best = launch.launch(plan.request, plan.best, model)
     return {
-        "model": model,
+        "model": model_dict(plan.request.spec, model),
         "gpu": plan.request.gpu.name,
         "gpus": plan.best.layout.gpus if plan.request.counts_gpus else plan.request.gpus,
         "calibration": plan.request.calibration.name,
@@ -235,6 +256,39 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
             "target_ongoing_requests": best.target_ongoing_requests,
         },
     }
+
+
+def model_dict(spec: "ModelSpec", name: str) -> dict[str, Any]:
+    """What a model is, for scripts; bytes are those of all weights, and of a token in the KV cache of all layers."""
+    return {
+        "name": name,
+        "architecture": spec.architecture,
+        "parameters": spec.parameters,
+        "active_parameters": spec.active_parameters,
+        "kv_bytes_per_token": round(spec.kv_bytes_per_token),
+        "weights_bytes": round(spec.weights_bytes),
+        "quantization": spec.quantization_name,
+        "max_model_len": spec.max_model_len,
+        "notes": list(spec.notes),
+    }
+
+
+def _print_facts(model: str, *, as_json: bool) -> None:
+    from kervan.cli import render
+    from kervan.sim.memory import GIB
+
+    spec = model_spec(model)
+    if as_json:
+        render.print_json(model_dict(spec, model))
+        return
+    click.echo(
+        f"{model}: {spec.architecture}, {spec.parameters / 1e9:.2f}B parameters, of which a token passes "
+        f"{spec.active_parameters / 1e9:.2f}B; {spec.weights_bytes / GIB:.1f} GiB of weights "
+        f"({spec.quantization_name}); {spec.kv_bytes_per_token:,.0f} bytes of KV cache per token; "
+        f"up to {spec.max_model_len:,} tokens"
+    )
+    for note in spec.notes:
+        click.echo(note)
 
 
 def _row(c: "PlannedLayout") -> dict[str, Any]:
@@ -353,17 +407,22 @@ def _print_terms(plan: "LayoutPlan") -> None:
 
     from kervan.plan import explain
 
-    best = plan.best
-    table = Table(
-        "what", box=None, pad_edge=False, header_style="dim",
-        title=f"{best.layout}: a step of {max(1, round(best.mean_batch))} sequences, "
-        f"and one that prefills {best.limits.max_num_batched_tokens} tokens",
-        title_justify="left",
-    )  # fmt: skip
-    table.add_column("decode, ms", justify="right")
-    table.add_column("prefill, ms", justify="right")
-    rows = explain.step_terms(plan)
-    for name, decode_ms, prefill_ms in rows:
-        table.add_row(name.replace("_", " "), f"{decode_ms:.3f}", f"{prefill_ms:.2f}")
-    table.add_row("sum", f"{sum(r[1] for r in rows):.3f}", f"{sum(r[2] for r in rows):.2f}", style="bold")
-    Console(highlight=False).print(table)
+    second = next((c for c in plan.layouts[1:] if c.fits), None)
+    shown = [plan.best] if second is None else [plan.best, second]
+    rows = {c.layout: {name: (d, p) for name, d, p in explain.step_terms(plan, c)} for c in shown}
+    names = dict.fromkeys(name for c in shown for name in rows[c.layout])
+    table = Table("what", box=None, pad_edge=False, header_style="dim", title="a step", title_justify="left")
+    for c in shown:
+        table.add_column(f"{c.layout}: decode {max(1, round(c.mean_batch))}, ms", justify="right")
+        table.add_column("share", justify="right")
+        table.add_column(f"prefill {c.limits.max_num_batched_tokens}, ms", justify="right")
+        table.add_column("share", justify="right")
+    for name in [*names, "sum"]:
+        cells = []
+        for c in shown:
+            for column, digits in ((0, 3), (1, 2)):
+                total_ms = sum(row[column] for row in rows[c.layout].values())
+                value_ms = total_ms if name == "sum" else rows[c.layout].get(name, (0.0, 0.0))[column]
+                cells += [f"{value_ms:.{digits}f}", f"{value_ms / max(1e-9, total_ms):.0%}"]
+        table.add_row(name.replace("_", " "), *cells, style="bold" if name == "sum" else "")
+    Console(highlight=False, width=None if console_is_wide() else 160).print(table)

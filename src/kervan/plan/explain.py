@@ -67,15 +67,14 @@ def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, remedies: Sequen
     return LayoutPlan(load, tuple(ranked), verdict, tuple(notes), strategies(load, ranked))
 
 
-def step_terms(plan: LayoutPlan) -> list[tuple[str, float, float]]:
-    """(term, ms in a decode step, ms in a prefill step) of one pass of the best layout through all stages, the largest
-    first.
+def step_terms(plan: LayoutPlan, planned: PlannedLayout) -> list[tuple[str, float, float]]:
+    """(term, ms in a decode step, ms in a prefill step) of one pass of a layout through all stages, the largest first.
 
     The decode step runs the planned batch at its mean context, the prefill step a full token budget of prompts.
     """
-    load, best = plan.load, plan.best
-    times = step_time(load, dataclasses.replace(best.layout, dp=1))
-    sequences = max(1, round(best.mean_batch))
+    load = plan.load
+    times = step_time(load, dataclasses.replace(planned.layout, dp=1))
+    sequences = max(1, round(planned.mean_batch))
     decode = Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences)
     tokens = load.limits.max_num_batched_tokens
     prefill = Batch(0, 0, tokens, tokens * min(load.isl, tokens) / 2, max(1, int(tokens / load.isl)))

@@ -129,15 +129,15 @@ def _compared(load: PlanLoad, best: PlannedLayout, other: PlannedLayout) -> str:
         return f"{other.layout} takes {other.layout.gpus} GPUs for the load, and {best.layout} takes {best.layout.gpus}"
     if request.is_open or request.goal == "latency":
         ratio = other.tpot_p50_ms / max(1e-9, best.tpot_p50_ms)
-        return f"{other.layout} takes {_more_or_less(ratio)} time per token"
+        return f"{other.layout} takes {_more_or_less(ratio, 'less')} time per token"
     ratio = (other.out_tok_s / other.layout.gpus) / max(1e-9, best.out_tok_s / best.layout.gpus)
-    return f"{other.layout} delivers {_more_or_less(ratio)} tokens/s per GPU"
+    return f"{other.layout} delivers {_more_or_less(ratio, 'fewer')} tokens/s per GPU"
 
 
-def _more_or_less(ratio: float) -> str:
+def _more_or_less(ratio: float, less: str) -> str:
     if abs(math.log(max(1e-9, ratio))) < SAME_SHARE:
         return "about the same"
-    return f"{ratio:.2g} times the" if ratio > 2 else f"{abs(ratio - 1):.0%} {'more' if ratio > 1 else 'less'}"
+    return f"{ratio:.2g} times the" if ratio > 2 else f"{abs(ratio - 1):.0%} {'more' if ratio > 1 else less}"
 
 
 def _all_reduce_share(load: PlanLoad, planned: PlannedLayout) -> float:
