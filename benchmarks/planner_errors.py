@@ -11,7 +11,6 @@ the others. --refit fits again and prints the constants; with --leave-out-layout
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import statistics
@@ -114,7 +113,7 @@ def _layout_point(row: dict[str, Any], model: str) -> MeasuredPoint:
 
 @dataclass(frozen=True)
 class OpenError:
-    """A measured open loop and what was predicted for the same arrivals: predicted over measured, less one, by figure."""
+    """A measured open loop, and predicted over measured, less one, by figure; of the same arrivals."""
 
     name: str
     row: dict[str, Any]
@@ -126,14 +125,12 @@ def open_loops() -> Iterator[OpenError]:
     known, gpu = specs(), hardware.gpu("H200")
     for path in sorted(RECORDS.glob("open-loop-*.json")):
         for row in json.loads(path.read_text())["rows"]:
-            stage = Stage(row["rate"], row["rate"], math.inf)
-            sent_s = itertools.takewhile(
-                lambda at_s, row=row: at_s < row["seconds"], offsets_s([stage], "poisson", seed=row["seed"])
-            )
+            stage = Stage(row["rate"], row["rate"], row["seconds"])
+            sent_s = offsets_s([stage], "poisson", seed=row["seed"])
             arrivals = [LoadRequest(at_s, row["isl"], row["osl"]) for at_s in sent_s]
-            lengths = {"isl": parse_lengths(str(row["isl"])), "osl": parse_lengths(str(row["osl"]))}
-            loaded = load(PlanRequest(spec=known[row["model"]], gpu=gpu, gpus=1, rate=row["rate"], **lengths))
-            one = screen(loaded)[0]
+            isl, osl = parse_lengths(str(row["isl"])), parse_lengths(str(row["osl"]))
+            request = PlanRequest(spec=known[row["model"]], gpu=gpu, gpus=1, rate=row["rate"], isl=isl, osl=osl)
+            one = screen(load(request))[0]
             said = serving.open_loop(one.step_time, arrivals, kv_tokens=one.memory.kv_tokens)
             errors = {
                 f"{name}_{word}": figure(said, q) / row[key][word] - 1
@@ -147,10 +144,8 @@ def open_loops() -> Iterator[OpenError]:
 
 def print_open_loops() -> None:
     names = {"tpot_p50": "TPOT p50", "tpot_p99": "TPOT p99", "ttft_p50": "TTFT p50", "ttft_p99": "TTFT p99"}
-    print(
-        "| model, in/out | requests/s | measured TPOT p50, p99, ms | TTFT p50, p99, ms | " + " | ".join(names.values())
-    )
-    print("|---|---|---|---|" + "---|" * len(names))
+    heads = ["model, in/out", "requests/s", "measured TPOT p50, p99, ms", "TTFT p50, p99, ms", *names.values()]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for found in open_loops():
         tpot, ttft = found.row["tpot"], found.row["ttft_from_arrival"]
         cells = [found.name, f"{found.row['rate']:g}"]
