@@ -14,6 +14,7 @@ come), and TTFT by thirds of the time, which tells whether requests pile up.
 import argparse
 import json
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -118,7 +119,8 @@ def main() -> None:
     engine_args = {**ENGINE_ARGS, **servers.parse_engine_args(args.engine_arg)}
     rows: list[dict[str, Any]] = []
     content = {"engine_args": engine_args, "rows": rows}
-    record = records.record("open-loop-points", content, ["python", "benchmarks/open_loop_points.py", *sys.argv[1:]])
+    record = records.record("open-loop-points", content)
+    record["command"] = shlex.join(["python", "benchmarks/open_loop_points.py", *sys.argv[1:]])
     path = records.write(args.out, record)
 
     def say(text: str) -> None:

@@ -2,6 +2,8 @@
 
     python benchmarks/planner_errors.py [--plot FILE.svg] [--markdown] [--refit] [--leave-out-layouts]
 
+Closed loops first, then open ones (records/open-loop-*.json), whose arrivals are those that were measured.
+
 Sets: `fit` are the points that the shipped constants were fitted to, `taught` those of which a rule came, `held back`
 the others. --refit fits again and prints the constants; with --leave-out-layouts it does so without the points of
 `layouts.py` on H200 (tp 2, pp 2, experts with tp 2), which then count as held back. --plot needs matplotlib.
@@ -17,10 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kervan.bench.arrivals import Stage, offsets_s
+from kervan.config.workload import parse_lengths
 from kervan.facts import architecture, hardware
 from kervan.facts.architecture import ModelSpec
-from kervan.plan import calibration
+from kervan.plan import calibration, serving
 from kervan.plan.calibration import PRIOR, MeasuredPoint
+from kervan.plan.load import load
+from kervan.plan.request import PlanRequest
+from kervan.plan.screen import screen
+from kervan.plan.serving import LoadRequest, LoadResult
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records"
@@ -103,6 +111,48 @@ def _layout_point(row: dict[str, Any], model: str) -> MeasuredPoint:
     return _point(row | sizes | counts | {"frontends": 1 if row["what"].startswith("bare") else 4})
 
 
+@dataclass(frozen=True)
+class OpenError:
+    """A measured open loop, and predicted over measured, less one, by figure; of the same arrivals."""
+
+    name: str
+    row: dict[str, Any]
+    errors: dict[str, float]
+
+
+def open_loops() -> Iterator[OpenError]:
+    """All measured open loops; none of them was fitted to."""
+    known, gpu = specs(), hardware.gpu("H200")
+    for path in sorted(RECORDS.glob("open-loop-*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            stage = Stage(row["rate"], row["rate"], row["seconds"])
+            sent_s = offsets_s([stage], "poisson", seed=row["seed"])
+            arrivals = [LoadRequest(at_s, row["isl"], row["osl"]) for at_s in sent_s]
+            isl, osl = parse_lengths(str(row["isl"])), parse_lengths(str(row["osl"]))
+            request = PlanRequest(spec=known[row["model"]], gpu=gpu, gpus=1, rate=row["rate"], isl=isl, osl=osl)
+            one = screen(load(request))[0]
+            said = serving.open_loop(one.step_time, arrivals, kv_tokens=one.memory.kv_tokens)
+            errors = {
+                f"{name}_{word}": figure(said, q) / row[key][word] - 1
+                for name, key, figure in (
+                    ("tpot", "tpot", LoadResult.tpot_s), ("ttft", "ttft_from_arrival", LoadResult.ttft_s)
+                )
+                for word, q in (("p50", 0.5), ("p99", 0.99))
+            }  # fmt: skip
+            yield OpenError(f"{row['model']}, {row['isl']}/{row['osl']}", row, errors)
+
+
+def print_open_loops() -> None:
+    names = {"tpot_p50": "TPOT p50", "tpot_p99": "TPOT p99", "ttft_p50": "TTFT p50", "ttft_p99": "TTFT p99"}
+    heads = ["model, in/out", "requests/s", "measured TPOT p50, p99, ms", "TTFT p50, p99, ms", *names.values()]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for found in open_loops():
+        tpot, ttft = found.row["tpot"], found.row["ttft_from_arrival"]
+        cells = [found.name, f"{found.row['rate']:g}"]
+        cells += [f"{1000 * times['p50']:.1f}, {1000 * times['p99']:.1f}" for times in (tpot, ttft)]
+        print("| " + " | ".join([*cells, *(f"{100 * found.errors[name]:+.0f}%" for name in names)]) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path)
@@ -134,6 +184,8 @@ def main() -> None:
         errors = [[abs(said[k] / getattr(m.point, k) - 1) for m, said in chosen if k in m.figures()] for k in KEYS]
         shares = (f"{100 * statistics.fmean(found):.1f}% ({len(found)})" if found else "" for found in errors)
         print(f"| {name} | {len(chosen)} | " + " | ".join(shares) + " |")
+    print()
+    print_open_loops()
     if args.plot:
         plot(rows, args.plot)
 

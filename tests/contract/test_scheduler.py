@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from harness.places import MODELS
 
-from kervan.sim.scheduler import VLLM, ScheduledRequest, Scheduler
+from kervan.sim.limits import BLOCK_TOKENS
+from kervan.sim.scheduler import ScheduledRequest, Scheduler
 
 BLOCKS, SEQS, BUDGET = 40, 8, 64
-BLOCK = VLLM.block_tokens
+BLOCK = BLOCK_TOKENS
 # A step: tokens by request, in the order of arrival.
 Step = dict[int, int]
 

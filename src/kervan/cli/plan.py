@@ -1,5 +1,6 @@
 """`kervan plan`."""
 
+import dataclasses
 import datetime
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from kervan.cli import options
 from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kervan.facts.architecture import ModelSpec
     from kervan.facts.hardware import Gpu
     from kervan.plan.explain import LayoutPlan
     from kervan.plan.rank import PlannedLayout
@@ -23,17 +25,20 @@ SHOWN = 12
 LAYOUT_ARGUMENTS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel")
 SECTIONS = {
     "Machines": "--gpu --gpus --nodes --network --layout",
-    "Load": "--isl --osl --trace --rate --concurrency",
+    "Load": "--isl --osl --trace --rate --concurrency --prefix-hit",
     "Goal": "--slo --goal --price --prices",
     "Model": "--engine-arg --calibration --gateways",
-    "Output": "--explain --plot --all --json --help",
+    "Output": "--facts --explain --plot --all --json --help",
 }
 
 
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model")
-@click.option("--gpu", required=True, help="Kind of GPU, like H200; local: read this machine.")
-@click.option("--gpus", type=click.IntRange(1, 65_536), help="GPUs in all. [default: 8 per node; local: all]")
+@click.option("--gpu", help="Kind of GPU, like H200; local: read this machine.")
+@click.option(
+    "--gpus", type=click.IntRange(1, 65_536),
+    help="GPUs in all. [default: as many as --rate needs; without it 8 per node; local: all]",
+)  # fmt: skip
 @click.option("--nodes", type=click.IntRange(1, 8192), default=1, show_default=True, help="Nodes that the GPUs are on.")
 @click.option("--network", type=float, help="Gbit/s between nodes, for each GPU. [default: 400]")
 @click.option("--layout", help="Only this layout: tp=2,pp=2 (also dp=, ep=).")
@@ -42,7 +47,13 @@ SECTIONS = {
 @click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals of a trace (Azure or Mooncake).")
 @click.option("--rate", help="Requests per second, like 5/s; with --trace it is sped up to that.")
 @click.option("--concurrency", type=click.IntRange(1, 65_536), help="Streams of a closed loop, over the whole plan.")
-@click.option("--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} without a load, else none]")
+@click.option(
+    "--prefix-hit", type=float, default=0.0, show_default=True,
+    help="Share of the prompt tokens that are found in the prefix cache, like 0.6.",
+)  # fmt: skip
+@click.option(
+    "--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} without a load or --gpus, else none]"
+)
 @click.option(
     "--goal", type=click.Choice(["cost", "throughput", "latency"]), default="cost", show_default=True,
     help="What to rank by, after the SLO.",
@@ -52,11 +63,14 @@ SECTIONS = {
 @click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's argument; repeatable.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="A file of kervan calibrate. [default: the prior]")
 @click.option("--gateways", type=click.IntRange(1, 64), default=1, show_default=True, help="Gateways per replica.")
-@click.option("--explain", is_flag=True, help="What a step of the best layout is spent on.")
+@click.option("--facts", is_flag=True, help="Only what MODEL is: sizes, memory per token; needs no --gpu.")
+@click.option("--explain", is_flag=True, help="What a step is spent on, in the best layout and the second.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write throughput against latency, as an HTML file.")
 @click.option("--all", "show_all", is_flag=True, help=f"Show all layouts, not the best {SHOWN}.")
 @options.as_json
-def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: bool, **given: Any) -> None:
+def plan(
+    model: str, as_json: bool, facts: bool, explain: bool, plot: Path | None, show_all: bool, **given: Any
+) -> None:
     """Say which parallelism serves MODEL best on these GPUs, what it will deliver, what it costs, and why.
 
     MODEL is a directory with config.json, or that file. Nothing is started and no GPU is needed.
@@ -64,6 +78,11 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
     from kervan.facts import layout as layouts
     from kervan.plan import search
 
+    if facts:
+        _print_facts(model, as_json=as_json)
+        return
+    if given["gpu"] is None:
+        raise ConfigError("a plan needs --gpu, like --gpu H200, or local; `kervan plan --facts MODEL` needs none")
     given["engine_args"] = engine_arguments(given["engine_args"])
     layout = given.pop("layout")
     request = plan_request(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
@@ -72,6 +91,8 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
         from kervan.plan import plotting
 
         plotting.write(layout_plan, plot)
+        if not as_json:
+            click.echo(f"plot: {plot}", err=True)
     if as_json:
         from kervan.cli import render
 
@@ -107,6 +128,7 @@ def plan_request(
     trace: Path | None = None,
     rate: str | None = None,
     concurrency: int | None = None,
+    prefix_hit: float = 0.0,
     slo: str | None = None,
     goal: Any = "cost",
     price: str | None = None,
@@ -120,37 +142,36 @@ def plan_request(
     Raises: ConfigError for any that makes no sense.
     """
     from kervan.config.workload import Slo, parse_lengths, parse_slo, read_trace
-    from kervan.facts import architecture
-    from kervan.facts import model as models
     from kervan.facts import prices as price_table
     from kervan.plan import calibration as calibrations
     from kervan.plan.request import NETWORK_BYTES_S, PlanRequest
 
     found_gpu, num_gpus = _gpu(gpu, gpus, nodes)
-    path = Path(model)
-    is_file = path.name == "config.json" and path.is_file()
-    config = models.read_config(str(path.parent) if is_file else models.resolve(model))
-    if config is None:
-        raise ConfigError(
-            f"model {model!r} is not on this machine, and a plan reads its config.json; fetch that one file into a "
-            "directory and give the directory"
-        )
+    spec = model_spec(model)
     if network is not None and not 0 < network < 1e6:
         raise ConfigError(f"--network {network} is not a speed in Gbit/s; write for example --network 400")
     table = price_table.load(prices)
     own = price_table.parse_price_usd_per_h(price) if price else None
     has_load = rate is not None or concurrency is not None or trace is not None
+    counts_gpus = rate is not None and gpus is None and "dp" not in fixed and gpu.lower() != "local"
+    if not 0 <= prefix_hit < 1:
+        raise ConfigError(
+            f"--prefix-hit {prefix_hit:g} is not a share from 0 to below 1: each prompt has a last token to compute; "
+            "write for example --prefix-hit 0.6"
+        )
     return PlanRequest(
-        spec=architecture.parse(config, model if is_file else f"{model}/config.json"),
+        spec=spec,
         gpu=found_gpu,
         gpus=num_gpus,
         nodes=nodes,
+        counts_gpus=counts_gpus,
         isl=parse_lengths(isl, "--isl"),
         osl=parse_lengths(osl, "--osl"),
         concurrency=concurrency,
         rate=None if rate is None else _rate(rate),
         trace=tuple(read_trace(trace)) if trace else (),
-        slo=parse_slo(slo) if slo is not None else Slo() if has_load else parse_slo(DEFAULT_SLO),
+        prefix_hit=prefix_hit,
+        slo=parse_slo(slo) if slo is not None else Slo() if has_load and not counts_gpus else parse_slo(DEFAULT_SLO),
         goal=goal,
         usd_per_gpu_h=own or _price(table, found_gpu.name, "on-demand"),
         spot_usd_per_gpu_h=None if own else _price(table, found_gpu.name, "spot"),
@@ -160,6 +181,25 @@ def plan_request(
         frontends=gateways,
         network_bytes_s=NETWORK_BYTES_S if network is None else network * 1e9 / 8,
     )
+
+
+def model_spec(model: str) -> "ModelSpec":
+    """What the config.json of MODEL says, a directory or that file.
+
+    Raises: ConfigError when it cannot be read or counted.
+    """
+    from kervan.facts import architecture
+    from kervan.facts import model as models
+
+    path = Path(model)
+    is_file = path.name == "config.json" and path.is_file()
+    config = models.read_config(str(path.parent) if is_file else models.resolve(model))
+    if config is None:
+        raise ConfigError(
+            f"model {model!r} is not on this machine, and a plan reads its config.json; fetch that one file into a "
+            "directory and give the directory"
+        )
+    return architecture.parse(config, model if is_file else f"{model}/config.json")
 
 
 def _gpu(name: str, count: int | None, nodes: int) -> tuple["Gpu", int]:
@@ -197,14 +237,16 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
 
     best = launch.launch(plan.request, plan.best, model)
     return {
-        "model": model,
+        "model": model_dict(plan.request.spec, model),
         "gpu": plan.request.gpu.name,
-        "gpus": plan.request.gpus,
+        "gpus": plan.best.layout.gpus if plan.request.counts_gpus else plan.request.gpus,
         "calibration": plan.request.calibration.name,
         "slo": str(plan.request.slo),
         "candidates": [_row(layout) for layout in plan.layouts],
         "best": 0,
+        "keeps_slo": plan.keeps_slo,
         "verdict": plan.verdict,
+        "strategies": [dataclasses.asdict(strategy) for strategy in plan.strategies],
         "notes": list(plan.notes),
         "launch": {
             "command": best.command,
@@ -216,12 +258,45 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
     }
 
 
+def model_dict(spec: "ModelSpec", name: str) -> dict[str, Any]:
+    """What a model is, for scripts; bytes are those of all weights, and of a token in the KV cache of all layers."""
+    return {
+        "name": name,
+        "architecture": spec.architecture,
+        "parameters": spec.parameters,
+        "active_parameters": spec.active_parameters,
+        "kv_bytes_per_token": round(spec.kv_bytes_per_token),
+        "weights_bytes": round(spec.weights_bytes),
+        "quantization": spec.quantization_name,
+        "max_model_len": spec.max_model_len,
+        "notes": list(spec.notes),
+    }
+
+
+def _print_facts(model: str, *, as_json: bool) -> None:
+    from kervan.cli import render
+    from kervan.sim.memory import GIB
+
+    spec = model_spec(model)
+    if as_json:
+        render.print_json(model_dict(spec, model))
+        return
+    click.echo(
+        f"{model}: {spec.architecture}, {spec.parameters / 1e9:.2f}B parameters, of which a token passes "
+        f"{spec.active_parameters / 1e9:.2f}B; {spec.weights_bytes / GIB:.1f} GiB of weights "
+        f"({spec.quantization_name}); {spec.kv_bytes_per_token:,.0f} bytes of KV cache per token; "
+        f"up to {spec.max_model_len:,} tokens"
+    )
+    for note in spec.notes:
+        click.echo(note)
+
+
 def _row(c: "PlannedLayout") -> dict[str, Any]:
     figures: dict[str, Any] = {
         key: round(getattr(c, key), 4)
         for key in (
             "out_tok_s", "requests_s", "ttft_p50_ms", "ttft_p95_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p95_ms",
-            "tpot_p99_ms", "mean_batch", "meets_slo", "score",
+            "tpot_p99_ms", "e2e_p99_ms", "mean_batch", "served_share", "meets_slo", "score",
         )
     }  # fmt: skip
     prices = {
@@ -260,6 +335,9 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     console.print(f"[bold]{plan.verdict}[/bold]", soft_wrap=True)
     for note in plan.notes:
         console.print(note, soft_wrap=True, markup=False)
+    for strategy in plan.strategies:
+        use = "yes" if strategy.use else "no"
+        console.print(f"{strategy.name}: {use}; {strategy.reason}", soft_wrap=True, markup=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in (
         "layout",
@@ -276,6 +354,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         "bound by",
     ):
         table.add_column(name, justify="left" if name in ("layout", "bound by") else "right")
+    has_slo = bool(str(q.slo))
     rows = plan.layouts if show_all else plan.layouts[:SHOWN]
     for c in rows:
         if not c.fits:
@@ -284,7 +363,8 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         table.add_row(
             str(c.layout), str(c.layout.gpus), str(c.concurrency), f"{c.out_tok_s:,.0f} +-{_percent(c, 'out_tok_s')}",
             _ms(c.ttft_p50_ms), _ms(c.ttft_p99_ms), _ms(c.tpot_p50_ms), _ms(c.tpot_p99_ms), f"{c.memory.kv_tokens:,}",
-            "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}", c.reason or c.binding,
+            "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}" if has_slo else "",
+            c.reason or c.binding,
         )  # fmt: skip
     console.print(table)
     if len(rows) < len(plan.layouts):
@@ -327,17 +407,22 @@ def _print_terms(plan: "LayoutPlan") -> None:
 
     from kervan.plan import explain
 
-    best = plan.best
-    table = Table(
-        "what", box=None, pad_edge=False, header_style="dim",
-        title=f"{best.layout}: a step of {max(1, round(best.mean_batch))} sequences, "
-        f"and one that prefills {best.limits.max_num_batched_tokens} tokens",
-        title_justify="left",
-    )  # fmt: skip
-    table.add_column("decode, ms", justify="right")
-    table.add_column("prefill, ms", justify="right")
-    rows = explain.step_terms(plan)
-    for name, decode_ms, prefill_ms in rows:
-        table.add_row(name.replace("_", " "), f"{decode_ms:.3f}", f"{prefill_ms:.2f}")
-    table.add_row("sum", f"{sum(r[1] for r in rows):.3f}", f"{sum(r[2] for r in rows):.2f}", style="bold")
-    Console(highlight=False).print(table)
+    second = next((c for c in plan.layouts[1:] if c.fits), None)
+    shown = [plan.best] if second is None else [plan.best, second]
+    rows = {c.layout: {name: (d, p) for name, d, p in explain.step_terms(plan, c)} for c in shown}
+    names = dict.fromkeys(name for c in shown for name in rows[c.layout])
+    table = Table("what", box=None, pad_edge=False, header_style="dim", title="a step", title_justify="left")
+    for c in shown:
+        table.add_column(f"{c.layout}: decode {max(1, round(c.mean_batch))}, ms", justify="right")
+        table.add_column("share", justify="right")
+        table.add_column(f"prefill {c.limits.max_num_batched_tokens}, ms", justify="right")
+        table.add_column("share", justify="right")
+    for name in [*names, "sum"]:
+        cells = []
+        for c in shown:
+            for column, digits in ((0, 3), (1, 2)):
+                total_ms = sum(row[column] for row in rows[c.layout].values())
+                value_ms = total_ms if name == "sum" else rows[c.layout].get(name, (0.0, 0.0))[column]
+                cells += [f"{value_ms:.{digits}f}", f"{value_ms / max(1e-9, total_ms):.0%}"]
+        table.add_row(name.replace("_", " "), *cells, style="bold" if name == "sum" else "")
+    Console(highlight=False, width=None if console_is_wide() else 160).print(table)

@@ -75,6 +75,9 @@ def parse_slo(text: str) -> Slo:
             raise ConfigError(f"SLO {item!r} is none of ttft=, tpot=, e2e=; write for example ttft=1s,tpot=50ms")
         if f"{key}_s" in bounds:
             raise ConfigError(f"SLO {text!r} gives {key} twice")
+        if value.strip()[-1:].isdigit():  # 50 was meant as milliseconds as often as not
+            number = value.strip()
+            raise ConfigError(f"SLO {key}={number} has no unit; write {key}={number}ms or {key}={number}s")
         bounds[f"{key}_s"] = parse_duration_s(value, f"SLO {key}")
         if bounds[f"{key}_s"] <= 0:
             raise ConfigError(f"SLO {key}={value.strip()} can never be met; give a duration above 0")

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from kervan.errors import ConfigError
-from kervan.facts.architecture import ModelSpec
+from kervan.facts.architecture import Attention, Cut, Experts, Layer, Mlp, ModelSpec, StateLayer
+from kervan.facts.architecture.spec import Mixer
 
 KEYS = ("tp", "pp", "dp", "ep")
 
@@ -58,29 +59,72 @@ def parse_layout(text: str) -> dict[str, int]:
     return named
 
 
-def tensor_sizes(spec: ModelSpec, most: int) -> list[int]:
-    """All `tp` up to `most` that this model allows: they divide the heads, and KV heads or are a multiple of them."""
-    return [tp for tp in range(1, most + 1) if _why_not_tp(spec, tp) is None]
+def tensor_sizes(spec: ModelSpec, most: int, *, ep: bool = False) -> list[int]:
+    """All `tp` up to `most` that this model allows: they divide the heads, and KV heads or are a multiple of them.
+
+    With `ep` experts stay whole, so their width does not matter.
+    """
+    return [tp for tp in range(1, most + 1) if _why_not_tp(spec, tp, ep=ep) is None]
 
 
-def _why_not_tp(spec: ModelSpec, tp: int) -> str | None:
-    if spec.num_heads % tp:
-        return f"does not divide {spec.num_heads} attention heads"
-    kv = spec.num_kv_heads
-    if spec.mla is None and kv % tp and tp % kv:
-        return f"neither divides {kv} KV heads nor is a multiple of them"
-    if spec.experts is not None and spec.experts.width % tp:
-        return f"does not divide the experts' width of {spec.experts.width}"
-    if spec.experts is None and spec.intermediate % tp:
-        return f"does not divide the MLP's width of {spec.intermediate}"
+def _why_not_tp(spec: ModelSpec, tp: int, *, ep: bool = False) -> str | None:
+    for layer, _ in spec.distinct:
+        for mixer in layer.mixers:
+            if (reason := _why_not_mixer(mixer, tp)) is not None:
+                return reason
+        for feed in layer.feed_forwards:
+            if isinstance(feed, Mlp) and feed.width % tp and not (spec.experts and ep):
+                return f"does not divide the MLP's width of {feed.width}"
+            if isinstance(feed, Experts) and feed.width % tp and not ep:
+                return f"does not divide the experts' width of {feed.width}"
+        if (reason := _why_not_blocks(spec, layer, tp, ep=ep)) is not None:
+            return reason
+    return None
+
+
+def _why_not_mixer(mixer: Mixer, tp: int) -> str | None:
+    if isinstance(mixer, StateLayer):
+        return None if mixer.units % tp == 0 else f"does not divide {mixer.units} units of a {mixer.name} layer"
+    if mixer.num_heads % tp:
+        return f"does not divide {mixer.num_heads} attention heads"
+    if isinstance(mixer, Attention) and mixer.num_kv_heads % tp and tp % mixer.num_kv_heads:
+        return f"neither divides {mixer.num_kv_heads} KV heads nor is a multiple of them"
+    return None
+
+
+def _why_not_blocks(spec: ModelSpec, layer: Layer, tp: int, *, ep: bool) -> str | None:
+    """A cut of a matrix whose blocks of weights share a scale must not go through a block.
+
+    Source: `validate_fp8_block_shape` and `validate_fp8_block_shape_moe`, vLLM 0.32.
+    """
+    q = spec.quantization
+    if q is None or not q.block[0] or tp == 1:
+        return None
+    routed = [] if layer.experts is None or ep else [*layer.experts.each]
+    for weight in (*layer.weights, *routed):
+        if weight.storage.arithmetic == "16 bit":
+            continue
+        for side, block in ((weight.outputs, q.block[0]), (weight.inputs, q.block[1])):
+            for cut in side:
+                if isinstance(cut, Cut) and cut.count >= tp and (cut.count // tp * cut.size) % block:
+                    name = weight.modules[-1].rpartition(".")[2]
+                    size = cut.count * cut.size
+                    return (
+                        f"cuts the {size} of {'experts' if weight.part == 'experts' else name} into "
+                        f"{size // tp} each, which the FP8 blocks of {block} do not divide"
+                    )
     return None
 
 
 def check(spec: ModelSpec, layout: Layout) -> None:
     """Raises: ConfigError for a cut that the model does not allow, with the sizes that it does."""
-    if (reason := _why_not_tp(spec, layout.tp)) is not None:
-        fitting = [str(tp) for tp in tensor_sizes(spec, min(spec.num_heads, 64))]
-        raise ConfigError(f"tp={layout.tp} {reason}; use {_one_of(fitting)} (--tp, or --layout tp=)")
+    has_ep = layout.ep > 1
+    if (reason := _why_not_tp(spec, layout.tp, ep=has_ep)) is not None:
+        fitting = [str(tp) for tp in tensor_sizes(spec, min(spec.num_heads, 64), ep=has_ep)]
+        whole = ""
+        if not has_ep and spec.experts is not None and _why_not_tp(spec, layout.tp, ep=True) is None:
+            whole = f", or ep={layout.tp}, which keeps experts whole"
+        raise ConfigError(f"tp={layout.tp} {reason}; use {_one_of(fitting)} (--tp, or --layout tp=){whole}")
     if layout.pp > spec.num_layers:
         raise ConfigError(
             f"pp={layout.pp} stages need as many layers, the model has {spec.num_layers}; "
@@ -113,7 +157,9 @@ def sizes(spec: ModelSpec, *, gpus: int, gpus_per_node: int) -> list[Layout]:
     `pp` beyond one node counts in whole nodes' worth of stages: a stage's GPUs are never on two nodes.
     """
     replicas: list[Layout] = []
-    for tp in tensor_sizes(spec, min(gpus, gpus_per_node)):
+    most = min(gpus, gpus_per_node)
+    whole, cut = tensor_sizes(spec, most, ep=spec.experts is not None), tensor_sizes(spec, most)
+    for tp in sorted({*whole, *cut}):
         if tp & (tp - 1) and gpus_per_node % tp:
             continue  # three of eight GPUs leave two idle
         for pp in range(1, min(gpus // tp, spec.num_layers) + 1):
@@ -125,8 +171,9 @@ def sizes(spec: ModelSpec, *, gpus: int, gpus_per_node: int) -> list[Layout]:
                 continue
             if spec.num_layers % pp and pp & (pp - 1) and not gpus & (gpus - 1):
                 continue
-            replicas.append(replica)
-            if spec.experts is not None and tp > 1 and spec.experts.count % tp == 0:
+            if tp in cut:
+                replicas.append(replica)
+            if tp in whole and spec.experts is not None and tp > 1 and spec.experts.count % tp == 0:
                 replicas.append(Layout(tp, pp, ep=tp))
     return replicas
 

@@ -8,7 +8,10 @@ from typing import Any
 from kervan.errors import ConfigError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+MAX_CONFIG_BYTES = 16 << 20
+EXPERT_FIELDS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts", "num_routed_experts",
+)  # fmt: skip
 NEEDED_FIELDS = ("architectures", "model_type")
 
 
@@ -50,16 +53,35 @@ def read_config(model: str) -> dict[str, Any] | None:
         if (directory / "params.json").exists():  # Mistral's own format
             return None
         raise ConfigError(f"{directory} has no config.json; give a directory in Hugging Face format")
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a JSON {type(config).__name__}, not an object; fetch the model again")
+    config = _read_object(path)
     missing = [name for name in NEEDED_FIELDS if not config.get(name)]
     if missing:
         raise ConfigError(f"{path} lacks {' and '.join(missing)}; copy them from the model's page, or fetch it again")
+    beside = directory / "hf_quant_config.json"  # ModelOpt's, which vLLM reads where config.json says nothing
+    if not config.get("quantization_config") and beside.exists():
+        config["quantization_config"] = _read_object(beside)
     return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises: ConfigError in one short line for anything else.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"{path} is no regular file; fetch the model again")
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                f"{path} has {path.stat().st_size:,} bytes, above {MAX_CONFIG_BYTES:,}; fetch the model again"
+            )
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise ConfigError(f"{path} cannot be read as JSON ({reason}); fetch the model again") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds a JSON {type(found).__name__}, not an object; fetch the model again")
+    return found
 
 
 def check_layout(config: dict[str, Any] | None, *, tp: int, pp: int, ep: int = 1) -> None:

@@ -17,8 +17,10 @@ MEASURED_AS = {
 
 @dataclass(frozen=True, slots=True)
 class Bands:
-    """`factors`: by figure, the factor up and down within which four of five measurements should lie. `meets_slo`: the
-    probability that the 99th percentiles are within the SLO.
+    """`factors`: by figure, the factor up and down within which four of five measurements should lie.
+
+    `meets_slo`: the probability that the 99th percentiles are within the SLO. Where no load is given and a layout gets
+    as much as it takes within the SLO, 1, and 0 where even one request at a time is not within it.
     """
 
     factors: Mapping[str, float]
@@ -37,6 +39,8 @@ def bands(request: PlanRequest, evaluation: Evaluation) -> Bands:
     factors = {
         figure: math.exp(BAND_SIGMAS * wider * spread.get(key, UNKNOWN_SPREAD)) for figure, key in MEASURED_AS.items()
     }
+    if not request.has_load:
+        return Bands(factors, float(evaluation.keeps_slo))
     return Bands(factors, _meets_slo(request, evaluation, factors) if evaluation.is_stable else 0.0)
 
 
@@ -46,6 +50,7 @@ def _meets_slo(request: PlanRequest, evaluation: Evaluation, factors: Mapping[st
     for value_ms, name, bound_s in (
         (evaluation.ttft_p99_ms, "ttft_p99_ms", request.slo.ttft_s),
         (evaluation.tpot_p99_ms, "tpot_p99_ms", request.slo.tpot_s),
+        (evaluation.e2e_p99_ms, "tpot_p99_ms", request.slo.e2e_s),  # most of it is the time of the tokens
     ):
         if bound_s is not None:
             sigma = math.log(factors[name]) / BAND_SIGMAS

@@ -3,21 +3,46 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kervan.config.workload import Slo
+from kervan.facts.layout import Layout
 from kervan.plan import serving
 from kervan.plan.load import PlanLoad
-from kervan.plan.screen import ScreenedLayout
+from kervan.plan.screen import ScreenedLayout, steady_batch
 from kervan.plan.serving import LoadResult
 from kervan.sim.step_time import Batch
 
-SEEDS = 3
 MANY_STREAMS = 1024
 MAX_STREAM_REQUESTS = 512  # of a closed loop, as in the measurements
-PIPELINE_LOAD = 0.64  # of the arithmetic's rate, from which pipelines are refined: it knows no bubbles
-FAR_BEHIND_LOAD = 0.6  # of the arithmetic's rate, at which most rough layouts keep the SLO
-KEPT_UP_SHARE = 0.85  # of the rate at which requests come: below it they pile up
-WARM_UP_SHARE = 0.15  # of an open loop's first requests, which find the replica empty
+LEAST_OPEN_REQUESTS, MAX_OPEN_REQUESTS = 24, 1000
+MAX_FACTORS = 24
+HEADROOM = 1.1  # times the rate must be served by as many GPUs as are advised for it
+
+
+@dataclass(frozen=True, slots=True)
+class Care:
+    """How closely a layout is looked at.
+
+    `seeds`: runs of each load. `requests`: measured of an open loop in each; more, `MAX_OPEN_REQUESTS` at most, where
+    they come in less than `least_s`: a busy replica swings for longer. `factor`: by which the search for the highest
+    rate within the SLO goes up and down; it ends when a rate that keeps it and one that does not differ by less than
+    `close_share`, or, where that is infinite, at the first rate that keeps it. `pipeline_steps`: so long an open loop
+    of a pipeline is followed, about; its steps are composed one by one.
+    """
+
+    seeds: int
+    requests: int
+    least_s: float
+    factor: float
+    close_share: float
+    pipeline_steps: int
+
+
+GLANCE = Care(seeds=1, requests=60, least_s=2.0, factor=1.25, close_share=math.inf, pipeline_steps=800)
+FIRST_LOOK = Care(seeds=1, requests=100, least_s=5.0, factor=1.25, close_share=0.15, pipeline_steps=1200)
+CLOSE_LOOK = Care(seeds=3, requests=320, least_s=30.0, factor=1.1, close_share=0.03, pipeline_steps=4000)
 FULL_SHARE = 0.93  # of the KV cache, from which on it counts as full
 BINDING = {
     "weights": "weights bandwidth", "compute": "compute", "experts": "expert weights and compute",
@@ -34,8 +59,9 @@ Runs = list[list[tuple[int, LoadResult]]]
 class Evaluation:
     """What a layout delivers, over all its replicas; times in milliseconds.
 
-    `running`: sequences that run, mean over time, over all replicas; `mean_batch`: of the fullest. `is_stable`:
-    requests are served as fast as they come. `binding`: what most of the time goes to.
+    `running`: requests that are in flight, mean over time, over all replicas; `mean_batch`: sequences in a step of the
+    fullest replica. `is_stable`: requests are served as fast as they come. `keeps_slo`: the figures are within the SLO.
+    `binding`: what most of the time goes to.
     """
 
     screened: ScreenedLayout
@@ -47,9 +73,11 @@ class Evaluation:
     tpot_p50_ms: float
     tpot_p95_ms: float
     tpot_p99_ms: float
+    e2e_p99_ms: float
     mean_batch: float
     running: float
     is_stable: bool
+    keeps_slo: bool
     binding: str
 
 
@@ -61,19 +89,21 @@ class Simulations:
     def __init__(self, load: PlanLoad) -> None:
         self._load = load
         self._closed_results: dict[tuple[ScreenedLayout, int, int], LoadResult] = {}
-        self._open_results: dict[tuple[ScreenedLayout, float], LoadResult] = {}
+        self._open_results: dict[tuple[Layout, int, float, int, int], LoadResult] = {}
 
-    def evaluate(self, screened: ScreenedLayout, *, seeds: int = SEEDS) -> Evaluation:
-        """The figures of a layout that fits; closed loops run `seeds` times."""
-        request = self._load.request
+    def evaluate(self, screened: ScreenedLayout, care: Care = CLOSE_LOOK) -> Evaluation:
+        """The figures of a layout that fits."""
+        request, rate = self._load.request, 0.0
         if request.concurrency is not None:
-            runs = self._closed(screened, request.concurrency, seeds)
+            runs = self._closed(screened, request.concurrency, care.seeds)
         elif request.is_open:
-            result = self._open_result(screened, (request.rate or 0.0) / screened.copies)
-            runs = [[(screened.copies, result)]]
+            rate = 0.0 if request.trace else request.rate or 0.0
+            runs = self._open(screened, rate / screened.copies, care, care.seeds)
         else:
-            runs = [[(screened.copies, self._loaded(screened))]]
-        return _evaluation(self._load, screened, runs)
+            each = self.highest_rate(screened, care)
+            rate = each * screened.copies
+            runs = self._open(screened, each, care, care.seeds) if rate else self._closed(screened, screened.copies, 1)
+        return _evaluation(self._load, screened, runs, rate)
 
     def _closed(self, screened: ScreenedLayout, streams: int, seeds: int) -> Runs:
         """Streams are dealt evenly; a replica without one idles."""
@@ -93,52 +123,106 @@ class Simulations:
             )  # fmt: skip
         return self._closed_results[key]
 
-    def _open_result(self, screened: ScreenedLayout, rate: float) -> LoadResult:
-        """Of one replica at `rate` requests per second, without the first of them."""
-        key = (screened, rate)
+    def _open(self, screened: ScreenedLayout, rate: float, care: Care, seeds: int) -> Runs:
+        seeds = 1 if self._load.request.trace else seeds
+        return [[(screened.copies, self._open_result(screened, rate, care, seed))] for seed in range(seeds)]
+
+    def _open_result(self, screened: ScreenedLayout, rate: float, care: Care, seed: int) -> LoadResult:
+        """Of one replica at `rate` requests per second (of a trace as it says), in a steady state."""
+        running = 0 if self._load.request.trace else self._running(screened, rate)
+        count = self._affordable(screened, rate, care, running)
+        key = (screened.replica, screened.copies if self._load.request.trace else 0, rate, count, seed)
         if key not in self._open_results:
-            requests = self._load.open_loop(screened.step_time, rate, screened.copies)
-            result = serving.open_loop(
-                screened.step_time, requests, kv_tokens=screened.memory.kv_tokens,
-                frontends=self._load.request.frontends, seed=0,
+            loop = self._load.open_loop(rate, screened.copies, count=count, running=running, seed=seed)
+            self._open_results[key] = serving.open_loop(
+                screened.step_time, loop.requests, kv_tokens=screened.memory.kv_tokens, measured=loop.measured,
+                running=loop.running, frontends=self._load.request.frontends, seed=seed,
             )  # fmt: skip
-            cut = int(WARM_UP_SHARE * len(result.responses))
-            seconds = requests[-1].sent_s - requests[0].sent_s
-            offered = len(requests) / max(1e-9, seconds) if len(requests) > 1 else 0.0
-            responses = tuple(sorted(result.responses, key=lambda response: response.sent_s)[cut:])
-            # What is not served at the rate at which it comes in piles up: the tail is then that of the run's length.
-            has_kept_up = result.is_stable and result.requests_s > KEPT_UP_SHARE * offered
-            self._open_results[key] = dataclasses.replace(result, responses=responses, is_stable=has_kept_up)
         return self._open_results[key]
 
-    def _loaded(self, screened: ScreenedLayout) -> LoadResult:
-        """An open loop at about the highest rate at which the SLO holds."""
-        rate = screened.requests_s
-        if screened.is_rough:
-            return self._open_result(screened, rate * FAR_BEHIND_LOAD)
-        is_pipeline = screened.replica.pp > 1
-        rate *= PIPELINE_LOAD if is_pipeline else 1.0
-        result = self._open_result(screened, rate)
-        for _ in range(1 if is_pipeline else 3):
-            if result.is_stable and self._keeps_slo(result):
+    def _running(self, screened: ScreenedLayout, rate: float) -> int:
+        """Sequences that it runs at the start: about as many as later; as many as it can when it falls behind."""
+        batch = steady_batch(self._load, screened.step_time, screened.memory, rate)
+        return round(batch) if batch < math.inf else self._load.limits.max_num_seqs
+
+    def _affordable(self, screened: ScreenedLayout, rate: float, care: Care, running: int) -> int:
+        """How many requests are measured: fewer where a pipeline would take more steps than there is time for."""
+        times = screened.step_time
+        wanted = max(care.requests, min(MAX_OPEN_REQUESTS, int(care.least_s * rate)))
+        if not times.is_pipelined:
+            return wanted
+        sequences = max(1, running // times.layout.pp)
+        batch = Batch(sequences, sequences * self._load.context_tokens, 0, 0.0, sequences)
+        step_s = max(*times.stages_s(batch), times.total_s(batch) / times.layout.pp)
+        return max(LEAST_OPEN_REQUESTS, min(wanted, int(care.pipeline_steps * step_s * rate)))
+
+    def highest_rate(self, screened: ScreenedLayout, care: Care = CLOSE_LOOK) -> float:
+        """Requests per second of one replica at which its 99th percentiles are just within the SLO; 0 where those of
+        one request at a time are not. The search takes one run at each rate, its last steps all.
+        """
+        slo, factor = self._load.request.slo, care.factor
+
+        def is_kept(rate: float, seeds: int = 1) -> bool:
+            return keeps(slo, [result for [(_, result)] in self._open(screened, rate, care, seeds)])
+
+        if not keeps(slo, [self._closed_result(screened, 1, 0)]):
+            return 0.0
+        kept, broken = screened.requests_s, math.inf
+        for _ in range(MAX_FACTORS):
+            if is_kept(kept):
                 break
-            rate *= 0.8
-            result = self._open_result(screened, rate)
-        return result
+            kept, broken = kept / factor, kept
+        if math.isinf(care.close_share):
+            return kept
+        while math.isinf(broken):
+            if is_kept(kept * factor):
+                kept, factor = kept * factor, factor * care.factor
+            else:
+                broken = kept * factor
+        while broken / kept > 1 + care.close_share:
+            middle = math.sqrt(kept * broken)
+            kept, broken = (middle, broken) if is_kept(middle) else (kept, middle)
+        step = 1 + care.close_share / 2
+        was_kept = is_kept(kept, care.seeds)
+        for _ in range(MAX_FACTORS if care.seeds > 1 else 0):
+            following = kept * step if was_kept else kept / step
+            if is_kept(following, care.seeds) != was_kept:
+                return kept if was_kept else following
+            kept = following
+        return kept
 
-    def _keeps_slo(self, result: LoadResult) -> bool:
-        slo = self._load.request.slo
-        return (slo.ttft_s is None or result.ttft_s(0.99) <= slo.ttft_s) and (
-            slo.tpot_s is None or result.tpot_s(0.99) <= slo.tpot_s
-        )
+    def copies_needed(self, screened: ScreenedLayout, care: Care) -> int:
+        """Replicas that keep the SLO at the rate of the plan, with `HEADROOM`; where one request at a time does not
+        keep it either, one for each that is in flight.
+        """
+        rate = self._load.rate
+        each = self.highest_rate(screened, care)
+        if not each:
+            alone = self._closed_result(screened, 1, 0)
+            return max(1, math.ceil(rate * alone.e2e_s(0.5)))
+        return max(1, math.ceil(rate * HEADROOM / each))
 
 
-def _evaluation(load: PlanLoad, screened: ScreenedLayout, runs: Runs) -> Evaluation:
-    request, first = load.request, runs[0]
-    out_tok_s = statistics.fmean(sum(copies * result.out_tok_s for copies, result in parts) for parts in runs)
-    requests_s = statistics.fmean(sum(copies * result.requests_s for copies, result in parts) for parts in runs)
-    if request.concurrency is None:
-        out_tok_s = min(out_tok_s, (request.rate or math.inf) * load.osl)
+def keeps(slo: Slo, results: Sequence[LoadResult]) -> bool:
+    """Whether requests are served as fast as they come, and their 99th percentiles, means of all results, are within
+    the bounds.
+    """
+    bounds = ((LoadResult.ttft_s, slo.ttft_s), (LoadResult.tpot_s, slo.tpot_s), (LoadResult.e2e_s, slo.e2e_s))
+    return all(result.is_stable for result in results) and all(
+        bound_s is None or statistics.fmean(figure(result, 0.99) for result in results) <= bound_s
+        for figure, bound_s in bounds
+    )
+
+
+def _evaluation(load: PlanLoad, screened: ScreenedLayout, runs: Runs, rate: float) -> Evaluation:
+    """`rate`: requests per second that come in over all replicas; 0 where that is not given."""
+    first = runs[0]
+    is_stable = all(result.is_stable for parts in runs for _, result in parts)
+    if rate and is_stable:  # what comes in goes out
+        requests_s, out_tok_s = rate, rate * load.osl
+    else:
+        out_tok_s = statistics.fmean(sum(copies * result.out_tok_s for copies, result in parts) for parts in runs)
+        requests_s = statistics.fmean(sum(copies * result.requests_s for copies, result in parts) for parts in runs)
     batch = max(result.mean_batch for _, result in first)
     is_full = batch * load.context_tokens >= FULL_SHARE * screened.memory.kv_tokens
     is_preempted = any(result.preemptions for _, result in first)
@@ -146,12 +230,14 @@ def _evaluation(load: PlanLoad, screened: ScreenedLayout, runs: Runs) -> Evaluat
     return Evaluation(
         screened=screened,
         out_tok_s=out_tok_s,
-        requests_s=min(requests_s, request.rate or math.inf),
+        requests_s=requests_s,
         **{f"ttft_p{q}_ms": 1000 * statistics.fmean(r.ttft_s(q / 100) for r in results) for q in (50, 95, 99)},
         **{f"tpot_p{q}_ms": 1000 * statistics.fmean(r.tpot_s(q / 100) for r in results) for q in (50, 95, 99)},
+        e2e_p99_ms=1000 * statistics.fmean(r.e2e_s(0.99) for r in results),
         mean_batch=batch,
-        running=sum(copies * result.mean_batch for copies, result in first),
-        is_stable=all(result.is_stable for _, result in first),
+        running=statistics.fmean(sum(copies * result.in_flight for copies, result in parts) for parts in runs),
+        is_stable=is_stable,
+        keeps_slo=keeps(load.request.slo, results),
         binding="KV memory" if is_preempted or is_full else _binding(load, screened, batch),
     )
 

@@ -5,11 +5,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kervan.config.workload import Slo
 from kervan.facts import layout as layouts
 from kervan.plan.load import PlanLoad
-from kervan.plan.rank import LIKELY, PlannedLayout
+from kervan.plan.rank import LIKELY, PlannedLayout, excesses, per_s
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
+from kervan.plan.strategies import Strategy, strategies
 from kervan.sim import limits as engine_limits
 from kervan.sim.memory import GIB
 from kervan.sim.step_time import Batch
@@ -17,17 +19,21 @@ from kervan.vendor.vllm_names import RUNNER_V2_ARCHITECTURES
 
 ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
-ROUGH = "layouts far behind the best were simulated once, with less load: their figures are rough"
+ROUGH = "the first three are simulated closely, the others shortly: figures of those are rough"
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutPlan:
-    """Layouts, the best first; those that do not fit last. `verdict` is a sentence, `notes` are more of them."""
+    """Layouts, the best first; those that do not fit last.
+
+    `verdict` is a sentence, `notes` are more of them, `strategies` has one for each kind of parallelism.
+    """
 
     load: PlanLoad
     layouts: tuple[PlannedLayout, ...]
     verdict: str
     notes: tuple[str, ...] = ()
+    strategies: tuple[Strategy, ...] = ()
 
     @property
     def request(self) -> PlanRequest:
@@ -35,28 +41,40 @@ class LayoutPlan:
         return self.load.request
 
     @property
+    def keeps_slo(self) -> bool:
+        """Whether the best layout is likely to keep the SLO; true without one, where it serves the load."""
+        return self.best.meets_slo >= LIKELY
+
+    @property
     def best(self) -> PlannedLayout:
         """The first; it fits."""
         return self.layouts[0]
 
 
-def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, has_rough: bool) -> LayoutPlan:
-    """The plan of ranked layouts. `has_rough`: figures of some are rough."""
-    notes = _notes(load.request, ranked)
+def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, remedies: Sequence[str], has_rough: bool) -> LayoutPlan:
+    """The plan of ranked layouts. `remedies`: what would keep the SLO where none does. `has_rough`: figures of some are
+    rough.
+    """
+    request, best = load.request, ranked[0]
+    notes = _notes(request, ranked)
     if has_rough:
         notes.append(ROUGH)
-    return LayoutPlan(load, tuple(ranked), _verdict(load.request, ranked), tuple(notes))
+    verdict = _verdict(request, ranked)
+    if best.meets_slo < LIKELY:
+        would = "; ".join(remedies) or "nothing that was tried"
+        notes = [f"nearest: {verdict}", f"what would keep the SLO: {would}", *notes]
+        verdict = _why_none(load, best)
+    return LayoutPlan(load, tuple(ranked), verdict, tuple(notes), strategies(load, ranked))
 
 
-def step_terms(plan: LayoutPlan) -> list[tuple[str, float, float]]:
-    """(term, ms in a decode step, ms in a prefill step) of one pass of the best layout through all stages, the largest
-    first.
+def step_terms(plan: LayoutPlan, planned: PlannedLayout) -> list[tuple[str, float, float]]:
+    """(term, ms in a decode step, ms in a prefill step) of one pass of a layout through all stages, the largest first.
 
     The decode step runs the planned batch at its mean context, the prefill step a full token budget of prompts.
     """
-    load, best = plan.load, plan.best
-    times = step_time(load, dataclasses.replace(best.layout, dp=1))
-    sequences = max(1, round(best.mean_batch))
+    load = plan.load
+    times = step_time(load, dataclasses.replace(planned.layout, dp=1))
+    sequences = max(1, round(planned.mean_batch))
     decode = Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences)
     tokens = load.limits.max_num_batched_tokens
     prefill = Batch(0, 0, tokens, tokens * min(load.isl, tokens) / 2, max(1, int(tokens / load.isl)))
@@ -78,7 +96,7 @@ def nothing_fits(load: PlanLoad, unfit: Sequence[PlannedLayout]) -> str:
     nearest = max(unfit, key=lambda c: (c.memory.kv_gib, c.memory.kv_tokens))
     budget_gib = nearest.memory.total_gib * load.limits.gpu_memory_utilization
     workspace_gib = nearest.memory.activations_gib + nearest.memory.overhead_gib
-    total_gib = request.spec.parameters * request.spec.weight_bytes / GIB
+    total_gib = request.spec.weights_bytes / GIB
     fixes = []
     for per_replica in ADVISED_GPUS:
         if per_replica > request.gpus and total_gib / per_replica + workspace_gib < 0.95 * budget_gib:
@@ -116,11 +134,34 @@ def _verdict(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> str:
     if layout.dp > 1 and layout.gpus_per_replica > 1:
         strategy += f", {layout.dp} copies"
     kept = ""
-    if request.slo.ttft_s is not None or request.slo.tpot_s is not None:
+    if request.slo != Slo() and best.meets_slo >= LIKELY:
         kept = f"; the SLO ({request.slo}) is kept with a probability of {best.meets_slo:.0%}"
-        if best.meets_slo < LIKELY:
-            kept = f"; no layout is likely to keep the SLO ({request.slo}): this one does with {best.meets_slo:.0%}"
-    return f"{layout}: {strategy}{kept}"
+        if not request.has_load:
+            kept = f"; keeps the SLO ({request.slo}) up to {per_s(best.requests_s)} requests/s"
+    counted = f"{layout.gpus} GPUs: " if request.counts_gpus else ""
+    return f"{counted}{layout}: {strategy}{kept}"
+
+
+def _why_none(load: PlanLoad, best: PlannedLayout) -> str:
+    """Why no layout keeps the SLO: the bound that the nearest one misses, and by how much."""
+    request = load.request
+    if best.served_share < 1:
+        return (
+            f"No layout serves the load: {per_s(load.rate)} requests/s come in, and {best.layout} serves "
+            f"{per_s(best.requests_s)}, {best.served_share:.0%}"
+        )
+    name, excess = max(excesses(request, best).items(), key=lambda item: item[1])
+    bound_ms = 1000 * getattr(request.slo, f"{name}_s")
+    alone = "" if request.has_load else " with one request at a time"
+    if excess <= 1:  # within the bound, but not likely so
+        return (
+            f"No layout is likely to keep the SLO ({request.slo}): {best.layout} has {name.upper()} p99 of "
+            f"{excess * bound_ms:.3g} ms, so near {bound_ms:.4g} ms that its probability is {best.meets_slo:.0%}"
+        )
+    return (
+        f"No layout keeps the SLO ({request.slo}): {best.layout} comes nearest, with {name.upper()} p99 of "
+        f"{excess * bound_ms:.3g} ms{alone}, {excess:.2g} times the bound of {bound_ms:.4g} ms"
+    )
 
 
 def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
@@ -130,6 +171,7 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
     if alike:
         names = ", ".join(str(c.layout) for c in alike[:4]) + (" and more" if len(alike) > 4 else "")
         notes.append(f"cannot be told apart from {names}: the difference is within the prediction's band")
+    notes += request.spec.notes
     if not request.spec.is_known:
         notes.append(
             f"{request.spec.architecture} is not an architecture that kervan knows: counted as attention and gated "

@@ -1,19 +1,31 @@
 """First step: a request to plan becomes a load: vLLM's limits for it, and the requests that a replica gets."""
 
-import dataclasses
+import itertools
 import random
 import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kervan.errors import ConfigError
 from kervan.plan.request import PlanRequest
-from kervan.plan.serving import LoadRequest, fixed
+from kervan.plan.serving import LoadRequest, RunningRequest, fixed
 from kervan.sim import limits as engine_limits
-from kervan.sim.limits import EngineLimits
-from kervan.sim.step_time import Batch, StepTime
+from kervan.sim.limits import BLOCK_TOKENS, EngineLimits
 
-OPEN_LOOP_STEPS = 1800  # so long is an open loop followed, about
-OPEN_LOOP_REQUESTS = (12, 160)
+WARM_UP_SHARE = 0.2  # of what is measured, before it: the replica begins about as busy as it will be, not exactly
+WARM_UP_REQUESTS = 10
+TRACE_REQUESTS = 600  # of a trace, for one replica
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLoop:
+    """What one replica gets: `requests` in their order, of which those numbered `measured` count, and what it runs
+    already.
+    """
+
+    requests: Iterable[LoadRequest]
+    measured: range
+    running: tuple[RunningRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,16 @@ class PlanLoad:
         return self.isl + self.osl / 2
 
     @property
+    def prefill_tokens(self) -> float:
+        """Tokens of a mean prompt that are not found in the prefix cache."""
+        return max(1.0, self.isl * (1 - self.request.prefix_hit))
+
+    def mean_attended(self, chunk_tokens: float) -> float:
+        """Tokens that one of a prompt looks at, on average, when so many are prefilled at once."""
+        cached = self.isl - self.prefill_tokens
+        return cached + min(self.prefill_tokens, chunk_tokens) / 2
+
+    @property
     def rate(self) -> float:
         """Requests per second of an open loop, over the whole plan; 0 for others."""
         trace = self.request.trace
@@ -41,30 +63,59 @@ class PlanLoad:
         """So many requests that are sent one after the other."""
         isl, osl = self.request.isl, self.request.osl
         if isl.minimum == isl.maximum and osl.minimum == osl.maximum:
-            return fixed(count, isl.maximum, osl.maximum)
+            return fixed(count, isl.maximum, osl.maximum, self.cached_tokens(isl.maximum))
         rng = random.Random(seed)
-        return [LoadRequest(0.0, isl.sample(rng), osl.sample(rng)) for _ in range(count)]
+        return [self._drawn(0.0, rng) for _ in range(count)]
 
-    def open_loop(self, step_time: StepTime, rate: float, copies: int) -> list[LoadRequest]:
-        """What one of several replicas gets at `rate` requests per second (0: as the trace says)."""
+    def cached_tokens(self, prompt_tokens: int) -> int:
+        """Tokens of a prompt that are found in the prefix cache: whole blocks, and never its last token."""
+        return min(int(self.request.prefix_hit * prompt_tokens), prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+
+    def _drawn(self, sent_s: float, rng: random.Random) -> LoadRequest:
+        prompt, output = self.request.isl.sample(rng), self.request.osl.sample(rng)
+        return LoadRequest(sent_s, prompt, output, self.cached_tokens(prompt))
+
+    def open_loop(self, rate: float, copies: int, *, count: int, running: int, seed: int) -> OpenLoop:
+        """What one of several replicas gets at `rate` requests per second; `count` are measured.
+
+        `running`: so many it is busy with at the start, somewhere in their answers. Of a trace, as many rows as there
+        are (`TRACE_REQUESTS` at most), at the times that it says or sped up to `--rate`, from an empty replica on.
+        """
+        if self.request.trace:
+            return self._trace(copies)
+        rng = random.Random(seed)
+        isl, osl = self.request.isl, self.request.osl
+
+        def poisson() -> Iterator[LoadRequest]:
+            at_s = 0.0
+            while True:
+                at_s += rng.expovariate(rate)
+                yield self._drawn(at_s, rng)
+
+        begun = random.Random(seed + 1)
+        drawn = [(isl.sample(begun), osl.sample(begun)) for _ in range(max(64, running))]
+        # Of those that run at a moment, long answers are as many times more as they are longer.
+        chosen = begun.choices(drawn, [output for _, output in drawn], k=running)
+        busy_with = []
+        for prompt, output in chosen:
+            generated = begun.randrange(output)
+            busy_with.append(RunningRequest(prompt + generated, output - generated))
+        first = max(WARM_UP_REQUESTS, int(WARM_UP_SHARE * max(count, running)))
+        return OpenLoop(poisson(), range(first, first + count), tuple(busy_with))
+
+    def _trace(self, copies: int) -> OpenLoop:
         trace = self.request.trace
-        if trace:
-            rows = trace[::copies]
-            scale = 1.0
-            if self.request.rate and rows[-1].at_s > 0:
-                scale = len(trace) / rows[-1].at_s / self.request.rate
-            requests = [LoadRequest(row.at_s * scale, row.input_tokens, max(1, row.output_tokens)) for row in rows]
-            return requests[: OPEN_LOOP_REQUESTS[1]]
-        alone_s = step_time.total_s(Batch(1, self.context_tokens, 0, 0.0, 1))
-        # Sequences that run at once, in each of the stages' batches: so many tokens come of a step.
-        busy = max(1.0, rate * self.osl * alone_s * 1.5 / step_time.layout.pp)
-        count = int(min(OPEN_LOOP_REQUESTS[1], max(OPEN_LOOP_REQUESTS[0], OPEN_LOOP_STEPS * busy / self.osl)))
-        rng = random.Random(1)
-        at_s, requests = 0.0, []
-        for request in self.closed_loop(count, seed=2):
-            at_s += rng.expovariate(rate)
-            requests.append(dataclasses.replace(request, sent_s=at_s))
-        return requests
+        rows = list(itertools.islice(trace, 0, TRACE_REQUESTS * copies, copies))
+        scale = 1.0
+        if self.request.rate and trace[-1].at_s > 0:
+            scale = len(trace) / trace[-1].at_s / self.request.rate
+        requests = [
+            LoadRequest(
+                row.at_s * scale, row.input_tokens, max(1, row.output_tokens), self.cached_tokens(row.input_tokens)
+            )
+            for row in rows
+        ]
+        return OpenLoop(requests, range(int(WARM_UP_SHARE * len(rows)), len(rows)))
 
 
 def load(request: PlanRequest) -> PlanLoad:

@@ -16,12 +16,13 @@ from kervan.sim.memory import MemoryEstimate
 LIKELY = 0.5  # from here on a layout counts as keeping the SLO
 START_S = 101.0  # first start of an 8B engine on a machine: benchmarks/records/layouts-replicas-2xh200-2026-11-23.json
 STARTS_PER_DAY = 1.0
+FP8_CACHE = "an fp8 KV cache (--engine-arg kv_cache_dtype=fp8)"
 LEVERS = {
     "weights bandwidth": "more streams per replica share a read of the weights; fp8 halves it; a larger tp divides it",
     "compute": "fp8 where the GPU has it, prefix caching for repeated prompts, or more GPUs",
     "expert weights and compute": "more streams share each read of the experts; fp8 weights; a larger tp with ep",
-    "KV bandwidth": "an fp8 KV cache (--engine-arg kv_cache_dtype=fp8) halves it; a larger tp divides it",
-    "KV memory": "an fp8 KV cache (--engine-arg kv_cache_dtype=fp8), fp8 weights, a larger tp, or more replicas",
+    "KV bandwidth": f"{FP8_CACHE} halves it; a larger tp divides it",
+    "KV memory": f"{FP8_CACHE}, fp8 weights, a larger tp, or more replicas",
     "all-reduce": "a smaller tp with more replicas, if the model fits; or GPUs with faster links",
     "pipeline bubble": "a larger tp in place of pp, within a node",
     "per-step overhead": "more streams per replica, or a smaller tp: the GPU waits for launches and small kernels",
@@ -33,7 +34,7 @@ class PlannedLayout:
     """A layout with predictions, times in milliseconds. `bands` and `meets_slo`: as in `Bands`.
 
     `concurrency`: streams that it runs at once, over all replicas. `score`: larger is better. A layout that does not
-    fit has no figures, and `reason`.
+    fit has no figures, and `reason`; so has one that serves only `served_share` of the requests that come in.
     """
 
     layout: Layout
@@ -49,12 +50,14 @@ class PlannedLayout:
     tpot_p50_ms: float = 0.0
     tpot_p95_ms: float = 0.0
     tpot_p99_ms: float = 0.0
+    e2e_p99_ms: float = 0.0
     mean_batch: float = 0.0
     usd_per_mtok: float | None = None
     usd_per_mtok_spot: float | None = None
     usd_per_mtok_all_in: float | None = None
     binding: str = ""
     lever: str = ""
+    served_share: float = 1.0
     meets_slo: float = 1.0
     bands: Mapping[str, float] = field(default_factory=dict)
     score: float = 0.0
@@ -64,6 +67,7 @@ class PlannedLayout:
 def planned(load: PlanLoad, evaluation: Evaluation, bands: Bands) -> PlannedLayout:
     """The figures of a layout that fits, with its price and score."""
     request, layout = load.request, evaluation.screened.layout
+    served_share = 1.0 if evaluation.is_stable or not load.rate else min(1.0, evaluation.requests_s / load.rate)
     mtok_per_h = evaluation.out_tok_s * 3600 / 1e6
     usd = request.usd_per_gpu_h * layout.gpus / mtok_per_h if request.usd_per_gpu_h and mtok_per_h else None
     spot = request.spot_usd_per_gpu_h * layout.gpus / mtok_per_h if request.spot_usd_per_gpu_h and mtok_per_h else None
@@ -81,15 +85,17 @@ def planned(load: PlanLoad, evaluation: Evaluation, bands: Bands) -> PlannedLayo
         tpot_p50_ms=evaluation.tpot_p50_ms,
         tpot_p95_ms=evaluation.tpot_p95_ms,
         tpot_p99_ms=evaluation.tpot_p99_ms,
+        e2e_p99_ms=evaluation.e2e_p99_ms,
         mean_batch=evaluation.mean_batch,
         usd_per_mtok=usd,
         usd_per_mtok_spot=spot,
         usd_per_mtok_all_in=None if usd is None else usd * all_in_factor(layout.dp),
         binding=evaluation.binding,
-        lever=LEVERS[evaluation.binding],
+        lever=_lever(load, evaluation.binding),
+        served_share=served_share,
         meets_slo=bands.meets_slo,
         bands=bands.factors,
-        reason="" if evaluation.is_stable else "requests come in faster than they are served",
+        reason="" if evaluation.is_stable else _overload(evaluation, load.rate),
     )
     return dataclasses.replace(unscored, score=_score(request, unscored))
 
@@ -112,22 +118,47 @@ def all_in_factor(copies: int) -> float:
     return (copies + 1) / copies * (1 + STARTS_PER_DAY * START_S / 86_400)
 
 
+def _lever(load: PlanLoad, binding: str) -> str:
+    lever = LEVERS[binding]
+    if load.limits.kv_dtype_bytes <= 1:  # it is small already
+        lever = lever.replace(f"{FP8_CACHE} halves it; ", "").replace(f"{FP8_CACHE}, ", "")
+    return lever.replace("fp8 weights, ", "") if load.request.spec.quantization else lever
+
+
+def excesses(request: PlanRequest, candidate: PlannedLayout) -> dict[str, float]:
+    """How many times its bound each 99th percentile of an SLO is, by name: above 1 it is broken."""
+    values_ms = {"ttft": candidate.ttft_p99_ms, "tpot": candidate.tpot_p99_ms, "e2e": candidate.e2e_p99_ms}
+    bounds_s = {"ttft": request.slo.ttft_s, "tpot": request.slo.tpot_s, "e2e": request.slo.e2e_s}
+    return {name: values_ms[name] / (1000 * bound_s) for name, bound_s in bounds_s.items() if bound_s is not None}
+
+
+def per_s(requests_s: float) -> str:
+    """A rate with three digits at least."""
+    return f"{requests_s:,.0f}" if requests_s >= 100 else f"{requests_s:.3g}"
+
+
+def _overload(evaluation: Evaluation, rate: float) -> str:
+    return f"overloaded: {per_s(rate)} requests/s come in, and {per_s(evaluation.requests_s)} are served"
+
+
 def _rank(request: PlanRequest, candidate: PlannedLayout) -> tuple[float, ...]:
     if candidate.meets_slo >= LIKELY:
         return (candidate.fits, True, candidate.score, -candidate.layout.gpus)
-    bounds = ((candidate.ttft_p99_ms, request.slo.ttft_s), (candidate.tpot_p99_ms, request.slo.tpot_s))
-    excess = max((value_ms / (1000 * bound_s) for value_ms, bound_s in bounds if bound_s is not None), default=0.0)
-    return (candidate.fits, False, -excess, -candidate.layout.gpus)
+    # What is not kept, by how near: to all requests served, then to the bounds; of equals, the better by the goal.
+    excess = max(excesses(request, candidate).values(), default=0.0) if candidate.served_share == 1 else 0.0
+    return (candidate.fits, False, candidate.served_share, -round(excess, 2), _value(request, candidate))
 
 
 def _score(request: PlanRequest, candidate: PlannedLayout) -> float:
     """Larger is better: the goal, times the probability to keep the SLO."""
+    return _value(request, candidate) * candidate.meets_slo
+
+
+def _value(request: PlanRequest, candidate: PlannedLayout) -> float:
     if request.goal == "latency":
-        value = 1000 / max(1e-9, candidate.tpot_p50_ms)
-    elif request.goal == "throughput":
-        value = candidate.out_tok_s
-    elif candidate.usd_per_mtok is not None:
-        value = 1 / candidate.usd_per_mtok
-    else:
-        value = candidate.out_tok_s / candidate.layout.gpus
-    return value * candidate.meets_slo
+        return 1000 / max(1e-9, candidate.tpot_p50_ms)
+    if request.goal == "throughput":
+        return candidate.out_tok_s
+    if candidate.usd_per_mtok is not None:
+        return 1 / candidate.usd_per_mtok
+    return candidate.out_tok_s / candidate.layout.gpus

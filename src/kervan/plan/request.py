@@ -19,22 +19,25 @@ class PlanRequest:
     """What is to be planned. One of `concurrency` (streams of a closed loop, over the whole plan) and `rate` (requests
     per second, Poisson) or `trace`; without any, each layout is loaded as far as the SLO allows.
 
-    `fixed`: sizes of the layout that are given (tp, pp, dp, ep). `frontends`: API server processes per replica, or
-    gateways. `usd_per_gpu_h`, `spot_usd_per_gpu_h`: None when no price is known. `network_bytes_s`: between nodes, each
-    GPU.
+    `counts_gpus`: `gpus` are those of the largest replica, and each layout gets as many copies as keep the SLO at the
+    rate. `prefix_hit`: share of the prompt tokens that the prefix cache has. `fixed`: sizes of the layout that are
+    given (tp, pp, dp, ep). `frontends`: API server processes per replica, or gateways. `usd_per_gpu_h`,
+    `spot_usd_per_gpu_h`: None when no price is known. `network_bytes_s`: between nodes, each GPU.
 
-    Raises: ConfigError for GPUs that do not divide over the nodes, or two loads.
+    Raises: ConfigError for GPUs that do not divide over the nodes, two loads, or GPUs to be counted for no rate.
     """
 
     spec: ModelSpec
     gpu: Gpu
     gpus: int = 8
     nodes: int = 1
+    counts_gpus: bool = False
     isl: Lengths
     osl: Lengths
     concurrency: int | None = None
     rate: float | None = None
     trace: Sequence[TraceRow] = ()
+    prefix_hit: float = 0.0
     slo: Slo = field(default_factory=Slo)
     goal: Goal = "cost"
     usd_per_gpu_h: float | None = None
@@ -52,11 +55,18 @@ class PlanRequest:
             )
         if self.concurrency is not None and self.rate is not None:
             raise ConfigError("--concurrency is a closed loop and --rate an open one; give one of them")
+        if self.counts_gpus and (self.rate is None or self.slo == Slo()):
+            raise ConfigError("how many GPUs are needed depends on --rate and --slo; give both, or --gpus")
 
     @property
     def gpus_per_node(self) -> int:
         """GPUs of each node; all nodes have the same number."""
         return self.gpus // self.nodes
+
+    @property
+    def has_load(self) -> bool:
+        """Whether it says how many requests come; else each layout gets as many as it takes."""
+        return self.concurrency is not None or self.is_open
 
     @property
     def is_open(self) -> bool:

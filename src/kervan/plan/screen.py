@@ -14,6 +14,11 @@ from kervan.sim.memory import MemoryEstimate
 from kervan.sim.step_time import Batch, StepTime
 
 FAR_BEHIND_SHARE = 0.6  # of the best layout's requests/s per GPU: below it a layout's load is not refined
+BATCH_ROUNDS = 24
+# The constants are those of closed loops, whose sequences are about equally long. Where each is somewhere else in its
+# answer, the attention kernel's work is less even, and it reads less of the KV cache per second. Found with two open
+# loops of 8B on H200, measured before those of docs/planner.md: 3% and 5% were missing of their TPOT.
+UNEVEN_KV_SHARE = 0.92
 LONG_PIPELINE = 16  # stages from which on a closed loop is so many steps that it matters
 
 
@@ -47,7 +52,7 @@ class ScreenedLayout:
 
 def screen(load: PlanLoad) -> list[ScreenedLayout]:
     """The layout that is given, or all, with as many copies as there are GPUs for. Where requests come at a rate, also
-    with as many as it needs by arithmetic, with half and with twice that.
+    with as many as it needs by arithmetic, with half and with twice that; one copy where GPUs are to be counted.
 
     Raises: ConfigError for a given layout that the model or the GPUs do not allow.
     """
@@ -56,6 +61,9 @@ def screen(load: PlanLoad) -> list[ScreenedLayout]:
         return [_screened(load, *_given(request))]
     screened = []
     for replica in layouts.sizes(request.spec, gpus=request.gpus, gpus_per_node=request.gpus_per_node):
+        if request.counts_gpus:
+            screened.append(_screened(load, replica, 1))
+            continue
         most = layouts.most_copies(replica, gpus=request.gpus, gpus_per_node=request.gpus_per_node)
         fullest = _screened(load, replica, most)
         copies = {most}
@@ -63,15 +71,18 @@ def screen(load: PlanLoad) -> list[ScreenedLayout]:
             needed = math.ceil(load.rate / fullest.requests_s)
             copies |= {n for n in (max(1, needed // 2), needed, 2 * needed) if n < most}
         screened += [dataclasses.replace(fullest, copies=n) for n in sorted(copies)]
-    return screened if request.is_open else _compared(request, screened)
+    return screened if request.is_open and not request.counts_gpus else _compared(request, screened)
 
 
 def step_time(load: PlanLoad, replica: Layout) -> StepTime:
     """The step times of one replica; stages on several nodes hand over by the network."""
-    request = load.request
+    request, constants = load.request, load.request.calibration.constants
     is_spread = layouts.nodes_per_replica(replica, request.gpus_per_node) > 1
+    if request.concurrency is None:
+        share = UNEVEN_KV_SHARE * constants.kv_bandwidth_share
+        constants = dataclasses.replace(constants, kv_bandwidth_share=share)
     return StepTime(
-        request.spec, replica, request.gpu, load.limits, request.calibration.constants,
+        request.spec, replica, request.gpu, load.limits, constants,
         network_bytes_s=request.network_bytes_s if is_spread else 0.0,
     )  # fmt: skip
 
@@ -82,7 +93,7 @@ def _screened(load: PlanLoad, replica: Layout, copies: int) -> ScreenedLayout:
     times = step_time(load, replica)
     if room.kv_tokens < load.longest_tokens:
         return ScreenedLayout(replica, copies, room, times, 0.0, reason=_why_not(room, load))
-    if request.concurrency is None or request.is_open:
+    if request.concurrency is None:
         requests_s = _slo_requests_s(load, times, room)
     else:
         streams = min(math.ceil(request.concurrency / copies), load.limits.max_num_seqs)
@@ -123,30 +134,65 @@ def _given(request: PlanRequest) -> tuple[Layout, int]:
     return replica, copies
 
 
-def _slo_requests_s(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> float:
-    """Requests per second of one replica where the mean time per token, prompts mixed in, reaches 85% of the SLO.
+def steady_batch(load: PlanLoad, times: StepTime, room: MemoryEstimate, rate: float) -> float:
+    """Sequences that a replica runs at `rate` requests per second, by arithmetic; infinite when it falls behind.
 
-    Each request costs a share of a prefill step and of its decode steps; the batch follows by Little's law.
+    Prompts that come during a step are prefilled together in the next one. The steps between those decode. Each step
+    gives each sequence a token, in a pipeline each `pp`-th; the batch follows by Little's law.
     """
+    most, budget = _most_sequences(load, room), load.limits.max_num_batched_tokens
+    distance = times.layout.pp if times.is_pipelined else 1
+
+    def step_s(batch: Batch) -> float:
+        return max(times.stages_s(batch)) if times.is_pipelined else times.total_s(batch)
+
+    running = prompts = 1.0
+    for _ in range(BATCH_ROUNDS):
+        sequences = max(1, round(min(running, most) / distance))
+        context = round(sequences * load.context_tokens)
+        chunk = max(1, min(budget - sequences, round(prompts * load.prefill_tokens)))
+        decode = Batch(sequences, context, 0, 0.0, sequences)
+        prefill_s = step_s(Batch(sequences, context, chunk, chunk * load.mean_attended(chunk), sequences + 1))
+        prefills = rate * load.prefill_tokens / chunk  # a second
+        share = prefills * prefill_s  # of the time
+        if share >= 1 and chunk >= budget - sequences:
+            return math.inf
+        prompts = max(1.0, rate * prefill_s)
+        steps = prefills + max(0.0, 1 - share) / step_s(decode)
+        token_s = max(distance / steps, times.total_s(decode))
+        running = (running + rate * load.osl * token_s) / 2
+    return running if running <= most else math.inf
+
+
+def _most_sequences(load: PlanLoad, room: MemoryEstimate) -> int:
+    """Sequences of mean length that have room, and are allowed, at once."""
+    return max(1, min(load.limits.max_num_seqs, int(room.kv_tokens / load.context_tokens)))
+
+
+def _slo_requests_s(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> float:
+    """Requests per second of one replica at which the mean time per token reaches 85% of the SLO, by arithmetic."""
     bound_s = 0.85 * (load.request.slo.tpot_s or 0.1)
-    low, high = 1, max(1, min(load.limits.max_num_seqs, int(room.kv_tokens / load.context_tokens * 0.9)))
-    while low < high:
-        batch = (low + high + 1) // 2
-        if _steady(load, times, batch)[1] <= bound_s:
-            low = batch
-        else:
-            high = batch - 1
-    return 0.9 * _steady(load, times, low)[0]
+
+    def is_kept(rate: float) -> bool:
+        return steady_batch(load, times, room, rate) <= rate * load.osl * bound_s
+
+    low, high = 1e-6, 1.0
+    while is_kept(high) and high < 1e6:
+        low, high = high, 2 * high
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if is_kept(middle) else (low, middle)
+    return low
 
 
 def _steady(load: PlanLoad, times: StepTime, batch: int) -> tuple[float, float]:
-    """(requests per second, seconds per token) of a replica that always runs `batch` sequences."""
-    isl, osl = load.isl, load.osl
+    """(requests per second, seconds per token) of a replica that always runs `batch` sequences, in a closed loop."""
+    isl, osl = load.prefill_tokens, load.osl
     decode = Batch(batch, batch * load.context_tokens, 0, 0.0, batch)
     budget = max(1, load.limits.max_num_batched_tokens - batch)
     prompts = max(1.0, budget / isl)
     chunk = min(budget, int(isl * prompts))
-    prefill = Batch(batch, batch * load.context_tokens, chunk, chunk * min(isl, chunk) / 2, batch + int(prompts))
+    prefill = Batch(batch, batch * load.context_tokens, chunk, chunk * load.mean_attended(chunk), batch + int(prompts))
     slowest_s = max(times.stage_s(i, decode) for i in range(times.layout.pp))
     decode_s = max(times.total_s(decode), slowest_s * times.layout.pp) if times.layout.pp > 1 else slowest_s
     extras_s = [times.stage_s(i, prefill) - times.stage_s(i, decode) for i in range(times.layout.pp)]

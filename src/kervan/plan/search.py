@@ -1,15 +1,18 @@
 """The planner: all layouts of a model on some GPUs, ranked. Each step is a module, and knows those before it alone."""
 
+import dataclasses
+
 from kervan.errors import CapacityError
 from kervan.plan.bands import bands
-from kervan.plan.evaluate import SEEDS, Simulations
+from kervan.plan.evaluate import CLOSE_LOOK, FIRST_LOOK, GLANCE, Care, Simulations
 from kervan.plan.explain import LayoutPlan, explain, nothing_fits
 from kervan.plan.load import PlanLoad, load
-from kervan.plan.rank import PlannedLayout, planned, rank, unfit
+from kervan.plan.rank import LIKELY, PlannedLayout, planned, rank, unfit
+from kervan.plan.remedies import remedies
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import ScreenedLayout, screen
 
-REFINED = 3  # so many of many layouts are simulated with all seeds
+REFINED = 3  # so many of many layouts, those in front, get a close look
 
 
 def search(request: PlanRequest) -> LayoutPlan:
@@ -23,17 +26,30 @@ def search(request: PlanRequest) -> LayoutPlan:
     if not any(candidate.fits for candidate in screened):
         raise CapacityError(nothing_fits(loaded, [unfit(loaded, candidate) for candidate in screened]))
     simulations = Simulations(loaded)
+    if request.counts_gpus:
+        screened = [_counted(simulations, one) if one.fits else one for one in screened]
     is_few = len(screened) <= REFINED
     of_layout = {candidate.layout: candidate for candidate in screened}
-    ranked = rank(request, [_planned(loaded, simulations, candidate, SEEDS if is_few else 1) for candidate in screened])
-    if not is_few:  # a second look at those in front, from more runs
-        again = [_planned(loaded, simulations, of_layout[candidate.layout], SEEDS) for candidate in ranked[:REFINED]]
-        ranked = rank(request, [*again, *ranked[REFINED:]])
-    return explain(loaded, ranked, has_rough=any(candidate.is_rough for candidate in screened))
+    care = CLOSE_LOOK if is_few else FIRST_LOOK
+    ranked = rank(request, [_planned(loaded, simulations, one, GLANCE if one.is_rough else care) for one in screened])
+    has_rough = any(one.is_rough for one in screened) or (not is_few and request.concurrency is None)
+    if not is_few:
+        again = [_planned(loaded, simulations, of_layout[c.layout], CLOSE_LOOK) for c in ranked[:REFINED] if c.fits]
+        ranked = rank(request, [*again, *ranked[len(again) :]])
+    return explain(loaded, ranked, remedies=_remedies(request, ranked), has_rough=has_rough)
 
 
-def _planned(loaded: PlanLoad, simulations: Simulations, screened: ScreenedLayout, seeds: int) -> PlannedLayout:
+def _remedies(request: PlanRequest, ranked: list[PlannedLayout]) -> list[str]:
+    return [] if ranked[0].meets_slo >= LIKELY else remedies(request, ranked[0])
+
+
+def _counted(simulations: Simulations, screened: ScreenedLayout) -> ScreenedLayout:
+    care = GLANCE if screened.is_rough else FIRST_LOOK
+    return dataclasses.replace(screened, copies=simulations.copies_needed(screened, care))
+
+
+def _planned(loaded: PlanLoad, simulations: Simulations, screened: ScreenedLayout, care: Care) -> PlannedLayout:
     if not screened.fits:
         return unfit(loaded, screened)
-    evaluation = simulations.evaluate(screened, seeds=seeds)
+    evaluation = simulations.evaluate(screened, care)
     return planned(loaded, evaluation, bands(loaded.request, evaluation))

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from kervan.facts.architecture import ModelSpec
+from kervan.facts.architecture import LatentAttention, Mlp, ModelSpec, StateLayer
+from kervan.facts.architecture.spec import Mixer, count_layers
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout, stages
 from kervan.sim.limits import BLOCK_TOKENS, EngineLimits
@@ -21,6 +22,7 @@ LOGIT_BYTES = {True: 2 + 4, False: 14.5}  # per sequence and word, by `is_runner
 
 
 VOCAB_PADDING = 64  # source: vLLM's VocabParallelEmbedding
+MAX_TOKENS = 1 << 50  # of a stage that keeps nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +47,17 @@ class MemoryEstimate:
 
 
 def weight_bytes(spec: ModelSpec, layout: Layout, stage: range) -> float:
-    """Weights on one GPU of a stage (its layers; the first has the embedding table, the last the head)."""
+    """Weights on one GPU of a stage (its layers; the first has the embedding table and towers, the last the head)."""
     total = 0.0
-    attention = sum(n * k for n, k in spec.attention_matrices(layout.tp)) * spec.bytes_per_weight("attention")
-    for layer in stage:
-        total += attention + 2 * spec.hidden * spec.weight_bytes
-        if spec.has_experts(layer):
-            assert spec.experts is not None
-            e = spec.experts
-            total += spec.hidden * e.count * spec.bytes_per_weight("router")
-            total += e.count * spec.mlp_matrices * spec.hidden * e.width / layout.tp * spec.bytes_per_weight("experts")
-            shared = sum(n * k for n, k in spec.mlp_shape(e.shared_width, layout.tp)) if e.shared_width else 0
-            total += shared * spec.bytes_per_weight("mlp")
-        else:
-            total += sum(n * k for n, k in spec.mlp_shape(spec.intermediate, layout.tp)) * spec.bytes_per_weight("mlp")
+    for layer, count in count_layers(spec.layers[stage.start : stage.stop]):
+        total += count * layer.weight_bytes(layout.tp, spec.weight_bytes)
     table = math.ceil(spec.vocab / VOCAB_PADDING) * VOCAB_PADDING / layout.tp * spec.hidden
     is_first, is_last = stage.start == 0, stage.stop == spec.num_layers
     if is_first:
-        total += table * spec.bytes_per_weight("embedding")
+        total += table * spec.table.storage.bytes_per_weight + spec.tower * spec.weight_bytes
+        total += sum(one.size_bytes(layout.tp) for one in spec.extra_tables)
     if is_last and not (spec.is_tied and is_first):
-        total += table * spec.bytes_per_weight("head")
+        total += table * spec.head.storage.bytes_per_weight
     return total
 
 
@@ -72,13 +65,14 @@ def activation_bytes(spec: ModelSpec, layout: Layout, limits: EngineLimits, stag
     """The peak of a step of `max_num_batched_tokens`: the widest MLP beside the residual stream, or the logits."""
     tokens = limits.max_num_batched_tokens
     residual = 3 * tokens * spec.hidden * 2
-    widths = [spec.mlp_matrices * spec.intermediate / layout.tp]
+    dense = [one for layer, _ in spec.distinct for one in layer.feed_forwards if isinstance(one, Mlp)]
+    widths = [one.matrices * one.width / layout.tp for one in dense] or [spec.hidden / layout.tp]
     if spec.experts is not None:
         e = spec.experts
         # Two workspaces of the fused kernels: gate and up of all chosen experts, and their outputs. Expert parallel
         # GPUs have whole experts, and room for all tokens.
         width = e.width / (1 if layout.ep > 1 else layout.tp)
-        widths = [e.per_token * (spec.mlp_matrices * width + spec.hidden)]
+        widths = [e.per_token * (e.matrices * width + e.inputs)]
     peak = residual + tokens * max(widths) * 2
     if stage.stop == spec.num_layers:
         rows = min(limits.max_num_seqs, tokens)
@@ -90,18 +84,23 @@ def sequence_bytes(spec: ModelSpec, layout: Layout, limits: EngineLimits, stage:
     """What a sequence of `length` tokens keeps in the layers of a stage, on one GPU.
 
     Source: a sliding layer holds `window - 1 + max_num_batched_tokens` tokens at most, and a block (SlidingWindowSpec,
-    vLLM 0.24).
+    vLLM 0.24). A chunked one holds as much of its chunk (ChunkedLocalAttentionSpec).
     """
-    each = spec.kv_bytes_per_token(layout.tp, kv_dtype_bytes=limits.kv_dtype_bytes)
-    kept = min(length, spec.window - 1 + limits.max_num_batched_tokens + BLOCK_TOKENS)
     total = 0.0
-    for layer in stage:
-        kind = spec.layers[layer]
-        if kind == "linear":
-            total += spec.linear_state_bytes / layout.tp
-        else:
-            total += each * (length if kind == "full" else kept)
+    for layer, count in count_layers(spec.layers[stage.start : stage.stop]):
+        total += count * sum(_mixer_bytes(one, layout, limits, length) for one in layer.mixers)
     return total
+
+
+def _mixer_bytes(mixer: Mixer, layout: Layout, limits: EngineLimits, length: float) -> float:
+    if isinstance(mixer, StateLayer):
+        return mixer.state_bytes(layout.tp)
+    each = mixer.kv_bytes(layout.tp, limits.kv_dtype_bytes)
+    kept = min(length, mixer.window - 1 + limits.max_num_batched_tokens + BLOCK_TOKENS) if mixer.window else length
+    if isinstance(mixer, LatentAttention):  # a window beside vectors of the whole context, where there is one
+        near = kept * mixer.vector_bytes(limits.kv_dtype_bytes) if mixer.window else 0.0
+        return each * length + near
+    return each * kept
 
 
 def estimate(
@@ -122,6 +121,10 @@ def estimate(
         activations = activation_bytes(spec, layout, limits, stage) / GIB
         pool = total * limits.gpu_memory_utilization - weights - activations - overhead
         per_token = sequence_bytes(spec, layout, limits, stage, length) / length
+        if per_token <= 0:  # no layer of the stage keeps anything: another stage decides
+            tokens_that_fit = MAX_TOKENS if pool > 0 else 0
+            estimates.append(MemoryEstimate(total, weights, activations, overhead, pool, tokens_that_fit, 0.0))
+            continue
         tokens = int(max(0.0, pool) * GIB / per_token) // BLOCK_TOKENS * BLOCK_TOKENS
         estimates.append(MemoryEstimate(total, weights, activations, overhead, pool, tokens, per_token))
     return min(estimates, key=lambda memory: (memory.kv_tokens, memory.kv_gib))

@@ -4,15 +4,16 @@ What is followed, from the source of vLLM 0.24 to 0.32 (V1 scheduler; `Scheduler
 
 - Each step has a budget of `max_num_batched_tokens`: running answers take one token each, prompts what is left, in the
   order of arrival, as many as fit, the last one in part.
-- KV blocks are taken as tokens come. When running requests need more than there are, the youngest gives its blocks
-  back, waits at the head of the queue, and is computed again later. No prefix cache.
+- A prompt starts when all of it has room (`scheduler_reserve_full_isl`); its KV blocks are taken as its tokens are
+  computed. When running requests need more blocks than there are, the youngest gives its own back, waits at the head of
+  the queue, and is computed again later. No prefix cache.
 - With pipeline stages and model runner V2, a sequence is in every p-th step (`next_decode_eligible_step`).
 
 `tests/contract/test_scheduler.py` runs vLLM's own beside it.
 
 Where it differs from vLLM: requests whose length is known give their blocks back when their last step is composed, and
 not when its tokens come out; with pipeline stages `max_num_seqs` bounds each batch and not all of them together, and
-only sequences of the batch that is composed are preempted. `Rules` has what else its users choose.
+only sequences of the batch that is composed are preempted.
 
 Sequences that decode advance together, so their ends are kept as the number of their group's step, and a step costs the
 same however many are in it. Equal steps in a row can be composed as one.
@@ -21,30 +22,12 @@ same however many are in it. Equal steps in a row can be composed as one.
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from kervan.sim.limits import BLOCK_TOKENS
 from kervan.sim.step_time import Batch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """How the pool of KV blocks is shared out; the defaults are vLLM's.
-
-    `block_tokens`: of a block; 1 counts tokens. `admits_whole_prompts`: a prompt starts when all of it has room
-    (`scheduler_reserve_full_isl`), else when its first part has. `shortens_prompts`: a prompt in progress takes what
-    room is left and keeps what it has, in place of giving it all back; it is not preempted while a part of it is
-    computed, the last sequence of a batch never is, and one that is preempted may start again in the same step.
-    """
-
-    block_tokens: int = BLOCK_TOKENS
-    admits_whole_prompts: bool = True
-    shortens_prompts: bool = False
-
-
-VLLM = Rules()
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -53,12 +36,14 @@ class ScheduledRequest:
 
     `number`: its place in the order of arrival. `context_tokens`: to prefill; the prompt, after a preemption with what
     was generated. `remaining_tokens`: still to come; infinite when only the tokens tell, and `Scheduler.remove` is the
-    end. `computed_tokens`: of the context in the KV cache, when it joined its group at step `joined` of it.
+    end. `cached_tokens`: of the beginning, found in the prefix cache; they need blocks, and no time. `computed_tokens`:
+    of the context in the KV cache, when it joined its group at step `joined` of it.
     """
 
     number: int
     context_tokens: int
     remaining_tokens: float = math.inf
+    cached_tokens: int = 0
     computed_tokens: int = 0
     joined: int = 0
 
@@ -178,7 +163,7 @@ class Scheduler(Generic[R]):
         max_num_seqs: int,
         max_num_batched_tokens: int,
         num_blocks: int,
-        rules: Rules = VLLM,
+        block_tokens: int = BLOCK_TOKENS,
         decode_distance: int = 1,
         max_under_way: int = 1,
     ) -> None:
@@ -189,7 +174,7 @@ class Scheduler(Generic[R]):
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_blocks = self.free_blocks = num_blocks
-        self.rules = rules
+        self.block_tokens = block_tokens
         self.num_preempted = 0
         self.waiting: deque[R] = deque()
         self._decode_distance = decode_distance
@@ -209,6 +194,23 @@ class Scheduler(Generic[R]):
     def add(self, request: R) -> None:
         """To the end of the queue."""
         self.waiting.append(request)
+
+    def add_running(self, requests: Iterable[R]) -> None:
+        """Requests whose context has been computed before, while there are blocks for them and they are few enough.
+
+        With pipeline stages they are dealt out over the batches.
+        """
+        groups = [self._ready, *(self._new_group() for _ in range(self._decode_distance - 1))]
+        for place, request in enumerate(requests):
+            blocks = self._blocks(request.context_tokens)
+            if blocks > self.free_blocks or place >= self.max_num_seqs * len(groups):
+                break
+            self.free_blocks -= blocks
+            request.computed_tokens = request.context_tokens
+            groups[place % len(groups)].add(request)
+        for place, group in enumerate(groups[1:], 1):
+            if len(group):
+                self._resting.append((self._num_composed + 1 + place, group))
 
     def remove(self, request: R) -> None:
         """Forget a request, wherever it is, and take back its blocks.
@@ -286,14 +288,15 @@ class Scheduler(Generic[R]):
         self.free_blocks -= decode_blocks
         firsts: list[R] = []
         chunk, prefill, pairs = None, 0, 0.0
+        has_preempted = self.num_preempted > preempted_before
         if self.waiting or self._partial is not None:
-            may_admit = self.rules.shortens_prompts or self.num_preempted == preempted_before
-            firsts, chunk, prefill, pairs = self._fill_prompts(sequences, may_admit=may_admit)
+            firsts, chunk, prefill, pairs = self._fill_prompts(sequences, may_admit=not has_preempted)
         if not sequences and not prefill:
             return None
         self._num_composed += 1
         batch = Batch(sequences, group.context_tokens + sequences, prefill, pairs, sequences + len(firsts))
-        repeats = 1 if prefill or steps_alike is None else self._repeats(group, batch, steps_alike)
+        is_alone = bool(prefill) or self.num_preempted > preempted_before or steps_alike is None
+        repeats = 1 if is_alone or steps_alike is None else self._repeats(group, batch, steps_alike)
         if repeats > 1:
             self.free_blocks -= group.blocks_for(repeats) - decode_blocks
         lasts = group.advance(repeats)
@@ -322,15 +325,15 @@ class Scheduler(Generic[R]):
             if is_new and not (self.waiting and may_admit):
                 break
             request = self.waiting[0] if self._partial is None else self._partial
-            tokens = min(budget, request.context_tokens - request.computed_tokens)
-            tokens = self._fitting(request, tokens, is_new=is_new, is_idle=not sequences and not self._under_way)
-            if not tokens:
+            before = request.cached_tokens if is_new else request.computed_tokens
+            tokens = min(budget, request.context_tokens - before)
+            if not self._fits(request, tokens, is_new=is_new):
                 break
             if is_new:
                 self.waiting.popleft()
             self._partial = None
-            computed = request.computed_tokens + tokens
-            pairs += tokens * request.computed_tokens + tokens * tokens / 2
+            computed = before + tokens
+            pairs += tokens * before + tokens * tokens / 2
             self.free_blocks -= self._blocks(computed) - self._blocks(request.computed_tokens)
             request.computed_tokens = computed
             prefill += tokens
@@ -342,41 +345,31 @@ class Scheduler(Generic[R]):
                 chunk = self._partial = request
         return firsts, chunk, prefill, pairs
 
-    def _fitting(self, request: R, tokens: int, *, is_new: bool, is_idle: bool) -> int:
-        """How many of the tokens of a prompt's next part may be computed; 0 for none."""
-        if self.rules.shortens_prompts:
-            room = self.free_blocks * self.rules.block_tokens
-            if tokens <= room:
-                return tokens
-            return max(0, room) if is_idle or not is_new else 0
-        needed = self._blocks(request.computed_tokens + tokens) - self._blocks(request.computed_tokens)
+    def _fits(self, request: R, tokens: int, *, is_new: bool) -> bool:
+        """Whether the next part of a prompt may be computed; of one that has not begun, whether all of it has room."""
         if is_new:
-            needed = self._blocks(request.context_tokens) if self.rules.admits_whole_prompts else needed
-        elif needed > self.free_blocks:  # the youngest that runs is the one that needs them
-            self._preempt_partial()
-            return 0
-        return tokens if needed <= self.free_blocks else 0
+            return self._blocks(request.context_tokens) <= self.free_blocks
+        if self._blocks(request.computed_tokens + tokens) - self._blocks(request.computed_tokens) <= self.free_blocks:
+            return True
+        self._preempt_partial()  # the youngest that runs is the one that needs them
+        return False
 
     def _repeats(self, group: DecodeGroup[R], batch: Batch, steps_alike: Callable[[Batch], int]) -> int:
         """How many steps like this one follow each other before anything ends, comes in, or fills the pool."""
-        if self.waiting or self._resting:
+        if self._resting:
             return 1
         if any(step.lasts or step.chunk is not None for step in self._under_way):
             return 1
-        most = min(
-            group.ends[0][0] - group.steps - 1,
-            self.rules.block_tokens * (self.free_blocks // len(group)),
-            steps_alike(batch),
-        )
+        most = min(group.ends[0][0] - group.steps - 1, self.block_tokens * (self.free_blocks // len(group)))
+        if not self.waiting:  # else what comes in waits behind one for which there was no room just now
+            most = min(most, steps_alike(batch))
         return max(1, int(most))
 
     def _make_room(self, group: DecodeGroup[R]) -> None:
         """Preempt the youngest while the sequences that decode need more blocks than there are."""
-        is_kept = self.rules.shortens_prompts and any(step.chunk is self._partial for step in self._under_way)
-        if self._partial is not None and len(group) and not is_kept and group.blocks_for(1) > self.free_blocks:
+        if self._partial is not None and len(group):
             self._preempt_partial()
-        least = 1 if self.rules.shortens_prompts else 0
-        while len(group) > least and group.blocks_for(1) > self.free_blocks:
+        while len(group) and group.blocks_for(1) > self.free_blocks:
             self._preempt_decoding(group)
 
     # ---- who runs
@@ -413,10 +406,10 @@ class Scheduler(Generic[R]):
             self._ready = group
 
     def _new_group(self) -> DecodeGroup[R]:
-        return DecodeGroup(self.rules.block_tokens)
+        return DecodeGroup(self.block_tokens)
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.rules.block_tokens)
+        return -(-tokens // self.block_tokens)
 
     def _release(self, request: R) -> None:
         self.free_blocks += self._blocks(request.computed_tokens)

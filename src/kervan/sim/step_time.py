@@ -10,10 +10,12 @@ Sources: Pope et al. 2022 (arXiv 2211.05102) for the terms; the constants are fi
 import dataclasses
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from kervan.facts.architecture import ModelSpec, Part
+from kervan.facts.architecture import Attention, Experts, LatentAttention, Layer, ModelSpec, StateLayer, Storage
+from kervan.facts.architecture.spec import count_layers
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout, stages
 from kervan.sim.collectives import all_reduce_s, send_s
@@ -102,8 +104,7 @@ class StepTime:
         self.stages = []
         for layers in stages(spec, layout.pp):
             key = (
-                tuple(spec.layers[i] for i in layers),
-                sum(spec.has_experts(i) for i in layers),
+                tuple(sorted((id(one), count) for one, count in count_layers(spec.layers[layers.start : layers.stop]))),
                 layers.stop == spec.num_layers,
             )
             self.stages.append(kinds.setdefault(key, _StageTime(self, layers)))
@@ -165,37 +166,58 @@ class _StageTime:
         spec, layout = owner.spec, owner.layout
         self.num_layers = len(layers)
         self.is_last = layers.stop == spec.num_layers
-        self.num_expert_layers = sum(spec.has_experts(layer) for layer in layers)
-        self.full_layers = sum(spec.layers[layer] == "full" for layer in layers)
-        self.sliding_layers = sum(spec.layers[layer] == "sliding" for layer in layers)
-        dense = self.num_layers - self.num_expert_layers
-        self.products = [self._product("attention", nk, self.num_layers) for nk in spec.attention_matrices(layout.tp)]
-        if dense:
-            self.products += [self._product("mlp", nk, dense) for nk in spec.mlp_shape(spec.intermediate, layout.tp)]
-        if self.num_expert_layers and spec.experts is not None:
-            e = spec.experts
-            self.products.append(self._product("router", (e.count, spec.hidden), self.num_expert_layers))
-            if e.shared_width:
-                shape = spec.mlp_shape(e.shared_width, layout.tp)
-                self.products += [self._product("mlp", nk, self.num_expert_layers) for nk in shape]
-        self.head = self._product("head", (math.ceil(spec.vocab / layout.tp), spec.hidden), 1)
-        width = spec.intermediate if spec.experts is None else spec.experts.per_token * spec.experts.width
+        found = count_layers(spec.layers[layers.start : layers.stop])
+        counts: Counter[tuple[tuple[int, int], Storage]] = Counter()
+        experts: dict[Experts, int] = {}
+        for layer, count in found:
+            for weight in layer.weights:
+                counts[weight.shape(layout.tp), weight.storage] += count
+            if layer.experts is not None:
+                experts[layer.experts] = experts.get(layer.experts, 0) + count
+        self.products = [self._product(shape, storage, count) for (shape, storage), count in counts.items()]
+        self.experts = list(experts.items())
+        self.num_expert_layers = sum(experts.values())
+        self.head = self._product(spec.head.shape(layout.tp), spec.head.storage, 1)
+        first = spec.experts
+        width = spec.intermediate if first is None else first.per_token * first.width
         self.inner = width / layout.tp
         self._linear_s = functools.lru_cache(maxsize=4096)(self._linear)
         self._linear_total_s = functools.lru_cache(maxsize=4096)(lambda tokens: self._linear(tokens).total_s)
         self._head_s = functools.lru_cache(maxsize=2048)(lambda samples: _join(*self._product_s(self.head, samples)))
-        kv = spec.kv_bytes_per_token(layout.tp, kv_dtype_bytes=owner.limits.kv_dtype_bytes)
-        self._kv_token_s = kv / (owner.gpu.bandwidth_bytes_s * owner.constants.kv_bandwidth_share)
-        self._heads_dim = spec.num_heads * (spec.head_dim if spec.mla is None else spec.mla.kv_rank) / layout.tp
+        self._read_rows(found)
 
-    def _product(self, part: Part, shape: tuple[int, int], count: int) -> _Product:
-        spec, gpu = self.o.spec, self.o.gpu
-        q = spec.quantization
+    def _read_rows(self, found: list[tuple[Layer, int]]) -> None:
+        """Sums up what attention reads and computes: over the whole context, over windows, and for each sequence.
+
+        `_context_bytes` are read for each token of context. `_limited`: (tokens that a sequence looks at, bytes of
+        each, pairs' multiplications of each). `_state_bytes` are read and written for each sequence.
+        """
+        tp, kv_dtype_bytes = self.o.layout.tp, self.o.limits.kv_dtype_bytes
+        self._context_bytes = self._context_dims = self._state_bytes = 0.0
+        limited: dict[float, tuple[float, float]] = {}
+        for layer, count in found:
+            for mixer in layer.mixers:
+                if isinstance(mixer, StateLayer):
+                    self._state_bytes += 2 * count * mixer.state_bytes(tp)
+                    continue
+                most, all_bytes, all_dims, each, dims = _looks_at(mixer, tp, kv_dtype_bytes)
+                self._context_bytes += count * all_bytes
+                self._context_dims += count * all_dims
+                if most:
+                    before = limited.get(most, (0.0, 0.0))
+                    limited[most] = (before[0] + count * each, before[1] + count * dims)
+        self._limited = [(most, each, dims) for most, (each, dims) in limited.items()]
+        self._byte_s = 1 / (self.o.gpu.bandwidth_bytes_s * self.o.constants.kv_bandwidth_share)
+
+    def _product(self, shape: tuple[int, int], storage: Storage, count: int) -> _Product:
+        gpu = self.o.gpu
         peak = gpu.bf16_flops
-        if q is not None and part not in q.kept:
-            peak = (q.computes_fp4 and gpu.fp4_flops) or (q.computes_fp8 and gpu.fp8_flops) or peak
+        if storage.arithmetic == "fp4":
+            peak = gpu.fp4_flops or peak
+        elif storage.arithmetic == "fp8":
+            peak = gpu.fp8_flops or peak
         outputs, inputs = shape
-        return _Product(count, outputs * inputs * spec.bytes_per_weight(part), outputs, inputs, peak)
+        return _Product(count, outputs * inputs * storage.bytes_per_weight, outputs, inputs, peak)
 
     def _product_s(self, product: _Product, rows: float) -> tuple[float, float]:
         """(seconds bound by memory, seconds bound by arithmetic) of one product of so many rows."""
@@ -223,34 +245,33 @@ class _StageTime:
         return Terms(
             weights=weights,
             compute=compute,
-            experts=self.num_expert_layers * self._experts_s(tokens),
+            experts=sum(count * self._experts_s(one, tokens) for one, count in self.experts),
             elementwise=self.num_layers * residual / (o.gpu.bandwidth_bytes_s * c.bandwidth_share),
             kernels=kernels,
             all_reduce=reduces * all_reduce_s(o.gpu, o.layout.tp, message, c.all_reduce_s),
         )
 
-    def _experts_s(self, tokens: int) -> float:
+    def _experts_s(self, e: Experts, tokens: int) -> float:
         """The routed experts of one layer: the weights of those that any token chose, and their arithmetic.
 
         Routing is taken as uniform: E * (1 - (1 - k/E)^T) of E experts are chosen. Their tokens come in tiles; a tile
         costs as much when it is half empty.
         """
-        o, c, e = self.o, self.o.constants, self.o.spec.experts
-        if e is None or not tokens or not self.num_expert_layers:
+        o, c, layout = self.o, self.o.constants, self.o.layout
+        if not tokens:
             return 0.0
-        layout, spec = o.layout, o.spec
         touched = e.count * (1 - (1 - e.per_token / e.count) ** tokens)
-        matrices = spec.mlp_matrices * spec.hidden * e.width
+        matrices = e.matrices * e.inputs * e.width
         per_gpu = matrices / layout.tp  # with EP whole experts on a share of the GPUs: on average the same
-        moved = touched * per_gpu * spec.bytes_per_weight("experts")
+        moved = touched * per_gpu * e.each[0].storage.bytes_per_weight
         rows_each = tokens * e.per_token / touched
         tile = min(c.expert_tile_tokens, max(16.0, 2 ** math.ceil(math.log2(max(1.0, rows_each)))))
         rows = touched * math.ceil(rows_each / tile) * tile
         memory_s = moved / (o.gpu.bandwidth_bytes_s * c.bandwidth_share)
         # One product sums over the hidden size, the other over the expert's width, cut by tp unless experts are whole.
         width = e.width / (1 if layout.ep > 1 else layout.tp)
-        first = (spec.mlp_matrices - 1) / spec.mlp_matrices
-        depth = 1 + c.expert_half_depth * (first / spec.hidden + (1 - first) / width)
+        first = (e.matrices - 1) / e.matrices
+        depth = 1 + c.expert_half_depth * (first / e.inputs + (1 - first) / width)
         compute_s = 2 * rows * per_gpu * depth / (o.gpu.bf16_flops * c.expert_flops_share)
         if layout.ep > 1:  # the fullest GPU decides: of a random choice, the largest of `ep` shares
             largest = FULLEST * math.sqrt(2 * math.log(layout.ep) * (layout.ep - 1))
@@ -260,14 +281,13 @@ class _StageTime:
 
     def context_token_s(self) -> float:
         """What a step takes longer for each token of context that running sequences read more."""
-        return self._kv_token_s * self.full_layers
+        return self._byte_s * self._context_bytes
 
     def _kv_read_s(self, batch: Batch) -> float:
-        read_s = self._kv_token_s * batch.context_tokens * self.full_layers
-        if self.sliding_layers:
-            window = batch.sequences * float(self.o.spec.window)
-            read_s += self._kv_token_s * min(batch.context_tokens, window) * self.sliding_layers
-        return read_s
+        read = self._context_bytes * batch.context_tokens + self._state_bytes * batch.sequences
+        for most, each, _ in self._limited:
+            read += each * min(batch.context_tokens, batch.sequences * most)
+        return self._byte_s * read
 
     def _prefill_attention_s(self, batch: Batch) -> float:
         if not batch.prefill_tokens:
@@ -275,11 +295,10 @@ class _StageTime:
         c = self.o.constants
         length = 2 * batch.prefill_pairs / batch.prefill_tokens
         share = c.attention_share * length / (length + c.attention_half_tokens)
-        pairs = batch.prefill_pairs * self.full_layers
-        if self.sliding_layers:
-            window = batch.prefill_tokens * float(self.o.spec.window)
-            pairs += min(batch.prefill_pairs, window) * self.sliding_layers
-        return 4 * self._heads_dim * pairs / (self.o.gpu.bf16_flops * share)
+        work = batch.prefill_pairs * self._context_dims
+        for most, _, dims in self._limited:
+            work += min(batch.prefill_pairs, batch.prefill_tokens * most) * dims
+        return 4 * work / (self.o.gpu.bf16_flops * share)
 
     def _overhead_s(self, batch: Batch) -> float:
         c = self.o.constants
@@ -323,3 +342,25 @@ def _join(first_s: float, second_s: float) -> float:
         return 0.0
     both: float = most * (1 + (min(first_s, second_s) / most) ** ROUNDING) ** (1 / ROUNDING)
     return both
+
+
+def _looks_at(
+    mixer: Attention | LatentAttention, tp: int, kv_dtype_bytes: float
+) -> tuple[float, float, float, float, float]:
+    """Of one layer: the most tokens that a query looks at (0: all); bytes and multiplications for each token of the
+    whole context; and those for each of the tokens that it looks at.
+    """
+    dims = mixer.score_dims(tp)
+    if isinstance(mixer, Attention):
+        each = mixer.read_bytes(tp, kv_dtype_bytes)
+        return (0.0, each, dims, 0.0, 0.0) if mixer.reach == "full" else (float(mixer.window), 0.0, 0.0, each, dims)
+    vector = mixer.vector_bytes(kv_dtype_bytes)
+    if not (mixer.selected or mixer.window or mixer.tokens_per_vector > 1):
+        return 0.0, vector, dims, 0.0, 0.0
+    # An indexer reads all of its keys, with half the arithmetic (a score, no values); attention what it chose.
+    all_bytes = mixer.index_bytes / mixer.tokens_per_vector
+    all_dims = mixer.index_dims / 2 / mixer.tokens_per_vector
+    if not mixer.selected and mixer.has_context:
+        all_bytes += vector / mixer.tokens_per_vector
+        all_dims += dims / mixer.tokens_per_vector
+    return float(mixer.selected + mixer.window), all_bytes, all_dims, vector, dims

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kervan.sim.limits import BLOCK_TOKENS
-from kervan.sim.scheduler import Rules, ScheduledRequest, ScheduledStep, Scheduler
+from kervan.sim.scheduler import ScheduledRequest, ScheduledStep, Scheduler
 
 Finish = Literal["stop", "length"]
 _MIX = 2654435761  # Knuth's multiplicative hash: neighbouring checksums give far tokens
@@ -162,7 +162,7 @@ class TwinEngine:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             num_blocks=limits.num_blocks,
-            rules=Rules(block_tokens=limits.block_size),
+            block_tokens=limits.block_size,
         )
 
     @property

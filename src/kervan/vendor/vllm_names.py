@@ -66,3 +66,14 @@ RUNNER_V2_ARCHITECTURES = frozenset(
         "Qwen2MoeForCausalLM", "Qwen3ForCausalLM",
     }
 )  # fmt: skip
+# The last version with an architecture that newer ones do not serve; source: `_PREVIOUSLY_SUPPORTED_MODELS` of 0.32.
+REMOVED_ARCHITECTURES = {
+    "ArcticForCausalLM": "0.28.0", "AquilaForCausalLM": "0.24.0", "BaiChuanForCausalLM": "0.23.0",
+    "BaichuanForCausalLM": "0.23.0", "BambaForCausalLM": "0.23.0", "Dots1ForCausalLM": "0.23.0",
+    "Grok1ForCausalLM": "0.24.0", "Grok1ModelForCausalLM": "0.24.0", "InternLMForCausalLM": "0.23.0",
+    "JAISLMHeadModel": "0.22.0", "MPTForCausalLM": "0.28.0", "MiniMaxForCausalLM": "0.23.0",
+    "MiniMaxM1ForCausalLM": "0.23.0", "MiniMaxText01ForCausalLM": "0.23.0", "MptForCausalLM": "0.28.0",
+    "OuroForCausalLM": "0.26.0", "PersimmonForCausalLM": "0.25.0", "Phi3SmallForCausalLM": "0.9.2",
+    "Phi4FlashForCausalLM": "0.10.2", "Plamo2ForCausalLM": "0.26.0", "QWenLMHeadModel": "0.23.0",
+    "RWForCausalLM": "0.28.0", "TeleChatForCausalLM": "0.25.0", "XverseForCausalLM": "0.23.0",
+}  # fmt: skip

@@ -86,7 +86,57 @@ def test_a_trace_and_rates(kervan: Kervan, tmp_path: Path) -> None:
     assert kervan.json(*words, "--trace", path)["candidates"][0]["out_tok_s"] == pytest.approx(35.7, rel=0.3)
     slow, fast = (kervan.json(*words, "--osl", 32, "--rate", rate)["candidates"][0] for rate in ("2/s", "9000/s"))
     assert slow["ttft_p50_ms"] < fast["ttft_p50_ms"]
-    assert "faster" in fast["reason"]
+    assert "overloaded" in fast["reason"]
+
+
+def test_what_scripts_read_of_model_and_strategies(kervan: Kervan) -> None:
+    found = kervan.json(SMALL, "--gpu", "H200", "--gpus", 1, "--concurrency", 4, "--osl", 32)
+    assert found["keeps_slo"] is True
+    assert [strategy.keys() for strategy in found["strategies"]] == [{"name", "use", "reason"}] * 4
+    model = found["model"]
+    assert model["parameters"] == pytest.approx(8.03e9, rel=1e-3)
+    assert model["kv_bytes_per_token"] == 32 * 2 * 8 * 128 * 2
+    assert model["weights_bytes"] == pytest.approx(2 * model["parameters"], rel=1e-3)
+    assert model["quantization"] == "16 bit"
+    assert kervan.json("--facts", SMALL) == model
+
+
+def test_facts_are_one_line(kervan: Kervan) -> None:
+    code, out, _ = kervan.run(SMALL, "--facts")
+    assert code == 0
+    assert "8.03B parameters" in out
+    assert "131,072 bytes of KV cache per token" in out
+
+
+def test_how_many_gpus_for_a_rate(kervan: Kervan) -> None:
+    """8B on H200 takes about 29.5 requests/s of 1,024 in and 128 out within 50 ms: four for 100, a tenth to spare."""
+    words = (SMALL, "--gpu", "H200", "--osl", 128, "--rate", "100/s")
+    found = kervan.json(*words)
+    best = found["candidates"][0]
+    assert (best["tp"], best["pp"], best["dp"]) == (1, 1, 4)
+    assert found["gpus"] == 4
+    assert found["keeps_slo"]
+    code, out, _ = kervan.run(*words)
+    assert code == 0
+    assert out.startswith("4 GPUs: 4 x TP1")
+
+
+def test_the_first_thing_that_anybody_types(kervan: Kervan) -> None:
+    """No pipelines, no overload: eight copies of 8B, as many requests as they take."""
+    code, out, _ = kervan.run(SMALL, "--gpu", "H200", "--gpus", 8)
+    assert code == 0
+    first = out.splitlines()[0]
+    assert first.startswith(
+        "8 x TP1: the model fits one GPU: data parallel copies; keeps the SLO (ttft=2s,tpot=0.05s) up to "
+    )
+    assert "overloaded" not in out
+
+
+def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
+    path = tmp_path / "plot.html"
+    code, _, err = kervan.run(SMALL, "--gpu", "H200", "--gpus", 1, "--concurrency", 2, "--osl", 16, "--plot", path)
+    assert (code, err) == (0, f"plot: {path}\n")
+    assert "llama3-8b on 1 x H200" in path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +156,10 @@ def test_a_trace_and_rates(kervan: Kervan, tmp_path: Path) -> None:
         (("--gpu", "H200", "--slo", "foo"), "ttft=1s,tpot=50ms"),
         (("--gpu", "H200", "--network", "nan"), "--network 400"),
         (("--gpu", "H200", "--trace", "/nowhere.csv"), "cannot be read"),
+        (("--gpu", "H200", "--slo", "ttft=2s,tpot=50"), "write tpot=50ms or tpot=50s"),
+        (("--gpu", "H200", "--prefix-hit", "60"), "write for example --prefix-hit 0.6"),
+        (("--gpu", "H200", "--prefix-hit", "nan"), "write for example --prefix-hit 0.6"),
+        ((), "--gpu H200"),
     ],
 )
 def test_options_that_make_no_sense(kervan: Kervan, words: tuple[object, ...], fix: str) -> None:

@@ -23,7 +23,7 @@ def test_slo() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("ttft", "none of ttft="), ("itl=3ms", "none of"), ("ttft=1s,ttft=2s", "twice"), ("e2e=0s", "never be met"),
+    [("ttft", "none of ttft="), ("itl=3ms", "none of"), ("ttft=1s,ttft=2s", "twice"), ("e2e=0s", "never be met"), ("tpot=50", "write tpot=50ms or tpot=50s"),
      ("tpot=fast", "not a duration")],
 )  # fmt: skip
 def test_bad_slo(text: str, words: str) -> None:

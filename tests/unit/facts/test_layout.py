@@ -83,3 +83,29 @@ def test_bad_layouts(text: str) -> None:
 
 def test_a_layout_as_users_write_it() -> None:
     assert layout.parse_layout("tp=2, pp=2") == {"tp": 2, "pp": 2}
+
+
+BLOCK_FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+
+
+def test_blocks_of_fp8_weights_are_not_cut() -> None:
+    """Experts of 768 on four GPUs are 192 wide, one and a half blocks; whole experts are not cut."""
+    spec = parse(config("qwen3-30b-a3b") | BLOCK_FP8, "30b")
+    layout.check(spec, Layout(tp=2))
+    layout.check(spec, Layout(tp=4, ep=4))
+    with pytest.raises(ConfigError, match=r"cuts the 768 of experts into 192 each, which the FP8 blocks of 128 do not"):
+        layout.check(spec, Layout(tp=4))
+    with pytest.raises(ConfigError, match=r"use 1 or 2 \(--tp, or --layout tp=\), or ep=4, which keeps experts whole"):
+        layout.check(spec, Layout(tp=4))
+    names = {str(one) for one in layout.sizes(spec, gpus=8, gpus_per_node=8)}
+    assert {"TP2", "TP4xEP4", "TP2xEP2"} <= names
+    assert "TP4" not in names
+
+
+def test_states_are_cut_by_what_divides_their_heads() -> None:
+    hybrid = config("llama3-8b") | {
+        "model_type": "bamba", "attn_layer_indices": [4], "mamba_n_heads": 6, "mamba_d_head": 64, "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="tp=4 does not divide 6 units of a mamba2 layer; use 1 or 2"):
+        layout.check(parse(hybrid, "hybrid"), Layout(tp=4))

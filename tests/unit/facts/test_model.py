@@ -1,6 +1,7 @@
 """What names a model, and whether a layout fits what its config.json says."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,42 @@ def test_binary_in_place_of_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\x80\x81")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         model.read_config(str(tmp_path))
+
+
+def test_quantisation_in_a_file_beside(tmp_path: Path) -> None:
+    """ModelOpt writes hf_quant_config.json; what config.json says itself comes first."""
+    beside = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
+    assert model.read_config(write_config(tmp_path, LLAMA)) == LLAMA | {"quantization_config": beside}
+    own = LLAMA | {"quantization_config": {"quant_method": "fp8"}}
+    assert model.read_config(write_config(tmp_path, own)) == own
+    (tmp_path / "hf_quant_config.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"hf_quant_config.json cannot be read as JSON"):
+        model.read_config(write_config(tmp_path, LLAMA))
+
+
+@pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
+def test_files_that_cannot_be_read_are_one_short_line(tmp_path: Path, file: str) -> None:
+    path = tmp_path / file
+
+    def error() -> str:
+        if file != "config.json":
+            write_config(tmp_path, LLAMA)
+        with pytest.raises(ConfigError) as caught:
+            model.read_config(str(tmp_path))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    path.write_text("[" * 200_000)
+    assert "cannot be read as JSON (it is nested too deeply)" in error()
+    path.write_text('{"a": ' + "9" * 100_000 + "}")
+    assert len(error()) < 500
+    path.unlink()
+    os.mkfifo(path)
+    assert "is no regular file" in error()
+    path.unlink()
+    path.mkdir()
+    assert "is no regular file" in error()
 
 
 def test_mistrals_own_format_is_left_to_vllm(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A replica under load: nothing is lost, the pool holds, and shortcuts change no time."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -142,6 +143,76 @@ def test_an_open_loop_waits_above_its_capacity() -> None:
     assert slow.requests_s == pytest.approx(5.0, rel=0.2)
     assert fast.requests_s < 500
     assert fast.ttft_s(0.5) > 5 * slow.ttft_s(0.5)
+
+
+def test_an_open_loop_measures_the_steady_middle() -> None:
+    """Requests go on behind those that count, so that the last of these are not alone."""
+    steady = serving.open_loop(
+        TIMES[1], serving.poisson(2000, 8.0, 512, 256), kv_tokens=ROOM, measured=range(100, 400), seed=1
+    )
+    assert steady.is_stable
+    assert len(steady.responses) == 300
+    assert steady.out_tok_s == pytest.approx(8.0 * 256, rel=0.1)
+    assert steady.in_flight == pytest.approx(8.0 * 256 * steady.tpot_s(0.5), rel=0.1)
+
+
+def test_a_replica_that_is_busy_at_the_start_is_where_an_empty_one_gets() -> None:
+    requests = serving.poisson(2000, 8.0, 512, 256)
+    empty = serving.open_loop(TIMES[1], requests, kv_tokens=ROOM, measured=range(200, 300))
+    in_flight = round(empty.in_flight)
+    busy = serving.open_loop(
+        TIMES[1], requests, kv_tokens=ROOM, measured=range(10, 110),
+        running=[serving.RunningRequest(512 + 256 * i // in_flight, 256 - 256 * i // in_flight) for i in range(in_flight)],
+    )  # fmt: skip
+    assert busy.tpot_s(0.5) == pytest.approx(empty.tpot_s(0.5), rel=0.1)
+    assert busy.in_flight == pytest.approx(empty.in_flight, rel=0.3)
+
+
+LONG = StepTime(
+    parse(config("qwen25-14b"), "14b"), Layout(), hardware.gpu("H100"), engine.limits(SPEC, GPU, {}), Constants()
+)
+
+
+def test_a_fuller_pool_is_never_slower_for_long_prompts() -> None:
+    """14B on H100, 100 streams of 32,000 + 99 tokens: the fuller pool once gave a third of the speed, by thrashing."""
+    rates = [
+        serving.closed_loop(LONG, serving.fixed(200, 32_000, 99), streams=100, kv_tokens=kv).out_tok_s
+        for kv in (100_000, 200_000, 256_792, 287_088, 400_000, 800_000)
+    ]
+    assert all(more >= 0.999 * less for less, more in itertools.pairwise(rates))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([100, 1000, 4000, 20_000]), st.sampled_from([10, 100, 500]), st.sampled_from([2, 8, 32]),
+    st.floats(1.1, 30), st.floats(1.0, 2.0),
+)  # fmt: skip
+def test_more_room_is_never_slower(isl: int, osl: int, streams: int, sequences: float, more: float) -> None:
+    """But where vLLM admits one prompt more than its answers have room for, and computes that again."""
+    room = int((isl + osl) * sequences)
+    requests = serving.fixed(2 * streams, isl, osl)
+    less, much = (
+        serving.closed_loop(TIMES[1], requests, streams=streams, kv_tokens=tokens)
+        for tokens in (room, int(room * more))
+    )
+    assert much.out_tok_s >= 0.995 * less.out_tok_s or much.preemptions > less.preemptions
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([100, 1000, 8000]), st.sampled_from([10, 300]), st.sampled_from([1, 16, 128]),
+    st.sampled_from(["bandwidth_bytes_s", "bf16_flops"]), st.floats(1.0, 3.0),
+)  # fmt: skip
+def test_a_faster_gpu_is_never_slower(isl: int, osl: int, streams: int, what: str, more: float) -> None:
+    faster = dataclasses.replace(GPU, **{what: more * getattr(GPU, what)})
+    requests = serving.fixed(2 * streams, isl, osl)
+    slow, fast = (
+        serving.closed_loop(
+            StepTime(SPEC, Layout(), gpu, LIMITS, Constants()), requests, streams=streams, kv_tokens=ROOM
+        )
+        for gpu in (GPU, faster)
+    )
+    assert fast.out_tok_s >= 0.995 * slow.out_tok_s
 
 
 def test_frontends_share_the_prompts() -> None:

@@ -1,6 +1,5 @@
-"""The scheduler: its groups against one sequence at a time, the planner's rules against vLLM's, and steps as one."""
+"""The scheduler: its groups against one sequence at a time, and steps as one."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kervan.plan.serving import RULES as PLANNER
-from kervan.sim.scheduler import VLLM, Rules, ScheduledRequest, Scheduler
+from kervan.sim.limits import BLOCK_TOKENS
+from kervan.sim.scheduler import ScheduledRequest, Scheduler
 from kervan.sim.step_time import Batch
 
 # A step: tokens by request (the number of the request, in the order of arrival), and how many were preempted for it.
@@ -19,8 +18,10 @@ Lengths = list[tuple[int, int]]  # of a request: prompt and output tokens
 LOADS = st.lists(st.tuples(st.integers(1, 120), st.integers(1, 30)), min_size=1, max_size=12)
 
 
-def scheduler(num_blocks: int, rules: Rules = VLLM, *, seqs: int = 8, budget: int = 64) -> Scheduler[ScheduledRequest]:
-    return Scheduler(max_num_seqs=seqs, max_num_batched_tokens=budget, num_blocks=num_blocks, rules=rules)
+def scheduler(
+    num_blocks: int, block_tokens: int = BLOCK_TOKENS, *, seqs: int = 8, budget: int = 64
+) -> Scheduler[ScheduledRequest]:
+    return Scheduler(max_num_seqs=seqs, max_num_batched_tokens=budget, num_blocks=num_blocks, block_tokens=block_tokens)
 
 
 def added(to: Scheduler[ScheduledRequest], lengths: Lengths) -> list[ScheduledRequest]:
@@ -67,7 +68,7 @@ class Plain:
     blocks: int = 0
 
 
-def plain_steps(lengths: Lengths, num_blocks: int, rules: Rules, *, seqs: int = 8, budget: int = 64) -> list[Step]:
+def plain_steps(lengths: Lengths, num_blocks: int, block_tokens: int, *, seqs: int = 8, budget: int = 64) -> list[Step]:
     """vLLM's `Scheduler.schedule`, one sequence after the other."""
     waiting = [Plain(number, prompt, output) for number, (prompt, output) in enumerate(lengths)]
     running: list[Plain] = []
@@ -75,7 +76,7 @@ def plain_steps(lengths: Lengths, num_blocks: int, rules: Rules, *, seqs: int = 
     found: list[Step] = []
 
     def blocks(tokens: int) -> int:
-        return -(-tokens // rules.block_tokens)
+        return -(-tokens // block_tokens)
 
     def preempt() -> Plain:
         nonlocal free
@@ -102,7 +103,7 @@ def plain_steps(lengths: Lengths, num_blocks: int, rules: Rules, *, seqs: int = 
         while waiting and left and not preempted and len(running) < seqs:
             one = waiting[0]
             count = min(one.tokens, left)
-            if blocks(one.tokens if rules.admits_whole_prompts else count) > free:
+            if blocks(one.tokens) > free:
                 break
             running.append(waiting.pop(0))
             one.blocks = blocks(count)
@@ -121,45 +122,33 @@ def plain_steps(lengths: Lengths, num_blocks: int, rules: Rules, *, seqs: int = 
 
 
 @settings(max_examples=200, deadline=None)
-@given(LOADS, st.integers(10, 60), st.sampled_from([1, 4, 16]), st.booleans(), st.integers(1, 12), st.integers(12, 80))
+@given(LOADS, st.integers(10, 60), st.sampled_from([1, 4, 16]), st.integers(1, 12), st.integers(12, 80))
 def test_groups_take_the_steps_that_single_sequences_would(
-    lengths: Lengths, spare: int, block_tokens: int, is_whole: bool, seqs: int, budget: int
+    lengths: Lengths, spare: int, block_tokens: int, seqs: int, budget: int
 ) -> None:
-    rules = Rules(block_tokens=block_tokens, admits_whole_prompts=is_whole)
     num_blocks = (150 + 10 * spare) // block_tokens  # one request of full length fits, and a few more
-    assert steps(scheduler(num_blocks, rules, seqs=seqs, budget=budget), lengths) == plain_steps(
-        lengths, num_blocks, rules, seqs=seqs, budget=budget
+    assert steps(scheduler(num_blocks, block_tokens, seqs=seqs, budget=budget), lengths) == plain_steps(
+        lengths, num_blocks, block_tokens, seqs=seqs, budget=budget
     )
 
 
-@settings(max_examples=50, deadline=None)
-@given(LOADS, st.integers(1, 12), st.integers(12, 80))
-def test_in_an_ample_pool_the_planners_rules_give_vllms_steps(lengths: Lengths, seqs: int, budget: int) -> None:
-    ample = 10_000
-    planner, vllm = (steps(scheduler(ample, rules, seqs=seqs, budget=budget), lengths) for rules in (PLANNER, VLLM))
-    assert planner == vllm
-
-
-def test_in_a_full_pool_the_planner_starts_and_shortens_prompts_where_vllm_waits() -> None:
-    """100 tokens, 64 a step: `0` has 60, so 40 are left for `1`, of 70.
-
-    vLLM lets it wait until `0` is over. The planner computes 4, then what room there is beside one more token of `0`.
-    """
-    lengths = [(60, 4), (70, 2)]
-    tokenwise = dataclasses.replace(VLLM, block_tokens=1)
-    assert steps(scheduler(100, tokenwise), lengths) == [
+def test_a_prompt_waits_until_all_of_it_has_room() -> None:
+    """100 tokens, 64 a step: `0` has 60, so 40 are left for `1`, of 70, which waits until `0` is over."""
+    assert steps(scheduler(100, 1), [(60, 4), (70, 2)]) == [
         ({0: 60}, 0), ({0: 1}, 0), ({0: 1}, 0), ({0: 1}, 0), ({1: 64}, 0), ({1: 6}, 0), ({1: 1}, 0),
     ]  # fmt: skip
-    assert steps(scheduler(100, PLANNER), lengths)[:3] == [({0: 60, 1: 4}, 0), ({0: 1, 1: 35}, 0), ({0: 1}, 1)]
 
 
-@pytest.mark.parametrize("rules", [VLLM, PLANNER], ids=["vLLM", "planner"])
-@pytest.mark.parametrize("num_blocks", [80, 4000])
-def test_equal_steps_composed_as_one_are_the_same_steps(rules: Rules, num_blocks: int) -> None:
-    lengths = [(40, 90), (30, 120), (50, 60)]
+@pytest.mark.parametrize(
+    ("num_blocks", "queued"),
+    [(80, []), (4000, []), (27, [(300, 5), (20, 5)])],
+    ids=["little room", "much room", "some wait for room"],
+)
+def test_equal_steps_composed_as_one_are_the_same_steps(num_blocks: int, queued: Lengths) -> None:
+    lengths = [(40, 90), (30, 120), (50, 60), *queued]
 
     def run(steps_alike: Callable[[Batch], int] | None) -> tuple[int, int, int]:
-        on = scheduler(num_blocks * (16 if rules.block_tokens == 1 else 1), rules)
+        on = scheduler(num_blocks)
         added(on, lengths)
         composed = steps_taken = 0
         while (step := on.compose(steps_alike)) is not None:
@@ -171,6 +160,20 @@ def test_equal_steps_composed_as_one_are_the_same_steps(rules: Rules, num_blocks
     one_by_one, as_one = run(None), run(lambda _: 10**6)
     assert as_one[1:] == one_by_one[1:]
     assert as_one[0] < one_by_one[0] / 5
+
+
+def test_those_that_run_already_go_on_with_the_next_token() -> None:
+    on = scheduler(10)
+    running = [ScheduledRequest(number=n, context_tokens=40, remaining_tokens=3) for n in (-4, -3, -2, -1)]
+    on.add_running(running)  # three of 3 blocks fit
+    assert (on.num_running, on.free_blocks) == (3, 1)
+    batch = None
+    while (step := on.compose()) is not None:
+        on.check_integrity()
+        batch = batch or step.batch
+        on.end(step)
+    assert batch == Batch(3, 3 * 41, 0, 0.0, 3)
+    assert (on.num_running, on.free_blocks) == (0, 10)
 
 
 def test_with_pipeline_stages_a_sequence_is_in_every_pth_step() -> None:
