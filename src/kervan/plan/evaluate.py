@@ -17,6 +17,7 @@ from kervan.sim.step_time import Batch
 MANY_STREAMS = 1024
 MAX_STREAM_REQUESTS = 512  # of a closed loop, as in the measurements
 LEAST_OPEN_REQUESTS, MAX_OPEN_REQUESTS = 24, 1000
+PIPELINE_LOSS = 0.35  # of the arithmetic's rate for each stage more, where a search begins: it knows no bubbles
 MAX_FACTORS = 24
 HEADROOM = 1.1  # times the rate must be served by as many GPUs as are advised for it
 
@@ -42,7 +43,7 @@ class Care:
 
 GLANCE = Care(seeds=1, requests=60, least_s=2.0, factor=1.25, close_share=math.inf, pipeline_steps=800)
 FIRST_LOOK = Care(seeds=1, requests=100, least_s=5.0, factor=1.25, close_share=0.15, pipeline_steps=1200)
-CLOSE_LOOK = Care(seeds=3, requests=320, least_s=30.0, factor=1.1, close_share=0.03, pipeline_steps=4000)
+CLOSE_LOOK = Care(seeds=3, requests=320, least_s=30.0, factor=1.06, close_share=0.02, pipeline_steps=4000)
 FULL_SHARE = 0.93  # of the KV cache, from which on it counts as full
 BINDING = {
     "weights": "weights bandwidth", "compute": "compute", "experts": "expert weights and compute",
@@ -98,11 +99,11 @@ class Simulations:
             runs = self._closed(screened, request.concurrency, care.seeds)
         elif request.is_open:
             rate = 0.0 if request.trace else request.rate or 0.0
-            runs = self._open(screened, rate / screened.copies, care, care.seeds)
+            runs = self._open(screened, rate / screened.copies, care)
         else:
             each = self.highest_rate(screened, care)
             rate = each * screened.copies
-            runs = self._open(screened, each, care, care.seeds) if rate else self._closed(screened, screened.copies, 1)
+            runs = self._open(screened, each, care) if rate else self._closed(screened, screened.copies, 1)
         return _evaluation(self._load, screened, runs, rate)
 
     def _closed(self, screened: ScreenedLayout, streams: int, seeds: int) -> Runs:
@@ -123,8 +124,8 @@ class Simulations:
             )  # fmt: skip
         return self._closed_results[key]
 
-    def _open(self, screened: ScreenedLayout, rate: float, care: Care, seeds: int) -> Runs:
-        seeds = 1 if self._load.request.trace else seeds
+    def _open(self, screened: ScreenedLayout, rate: float, care: Care) -> Runs:
+        seeds = 1 if self._load.request.trace else care.seeds
         return [[(screened.copies, self._open_result(screened, rate, care, seed))] for seed in range(seeds)]
 
     def _open_result(self, screened: ScreenedLayout, rate: float, care: Care, seed: int) -> LoadResult:
@@ -158,16 +159,20 @@ class Simulations:
 
     def highest_rate(self, screened: ScreenedLayout, care: Care = CLOSE_LOOK) -> float:
         """Requests per second of one replica at which its 99th percentiles are just within the SLO; 0 where those of
-        one request at a time are not. The search takes one run at each rate, its last steps all.
+        one request at a time are not. A closer look begins where the first one ended.
         """
         slo, factor = self._load.request.slo, care.factor
 
-        def is_kept(rate: float, seeds: int = 1) -> bool:
-            return keeps(slo, [result for [(_, result)] in self._open(screened, rate, care, seeds)])
+        def is_kept(rate: float) -> bool:
+            return keeps(slo, [result for [(_, result)] in self._open(screened, rate, care)])
 
         if not keeps(slo, [self._closed_result(screened, 1, 0)]):
             return 0.0
-        kept, broken = screened.requests_s, math.inf
+        if care == CLOSE_LOOK:
+            kept = self.highest_rate(screened, FIRST_LOOK)
+        else:
+            kept = screened.requests_s / (1 + PIPELINE_LOSS * (screened.replica.pp - 1))
+        broken = math.inf
         for _ in range(MAX_FACTORS):
             if is_kept(kept):
                 break
@@ -182,13 +187,6 @@ class Simulations:
         while broken / kept > 1 + care.close_share:
             middle = math.sqrt(kept * broken)
             kept, broken = (middle, broken) if is_kept(middle) else (kept, middle)
-        step = 1 + care.close_share / 2
-        was_kept = is_kept(kept, care.seeds)
-        for _ in range(MAX_FACTORS if care.seeds > 1 else 0):
-            following = kept * step if was_kept else kept / step
-            if is_kept(following, care.seeds) != was_kept:
-                return kept if was_kept else following
-            kept = following
         return kept
 
     def copies_needed(self, screened: ScreenedLayout, care: Care) -> int:
