@@ -665,6 +665,11 @@ def test_the_default_share_of_a_gpu_is_the_one_that_kervan_plans_with(tree: Path
     assert f"default={vllm_names.GPU_MEMORY_UTILIZATION}" in ast.unparse(field)
 
 
+def test_the_wheels_are_built_with_a_cuda_that_has_no_volta(tree: Path) -> None:
+    assert frozenset({"7.0"}) == vllm_names.UNSERVED_CAPABILITIES
+    assert re.search(r"VLLM_MAIN_CUDA_VERSION: str = \"13\.", (tree / "vllm/envs.py").read_text())
+
+
 def test_0_24_serves_the_listed_architectures_with_model_runner_v2(tree: Path) -> None:
     source = parsed(tree / "vllm/config/vllm.py")
     lists = [

@@ -14,7 +14,7 @@ from kervan.observe import nvidia_smi, nvml
 from kervan.observe.reading import GpuDevice, Reading
 
 EXAMPLE = "for example --gpu H200"
-NVLINK_BYTES_S = {3: 25e9, 4: 25e9, 5: 50e9}  # of one link, per direction, by generation
+NVLINK_BYTES_S = {2: 25e9, 3: 25e9, 4: 25e9, 5: 50e9}  # of one link, per direction, by generation
 PCIE_LANE_BYTES_S = {3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9}
 NVLINKS = re.compile(r"NV(\d+)")
 # From near to far; the last of those found is the slowest.

@@ -15,7 +15,7 @@ from kervan.plan.strategies import Strategy, strategies
 from kervan.sim import limits as engine_limits
 from kervan.sim.memory import GIB
 from kervan.sim.step_time import Batch
-from kervan.vendor.vllm_names import RUNNER_V2_ARCHITECTURES
+from kervan.vendor.vllm_names import RUNNER_V2_ARCHITECTURES, UNSERVED_CAPABILITIES
 
 ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
@@ -176,6 +176,11 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
         notes.append(
             f"{request.spec.architecture} is not an architecture that kervan knows: counted as attention and gated "
             "MLP, by the config's numbers"
+        )
+    if request.gpu.compute_capability in UNSERVED_CAPABILITIES:
+        notes.append(
+            f"vLLM 0.24 to 0.32 does not serve {request.gpu.name}: its wheels have no kernels for compute capability "
+            f"{request.gpu.compute_capability}; the plan is for an older vLLM or a build with CUDA 12"
         )
     if request.gpu.name != request.calibration.gpu:
         notes.append(

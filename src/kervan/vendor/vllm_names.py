@@ -66,6 +66,8 @@ RUNNER_V2_ARCHITECTURES = frozenset(
         "Qwen2MoeForCausalLM", "Qwen3ForCausalLM",
     }
 )  # fmt: skip
+# Compute capabilities that the wheels have no kernels for: CUDA 13 has no Volta. Source: `VLLM_MAIN_CUDA_VERSION`.
+UNSERVED_CAPABILITIES = frozenset({"7.0"})
 # The last version with an architecture that newer ones do not serve; source: `_PREVIOUSLY_SUPPORTED_MODELS` of 0.32.
 REMOVED_ARCHITECTURES = {
     "ArcticForCausalLM": "0.28.0", "AquilaForCausalLM": "0.24.0", "BaiChuanForCausalLM": "0.23.0",

@@ -142,7 +142,7 @@ def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "fix"),
     [
-        (("--gpu", "H201"), "did you mean H200"),
+        (("--gpu", "H2000"), "did you mean H200"),
         (("--gpu", "H200", "--gpus", 7, "--nodes", 2), "multiple of --nodes"),
         (("--gpu", "H200", "--layout", "tp=3"), "use 1, 2, 4, 8, 16 or 32"),
         (("--gpu", "H200", "--layout", "tp=x"), "write for example tp=2,pp=2"),

@@ -80,6 +80,7 @@ def reading(*names: str, words: str = "", **more: Any) -> Reading:
 
 H100 = "NVIDIA H100 80GB HBM3"
 A100 = "NVIDIA A100-SXM4-80GB"
+V100 = "Tesla V100-SXM2-16GB"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,9 @@ A100 = "NVIDIA A100-SXM4-80GB"
         pytest.param(reading(*[A100] * 4, words="NV4"), GpuLink("nvlink", 3, 300e9, 4), "NV4", id="mesh of four"),
         pytest.param(reading(*[A100] * 8, words="NV12"), GpuLink("nvlink", 3, 300e9, 8), "NV12", id="switch"),
         pytest.param(reading(*[A100] * 2, words="NV4"), GpuLink("nvlink", 3, 100e9, 2), "NV4", id="part of a mesh"),
+        pytest.param(
+            reading(*[V100] * 2, words="NV2"), GpuLink("nvlink", 2, 50e9, 2), "NV2", id="a pair of a cube mesh"
+        ),
         pytest.param(
             # 0-1-2 in a line: only pairs have links between all their members.
             reading(*[A100] * 3, words="NV4 SYS NV4"),
@@ -137,9 +141,9 @@ def test_hidden_gpus_may_differ() -> None:
             id="mixed",
         ),
         pytest.param(
-            reading("Tesla T4"),
+            reading("Tesla P4"),
             None,
-            "this machine's 'Tesla T4' is not in the table of GPUs; name the one",
+            "this machine's 'Tesla P4' is not in the table of GPUs; name the one",
             id="unknown",
         ),
         pytest.param(

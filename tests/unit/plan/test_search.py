@@ -64,6 +64,14 @@ def test_two_that_are_alike_are_told() -> None:
     assert any("cannot be told apart" in note for note in search(plan_request(calibration=vague)).notes)
 
 
+def test_a_gpu_that_vllm_does_not_serve_is_told() -> None:
+    def told(gpu: str) -> bool:
+        plan = search(plan_request(gpu=hardware.gpu(gpu), gpus=2))
+        return any(f"does not serve {gpu}: its wheels have no kernels" in note for note in plan.notes)
+
+    assert told("V100-32") and not told("T4")
+
+
 def test_rough_figures_are_told_and_no_few_gpus_have_them() -> None:
     """Long pipelines far behind the best are looked at shortly; of what is measured on a few GPUs nothing is."""
     note = "the others shortly: figures of those are rough"
