@@ -210,12 +210,7 @@ class _StageTime:
         self._byte_s = 1 / (self.o.gpu.bandwidth_bytes_s * self.o.constants.kv_bandwidth_share)
 
     def _product(self, shape: tuple[int, int], storage: Storage, count: int) -> _Product:
-        gpu = self.o.gpu
-        peak = gpu.bf16_flops
-        if storage.arithmetic == "fp4":
-            peak = gpu.fp4_flops or peak
-        elif storage.arithmetic == "fp8":
-            peak = gpu.fp8_flops or peak
+        peak = _peak_flops(self.o.gpu, storage)
         outputs, inputs = shape
         return _Product(count, outputs * inputs * storage.bytes_per_weight, outputs, inputs, peak)
 
@@ -272,7 +267,7 @@ class _StageTime:
         width = e.width / (1 if layout.ep > 1 else layout.tp)
         first = (e.matrices - 1) / e.matrices
         depth = 1 + c.expert_half_depth * (first / e.inputs + (1 - first) / width)
-        compute_s = 2 * rows * per_gpu * depth / (o.gpu.bf16_flops * c.expert_flops_share)
+        compute_s = 2 * rows * per_gpu * depth / (_peak_flops(o.gpu, e.each[0].storage) * c.expert_flops_share)
         if layout.ep > 1:  # the fullest GPU decides: of a random choice, the largest of `ep` shares
             largest = FULLEST * math.sqrt(2 * math.log(layout.ep) * (layout.ep - 1))
             memory_s *= 1 + largest * math.sqrt((e.count - touched) / (e.count - 1) / touched)
@@ -333,6 +328,12 @@ class _StageTime:
         each = c.eager_layer_s + c.eager_group_layer_s * math.log2(layout.tp)
         more = c.eager_expert_layer_s + (c.eager_ep_layer_s if layout.ep > 1 else 0.0)
         return self.num_layers * each + self.num_expert_layers * more
+
+
+def _peak_flops(gpu: Gpu, storage: Storage) -> float:
+    """The GPU's rate for the type that weights so stored are computed in; of 16 bit where it has none for that type."""
+    rates = {"fp8": gpu.fp8_flops, "fp4": gpu.fp4_flops}
+    return rates.get(storage.arithmetic, 0.0) or gpu.bf16_flops
 
 
 def _join(first_s: float, second_s: float) -> float:
