@@ -69,7 +69,8 @@ SECTIONS = {
 def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: bool, **given: Any) -> None:
     """Say which parallelism serves MODEL best on these GPUs, what it will deliver, what it costs, and why.
 
-    MODEL is a directory with config.json, or that file. Nothing is started and no GPU is needed.
+    MODEL is a directory with config.json, or that file, or a Hugging Face id, whose config.json is taken from the cache
+    or else from the hub. Nothing is started and no GPU is needed.
     """
     from kervan.facts import layout as layouts
     from kervan.plan import search
@@ -134,18 +135,21 @@ def plan_request(
     from kervan.facts import architecture
     from kervan.facts import model as models
     from kervan.facts import prices as price_table
+    from kervan.observe import hub
     from kervan.plan import calibration as calibrations
     from kervan.plan.request import NETWORK_BYTES_S, PlanRequest
 
     found_gpu, num_gpus = _gpu(gpu, gpus, nodes)
     path = Path(model)
     is_file = path.name == "config.json" and path.is_file()
-    config = models.read_config(str(path.parent) if is_file else models.resolve(model))
+    place = str(path.parent) if is_file else models.resolve(model)
+    config = models.read_config(place)
     if config is None:
-        raise ConfigError(
-            f"model {model!r} is not on this machine, and a plan reads its config.json; fetch that one file into a "
-            "directory and give the directory"
-        )
+        if Path(place).exists():  # a GGUF file, or Mistral's own format
+            raise ConfigError(
+                f"model {model!r} has no config.json, and a plan reads it; give a directory in Hugging Face format"
+            )
+        config = hub.read_config(model)
     if network is not None and not 0 < network < 1e6:
         raise ConfigError(f"--network {network} is not a speed in Gbit/s; write for example --network 400")
     table = price_table.load(prices)

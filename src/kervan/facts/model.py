@@ -53,10 +53,7 @@ def read_config(model: str) -> dict[str, Any] | None:
         if (directory / "params.json").exists():  # Mistral's own format
             return None
         raise ConfigError(f"{directory} has no config.json; give a directory in Hugging Face format")
-    config = _read_object(path)
-    missing = [name for name in NEEDED_FIELDS if not config.get(name)]
-    if missing:
-        raise ConfigError(f"{path} lacks {' and '.join(missing)}; copy them from the model's page, or fetch it again")
+    config = _with_needed(_read_object(path), str(path))
     beside = directory / "hf_quant_config.json"  # ModelOpt's, which vLLM reads where config.json says nothing
     if not config.get("quantization_config") and beside.exists():
         config["quantization_config"] = _read_object(beside)
@@ -75,13 +72,40 @@ def _read_object(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path} has {path.stat().st_size:,} bytes, above {MAX_CONFIG_BYTES:,}; fetch the model again"
             )
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); fetch the model again") from error
+    return parse_object(content, str(path))
+
+
+def parse_config(content: bytes, source: str) -> dict[str, Any]:
+    """The content of a `config.json`; `source` names it in errors.
+
+    Raises: ConfigError as `read_config`.
+    """
+    return _with_needed(parse_object(content, source), source)
+
+
+def parse_object(content: bytes, source: str) -> dict[str, Any]:
+    """A JSON object; `source` names it in errors.
+
+    Raises: ConfigError in one short line for anything else.
+    """
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise ConfigError(f"{path} cannot be read as JSON ({reason}); fetch the model again") from error
+        raise ConfigError(f"{source} cannot be read as JSON ({reason}); fetch the model again") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds a JSON {type(found).__name__}, not an object; fetch the model again")
+        raise ConfigError(f"{source} holds a JSON {type(found).__name__}, not an object; fetch the model again")
     return found
+
+
+def _with_needed(config: dict[str, Any], source: str) -> dict[str, Any]:
+    missing = [name for name in NEEDED_FIELDS if not config.get(name)]
+    if missing:
+        raise ConfigError(f"{source} lacks {' and '.join(missing)}; copy them from the model's page, or fetch it again")
+    return config
 
 
 def check_layout(config: dict[str, Any] | None, *, tp: int, pp: int, ep: int = 1) -> None:

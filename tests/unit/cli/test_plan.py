@@ -1,6 +1,7 @@
 """`kervan plan`: its JSON, and one clear line for what makes no sense."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,5 +124,14 @@ def test_configs_that_make_no_sense(kervan: Kervan, tmp_path: Path, text: str) -
     assert "config.json" in kervan.fails(tmp_path, "--gpu", "H200")
 
 
-def test_a_model_that_is_not_here(kervan: Kervan) -> None:
-    assert "fetch that one file" in kervan.fails("Qwen/Qwen3-8B", "--gpu", "H200")
+def test_a_hugging_face_id(kervan: Kervan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ("meta-llama/Llama-3-8B", "--gpu", "H200", "--gpus", 1, "--concurrency", 2, "--osl", 8)
+    assert "fetch its config.json into a directory" in kervan.fails(*words)
+    repository = tmp_path / "models--meta-llama--Llama-3-8B"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copy(Path(SMALL) / "config.json", repository / "snapshots" / "abc")
+    assert kervan.json(*words)["launch"]["command"].startswith("kervan up meta-llama/Llama-3-8B --tp 1")

@@ -1,5 +1,6 @@
 """`kervan up --auto`: the settings that a plan gives."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,8 @@ def test_gpus_of_another_cluster_are_not_guessed() -> None:
         _planned({"model": MODEL}, "10.0.0.1:6379", print)
 
 
-def test_a_model_that_is_not_here_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"reads its config\.json"):
+def test_a_model_that_is_not_here_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"fetch its config\.json into a directory"):
         planned(model="Qwen/Qwen3-8B")
