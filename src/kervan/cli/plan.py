@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_ISL, DEFAULT_OSL = "1024", "256"
 SHOWN = 12
-LAYOUT_ARGUMENTS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel")
+LAYOUT_ARGUMENTS = (
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "tp", "pp", "dp",
+    "ep",
+)  # fmt: skip
 SECTIONS = {
     "Machines": "--gpu --gpus --nodes --network --layout",
     "Load": "--isl --osl --trace --rate --concurrency --prefix-hit",
@@ -131,6 +134,7 @@ def plan_request(
 
     Raises: ConfigError for any that makes no sense.
     """
+    from kervan.config import engine_arguments as owned
     from kervan.config.workload import Slo, parse_lengths, parse_slo, read_trace
     from kervan.facts import architecture
     from kervan.facts import model as models
@@ -138,7 +142,9 @@ def plan_request(
     from kervan.observe import hub
     from kervan.plan import calibration as calibrations
     from kervan.plan.request import NETWORK_BYTES_S, PlanRequest
+    from kervan.sim import limits as engine_limits
 
+    owned.check_owned(engine_args)
     found_gpu, num_gpus = _gpu(gpu, gpus, nodes)
     path = Path(model)
     is_file = path.name == "config.json" and path.is_file()
@@ -161,8 +167,10 @@ def plan_request(
             f"--prefix-hit {prefix_hit:g} is not a share from 0 to below 1: each prompt has a last token to compute; "
             "write for example --prefix-hit 0.6"
         )
+    spec = architecture.parse(config, model if is_file else f"{model}/config.json")
+    engine_limits.check_counted(spec, engine_args)
     return PlanRequest(
-        spec=architecture.parse(config, model if is_file else f"{model}/config.json"),
+        spec=engine_limits.as_served(spec, engine_args),
         gpu=found_gpu,
         gpus=num_gpus,
         nodes=nodes,

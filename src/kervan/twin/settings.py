@@ -38,6 +38,7 @@ def settings(config: FleetConfig) -> TwinSettings:
     if described is None:
         raise ConfigError(f"a twin of {config.model!r} needs its config.json; give the local directory that holds it")
     spec = architecture.parse(described, f"{config.model}/config.json")
+    spec = engine_limits.as_served(spec, config.engine_args)
     gpu = hardware.gpu(config.gpu)
     given = _given(config.twin)
     layout = Layout(config.tp, config.pp, 1, config.ep)

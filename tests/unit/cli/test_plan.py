@@ -102,6 +102,11 @@ def test_a_trace_and_rates(kervan: Kervan, tmp_path: Path) -> None:
         (("--gpu", "H200", "--engine-arg", "foo"), "key=value"),
         (("--gpu", "H200", "--engine-arg", "max_num_seqs=abc"), "is not a number"),
         (("--gpu", "H200", "--engine-arg", "tensor-parallel-size=2"), "use --layout"),
+        (("--gpu", "H200", "--engine-arg", "tp=2"), "use --layout"),
+        (("--gpu", "H200", "--engine-arg", "nnodes=2"), "kervan places the workers"),
+        (("--gpu", "H200", "--engine-arg", "max_modle_len=100"), "did you mean max_model_len"),
+        (("--gpu", "H200", "--engine-arg", "enforce-eager=true"), "does not count it"),
+        (("--gpu", "H200", "--prefix-hit", "0.5", "--engine-arg", "enable_prefix_caching=false"), "leave one of both"),
         (("--gpu", "H200", "--price", "abc"), "--price 3.40/h"),
         (("--gpu", "H200", "--isl", "9000"), "shorter --isl"),
         (("--gpu", "H200", "--slo", "foo"), "ttft=1s,tpot=50ms"),
@@ -135,3 +140,13 @@ def test_a_hugging_face_id(kervan: Kervan, tmp_path: Path, monkeypatch: pytest.M
     (repository / "refs" / "main").write_text("abc")
     shutil.copy(Path(SMALL) / "config.json", repository / "snapshots" / "abc")
     assert kervan.json(*words)["launch"]["command"].startswith("kervan up meta-llama/Llama-3-8B --tp 1")
+
+
+def test_weights_in_fp8_count(kervan: Kervan) -> None:
+    words = (SMALL, "--gpu", "H200", "--gpus", 1, "--concurrency", 2, "--osl", 8)
+    whole = kervan.json(*words)["candidates"][0]
+    found = kervan.json(*words, "--engine-arg", "quantization=fp8", "--engine-arg", "enable_prefix_caching=true")
+    half = found["candidates"][0]
+    assert half["weights_gib_per_gpu"] < 0.6 * whole["weights_gib_per_gpu"]
+    assert half["out_tok_s"] > whole["out_tok_s"]
+    assert "--engine-arg quantization=fp8 --engine-arg enable_prefix_caching=true" in found["launch"]["command"]

@@ -180,7 +180,7 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environ = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     with pytest.raises(ConfigError, match=r"cannot be reached \(.*refused\); fetch its config\.json into a directory"):
         hub.read_config(MODEL, environ)
-    with pytest.raises(ConfigError, match="HF_ENDPOINT='hf.co' is not a URL"):
+    with pytest.raises(ConfigError, match=r"HF_ENDPOINT='hf\.co' is not a URL"):
         hub.read_config(MODEL, environ | {"HF_ENDPOINT": "hf.co"})
 
 
