@@ -82,6 +82,8 @@ def plan(model: str, as_json: bool, explain: bool, plot: Path | None, show_all: 
     layout = given.pop("layout")
     request = plan_request(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
     layout_plan = search.search(request)
+    if Path(model).name == "config.json" and Path(model).is_file():
+        model = str(Path(model).parent)  # which kervan up takes
     if plot is not None:
         from kervan.plan import plotting
 
@@ -224,6 +226,7 @@ def _price(table: Any, gpu: str, market: Any) -> float | None:
 
 def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
     """The plan for scripts; layouts that do not fit have no figures."""
+    from kervan.facts import model as models
     from kervan.plan import launch
 
     best = launch.launch(plan.request, plan.best, model)
@@ -241,6 +244,7 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
         "notes": list(plan.notes),
         "launch": {
             "command": best.command,
+            "missing": models.missing_weights(model, plan.request.arguments.get("load_format")),
             "engine_args": dict(best.engine_args),
             "replicas": best.replicas,
             "bundles_per_replica": [dict(bundle) for bundle in best.bundles],
@@ -285,6 +289,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from kervan.facts import model as models
     from kervan.facts import prices
     from kervan.plan import launch
 
@@ -339,6 +344,8 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         if row is not None and row.usd_per_gpu_h == q.usd_per_gpu_h and (warning := row.warning(datetime.date.today())):
             console.print(warning, style="yellow", soft_wrap=True, markup=False)
     console.print(f"constants: {q.calibration.name}; +- and SLO from its errors", style="dim")
+    if missing := models.missing_weights(model, q.arguments.get("load_format")):
+        console.print(missing, style="yellow", soft_wrap=True, markup=False)
     console.print(launch.launch(q, plan.best, model).command, soft_wrap=True, markup=False)
 
 

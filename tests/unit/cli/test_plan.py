@@ -10,6 +10,7 @@ import pytest
 from harness.places import MODELS
 
 from kervan import cli
+from kervan.facts import model as model_facts
 
 
 def config(name: str) -> dict[str, Any]:
@@ -150,3 +151,19 @@ def test_weights_in_fp8_count(kervan: Kervan) -> None:
     assert half["weights_gib_per_gpu"] < 0.6 * whole["weights_gib_per_gpu"]
     assert half["out_tok_s"] > whole["out_tok_s"]
     assert "--engine-arg quantization=fp8 --engine-arg enable_prefix_caching=true" in found["launch"]["command"]
+
+
+def test_the_last_line_is_one_that_starts_or_says_what_is_missing(kervan: Kervan, tmp_path: Path) -> None:
+    shutil.copy(Path(SMALL) / "config.json", tmp_path)
+    words = ("--gpu", "H200", "--gpus", 1, "--concurrency", 2, "--osl", 8)
+    for model in (tmp_path, tmp_path / "config.json"):  # kervan up takes the directory
+        code, out, _ = kervan.run(model, *words)
+        assert code == 0
+        missing, command = out.splitlines()[-2:]
+        assert command.startswith(f"kervan up {tmp_path} --tp 1")
+        assert missing == model_facts.missing_weights(str(tmp_path))
+    dummy = ("--engine-arg", "load_format=dummy")
+    assert "no weights" not in kervan.run(tmp_path, *words, *dummy)[1]
+    assert kervan.json(tmp_path, *words, *dummy)["launch"]["missing"] is None
+    (tmp_path / "model.safetensors").touch()
+    assert "no weights" not in kervan.run(tmp_path, *words)[1]

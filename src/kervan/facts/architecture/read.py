@@ -182,9 +182,10 @@ def _max_model_len(f: Fields, model_type: str) -> int:
     """Tokens that vLLM allows. Source: `_get_and_verify_max_len`, vLLM 0.32."""
     rope = f.get("rope_scaling", "rope_parameters")
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
-    factor = rope.get("factor") if isinstance(rope, Mapping) and kind not in SCALED_ROPES else None
-    is_number = isinstance(factor, int | float) and not isinstance(factor, bool) and 1 <= factor < 1e6
-    return int(_positions(f) * (factor if is_number and "gemma3" not in model_type else 1))
+    factor = rope.get("factor") if isinstance(rope, Mapping) else None
+    if kind in SCALED_ROPES or "gemma3" in model_type or not isinstance(factor, int | float) or not 1 <= factor < 1e6:
+        factor = 1
+    return int(_positions(f) * factor)
 
 
 def _weight_bytes(f: Fields) -> float:
