@@ -1,6 +1,8 @@
 """A twin's process against vLLM's own message classes, over real sockets: what an engine would be asked, and says."""
 
 import asyncio
+import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -40,6 +42,27 @@ def test_the_defaults_that_vllm_leaves_out() -> None:
     assert [kind.value for kind in kinds] == [twin_wire.ADD, twin_wire.ABORT, twin_wire.UTILITY]
     assert {str(FinishReason(value)): value for value in twin_wire.FINISH.values()} == twin_wire.FINISH
     assert (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED) == (twin_wire.QUEUED, twin_wire.SCHEDULED)
+
+
+def test_a_directory_without_a_tokenizer_gets_one_that_vllm_takes(tmp_path: Path) -> None:
+    from vllm.tokenizers import get_tokenizer
+
+    from kervan.fleet.vllm import frontend
+
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 900})
+    )
+    argv = ["--model", str(tmp_path)]
+    with contextlib.ExitStack() as files:
+        option, made = frontend._tokenizer_argv(argv, files)
+        assert option == "--tokenizer"
+        tokenizer = get_tokenizer(made)
+        assert (len(tokenizer), tokenizer.eos_token_id) == (900, 1)
+        assert frontend._tokenizer_argv([*argv, "--tokenizer", "other/one"], files) == []
+    assert not Path(made).exists()
+    (tmp_path / "tokenizer.json").touch()
+    with contextlib.ExitStack() as files:
+        assert frontend._tokenizer_argv(argv, files) == []
 
 
 async def test_answers_their_ends_and_their_first_tokens(bench: TwinBench) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import kervan
+from kervan.config.engine_arguments import OWNED
 from kervan.vendor import vllm_names
 
 ADAPTER = Path(kervan.__file__).parent / "fleet" / "vllm"
@@ -668,6 +669,69 @@ def test_the_default_share_of_a_gpu_is_the_one_that_kervan_plans_with(tree: Path
 def test_the_wheels_are_built_with_a_cuda_that_has_no_volta(tree: Path) -> None:
     assert frozenset({"7.0"}) == vllm_names.UNSERVED_CAPABILITIES
     assert re.search(r"VLLM_MAIN_CUDA_VERSION: str = \"13\.", (tree / "vllm/envs.py").read_text())
+
+
+ARGUMENT_CLASSES = {
+    "engine/arg_utils.py": ("EngineArgs", "AsyncEngineArgs"),
+    "entrypoints/launchers/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),
+    "entrypoints/openai/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),
+}
+
+
+def arguments_of(tree: Path) -> dict[str, str]:
+    """The arguments of a tree's server, with the source of their defaults, which may name a field of a config."""
+    found = {}
+    for file, names in ARGUMENT_CLASSES.items():
+        if not (tree / "vllm" / file).exists():
+            continue
+        for node in parsed(tree / "vllm" / file).body:
+            if isinstance(node, ast.ClassDef) and node.name in names:
+                found |= {a.target.id: ast.unparse(a.value) if a.value else "" for a in node.body if is_field(a)}
+    return {name: value for name, value in found.items() if not name.startswith("_")}
+
+
+def is_field(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+
+
+def config_defaults(tree: Path) -> dict[str, str]:
+    """`Class.field` of vLLM's configs with the source of its default."""
+    return {
+        f"{node.name}.{item.target.id}": ast.unparse(item.value)
+        for file in (tree / "vllm" / "config").glob("*.py")
+        for node in parsed(file).body
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if is_field(item) and item.value is not None
+    }
+
+
+def test_every_argument_is_counted_harmless_refused_or_kervans(tree: Path) -> None:
+    kinds = [
+        vllm_names.COUNTED_ARGUMENTS, vllm_names.HARMLESS_ARGUMENTS, set(vllm_names.UNCOUNTED_ARGUMENTS), set(OWNED),
+    ]  # fmt: skip
+    assert set(arguments_of(tree)) - set().union(*kinds) == set()
+    assert sum(map(len, kinds)) == len(set().union(*kinds)), "an argument is in two lists"
+
+
+def test_listed_arguments_are_of_some_release() -> None:
+    known = set().union(*(arguments_of(tree) for tree in TREES))
+    if len(TREES) > 1:
+        listed = {*vllm_names.COUNTED_ARGUMENTS, *vllm_names.HARMLESS_ARGUMENTS, *vllm_names.UNCOUNTED_ARGUMENTS}
+        assert listed - known == set()
+
+
+def test_uncounted_arguments_have_vllms_defaults(tree: Path) -> None:
+    """A wrong value would let a plan pass that does not count it. None and what a release works out are not compared."""
+    configs = config_defaults(tree)
+    wrong = {}
+    for name, default in arguments_of(tree).items():
+        listed = vllm_names.UNCOUNTED_ARGUMENTS.get(name)
+        source = configs.get(default, default)
+        constant = re.match(r"(?:Field\(default=)?(True|False|-?[\d.]+|'[^']*')(?:[,)]|$)", source)
+        if listed and constant and str(ast.literal_eval(constant[1])).lower() != listed:
+            wrong[name] = (constant[1], listed)
+    assert wrong == {}
 
 
 def test_0_24_serves_the_listed_architectures_with_model_runner_v2(tree: Path) -> None:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_ISL, DEFAULT_OSL = "1024", "256"
 SHOWN = 12
-LAYOUT_ARGUMENTS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel")
+LAYOUT_ARGUMENTS = (
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "tp", "pp", "dp",
+    "ep",
+)  # fmt: skip
 SECTIONS = {
     "Machines": "--gpu --gpus --nodes --network --layout",
     "Load": "--isl --osl --trace --rate --concurrency --prefix-hit",
@@ -73,7 +76,8 @@ def plan(
 ) -> None:
     """Say which parallelism serves MODEL best on these GPUs, what it will deliver, what it costs, and why.
 
-    MODEL is a directory with config.json, or that file. Nothing is started and no GPU is needed.
+    MODEL is a directory with config.json, or that file, or a Hugging Face id, whose config.json is taken from the cache
+    or else from the hub. Nothing is started and no GPU is needed.
     """
     from kervan.facts import layout as layouts
     from kervan.plan import search
@@ -87,6 +91,8 @@ def plan(
     layout = given.pop("layout")
     request = plan_request(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
     layout_plan = search.search(request)
+    if Path(model).name == "config.json" and Path(model).is_file():
+        model = str(Path(model).parent)  # which kervan up takes
     if plot is not None:
         from kervan.plan import plotting
 
@@ -141,13 +147,15 @@ def plan_request(
 
     Raises: ConfigError for any that makes no sense.
     """
+    from kervan.config import engine_arguments as owned
     from kervan.config.workload import Slo, parse_lengths, parse_slo, read_trace
     from kervan.facts import prices as price_table
     from kervan.plan import calibration as calibrations
     from kervan.plan.request import NETWORK_BYTES_S, PlanRequest
+    from kervan.sim import limits as engine_limits
 
+    owned.check_owned(engine_args)
     found_gpu, num_gpus = _gpu(gpu, gpus, nodes)
-    spec = model_spec(model)
     if network is not None and not 0 < network < 1e6:
         raise ConfigError(f"--network {network} is not a speed in Gbit/s; write for example --network 400")
     table = price_table.load(prices)
@@ -159,8 +167,10 @@ def plan_request(
             f"--prefix-hit {prefix_hit:g} is not a share from 0 to below 1: each prompt has a last token to compute; "
             "write for example --prefix-hit 0.6"
         )
+    spec = model_spec(model)
+    engine_limits.check_counted(spec, engine_args)
     return PlanRequest(
-        spec=spec,
+        spec=engine_limits.as_served(spec, engine_args),
         gpu=found_gpu,
         gpus=num_gpus,
         nodes=nodes,
@@ -184,21 +194,24 @@ def plan_request(
 
 
 def model_spec(model: str) -> "ModelSpec":
-    """What the config.json of MODEL says, a directory or that file.
+    """What the config.json of MODEL says: a directory, that file, or a Hugging Face id.
 
     Raises: ConfigError when it cannot be read or counted.
     """
     from kervan.facts import architecture
     from kervan.facts import model as models
+    from kervan.observe import hub
 
     path = Path(model)
     is_file = path.name == "config.json" and path.is_file()
-    config = models.read_config(str(path.parent) if is_file else models.resolve(model))
+    place = str(path.parent) if is_file else models.resolve(model)
+    config = models.read_config(place)
     if config is None:
-        raise ConfigError(
-            f"model {model!r} is not on this machine, and a plan reads its config.json; fetch that one file into a "
-            "directory and give the directory"
-        )
+        if Path(place).exists():  # a GGUF file, or Mistral's own format
+            raise ConfigError(
+                f"model {model!r} has no config.json, and a plan reads it; give a directory in Hugging Face format"
+            )
+        config = hub.read_config(model)
     return architecture.parse(config, model if is_file else f"{model}/config.json")
 
 
@@ -233,6 +246,7 @@ def _price(table: Any, gpu: str, market: Any) -> float | None:
 
 def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
     """The plan for scripts; layouts that do not fit have no figures."""
+    from kervan.facts import model as models
     from kervan.plan import launch
 
     best = launch.launch(plan.request, plan.best, model)
@@ -250,6 +264,7 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
         "notes": list(plan.notes),
         "launch": {
             "command": best.command,
+            "missing": models.missing_weights(model, plan.request.arguments.get("load_format")),
             "engine_args": dict(best.engine_args),
             "replicas": best.replicas,
             "bundles_per_replica": [dict(bundle) for bundle in best.bundles],
@@ -327,6 +342,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from kervan.facts import model as models
     from kervan.facts import prices
     from kervan.plan import launch
 
@@ -381,6 +397,8 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         if row is not None and row.usd_per_gpu_h == q.usd_per_gpu_h and (warning := row.warning(datetime.date.today())):
             console.print(warning, style="yellow", soft_wrap=True, markup=False)
     console.print(f"constants: {q.calibration.name}; +- and SLO from its errors", style="dim")
+    if missing := models.missing_weights(model, q.arguments.get("load_format")):
+        console.print(missing, style="yellow", soft_wrap=True, markup=False)
     console.print(launch.launch(q, plan.best, model).command, soft_wrap=True, markup=False)
 
 

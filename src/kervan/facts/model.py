@@ -12,6 +12,14 @@ MAX_CONFIG_BYTES = 16 << 20
 EXPERT_FIELDS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts", "num_routed_experts",
 )  # fmt: skip
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf", ".safetensors.index.json", ".bin.index.json")
+# Values of vLLM's `load_format` that read such files from the model's directory; source: LoadFormats of 0.32.
+LOADED_FROM_DIRECTORY = frozenset(
+    {
+        "auto", "hf", "safetensors", "pt", "npcache", "gguf", "bitsandbytes", "mistral", "fastsafetensors",
+        "instanttensor",
+    }
+)  # fmt: skip
 NEEDED_FIELDS = ("architectures", "model_type")
 
 
@@ -53,10 +61,7 @@ def read_config(model: str) -> dict[str, Any] | None:
         if (directory / "params.json").exists():  # Mistral's own format
             return None
         raise ConfigError(f"{directory} has no config.json; give a directory in Hugging Face format")
-    config = _read_object(path)
-    missing = [name for name in NEEDED_FIELDS if not config.get(name)]
-    if missing:
-        raise ConfigError(f"{path} lacks {' and '.join(missing)}; copy them from the model's page, or fetch it again")
+    config = _with_needed(_read_object(path), str(path))
     beside = directory / "hf_quant_config.json"  # ModelOpt's, which vLLM reads where config.json says nothing
     if not config.get("quantization_config") and beside.exists():
         config["quantization_config"] = _read_object(beside)
@@ -75,13 +80,40 @@ def _read_object(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path} has {path.stat().st_size:,} bytes, above {MAX_CONFIG_BYTES:,}; fetch the model again"
             )
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); fetch the model again") from error
+    return parse_object(content, str(path))
+
+
+def parse_config(content: bytes, source: str) -> dict[str, Any]:
+    """The content of a `config.json`; `source` names it in errors.
+
+    Raises: ConfigError as `read_config`.
+    """
+    return _with_needed(parse_object(content, source), source)
+
+
+def parse_object(content: bytes, source: str) -> dict[str, Any]:
+    """A JSON object; `source` names it in errors.
+
+    Raises: ConfigError in one short line for anything else.
+    """
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise ConfigError(f"{path} cannot be read as JSON ({reason}); fetch the model again") from error
+        raise ConfigError(f"{source} cannot be read as JSON ({reason}); fetch the model again") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds a JSON {type(found).__name__}, not an object; fetch the model again")
+        raise ConfigError(f"{source} holds a JSON {type(found).__name__}, not an object; fetch the model again")
     return found
+
+
+def _with_needed(config: dict[str, Any], source: str) -> dict[str, Any]:
+    missing = [name for name in NEEDED_FIELDS if not config.get(name)]
+    if missing:
+        raise ConfigError(f"{source} lacks {' and '.join(missing)}; copy them from the model's page, or fetch it again")
+    return config
 
 
 def check_layout(config: dict[str, Any] | None, *, tp: int, pp: int, ep: int = 1) -> None:
@@ -104,6 +136,25 @@ def check_layout(config: dict[str, Any] | None, *, tp: int, pp: int, ep: int = 1
 def _one_of(numbers: list[int]) -> str:
     alternatives = [str(n) for n in numbers]
     return alternatives[0] if len(alternatives) == 1 else f"{', '.join(alternatives[:-1])} or {alternatives[-1]}"
+
+
+def missing_weights(model: str, load_format: Any = None) -> str | None:
+    """What to do about a local directory that has no weights for vLLM to load; None where nothing is missing.
+
+    `load_format`: vLLM's argument. `dummy` needs no files, and some loaders take them from elsewhere.
+    """
+    directory = Path(model)
+    if str(load_format or "auto") not in LOADED_FROM_DIRECTORY or not directory.is_dir():
+        return None
+    try:
+        if any(path.name.endswith(WEIGHT_FILES) for path in directory.iterdir()):
+            return None
+    except OSError:  # vLLM says what it cannot read
+        return None
+    return (
+        f"{model} has no weights (*.safetensors, *.bin, *.pt, *.gguf, or their index); fetch them, or add "
+        "--engine-arg load_format=dummy for random ones"
+    )
 
 
 def special_tokens(model: str) -> frozenset[int]:

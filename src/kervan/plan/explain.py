@@ -12,10 +12,9 @@ from kervan.plan.rank import LIKELY, PlannedLayout, excesses, per_s
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
 from kervan.plan.strategies import Strategy, strategies
-from kervan.sim import limits as engine_limits
 from kervan.sim.memory import GIB
 from kervan.sim.step_time import Batch
-from kervan.vendor.vllm_names import RUNNER_V2_ARCHITECTURES, UNSERVED_CAPABILITIES
+from kervan.vendor.vllm_names import COUNTED_ARGUMENTS, RUNNER_V2_ARCHITECTURES, UNSERVED_CAPABILITIES
 
 ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
@@ -194,11 +193,8 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
             f"vLLM 0.24 serves {request.spec.architecture} with its model runner V1: pipeline stages take turns, so "
             "they add memory and no speed"
         )
-    if passed_on := sorted(request.arguments.keys() - engine_limits.COUNTED):
-        notes.append(
-            f"the figures do not depend on engine argument {', '.join(passed_on)}; kervan up hands it to vLLM, which "
-            "refuses a name that it does not know"
-        )
+    if passed_on := sorted(request.arguments.keys() - COUNTED_ARGUMENTS):
+        notes.append(f"the figures do not depend on engine argument {', '.join(passed_on)}; kervan up hands it to vLLM")
     unfit = [c for c in ranked if not c.fits]
     if unfit:
         notes.append(f"does not fit: {', '.join(sorted({str(dataclasses.replace(c.layout, dp=1)) for c in unfit}))}")

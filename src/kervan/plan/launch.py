@@ -1,5 +1,6 @@
 """A plan as what is to be started: `kervan up`, vLLM's arguments, Ray's resources."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +48,13 @@ def launch(request: PlanRequest, layout: PlannedLayout, model: str) -> Launch:
     argv += ["--ep", str(size.ep)] if size.ep > 1 else []
     argv += ["--replicas", str(size.dp)]
     for key, value in engine_args.items():
-        argv += ["--engine-arg", f"{key}={value}"]
+        if value is not None:  # YAML's null: vLLM's own default
+            argv += ["--engine-arg", f"{key}={_text(value)}"]
     nodes = layouts.nodes_per_replica(size, request.gpus_per_node)
     bundle = {"GPU": float(size.gpus_per_replica // nodes)}
     return Launch(tuple(argv), engine_args, size.dp, (bundle,) * nodes, sequences)
+
+
+def _text(value: Any) -> str:
+    """A value as `--engine-arg` reads it."""
+    return json.dumps(value) if isinstance(value, bool | Mapping | list | tuple) else str(value)

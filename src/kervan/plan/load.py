@@ -131,8 +131,11 @@ def load(request: PlanRequest) -> PlanLoad:
         longest = max(row.input_tokens + row.output_tokens for row in request.trace)
     limits = engine_limits.limits(request.spec, request.gpu, request.arguments, needed_tokens=longest)
     if longest > limits.max_model_len:
+        own = request.spec.max_model_len
+        is_allowed = longest <= own or not request.spec.has_max_model_len
         raise ConfigError(
             f"a request of {longest} tokens is longer than max_model_len={limits.max_model_len}; use shorter --isl and "
-            f"--osl, or --engine-arg max_model_len={longest} if the model allows"
+            f"--osl, or "
+            + (f"--engine-arg max_model_len={longest}" if is_allowed else f"a model of more than {own} tokens")
         )
     return PlanLoad(request, limits, isl, osl, longest)

@@ -24,7 +24,10 @@ class PlanRequest:
     given (tp, pp, dp, ep). `frontends`: API server processes per replica, or gateways. `usd_per_gpu_h`,
     `spot_usd_per_gpu_h`: None when no price is known. `network_bytes_s`: between nodes, each GPU.
 
-    Raises: ConfigError for GPUs that do not divide over the nodes, two loads, or GPUs to be counted for no rate.
+    `spec` is the model as it is served: with `quantization=fp8` among the arguments, in FP8 (`sim.limits.as_served`).
+
+    Raises: ConfigError for GPUs that do not divide over the nodes, two loads, GPUs to be counted for no rate, or
+    hits in a prefix cache that is off.
     """
 
     spec: ModelSpec
@@ -57,6 +60,11 @@ class PlanRequest:
             raise ConfigError("--concurrency is a closed loop and --rate an open one; give one of them")
         if self.counts_gpus and (self.rate is None or self.slo == Slo()):
             raise ConfigError("how many GPUs are needed depends on --rate and --slo; give both, or --gpus")
+        if self.prefix_hit and str(self.arguments.get("enable_prefix_caching")).lower() == "false":
+            raise ConfigError(
+                f"--prefix-hit {self.prefix_hit:g} is a share found in the prefix cache, and engine argument "
+                "enable_prefix_caching=false turns that off; leave one of both out"
+            )
 
     @property
     def gpus_per_node(self) -> int:

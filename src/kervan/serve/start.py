@@ -34,6 +34,10 @@ def validate(config: FleetConfig) -> FleetConfig:
         from kervan.twin import settings as twins
 
         twins.settings(config)
+    elif not config.engine_args.get("model_weights") and (
+        missing := models.missing_weights(config.model, config.engine_args.get("load_format"))
+    ):
+        raise ConfigError(missing)
     notices.from_environment(config.env)
     return config
 

@@ -1,13 +1,20 @@
 """vLLM's settings that decide memory and batches, with the defaults of 0.24 to 0.32."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kervan.errors import ConfigError
-from kervan.facts.architecture import ModelSpec
+from kervan.facts.architecture import ModelSpec, in_fp8
 from kervan.facts.hardware import Gpu
-from kervan.vendor.vllm_names import GPU_MEMORY_UTILIZATION, RUNNER_V2_ARCHITECTURES
+from kervan.vendor.vllm_names import (
+    COUNTED_ARGUMENTS,
+    GPU_MEMORY_UTILIZATION,
+    HARMLESS_ARGUMENTS,
+    RUNNER_V2_ARCHITECTURES,
+    UNCOUNTED_ARGUMENTS,
+)
 
 LARGE_GPU_GIB = 70  # from here on vLLM's defaults are larger, but on A100; source: EngineArgs.get_batch_defaults, 0.24
 LARGEST_GPU_GIB = 160  # from here on they are larger once more since 0.32
@@ -19,10 +26,13 @@ KV_DTYPE_BYTES = {
     "auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "fp8_inc": 1.0,
     "nvfp4": 0.5 + 1 / 16,
 }  # fmt: skip
-# The engine arguments that `limits` reads.
-COUNTED = frozenset(
-    {"max_num_batched_tokens", "max_num_seqs", "max_model_len", "gpu_memory_utilization", "kv_cache_dtype"}
-)
+DTYPES = ("auto", "bfloat16", "float16", "half")  # of 16 bits, as weights and arithmetic are counted
+# Other names that vLLM takes for the way a checkpoint is stored, by that of `ModelSpec.quantization`.
+METHODS = {
+    "modelopt": ("modelopt", "modelopt_mxfp8"), "modelopt mixed": ("modelopt", "modelopt_mixed"),
+    "nvfp4": ("modelopt", "modelopt_fp4", "compressed-tensors"), "mxfp4": ("mxfp4", "gpt_oss_mxfp4"),
+    "gptq": ("gptq", "gptq_marlin"), "awq": ("awq", "awq_marlin"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +57,72 @@ def batch_defaults(gpu: Gpu, vllm: tuple[int, int] = NEWEST) -> tuple[int, int]:
     if gpu.memory_gib >= LARGE_GPU_GIB and "a100" not in gpu.name.lower():
         return 8192, 1024
     return 2048, 256
+
+
+def check_counted(spec: ModelSpec, arguments: Mapping[str, Any]) -> None:
+    """Engine arguments that change memory or speed are counted, or refused.
+
+    Raises: ConfigError for a name that vLLM does not have, for an argument that changes what is not counted, and for a
+    `dtype`, `quantization` or `max_model_len` that vLLM refuses for this model or that is not counted.
+    """
+    for name, value in arguments.items():
+        if name in UNCOUNTED_ARGUMENTS:
+            if not _is_left_out(value, UNCOUNTED_ARGUMENTS[name]):
+                raise ConfigError(
+                    f"engine argument {name}={value} changes memory or speed, and a plan does not count it; plan "
+                    "without it, and add it to kervan up with a layout of your own"
+                )
+        elif name not in COUNTED_ARGUMENTS and name not in HARMLESS_ARGUMENTS:
+            known = sorted({*COUNTED_ARGUMENTS, *HARMLESS_ARGUMENTS, *UNCOUNTED_ARGUMENTS})
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see 'vllm serve --help=all' for the names"
+            raise ConfigError(f"vLLM has no engine argument {name!r}; {hint}")
+    dtype = str(arguments.get("dtype") or "auto")
+    if dtype not in DTYPES:
+        raise ConfigError(f"engine argument dtype={dtype} is not counted; use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    _check_quantization(spec, arguments.get("quantization"))
+    try:
+        length = float(arguments.get("max_model_len") or 0)
+    except (TypeError, ValueError):
+        return  # `limits` says what is wrong
+    if spec.has_max_model_len and length > spec.max_model_len:
+        raise ConfigError(
+            f"engine argument max_model_len={arguments['max_model_len']} is above the {spec.max_model_len} tokens of "
+            f"{spec.source}, and vLLM refuses that; use at most max_model_len={spec.max_model_len}"
+        )
+
+
+def _is_left_out(value: Any, default: str) -> bool:
+    """Whether a value is like leaving the argument out. YAML's null is left out by `kervan up`."""
+    if value is None or value in ({}, []):
+        return True
+    if str(value).lower() == default:
+        return True
+    try:
+        return float(value) == float(default)
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_quantization(spec: ModelSpec, method: Any) -> None:
+    if method is None or (spec.quantization is None and method == "fp8"):
+        return
+    if spec.quantization is None:
+        raise ConfigError(
+            f"engine argument quantization={method} is not counted for a model that is stored in 16 bit; use "
+            f"quantization=fp8, or plan with the config.json of a checkpoint in {method}"
+        )
+    own = spec.quantization.method
+    if method not in METHODS.get(own, (own,)):
+        raise ConfigError(
+            f"engine argument quantization={method} is not how {spec.source} is stored: {own}, and vLLM takes nothing "
+            "else for it; leave quantization out"
+        )
+
+
+def as_served(spec: ModelSpec, arguments: Mapping[str, Any]) -> ModelSpec:
+    """The model as vLLM holds it with these arguments: `quantization=fp8` makes FP8 of 16 bit weights."""
+    return in_fp8(spec) if spec.quantization is None and arguments.get("quantization") == "fp8" else spec
 
 
 def limits(

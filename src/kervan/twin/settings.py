@@ -4,8 +4,10 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from kervan import plain_tokenizer
 from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError, ConfigError
 from kervan.facts import architecture, hardware
@@ -38,12 +40,13 @@ def settings(config: FleetConfig) -> TwinSettings:
     if described is None:
         raise ConfigError(f"a twin of {config.model!r} needs its config.json; give the local directory that holds it")
     spec = architecture.parse(described, f"{config.model}/config.json")
+    spec = engine_limits.as_served(spec, config.engine_args)
     gpu = hardware.gpu(config.gpu)
     given = _given(config.twin)
     layout = Layout(config.tp, config.pp, 1, config.ep)
     modelled = engine_limits.limits(spec, gpu, {"max_model_len": spec.max_model_len, **config.engine_args})
     values = _sizes(spec, gpu, layout, modelled, given) | _times(spec, gpu, layout, modelled)
-    values |= _tokens(config.model, spec.vocab, _eos_token(described, spec.vocab))
+    values |= _tokens(config.model, described, spec.vocab)
     values |= {key: value for key, value in given.items() if key not in EXTRA}
     timing = StepTiming(**{f.name: float(values[f.name]) for f in dataclasses.fields(StepTiming)})
     limits = TwinLimits(**{f.name: int(values[f.name]) for f in dataclasses.fields(TwinLimits) if f.name in values})
@@ -135,9 +138,13 @@ def _eos_token(described: Mapping[str, Any], vocab: int) -> int:
     return eos if isinstance(eos, int) else vocab - 1
 
 
-def _tokens(model: str, vocab: int, eos_token: int) -> dict[str, float]:
+def _tokens(model: str, described: Mapping[str, Any], vocab: int) -> dict[str, float]:
     """The longest run of ids that are ordinary text."""
-    special = sorted({eos_token, *models.special_tokens(model)})
+    eos_token = _eos_token(described, vocab)
+    is_plain = not plain_tokenizer.has_own(Path(model))
+    special = sorted(
+        {eos_token, *(plain_tokenizer.special_ids(described, vocab) if is_plain else models.special_tokens(model))}
+    )
     edges = [-1, *(i for i in special if 0 <= i < vocab), vocab]
     first, last = max(((a + 1, b - 1) for a, b in itertools.pairwise(edges)), key=lambda run: run[1] - run[0])
     return {"first_token": first, "last_token": last, "eos_token": eos_token}

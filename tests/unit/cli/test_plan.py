@@ -1,6 +1,7 @@
 """`kervan plan`: its JSON, and one clear line for what makes no sense."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from harness.places import MODELS
 
 from kervan import cli
+from kervan.facts import model as model_facts
 
 
 def config(name: str) -> dict[str, Any]:
@@ -151,6 +153,11 @@ def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
         (("--gpu", "H200", "--engine-arg", "foo"), "key=value"),
         (("--gpu", "H200", "--engine-arg", "max_num_seqs=abc"), "is not a number"),
         (("--gpu", "H200", "--engine-arg", "tensor-parallel-size=2"), "use --layout"),
+        (("--gpu", "H200", "--engine-arg", "tp=2"), "use --layout"),
+        (("--gpu", "H200", "--engine-arg", "nnodes=2"), "kervan places the workers"),
+        (("--gpu", "H200", "--engine-arg", "max_modle_len=100"), "did you mean max_model_len"),
+        (("--gpu", "H200", "--engine-arg", "enforce-eager=true"), "does not count it"),
+        (("--gpu", "H200", "--prefix-hit", "0.5", "--engine-arg", "enable_prefix_caching=false"), "leave one of both"),
         (("--gpu", "H200", "--price", "abc"), "--price 3.40/h"),
         (("--gpu", "H200", "--isl", "9000"), "shorter --isl"),
         (("--gpu", "H200", "--slo", "foo"), "ttft=1s,tpot=50ms"),
@@ -177,5 +184,40 @@ def test_configs_that_make_no_sense(kervan: Kervan, tmp_path: Path, text: str) -
     assert "config.json" in kervan.fails(tmp_path, "--gpu", "H200")
 
 
-def test_a_model_that_is_not_here(kervan: Kervan) -> None:
-    assert "fetch that one file" in kervan.fails("Qwen/Qwen3-8B", "--gpu", "H200")
+def test_a_hugging_face_id(kervan: Kervan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ("meta-llama/Llama-3-8B", "--gpu", "H200", "--gpus", 1, "--concurrency", 2, "--osl", 8)
+    assert "fetch its config.json into a directory" in kervan.fails(*words)
+    repository = tmp_path / "models--meta-llama--Llama-3-8B"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copy(Path(SMALL) / "config.json", repository / "snapshots" / "abc")
+    assert kervan.json(*words)["launch"]["command"].startswith("kervan up meta-llama/Llama-3-8B --tp 1")
+
+
+def test_weights_in_fp8_count(kervan: Kervan) -> None:
+    words = (SMALL, "--gpu", "H200", "--gpus", 1, "--concurrency", 2, "--osl", 8)
+    whole = kervan.json(*words)["candidates"][0]
+    found = kervan.json(*words, "--engine-arg", "quantization=fp8", "--engine-arg", "enable_prefix_caching=true")
+    half = found["candidates"][0]
+    assert half["weights_gib_per_gpu"] < 0.6 * whole["weights_gib_per_gpu"]
+    assert half["out_tok_s"] > whole["out_tok_s"]
+    assert "--engine-arg quantization=fp8 --engine-arg enable_prefix_caching=true" in found["launch"]["command"]
+
+
+def test_the_last_line_is_one_that_starts_or_says_what_is_missing(kervan: Kervan, tmp_path: Path) -> None:
+    shutil.copy(Path(SMALL) / "config.json", tmp_path)
+    words = ("--gpu", "H200", "--gpus", 1, "--concurrency", 2, "--osl", 8)
+    for model in (tmp_path, tmp_path / "config.json"):  # kervan up takes the directory
+        code, out, _ = kervan.run(model, *words)
+        assert code == 0
+        missing, command = out.splitlines()[-2:]
+        assert command.startswith(f"kervan up {tmp_path} --tp 1")
+        assert missing == model_facts.missing_weights(str(tmp_path))
+    dummy = ("--engine-arg", "load_format=dummy")
+    assert "no weights" not in kervan.run(tmp_path, *words, *dummy)[1]
+    assert kervan.json(tmp_path, *words, *dummy)["launch"]["missing"] is None
+    (tmp_path / "model.safetensors").touch()
+    assert "no weights" not in kervan.run(tmp_path, *words)[1]

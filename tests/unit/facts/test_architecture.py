@@ -177,3 +177,19 @@ def test_an_unknown_family_is_counted_by_its_numbers() -> None:
     spec = llama(model_type="brand_new")
     assert not spec.is_known
     assert spec.parameters == llama().parameters
+
+
+@pytest.mark.parametrize(
+    ("rope", "wanted"),
+    [
+        (None, 8192),
+        ({"rope_type": "linear", "factor": 2.0}, 16384),
+        ({"type": "dynamic", "factor": 4}, 32768),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),  # is in the length
+        ({"rope_type": "llama3", "factor": 8.0}, 8192),
+        ({"rope_type": "default", "factor": None}, 8192),
+    ],
+)
+def test_how_long_a_sequence_may_be(rope: dict[str, Any] | None, wanted: int) -> None:
+    spec = parse(config("llama3-8b") | {"rope_scaling": rope}, "8b")
+    assert (spec.max_model_len, spec.has_max_model_len) == (wanted, True)

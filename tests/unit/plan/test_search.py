@@ -14,6 +14,7 @@ from kervan.facts.architecture import parse
 from kervan.plan.request import PlanRequest
 from kervan.plan.search import search
 from kervan.sim import limits as engine
+from kervan.vendor.vllm_names import COUNTED_ARGUMENTS
 
 
 def config(name: str) -> dict[str, Any]:
@@ -126,10 +127,10 @@ def test_stages_that_take_turns_are_told() -> None:
 def test_engine_arguments_that_no_figure_depends_on_are_told() -> None:
     (told,) = (
         note
-        for note in search(plan_request(arguments={"max_num_seqs": 32, "gpu_memory_utilisation": 0.5, "seed": 1})).notes
+        for note in search(plan_request(arguments={"max_num_seqs": 32, "load_format": "dummy", "seed": 1})).notes
         if "engine argument" in note
     )
-    assert "gpu_memory_utilisation, seed; kervan up hands it to vLLM" in told
+    assert "load_format, seed; kervan up hands it to vLLM" in told
     assert not any("engine argument" in note for note in search(plan_request(arguments={"max_num_seqs": 32})).notes)
 
 
@@ -141,8 +142,12 @@ def test_engine_arguments_that_count_are_those_that_are_read() -> None:
             read.add(name)
             return super().get(name, default)
 
-    engine.limits(parse(config("llama3-8b"), "8b"), H200, Recorded())
-    assert read == engine.COUNTED
+    spec, arguments = parse(config("llama3-8b"), "8b"), Recorded()
+    engine.check_counted(spec, arguments)
+    engine.as_served(spec, arguments)
+    engine.limits(spec, H200, arguments)
+    plan_request(arguments=arguments, prefix_hit=0.5)
+    assert read == COUNTED_ARGUMENTS
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,15 @@
 """What a start decides of a fleet's settings: CPU threads, and the number of gateways."""
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
+from harness.places import MODELS
 
 from kervan.config.fleet import FleetConfig
+from kervan.errors import ConfigError
+from kervan.serve import start
 from kervan.serve.start import num_gateways, on_cpu
 
 
@@ -42,3 +49,23 @@ def test_there_is_a_gateway_for_8_cores_up_to_4_and_to_the_most_allowed(
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert num_gateways(FleetConfig(model="m", **words)) == number
     FleetConfig(model="m", **words | {"gateways": number})  # is no contradiction
+
+
+def test_a_directory_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.argument_names, "check", lambda names: None)  # whichever vLLM is installed
+    shutil.copy(MODELS / "llama3-8b" / "config.json", tmp_path)
+
+    def config(**engine_args: Any) -> FleetConfig:
+        return FleetConfig(model=str(tmp_path), engine_args=engine_args)
+
+    with pytest.raises(ConfigError, match=rf"{tmp_path} has no weights .* --engine-arg load_format=dummy"):
+        start.validate(config())
+    for allowed in (
+        config(load_format="dummy"),
+        config(load_format="runai_streamer"),
+        config(model_weights="s3://bucket/model"),
+        FleetConfig(model=str(tmp_path), engine="twin", gpu="H200"),
+    ):
+        assert start.validate(allowed) == allowed
+    (tmp_path / "model.safetensors").touch()
+    assert start.validate(config()) == config()

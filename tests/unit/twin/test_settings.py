@@ -128,3 +128,12 @@ def test_refusals_name_the_fix(directory: Path, more: dict[str, Any], error: typ
 def test_a_hub_id_cannot_be_twinned() -> None:
     with pytest.raises(ConfigError, match=r"needs its config\.json"):
         settings(FleetConfig(model="Qwen/Qwen3-8B", engine="twin", gpu="H200"))
+
+
+def test_without_a_tokenizer_the_made_ones_special_tokens_are_left_out(tmp_path: Path) -> None:
+    described = LLAMA3_8B | {"bos_token_id": 128_000, "eos_token_id": 128_001}
+    made = settings(fleet(tmp_path, described)).limits
+    assert (made.first_token, made.last_token, made.eos_token) == (0, 127_999, 128_001)
+    (tmp_path / "tokenizer.json").write_text("{}")  # its own, without special tokens but the last
+    own = settings(fleet(tmp_path, described)).limits
+    assert (own.first_token, own.last_token, own.eos_token) == (0, 128_000, 128_001)

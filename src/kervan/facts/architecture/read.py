@@ -10,6 +10,12 @@ from kervan.facts.architecture.fields import Fields, brief, is_off
 from kervan.facts.architecture.spec import Cut, ModelSpec, Storage, Weight
 from kervan.vendor.vllm_names import REMOVED_ARCHITECTURES
 
+LENGTHS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length",
+    "max_sequence_length",
+)  # fmt: skip
+# Ropes whose factor is in the length already.
+SCALED_ROPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0, "float": 4.0}
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "language_model_config")
 MAX_LAYERS = 10_000
@@ -151,7 +157,8 @@ def _spec(f: Fields, config: Mapping[str, Any], model_type: str, architecture: s
         vocab=vocab,
         is_tied=bool(f.get("tie_word_embeddings")),
         weight_bytes=own_bytes,
-        max_model_len=_max_model_len(f),
+        max_model_len=_max_model_len(f, model_type),
+        has_max_model_len=f.has(*LENGTHS),
         table=table,
         head=head,
         quantization=storages.quantization,
@@ -167,11 +174,18 @@ def _num_layers(f: Fields) -> int:
     return f.number("num_hidden_layers", "n_layer", "num_layers", "n_layers", most=MAX_LAYERS)
 
 
-def _max_model_len(f: Fields) -> int:
-    return f.number(
-        "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length",
-        "max_sequence_length", default=8192,
-    )  # fmt: skip
+def _positions(f: Fields) -> int:
+    return f.number(*LENGTHS, default=8192)
+
+
+def _max_model_len(f: Fields, model_type: str) -> int:
+    """Tokens that vLLM allows. Source: `_get_and_verify_max_len`, vLLM 0.32."""
+    rope = f.get("rope_scaling", "rope_parameters")
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
+    factor = rope.get("factor") if isinstance(rope, Mapping) else None
+    if kind in SCALED_ROPES or "gemma3" in model_type or not isinstance(factor, int | float) or not 1 <= factor < 1e6:
+        factor = 1
+    return int(_positions(f) * factor)
 
 
 def _weight_bytes(f: Fields) -> float:
@@ -216,7 +230,7 @@ def _extra_tables(f: Fields, model_type: str, hidden: int, n: int, own_bytes: fl
     storage = Storage(own_bytes)
     found = []
     if model_type in ("gpt2", "gpt-sw3", "gpt_bigcode", "opt"):
-        positions = _max_model_len(f) + (2 if model_type == "opt" else 0)
+        positions = _positions(f) + (2 if model_type == "opt" else 0)
         found.append(Weight("embedding", ("wpe",), (positions,), (hidden,), storage))
         width = f.number("word_embed_proj_dim", default=hidden)
         if width != hidden:

@@ -261,6 +261,7 @@ class ModelSpec:
 
     `extra_tables`: what the first stage has beside the table (positions, embeddings for each layer). `tower`:
     parameters of what sees, whole on each GPU of the first stage. `weight_bytes`: of one weight that is not quantised.
+    `has_max_model_len`: whether the file says how long a sequence may be; `max_model_len` is a guess where it does not.
     `notes`: sentences on what is not counted, or not as vLLM does.
     """
 
@@ -282,6 +283,7 @@ class ModelSpec:
     quantization: Quantization | None = None
     extra_tables: tuple[Weight, ...] = ()
     tower: int = 0
+    has_max_model_len: bool = True
     notes: tuple[str, ...] = ()
 
     @property

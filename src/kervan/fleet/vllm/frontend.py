@@ -2,14 +2,18 @@
 
 import asyncio
 import contextlib
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from kervan import plain_tokenizer
+from kervan.facts import model as models
 from kervan.fleet.client import FleetClient
 from kervan.fleet.vllm import limits, progress, versions
 from kervan.fleet.vllm.codec import VllmCodec
@@ -45,6 +49,15 @@ class OpenAIFrontend:
         cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool = False, is_followed: bool = False
     ) -> "OpenAIFrontend":
         """`is_followed`: answers can be given again. Raises: ConfigError when vLLM refuses `argv`."""
+        with contextlib.ExitStack() as files:  # vLLM has read them when its app is there
+            if is_twin:
+                argv = [*argv, *await asyncio.to_thread(_tokenizer_argv, argv, files)]
+            return await cls._start(fleet, argv, is_twin=is_twin, is_followed=is_followed)
+
+    @classmethod
+    async def _start(
+        cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool, is_followed: bool
+    ) -> "OpenAIFrontend":
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
         limits.install(config, is_twin=is_twin)
         await asyncio.to_thread(_import_app)  # now, while the replicas start
@@ -72,6 +85,17 @@ class OpenAIFrontend:
 def _import_app() -> None:
     with kept_handlers():
         versions.app_modules()
+
+
+def _tokenizer_argv(argv: Sequence[str], files: contextlib.ExitStack) -> list[str]:
+    """An argument that gives a twin a tokenizer where its model's directory has none. `files`: removes its files."""
+    args = versions.parse_args(argv)
+    directory = Path(args.model)
+    if args.tokenizer or args.skip_tokenizer_init or not directory.is_dir() or plain_tokenizer.has_own(directory):
+        return []
+    made = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="kervan-tokenizer-")))
+    plain_tokenizer.write(models.read_config(args.model) or {}, made, chat_template=plain_tokenizer.CHAT_TEMPLATE)
+    return ["--tokenizer", str(made)]
 
 
 def _configure(argv: Sequence[str]) -> tuple[Namespace, AsyncEngineArgs, Any]:
