@@ -45,6 +45,7 @@ def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(LLAMA))
+    (directory / "model.safetensors").touch()
     return directory
 
 
@@ -112,6 +113,11 @@ def test_a_bad_model_directory(kervan: Kervan, tmp_path: Path, config: str | Non
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     assert fix in kervan.fails("up", tmp_path)
+
+
+def test_a_directory_without_weights(kervan: Kervan, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert "--engine-arg load_format=dummy for random ones" in kervan.fails("up", model)
 
 
 # ---- up: options
