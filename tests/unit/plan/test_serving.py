@@ -188,14 +188,16 @@ def test_a_fuller_pool_is_never_slower_for_long_prompts() -> None:
     st.floats(1.1, 30), st.floats(1.0, 2.0),
 )  # fmt: skip
 def test_more_room_is_never_slower(isl: int, osl: int, streams: int, sequences: float, more: float) -> None:
-    """But where vLLM admits one prompt more than its answers have room for, and computes that again."""
+    """But where vLLM admits one prompt more than its answers have room for, and computes that again. In so short a run the
+    grouping of prompts makes up to 8% (2,500 draws); thrashing made two thirds.
+    """
     room = int((isl + osl) * sequences)
     requests = serving.fixed(2 * streams, isl, osl)
     less, much = (
         serving.closed_loop(TIMES[1], requests, streams=streams, kv_tokens=tokens)
         for tokens in (room, int(room * more))
     )
-    assert much.out_tok_s >= 0.995 * less.out_tok_s or much.preemptions > less.preemptions
+    assert much.out_tok_s >= 0.9 * less.out_tok_s or much.preemptions > less.preemptions
 
 
 @settings(max_examples=25, deadline=None)
