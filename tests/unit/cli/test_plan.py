@@ -112,7 +112,7 @@ def test_facts_are_one_line(kervan: Kervan) -> None:
 
 def test_how_many_gpus_for_a_rate(kervan: Kervan) -> None:
     """8B on H200 takes about 29.5 requests/s of 1,024 in and 128 out within 50 ms: four for 100, a tenth to spare."""
-    words = (SMALL, "--gpu", "H200", "--osl", 128, "--rate", "100/s")
+    words = (SMALL, "--gpu", "H200", "--osl", 128, "--rate", "100/s", "--layout", "tp=1")
     found = kervan.json(*words)
     best = found["candidates"][0]
     assert (best["tp"], best["pp"], best["dp"]) == (1, 1, 4)

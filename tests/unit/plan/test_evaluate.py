@@ -10,7 +10,7 @@ from harness.places import MODELS
 from kervan.config.workload import Slo, parse_lengths
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
-from kervan.plan.evaluate import CLOSE_LOOK, FIRST_LOOK, Simulations
+from kervan.plan.evaluate import CLOSE_LOOK, FIRST_LOOK, GLANCE, Simulations
 from kervan.plan.load import PlanLoad, load
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import ScreenedLayout, screen
@@ -28,10 +28,10 @@ def loaded(name: str = "llama3-70b", **given: Any) -> PlanLoad:
     "how", [{"concurrency": 9}, {"rate": 5.0}, {"slo": Slo(ttft_s=2.0, tpot_s=0.05)}], ids=["closed", "rate", "no load"]
 )
 def test_figures_do_not_depend_on_what_was_simulated_before(how: dict[str, Any]) -> None:
-    a_load = loaded(**how)
+    a_load = loaded(gpus=4, **how)
     fitting = [one for one in screen(a_load) if one.fits]
     assert len(fitting) > 3
-    simulations, care = Simulations(a_load), dataclasses.replace(FIRST_LOOK, seeds=2)
+    simulations, care = Simulations(a_load), dataclasses.replace(GLANCE, seeds=2)
     forward = [simulations.evaluate(one, care) for one in fitting]
     backward = [Simulations(a_load).evaluate(one, care) for one in reversed(fitting)]
     assert forward == backward[::-1]

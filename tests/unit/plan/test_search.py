@@ -104,10 +104,10 @@ def test_a_rate_above_capacity_is_said() -> None:
 
 
 def test_without_a_load_the_best_keeps_the_slo() -> None:
-    plan = search(plan_request("llama3-70b", gpus=16, nodes=2, concurrency=None, slo=Slo(ttft_s=2.0, tpot_s=0.05)))
+    plan = search(plan_request("llama3-70b", gpus=4, nodes=2, concurrency=None, slo=Slo(ttft_s=2.0, tpot_s=0.05)))
     assert plan.best.meets_slo > 0.5
     assert plan.best.tpot_p99_ms <= 50
-    assert {c.layout.gpus for c in plan.layouts} == {16}
+    assert {c.layout.gpus for c in plan.layouts} == {4}
 
 
 def test_an_unknown_architecture_is_said() -> None:
