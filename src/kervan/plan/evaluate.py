@@ -10,7 +10,7 @@ from kervan.config.workload import Slo
 from kervan.facts.layout import Layout
 from kervan.plan import serving
 from kervan.plan.load import PlanLoad
-from kervan.plan.screen import ScreenedLayout, steady_batch
+from kervan.plan.screen import ScreenedLayout, most_sequences, steady_batch
 from kervan.plan.serving import LoadResult
 from kervan.sim.step_time import Batch
 
@@ -19,6 +19,9 @@ MAX_STREAM_REQUESTS = 512  # of a closed loop, as in the measurements
 LEAST_OPEN_REQUESTS, MAX_OPEN_REQUESTS = 24, 1000
 PIPELINE_LOSS = 0.35  # of the arithmetic's rate for each stage more, where a search begins: it knows no bubbles
 MAX_FACTORS = 24
+# An open loop is run again with as many requests in flight as it had on average, while these are so many more than it
+# began with.
+MORE_IN_FLIGHT, STEADY_ROUNDS = 1.3, 3
 HEADROOM = 1.1  # times the rate must be served by as many GPUs as are advised for it
 
 
@@ -29,7 +32,7 @@ class Care:
     `seeds`: runs of each load. `requests`: measured of an open loop in each; more, `MAX_OPEN_REQUESTS` at most, where
     they come in less than `least_s`: a busy replica swings for longer. `factor`: by which the search for the highest
     rate within the SLO goes up and down; it ends when a rate that keeps it and one that does not differ by less than
-    `close_share`, or, where that is infinite, at the first rate that keeps it. `pipeline_steps`: so long an open loop
+    `close_share`. `pipeline_steps`: so long an open loop
     of a pipeline is followed, about; its steps are composed one by one.
     """
 
@@ -41,7 +44,7 @@ class Care:
     pipeline_steps: int
 
 
-GLANCE = Care(seeds=1, requests=60, least_s=2.0, factor=1.25, close_share=math.inf, pipeline_steps=800)
+GLANCE = Care(seeds=1, requests=60, least_s=2.0, factor=1.25, close_share=0.26, pipeline_steps=800)
 FIRST_LOOK = Care(seeds=1, requests=100, least_s=5.0, factor=1.25, close_share=0.15, pipeline_steps=1200)
 CLOSE_LOOK = Care(seeds=3, requests=320, least_s=30.0, factor=1.06, close_share=0.02, pipeline_steps=4000)
 FULL_SHARE = 0.93  # of the KV cache, from which on it counts as full
@@ -130,21 +133,32 @@ class Simulations:
 
     def _open_result(self, screened: ScreenedLayout, rate: float, care: Care, seed: int) -> LoadResult:
         """Of one replica at `rate` requests per second (of a trace as it says), in a steady state."""
-        running = 0 if self._load.request.trace else self._running(screened, rate)
+        is_trace = bool(self._load.request.trace)
+        most = most_sequences(self._load, screened.memory)
+        running = (
+            0 if is_trace else round(min(most, steady_batch(self._load, screened.step_time, screened.memory, rate)))
+        )
         count = self._affordable(screened, rate, care, running)
-        key = (screened.replica, screened.copies if self._load.request.trace else 0, rate, count, seed)
+        key = (screened.replica, screened.copies if is_trace else 0, rate, count, seed)
         if key not in self._open_results:
-            loop = self._load.open_loop(rate, screened.copies, count=count, running=running, seed=seed)
-            self._open_results[key] = serving.open_loop(
-                screened.step_time, loop.requests, kv_tokens=screened.memory.kv_tokens, measured=loop.measured,
-                running=loop.running, frontends=self._load.request.frontends, seed=seed,
-            )  # fmt: skip
+            result = self._simulated(screened, rate, count, running, seed)
+            for _ in range(0 if is_trace else STEADY_ROUNDS):
+                # By Little's law; more than it began with: it was on its way to there.
+                if result.in_flight <= MORE_IN_FLIGHT * running + 2 or running >= most:
+                    break
+                running = min(most, round(result.in_flight))
+                result = self._simulated(screened, rate, count, running, seed)
+            if not is_trace and result.in_flight > MORE_IN_FLIGHT * most + 2:  # more than it can run, for good
+                result = dataclasses.replace(result, is_stable=False)
+            self._open_results[key] = result
         return self._open_results[key]
 
-    def _running(self, screened: ScreenedLayout, rate: float) -> int:
-        """Sequences that it runs at the start: about as many as later; as many as it can when it falls behind."""
-        batch = steady_batch(self._load, screened.step_time, screened.memory, rate)
-        return round(batch) if batch < math.inf else self._load.limits.max_num_seqs
+    def _simulated(self, screened: ScreenedLayout, rate: float, count: int, running: int, seed: int) -> LoadResult:
+        loop = self._load.open_loop(rate, screened.copies, count=count, running=running, seed=seed)
+        return serving.open_loop(
+            screened.step_time, loop.requests, kv_tokens=screened.memory.kv_tokens, measured=loop.measured,
+            running=loop.running, frontends=self._load.request.frontends, seed=seed,
+        )  # fmt: skip
 
     def _affordable(self, screened: ScreenedLayout, rate: float, care: Care, running: int) -> int:
         """How many requests are measured: fewer where a pipeline would take more steps than there is time for."""
@@ -177,8 +191,6 @@ class Simulations:
             if is_kept(kept):
                 break
             kept, broken = kept / factor, kept
-        if math.isinf(care.close_share):
-            return kept
         while math.isinf(broken):
             if is_kept(kept * factor):
                 kept, factor = kept * factor, factor * care.factor

@@ -140,7 +140,7 @@ def steady_batch(load: PlanLoad, times: StepTime, room: MemoryEstimate, rate: fl
     Prompts that come during a step are prefilled together in the next one. The steps between those decode. Each step
     gives each sequence a token, in a pipeline each `pp`-th; the batch follows by Little's law.
     """
-    most, budget = _most_sequences(load, room), load.limits.max_num_batched_tokens
+    most, budget = most_sequences(load, room), load.limits.max_num_batched_tokens
     distance = times.layout.pp if times.is_pipelined else 1
 
     def step_s(batch: Batch) -> float:
@@ -164,7 +164,7 @@ def steady_batch(load: PlanLoad, times: StepTime, room: MemoryEstimate, rate: fl
     return running if running <= most else math.inf
 
 
-def _most_sequences(load: PlanLoad, room: MemoryEstimate) -> int:
+def most_sequences(load: PlanLoad, room: MemoryEstimate) -> int:
     """Sequences of mean length that have room, and are allowed, at once."""
     return max(1, min(load.limits.max_num_seqs, int(room.kv_tokens / load.context_tokens)))
 

@@ -12,8 +12,7 @@ What is followed, from the source of vLLM 0.24 to 0.32 (V1 scheduler; `Scheduler
 `tests/contract/test_scheduler.py` runs vLLM's own beside it.
 
 Where it differs from vLLM: requests whose length is known give their blocks back when their last step is composed, and
-not when its tokens come out; with pipeline stages `max_num_seqs` bounds each batch and not all of them together, and
-only sequences of the batch that is composed are preempted.
+not when its tokens come out; with pipeline stages only sequences of the batch that is composed are preempted.
 
 Sequences that decode advance together, so their ends are kept as the number of their group's step, and a step costs the
 same however many are in it. Equal steps in a row can be composed as one.
@@ -203,7 +202,7 @@ class Scheduler(Generic[R]):
         groups = [self._ready, *(self._new_group() for _ in range(self._decode_distance - 1))]
         for place, request in enumerate(requests):
             blocks = self._blocks(request.context_tokens)
-            if blocks > self.free_blocks or place >= self.max_num_seqs * len(groups):
+            if blocks > self.free_blocks or place >= self.max_num_seqs:
                 break
             self.free_blocks -= blocks
             request.computed_tokens = request.context_tokens
@@ -317,12 +316,12 @@ class Scheduler(Generic[R]):
     def _fill_prompts(self, sequences: int, *, may_admit: bool) -> tuple[list[R], R | None, int, float]:
         """(prompts that are complete then, the one in part, tokens, pairs of tokens that their attention looks at)."""
         budget = self.max_num_batched_tokens - sequences
-        running, prefill, pairs = sequences, 0, 0.0
+        running, prefill, pairs = self.num_running, 0, 0.0
         firsts: list[R] = []
         chunk: R | None = None
-        while budget > 0 and running < self.max_num_seqs and chunk is None:
+        while budget > 0 and chunk is None:
             is_new = self._partial is None
-            if is_new and not (self.waiting and may_admit):
+            if is_new and not (self.waiting and may_admit and running < self.max_num_seqs):
                 break
             request = self.waiting[0] if self._partial is None else self._partial
             before = request.cached_tokens if is_new else request.computed_tokens
@@ -338,7 +337,7 @@ class Scheduler(Generic[R]):
             request.computed_tokens = computed
             prefill += tokens
             budget -= tokens
-            running += 1
+            running += is_new
             if computed == request.context_tokens:
                 firsts.append(request)
             else:
