@@ -74,10 +74,16 @@ def parse_assignment(text: str, option: str) -> tuple[str, str]:
 def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
     """vLLM's arguments by their names with underscores, from `--engine-arg` options.
 
-    Raises: ConfigError for a text that is no `key=value`, and for broken JSON.
+    Raises: ConfigError for a text that is no `key=value`, for broken JSON, and for a name that is given twice.
     """
-    pairs = [parse_assignment(text, "--engine-arg") for text in texts]
-    return {key.replace("-", "_"): parse_value(value) for key, value in pairs}
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, value = parse_assignment(text, "--engine-arg")
+        name = key.replace("-", "_")
+        if name in found:
+            raise ConfigError(f"--engine-arg gives {name} twice, {found[name]!r} and {value!r}; give it once")
+        found[name] = parse_value(value)
+    return found
 
 
 def pool_settings(given: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_ISL, DEFAULT_OSL = "1024", "256"
 SHOWN = 12
+MAX_RATE = 1e6
+NODE_GPUS = 8
 LAYOUT_ARGUMENTS = (
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "tp", "pp", "dp",
     "ep",
@@ -42,24 +44,26 @@ SECTIONS = {
     "--gpus", type=click.IntRange(1, 65_536),
     help="GPUs in all. [default: as many as --rate needs; without it 8 per node; local: all]",
 )  # fmt: skip
-@click.option("--nodes", type=click.IntRange(1, 8192), default=1, show_default=True, help="Nodes that the GPUs are on.")
+@click.option(
+    "--nodes", type=click.IntRange(1, 8192), help="Nodes that the GPUs are on. [default: of 8 GPUs, where they divide]"
+)
 @click.option("--network", type=float, help="Gbit/s between nodes, for each GPU. [default: 400]")
 @click.option("--layout", help="Only this layout: tp=2,pp=2 (also dp=, ep=).")
-@click.option("--isl", default=DEFAULT_ISL, show_default=True, help="Prompt tokens: a number or a distribution.")
-@click.option("--osl", default=DEFAULT_OSL, show_default=True, help="Output tokens, likewise.")
+@click.option("--isl", help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]")
+@click.option("--osl", help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
 @click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals of a trace (Azure or Mooncake).")
-@click.option("--rate", help="Requests per second, like 5/s; with --trace it is sped up to that.")
+@click.option("--rate", help="Requests per second, like 5/s; with --trace, rescales it to that.")
 @click.option("--concurrency", type=click.IntRange(1, 65_536), help="Streams of a closed loop, over the whole plan.")
 @click.option(
     "--prefix-hit", type=float, default=0.0, show_default=True,
     help="Share of the prompt tokens that are found in the prefix cache, like 0.6.",
 )  # fmt: skip
 @click.option(
-    "--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} without a load or --gpus, else none]"
+    "--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} unless a load and --gpus are given]"
 )
 @click.option(
     "--goal", type=click.Choice(["cost", "throughput", "latency"]), default="cost", show_default=True,
-    help="What to rank by, after the SLO.",
+    help="Ranking among layouts that keep the SLO.",
 )  # fmt: skip
 @click.option("--price", help="US dollars per GPU and hour, like 3.40/h. [default: kervan's price file]")
 @click.option("--prices", type=click.Path(path_type=Path), help="Your own price file (docs/hardware.md).")
@@ -74,7 +78,7 @@ SECTIONS = {
 def plan(
     model: str, as_json: bool, facts: bool, explain: bool, plot: Path | None, show_all: bool, **given: Any
 ) -> None:
-    """Say which parallelism serves MODEL best on these GPUs, what it will deliver, what it costs, and why.
+    """Find the parallelism that serves MODEL best on these GPUs, what it will deliver, what it costs, and why.
 
     MODEL is a directory with config.json, or that file, or a Hugging Face id, whose config.json is taken from the cache
     or else from the hub. Nothing is started and no GPU is needed.
@@ -87,6 +91,8 @@ def plan(
         return
     if given["gpu"] is None:
         raise ConfigError("a plan needs --gpu, like --gpu H200, or local; `kervan plan --facts MODEL` needs none")
+    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
+        raise ConfigError(f"--plot {plot} cannot be written: give a file in a directory that exists, like plan.html")
     given["engine_args"] = engine_arguments(given["engine_args"])
     layout = given.pop("layout")
     request = plan_request(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
@@ -126,11 +132,11 @@ def plan_request(
     *,
     gpu: str,
     gpus: int | None = None,
-    nodes: int = 1,
+    nodes: int | None = None,
     network: float | None = None,
     fixed: Mapping[str, int],
-    isl: str = DEFAULT_ISL,
-    osl: str = DEFAULT_OSL,
+    isl: str | None = None,
+    osl: str | None = None,
     trace: Path | None = None,
     rate: str | None = None,
     concurrency: int | None = None,
@@ -155,13 +161,21 @@ def plan_request(
     from kervan.sim import limits as engine_limits
 
     owned.check_owned(engine_args)
-    found_gpu, num_gpus = _gpu(gpu, gpus, nodes)
+    found_gpu, num_gpus = _gpu(gpu, gpus, nodes or 1)
+    if nodes is None:
+        size = max(NODE_GPUS, found_gpu.link.max_gpus)
+        nodes = num_gpus // NODE_GPUS if num_gpus > size and num_gpus % NODE_GPUS == 0 else 1
     if network is not None and not 0 < network < 1e6:
-        raise ConfigError(f"--network {network} is not a speed in Gbit/s; write for example --network 400")
+        raise ConfigError(
+            f"--network {network:g} is not a number of Gbit/s above 0 and below 1,000,000; write for example "
+            "--network 400"
+        )
     table = price_table.load(prices)
     own = price_table.parse_price_usd_per_h(price) if price else None
     has_load = rate is not None or concurrency is not None or trace is not None
-    counts_gpus = rate is not None and gpus is None and "dp" not in fixed and gpu.lower() != "local"
+    counts_gpus = rate is not None and not (gpus or trace or "dp" in fixed or gpu.lower() == "local")
+    if trace is not None and (isl or osl):
+        raise ConfigError(f"--trace {trace} has the lengths of its requests, and --isl or --osl gives others; give one")
     if not 0 <= prefix_hit < 1:
         raise ConfigError(
             f"--prefix-hit {prefix_hit:g} is not a share from 0 to below 1: each prompt has a last token to compute; "
@@ -175,8 +189,8 @@ def plan_request(
         gpus=num_gpus,
         nodes=nodes,
         counts_gpus=counts_gpus,
-        isl=parse_lengths(isl, "--isl"),
-        osl=parse_lengths(osl, "--osl"),
+        isl=parse_lengths(isl or DEFAULT_ISL, "--isl"),
+        osl=parse_lengths(osl or DEFAULT_OSL, "--osl"),
         concurrency=concurrency,
         rate=None if rate is None else _rate(rate),
         trace=tuple(read_trace(trace)) if trace else (),
@@ -232,8 +246,11 @@ def _rate(text: str) -> float:
         rate = float(number)
     except ValueError:
         rate = math.nan
-    if not 0 < rate < 1e6 or (slash and unit.strip() not in ("s", "sec", "second")):
-        raise ConfigError(f"--rate {text!r} is not a number of requests per second; write for example --rate 5/s")
+    if not 0 < rate < MAX_RATE or (slash and unit.strip() not in ("s", "sec", "second")):
+        raise ConfigError(
+            f"--rate {text!r} is not a number of requests per second above 0 and below {MAX_RATE:,.0f}; write for "
+            "example --rate 5/s"
+        )
     return rate
 
 
@@ -297,9 +314,10 @@ def _print_facts(model: str, *, as_json: bool) -> None:
         render.print_json(model_dict(spec, model))
         return
     click.echo(
-        f"{model}: {spec.architecture}, {spec.parameters / 1e9:.2f}B parameters, of which a token passes "
-        f"{spec.active_parameters / 1e9:.2f}B; {spec.weights_bytes / GIB:.1f} GiB of weights "
-        f"({spec.quantization_name}); {spec.kv_bytes_per_token:,.0f} bytes of KV cache per token; "
+        f"{model}: {spec.architecture}, {spec.parameters / 1e9:.2f}B parameters, "
+        f"{spec.active_parameters / 1e9:.2f}B active per token (without the embedding table); "
+        f"{spec.weights_bytes / GIB:.1f} GiB of weights ({spec.quantization_name}); "
+        f"{spec.kv_bytes_per_token:,.0f} bytes of KV cache per token; "
         f"up to {spec.max_model_len:,} tokens"
     )
     for note in spec.notes:
@@ -377,7 +395,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
             table.add_row(str(c.layout), str(c.layout.gpus), *[""] * 9, f"does not fit: {c.reason}")
             continue
         table.add_row(
-            str(c.layout), str(c.layout.gpus), str(c.concurrency), f"{c.out_tok_s:,.0f} +-{_percent(c, 'out_tok_s')}",
+            str(c.layout), str(c.layout.gpus), str(c.concurrency), _tok_s(c),
             _ms(c.ttft_p50_ms), _ms(c.ttft_p99_ms), _ms(c.tpot_p50_ms), _ms(c.tpot_p99_ms), f"{c.memory.kv_tokens:,}",
             "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}" if has_slo else "",
             c.reason or c.binding,
@@ -388,15 +406,19 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     if plan.best.usd_per_mtok is not None:
         all_in, spot = plan.best.usd_per_mtok_all_in, plan.best.usd_per_mtok_spot
         console.print(
-            f"best: {plan.best.usd_per_mtok:.2f} USD per million output tokens at {q.usd_per_gpu_h:g} USD per GPU and "
-            f"hour; {all_in:.2f} with a spare replica and a cold start a day"
+            f"{'best' if plan.keeps_slo else 'nearest'}: {plan.best.usd_per_mtok:.2f} USD per million output tokens at "
+            f"{q.usd_per_gpu_h:g} USD per GPU and hour; {all_in:.2f} with a spare replica and daily cold starts"
             + (f"; {spot:.2f} on spot" if spot is not None else ""),
             soft_wrap=True, markup=False,
         )  # fmt: skip
         row = prices.lookup(q.gpu.name)
         if row is not None and row.usd_per_gpu_h == q.usd_per_gpu_h and (warning := row.warning(datetime.date.today())):
             console.print(warning, style="yellow", soft_wrap=True, markup=False)
-    console.print(f"constants: {q.calibration.name}; +- and SLO from its errors", style="dim")
+    console.print(f"constants: {q.calibration.name}; +- and probabilities come from its measured errors", style="dim")
+    if not plan.keeps_slo:
+        console.print(
+            "the next line starts the nearest layout, which does not keep the load or its SLO", style="yellow"
+        )
     if missing := models.missing_weights(model, q.arguments.get("load_format")):
         console.print(missing, style="yellow", soft_wrap=True, markup=False)
     console.print(launch.launch(q, plan.best, model).command, soft_wrap=True, markup=False)
@@ -415,6 +437,10 @@ def _ms(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 
+def _tok_s(c: "PlannedLayout") -> str:
+    return f"~{c.out_tok_s:,.0f}" if c.is_rough else f"{c.out_tok_s:,.0f} +-{_percent(c, 'out_tok_s')}"
+
+
 def _percent(c: "PlannedLayout", key: str) -> str:
     return f"{100 * (c.bands.get(key, 1.0) - 1):.0f}%"
 
@@ -429,11 +455,18 @@ def _print_terms(plan: "LayoutPlan") -> None:
     shown = [plan.best] if second is None else [plan.best, second]
     rows = {c.layout: {name: (d, p) for name, d, p in explain.step_terms(plan, c)} for c in shown}
     names = dict.fromkeys(name for c in shown for name in rows[c.layout])
-    table = Table("what", box=None, pad_edge=False, header_style="dim", title="a step", title_justify="left")
+    table = Table(
+        "what",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+        title="where the time of a step goes",
+        title_justify="left",
+    )
     for c in shown:
-        table.add_column(f"{c.layout}: decode {max(1, round(c.mean_batch))}, ms", justify="right")
+        table.add_column(f"{c.layout}: decode, {max(1, round(c.mean_batch))} sequences, ms", justify="right")
         table.add_column("share", justify="right")
-        table.add_column(f"prefill {c.limits.max_num_batched_tokens}, ms", justify="right")
+        table.add_column(f"prefill, {c.limits.max_num_batched_tokens} tokens, ms", justify="right")
         table.add_column("share", justify="right")
     for name in [*names, "sum"]:
         cells = []

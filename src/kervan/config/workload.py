@@ -36,7 +36,8 @@ class Slo:
 
     def __str__(self) -> str:
         bounds = ((name, getattr(self, f"{name}_s")) for name in ("ttft", "tpot", "e2e"))
-        return ",".join(f"{name}={bound:g}s" for name, bound in bounds if bound is not None)
+        given = ((name, bound) for name, bound in bounds if bound is not None)
+        return ",".join(f"{name}={bound:g}s" if bound >= 1 else f"{name}={1000 * bound:g}ms" for name, bound in given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -110,7 +110,9 @@ def parse_price_usd_per_h(text: str) -> float:
         )
     usd = float(match[1])
     if not 0 < usd <= MAX_USD_PER_H:
-        raise ConfigError(f"price {text!r} is outside 0..{MAX_USD_PER_H} USD/h; write for example --price 3.40/h")
+        raise ConfigError(
+            f"price {text!r} is not above 0 and at most {MAX_USD_PER_H} USD/h; write for example --price 3.40/h"
+        )
     return usd
 
 

@@ -30,7 +30,7 @@ class Bands:
 def bands(request: PlanRequest, evaluation: Evaluation) -> Bands:
     """The calibration's spread, wider where it was not measured: there by judgement, not by measurement."""
     layout = evaluation.screened.replica
-    wider = 1.0 if request.gpu.name == request.calibration.gpu else 1.6
+    wider = 1.0 if request.calibration.is_of(request.gpu) else 1.6
     wider *= 1.3 if layout.pp > 1 else 1.0
     wider *= 1.5 if request.spec.experts is not None else 1.0
     wider *= 1.0 if request.spec.quantization is None else 1.5

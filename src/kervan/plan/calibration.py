@@ -55,7 +55,10 @@ class Residual:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Constants of one kind of GPU. `spread`: standard deviation of log(predicted / measured), by what is predicted."""
+    """Constants of one kind of GPU. `spread`: standard deviation of log(predicted / measured), by what is predicted.
+
+    `other_gpus`: kinds that were measured for it too.
+    """
 
     name: str
     gpu: str
@@ -64,7 +67,12 @@ class Calibration:
     spread: Mapping[str, float]
     residuals: Sequence[Residual] = ()
     source: str = ""
+    other_gpus: Sequence[str] = ()
     format: int = FORMAT
+
+    def is_of(self, gpu: Gpu) -> bool:
+        """Whether this kind of GPU was measured."""
+        return gpu.name == self.gpu or gpu.name in self.other_gpus
 
 
 # Fitted to 20 points on H200 and 32 on H100, vLLM 0.24: `python benchmarks/planner_errors.py` predicts them all. The
@@ -76,6 +84,7 @@ PRIOR = Calibration(
     constants=Constants(),
     spread={"out_tok_s": 0.05, "tpot_p50_s": 0.04, "ttft_p50_s": 0.18, "ttft_p99_s": 0.15},
     source="vLLM 0.24.0 on H200 and H100",
+    other_gpus=("H100",),
 )
 
 

@@ -18,7 +18,7 @@ from kervan.vendor.vllm_names import COUNTED_ARGUMENTS, RUNNER_V2_ARCHITECTURES,
 
 ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
-ROUGH = "the first three are simulated closely, the others shortly: figures of those are rough"
+ROUGH = "the top three layouts are simulated in full, the rest briefly: their figures, marked ~, are rough"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,14 @@ def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, remedies: Sequen
     """
     request, best = load.request, ranked[0]
     notes = _notes(request, ranked)
+    if request.goal == "cost" and request.usd_per_gpu_h is None:
+        notes.append(f"no price is known for {request.gpu.name}: ranked by tokens/s per GPU; give --price")
     if has_rough:
         notes.append(ROUGH)
     verdict = _verdict(request, ranked)
     if best.meets_slo < LIKELY:
-        would = "; ".join(remedies) or "nothing that was tried"
-        notes = [f"nearest: {verdict}", f"what would keep the SLO: {would}", *notes]
+        would = "; ".join(remedies) or "nothing that was tried (fp8 weights, other GPUs, up to 8 times as many)"
+        notes = [f"nearest: {verdict}", f"what would keep it: {would}", *notes]
         verdict = _why_none(load, best)
     return LayoutPlan(load, tuple(ranked), verdict, tuple(notes), strategies(load, ranked))
 
@@ -181,7 +183,7 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
             f"vLLM 0.24 to 0.32 does not serve {request.gpu.name}: its wheels have no kernels for compute capability "
             f"{request.gpu.compute_capability}; the plan is for an older vLLM or a build with CUDA 12"
         )
-    if request.gpu.name != request.calibration.gpu:
+    if not request.calibration.is_of(request.gpu):
         notes.append(
             f"constants are those of {request.calibration.gpu} ({request.calibration.name}): "
             f"calibrate for {request.gpu.name}"

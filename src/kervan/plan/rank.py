@@ -35,6 +35,7 @@ class PlannedLayout:
 
     `concurrency`: streams that it runs at once, over all replicas. `score`: larger is better. A layout that does not
     fit has no figures, and `reason`; so has one that serves only `served_share` of the requests that come in.
+    `is_rough`: its figures come of a short look.
     """
 
     layout: Layout
@@ -59,6 +60,7 @@ class PlannedLayout:
     lever: str = ""
     served_share: float = 1.0
     meets_slo: float = 1.0
+    is_rough: bool = False
     bands: Mapping[str, float] = field(default_factory=dict)
     score: float = 0.0
     reason: str = ""
@@ -143,7 +145,7 @@ def _overload(evaluation: Evaluation, rate: float) -> str:
 
 def _rank(request: PlanRequest, candidate: PlannedLayout) -> tuple[float, ...]:
     if candidate.meets_slo >= LIKELY:
-        return (candidate.fits, True, candidate.score, -candidate.layout.gpus)
+        return (candidate.fits, True, candidate.score, -candidate.layout.gpus, -candidate.tpot_p50_ms)
     # What is not kept, by how near: to all requests served, then to the bounds; of equals, the better by the goal.
     excess = max(excesses(request, candidate).values(), default=0.0) if candidate.served_share == 1 else 0.0
     return (candidate.fits, False, candidate.served_share, -round(excess, 2), _value(request, candidate))

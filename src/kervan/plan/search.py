@@ -35,7 +35,10 @@ def search(request: PlanRequest) -> LayoutPlan:
     has_rough = any(one.is_rough for one in screened) or (not is_few and request.concurrency is None)
     if not is_few:
         again = [_planned(loaded, simulations, of_layout[c.layout], CLOSE_LOOK) for c in ranked[:REFINED] if c.fits]
-        ranked = rank(request, [*again, *ranked[len(again) :]])
+        others = ranked[len(again) :]
+        if request.concurrency is None:
+            others = [dataclasses.replace(c, is_rough=c.fits) for c in others]
+        ranked = rank(request, [*again, *others])
     return explain(loaded, ranked, remedies=_remedies(request, ranked), has_rough=has_rough)
 
 

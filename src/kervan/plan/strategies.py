@@ -39,15 +39,16 @@ def _data(load: PlanLoad, ranked: Sequence[PlannedLayout]) -> str:
     best, size = ranked[0], ranked[0].layout
     room = int(best.memory.kv_tokens / load.context_tokens)
     gpus = "one GPU" if size.gpus_per_replica == 1 else f"{size.gpus_per_replica} GPUs"
-    holds = f"a replica on {gpus} has KV cache for {room} sequences of {load.context_tokens:.0f} tokens"
+    length = f"{load.context_tokens:,.0f} tokens (prompt and half of the output)"
+    holds = f"a replica on {gpus} has KV cache for {room:,} sequences of {length}"
     if size.dp > 1:
-        return f"{holds}, and {size.dp} replicas need nothing of each other"
+        return f"{holds}, and replicas do not communicate"
     if load.request.is_open and best.served_share == 1 and best.meets_slo >= LIKELY:
         return f"one replica serves the load: {holds}"
     other = _first(ranked, lambda c: c.layout.dp > 1)
     if other is None:
         unfit = next((c for c in ranked if not c.fits and c.layout.dp > 1), None)
-        return f"{unfit.layout} does not fit: {unfit.reason}" if unfit else f"there are GPUs for one replica: {holds}"
+        return f"{unfit.layout} does not fit: {unfit.reason}" if unfit else f"the GPUs make one replica only: {holds}"
     return _compared(load, best, other)
 
 
@@ -65,7 +66,7 @@ def _tensor(load: PlanLoad, ranked: Sequence[PlannedLayout]) -> str:
     other = _first(ranked, lambda c: c.layout.tp > 1)
     if other is None:
         return _no_other(load, ranked, lambda c: c.layout.tp > 1, "the GPUs or the model's heads allow no other")
-    return f"{_compared(load, best, other)}, {_all_reduce_share(load, other):.0%} of a decode step being all-reduces"
+    return f"{_compared(load, best, other)}; {_all_reduce_share(load, other):.0%} of a decode step is all-reduce"
 
 
 def _pipeline(load: PlanLoad, ranked: Sequence[PlannedLayout]) -> str:

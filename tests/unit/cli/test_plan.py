@@ -129,7 +129,7 @@ def test_the_first_thing_that_anybody_types(kervan: Kervan) -> None:
     assert code == 0
     first = out.splitlines()[0]
     assert first.startswith(
-        "8 x TP1: the model fits one GPU: data parallel copies; keeps the SLO (ttft=2s,tpot=0.05s) up to "
+        "8 x TP1: the model fits one GPU: data parallel copies; keeps the SLO (ttft=2s,tpot=50ms) up to "
     )
     assert "overloaded" not in out
 

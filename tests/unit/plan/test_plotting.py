@@ -42,7 +42,7 @@ def test_the_page_is_whole(plan: LayoutPlan, tmp_path: Path) -> None:
     svg = ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
     words = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert words[0] == "llama3-8b on 2 x H200"
-    assert {"2 x TP1", "TP2", "PP2", "SLO ttft=2s,tpot=0.05s"} <= set(words)
+    assert {"2 x TP1", "TP2", "PP2", "SLO ttft=2s,tpot=50ms"} <= set(words)
     lines = list(svg.iter("{http://www.w3.org/2000/svg}polyline"))
     assert len(lines) == 1 + sum(c.fits for c in plan.layouts)
     with pytest.raises(ConfigError, match="cannot be written"):

@@ -43,9 +43,9 @@ def test_where_none_keeps_the_slo_the_nearest_comes_first() -> None:
     plan = search(plan_request("llama3-70b", gpus=4, concurrency=8, slo=Slo(tpot_s=0.005)))
     excesses = [round(c.tpot_p99_ms / 5, 2) for c in plan.layouts if c.fits]
     assert excesses == sorted(excesses)
-    assert plan.verdict.startswith("No layout keeps the SLO (tpot=0.005s): TP4 comes nearest, with TPOT p99 of ")
+    assert plan.verdict.startswith("No layout keeps the SLO (tpot=5ms): TP4 comes nearest, with TPOT p99 of ")
     assert "times the bound of 5 ms" in plan.verdict
-    assert any(note.startswith("what would keep the SLO: ") and "--slo tpot=" in note for note in plan.notes)
+    assert any(note.startswith("what would keep it: ") and "--slo tpot=" in note for note in plan.notes)
     assert not plan.keeps_slo
 
 
@@ -75,7 +75,7 @@ def test_a_gpu_that_vllm_does_not_serve_is_told() -> None:
 
 def test_rough_figures_are_told_and_no_few_gpus_have_them() -> None:
     """Long pipelines far behind the best are looked at shortly; of what is measured on a few GPUs nothing is."""
-    note = "the others shortly: figures of those are rough"
+    note = "the rest briefly: their figures, marked ~, are rough"
     assert any(note in told for told in search(plan_request("llama3-70b", gpus=32, concurrency=32)).notes)
     assert not any(note in told for told in search(plan_request("llama3-70b", gpus=4, concurrency=32)).notes)
     pipeline = search(plan_request("llama3-70b", gpus=32, concurrency=32, fixed={"pp": 32}))

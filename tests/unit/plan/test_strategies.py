@@ -25,7 +25,7 @@ def plan(name: str, **given: Any) -> LayoutPlan:
     [
         pytest.param(
             "llama3-8b", {"concurrency": 256}, [True, False, False, False],
-            ["4 replicas need nothing of each other", "of a decode step being all-reduces", "passes all stages",
+            ["replicas do not communicate", "of a decode step is all-reduce", "passes all stages",
              "the model has no experts"],
             id="small: copies",
         ),
@@ -36,7 +36,7 @@ def plan(name: str, **given: Any) -> LayoutPlan:
         ),
         pytest.param(
             "qwen3-30b-a3b", {"gpus": 1}, [False, False, False, False],
-            ["there are GPUs for one replica", "no other", "one GPU", "128 of them"], id="experts on one GPU",
+            ["the GPUs make one replica only", "no other", "one GPU", "128 of them"], id="experts on one GPU",
         ),
         pytest.param(
             "qwen3-30b-a3b", {"gpus": 2, "fixed": {"tp": 2, "ep": 2}}, [False, True, False, True],
