@@ -17,7 +17,7 @@ FAR_BEHIND_SHARE = 0.6  # of the best layout's requests/s per GPU: below it a la
 BATCH_ROUNDS = 24
 # The constants are those of closed loops, whose sequences are about equally long. Where each is somewhere else in its
 # answer, the attention kernel's work is less even, and it reads less of the KV cache per second. Found with two open
-# loops of 8B on H200, measured before those of docs/planner.md: 3% and 5% were missing of their TPOT.
+# loops of 8B on H200 (benchmarks/records/open-loop-8b-1xh200-2026-11-28.jsonl): 3% and 5% were missing of their TPOT.
 UNEVEN_KV_SHARE = 0.92
 LONG_PIPELINE = 16  # stages from which on a closed loop is so many steps that it matters
 
