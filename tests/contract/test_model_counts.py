@@ -156,7 +156,7 @@ MORE_FIELDS = frozenset(
         "max_position_embeddings", "n_positions", "tie_word_embeddings", "vocab_size", "vocab_size_per_layer_input",
         "model_max_length", "max_seq_len", "multi_query", "qk_rope_head_dim", "conv_kernel", "attention_chunk_size",
         "n_embd", "d_model", "first_k_dense_replace", "use_sliding_window", "n_inner", "mamba_ssm_cache_dtype",
-        "interleave_moe_layer_step", "n_groups",
+        "interleave_moe_layer_step", "n_groups", "moe_layer_start_index",
     ]
 )  # fmt: skip
 LEFT_OUT = frozenset(["mamba_conv_bias", "use_conv_bias", "block_size", "max_window_layers"])
