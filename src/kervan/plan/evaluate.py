@@ -16,12 +16,12 @@ from kervan.sim.step_time import Batch
 
 MANY_STREAMS = 1024
 MAX_STREAM_REQUESTS = 512  # of a closed loop, as in the measurements
-LEAST_OPEN_REQUESTS, MAX_OPEN_REQUESTS = 24, 1000
+LEAST_OPEN_REQUESTS, MAX_OPEN_REQUESTS = 24, 720
 PIPELINE_LOSS = 0.35  # of the arithmetic's rate for each stage more, where a search begins: it knows no bubbles
 MAX_FACTORS = 24
 # An open loop is run again with as many requests in flight as it had on average, while these are so many more than it
 # began with.
-MORE_IN_FLIGHT, STEADY_ROUNDS = 1.3, 3
+MORE_IN_FLIGHT, STEADY_ROUNDS = 1.5, 3
 HEADROOM = 1.1  # times the rate must be served by as many GPUs as are advised for it
 
 
@@ -45,8 +45,8 @@ class Care:
 
 
 GLANCE = Care(seeds=1, requests=60, least_s=2.0, factor=1.25, close_share=0.26, pipeline_steps=800)
-FIRST_LOOK = Care(seeds=1, requests=100, least_s=5.0, factor=1.25, close_share=0.15, pipeline_steps=1200)
-CLOSE_LOOK = Care(seeds=3, requests=320, least_s=30.0, factor=1.06, close_share=0.02, pipeline_steps=4000)
+FIRST_LOOK = Care(seeds=1, requests=100, least_s=5.0, factor=1.25, close_share=0.15, pipeline_steps=1000)
+CLOSE_LOOK = Care(seeds=3, requests=320, least_s=25.0, factor=1.06, close_share=0.02, pipeline_steps=2000)
 FULL_SHARE = 0.93  # of the KV cache, from which on it counts as full
 BINDING = {
     "weights": "weights bandwidth", "compute": "compute", "experts": "expert weights and compute",
@@ -128,7 +128,8 @@ class Simulations:
         return self._closed_results[key]
 
     def _open(self, screened: ScreenedLayout, rate: float, care: Care) -> Runs:
-        seeds = 1 if self._load.request.trace else care.seeds
+        is_single = self._load.request.trace or screened.step_time.is_pipelined  # whose runs take long, step by step
+        seeds = 1 if is_single else care.seeds
         return [[(screened.copies, self._open_result(screened, rate, care, seed))] for seed in range(seeds)]
 
     def _open_result(self, screened: ScreenedLayout, rate: float, care: Care, seed: int) -> LoadResult:
