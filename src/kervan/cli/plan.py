@@ -1,8 +1,10 @@
 """`kervan plan`."""
 
+import contextlib
 import dataclasses
 import datetime
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from kervan.cli import options
 from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from kervan.facts.architecture import ModelSpec
     from kervan.facts.hardware import Gpu
     from kervan.plan.explain import LayoutPlan
@@ -96,7 +100,8 @@ def plan(
     given["engine_args"] = engine_arguments(given["engine_args"])
     layout = given.pop("layout")
     request = plan_request(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
-    layout_plan = search.search(request)
+    with _progress():
+        layout_plan = search.search(request)
     if Path(model).name == "config.json" and Path(model).is_file():
         model = str(Path(model).parent)  # which kervan up takes
     if plot is not None:
@@ -113,6 +118,13 @@ def plan(
     _print(layout_plan, model, show_all=show_all)
     if explain:
         _print_terms(layout_plan)
+
+
+def _progress() -> "AbstractContextManager[object]":
+    """A line on a terminal while layouts are simulated, which takes seconds."""
+    from rich.console import Console
+
+    return Console(stderr=True).status("simulating layouts") if sys.stderr.isatty() else contextlib.nullcontext()
 
 
 def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
@@ -426,8 +438,6 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
 
 def console_is_wide() -> bool:
     """Whether output goes to a terminal, whose width counts then."""
-    import sys
-
     return sys.stdout.isatty()
 
 
