@@ -174,9 +174,6 @@ def plan_request(
 
     owned.check_owned(engine_args)
     found_gpu, num_gpus = _gpu(gpu, gpus, nodes or 1)
-    if nodes is None:
-        size = max(NODE_GPUS, found_gpu.link.max_gpus)
-        nodes = num_gpus // NODE_GPUS if num_gpus > size and num_gpus % NODE_GPUS == 0 else 1
     if network is not None and not 0 < network < 1e6:
         raise ConfigError(
             f"--network {network:g} is not a number of Gbit/s above 0 and below 1,000,000; write for example "
@@ -186,20 +183,14 @@ def plan_request(
     own = price_table.parse_price_usd_per_h(price) if price else None
     has_load = rate is not None or concurrency is not None or trace is not None
     counts_gpus = rate is not None and not (gpus or trace or "dp" in fixed or gpu.lower() == "local")
-    if trace is not None and (isl or osl):
-        raise ConfigError(f"--trace {trace} has the lengths of its requests, and --isl or --osl gives others; give one")
-    if not 0 <= prefix_hit < 1:
-        raise ConfigError(
-            f"--prefix-hit {prefix_hit:g} is not a share from 0 to below 1: each prompt has a last token to compute; "
-            "write for example --prefix-hit 0.6"
-        )
+    _check_prompts(trace, isl, osl, prefix_hit)
     spec = model_spec(model)
     engine_limits.check_counted(spec, engine_args)
     return PlanRequest(
         spec=engine_limits.as_served(spec, engine_args),
         gpu=found_gpu,
         gpus=num_gpus,
-        nodes=nodes,
+        nodes=nodes or _usual_nodes(found_gpu, num_gpus),
         counts_gpus=counts_gpus,
         isl=parse_lengths(isl or DEFAULT_ISL, "--isl"),
         osl=parse_lengths(osl or DEFAULT_OSL, "--osl"),
@@ -217,6 +208,23 @@ def plan_request(
         frontends=gateways,
         network_bytes_s=NETWORK_BYTES_S if network is None else network * 1e9 / 8,
     )
+
+
+def _usual_nodes(gpu: "Gpu", gpus: int) -> int:
+    """Nodes of 8 GPUs, where there are more than a node's links join and they divide; else one."""
+    is_spread = gpus > max(NODE_GPUS, gpu.link.max_gpus) and gpus % NODE_GPUS == 0
+    return gpus // NODE_GPUS if is_spread else 1
+
+
+def _check_prompts(trace: Path | None, isl: str | None, osl: str | None, prefix_hit: float) -> None:
+    """Raises: ConfigError for lengths beside a trace that has its own, and for a share that is none."""
+    if trace is not None and (isl or osl):
+        raise ConfigError(f"--trace {trace} has the lengths of its requests, and --isl or --osl gives others; give one")
+    if not 0 <= prefix_hit < 1:
+        raise ConfigError(
+            f"--prefix-hit {prefix_hit:g} is not a share from 0 to below 1: each prompt has a last token to compute; "
+            "write for example --prefix-hit 0.6"
+        )
 
 
 def model_spec(model: str) -> "ModelSpec":

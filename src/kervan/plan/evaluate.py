@@ -32,8 +32,8 @@ class Care:
     `seeds`: runs of each load. `requests`: measured of an open loop in each; more, `MAX_OPEN_REQUESTS` at most, where
     they come in less than `least_s`: a busy replica swings for longer. `factor`: by which the search for the highest
     rate within the SLO goes up and down; it ends when a rate that keeps it and one that does not differ by less than
-    `close_share`. `pipeline_steps`: so long an open loop
-    of a pipeline is followed, about; its steps are composed one by one.
+    `close_share`. `pipeline_steps`: so long an open loop of a pipeline is followed, about; its steps are composed one
+    by one.
     """
 
     seeds: int

@@ -1,8 +1,11 @@
 """The environment of the processes that a fleet's actors start."""
 
+import logging
 import os
 
 from kervan.config.fleet import FleetConfig
+
+logger = logging.getLogger(__name__)
 
 WARM_OWNER = "KERVAN_WARM_OWNER_PID"
 
@@ -12,7 +15,10 @@ def warm_owner_pid() -> int:
 
     Or the one that the environment names: then Ray clusters that start one after the other find it ready.
     """
-    return int(os.environ.get(WARM_OWNER) or os.getppid())
+    given = os.environ.get(WARM_OWNER, "")
+    if given and not given.isdecimal():
+        logger.warning("%s=%r is not the number of a process; the warm process ends with Ray", WARM_OWNER, given)
+    return int(given) if given.isdecimal() else os.getppid()
 
 
 def process_environment(config: FleetConfig, *, is_on_cpu: bool) -> dict[str, str]:

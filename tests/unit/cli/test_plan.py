@@ -134,6 +134,13 @@ def test_the_first_thing_that_anybody_types(kervan: Kervan) -> None:
     assert "overloaded" not in out
 
 
+def test_gpus_beyond_a_node_are_on_nodes_of_eight(kervan: Kervan) -> None:
+    """No tensor parallelism over 16 GPUs, which no link joins."""
+    found = kervan.json(SMALL, "--gpu", "H200", "--gpus", 16, "--concurrency", 16, "--osl", 8)
+    assert max(c["tp"] for c in found["candidates"]) == 8
+    assert "--trace t.csv has the lengths" in kervan.fails(SMALL, "--gpu", "H200", "--trace", "t.csv", "--isl", 100)
+
+
 def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
     path = tmp_path / "plot.html"
     code, _, err = kervan.run(SMALL, "--gpu", "H200", "--gpus", 1, "--concurrency", 2, "--osl", 16, "--plot", path)

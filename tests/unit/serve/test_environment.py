@@ -53,3 +53,5 @@ def test_the_warm_process_ends_with_ray_or_with_the_process_that_the_environment
     assert warm_owner_pid() == os.getppid()
     monkeypatch.setenv("KERVAN_WARM_OWNER_PID", "4711")
     assert warm_owner_pid() == 4711
+    monkeypatch.setenv("KERVAN_WARM_OWNER_PID", "nobody")
+    assert warm_owner_pid() == os.getppid()
