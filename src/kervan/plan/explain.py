@@ -62,7 +62,7 @@ def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, remedies: Sequen
         notes.append(ROUGH)
     verdict = _verdict(request, ranked)
     if best.meets_slo < LIKELY:
-        would = "; ".join(remedies) or "nothing that was tried (fp8 weights, other GPUs, up to 8 times as many)"
+        would = "; ".join(remedies) or "nothing that was tried (fp8 weights, other GPUs, up to 16 times as many)"
         notes = [f"nearest: {verdict}", f"what would keep it: {would}", *notes]
         verdict = _why_none(load, best)
     return LayoutPlan(load, tuple(ranked), verdict, tuple(notes), strategies(load, ranked))

@@ -8,7 +8,7 @@ from kervan.config.workload import Slo
 from kervan.errors import KervanError
 from kervan.facts.architecture import in_fp8
 from kervan.facts.hardware import GPUS
-from kervan.plan.evaluate import GLANCE, Simulations
+from kervan.plan.evaluate import CLOSE_LOOK, GLANCE, Simulations
 from kervan.plan.load import load
 from kervan.plan.rank import PlannedLayout, excesses
 from kervan.plan.request import PlanRequest
@@ -16,11 +16,11 @@ from kervan.plan.screen import screen
 
 TRIED_LAYOUTS = 3  # of each other plan, those that serve most by arithmetic, and that of the largest tp
 OTHER_GPUS = ("H100", "H200", "B200", "B300")
-TIMES_GPUS = (2, 4, 8)
+TIMES_GPUS = (2, 4, 8, 16)
 
 
 def remedies(request: PlanRequest, nearest: PlannedLayout) -> list[str]:
-    """Each keeps the SLO by a short simulation, or says what bound `nearest` keeps; the smallest change of a kind."""
+    """Each keeps the SLO by simulation, or says what bound `nearest` keeps; the smallest change of a kind."""
     found = [words for words, other in _others(request) if _is_kept(other)]
     return [*found, *_bounds(request, nearest)]
 
@@ -59,7 +59,9 @@ def _is_kept(request: PlanRequest) -> bool:
     simulations = Simulations(loaded)
     screened.sort(key=lambda one: one.requests_s * one.copies, reverse=True)
     tried = screened[:TRIED_LAYOUTS] + sorted(screened, key=lambda one: one.replica.tp)[-1:]
-    return any(simulations.evaluate(one, GLANCE).keeps_slo for one in tried)
+    # Without a load one request alone decides; a load may pile up slowly, which short runs do not show.
+    care = CLOSE_LOOK if request.has_load else GLANCE
+    return any(simulations.evaluate(one, care).keeps_slo for one in tried)
 
 
 def _bounds(request: PlanRequest, nearest: PlannedLayout) -> list[str]:

@@ -158,3 +158,12 @@ def test_engine_arguments_that_count_are_those_that_are_read() -> None:
 def test_engine_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="engine argument"):
         search(plan_request(arguments=arguments))
+
+
+def test_the_gpus_that_are_advised_for_a_load_keep_it() -> None:
+    """Two of them serve 50 of 60 requests/s, which shows after seconds only."""
+    given = {"concurrency": None, "rate": 60.0, "isl": parse_lengths("1024"), "osl": parse_lengths("256")}
+    slo = Slo(ttft_s=2.0)
+    (note,) = (n for n in search(plan_request(gpus=1, slo=slo, **given)).notes if n.startswith("what would keep it: "))
+    assert "--gpus 4" in note.split("; ")[-1]
+    assert search(plan_request(gpus=4, slo=slo, **given)).keeps_slo
