@@ -77,9 +77,10 @@ def prove(args: argparse.Namespace, model: str) -> dict[str, Any]:
     try:
         kervan(*shlex.split(line)[1:], *more, timeout_s=UP_TIMEOUT_S)
         up_s = time.monotonic() - began_s
-        for share in map(float, args.shares.split(",")):
+        for number, share in enumerate(map(float, args.shares.split(","))):
             rate = share * best["requests_s"]
             words = ["--rate", f"{rate:.3f}", "--duration", f"{args.seconds:g}s", "--slo", args.slo, "--json"]
+            words += ["--seed", str(number)]  # the same prompts again would be found in the prefix cache
             measured = json.loads(
                 kervan("bench", f"http://127.0.0.1:{port}", *words, "--isl", args.isl, "--osl", args.osl)
             )
