@@ -1,7 +1,7 @@
 """Fifth step: layouts with figures, bands and prices, the best first."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kervan.facts.layout import Layout
@@ -24,6 +24,7 @@ LEVERS = {
     "KV bandwidth": f"{FP8_CACHE} halves it; a larger tp divides it",
     "KV memory": f"{FP8_CACHE}, fp8 weights, a larger tp, or more replicas",
     "all-reduce": "a smaller tp with more replicas, if the model fits; or GPUs with faster links",
+    "exchange of tokens": "GPUs with faster links, or DeepEP's kernels (vLLM's all2all_backend)",
     "pipeline bubble": "a larger tp in place of pp, within a node",
     "per-step overhead": "more streams per replica, or a smaller tp: the GPU waits for launches and small kernels",
 }
@@ -111,8 +112,21 @@ def unfit(load: PlanLoad, screened: ScreenedLayout) -> PlannedLayout:
 
 
 def rank(request: PlanRequest, layouts: Iterable[PlannedLayout]) -> list[PlannedLayout]:
-    """The best first: what fits, what keeps the SLO, then the goal; what does not keep it, by how little it fails."""
-    return sorted(layouts, key=lambda candidate: _rank(request, candidate), reverse=True)
+    """The best first: what fits, of that what `kervan up` starts, what keeps the SLO, then the goal; what does not keep
+    it, by how little it fails.
+    """
+    return sorted(
+        layouts, key=lambda c: (c.fits, c.layout.starts_with == "kervan up", *_merit(request, c)), reverse=True
+    )
+
+
+def better_elsewhere(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> PlannedLayout | None:
+    """The first that fits and `kervan up` does not start, where it would be before the best if that did not count."""
+    best = ranked[0]
+    other = next((c for c in ranked[1:] if c.fits and c.layout.starts_with != "kervan up"), None)
+    if other is None or best.layout.starts_with != "kervan up" or _merit(request, other) <= _merit(request, best):
+        return None
+    return other
 
 
 def all_in_factor(copies: int) -> float:
@@ -143,12 +157,12 @@ def _overload(evaluation: Evaluation, rate: float) -> str:
     return f"overloaded: {per_s(rate)} requests/s come in, and {per_s(evaluation.requests_s)} are served"
 
 
-def _rank(request: PlanRequest, candidate: PlannedLayout) -> tuple[float, ...]:
+def _merit(request: PlanRequest, candidate: PlannedLayout) -> tuple[float, ...]:
     if candidate.meets_slo >= LIKELY:
-        return (candidate.fits, True, candidate.score, -candidate.layout.gpus, -candidate.tpot_p50_ms)
+        return (True, candidate.score, -candidate.layout.gpus, -candidate.tpot_p50_ms)
     # What is not kept, by how near: to all requests served, then to the bounds; of equals, the better by the goal.
     excess = max(excesses(request, candidate).values(), default=0.0) if candidate.served_share == 1 else 0.0
-    return (candidate.fits, False, candidate.served_share, -round(excess, 2), _value(request, candidate))
+    return (False, candidate.served_share, -round(excess, 2), _value(request, candidate))
 
 
 def _score(request: PlanRequest, candidate: PlannedLayout) -> float:
