@@ -2,8 +2,8 @@
 
     python benchmarks/planner_errors.py [--plot FILE.svg] [--markdown] [--refit] [--leave-out-layouts]
 
-Closed loops first, then open ones (records/open-loop-*.json), whose arrivals are those that were measured, then what
-others published of DeepSeek-R1 with other engines (records/published-*.json).
+Closed loops first, then what others published of DeepSeek-R1 with other engines (records/published-*.json), then open
+loops (records/open-loop-*.json), whose arrivals are those that were measured.
 
 Sets: `fit` are the points that the shipped constants were fitted to, `taught` those of which a rule came, `held back`
 the others. --refit fits again and prints the constants; with --leave-out-layouts it does so without the points of
@@ -248,9 +248,9 @@ def main() -> None:
         shares = (f"{100 * statistics.fmean(found):.1f}% ({len(found)})" if found else "" for found in errors)
         print(f"| {name} | {len(chosen)} | " + " | ".join(shares) + " |")
     print()
-    print_open_loops()
-    print()
     print_published()
+    print()
+    print_open_loops()
     if args.plot:
         plot(rows, args.plot)
 
