@@ -1,14 +1,13 @@
 """Last step: the plan in plain words: which strategy, what binds it, and what to do when nothing fits."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kervan.config.workload import Slo
 from kervan.facts import layout as layouts
 from kervan.plan.load import PlanLoad
-from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, excesses, per_s
+from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, excesses, is_alike, per_s
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
 from kervan.plan.strategies import NOT_STARTED, Strategy, strategies
@@ -16,7 +15,6 @@ from kervan.sim.memory import GIB
 from kervan.sim.step_time import Batch
 from kervan.vendor.vllm_names import COUNTED_ARGUMENTS, RUNNER_V2_ARCHITECTURES, UNSERVED_CAPABILITIES
 
-ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
 ROUGH = "the top three layouts are simulated in full, the rest briefly: their figures, marked ~, are rough"
 
@@ -176,7 +174,7 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
     best = ranked[0]
     notes = [f"bound by {best.binding}: {best.lever}"]
     same_start = [c for c in ranked[1:] if c.fits and c.layout.starts_with == best.layout.starts_with]
-    alike = [c for c in same_start if _is_alike(request, best, c)]
+    alike = [c for c in same_start if is_alike(request, best, c)]
     if alike:
         names = ", ".join(str(c.layout) for c in alike[:4]) + (" and more" if len(alike) > 4 else "")
         notes.append(f"cannot be told apart from {names}: the difference is within the prediction's band")
@@ -211,12 +209,3 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
     if unfit:
         notes.append(f"does not fit: {', '.join(sorted({str(dataclasses.replace(c.layout, dp=1)) for c in unfit}))}")
     return notes
-
-
-def _is_alike(request: PlanRequest, best: PlannedLayout, other: PlannedLayout) -> bool:
-    """Whether the goal's figures differ by less than the prediction's band."""
-    if other.meets_slo < LIKELY <= best.meets_slo or other.score <= 0 or best.score <= 0:
-        return False
-    key = "tpot_p50_ms" if request.goal == "latency" else "out_tok_s"
-    width = math.log(best.bands.get(key, 1.0))
-    return abs(math.log(best.score / other.score)) < ALIKE_SHARE * 2 * width

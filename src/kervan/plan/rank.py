@@ -1,6 +1,7 @@
 """Fifth step: layouts with figures, bands and prices, the best first."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from kervan.plan.screen import ScreenedLayout
 from kervan.sim.limits import EngineLimits
 from kervan.sim.memory import MemoryEstimate
 
+ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 LIKELY = 0.5  # from here on a layout counts as keeping the SLO
 START_S = 101.0  # first start of an 8B engine on a machine: benchmarks/records/layouts-replicas-2xh200-2026-11-23.json
 STARTS_PER_DAY = 1.0
@@ -121,12 +123,35 @@ def rank(request: PlanRequest, layouts: Iterable[PlannedLayout]) -> list[Planned
 
 
 def better_elsewhere(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> PlannedLayout | None:
-    """The first that fits and `kervan up` does not start, where it would be before the best if that did not count."""
+    """The first that fits and `kervan up` does not start, where it would be before the best if that did not count, by
+    more than the prediction's band.
+    """
     best = ranked[0]
     other = next((c for c in ranked[1:] if c.fits and c.layout.starts_with != "kervan up"), None)
-    if other is None or best.layout.starts_with != "kervan up" or _merit(request, other) <= _merit(request, best):
+    if other is None or best.layout.starts_with != "kervan up" or is_close(request, best, other):
         return None
-    return other
+    return other if _merit(request, other) > _merit(request, best) else None
+
+
+def is_close(request: PlanRequest, best: PlannedLayout, other: PlannedLayout) -> bool:
+    """Whether the difference of two layouts is within the prediction's band. Both serve the same open loop with as many
+    GPUs: the time per token is the difference then.
+    """
+    if best.served_share != other.served_share or (best.meets_slo < LIKELY) != (other.meets_slo < LIKELY):
+        return False
+    if not request.is_open or best.layout.gpus != other.layout.gpus:
+        return is_alike(request, best, other)
+    width = math.log(best.bands.get("tpot_p50_ms", 1.0))
+    return abs(math.log(best.tpot_p50_ms / max(1e-9, other.tpot_p50_ms))) < ALIKE_SHARE * 2 * width
+
+
+def is_alike(request: PlanRequest, best: PlannedLayout, other: PlannedLayout) -> bool:
+    """Whether the goal's figures differ by less than the prediction's band."""
+    if other.meets_slo < LIKELY <= best.meets_slo or other.score <= 0 or best.score <= 0:
+        return False
+    key = "tpot_p50_ms" if request.goal == "latency" else "out_tok_s"
+    width = math.log(best.bands.get(key, 1.0))
+    return abs(math.log(best.score / other.score)) < ALIKE_SHARE * 2 * width
 
 
 def all_in_factor(copies: int) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kervan.plan.load import PlanLoad
-from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, excesses
+from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, excesses, is_close
 from kervan.plan.screen import step_time
 from kervan.sim.step_time import Batch
 
@@ -115,17 +115,19 @@ def _attention_dp(load: PlanLoad, ranked: Sequence[PlannedLayout]) -> str:
         return ""
     ranks = other.layout.attention_dp
     compared = _compared(load, best, other)
-    if best.served_share < 1 == other.served_share:
+    if is_close(load.request, best, other):
+        compared = f"{other.layout} cannot be told apart, within the prediction's band"
+    elif best.served_share < 1 == other.served_share:
         compared = f"{other.layout} serves all of the load"
     elif best.meets_slo < LIKELY <= other.meets_slo:
         compared = f"{other.layout} keeps the SLO"
     words = f"; attention data-parallel with EP{ranks}: {compared}"
     if better_elsewhere(load.request, ranked) is None:
         return words
-    each, others = (c.memory.kv_tokens / c.layout.gpus for c in (other, best))
+    each, others = (c.memory.kv_tokens / c.layout.gpus_per_replica for c in (other, best))
     return (
-        f"{words}, {other.out_tok_s:,.0f} tok/s, with {each / others:.1f} times the KV cache; kervan up does not start "
-        f"it: vllm serve MODEL --data-parallel-size {ranks} --enable-expert-parallel"
+        f"{words}, at {other.out_tok_s:,.0f} tok/s, with {each / others:.1f} times the KV cache; kervan up does not "
+        f"start it: vllm serve MODEL --data-parallel-size {ranks} --enable-expert-parallel"
     )
 
 

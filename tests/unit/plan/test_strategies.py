@@ -1,5 +1,6 @@
 """Data, tensor, pipeline and expert parallelism: yes or no, and a reason with its number."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -12,6 +13,7 @@ from kervan.facts.architecture import parse
 from kervan.plan.explain import LayoutPlan
 from kervan.plan.request import PlanRequest
 from kervan.plan.search import search
+from kervan.plan.strategies import strategies
 
 
 def plan(name: str, **given: Any) -> LayoutPlan:
@@ -72,7 +74,7 @@ def test_data_parallel_attention_is_told_and_not_recommended() -> None:
         f"attention data-parallel with EP8: ADP8xEP8 delivers {other.out_tok_s / found.best.out_tok_s - 1:.0%} more"
         in words
     )
-    assert f"{other.out_tok_s:,.0f} tok/s, with 3.5 times the KV cache; kervan up does not start it: " in words
+    assert f", at {other.out_tok_s:,.0f} tok/s, with 3.5 times the KV cache; kervan up does not start it: " in words
     assert words.endswith("vllm serve MODEL --data-parallel-size 8 --enable-expert-parallel")
 
 
@@ -81,3 +83,28 @@ def test_where_data_parallel_attention_is_worse_that_is_all() -> None:
     assert found.better_elsewhere is None
     assert "; attention data-parallel with EP2: ADP2xEP2 delivers " in found.strategies[3].reason
     assert found.strategies[3].reason.endswith("% fewer tokens/s per GPU")
+
+
+@pytest.mark.parametrize(
+    ("best", "other", "words", "is_told"),
+    [
+        ({}, {"tpot_p50_ms": 45.0}, "takes 25% less time per token", True),
+        ({}, {"tpot_p50_ms": 58.0}, "cannot be told apart, within the prediction's band", False),
+        ({"meets_slo": 0.1}, {"meets_slo": 0.9, "tpot_p50_ms": 59.0}, "keeps the SLO", True),
+        ({"served_share": 0.8, "meets_slo": 0.0}, {}, "serves all of the load", True),
+        ({}, {"served_share": 0.8, "meets_slo": 0.0}, "serves 80% of the load", False),
+    ],
+)
+def test_data_parallel_attention_is_compared_by_what_differs(
+    best: dict[str, Any], other: dict[str, Any], words: str, is_told: bool
+) -> None:
+    """Of one open loop, whose tokens per second are the same."""
+    found = plan("deepseek-v3", gpus=8, concurrency=8)
+    ranks = next(c for c in found.layouts if c.layout.attention_dp > 1)
+    request = dataclasses.replace(found.request, concurrency=None, rate=5.0)
+    load = dataclasses.replace(found.load, request=request)
+    same = {"tpot_p50_ms": 60.0, "out_tok_s": 1280.0, "score": 160.0}
+    ranked = [dataclasses.replace(found.best, **same | best), dataclasses.replace(ranks, **same | other)]
+    reason = strategies(load, ranked)[3].reason.partition("attention data-parallel with EP8: ADP8xEP8 ")[2]
+    assert reason.startswith(words)
+    assert reason.endswith("--enable-expert-parallel") is is_told
