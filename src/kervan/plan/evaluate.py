@@ -130,7 +130,13 @@ class Simulations:
     def _open(self, screened: ScreenedLayout, rate: float, care: Care) -> Runs:
         is_single = self._load.request.trace or screened.step_time.is_pipelined  # whose runs take long, step by step
         seeds = 1 if is_single else care.seeds
-        return [[(screened.copies, self._open_result(screened, rate, care, seed))] for seed in range(seeds)]
+        runs: Runs = []
+        for seed in range(seeds):
+            result = self._open_result(screened, rate, care, seed)
+            runs.append([(screened.copies, result)])
+            if not result.is_stable:  # whatever the others say
+                break
+        return runs
 
     def _open_result(self, screened: ScreenedLayout, rate: float, care: Care, seed: int) -> LoadResult:
         """Of one replica at `rate` requests per second (of a trace as it says), in a steady state."""

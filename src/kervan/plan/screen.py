@@ -184,8 +184,12 @@ def most_sequences(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> int
 
 
 def _slo_requests_s(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> float:
-    """Requests per second of one replica at which the mean time per token reaches 85% of the SLO, by arithmetic."""
-    bound_s = 0.85 * (load.request.slo.tpot_s or 0.1)
+    """Requests per second of one replica at which the mean time per token reaches 85% of the SLO, by arithmetic. Where
+    a sequence that is alone takes about as long, half of what is left between, and a little at least.
+    """
+    slo_s = load.request.slo.tpot_s or 0.1
+    alone_s = times.total_s(Batch(1, load.context_tokens, 0, 0.0, 1))
+    bound_s = max(0.85 * slo_s, (alone_s + slo_s) / 2, 1.05 * alone_s)
 
     def is_kept(rate: float) -> bool:
         return steady_batch(load, times, room, rate) <= rate * load.osl * bound_s

@@ -30,7 +30,7 @@ def search(request: PlanRequest) -> LayoutPlan:
         screened = [_counted(simulations, one) if one.fits else one for one in screened]
     is_few = len(screened) <= REFINED
     of_layout = {candidate.layout: candidate for candidate in screened}
-    care = CLOSE_LOOK if is_few else FIRST_LOOK
+    care = CLOSE_LOOK if is_few else GLANCE
     ranked = rank(request, [_planned(loaded, simulations, one, GLANCE if one.is_rough else care) for one in screened])
     has_rough = any(one.is_rough for one in screened) or (not is_few and request.concurrency is None)
     if not is_few:

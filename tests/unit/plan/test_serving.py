@@ -102,6 +102,24 @@ def test_steps_taken_together_change_no_time(time: StepTime, monkeypatch: pytest
     assert together.ttft_s(0.5) == pytest.approx(single.ttft_s(0.5), rel=2e-2)
 
 
+@pytest.mark.parametrize(("pp", "rate", "osl"), [(2, 2.0, 256), (4, 1.0, 400), (4, 0.2, 300), (2, 30.0, 32)])
+def test_rounds_that_a_pipeline_skips_change_no_time(
+    pp: int, rate: float, osl: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = serving.poisson(48, rate, 512, osl)
+    running = [serving.RunningRequest(600, osl // 2 + 7 * place) for place in range(2 * pp)]
+    skipping = serving.open_loop(TIMES[pp], requests, kv_tokens=ROOM, running=running)
+    monkeypatch.setattr(serving, "LEAST_ROUNDS", 1 << 40)
+    single = serving.open_loop(TIMES[pp], requests, kv_tokens=ROOM, running=running)
+    assert skipping.tpot_s(0.5) == pytest.approx(single.tpot_s(0.5), rel=5e-3)
+    assert skipping.out_tok_s == pytest.approx(single.out_tok_s, rel=1e-2)
+    # In which of the batches a request finds itself is another chance.
+    assert skipping.tpot_s(0.99) == pytest.approx(single.tpot_s(0.99), rel=3e-2)
+    assert skipping.ttft_s(0.5) == pytest.approx(single.ttft_s(0.5), rel=6e-2)
+    assert skipping.mean_batch == pytest.approx(single.mean_batch, rel=8e-2)
+    assert skipping.in_flight == pytest.approx(single.in_flight, rel=1e-2)
+
+
 def test_stages_do_nothing_for_one_stream() -> None:
     assert closed(1, pp=4, count=4).out_tok_s < 1.01 * closed(1, count=4).out_tok_s
     assert closed(1, pp=2, count=4).tpot_s(0.5) > 0.95 * closed(1, count=4).tpot_s(0.5)
