@@ -163,7 +163,8 @@ class FleetConfig:
     def _check_layout(self) -> None:
         if self.ep not in (1, self.tp):
             raise ConfigError(
-                f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or --ep {self.tp}"
+                f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or "
+                + (f"--ep {self.tp}" if self.tp > 1 else f"--tp {self.ep} --ep {self.ep}")
             )
         if self.nodes_per_replica and self.pp % self.nodes_per_replica:
             raise ConfigError(

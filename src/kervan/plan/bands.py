@@ -34,6 +34,7 @@ def bands(request: PlanRequest, evaluation: Evaluation) -> Bands:
     wider *= 1.3 if layout.pp > 1 else 1.0
     wider *= 1.5 if request.spec.experts is not None else 1.0
     wider *= 1.0 if request.spec.quantization is None else 1.5
+    wider *= 1.5 if layout.attention_dp > 1 else 1.0
     wider *= 1.0 if request.gpu.link.has_peer_to_peer or layout.tp == 1 else 1.5
     spread = request.calibration.spread
     factors = {

@@ -218,8 +218,8 @@ class _Replica:
         self.stages = step_time.layout.pp
         self.is_pipelined = step_time.is_pipelined
         self.scheduler: Scheduler[_ReplicaRequest] = Scheduler(
-            max_num_seqs=step_time.limits.max_num_seqs,
-            max_num_batched_tokens=step_time.limits.max_num_batched_tokens,
+            max_num_seqs=step_time.max_num_seqs,
+            max_num_batched_tokens=step_time.max_num_batched_tokens,
             num_blocks=kv_tokens // BLOCK_TOKENS,
             decode_distance=self.stages if self.is_pipelined else 1,
             max_under_way=self.stages + (1 if self.stages == 1 or self.is_pipelined else 0),

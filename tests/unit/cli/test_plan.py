@@ -1,6 +1,7 @@
 """`kervan plan`: its JSON, and one clear line for what makes no sense."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -148,6 +149,34 @@ def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
     assert "llama3-8b on 1 x H200" in path.read_text()
 
 
+def test_ranks_that_share_experts_start_with_vllm_serve(kervan: Kervan) -> None:
+    words = (MODELS / "qwen3-30b-a3b", "--gpu", "H200", "--gpus", 8, "--layout", "attention_dp=4", "--osl", 16)
+    found = kervan.json(*words, "--concurrency", 8)
+    [row] = found["candidates"]
+    assert (row["attention_dp"], row["ep"], row["gpus"], row["starts_with"]) == (4, 4, 4, "vllm serve")
+    assert found["launch"]["starts_with"] == "vllm serve"
+    assert found["launch"]["command"].startswith(
+        f"vllm serve {words[0]} --data-parallel-size 4 --enable-expert-parallel --max-model-len 8192 "
+    )
+    code, out, _ = kervan.run(*words, "--concurrency", 8, "--explain")
+    assert code == 0
+    assert "ADP4xEP4 (vllm serve)" in out
+    assert "kervan up does not start data-parallel attention" in out
+    assert re.search(r"^exchange  ", out, re.M)
+
+
+def test_the_plan_is_one_that_kervan_up_starts(kervan: Kervan) -> None:
+    """A better layout that it does not start is in the table, marked, and in the line of expert parallelism."""
+    words = (MODELS / "deepseek-v3", "--gpu", "H200", "--gpus", 8, "--concurrency", 256, "--osl", 64)
+    found = kervan.json(*words)
+    rows = {row["starts_with"]: row["out_tok_s"] for row in reversed(found["candidates"]) if row["fits"]}
+    assert found["candidates"][found["best"]]["starts_with"] == found["launch"]["starts_with"] == "kervan up"
+    assert rows["vllm serve"] > rows["kervan up"]
+    assert found["launch"]["command"].startswith("kervan up ")
+    assert "--data-parallel-size 8 --enable-expert-parallel" in found["strategies"][3]["reason"]
+    assert "ADP8xEP8 (vllm serve)" in kervan.run(*words)[1]
+
+
 @pytest.mark.parametrize(
     ("words", "fix"),
     [
@@ -161,6 +190,11 @@ def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
         (("--gpu", "H200", "--engine-arg", "max_num_seqs=abc"), "is not a number"),
         (("--gpu", "H200", "--engine-arg", "tensor-parallel-size=2"), "use --layout"),
         (("--gpu", "H200", "--engine-arg", "tp=2"), "use --layout"),
+        (
+            ("--gpu", "H200", "--engine-arg", "data_parallel_size=8"),
+            "attention_dp=8 for ranks that share experts, or dp=8",
+        ),
+        (("--gpu", "H200", "--layout", "attention_dp=8"), "the model has none; use dp=8"),
         (("--gpu", "H200", "--engine-arg", "nnodes=2"), "kervan places the workers"),
         (("--gpu", "H200", "--engine-arg", "max_modle_len=100"), "did you mean max_model_len"),
         (("--gpu", "H200", "--engine-arg", "enforce-eager=true"), "does not count it"),

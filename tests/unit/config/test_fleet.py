@@ -150,6 +150,9 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         ({"model": "m", "tp": {"a": 1}}, "tp={'a': 1} is dict; give a whole number"),
         ({"model": "m", "hold_timeout_s": 10**30}, "hold_timeout_s="),
         ({"model": "m", "engine_args": {"tensor-parallel-size": 2}}, "'tensor_parallel_size' is kervan's to set; use --tp"),
+        ({"model": "m", "engine_args": {"data_parallel_size": 8}}, "'vllm serve' alone starts ranks that share experts"),
+        ({"model": "m", "ep": 8}, "use --ep 1 or --tp 8 --ep 8"),
+        ({"model": "m", "ep": 8, "tp": 4}, "use --ep 1 or --ep 4"),
     ],
 )  # fmt: skip
 def test_wrong_settings_name_the_fix(settings: dict[str, Any], words: str) -> None:
