@@ -11,6 +11,7 @@ from kervan.plan.request import PlanRequest
 from kervan.plan.serving import LoadRequest, RunningRequest, fixed
 from kervan.sim import limits as engine_limits
 from kervan.sim.limits import BLOCK_TOKENS, EngineLimits
+from kervan.sim.step_time import Batch
 
 WARM_UP_SHARE = 0.2  # of what is measured, before it: the replica begins about as busy as it will be, not exactly
 WARM_UP_REQUESTS = 10
@@ -52,6 +53,14 @@ class PlanLoad:
         """Tokens that one of a prompt looks at, on average, when so many are prefilled at once."""
         cached = self.isl - self.prefill_tokens
         return cached + min(self.prefill_tokens, chunk_tokens) / 2
+
+    def decode_step(self, sequences: int) -> Batch:
+        """A step that gives each of so many sequences of mean length a token."""
+        return Batch(sequences, sequences * self.context_tokens, 0, 0.0, sequences)
+
+    def prefill_step(self, tokens: int) -> Batch:
+        """A step that computes so many tokens of prompts, whose cached tokens are attended to and not computed."""
+        return Batch(0, 0, tokens, tokens * self.mean_attended(tokens), max(1, int(tokens / self.prefill_tokens)))
 
     @property
     def rate(self) -> float:

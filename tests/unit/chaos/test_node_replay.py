@@ -234,5 +234,5 @@ def test_bad_words_are_refused(
     monkeypatch.setattr(sys, "argv", ["kervan", "chaos", "./nowhere", *words])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert why in capsys.readouterr().err

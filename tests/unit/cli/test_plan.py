@@ -48,7 +48,7 @@ class Kervan:
 
     def fails(self, *words: object) -> str:
         code, out, err = self.run(*words)
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         return err
@@ -108,6 +108,12 @@ def test_facts_are_one_line(kervan: Kervan) -> None:
     assert code == 0
     assert "8.03B parameters" in out
     assert "131,072 bytes of KV cache per token" in out
+
+
+def test_facts_take_no_option_that_they_do_not_use(kervan: Kervan) -> None:
+    for words in (("--rate", "5/s", "--slo", "ttft=1s"), ("--rate", "5/s", "--slo", "ttft=1s", "--json")):
+        assert "does not use --rate, --slo; leave them out" in kervan.fails(SMALL, "--facts", *words)
+    assert "does not use --gpus; leave it out" in kervan.fails(SMALL, "--facts", "--gpus", 8)
 
 
 def test_how_many_gpus_for_a_rate(kervan: Kervan) -> None:
