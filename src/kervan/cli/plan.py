@@ -88,8 +88,8 @@ def plan(
     MODEL is a directory with config.json, or that file, or a Hugging Face id, whose config.json is taken from the cache
     or else from the hub. Nothing is started and no GPU is needed.
 
-    Exit status 0 once there is a plan, also one that does not keep the SLO: scripts read keeps_slo of --json. 1: no layout
-    fits. 2: wrong usage.
+    Exit status 0 once there is a plan, also one that does not keep the SLO: scripts read keeps_slo of --json. 1: no
+    layout fits. 2: wrong usage.
     """
     from kervan.facts import layout as layouts
     from kervan.plan import search

@@ -28,12 +28,15 @@ class Bands:
 
 
 def bands(request: PlanRequest, evaluation: Evaluation) -> Bands:
-    """The calibration's spread, wider where it was not measured: there by judgement, not by measurement."""
+    """The calibration's spread, wider where it was not measured (another GPU, stages, experts, quantisation,
+    PCIe, a family that is not known): there by judgement, not by measurement.
+    """
     layout = evaluation.screened.replica
     wider = 1.0 if request.calibration.is_of(request.gpu) else 1.6
     wider *= 1.3 if layout.pp > 1 else 1.0
     wider *= 1.5 if request.spec.experts is not None else 1.0
     wider *= 1.0 if request.spec.quantization is None else 1.5
+    wider *= 1.0 if request.spec.is_known else 2.0
     wider *= 1.0 if request.gpu.link.has_peer_to_peer or layout.tp == 1 else 1.5
     spread = request.calibration.spread
     factors = {

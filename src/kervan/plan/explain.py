@@ -171,11 +171,6 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
         names = ", ".join(str(c.layout) for c in alike[:4]) + (" and more" if len(alike) > 4 else "")
         notes.append(f"cannot be told apart from {names}: the difference is within the prediction's band")
     notes += request.spec.notes
-    if not request.spec.is_known:
-        notes.append(
-            f"{request.spec.architecture} is not an architecture that kervan knows: counted as attention and gated "
-            "MLP, by the config's numbers"
-        )
     if request.gpu.compute_capability in UNSERVED_CAPABILITIES:
         notes.append(
             f"vLLM 0.24 to 0.32 does not serve {request.gpu.name}: its wheels have no kernels for compute capability "

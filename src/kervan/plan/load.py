@@ -142,9 +142,23 @@ def load(request: PlanRequest) -> PlanLoad:
     if longest > limits.max_model_len:
         own = request.spec.max_model_len
         is_allowed = longest <= own or not request.spec.has_max_model_len
+        larger = f"--engine-arg max_model_len={longest}" if is_allowed else f"a model of more than {own} tokens"
         raise ConfigError(
-            f"a request of {longest} tokens is longer than max_model_len={limits.max_model_len}; use shorter --isl and "
-            f"--osl, or "
-            + (f"--engine-arg max_model_len={longest}" if is_allowed else f"a model of more than {own} tokens")
+            f"{_longest(request, longest)} max_model_len={limits.max_model_len}{_shorter(request)}, or {larger}"
         )
     return PlanLoad(request, limits, isl, osl, longest)
+
+
+def _longest(request: PlanRequest, longest: int) -> str:
+    """The longest request, and where it is from."""
+    if not request.trace:
+        return f"a request of {longest} tokens is longer than"
+    row = max(request.trace, key=lambda row: row.input_tokens + row.output_tokens)
+    return (
+        f"line {row.line} of the trace has a prompt of {row.input_tokens} (ContextTokens or input_length) and "
+        f"{row.output_tokens} output tokens, {longest} in all, which is longer than"
+    )
+
+
+def _shorter(request: PlanRequest) -> str:
+    return "; leave such rows out" if request.trace else "; use shorter --isl and --osl"

@@ -91,6 +91,14 @@ def test_a_trace_and_rates(kervan: Kervan, tmp_path: Path) -> None:
     assert "overloaded" in fast["reason"]
 
 
+def test_a_prompt_of_a_trace_that_is_too_long_is_named(kervan: Kervan, tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:00,9,1\n2023-11-16 18:17:01,9000,30\n")
+    error = kervan.fails(SMALL, "--gpu", "H200", "--trace", path)
+    assert "line 3 of the trace has a prompt of 9000 (ContextTokens or input_length) and 30 output tokens" in error
+    assert "leave such rows out, or a model of more than 8192 tokens" in error
+
+
 def test_what_scripts_read_of_model_and_strategies(kervan: Kervan) -> None:
     found = kervan.json(SMALL, "--gpu", "H200", "--gpus", 1, "--concurrency", 4, "--osl", 32)
     assert found["keeps_slo"] is True
@@ -175,7 +183,7 @@ def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
         (("--gpu", "H200", "--isl", "9000"), "shorter --isl"),
         (("--gpu", "H200", "--slo", "foo"), "ttft=1s,tpot=50ms"),
         (("--gpu", "H200", "--network", "nan"), "--network 400"),
-        (("--gpu", "H200", "--trace", "/nowhere.csv"), "cannot be read"),
+        (("--gpu", "H200", "--trace", "/nowhere.csv"), "/nowhere.csv does not exist; check the path"),
         (("--gpu", "H200", "--slo", "ttft=2s,tpot=50"), "write tpot=50ms or tpot=50s"),
         (("--gpu", "H200", "--prefix-hit", "60"), "write for example --prefix-hit 0.6"),
         (("--gpu", "H200", "--prefix-hit", "nan"), "write for example --prefix-hit 0.6"),
