@@ -114,7 +114,10 @@ def test_without_a_load_the_best_keeps_the_slo() -> None:
 def test_an_unknown_architecture_is_said() -> None:
     spec = parse(config("llama3-8b") | {"model_type": "new", "architectures": ["NewForCausalLM"]}, "new")
     plan = search(dataclasses.replace(plan_request(gpus=1), spec=spec))
-    assert any("kervan does not know NewForCausalLM (model_type 'new'): counted as if" in note for note in plan.notes)
+    assert any(
+        "kervan does not know NewForCausalLM (model_type 'new'): memory and speed are counted" in note
+        for note in plan.notes
+    )
     known = search(plan_request(gpus=1)).best.bands
     assert all(plan.best.bands[figure] == pytest.approx(band**2) for figure, band in known.items())
 

@@ -50,8 +50,8 @@ def read(f: Fields, model_type: str, num_layers: int, *, has_experts: bool) -> L
     words = f.get("layers_block_type") if model_type == "nemotron_h" else None
     if pattern is not None and model_type in families.KNOWN - {"nemotron_h"}:
         raise ConfigError(
-            f"{f.source}: hybrid_override_pattern={brief(pattern)} is a field of model_type 'nemotron_h', and model_type "
-            f"is {model_type!r}, for which vLLM does not read it; correct model_type, or delete the field"
+            f"{f.source}: hybrid_override_pattern={brief(pattern)} is a field of model_type 'nemotron_h', and "
+            f"model_type is {model_type!r}, for which vLLM does not read it; correct model_type, or delete the field"
         )
     if pattern is not None or words is not None:
         return _one_each(f, num_layers, pattern, words)

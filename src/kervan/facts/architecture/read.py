@@ -249,8 +249,9 @@ def _notes(f: Fields, model_type: str, architecture: str, storages: quantization
     notes = []
     if model_type not in families.KNOWN:
         notes.append(
-            f"kervan does not know {architecture} (model_type {model_type!r}): counted as if its layers were attention "
-            "and MLPs, or experts, of the sizes in its config.json; if it has other parts, memory and speed are further off."
+            f"kervan does not know {architecture} (model_type {model_type!r}): memory and speed are counted as if its "
+            "layers were attention and MLPs, or experts, of the sizes in its config.json; with other parts in it, both "
+            "are further off."
         )
     if architecture in REMOVED_ARCHITECTURES:
         notes.append(
