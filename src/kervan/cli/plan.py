@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from kervan.cli import options
 from kervan.errors import ConfigError
@@ -86,11 +87,15 @@ def plan(
 
     MODEL is a directory with config.json, or that file, or a Hugging Face id, whose config.json is taken from the cache
     or else from the hub. Nothing is started and no GPU is needed.
+
+    Exit status 0 once there is a plan, also one that does not keep the SLO: scripts read keeps_slo of --json. 1: no
+    layout fits. 2: wrong usage.
     """
     from kervan.facts import layout as layouts
     from kervan.plan import search
 
     if facts:
+        _check_facts_alone()
         _print_facts(model, as_json=as_json)
         return
     if given["gpu"] is None:
@@ -118,6 +123,23 @@ def plan(
     _print(layout_plan, model, show_all=show_all)
     if explain:
         _print_terms(layout_plan)
+
+
+def _check_facts_alone() -> None:
+    """Raises: ConfigError for options beside `--facts` that it would not look at."""
+    context = click.get_current_context()
+    unused = [
+        parameter.opts[-1]
+        for parameter in context.command.get_params(context)
+        if parameter.param_type_name == "option"
+        and parameter.name not in ("facts", "as_json")
+        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if unused:
+        raise ConfigError(
+            f"--facts prints what MODEL is and does not use {', '.join(unused)}; leave "
+            f"{'it' if len(unused) == 1 else 'them'} out, or --facts for a plan"
+        )
 
 
 def _progress() -> "AbstractContextManager[object]":

@@ -276,14 +276,14 @@ def _binding(load: PlanLoad, screened: ScreenedLayout, batch: float) -> str:
     """What most of the time goes to: of decode steps, and of the prefill that their tokens need."""
     times = screened.step_time
     sequences = max(1, round(batch))
-    decode = Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences)
-    tokens = max(1, min(times.max_num_batched_tokens, int(load.isl * max(1, sequences // 4))))
-    prefill = Batch(0, 0, tokens, tokens * min(load.isl, tokens) / 2, max(1, int(tokens / load.isl)))
+    decode = load.decode_step(sequences)
+    tokens = max(1, min(times.max_num_batched_tokens, int(load.prefill_tokens * max(1, sequences // 4))))
+    prefill = load.prefill_step(tokens)
     spent: dict[str, float] = {}
     for index in range(times.layout.pp):
         for terms, weight in (
             (times.terms(index, decode), load.osl / sequences),
-            (times.terms(index, prefill), load.isl / tokens),
+            (times.terms(index, prefill), load.prefill_tokens / tokens),
         ):
             for term, cause in BINDING.items():
                 spent[cause] = spent.get(cause, 0.0) + weight * getattr(terms, term)

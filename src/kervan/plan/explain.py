@@ -12,7 +12,6 @@ from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
 from kervan.plan.strategies import NOT_STARTED, Strategy, strategies
 from kervan.sim.memory import GIB
-from kervan.sim.step_time import Batch
 from kervan.vendor.vllm_names import COUNTED_ARGUMENTS, RUNNER_V2_ARCHITECTURES, UNSERVED_CAPABILITIES
 
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
@@ -74,14 +73,13 @@ def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, remedies: Sequen
 def step_terms(plan: LayoutPlan, planned: PlannedLayout) -> list[tuple[str, float, float]]:
     """(term, ms in a decode step, ms in a prefill step) of one pass of a layout through all stages, the largest first.
 
-    The decode step runs the planned batch at its mean context, the prefill step a full token budget of prompts.
+    The decode step runs the planned batch at its mean context, the prefill step a full token budget of prompts,
+    without what the prefix cache has of them.
     """
     load = plan.load
     times = step_time(load, dataclasses.replace(planned.layout, dp=1))
-    sequences = max(1, round(planned.mean_batch))
-    decode = Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences)
-    tokens = times.max_num_batched_tokens
-    prefill = Batch(0, 0, tokens, tokens * min(load.isl, tokens) / 2, max(1, int(tokens / load.isl)))
+    decode = load.decode_step(max(1, round(planned.mean_batch)))
+    prefill = load.prefill_step(times.max_num_batched_tokens)
     rows: dict[str, list[float]] = {}
     for column, batch in enumerate((decode, prefill)):
         for index in range(times.layout.pp):
@@ -181,11 +179,6 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
     if best.layout.starts_with == "vllm serve":
         notes.append(f"{NOT_STARTED}; vllm serve does (last line)")
     notes += request.spec.notes
-    if not request.spec.is_known:
-        notes.append(
-            f"{request.spec.architecture} is not an architecture that kervan knows: counted as attention and gated "
-            "MLP, by the config's numbers"
-        )
     if request.gpu.compute_capability in UNSERVED_CAPABILITIES:
         notes.append(
             f"vLLM 0.24 to 0.32 does not serve {request.gpu.name}: its wheels have no kernels for compute capability "

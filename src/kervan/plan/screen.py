@@ -178,6 +178,11 @@ def steady_batch(load: PlanLoad, times: StepTime, room: MemoryEstimate, rate: fl
     return running if running <= most else math.inf
 
 
+def token_s(load: PlanLoad, screened: ScreenedLayout, rate: float) -> float:
+    """Seconds per token at `rate` requests per second of a replica, by arithmetic; infinite when it falls behind."""
+    return steady_batch(load, screened.step_time, screened.memory, rate) / (rate * load.osl)
+
+
 def most_sequences(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> int:
     """Sequences of mean length that have room, and are allowed, at once in a replica."""
     return max(1, min(times.max_num_seqs, int(room.kv_tokens / load.context_tokens)))

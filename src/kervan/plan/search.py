@@ -58,4 +58,4 @@ def _planned(loaded: PlanLoad, simulations: Simulations, screened: ScreenedLayou
     if not screened.fits:
         return unfit(loaded, screened)
     evaluation = simulations.evaluate(screened, care)
-    return planned(loaded, evaluation, bands(loaded.request, evaluation))
+    return planned(loaded, evaluation, bands(loaded, evaluation))

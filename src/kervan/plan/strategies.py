@@ -9,7 +9,6 @@ from typing import Literal
 from kervan.plan.load import PlanLoad
 from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, excesses, is_close
 from kervan.plan.screen import step_time
-from kervan.sim.step_time import Batch
 
 Name = Literal["data parallelism", "tensor parallelism", "pipeline parallelism", "expert parallelism"]
 SAME_SHARE = 0.03  # two figures that differ by less are called the same
@@ -171,6 +170,5 @@ def _more_or_less(ratio: float, less: str) -> str:
 
 def _all_reduce_share(load: PlanLoad, planned: PlannedLayout) -> float:
     times = step_time(load, dataclasses.replace(planned.layout, dp=1))
-    sequences = max(1, round(planned.mean_batch))
-    terms = times.terms(0, Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences))
+    terms = times.terms(0, load.decode_step(max(1, round(planned.mean_batch))))
     return terms.all_reduce / terms.total_s

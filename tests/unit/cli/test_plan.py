@@ -49,7 +49,7 @@ class Kervan:
 
     def fails(self, *words: object) -> str:
         code, out, err = self.run(*words)
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         return err
@@ -92,6 +92,14 @@ def test_a_trace_and_rates(kervan: Kervan, tmp_path: Path) -> None:
     assert "overloaded" in fast["reason"]
 
 
+def test_a_prompt_of_a_trace_that_is_too_long_is_named(kervan: Kervan, tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:00,9,1\n2023-11-16 18:17:01,9000,30\n")
+    error = kervan.fails(SMALL, "--gpu", "H200", "--trace", path)
+    assert "line 3 of the trace has a prompt of 9000 (ContextTokens or input_length) and 30 output tokens" in error
+    assert "leave such rows out, or a model of more than 8192 tokens" in error
+
+
 def test_what_scripts_read_of_model_and_strategies(kervan: Kervan) -> None:
     found = kervan.json(SMALL, "--gpu", "H200", "--gpus", 1, "--concurrency", 4, "--osl", 32)
     assert found["keeps_slo"] is True
@@ -109,6 +117,12 @@ def test_facts_are_one_line(kervan: Kervan) -> None:
     assert code == 0
     assert "8.03B parameters" in out
     assert "131,072 bytes of KV cache per token" in out
+
+
+def test_facts_take_no_option_that_they_do_not_use(kervan: Kervan) -> None:
+    for words in (("--rate", "5/s", "--slo", "ttft=1s"), ("--rate", "5/s", "--slo", "ttft=1s", "--json")):
+        assert "does not use --rate, --slo; leave them out" in kervan.fails(SMALL, "--facts", *words)
+    assert "does not use --gpus; leave it out" in kervan.fails(SMALL, "--facts", "--gpus", 8)
 
 
 def test_how_many_gpus_for_a_rate(kervan: Kervan) -> None:
@@ -203,7 +217,7 @@ def test_the_plan_is_one_that_kervan_up_starts(kervan: Kervan) -> None:
         (("--gpu", "H200", "--isl", "9000"), "shorter --isl"),
         (("--gpu", "H200", "--slo", "foo"), "ttft=1s,tpot=50ms"),
         (("--gpu", "H200", "--network", "nan"), "--network 400"),
-        (("--gpu", "H200", "--trace", "/nowhere.csv"), "cannot be read"),
+        (("--gpu", "H200", "--trace", "/nowhere.csv"), "/nowhere.csv does not exist; check the path"),
         (("--gpu", "H200", "--slo", "ttft=2s,tpot=50"), "write tpot=50ms or tpot=50s"),
         (("--gpu", "H200", "--prefix-hit", "60"), "write for example --prefix-hit 0.6"),
         (("--gpu", "H200", "--prefix-hit", "nan"), "write for example --prefix-hit 0.6"),

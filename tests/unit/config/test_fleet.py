@@ -98,8 +98,11 @@ def test_files_say_the_same_in_yaml_json_and_toml(tmp_path: Path, name: str, tex
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("f.yaml", b"a: [1\n", "cannot be read"),
-        ("f.toml", b"a = \n", "cannot be read"),
+        ("f.yaml", b"a: [1\n", "cannot be read: line 1, 'a: [1', is no valid YAML; look at indentation"),
+        ("f.yaml", b"tp: 2\n\tpp: 2\n", r"line 2, '\tpp: 2', is no valid YAML"),
+        ("f.yaml", b"a: 2026-11-31\n", "cannot be read: day is out of range for month"),
+        ("f.yaml", b"[" * 5000, "cannot be read: it is nested too deeply"),
+        ("f.toml", b"tp = 2\na = \n", "line 2, 'a = ', is no valid TOML"),
         ("f.yaml", b"\xff\xfe\x00", "cannot be read"),
         ("f.yaml", b"just words\n", "holds str, not settings; write lines such as 'tp: 2'"),
         ("f.yaml", b"", "holds NoneType, not settings"),
