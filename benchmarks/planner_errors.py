@@ -93,6 +93,8 @@ def measured(*, leaves_out_layouts: bool = False) -> Iterator[Measured]:
     for name in ("", "-2"):
         for row in _record(f"planner-points-2xh100-2026-11-27{name}")["serving"]:
             yield Measured(_point(row), "H100", LATER.get((row["model"], row["pp"]), "held back"))
+    for row in _record("planner-points-mla-2xh200-2026-11-29")["serving"]:
+        yield Measured(_point(row | {"frontends": row["dp"]}), "H200", "held back")  # vLLM: an API server for each rank
     for path in sorted(RECORDS.glob("calibrate-*.json")):
         content = json.loads(path.read_text())
         for row in content["serving"]:
@@ -259,7 +261,8 @@ def groups(rows: list[tuple[Measured, dict[str, float]]]) -> dict[str, list[tupl
     """The rows of the table."""
     found: dict[str, list[tuple[Measured, dict[str, float]]]] = {}
     for m, said in rows:
-        kind = "experts" if "a3b" in m.point.model or "mixtral" in m.point.model else "dense"
+        kind = "experts" if any(name in m.point.model for name in ("a3b", "mixtral", "deepseek")) else "dense"
+        kind += ", data-parallel attention" if m.point.dp > 1 else ""
         kind += ", stages" if m.point.pp > 1 else ""
         found.setdefault(f"{m.group}: {m.gpu}, {kind}", []).append((m, said))
     return found

@@ -32,17 +32,20 @@ FREE = tuple(f.name for f in dataclasses.fields(Constants) if f.name not in ("ex
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredPoint(ClosedLoop):
-    """A measured closed loop of one replica. `frontends`: API server processes or gateways."""
+    """A measured closed loop of one replica. `dp`: its ranks with an attention of their own. `frontends`: API server
+    processes or gateways.
+    """
 
     model: str
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    dp: int = 1
     frontends: int = 1
 
     def __str__(self) -> str:
-        ep = f" ep {self.ep}" if self.ep > 1 else ""
-        return f"{self.model} tp {self.tp} pp {self.pp}{ep}, {self.concurrency} streams, {self.isl}/{self.osl}"
+        more = "".join(f" {key} {size}" for key, size in (("dp", self.dp), ("ep", self.ep)) if size > 1)
+        return f"{self.model} tp {self.tp} pp {self.pp}{more}, {self.concurrency} streams, {self.isl}/{self.osl}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ PRIOR = Calibration(
 
 def predict(point: MeasuredPoint, spec: ModelSpec, gpu: Gpu, constants: Constants) -> dict[str, float]:
     """What the model says of a point, by the names of its fields."""
-    layout = Layout(point.tp, point.pp, 1, point.ep)
+    layout = Layout(point.tp, point.pp, 1, point.ep, attention_dp=point.dp)
     limits = engine.limits(spec, gpu, {}, needed_tokens=point.isl + point.osl)
     step_time = StepTime(spec, layout, gpu, limits, constants)
     kv_tokens = memory.estimate(spec, layout, gpu, limits, context_tokens=point.isl + point.osl / 2).kv_tokens
