@@ -12,6 +12,8 @@ from kervan.bench.load import Api, Load
 from kervan.bench.saturation import RateSearchOptions
 from kervan.cli import options
 from kervan.config.workload import LENGTHS_HELP
+from kervan.errors import ConfigError
+from kervan.units import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,9 +119,22 @@ class _Task:
 
         self.given, self.say = given, say
         self.loads, self.slo, self.actions = given.loads(), given.slo(), given.timed_actions()
+        for load in self.loads:
+            self._check(load)
         self.client = benchmark.ClientOptions(processes=given.processes, calibrates=not given.no_calibration)
         self.search = given.rate_search()
         given.endpoint(given.url)
+
+    def _check(self, load: Load) -> None:
+        """Raises: ConfigError for a trace that cannot be read, and for commands whose time never comes."""
+        if load.trace is not None:
+            next(load.arrivals(), None)
+        late = next((a for a in self.actions if load.duration_s is not None and a.at_s >= load.duration_s), None)
+        if late is not None:
+            raise ConfigError(
+                f"--at '{late.at_s:g}s {late.command}' is not within the load, which ends after {load.duration_s:g} s; "
+                "give an earlier time, or a longer --duration"
+            )
 
     def run(self, url: str) -> int:
         """Measure the server that runs at `url`; the exit status."""
@@ -261,6 +276,14 @@ class _Task:
 
 
 def _name(load: Load) -> str:
+    """What the load is, in a few words: in tables, and in the title of a report."""
     if load.streams is not None:
-        return f"{load.streams} streams" if load.streams != 1 else "1 stream"
-    return f"{load.stages[0].start_rate:g}/s" if load.stages and not load.stages[0].burst else "open loop"
+        return plural(load.streams, "stream")
+    if load.trace is not None:
+        return f"the trace {Path(load.trace).name}"
+    (first, *more) = load.stages
+    if first.burst and not more:
+        return f"a burst of {plural(first.burst, 'request')}"
+    if more or first.start_rate != first.end_rate:
+        return f"{plural(len(load.stages), 'stage')} of arrivals"
+    return f"{first.start_rate:g} requests/s"

@@ -14,6 +14,7 @@ import ray
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
+from kervan.facts.layout import Layout
 from kervan.fleet.directory import GatewayEntry, Snapshot, StartFailure
 from kervan.fleet.log_files import new_log, open_log
 from kervan.gateway.control import GatewayFailed
@@ -69,6 +70,7 @@ def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: S
         models=served_names(config),
         replay_s=config.replay_s,
         replay_max_bytes=config.replay_max_mib << 20,
+        about={"layout": str(Layout(tp=config.tp, pp=config.pp, ep=config.ep)), "gpu": config.gpu},
     )
 
 
