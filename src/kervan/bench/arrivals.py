@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kervan.errors import ConfigError
-from kervan.units import parse_duration_s
+from kervan.units import MAX_RATE, find_rate_per_s, parse_duration_s
 
 Process = Literal["constant", "poisson", "gamma"]
 STAGES_HELP = "2@30s (2 requests/s for 30 s), 2..10@1min (a ramp) or burst:100 (at once), joined by commas"
@@ -72,12 +72,9 @@ def _stage(item: str) -> Stage:
         return Stage(0.0, 0.0, 0.0, int(count))
     rates, separator, duration = item.partition("@")
     start, is_ramp, end = rates.partition("..")
-    try:
-        start_rate = float(start)
-        end_rate = float(end) if is_ramp else start_rate
-    except ValueError:
-        start_rate = end_rate = math.nan
-    if not separator or not (0 <= start_rate < math.inf and 0 <= end_rate < math.inf):
+    start_rate = find_rate_per_s(start)
+    end_rate = find_rate_per_s(end) if is_ramp else start_rate
+    if not separator or not (0 <= start_rate < MAX_RATE and 0 <= end_rate < MAX_RATE):
         raise ConfigError(f"stage {item!r} is none; write {STAGES_HELP}")
     duration_s = parse_duration_s(duration, f"stage {item!r}: duration")
     if duration_s <= 0:

@@ -84,7 +84,7 @@ def _subtitle(record: Mapping[str, Any]) -> str:
     elif target.get("server_version"):
         parts.append(f"server version {target['server_version']}")
     if server.get("simulated"):
-        parts.append("simulated: times are computed, not those of a GPU")
+        parts.append("times are computed, not those of a GPU")
     parts.append(record["date"].replace("T", " ").replace("+00:00", " UTC"))
     parts.append(", ".join([f"client on {hardware['cpu']}", f"{hardware['cores']} cores", *hardware["gpus"]]))
     return " \u00b7 ".join(parts)

@@ -91,7 +91,7 @@ def print_result(result: Result) -> None:
     console.print(f"[bold]{escape(result.endpoint.model or url)}[/bold]  {escape(f'{url}  {how}')}", soft_wrap=True)
     served_by = result.probe.served_by
     if str(served_by):
-        simulated = "; [yellow]simulated: times are computed, not those of a GPU[/]" if served_by.is_simulated else ""
+        simulated = "; [yellow]times are computed, not those of a GPU[/]" if served_by.is_simulated else ""
         console.print(f"server: {escape(str(served_by))}{simulated}", soft_wrap=True)
     ok, errors = requests["ok"], requests["errors"]
     line = f"{ok} requests whole, {errors} failed, {content['duration_s']:.1f} s"

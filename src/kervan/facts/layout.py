@@ -1,6 +1,7 @@
 """How one model is cut and copied, and which cuts a model allows."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from kervan.errors import ConfigError
@@ -8,6 +9,7 @@ from kervan.facts.architecture import Attention, Cut, Experts, Layer, Mlp, Model
 from kervan.facts.architecture.spec import Mixer
 
 KEYS = ("tp", "pp", "dp", "ep")
+PRINTED = re.compile(r"(?i)(?:(\d+) ?x ?)?([a-z]+\d+(?:x[a-z]+\d+)*)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -40,11 +42,15 @@ class Layout:
 
 
 def parse_layout(text: str) -> dict[str, int]:
-    """`"tp=2,pp=2"` as the sizes it names.
+    """`"tp=2,pp=2"` as the sizes it names; also as a `Layout` is printed, `"TP2xPP2"` and `"4 x TP2"`.
 
     Raises: ConfigError.
     """
     named: dict[str, int] = {}
+    printed = PRINTED.fullmatch(text.strip())
+    if printed is not None:
+        copies = [f"dp={printed[1]}"] if printed[1] else []
+        text = ",".join([*copies, *(re.sub(r"(?i)(p)(\d)", r"\1=\2", part) for part in printed[2].split("x"))])
     for item in text.split(","):
         key, separator, value = item.partition("=")
         key = key.strip().lower()

@@ -110,7 +110,7 @@ def test_what_the_server_is_and_what_became_of_commands(tmp_path: Path) -> None:
         {**effect, "command": "sleep 1000", "exit_code": None},
     ]
     page = write(tmp_path, run)
-    assert "kervan 1.0, 2 simulated replicas \u00b7 simulated: times are computed, not those of a GPU" in page
+    assert "kervan 1.0, 2 simulated replicas \u00b7 times are computed, not those of a GPU" in page
     assert "<li>several tokens at once</li>" in page
     assert "false (exit 1)" in page
     assert "sleep 1000 (did not finish: killed after 7.0 s)" in page

@@ -176,8 +176,8 @@ def test_against_itself(server: str) -> None:
     ("words", "reason"),
     [
         (["nowhere:x"], "not a server URL"),
-        (["http://127.0.0.1:9", "--rate", "0"], "rate 0 is not above 0"),
-        (["http://127.0.0.1:9", "--streams", "many"], "1,16,64"),
+        (["http://127.0.0.1:9", "--rate", "0"], "--rate '0' is not a number of requests per second above 0"),
+        (["http://127.0.0.1:9", "--streams", "many"], "not a whole number from 1 to 65,536"),
         (["http://127.0.0.1:9", "--streams", "2", "--rate", "2"], "kinds of arrivals"),
         (["http://127.0.0.1:9", "--at", "soon"], "--at"),
         (["http://127.0.0.1:9", "--find-rate"], "needs an --slo"),
