@@ -113,7 +113,13 @@ def _get(endpoint: Endpoint, path: str) -> tuple[str, dict[str, str]]:
             headers = {name.lower(): value for name, value in response.headers.items()}
             return str(response.read(64 * 2**20).decode(errors="replace")), headers
     except NO_RESPONSE as error:
-        raise RequestError(f"GET {path}: {error}", _unreached(error)) from error
+        raise _request_error(f"GET {path}", error) from error
+
+
+def _request_error(what: str, error: Exception) -> RequestError:
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()  # it holds the response
+    return RequestError(f"{what}: {error}", _unreached(error))
 
 
 def _unreached(error: Exception) -> str:
@@ -138,7 +144,7 @@ def call(endpoint: Endpoint, path: str, body: Any) -> Any:
         with _open(endpoint, path, encode(body)) as response:
             return json.loads(response.read())
     except NO_RESPONSE as error:
-        raise RequestError(f"POST {path}: {error}") from error
+        raise _request_error(f"POST {path}", error) from error
 
 
 def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PROBE_TIMEOUT_S) -> Exchange:
@@ -153,7 +159,7 @@ def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PRO
                 exchange.on_body(piece, time.time())
     except urllib.error.HTTPError as error:
         exchange.on_status(error.code, {k.lower(): v for k, v in error.headers.items()})
-        with suppress(*NO_RESPONSE):
+        with error, suppress(*NO_RESPONSE):
             exchange.on_body(error.read(2000), time.time())
     except http.client.HTTPException as error:
         fault = f"no HTTP: {error!r}"

@@ -59,17 +59,18 @@ def from_status(status: Any, model: str, engine_version: str) -> ServedBy | None
     """
     if not isinstance(status, dict) or not isinstance(status.get("replicas"), dict) or "gateway" not in status:
         return None
-    fleet = status.get("fleet")
-    fleet = fleet if isinstance(fleet, dict) else {}
-    name = ServedBy(product="kervan", version=str(fleet.get("kervan") or ""), engine=f"vLLM {engine_version}".strip())
-    if model not in fleet.get("models", ()):
+    about = status.get("about")
+    about = about if isinstance(about, dict) else {}
+    name = ServedBy(product="kervan", version=str(about.get("kervan") or ""), engine=f"vLLM {engine_version}".strip())
+    models = about.get("models")
+    if not isinstance(models, list) or model not in models:
         return name
     return replace(
         name,
-        gpu=str(fleet.get("gpu") or ""),
-        layout=str(fleet.get("layout") or ""),
+        gpu=str(about.get("gpu") or ""),
+        layout=str(about.get("layout") or ""),
         replicas=len(status["replicas"]),
-        is_simulated=bool(fleet.get("simulated")),
+        is_simulated=bool(about.get("simulated")),
     )
 
 

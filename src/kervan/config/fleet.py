@@ -104,7 +104,7 @@ class FleetConfig:
     # The HTTP front.
     gateways: int = _setting(
         0,
-        "HTTP gateways; 0: one per 8 cores, 1 to 4. On the command line also MIN..MAX, where MAX sets max_gateways",
+        "HTTP gateways; 0: one per 8 cores, 1 to 4. Also MIN..MAX, where MAX sets max_gateways",
         0,
         MAX_GATEWAYS,
     )

@@ -299,8 +299,8 @@ class Gateway:
         """What the fleet is, this gateway's streams, and how many each replica has of them, as JSON types."""
         return {
             "gateway": self.config.gateway_id,
-            "fleet": {
-                "name": self.config.fleet_name,
+            "about": {
+                "fleet": self.config.fleet_name,
                 "models": [*self.config.models],
                 "simulated": self.config.is_twin,
                 "kervan": __version__,

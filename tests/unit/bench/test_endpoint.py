@@ -164,7 +164,7 @@ def test_what_speaks_no_http() -> None:
 STATUS = {
     "gateway": "gw-1",
     "replicas": {"a": 0, "b": 1},
-    "fleet": {"models": ["tiny"], "kervan": "1.0", "layout": "TP2", "gpu": "H200", "simulated": True},
+    "about": {"models": ["tiny"], "kervan": "1.0", "layout": "TP2", "gpu": "H200", "simulated": True},
 }
 
 
@@ -191,6 +191,12 @@ def test_a_fleet_says_what_it_is(url: str, handler: type[Handler]) -> None:
 )
 def test_what_else_names_a_server(headers: dict[str, str], owner: str, version: str, words: str) -> None:
     assert str(served_by.from_headers(headers, owner, version)) == words
+
+
+@pytest.mark.parametrize("about", [None, [], {}, {"models": None}, {"models": {"m": 1}}, {"models": ["other"]}])
+def test_status_pages_of_other_versions(about: Any) -> None:
+    status = {"gateway": "gw-1", "replicas": {"a": 0}, "about": about}
+    assert served_by.from_status(status, "m", "0.24.0") == ServedBy(product="kervan", engine="vLLM 0.24.0")
 
 
 @pytest.mark.parametrize("status", [None, [], {}, {"replicas": []}, {"replicas": {}}])

@@ -240,7 +240,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         (("--kill-every", "10s", "--for", "5s"), 1, "--kill-every 10 s is not between 0 and the 5 s of --for"),
         (("--kill-every", "0s"), 1, "--kill-every 0 s is not between 0 and the 60 s of --for"),
         (("--kill-every", "soon"), 1, "--kill-every 'soon' is not a duration"),
-        (("--kill-every", "1s", "--streams", "0"), 2, "0 is not in the range"),
+        (("--kill-every", "1s", "--streams", "0"), 1, "--streams '0' is not a whole number from 1 to 65,536"),
         (("--kill-every", "1s", "--min-ready", "-1"), 2, "-1 is not in the range"),
         (("--kill-every", "1s", "--deadline", "x"), 1, "--deadline 'x' is not a duration"),
     ],
