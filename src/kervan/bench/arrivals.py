@@ -67,7 +67,7 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
 def _stage(item: str) -> Stage:
     kind, _, count = item.partition(":")
     if kind == "burst":
-        if not count.isdigit() or int(count) < 1:
+        if not (count.isascii() and count.isdecimal() and len(count) < 10 and int(count)):
             raise ConfigError(f"stage {item!r} has no number of requests; write burst:100")
         return Stage(0.0, 0.0, 0.0, int(count))
     rates, separator, duration = item.partition("@")

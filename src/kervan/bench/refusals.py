@@ -4,6 +4,7 @@ Pure.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -15,6 +16,8 @@ ENOUGH_FAILURES = 8  # of a load in which nothing has succeeded: one odd prompt 
 # The server says so of each request, until someone changes the server or the command.
 _HOPELESS = {"refused", "no_stream", "garbage"}
 _HOPELESS_STATUSES = {400, 401, 403, 404, 405, 406, 410, 411, 413, 414, 415, 422, 426, 501, 505}
+
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")  # whole ones by the standard; some servers send parts too
 
 
 def is_hopeless(kind: str) -> bool:
@@ -34,7 +37,7 @@ def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
     Source: RFC 9110, 10.2.3: seconds, or a date.
     """
     text = headers.get("retry-after", "").strip()
-    if text.isascii() and text.isdecimal():
+    if _SECONDS.fullmatch(text):
         return float(text)
     try:
         moment = parsedate_to_datetime(text)

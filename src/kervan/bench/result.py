@@ -91,7 +91,7 @@ class Result:
         elif self.num_refused > MAX_REFUSED_SHARE * (total := tally.ok + tally.num_errors):
             doubts.append(
                 f"{self.num_refused} of {total} requests ({100 * self.num_refused / total:.0f}%) were refused "
-                f"({kinds}), and the times are those of the others; send less, or give the server more replicas"
+                f"({kinds}), and the times are those of the others; {self._why_refused()}"
             )
         if tally.sent_away:
             doubts.append(
@@ -99,6 +99,11 @@ class Result:
                 f"{tally.longest_retry_after_s:g} s (Retry-After), after the end of the load; try again then"
             )
         return doubts
+
+    def _why_refused(self) -> str:
+        if 2 * self.tally.errors.get("refused", 0) > self.num_refused:
+            return "the server was away, or took no more connections"
+        return "send less, or give the server more replicas"
 
     def _action_doubts(self) -> list[str]:
         if self.outcome.was_interrupted:
@@ -125,7 +130,7 @@ class Result:
                 f"once; TPOT, {format_duration(tpot_s)}, is the pace of a stream, not the gap"
             )
         if tally.told_to_wait:
-            waited = "" if self.load.streams is None else "; its stream waited for so long"
+            waited = "; an open loop sends all the same" if self.load.streams is None else "; its stream waited"
             notes.append(
                 f"{plural(tally.told_to_wait, 'response')} asked to come back after up to "
                 f"{tally.longest_retry_after_s:g} s (Retry-After){waited}"

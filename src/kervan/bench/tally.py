@@ -182,13 +182,14 @@ class RequestTally:
 
     def add(self, exchange: Exchange, *, block: int) -> None:
         """Count a request that has ended, in one of `NUM_BLOCKS` stretches; or one that could not be sent."""
+        # A server that is away is in the time that the run took.
+        self.first_send_s = min(self.first_send_s, exchange.sent_s)
+        self.last_end_s = max(self.last_end_s, exchange.end_s)
         if not exchange.was_sent:
             assert exchange.error is not None
             self.not_sent += exchange.error == "not_sent"
             self._add_failure(exchange.error, exchange.message, exchange.end_s)
             return
-        self.first_send_s = min(self.first_send_s, exchange.sent_s)
-        self.last_end_s = max(self.last_end_s, exchange.end_s)
         self.busy_s += exchange.end_s - exchange.sent_s
         self._timeline.at(exchange.sent_s - self.start_s).started += 1
         self.num_chunks += exchange.num_chunks
@@ -335,7 +336,7 @@ class RequestTally:
 
     @property
     def duration_s(self) -> float:
-        """Seconds from the first request sent to the last one ended; 0 without requests."""
+        """Seconds from the first request to the end of the last one, also of those that failed; 0 without requests."""
         return max(0.0, self.last_end_s - self.first_send_s) if self.first_send_s < math.inf else 0.0
 
 

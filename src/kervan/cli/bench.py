@@ -93,7 +93,9 @@ SECTIONS = {
     "--max-streams", type=int, default=Load.max_streams, show_default=True, help="Arrivals beyond it are errors."
 )
 @click.option("--seed", type=int, default=Load.seed, show_default=True, help="Same seed, same prompts and arrivals.")
-@click.option("--processes", type=int, help="Client processes; without it, as few as carry the load.")
+@click.option(
+    "--processes", type=click.IntRange(1, 1024), help="Client processes; without it, as few as carry the load."
+)
 @click.option("--no-calibration", is_flag=True, help="Do not measure the client's own overhead first.")
 @click.option(
     "--find-rate", is_flag=True, help="Search the highest rate that keeps the SLO; --rate is where it begins."
@@ -108,7 +110,7 @@ SECTIONS = {
     help="Of each rate, at most.",
 )
 @click.option("--against", metavar="URL", help="A second server: pairs of runs, in the order A B B A, and their ratio.")
-@click.option("--pairs", type=int, default=4, show_default=True, help="With --against.")
+@click.option("--pairs", type=click.IntRange(1, 1000), default=4, show_default=True, help="With --against.")
 @click.option("--fail-below", type=float, help="With --against: exit 1 if the ratio of tokens/s is surely below this.")
 @click.option("--at", "actions", multiple=True, metavar="'10s COMMAND'", help="Run a shell command then; repeatable.")
 @click.option("--strict", is_flag=True, help="Exit 1 if the run is not valid or the server's metrics disagree.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,10 +164,10 @@ class BenchOptions:
 def _parse_prefix(text: str | None) -> tuple[int, int]:
     if text is None:
         return 0, 0
-    number, _, tokens = text.partition("x")
-    if not (number.isdigit() and tokens.isdigit()):
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text.strip())
+    if match is None:
         raise ConfigError(f"--prefix {text!r}: write 4x512 for 4 prefixes of 512 tokens")
-    return int(number), int(tokens)
+    return int(match[1]), int(match[2])
 
 
 def _parse_action(text: str) -> Action:

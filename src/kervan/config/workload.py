@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -131,6 +132,7 @@ class _LengthsError(ValueError):
     pass
 
 
+@functools.lru_cache(maxsize=64)  # a mean is estimated from many draws
 def _lengths(text: str) -> Lengths:
     if ".." in text:
         low, high = (int(part) for part in text.split(".."))

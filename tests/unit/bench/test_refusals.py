@@ -22,7 +22,7 @@ def test_kinds(kind: str, hopeless: bool, refusal: bool) -> None:
     ("header", "wait_s"),
     [
         ("2", 2.0), (" 0 ", 0.0), ("Thu, 01 Jan 1970 00:02:00 GMT", 20.0), ("Thu, 01 Jan 1970 00:00:01 GMT", 0.0),
-        ("soon", None), ("-5", None), ("", None), ("1.5", None), ("\u00b2", None),
+        ("soon", None), ("-5", None), ("", None), ("1.5", 1.5), ("\u00b2", None),
     ],
 )  # fmt: skip
 def test_retry_after(header: str, wait_s: float | None) -> None:

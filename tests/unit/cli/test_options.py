@@ -206,9 +206,11 @@ def test_a_load_of_bench_in_the_words_of_plan() -> None:
         (("--streams", "many"), r"--streams 'many' is not a whole number from 1 to 65,536"),
         (("--isl", "long"), r"--isl 'long' is not a number of tokens; write 64, 32..512"),
         (("--slo", "ttft=1"), r"--slo ttft=1 has no unit; write ttft=1ms or ttft=1s"),
+        (("--prefix", "\u00b2x3"), r"--prefix .*: write 4x512"),
+        (("--stages", "burst:\u00b2"), r"has no number of requests; write burst:100"),
         (("--duration", "long"), r"--duration 'long' is not a duration; write a number and us, ms"),
     ],
 )
 def test_what_is_refused_names_the_option(words: tuple[str, str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        bench_options(*words)
+        bench_options(*words).loads()
