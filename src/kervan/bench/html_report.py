@@ -65,12 +65,16 @@ def _duration(seconds: float | None) -> str:
     return "-" if seconds is None else format_duration(seconds) if seconds >= 5e-9 else "0"
 
 
+def _server(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the server said of itself; nothing in records of earlier versions."""
+    return record["result"].get("server") or {}
+
+
 def _title(runs: Sequence[ReportedRun]) -> str:
     """`Load test of Qwen3-8B at 64 streams on a simulated H200`: what a reader looks for among reports."""
-    target = runs[0].record["target"]
+    target, server = runs[0].record["target"], _server(runs[0].record)
     model = target["model"].rstrip("/").rpartition("/")[2] or target["url"]
     loads = runs[0].name if len(runs) == 1 else f"{runs[0].name} to {runs[-1].name}"
-    server = target.get("server") or {}
     where = f" on {'simulated ' if server.get('simulated') else ''}{server.get('gpu') or 'GPUs'}"
     return f"Load test of {model}: {loads}" + (where if server.get("gpu") or server.get("simulated") else "")
 
@@ -78,7 +82,7 @@ def _title(runs: Sequence[ReportedRun]) -> str:
 def _subtitle(record: Mapping[str, Any]) -> str:
     target, hardware = record["target"], record["hardware"]
     parts = [target["url"]]
-    server = target.get("server") or {}
+    server = _server(record)
     if server.get("words"):
         parts.append(server["words"])
     elif target.get("server_version"):

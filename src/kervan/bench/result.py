@@ -188,7 +188,6 @@ class Result:
                 "model": endpoint.model,
                 "api": endpoint.api,
                 "server_version": self.probe.version,
-                "server": {"words": str(self.probe.served_by), **self.probe.served_by.to_dict()},
                 "sampling": endpoint.sampling,
             },
             "load": self.load.to_dict(),
@@ -207,6 +206,7 @@ class Result:
             "valid": not doubts,
             "doubts": doubts,
             "notes": self.notes(),
+            "server": {"words": str(self.probe.served_by), **self.probe.served_by.to_dict()},
             "requests": {
                 "ok": tally.ok,
                 "errors": tally.num_errors,

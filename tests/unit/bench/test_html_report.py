@@ -87,14 +87,16 @@ def test_no_text_of_a_run_is_markup(tmp_path: Path) -> None:
 def test_the_title(model: str, server: Any, title: str) -> None:
     (run,) = runs(1)
     target: Any = run.record["target"]
-    target |= {"model": model, "server": server, "url": "http://127.0.0.1:8801"}
+    target |= {"model": model, "url": "http://127.0.0.1:8801"}
+    result: Any = run.record["result"]
+    result["server"] = server
     assert html_report._title([run]) == title
 
 
 def test_what_the_server_is_and_what_became_of_commands(tmp_path: Path) -> None:
     (run,) = runs(1)
     record: Any = run.record
-    record["target"]["server"] = {"words": "kervan 1.0, 2 simulated replicas", "simulated": True}
+    record["result"]["server"] = {"words": "kervan 1.0, 2 simulated replicas", "simulated": True}
     record["result"]["notes"] = ["several tokens at once"]
     effect: dict[str, Any] = {
         "at_s": 1.0,
