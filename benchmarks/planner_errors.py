@@ -2,7 +2,8 @@
 
     python benchmarks/planner_errors.py [--plot FILE.svg] [--markdown] [--refit] [--leave-out-layouts]
 
-Closed loops first, then open ones (records/open-loop-*.json), whose arrivals are those that were measured.
+Closed loops first, then what others published of DeepSeek-R1 with other engines (records/published-*.json), then open
+loops (records/open-loop-*.json), whose arrivals are those that were measured.
 
 Sets: `fit` are the points that the shipped constants were fitted to, `taught` those of which a rule came, `held back`
 the others. --refit fits again and prints the constants; with --leave-out-layouts it does so without the points of
@@ -23,12 +24,17 @@ from kervan.bench.arrivals import Stage, offsets_s
 from kervan.config.workload import parse_lengths
 from kervan.facts import architecture, hardware
 from kervan.facts.architecture import ModelSpec
+from kervan.facts.hardware import Gpu
+from kervan.facts.layout import Layout
 from kervan.plan import calibration, serving
 from kervan.plan.calibration import PRIOR, MeasuredPoint
 from kervan.plan.load import load
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import screen
 from kervan.plan.serving import LoadRequest, LoadResult
+from kervan.sim import limits as engine
+from kervan.sim import memory
+from kervan.sim.step_time import StepTime
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records"
@@ -153,6 +159,63 @@ def print_open_loops() -> None:
         print("| " + " | ".join([*cells, *(f"{100 * found.errors[name]:+.0f}%" for name in names)]) + " |")
 
 
+def print_published() -> None:
+    """Each row with data-parallel attention, and beside it what TP8 is predicted to do; of the others with one date
+    each group's mean absolute errors.
+    """
+    rows = _record("published-deepseek-r1-8xh200-2026-04-06")["rows"]
+    heads = ["layout, engine", "in/out", "streams", "published tokens/s", "TPOT, ms", "predicted tokens/s", "TPOT"]
+    print(f"| {' | '.join([*heads, 'TP8 predicted tokens/s'])} |\n|{'---|' * (len(heads) + 1)}")
+    config = json.loads((HERE / "models/deepseek-v3/config.json").read_text())
+    spec, gpu = architecture.parse(config, "deepseek-v3"), hardware.gpu("H200")
+    for row in (row for row in rows if row["attention_dp"] > 1):
+        published, tpot_ms = _published(row)
+        said, tp8 = (_said(spec, gpu, row, layout) for layout in (Layout(ep=8, attention_dp=8), Layout(8)))
+        cells = [f"ADP8xEP8, {row['engine']}, {row['measured']}", f"{row['isl']}/{row['osl']}", str(row["concurrency"])]
+        cells += [
+            f"{published:,.0f}",
+            f"{tpot_ms:.1f}",
+            f"{said.out_tok_s:,.0f} ({said.out_tok_s / published - 1:+.0%})",
+        ]
+        cells += [f"{1000 * _mean_tpot_s(said) / tpot_ms - 1:+.0%}", f"{tp8.out_tok_s:,.0f}"]
+        print(f"| {' | '.join(cells)} |")
+    for layout, date in (("TP8xEP8", "2026-01-28"), ("TP8", "2026-03-25")):
+        size = Layout(8, ep=8) if layout == "TP8xEP8" else Layout(8)
+        chosen = [r for r in rows if (r["attention_dp"], r["ep"], r["measured"]) == (1, size.ep, date)]
+        errors = []
+        for row in chosen:
+            published, tpot_ms = _published(row)
+            said = _said(spec, gpu, row, size)
+            errors.append((said.out_tok_s / published - 1, 1000 * _mean_tpot_s(said) / tpot_ms - 1))
+        means = [f"{statistics.fmean(abs(each) for each in found):.0%}" for found in zip(*errors, strict=True)]
+        streams = sorted({row["concurrency"] for row in chosen})
+        counts = f"{streams[0]} to {streams[-1]}" if len(streams) > 1 else str(streams[0])
+        words = f"{layout}, {chosen[0]['engine']}, {date}: {len(chosen)}, mean absolute"
+        print(f"| {words} | | {counts} | | | {means[0]} | {means[1]} | |")
+
+
+def _published(row: dict[str, Any]) -> tuple[float, float]:
+    """(tokens per second, mean TPOT in ms); the first from the means of TTFT and TPOT, all streams always busy."""
+    whole_ms = row["ttft_mean_ms"] + (row["osl"] - 1) * row["tpot_mean_ms"]
+    return 1000 * row["concurrency"] * row["osl"] / whole_ms, row["tpot_mean_ms"]
+
+
+def _said(spec: ModelSpec, gpu: Gpu, row: dict[str, Any], layout: Layout) -> LoadResult:
+    limits = engine.limits(spec, gpu, {}, needed_tokens=row["isl"] + row["osl"])
+    room = memory.estimate(spec, layout, gpu, limits, context_tokens=row["isl"] + row["osl"] / 2)
+    return serving.closed_loop(
+        StepTime(spec, layout, gpu, limits, PRIOR.constants),
+        serving.fixed(4 * row["concurrency"], row["isl"], row["osl"]),
+        streams=row["concurrency"],
+        kv_tokens=room.kv_tokens,
+        frontends=layout.attention_dp,
+    )
+
+
+def _mean_tpot_s(result: LoadResult) -> float:
+    return statistics.fmean(response.tpot_s for response in result.responses)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path)
@@ -184,6 +247,8 @@ def main() -> None:
         errors = [[abs(said[k] / getattr(m.point, k) - 1) for m, said in chosen if k in m.figures()] for k in KEYS]
         shares = (f"{100 * statistics.fmean(found):.1f}% ({len(found)})" if found else "" for found in errors)
         print(f"| {name} | {len(chosen)} | " + " | ".join(shares) + " |")
+    print()
+    print_published()
     print()
     print_open_loops()
     if args.plot:

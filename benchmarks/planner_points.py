@@ -4,10 +4,11 @@
         'llama3-8b tp=1 gpus=0 conc=1,16,64' 'qwen25-14b tp=1 gpus=1 conc=1,16,64,32@3000/200' \\
         'llama3-8b tp=2 conc=1,64' 'qwen3-30b-a3b tp=2 ep=2 conc=1,16,64'
 
-A line is a server: NAME of models/NAME/config.json or a model directory, then tp, pp, ep (1 each), gpus (the first tp x
-pp), conc (concurrency, or CONC@ISL/OSL), isl (1024) and osl (256). Lines whose GPUs do not overlap run side by side, in
-the order given; --points FILE has one a line. Rows go to DIR/serving.jsonl and DIR/memory.jsonl as they come, and a
-record beside them is written anew after each, so a run that is cut short keeps what it has.
+A line is a server: NAME of models/NAME/config.json or a model directory, then tp, pp, ep, dp (1 each; dp: vLLM's data
+parallelism within one server), gpus (the first tp x pp x dp), conc (concurrency, or CONC@ISL/OSL), isl (1024) and osl
+(256). Lines whose GPUs do not overlap run side by side, in the order given; --points FILE has one a line. Rows go to
+DIR/serving.jsonl and DIR/memory.jsonl as they come, and a record beside them is written anew after each, so a run that
+is cut short keeps what it has.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from kervan.calibrate.shapes import write_model
 from kervan.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
-KEYS = ("tp", "pp", "ep", "gpus", "conc", "isl", "osl")
+KEYS = ("tp", "pp", "ep", "dp", "gpus", "conc", "isl", "osl")
 
 
 def parse_line(line: str, directory: Path) -> Server:
@@ -41,13 +42,13 @@ def parse_line(line: str, directory: Path) -> Server:
     if unknown or len(found) != len(words):
         raise ConfigError(f"{line!r}: {', '.join(unknown) or 'a key is given twice'}; the keys are {', '.join(KEYS)}")
     try:
-        tp, pp, ep = (int(found.get(key, 1)) for key in ("tp", "pp", "ep"))
-        gpus = tuple(int(n) for n in found["gpus"].split(",")) if "gpus" in found else tuple(range(tp * pp))
+        tp, pp, ep, dp = (int(found.get(key, 1)) for key in ("tp", "pp", "ep", "dp"))
+        gpus = tuple(int(n) for n in found["gpus"].split(",")) if "gpus" in found else tuple(range(tp * pp * dp))
         lengths = int(found.get("isl", 1024)), int(found.get("osl", 256))
         points = tuple(_point(text, lengths) for text in found.get("conc", "1,16,64").split(","))
     except ValueError as error:
         raise ConfigError(f"{line!r}: {error}; write for example llama3-8b tp=2 gpus=0,1 conc=1,64@3000/200") from error
-    return Server(Path(name).name, directory, tp, pp, ep, gpus, points)
+    return Server(Path(name).name, directory, tp, pp, ep, gpus, points, dp)
 
 
 def _point(text: str, lengths: tuple[int, int]) -> Point:

@@ -7,7 +7,8 @@ KervanError
 └── EngineError      vLLM or Ray failed; chained from the cause
 
 A message names the value, the broken rule with its arithmetic, and the nearest fix, in one sentence.
-The command line prints it after "error:" and exits 1 (2 for wrong usage).
+The command line prints it after "error:" and exits with 1; with 2 for a ConfigError, as for an option that it does not
+have.
 """
 
 

@@ -81,7 +81,7 @@ def test_stages_are_on_nodes_of_their_own(cluster: RayCluster, models: Models) -
     eventually(lambda: "0.0/2.0 CPU" in cluster.status(), "two nodes", START_S)
     home, name = cluster.home, ("--name", "stages")
     refused = home.kervan("up", str(models.demo), *name, *address, "--tp", "2", "--nodes-per-replica", "2")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "nodes_per_replica=2 does not divide pp=1: a stage is whole on one node" in refused.stderr
     refused = home.kervan("up", str(models.demo), *name, *address, "--tp", "2")
     assert refused.returncode == 1

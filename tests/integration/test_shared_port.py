@@ -216,7 +216,7 @@ async def test_a_directory_dies_and_no_request_for_its_fleet_is_refused(
 def refusal(home: Home, models: Models, *options: str) -> str:
     twin = ("--engine", "twin", "--gpu", "H200", "--name", "gamma", "--detach", *ENVIRONMENT)
     done = home.kervan("up", str(models.demo), *twin, *options)
-    assert done.returncode == 1
+    assert done.returncode == 2
     return done.stderr.splitlines()[-1]
 
 
@@ -231,4 +231,4 @@ def test_who_may_not_share(home: Home, models: Models, alpha: Fleet, beta: Fleet
     assert "give --host 127.0.0.1" in refusal(home, models, *there, *named, "--host", "0.0.0.0")
     assert "--ingress direct" in refusal(home, models, *there, *named, "--ingress", "serve")
     left = home.kervan("up", "--name", "alpha", "--own-port")
-    assert (left.returncode, "is taken by fleet 'beta'; add --shared-port" in left.stderr) == (1, True), left.stderr
+    assert (left.returncode, "is taken by fleet 'beta'; add --shared-port" in left.stderr) == (2, True), left.stderr

@@ -89,13 +89,14 @@ class Serving(ClosedLoop):
     tp: int
     pp: int
     ep: int
+    dp: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What vLLM logged of one server's GPU memory, per GPU (of the first one), and how long it took to start.
 
-    `kv_cache_tokens`: of the whole server. `cuda_graph_gib` None: no graphs were captured.
+    `kv_cache_tokens`: of one of its `dp` engines. `cuda_graph_gib` None: no graphs were captured.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Memory:
     kv_cache_tokens: int
     cuda_graph_gib: float | None = None
     start_s: float | None = None
+    dp: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,8 @@ class Point:
 class Server:
     """A server to measure. `model`: its name in the rows; `directory`: has config.json and tokenizer.
 
-    `ep`: 1, or as many as `tp`. `gpus`: `tp * pp` indices.
+    `dp`: engines of this server, each with the whole attention and a batch of its own (vLLM's data parallelism).
+    `ep`: 1, or as many as `tp * dp`. `gpus`: `tp * pp * dp` indices.
     """
 
     model: str
@@ -81,23 +82,29 @@ class Server:
     ep: int
     gpus: tuple[int, ...]
     points: tuple[Point, ...]
+    dp: int = 1
 
     def __post_init__(self) -> None:
         """Raises: ConfigError."""
-        if min(self.tp, self.pp, self.ep) < 1 or self.ep not in (1, self.tp):
-            raise ConfigError(f"{self}: tp, pp and ep are at least 1, and ep is 1 or as large as tp")
-        if len(set(self.gpus)) != self.tp * self.pp or len(self.gpus) != self.tp * self.pp:
+        if min(self.tp, self.pp, self.ep, self.dp) < 1 or self.ep not in (1, self.tp * self.dp):
+            raise ConfigError(f"{self}: tp, pp, ep and dp are at least 1, and ep is 1 or as large as tp x dp")
+        needed = self.tp * self.pp * self.dp
+        if len(set(self.gpus)) != needed or len(self.gpus) != needed:
             listed = ",".join(map(str, self.gpus))
-            raise ConfigError(f"{self}: tp {self.tp} x pp {self.pp} needs {self.tp * self.pp} GPUs, not {listed!r}")
+            sizes = f"tp {self.tp} x pp {self.pp}" + (f" x dp {self.dp}" if self.dp > 1 else "")
+            raise ConfigError(f"{self}: {sizes} needs {needed} GPUs, not {listed!r}")
         if not self.points:
             raise ConfigError(f"{self}: there is no load to measure; name a concurrency")
 
     def __str__(self) -> str:
-        return f"{self.model} tp {self.tp} pp {self.pp}" + (f" ep {self.ep}" if self.ep > 1 else "")
+        more = "".join(f" {key} {size}" for key, size in (("dp", self.dp), ("ep", self.ep)) if size > 1)
+        return f"{self.model} tp {self.tp} pp {self.pp}{more}"
 
     def engine_args(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """vLLM's arguments by its own names; `given` goes over the defaults."""
         layout: dict[str, Any] = {"tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
+        if self.dp > 1:
+            layout["data_parallel_size"] = self.dp
         if self.ep > 1:
             layout["enable_expert_parallel"] = True
         return {**ENGINE_ARGS, **given, **layout, "served_model_name": self.model}
@@ -136,6 +143,7 @@ def parse_memory(
         tp=server.tp,
         pp=server.pp,
         ep=server.ep,
+        dp=server.dp,
         gpu_memory_utilization=float((engine_args or {}).get("gpu_memory_utilization", utilization)),
         weights_gib_per_gpu=max(weights),
         kv_cache_gib_per_gpu=min(caches),
@@ -398,6 +406,7 @@ def to_row(server: Server, point: Point, result: Result, *, is_cut: bool) -> tup
         tp=server.tp,
         pp=server.pp,
         ep=server.ep,
+        dp=server.dp,
         isl=point.isl,
         osl=point.osl,
         concurrency=point.concurrency,

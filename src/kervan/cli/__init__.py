@@ -5,7 +5,7 @@ import sys
 import click
 
 from kervan import __version__
-from kervan.errors import KervanError
+from kervan.errors import ConfigError, KervanError
 
 COMMANDS = {
     "plan": "Recommend a parallelism layout, with its predicted performance and cost.",
@@ -46,19 +46,24 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="kervan")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def cli(debug: bool) -> None:
-    """Serve large language models on many GPUs; streams survive the loss of a GPU."""
+    """Serve large language models on many GPUs; streams survive the loss of a GPU.
+
+    Exit status of all commands: 0 done; 1 failed; 2 wrong usage, values included; 130 Ctrl-C.
+    """
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C."""
+    """Entry point. Exit status: 0 done, 1 failed, 2 what was asked for is wrong, 130 Ctrl-C."""
     debug = "--debug" in sys.argv[1:]
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="kervan", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
     except click.UsageError as error:
-        error.show()
+        from kervan.cli import usage
+
+        print(f"error: {usage.described(error, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
@@ -67,7 +72,7 @@ def main() -> None:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
 

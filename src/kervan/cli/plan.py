@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from kervan.cli import option_types, options
 from kervan.config.fleet import MAX_GATEWAYS
@@ -52,7 +53,7 @@ SECTIONS = {
     "--nodes", type=click.IntRange(1, 8192), help="Nodes that the GPUs are on. [default: of 8 GPUs, where they divide]"
 )
 @click.option("--network", type=float, help="Gbit/s between nodes, for each GPU. [default: 400]")
-@click.option("--layout", type=option_types.LAYOUT, help="Only this layout: tp=2,pp=2 (also dp=, ep=).")
+@click.option("--layout", type=option_types.LAYOUT, help="Only this layout: tp=2,pp=2 (also dp=, ep=, attention_dp=).")
 @click.option(
     "--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]"
 )
@@ -95,10 +96,14 @@ def plan(
 
     MODEL is a directory with config.json, or that file, or a Hugging Face id, whose config.json is taken from the cache
     or else from the hub. Nothing is started and no GPU is needed.
+
+    Exit status 0 once there is a plan, also one that does not keep the SLO: scripts read keeps_slo of --json. 1: no
+    layout fits. 2: wrong usage.
     """
     from kervan.plan import search
 
     if facts:
+        _check_facts_alone()
         _print_facts(model, as_json=as_json)
         return
     if given["gpu"] is None:
@@ -128,6 +133,23 @@ def plan(
         _print_terms(layout_plan)
 
 
+def _check_facts_alone() -> None:
+    """Raises: ConfigError for options beside `--facts` that it would not look at."""
+    context = click.get_current_context()
+    unused = [
+        parameter.opts[-1]
+        for parameter in context.command.get_params(context)
+        if parameter.param_type_name == "option"
+        and parameter.name not in ("facts", "as_json")
+        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if unused:
+        raise ConfigError(
+            f"--facts prints what MODEL is and does not use {', '.join(unused)}; leave "
+            f"{'it' if len(unused) == 1 else 'them'} out, or --facts for a plan"
+        )
+
+
 def _progress() -> "AbstractContextManager[object]":
     """A line on a terminal while layouts are simulated, which takes seconds."""
     from rich.console import Console
@@ -142,6 +164,11 @@ def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
     """
     arguments = options.engine_arguments(texts)
     for key in arguments:
+        if key == "data_parallel_size":
+            raise ConfigError(
+                f"engine argument {key!r} is a size of the layout; use --layout attention_dp={arguments[key]} for "
+                f"ranks that share experts, or dp={arguments[key]} for copies"
+            )
         if key in LAYOUT_ARGUMENTS:
             raise ConfigError(f"engine argument {key!r} is a size of the layout; use --layout, for example tp=2,pp=2")
     return arguments
@@ -302,6 +329,7 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
         "strategies": [dataclasses.asdict(strategy) for strategy in plan.strategies],
         "notes": list(plan.notes),
         "launch": {
+            "starts_with": plan.best.layout.starts_with,
             "command": best.command,
             "missing": models.missing_weights(model, plan.request.arguments.get("load_format")),
             "engine_args": dict(best.engine_args),
@@ -363,7 +391,9 @@ def _row(c: "PlannedLayout") -> dict[str, Any]:
         prices = dict.fromkeys(prices)
     size = c.layout
     return {
-        "tp": size.tp, "pp": size.pp, "dp": size.dp, "ep": size.ep, "gpus": size.gpus,
+        "tp": size.tp, "pp": size.pp, "dp": size.dp, "ep": size.ep, "attention_dp": size.attention_dp,
+        "gpus": size.gpus,
+        "starts_with": size.starts_with,
         "fits": c.fits,
         "kv_tokens": c.memory.kv_tokens,
         "weights_gib_per_gpu": round(c.memory.weights_gib, 2),
@@ -412,12 +442,14 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         table.add_column(name, justify="left" if name in ("layout", "bound by") else "right")
     has_slo = bool(str(q.slo))
     rows = plan.layouts if show_all else plan.layouts[:SHOWN]
+    if plan.better_elsewhere is not None and plan.better_elsewhere not in rows:
+        rows = (*rows, plan.better_elsewhere)
     for c in rows:
         if not c.fits:
-            table.add_row(str(c.layout), str(c.layout.gpus), *[""] * 9, f"does not fit: {c.reason}")
+            table.add_row(_name(c), str(c.layout.gpus), *[""] * 9, f"does not fit: {c.reason}")
             continue
         table.add_row(
-            str(c.layout), str(c.layout.gpus), str(c.concurrency), _tok_s(c),
+            _name(c), str(c.layout.gpus), str(c.concurrency), _tok_s(c),
             _ms(c.ttft_p50_ms), _ms(c.ttft_p99_ms), _ms(c.tpot_p50_ms), _ms(c.tpot_p99_ms), f"{c.memory.kv_tokens:,}",
             "" if c.usd_per_mtok is None else f"{c.usd_per_mtok:.2f}", f"{c.meets_slo:.0%}" if has_slo else "",
             c.reason or c.binding,
@@ -444,6 +476,11 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     if missing := models.missing_weights(model, q.arguments.get("load_format")):
         console.print(missing, style="yellow", soft_wrap=True, markup=False)
     console.print(launch.launch(q, plan.best, model).command, soft_wrap=True, markup=False)
+
+
+def _name(c: "PlannedLayout") -> str:
+    """A layout, marked where `kervan up` does not start it."""
+    return str(c.layout) if c.layout.starts_with == "kervan up" else f"{c.layout} (vllm serve)"
 
 
 def console_is_wide() -> bool:
@@ -486,7 +523,8 @@ def _print_terms(plan: "LayoutPlan") -> None:
     for c in shown:
         table.add_column(f"{c.layout}: decode, {max(1, round(c.mean_batch))} sequences, ms", justify="right")
         table.add_column("share", justify="right")
-        table.add_column(f"prefill, {c.limits.max_num_batched_tokens} tokens, ms", justify="right")
+        tokens = c.limits.max_num_batched_tokens * c.layout.attention_dp
+        table.add_column(f"prefill, {tokens} tokens, ms", justify="right")
         table.add_column("share", justify="right")
     for name in [*names, "sum"]:
         cells = []

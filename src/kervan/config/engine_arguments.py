@@ -19,7 +19,7 @@ OWNED = {
     "port": "--port",
     "api_key": "--api-key",
     "uds": "--host and --port",
-    "data_parallel_size": "--replicas",
+    "data_parallel_size": "--replicas: each is one engine core; 'vllm serve' alone starts ranks that share experts",
     "data_parallel_rank": "--replicas",
     "data_parallel_start_rank": "--replicas",
     "data_parallel_size_local": "--replicas",

@@ -16,6 +16,7 @@ import yaml
 from kervan.config import engine_arguments
 from kervan.errors import ConfigError
 from kervan.facts.markets import MARKETS, ON_DEMAND
+from kervan.facts.markup import broken
 from kervan.units import parse_duration_s
 from kervan.vendor.vllm_names import GPU_MEMORY_UTILIZATION
 
@@ -164,7 +165,8 @@ class FleetConfig:
     def _check_layout(self) -> None:
         if self.ep not in (1, self.tp):
             raise ConfigError(
-                f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or --ep {self.tp}"
+                f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or "
+                + (f"--ep {self.tp}" if self.tp > 1 else f"--tp {self.ep} --ep {self.ep}")
             )
         if self.nodes_per_replica and self.pp % self.nodes_per_replica:
             raise ConfigError(
@@ -257,6 +259,12 @@ class FleetConfig:
             args["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
         return tuple(engine_arguments.to_argv(args))
 
+    @property
+    def weights_format(self) -> str | None:
+        """vLLM's `load_format`, by which files must be in the model's directory; `dummy` where none must be."""
+        is_elsewhere = self.engine == "twin" or self.engine_args.get("model_weights")
+        return "dummy" if is_elsewhere else self.engine_args.get("load_format")
+
     def to_json(self) -> str:
         """All settings, as `from_json` reads them."""
         return json.dumps(dataclasses.asdict(self))
@@ -277,11 +285,14 @@ def load_file(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text()
-        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist; check the path given to --config") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: TOML, and a day that does not exist
+        raise ConfigError(f"config file {path} {broken(error, text)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"config file {path} holds {type(data).__name__}, not settings; write lines such as 'tp: 2'")
     settings: dict[str, Any] = {}

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,10 +14,11 @@ from pathlib import Path
 import msgspec
 
 from kervan.errors import ConfigError
-from kervan.units import parse_duration_s
+from kervan.units import parse_duration_s, plural
 
 BLOCK_TOKENS = 512  # of one prefix hash in Mooncake's traces
 MAX_TOKENS = 10_000_000
+MAX_HEAD = 1 << 16  # characters of a file's first line that are looked at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,56 +190,113 @@ class TraceRow:
     """At least 0."""
     hash_ids: tuple[int, ...] = ()
     """One number per block of 512 prompt tokens, the last one shorter; equal numbers: equal blocks. () if unknown."""
+    line: int = dataclasses.field(default=0, compare=False)
+    """Of the file, from 1; 0 if it is of none."""
 
 
 def read_trace(path: Path) -> Iterator[TraceRow]:
     """The rows of an Azure LLM inference trace (CSV) or a Mooncake trace (JSONL), in order of time.
 
-    Raises: ConfigError, with the line, for a missing file, an unknown format or a broken row.
+    Raises: ConfigError, with the line and the column, for a missing file, an unknown format or a broken row.
     Source: https://github.com/Azure/AzurePublicDataset, https://github.com/kvcache-ai/Mooncake.
     """
     try:
-        with path.open(newline="") as file:
-            head = file.readline()
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            head = file.readline(MAX_HEAD)
             file.seek(0)
-            if head.lstrip("\ufeff").startswith("TIMESTAMP,"):
-                yield from _ordered(path, _azure(path, file))
+            if head.startswith("TIMESTAMP,"):
+                yield from _ordered(path, _AZURE_COLUMNS, _azure(path, file))
             elif head.startswith("{"):
-                yield from _ordered(path, _mooncake(path, file))
+                yield from _ordered(path, _MOONCAKE_COLUMNS, _mooncake(path, file))
             else:
                 raise ConfigError(
                     f"trace {path} begins with {head[:40]!r}; known are Azure's CSV (TIMESTAMP,ContextTokens,"
                     f"GeneratedTokens) and Mooncake's JSONL (timestamp, input_length, output_length, hash_ids)"
                 )
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"trace {path} cannot be read: {error}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"trace {path} does not exist; check the path given to --trace") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"trace {path} is not a text file (byte {error.object[error.start]:#04x} is no UTF-8); unpack it, "
+            "or save it as CSV or JSONL"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"trace {path} cannot be read ({error.strerror}); give a CSV or JSONL file") from error
 
 
-def _ordered(path: Path, rows: Iterator[TraceRow]) -> Iterator[TraceRow]:
+# Time, prompt and output, as each format names them.
+_AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_MOONCAKE_COLUMNS = ("timestamp", "input_length", "output_length")
+_AZURE_TIME = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(?:\.(\d{1,12}))?(?:\+00:00|Z)?", re.ASCII)
+
+
+def _ordered(path: Path, columns: tuple[str, str, str], rows: Iterator[TraceRow]) -> Iterator[TraceRow]:
     before, first = -math.inf, None
-    number = 0
-    for number, row in enumerate(rows, 1):
+    time, prompt, output = columns
+    for row in rows:
+        place = f"trace {path}, line {row.line}"
         first = row.at_s if first is None else first
         if row.at_s < before:
-            raise ConfigError(f"trace {path}, row {number}: {before - row.at_s:.3f} s before the row above; sort it")
-        if row.input_tokens < 1 or row.output_tokens < 0:
-            tokens = f"{row.input_tokens} input, {row.output_tokens} output tokens"
-            raise ConfigError(f"trace {path}, row {number}: {tokens}; at least 1 and 0")
+            raise ConfigError(
+                f"{place}: its {time} is {before - row.at_s:.3f} s before that of the row above; sort the rows by "
+                f"{time}"
+            )
+        for column, tokens, least in ((prompt, row.input_tokens, 1), (output, row.output_tokens, 0)):
+            if not least <= tokens <= MAX_TOKENS:
+                raise ConfigError(
+                    f"{place}: {column} {tokens} is not from {least} to {MAX_TOKENS:,} tokens; correct the row, "
+                    "or leave it out"
+                )
         before = row.at_s
         yield dataclasses.replace(row, at_s=row.at_s - first)
-    if not number:
-        raise ConfigError(f"trace {path} has no rows")
+    if first is None:
+        raise ConfigError(f"trace {path} has no rows below its first line; give one with at least one request")
 
 
 def _azure(path: Path, lines: Iterator[str]) -> Iterator[TraceRow]:
-    for number, row in enumerate(csv.DictReader(lines), 2):
-        try:
-            # Seven decimals; Python's datetime takes six.
-            whole, _, fraction = row["TIMESTAMP"].partition(".")
-            at_s = datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{fraction or 0}")
-            yield TraceRow(at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-        except (KeyError, ValueError, TypeError) as error:
-            raise ConfigError(f"trace {path}, line {number}: {error!r}") from error
+    reader = csv.reader(lines)
+    place = f"trace {path}, line 1"
+    try:
+        header = [name.strip() for name in next(reader)]
+        if missing := [name for name in _AZURE_COLUMNS if name not in header]:
+            raise ConfigError(f"{place}: no column {missing[0]}; Azure's columns are {','.join(_AZURE_COLUMNS)}")
+        indices = [header.index(name) for name in _AZURE_COLUMNS]
+        for cells in reader:
+            if not cells:
+                continue
+            place = f"trace {path}, line {reader.line_num}"
+            if len(cells) != len(header):
+                raise ConfigError(
+                    f"{place}: {plural(len(cells), 'cell')} for {len(header)} columns; write {','.join(header)}, and "
+                    "numbers without thousands separators"
+                )
+            time, prompt, output = (cells[index].strip() for index in indices)
+            yield TraceRow(
+                _azure_s(time, place),
+                _tokens(prompt, f"{place}: ContextTokens"),
+                _tokens(output, f"{place}: GeneratedTokens"),
+                line=reader.line_num,
+            )
+    except csv.Error as error:
+        raise ConfigError(f"trace {path}, line {reader.line_num}: {error}; save the file as plain CSV") from error
+
+
+def _azure_s(text: str, place: str) -> float:
+    """Seconds of a time in UTC; it has seven decimals, and Python's datetime takes six."""
+    found = _AZURE_TIME.fullmatch(text)
+    try:
+        return datetime.fromisoformat(f"{found[1]}+00:00").timestamp() + float(f"0.{found[2] or 0}")  # type: ignore[index]
+    except (TypeError, ValueError) as error:  # no match; a day that does not exist
+        what = f"{text[:40]!r} is not a time" if text else "is empty"
+        raise ConfigError(f"{place}: TIMESTAMP {what}; write one like 2023-11-16 18:15:46.6805900") from error
+
+
+def _tokens(text: str, subject: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        what = f"{text[:40]!r} is not a whole number" if text else "is empty"
+        raise ConfigError(f"{subject} {what}; write a number of tokens like 1024, or leave the row out") from error
 
 
 class _MooncakeRow(msgspec.Struct):
@@ -256,14 +315,30 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[TraceRow]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        place = f"trace {path}, line {number}"
         try:
             row = _mooncake_decoder.decode(line)
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"trace {path}, line {number}: {error}") from error
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ConfigError(
+                f'{place}: {_mooncake_fault(error)}; write lines like {{"timestamp": 0, "input_length": 1024, '
+                '"output_length": 128}'
+            ) from error
         num_blocks = math.ceil(row.input_length / BLOCK_TOKENS)
         if row.hash_ids and len(row.hash_ids) != num_blocks:
             raise ConfigError(
-                f"trace {path}, line {number}: {len(row.hash_ids)} hash_ids for {row.input_length} tokens, which are "
-                f"{num_blocks} blocks of {BLOCK_TOKENS}"
+                f"{place}: {len(row.hash_ids)} hash_ids for input_length {row.input_length}, which is {num_blocks} "
+                f"blocks of {BLOCK_TOKENS} tokens; give one for each block, or leave hash_ids out"
             )
-        yield TraceRow(row.timestamp / 1000, row.input_length, row.output_length, row.hash_ids)
+        yield TraceRow(row.timestamp / 1000, row.input_length, row.output_length, row.hash_ids, line=number)
+
+
+def _mooncake_fault(error: Exception) -> str:
+    """What is wrong with a line, with the field in front: msgspec has it at the end."""
+    text = str(error)
+    if missing := re.search(r"missing required field `(\w+)`", text):
+        return f"{missing[1]} is missing"
+    if wrong := re.fullmatch(r"Expected `(\w+)`.*, got `(\w+)` - at `\$\.(\w+)(.*)`", text):
+        kind = {"int": "a whole number", "float": "a number", "array": "a list"}.get(wrong[1], wrong[1])
+        given = {"null": "empty (null)", "str": "text"}.get(wrong[2], wrong[2])
+        return f"{wrong[3]}{wrong[4]} is {given}, not {kind}"
+    return "no valid JSON object"

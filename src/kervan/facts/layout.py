@@ -3,12 +3,13 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from kervan.errors import ConfigError
 from kervan.facts.architecture import Attention, Cut, Experts, Layer, Mlp, ModelSpec, StateLayer
 from kervan.facts.architecture.spec import Mixer
 
-KEYS = ("tp", "pp", "dp", "ep")
+KEYS = ("tp", "pp", "dp", "ep", "attention_dp")
 PRINTED = re.compile(r"(?i)(?:(\d+) ?x ?)?([a-z]+\d+(?:x[a-z]+\d+)*)")
 
 
@@ -16,25 +17,40 @@ PRINTED = re.compile(r"(?i)(?:(\d+) ?x ?)?([a-z]+\d+(?:x[a-z]+\d+)*)")
 class Layout:
     """`tp` GPUs share each layer, `pp` stages hold consecutive layers, `dp` copies; `ep`: GPUs that share out the
     experts of a layer whole, 1 or `tp`.
+
+    `attention_dp`: data-parallel ranks inside one replica (vLLM's `data_parallel_size` with experts): each has all
+    weights but the routed experts, which are shared out over the ranks (`ep`), and a KV cache and requests of its own.
     """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     ep: int = 1
+    attention_dp: int = 1
+
+    @property
+    def gpus_per_stage(self) -> int:
+        """GPUs that hold a layer of one replica, on one node."""
+        return self.tp * self.attention_dp
 
     @property
     def gpus_per_replica(self) -> int:
-        """GPUs of one replica, tp x pp; expert parallelism takes none of its own."""
-        return self.tp * self.pp
+        """GPUs of one replica, tp x attention_dp x pp; expert parallelism takes none of its own."""
+        return self.gpus_per_stage * self.pp
 
     @property
     def gpus(self) -> int:
         """GPUs of all `dp` replicas."""
-        return self.tp * self.pp * self.dp
+        return self.gpus_per_replica * self.dp
+
+    @property
+    def starts_with(self) -> Literal["kervan up", "vllm serve"]:
+        """What starts it: a replica of `kervan up` is one engine core, and each data-parallel rank is another."""
+        return "kervan up" if self.attention_dp == 1 else "vllm serve"
 
     def __str__(self) -> str:
-        parts = [f"TP{self.tp}"] if self.tp > 1 or self.pp == 1 else []
+        parts = [f"ADP{self.attention_dp}"] if self.attention_dp > 1 else []
+        parts += [f"TP{self.tp}"] if self.tp > 1 or (self.pp == 1 and not parts) else []
         parts += [f"PP{self.pp}"] if self.pp > 1 else []
         parts += [f"EP{self.ep}"] if self.ep > 1 else []
         replica = "x".join(parts)
@@ -54,9 +70,10 @@ def parse_layout(text: str) -> dict[str, int]:
     for item in text.split(","):
         key, separator, value = item.partition("=")
         key = key.strip().lower()
+        key = "attention_dp" if key == "adp" else key
         if not separator or key not in KEYS or not value.strip().isdecimal() or not 1 <= int(value) <= 65_536:
             raise ConfigError(
-                f"layout {item.strip()!r} is none of tp=, pp=, dp=, ep= with a number from 1; "
+                f"layout {item.strip()!r} is none of tp=, pp=, dp=, ep=, attention_dp= with a number from 1; "
                 "write for example tp=2,pp=2"
             )
         if key in named:
@@ -124,6 +141,9 @@ def _why_not_blocks(spec: ModelSpec, layer: Layer, tp: int, *, ep: bool) -> str 
 
 def check(spec: ModelSpec, layout: Layout) -> None:
     """Raises: ConfigError for a cut that the model does not allow, with the sizes that it does."""
+    if layout.attention_dp > 1:
+        _check_attention_dp(spec, layout)
+        return
     has_ep = layout.ep > 1
     if (reason := _why_not_tp(spec, layout.tp, ep=has_ep)) is not None:
         fitting = [str(tp) for tp in tensor_sizes(spec, min(spec.num_heads, 64), ep=has_ep)]
@@ -145,6 +165,28 @@ def check(spec: ModelSpec, layout: Layout) -> None:
         raise ConfigError(f"ep={layout.ep} does not divide {spec.experts.count} experts; use {_one_of(fitting)}")
 
 
+def _check_attention_dp(spec: ModelSpec, layout: Layout) -> None:
+    ranks = layout.attention_dp
+    if spec.experts is None:
+        raise ConfigError(
+            f"attention_dp={ranks} shares experts out over data-parallel ranks, and the model has none; use "
+            f"dp={ranks}, whose copies do not wait for each other"
+        )
+    if (layout.tp, layout.pp) != (1, 1):
+        raise ConfigError(
+            f"attention_dp={ranks} with tp={layout.tp} and pp={layout.pp} is not counted: a rank is one GPU; use "
+            f"attention_dp={ranks} alone, or tp and pp without it"
+        )
+    if layout.ep != ranks:
+        raise ConfigError(
+            f"attention_dp={ranks} shares the experts out over its {ranks} ranks, and ep={layout.ep} does not; use "
+            f"ep={ranks}, or leave ep out"
+        )
+    if spec.experts.count % ranks:
+        fitting = [str(n) for n in range(2, 65) if spec.experts.count % n == 0]
+        raise ConfigError(f"attention_dp={ranks} does not divide {spec.experts.count} experts; use {_one_of(fitting)}")
+
+
 def stages(spec: ModelSpec, pp: int) -> list[range]:
     """The layers of each stage, as vLLM deals them: what is left over goes to the stages before the last.
 
@@ -158,7 +200,8 @@ def stages(spec: ModelSpec, pp: int) -> list[range]:
 
 
 def sizes(spec: ModelSpec, *, gpus: int, gpus_per_node: int) -> list[Layout]:
-    """All replicas (dp 1) on at most `gpus` GPUs: TP within a node, PP over what is left; with experts also their EP.
+    """All replicas (dp 1) on at most `gpus` GPUs: TP within a node, PP over what is left; with experts also their EP,
+    and data-parallel attention within a node.
 
     `pp` beyond one node counts in whole nodes' worth of stages: a stage's GPUs are never on two nodes.
     """
@@ -181,19 +224,25 @@ def sizes(spec: ModelSpec, *, gpus: int, gpus_per_node: int) -> list[Layout]:
                 replicas.append(replica)
             if tp in whole and spec.experts is not None and tp > 1 and spec.experts.count % tp == 0:
                 replicas.append(Layout(tp, pp, ep=tp))
+    for ranks in range(2, most + 1):
+        replica = Layout(ep=ranks, attention_dp=ranks)
+        if spec.experts is None or spec.experts.count % ranks or (ranks & (ranks - 1) and gpus_per_node % ranks):
+            continue
+        if most_copies(replica, gpus=gpus, gpus_per_node=gpus_per_node) * ranks == gpus:
+            replicas.append(replica)
     return replicas
 
 
 def most_copies(replica: Layout, *, gpus: int, gpus_per_node: int) -> int:
-    """How many replicas the GPUs hold when no TP group is cut by the end of a node."""
+    """How many replicas the GPUs hold when the GPUs of no stage are on two nodes."""
     gpus_per_node = min(gpus, gpus_per_node)
-    groups = gpus // gpus_per_node * (gpus_per_node // replica.tp)
+    groups = gpus // gpus_per_node * (gpus_per_node // replica.gpus_per_stage)
     return groups // replica.pp
 
 
 def nodes_per_replica(layout: Layout, gpus_per_node: int) -> int:
-    """The fewest nodes that hold a replica whose TP groups are not cut."""
-    stages_per_node = max(1, gpus_per_node // layout.tp)
+    """The fewest nodes that hold a replica whose stages are each on one node."""
+    stages_per_node = max(1, gpus_per_node // layout.gpus_per_stage)
     return math.ceil(layout.pp / stages_per_node)
 
 

@@ -1,6 +1,7 @@
 """What can be told of a model before anything starts."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ LOADED_FROM_DIRECTORY = frozenset(
 NEEDED_FIELDS = ("architectures", "model_type")
 
 
-def resolve(model: str) -> str:
+def resolve(model: str, *, is_here: bool = True) -> str:
     """An absolute directory, or a Hugging Face id for vLLM to fetch.
+
+    `is_here`: it is served on this machine. Elsewhere, an absolute path that is not here may be on the nodes.
 
     Raises: ConfigError when it is neither.
     """
@@ -40,10 +43,13 @@ def resolve(model: str) -> str:
             return str(path.resolve())
         raise ConfigError(f"model {model!r} is a file; give the directory that holds its config.json: {path.parent}")
     looks_local = model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model)
+    if looks_local and path.is_absolute() and not is_here:
+        return os.path.normpath(path)
     if looks_local:
+        elsewhere = "" if is_here else ", or give the absolute path that it has on the nodes"
         raise ConfigError(
             f"model {model!r} is neither a directory here nor a Hugging Face id; "
-            "check the path, or give an id such as Qwen/Qwen3-8B"
+            f"check the path, or give an id such as Qwen/Qwen3-8B{elsewhere}"
         )
     return model
 
@@ -155,6 +161,20 @@ def missing_weights(model: str, load_format: Any = None) -> str | None:
         f"{model} has no weights (*.safetensors, *.bin, *.pt, *.gguf, or their index); fetch them, or add "
         "--engine-arg load_format=dummy for random ones"
     )
+
+
+def missing_on_node(node: str, model: str, load_format: Any = None) -> str | None:
+    """What to do about a model that node `node`, on which this runs, cannot load; None where nothing is missing.
+
+    `load_format`: as in `missing_weights`; `dummy` where only the directory is needed.
+    """
+    if Path(model).is_absolute() and not Path(model).exists():
+        return (
+            f"node {node} has no {model}; copy the model to that path on each node that serves it, "
+            "or give a Hugging Face id"
+        )
+    missing = missing_weights(model, load_format)
+    return f"node {node}: {missing}" if missing else None
 
 
 def special_tokens(model: str) -> frozenset[int]:

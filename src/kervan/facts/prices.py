@@ -16,6 +16,7 @@ import yaml
 from kervan.errors import ConfigError
 from kervan.facts import hardware
 from kervan.facts.markets import MARKETS
+from kervan.facts.markup import broken
 
 Market = Literal["on-demand", "spot"]
 LARGE_PROVIDERS = ("AWS", "Azure", "Google Cloud")
@@ -57,6 +58,9 @@ class Price:
         """Where the price is from: `AWS p5.48xlarge, on-demand, 2026-11-09`."""
         where = " ".join(word for word in (self.provider, self.instance) if word)
         return ", ".join(word for word in (where, self.market, self.date.isoformat()) if word)
+
+
+EXAMPLE = "write for example prices: [{gpu: H100, market: on-demand, usd_per_gpu_h: 3.40, date: 2026-11-25}]"
 
 
 def load(path: Path | None = None) -> tuple[Price, ...]:
@@ -119,14 +123,11 @@ def parse_price_usd_per_h(text: str) -> float:
 def _read(text: str, subject: str) -> tuple[Price, ...]:
     try:
         data = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that does not exist
-        raise ConfigError(f"{subject} cannot be read: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a day that does not exist
+        raise ConfigError(f"{subject} {broken(error, text)}; {EXAMPLE}") from error
     rows = data.get("prices") if isinstance(data, dict) else None
     if not isinstance(rows, list) or not rows or set(data) != {"prices"}:
-        raise ConfigError(
-            f"{subject} has no list 'prices:' alone; write for example prices: [{{gpu: H100, market: on-demand, "
-            "usd_per_gpu_h: 3.40, date: 2026-11-25}]"
-        )
+        raise ConfigError(f"{subject} has no list 'prices:' alone; {EXAMPLE}")
     return tuple(_price(row, f"{subject}, row {number}") for number, row in enumerate(rows, 1))
 
 

@@ -27,7 +27,7 @@ def curve(request: PlanRequest, planned: PlannedLayout) -> list[LoadPoint]:
     gpus = max(request.gpus, size.gpus)
     same = dataclasses.replace(
         request,
-        fixed={"tp": size.tp, "pp": size.pp, "dp": size.dp, "ep": size.ep},
+        fixed={"tp": size.tp, "pp": size.pp, "dp": size.dp, "ep": size.ep, "attention_dp": size.attention_dp},
         counts_gpus=False,
         gpus=gpus,
         nodes=request.nodes if gpus % request.nodes == 0 else 1,

@@ -51,8 +51,8 @@ FULL_SHARE = 0.93  # of the KV cache, from which on it counts as full
 BINDING = {
     "weights": "weights bandwidth", "compute": "compute", "experts": "expert weights and compute",
     "kv_read": "KV bandwidth", "prefill_attention": "compute", "elementwise": "compute", "kernels": "per-step overhead",
-    "all_reduce": "all-reduce", "head": "weights bandwidth", "overhead": "per-step overhead",
-    "host": "per-step overhead",
+    "all_reduce": "all-reduce", "exchange": "exchange of tokens", "head": "weights bandwidth",
+    "overhead": "per-step overhead", "host": "per-step overhead",
 }  # fmt: skip
 
 # By seed: (replicas, what one of them served).
@@ -123,19 +123,25 @@ class Simulations:
             count = max(8, min(each * streams, MAX_STREAM_REQUESTS), streams)
             self._closed_results[key] = serving.closed_loop(
                 screened.step_time, self._load.closed_loop(count, seed), streams=streams,
-                kv_tokens=screened.memory.kv_tokens, frontends=self._load.request.frontends, seed=seed,
+                kv_tokens=screened.memory.kv_tokens, frontends=self._frontends(screened), seed=seed,
             )  # fmt: skip
         return self._closed_results[key]
 
     def _open(self, screened: ScreenedLayout, rate: float, care: Care) -> Runs:
         is_single = self._load.request.trace or screened.step_time.is_pipelined  # whose runs take long, step by step
         seeds = 1 if is_single else care.seeds
-        return [[(screened.copies, self._open_result(screened, rate, care, seed))] for seed in range(seeds)]
+        runs: Runs = []
+        for seed in range(seeds):
+            result = self._open_result(screened, rate, care, seed)
+            runs.append([(screened.copies, result)])
+            if not result.is_stable:  # whatever the others say
+                break
+        return runs
 
     def _open_result(self, screened: ScreenedLayout, rate: float, care: Care, seed: int) -> LoadResult:
         """Of one replica at `rate` requests per second (of a trace as it says), in a steady state."""
         is_trace = bool(self._load.request.trace)
-        most = most_sequences(self._load, screened.memory)
+        most = most_sequences(self._load, screened.step_time, screened.memory)
         running = (
             0 if is_trace else round(min(most, steady_batch(self._load, screened.step_time, screened.memory, rate)))
         )
@@ -158,8 +164,12 @@ class Simulations:
         loop = self._load.open_loop(rate, screened.copies, count=count, running=running, seed=seed)
         return serving.open_loop(
             screened.step_time, loop.requests, kv_tokens=screened.memory.kv_tokens, measured=loop.measured,
-            running=loop.running, frontends=self._load.request.frontends, seed=seed,
+            running=loop.running, frontends=self._frontends(screened), seed=seed,
         )  # fmt: skip
+
+    def _frontends(self, screened: ScreenedLayout) -> int:
+        """Of one replica; `vllm serve` starts one for each data-parallel rank."""
+        return self._load.request.frontends * screened.replica.attention_dp
 
     def _affordable(self, screened: ScreenedLayout, rate: float, care: Care, running: int) -> int:
         """How many requests are measured: fewer where a pipeline would take more steps than there is time for."""
@@ -266,14 +276,14 @@ def _binding(load: PlanLoad, screened: ScreenedLayout, batch: float) -> str:
     """What most of the time goes to: of decode steps, and of the prefill that their tokens need."""
     times = screened.step_time
     sequences = max(1, round(batch))
-    decode = Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences)
-    tokens = max(1, min(load.limits.max_num_batched_tokens, int(load.isl * max(1, sequences // 4))))
-    prefill = Batch(0, 0, tokens, tokens * min(load.isl, tokens) / 2, max(1, int(tokens / load.isl)))
+    decode = load.decode_step(sequences)
+    tokens = max(1, min(times.max_num_batched_tokens, int(load.prefill_tokens * max(1, sequences // 4))))
+    prefill = load.prefill_step(tokens)
     spent: dict[str, float] = {}
     for index in range(times.layout.pp):
         for terms, weight in (
             (times.terms(index, decode), load.osl / sequences),
-            (times.terms(index, prefill), load.isl / tokens),
+            (times.terms(index, prefill), load.prefill_tokens / tokens),
         ):
             for term, cause in BINDING.items():
                 spent[cause] = spent.get(cause, 0.0) + weight * getattr(terms, term)

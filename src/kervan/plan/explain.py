@@ -1,22 +1,19 @@
 """Last step: the plan in plain words: which strategy, what binds it, and what to do when nothing fits."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kervan.config.workload import Slo
 from kervan.facts import layout as layouts
 from kervan.plan.load import PlanLoad
-from kervan.plan.rank import LIKELY, PlannedLayout, excesses, per_s
+from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, excesses, is_alike, per_s
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
-from kervan.plan.strategies import Strategy, strategies
+from kervan.plan.strategies import NOT_STARTED, Strategy, strategies
 from kervan.sim.memory import GIB
-from kervan.sim.step_time import Batch
 from kervan.vendor.vllm_names import COUNTED_ARGUMENTS, RUNNER_V2_ARCHITECTURES, UNSERVED_CAPABILITIES
 
-ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
 ROUGH = "the top three layouts are simulated in full, the rest briefly: their figures, marked ~, are rough"
 
@@ -46,8 +43,13 @@ class LayoutPlan:
 
     @property
     def best(self) -> PlannedLayout:
-        """The first; it fits."""
+        """The first; it fits. `kervan up` starts it, unless nothing else fits or was asked for."""
         return self.layouts[0]
+
+    @property
+    def better_elsewhere(self) -> PlannedLayout | None:
+        """One that would be better than the best, and that `kervan up` does not start."""
+        return better_elsewhere(self.request, self.layouts)
 
 
 def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, remedies: Sequence[str], has_rough: bool) -> LayoutPlan:
@@ -71,14 +73,13 @@ def explain(load: PlanLoad, ranked: Sequence[PlannedLayout], *, remedies: Sequen
 def step_terms(plan: LayoutPlan, planned: PlannedLayout) -> list[tuple[str, float, float]]:
     """(term, ms in a decode step, ms in a prefill step) of one pass of a layout through all stages, the largest first.
 
-    The decode step runs the planned batch at its mean context, the prefill step a full token budget of prompts.
+    The decode step runs the planned batch at its mean context, the prefill step a full token budget of prompts,
+    without what the prefix cache has of them.
     """
     load = plan.load
     times = step_time(load, dataclasses.replace(planned.layout, dp=1))
-    sequences = max(1, round(planned.mean_batch))
-    decode = Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences)
-    tokens = load.limits.max_num_batched_tokens
-    prefill = Batch(0, 0, tokens, tokens * min(load.isl, tokens) / 2, max(1, int(tokens / load.isl)))
+    decode = load.decode_step(max(1, round(planned.mean_batch)))
+    prefill = load.prefill_step(times.max_num_batched_tokens)
     rows: dict[str, list[float]] = {}
     for column, batch in enumerate((decode, prefill)):
         for index in range(times.layout.pp):
@@ -109,7 +110,7 @@ def nothing_fits(load: PlanLoad, unfit: Sequence[PlannedLayout]) -> str:
                 fixes.append(f"the weights in {name}")
                 break
     if nearest.memory.kv_gib > 0:
-        fixes.insert(0, f"requests of at most {nearest.memory.kv_tokens} tokens")
+        fixes.insert(0, f"requests of at most {nearest.memory.kv_tokens // nearest.layout.attention_dp} tokens")
     advice = "; use " + " or ".join(fixes) if fixes else "; no number of these GPUs up to 128 would do"
     return (
         f"{request.spec.source} ({total_gib:.0f} GiB of weights) fits no layout on {request.gpus} x "
@@ -122,7 +123,9 @@ def _verdict(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> str:
     best = ranked[0]
     layout = best.layout
     across = layouts.nodes_per_replica(layout, request.gpus_per_node) > 1
-    if request.spec.experts is not None and layout.ep > 1:
+    if layout.attention_dp > 1:
+        strategy = f"attention data-parallel over {layout.attention_dp} GPUs, experts shared out over them"
+    elif request.spec.experts is not None and layout.ep > 1:
         strategy = f"experts shared out over the {layout.ep} GPUs of each replica"
     elif layout.pp > 1 and layout.tp > 1:
         strategy = "tensor parallel inside a node, pipeline stages between" + (" nodes" if across else " groups")
@@ -168,16 +171,14 @@ def _why_none(load: PlanLoad, best: PlannedLayout) -> str:
 def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
     best = ranked[0]
     notes = [f"bound by {best.binding}: {best.lever}"]
-    alike = [c for c in ranked[1:] if c.fits and _is_alike(request, best, c)]
+    same_start = [c for c in ranked[1:] if c.fits and c.layout.starts_with == best.layout.starts_with]
+    alike = [c for c in same_start if is_alike(request, best, c)]
     if alike:
         names = ", ".join(str(c.layout) for c in alike[:4]) + (" and more" if len(alike) > 4 else "")
         notes.append(f"cannot be told apart from {names}: the difference is within the prediction's band")
+    if best.layout.starts_with == "vllm serve":
+        notes.append(f"{NOT_STARTED}; vllm serve does (last line)")
     notes += request.spec.notes
-    if not request.spec.is_known:
-        notes.append(
-            f"{request.spec.architecture} is not an architecture that kervan knows: counted as attention and gated "
-            "MLP, by the config's numbers"
-        )
     if request.gpu.compute_capability in UNSERVED_CAPABILITIES:
         notes.append(
             f"vLLM 0.24 to 0.32 does not serve {request.gpu.name}: its wheels have no kernels for compute capability "
@@ -201,12 +202,3 @@ def _notes(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> list[str]:
     if unfit:
         notes.append(f"does not fit: {', '.join(sorted({str(dataclasses.replace(c.layout, dp=1)) for c in unfit}))}")
     return notes
-
-
-def _is_alike(request: PlanRequest, best: PlannedLayout, other: PlannedLayout) -> bool:
-    """Whether the goal's figures differ by less than the prediction's band."""
-    if other.meets_slo < LIKELY <= best.meets_slo or other.score <= 0 or best.score <= 0:
-        return False
-    key = "tpot_p50_ms" if request.goal == "latency" else "out_tok_s"
-    width = math.log(best.bands.get(key, 1.0))
-    return abs(math.log(best.score / other.score)) < ALIKE_SHARE * 2 * width

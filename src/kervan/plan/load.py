@@ -11,6 +11,7 @@ from kervan.plan.request import PlanRequest
 from kervan.plan.serving import LoadRequest, RunningRequest, fixed
 from kervan.sim import limits as engine_limits
 from kervan.sim.limits import BLOCK_TOKENS, EngineLimits
+from kervan.sim.step_time import Batch
 
 WARM_UP_SHARE = 0.2  # of what is measured, before it: the replica begins about as busy as it will be, not exactly
 WARM_UP_REQUESTS = 10
@@ -52,6 +53,14 @@ class PlanLoad:
         """Tokens that one of a prompt looks at, on average, when so many are prefilled at once."""
         cached = self.isl - self.prefill_tokens
         return cached + min(self.prefill_tokens, chunk_tokens) / 2
+
+    def decode_step(self, sequences: int) -> Batch:
+        """A step that gives each of so many sequences of mean length a token."""
+        return Batch(sequences, sequences * self.context_tokens, 0, 0.0, sequences)
+
+    def prefill_step(self, tokens: int) -> Batch:
+        """A step that computes so many tokens of prompts, whose cached tokens are attended to and not computed."""
+        return Batch(0, 0, tokens, tokens * self.mean_attended(tokens), max(1, int(tokens / self.prefill_tokens)))
 
     @property
     def rate(self) -> float:
@@ -133,9 +142,23 @@ def load(request: PlanRequest) -> PlanLoad:
     if longest > limits.max_model_len:
         own = request.spec.max_model_len
         is_allowed = longest <= own or not request.spec.has_max_model_len
+        larger = f"--engine-arg max_model_len={longest}" if is_allowed else f"a model of more than {own} tokens"
         raise ConfigError(
-            f"a request of {longest} tokens is longer than max_model_len={limits.max_model_len}; use shorter --isl and "
-            f"--osl, or "
-            + (f"--engine-arg max_model_len={longest}" if is_allowed else f"a model of more than {own} tokens")
+            f"{_longest(request, longest)} max_model_len={limits.max_model_len}{_shorter(request)}, or {larger}"
         )
     return PlanLoad(request, limits, isl, osl, longest)
+
+
+def _longest(request: PlanRequest, longest: int) -> str:
+    """The longest request, and where it is from."""
+    if not request.trace:
+        return f"a request of {longest} tokens is longer than"
+    row = max(request.trace, key=lambda row: row.input_tokens + row.output_tokens)
+    return (
+        f"line {row.line} of the trace has a prompt of {row.input_tokens} (ContextTokens or input_length) and "
+        f"{row.output_tokens} output tokens, {longest} in all, which is longer than"
+    )
+
+
+def _shorter(request: PlanRequest) -> str:
+    return "; leave such rows out" if request.trace else "; use shorter --isl and --osl"

@@ -1,7 +1,8 @@
 """Fifth step: layouts with figures, bands and prices, the best first."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kervan.facts.layout import Layout
@@ -13,6 +14,7 @@ from kervan.plan.screen import ScreenedLayout
 from kervan.sim.limits import EngineLimits
 from kervan.sim.memory import MemoryEstimate
 
+ALIKE_SHARE = 0.5  # of the band's width: closer than this, two figures cannot be told apart
 LIKELY = 0.5  # from here on a layout counts as keeping the SLO
 START_S = 101.0  # first start of an 8B engine on a machine: benchmarks/records/layouts-replicas-2xh200-2026-11-23.json
 STARTS_PER_DAY = 1.0
@@ -24,6 +26,7 @@ LEVERS = {
     "KV bandwidth": f"{FP8_CACHE} halves it; a larger tp divides it",
     "KV memory": f"{FP8_CACHE}, fp8 weights, a larger tp, or more replicas",
     "all-reduce": "a smaller tp with more replicas, if the model fits; or GPUs with faster links",
+    "exchange of tokens": "GPUs with faster links, or DeepEP's kernels (vLLM's all2all_backend)",
     "pipeline bubble": "a larger tp in place of pp, within a node",
     "per-step overhead": "more streams per replica, or a smaller tp: the GPU waits for launches and small kernels",
 }
@@ -111,8 +114,44 @@ def unfit(load: PlanLoad, screened: ScreenedLayout) -> PlannedLayout:
 
 
 def rank(request: PlanRequest, layouts: Iterable[PlannedLayout]) -> list[PlannedLayout]:
-    """The best first: what fits, what keeps the SLO, then the goal; what does not keep it, by how little it fails."""
-    return sorted(layouts, key=lambda candidate: _rank(request, candidate), reverse=True)
+    """The best first: what fits, of that what `kervan up` starts, what keeps the SLO, then the goal; what does not keep
+    it, by how little it fails.
+    """
+    return sorted(
+        layouts, key=lambda c: (c.fits, c.layout.starts_with == "kervan up", *_merit(request, c)), reverse=True
+    )
+
+
+def better_elsewhere(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> PlannedLayout | None:
+    """The first that fits and `kervan up` does not start, where it would be before the best if that did not count, by
+    more than the prediction's band.
+    """
+    best = ranked[0]
+    other = next((c for c in ranked[1:] if c.fits and c.layout.starts_with != "kervan up"), None)
+    if other is None or best.layout.starts_with != "kervan up" or is_close(request, best, other):
+        return None
+    return other if _merit(request, other) > _merit(request, best) else None
+
+
+def is_close(request: PlanRequest, best: PlannedLayout, other: PlannedLayout) -> bool:
+    """Whether the difference of two layouts is within the prediction's band. Both serve the same open loop with as many
+    GPUs: the time per token is the difference then.
+    """
+    if best.served_share != other.served_share or (best.meets_slo < LIKELY) != (other.meets_slo < LIKELY):
+        return False
+    if not request.is_open or best.layout.gpus != other.layout.gpus:
+        return is_alike(request, best, other)
+    width = math.log(best.bands.get("tpot_p50_ms", 1.0))
+    return abs(math.log(best.tpot_p50_ms / max(1e-9, other.tpot_p50_ms))) < ALIKE_SHARE * 2 * width
+
+
+def is_alike(request: PlanRequest, best: PlannedLayout, other: PlannedLayout) -> bool:
+    """Whether the goal's figures differ by less than the prediction's band."""
+    if other.meets_slo < LIKELY <= best.meets_slo or other.score <= 0 or best.score <= 0:
+        return False
+    key = "tpot_p50_ms" if request.goal == "latency" else "out_tok_s"
+    width = math.log(best.bands.get(key, 1.0))
+    return abs(math.log(best.score / other.score)) < ALIKE_SHARE * 2 * width
 
 
 def all_in_factor(copies: int) -> float:
@@ -143,12 +182,12 @@ def _overload(evaluation: Evaluation, rate: float) -> str:
     return f"overloaded: {per_s(rate)} requests/s come in, and {per_s(evaluation.requests_s)} are served"
 
 
-def _rank(request: PlanRequest, candidate: PlannedLayout) -> tuple[float, ...]:
+def _merit(request: PlanRequest, candidate: PlannedLayout) -> tuple[float, ...]:
     if candidate.meets_slo >= LIKELY:
-        return (candidate.fits, True, candidate.score, -candidate.layout.gpus, -candidate.tpot_p50_ms)
+        return (True, candidate.score, -candidate.layout.gpus, -candidate.tpot_p50_ms)
     # What is not kept, by how near: to all requests served, then to the bounds; of equals, the better by the goal.
     excess = max(excesses(request, candidate).values(), default=0.0) if candidate.served_share == 1 else 0.0
-    return (candidate.fits, False, candidate.served_share, -round(excess, 2), _value(request, candidate))
+    return (False, candidate.served_share, -round(excess, 2), _value(request, candidate))
 
 
 def _score(request: PlanRequest, candidate: PlannedLayout) -> float:

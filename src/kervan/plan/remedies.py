@@ -50,10 +50,10 @@ def _others(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
 
 
 def _is_kept(request: PlanRequest) -> bool:
-    """Whether some layout keeps the SLO."""
+    """Whether some layout that `kervan up` starts keeps the SLO."""
     try:
         loaded = load(request)
-        screened = [one for one in screen(loaded) if one.fits]
+        screened = [one for one in screen(loaded) if one.fits and one.replica.starts_with == "kervan up"]
     except KervanError:
         return False
     simulations = Simulations(loaded)

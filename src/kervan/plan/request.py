@@ -21,7 +21,7 @@ class PlanRequest:
 
     `counts_gpus`: `gpus` are those of the largest replica, and each layout gets as many copies as keep the SLO at the
     rate. `prefix_hit`: share of the prompt tokens that the prefix cache has. `fixed`: sizes of the layout that are
-    given (tp, pp, dp, ep). `frontends`: API server processes per replica, or gateways. `usd_per_gpu_h`,
+    given (tp, pp, dp, ep, attention_dp). `frontends`: API server processes per replica, or gateways. `usd_per_gpu_h`,
     `spot_usd_per_gpu_h`: None when no price is known. `network_bytes_s`: between nodes, each GPU.
 
     `spec` is the model as it is served: with `quantization=fp8` among the arguments, in FP8 (`sim.limits.as_served`).

@@ -91,20 +91,23 @@ def _screened(load: PlanLoad, replica: Layout, copies: int) -> ScreenedLayout:
     request = load.request
     room = memory.estimate(request.spec, replica, request.gpu, load.limits, context_tokens=load.context_tokens)
     times = step_time(load, replica)
-    if room.kv_tokens < load.longest_tokens:
-        return ScreenedLayout(replica, copies, room, times, 0.0, reason=_why_not(room, load))
+    if room.kv_tokens // replica.attention_dp < load.longest_tokens:
+        return ScreenedLayout(replica, copies, room, times, 0.0, reason=_why_not(room, replica, load))
     if request.concurrency is None:
         requests_s = _slo_requests_s(load, times, room)
     else:
-        streams = min(math.ceil(request.concurrency / copies), load.limits.max_num_seqs)
+        streams = min(math.ceil(request.concurrency / copies), times.max_num_seqs)
         busy = min(copies, request.concurrency)  # replicas that have a stream
         requests_s = _steady(load, times, streams)[0] * busy / copies
     return ScreenedLayout(replica, copies, room, times, requests_s)
 
 
 def _compared(request: PlanRequest, screened: list[ScreenedLayout]) -> list[ScreenedLayout]:
-    """Those far behind the best are rough; in a closed loop, of them long pipelines only."""
-    best = max(candidate.requests_s / candidate.replica.gpus_per_replica for candidate in screened)
+    """Those far behind the best that `kervan up` starts are rough; in a closed loop, of them long pipelines only."""
+    best = max(
+        (c.requests_s / c.replica.gpus_per_replica for c in screened if c.replica.starts_with == "kervan up"),
+        default=0.0,
+    )
     return [
         dataclasses.replace(
             candidate,
@@ -117,9 +120,17 @@ def _compared(request: PlanRequest, screened: list[ScreenedLayout]) -> list[Scre
 
 
 def _given(request: PlanRequest) -> tuple[Layout, int]:
-    """The layout of `fixed`, whose sizes are 1 where it names none."""
-    replica = Layout(request.fixed.get("tp", 1), request.fixed.get("pp", 1), 1, request.fixed.get("ep", 1))
+    """The layout of `fixed`, whose sizes are 1 where it names none, and `ep` that of `attention_dp`."""
+    ranks = request.fixed.get("attention_dp", 1)
+    replica = Layout(
+        request.fixed.get("tp", 1), request.fixed.get("pp", 1), ep=request.fixed.get("ep", ranks), attention_dp=ranks
+    )
     layouts.check(request.spec, replica)
+    if ranks > request.gpus_per_node:
+        raise ConfigError(
+            f"attention_dp={ranks} is counted for the GPUs of one node, and a node has {request.gpus_per_node}; use at "
+            f"most attention_dp={request.gpus_per_node}"
+        )
     if replica.tp > request.gpus_per_node:
         raise ConfigError(
             f"tp={replica.tp} needs as many GPUs on one node, and a node has {request.gpus_per_node}; use at most "
@@ -128,7 +139,8 @@ def _given(request: PlanRequest) -> tuple[Layout, int]:
     copies = request.fixed.get("dp", 1)
     if copies * replica.gpus_per_replica > request.gpus:
         raise ConfigError(
-            f"tp={replica.tp} x pp={replica.pp} x dp={copies} needs {copies * replica.gpus_per_replica} GPUs, and "
+            (f"attention_dp={ranks}" if ranks > 1 else f"tp={replica.tp} x pp={replica.pp}")
+            + f" x dp={copies} needs {copies * replica.gpus_per_replica} GPUs, and "
             f"there are {request.gpus}; give --gpus {copies * replica.gpus_per_replica} or a smaller --layout"
         )
     return replica, copies
@@ -140,7 +152,7 @@ def steady_batch(load: PlanLoad, times: StepTime, room: MemoryEstimate, rate: fl
     Prompts that come during a step are prefilled together in the next one. The steps between those decode. Each step
     gives each sequence a token, in a pipeline each `pp`-th; the batch follows by Little's law.
     """
-    most, budget = most_sequences(load, room), load.limits.max_num_batched_tokens
+    most, budget = most_sequences(load, times, room), times.max_num_batched_tokens
     distance = times.layout.pp if times.is_pipelined else 1
 
     def step_s(batch: Batch) -> float:
@@ -152,7 +164,9 @@ def steady_batch(load: PlanLoad, times: StepTime, room: MemoryEstimate, rate: fl
         context = round(sequences * load.context_tokens)
         chunk = max(1, min(budget - sequences, round(prompts * load.prefill_tokens)))
         decode = Batch(sequences, context, 0, 0.0, sequences)
-        prefill_s = step_s(Batch(sequences, context, chunk, chunk * load.mean_attended(chunk), sequences + 1))
+        # On one engine core how many prompts they are matters little; between ranks they are dealt out.
+        complete = max(1, round(chunk / load.prefill_tokens)) if times.layout.attention_dp > 1 else 1
+        prefill_s = step_s(Batch(sequences, context, chunk, chunk * load.mean_attended(chunk), sequences + complete))
         prefills = rate * load.prefill_tokens / chunk  # a second
         share = prefills * prefill_s  # of the time
         if share >= 1 and chunk >= budget - sequences:
@@ -164,14 +178,23 @@ def steady_batch(load: PlanLoad, times: StepTime, room: MemoryEstimate, rate: fl
     return running if running <= most else math.inf
 
 
-def most_sequences(load: PlanLoad, room: MemoryEstimate) -> int:
-    """Sequences of mean length that have room, and are allowed, at once."""
-    return max(1, min(load.limits.max_num_seqs, int(room.kv_tokens / load.context_tokens)))
+def token_s(load: PlanLoad, screened: ScreenedLayout, rate: float) -> float:
+    """Seconds per token at `rate` requests per second of a replica, by arithmetic; infinite when it falls behind."""
+    return steady_batch(load, screened.step_time, screened.memory, rate) / (rate * load.osl)
+
+
+def most_sequences(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> int:
+    """Sequences of mean length that have room, and are allowed, at once in a replica."""
+    return max(1, min(times.max_num_seqs, int(room.kv_tokens / load.context_tokens)))
 
 
 def _slo_requests_s(load: PlanLoad, times: StepTime, room: MemoryEstimate) -> float:
-    """Requests per second of one replica at which the mean time per token reaches 85% of the SLO, by arithmetic."""
-    bound_s = 0.85 * (load.request.slo.tpot_s or 0.1)
+    """Requests per second of one replica at which the mean time per token reaches 85% of the SLO, by arithmetic. Where
+    a sequence that is alone takes about as long, half of what is left between, and a little at least.
+    """
+    slo_s = load.request.slo.tpot_s or 0.1
+    alone_s = times.total_s(Batch(1, load.context_tokens, 0, 0.0, 1))
+    bound_s = max(0.85 * slo_s, (alone_s + slo_s) / 2, 1.05 * alone_s)
 
     def is_kept(rate: float) -> bool:
         return steady_batch(load, times, room, rate) <= rate * load.osl * bound_s
@@ -189,7 +212,7 @@ def _steady(load: PlanLoad, times: StepTime, batch: int) -> tuple[float, float]:
     """(requests per second, seconds per token) of a replica that always runs `batch` sequences, in a closed loop."""
     isl, osl = load.prefill_tokens, load.osl
     decode = Batch(batch, batch * load.context_tokens, 0, 0.0, batch)
-    budget = max(1, load.limits.max_num_batched_tokens - batch)
+    budget = max(1, times.max_num_batched_tokens - batch)
     prompts = max(1.0, budget / isl)
     chunk = min(budget, int(isl * prompts))
     prefill = Batch(batch, batch * load.context_tokens, chunk, chunk * load.mean_attended(chunk), batch + int(prompts))
@@ -202,7 +225,7 @@ def _steady(load: PlanLoad, times: StepTime, batch: int) -> tuple[float, float]:
     return batch / (osl * per_token_s), per_token_s
 
 
-def _why_not(room: MemoryEstimate, load: PlanLoad) -> str:
+def _why_not(room: MemoryEstimate, replica: Layout, load: PlanLoad) -> str:
     budget_gib = room.total_gib * load.limits.gpu_memory_utilization
     if room.kv_gib <= 0:
         return (
@@ -211,6 +234,6 @@ def _why_not(room: MemoryEstimate, load: PlanLoad) -> str:
             f"{load.request.gpu.name}"
         )
     return (
-        f"{room.kv_gib:.1f} GiB per GPU are left for {room.kv_tokens} tokens of KV cache, and one request has up to "
-        f"{load.longest_tokens}"
+        f"{room.kv_gib:.1f} GiB per GPU are left for {room.kv_tokens // replica.attention_dp} tokens of KV cache, and "
+        f"one request has up to {load.longest_tokens}"
     )

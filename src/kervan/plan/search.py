@@ -7,7 +7,7 @@ from kervan.plan.bands import bands
 from kervan.plan.evaluate import CLOSE_LOOK, FIRST_LOOK, GLANCE, Care, Simulations
 from kervan.plan.explain import LayoutPlan, explain, nothing_fits
 from kervan.plan.load import PlanLoad, load
-from kervan.plan.rank import LIKELY, PlannedLayout, planned, rank, unfit
+from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, planned, rank, unfit
 from kervan.plan.remedies import remedies
 from kervan.plan.request import PlanRequest
 from kervan.plan.screen import ScreenedLayout, screen
@@ -30,12 +30,15 @@ def search(request: PlanRequest) -> LayoutPlan:
         screened = [_counted(simulations, one) if one.fits else one for one in screened]
     is_few = len(screened) <= REFINED
     of_layout = {candidate.layout: candidate for candidate in screened}
-    care = CLOSE_LOOK if is_few else FIRST_LOOK
+    care = CLOSE_LOOK if is_few else GLANCE
     ranked = rank(request, [_planned(loaded, simulations, one, GLANCE if one.is_rough else care) for one in screened])
     has_rough = any(one.is_rough for one in screened) or (not is_few and request.concurrency is None)
     if not is_few:
-        again = [_planned(loaded, simulations, of_layout[c.layout], CLOSE_LOOK) for c in ranked[:REFINED] if c.fits]
-        others = ranked[len(again) :]
+        front = [c for c in ranked[:REFINED] if c.fits]
+        elsewhere = better_elsewhere(request, ranked)
+        front += [elsewhere] if elsewhere is not None and elsewhere not in front else []
+        again = [_planned(loaded, simulations, of_layout[c.layout], CLOSE_LOOK) for c in front]
+        others = [c for c in ranked if c not in front]
         if request.concurrency is None:
             others = [dataclasses.replace(c, is_rough=c.fits) for c in others]
         ranked = rank(request, [*again, *others])
@@ -55,4 +58,4 @@ def _planned(loaded: PlanLoad, simulations: Simulations, screened: ScreenedLayou
     if not screened.fits:
         return unfit(loaded, screened)
     evaluation = simulations.evaluate(screened, care)
-    return planned(loaded, evaluation, bands(loaded.request, evaluation))
+    return planned(loaded, evaluation, bands(loaded, evaluation))

@@ -30,6 +30,7 @@ MAX_STEPS = 400_000  # after so many a load counts as one that is never served
 # of those that came in between, and what chance makes of as many as wait.
 MAX_GROWTH_SHARE = 0.05
 MAX_GROWTH_SIGMAS = 2.0
+LEAST_ROUNDS = 2  # of a pipeline that are worth a skip
 LATE_S = 3600.0  # what an open loop measures is given up when it is not over so long after the last of it was sent
 
 
@@ -217,8 +218,8 @@ class _Replica:
         self.stages = step_time.layout.pp
         self.is_pipelined = step_time.is_pipelined
         self.scheduler: Scheduler[_ReplicaRequest] = Scheduler(
-            max_num_seqs=step_time.limits.max_num_seqs,
-            max_num_batched_tokens=step_time.limits.max_num_batched_tokens,
+            max_num_seqs=step_time.max_num_seqs,
+            max_num_batched_tokens=step_time.max_num_batched_tokens,
             num_blocks=kv_tokens // BLOCK_TOKENS,
             decode_distance=self.stages if self.is_pipelined else 1,
             max_under_way=self.stages + (1 if self.stages == 1 or self.is_pipelined else 0),
@@ -245,12 +246,15 @@ class _Replica:
     def run(self) -> LoadResult:
         for _ in range(self.streams or 1):
             self._send(0.0)
-        num_steps = 0
+        num_steps = next_skip = 0
         while self.num_left and num_steps < MAX_STEPS and self.now_s < self._give_up_s:
             while self.arrivals and self.arrivals[0][0] <= self.now_s:
                 self.scheduler.add(heapq.heappop(self.arrivals)[2])
                 if not self.streams:
                     self._send(self.now_s)
+            if self.is_pipelined and num_steps >= next_skip:
+                self._skip_rounds()
+                next_skip = num_steps + self.stages
             while (step := self.scheduler.compose(self._steps_before_arrival)) is not None:
                 self.under_way.append((step, self._end_s(step)))
                 num_steps += 1
@@ -331,6 +335,42 @@ class _Replica:
             return MAX_STEPS
         begin_s = max(self.now_s, self.exit_s)
         return int((self.arrivals[0][0] - begin_s) / (self.step_time.total_s(batch) * 1.05))
+
+    def _skip_rounds(self) -> None:
+        """A pipeline goes on as it does until a request comes in or ends: all times move by whole rounds. In a round
+        each of the batches has a step.
+        """
+        most = self.scheduler.rounds_alike()
+        if most < LEAST_ROUNDS:
+            return
+        until_s = (self.arrivals[0][0] if self.arrivals else math.inf) - max(self.now_s, self.exit_s)
+        rounds = int(min(most, until_s / self._round_s(0)))
+        if rounds >= LEAST_ROUNDS and not math.isinf(until_s):  # steps become longer with their contexts
+            rounds = int(min(most, until_s / self._round_s(rounds)))
+        if rounds < LEAST_ROUNDS:
+            return
+        skipped_s = rounds * self._round_s(rounds / 2)
+        for group in self.scheduler.skip_rounds(rounds):
+            group.free_s += skipped_s
+            self.spans.append(_Span(self.now_s, self.now_s + skipped_s, len(group), rounds))
+            self.outputs_free_s += rounds * len(group) * self.step_time.constants.output_s / self.frontends
+        self.now_s += skipped_s
+        self.entry_free_s += skipped_s
+        self.exit_s += skipped_s
+        self.under_way = deque((step, end_s + skipped_s) for step, end_s in self.under_way)
+
+    def _round_s(self, rounds: float) -> float:
+        """Seconds of a round, so many rounds from now: each batch waits for its own tokens, and the slowest stage does
+        one batch after the other.
+        """
+        longest_s = busy_s = 0.0
+        for group in self.scheduler.groups:
+            size = len(group)
+            batch = Batch(size, group.context_tokens + rounds * size, 0, 0.0, size)
+            whole_s, slowest_s, _ = self.step_time.pass_s(batch)
+            longest_s = max(longest_s, whole_s)
+            busy_s += slowest_s
+        return max(longest_s, busy_s)
 
     # ---- what goes out
 

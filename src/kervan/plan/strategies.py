@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kervan.plan.load import PlanLoad
-from kervan.plan.rank import LIKELY, PlannedLayout, excesses
+from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, excesses, is_close
 from kervan.plan.screen import step_time
-from kervan.sim.step_time import Batch
 
 Name = Literal["data parallelism", "tensor parallelism", "pipeline parallelism", "expert parallelism"]
 SAME_SHARE = 0.03  # two figures that differ by less are called the same
+NOT_STARTED = "kervan up does not start data-parallel attention: each of its replicas is one engine core"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,12 @@ class Strategy:
 def strategies(load: PlanLoad, ranked: Sequence[PlannedLayout]) -> tuple[Strategy, ...]:
     """One for each kind, for the best of the ranked layouts."""
     best = ranked[0]
+    same_start = [c for c in ranked if c.layout.starts_with == best.layout.starts_with or not c.fits]
     return (
-        Strategy("data parallelism", best.layout.dp > 1, _data(load, ranked)),
-        Strategy("tensor parallelism", best.layout.tp > 1, _tensor(load, ranked)),
-        Strategy("pipeline parallelism", best.layout.pp > 1, _pipeline(load, ranked)),
-        Strategy("expert parallelism", best.layout.ep > 1, _expert(load, ranked)),
+        Strategy("data parallelism", best.layout.dp > 1, _data(load, same_start)),
+        Strategy("tensor parallelism", best.layout.tp > 1, _tensor(load, same_start)),
+        Strategy("pipeline parallelism", best.layout.pp > 1, _pipeline(load, same_start)),
+        Strategy("expert parallelism", best.layout.ep > 1, _expert(load, same_start) + _attention_dp(load, ranked)),
     )
 
 
@@ -103,6 +104,32 @@ def _expert(load: PlanLoad, ranked: Sequence[PlannedLayout]) -> str:
     return f"{_compared(load, best, other)}: the weights take as much either way, and the fullest GPU holds all up"
 
 
+def _attention_dp(load: PlanLoad, ranked: Sequence[PlannedLayout]) -> str:
+    """What data-parallel attention over the ranks that share the experts would deliver, beside the rest; empty where
+    the best layout has it, or it does not fit.
+    """
+    best = ranked[0]
+    other = _first(ranked, lambda c: c.layout.attention_dp > 1)
+    if best.layout.attention_dp > 1 or other is None:
+        return ""
+    ranks = other.layout.attention_dp
+    compared = _compared(load, best, other)
+    if is_close(load.request, best, other):
+        compared = f"{other.layout} cannot be told apart, within the prediction's band"
+    elif best.served_share < 1 == other.served_share:
+        compared = f"{other.layout} serves all of the load"
+    elif best.meets_slo < LIKELY <= other.meets_slo:
+        compared = f"{other.layout} keeps the SLO"
+    words = f"; attention data-parallel with EP{ranks}: {compared}"
+    if better_elsewhere(load.request, ranked) is None:
+        return words
+    each, others = (c.memory.kv_tokens / c.layout.gpus_per_replica for c in (other, best))
+    return (
+        f"{words}, at {other.out_tok_s:,.0f} tok/s, with {each / others:.1f} times the KV cache; kervan up does not "
+        f"start it: vllm serve MODEL --data-parallel-size {ranks} --enable-expert-parallel"
+    )
+
+
 def _first(ranked: Sequence[PlannedLayout], matches: Callable[[PlannedLayout], bool]) -> PlannedLayout | None:
     """The best of those that fit and match."""
     return next((c for c in ranked if c.fits and matches(c)), None)
@@ -143,6 +170,5 @@ def _more_or_less(ratio: float, less: str) -> str:
 
 def _all_reduce_share(load: PlanLoad, planned: PlannedLayout) -> float:
     times = step_time(load, dataclasses.replace(planned.layout, dp=1))
-    sequences = max(1, round(planned.mean_batch))
-    terms = times.terms(0, Batch(sequences, sequences * load.context_tokens, 0, 0.0, sequences))
+    terms = times.terms(0, load.decode_step(max(1, round(planned.mean_batch))))
     return terms.all_reduce / terms.total_s

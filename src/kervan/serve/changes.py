@@ -53,8 +53,9 @@ class RunningFleet:
         Raises: ConfigError; CapacityError; FleetError for what a running fleet cannot change.
         """
         before = self._config
-        _check_fixed(before, settings)
-        after = validate(from_mapping(merge(before, settings), source))
+        is_here = cluster.is_one_machine()
+        _check_fixed(before, settings, is_here=is_here)
+        after = validate(from_mapping(merge(before, settings), source), is_here=is_here)
         if settings.get("gateways") == 0:
             after = dataclasses.replace(after, gateways=num_gateways(after))
         nodes = cluster.devices_by_node(before.device)
@@ -108,13 +109,13 @@ class RunningFleet:
         return status
 
 
-def _check_fixed(before: FleetConfig, settings: Mapping[str, Any]) -> None:
+def _check_fixed(before: FleetConfig, settings: Mapping[str, Any], *, is_here: bool) -> None:
     """Raises: FleetError when `settings` would change what a running fleet cannot."""
     current = json.loads(before.to_json())
     for key, why in FIXED.items():
         wanted = settings.get(key, current[key])
         if key == "model" and isinstance(wanted, str):
-            wanted = models.resolve(wanted)
+            wanted = models.resolve(wanted, is_here=is_here)
         if wanted != current[key]:
             raise FleetError(f"{key} of fleet {before.name!r} is {current[key]!r} and cannot become {wanted!r}: {why}")
 

@@ -298,6 +298,11 @@ def nodes() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in _all_nodes() if node["Alive"]}
 
 
+def is_one_machine() -> bool:
+    """Whether all nodes are this machine, which is one of them. Raises: FleetError, as `nodes`."""
+    return len(set(nodes().values())) == 1
+
+
 def _all_nodes() -> list[dict[str, Any]]:
     """What Ray says of its nodes, dead ones too."""
     import ray

@@ -13,7 +13,8 @@ import msgspec
 import ray
 
 from kervan.config.fleet import FleetConfig
-from kervan.errors import FleetError
+from kervan.errors import ConfigError, FleetError
+from kervan.facts import model as models
 from kervan.facts.layout import Layout
 from kervan.fleet.directory import GatewayEntry, Snapshot, StartFailure
 from kervan.fleet.log_files import new_log, open_log
@@ -102,7 +103,13 @@ class _GatewayActor:
         """Of the gateway, and the other fleets on its port.
 
         These are known before the port is open: a request for another fleet may be the first.
+
+        Raises: ConfigError when the model's files are not on this node.
         """
+        node = ray.util.get_node_ip_address()
+        if (missing := models.missing_on_node(node, self._config.model, "dummy")) is not None:
+            await self._directory.report_failure(self._failure(GatewayFailed("ConfigError", missing)))
+            raise ConfigError(missing)
         _, secret = await self._directory.fleet()
         others = (await self._directory.snapshot()).gateways
         neighbours = await asyncio.to_thread(self._neighbourhood.look) if self._config.shared_port else []

@@ -13,7 +13,8 @@ import ray
 from ray.util import placement_group_table
 
 from kervan.config.fleet import FleetConfig
-from kervan.errors import EngineError, FleetError
+from kervan.errors import ConfigError, EngineError, FleetError
+from kervan.facts import model as models
 from kervan.fleet.control import EngineSpec, WorkerPlacement
 from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log
@@ -96,6 +97,7 @@ class EngineReplica:
         here = [ray.get_runtime_context().get_node_id()]
         node_ids = here if self._placement is None else _node_ids(self._placement)
         self._nodes = [] if self._placement is None else _addresses(node_ids)
+        await self._check_model()
         self._engine = engine = self._start()
         threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
         watchers.keep(self._config.env, node_ids)
@@ -114,6 +116,13 @@ class EngineReplica:
         engine.become_ready()
         self._beat()
         self._on_change()  # it may have ended already
+
+    async def _check_model(self) -> None:
+        """Raises: ConfigError when the model is not on this node, which the directory is told: vLLM says it later."""
+        missing = models.missing_on_node(self._node, self._config.model, self._config.weights_format)
+        if missing is not None:
+            await self._directory.report_failure(StartFailure(f"{self._pool} on {self._node}", "ConfigError", missing))
+            raise ConfigError(missing)
 
     def _start(self) -> "_Engine":
         engine_id = f"{self._pool}-{uuid.uuid4().hex[:6]}"

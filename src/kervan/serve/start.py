@@ -22,21 +22,22 @@ from kervan.serve.status import FleetStatus
 from kervan.units import plural
 
 
-def validate(config: FleetConfig) -> FleetConfig:
+def validate(config: FleetConfig, *, is_here: bool = True) -> FleetConfig:
     """The config with its model resolved, after every check that needs no cluster.
+
+    `is_here`: the model is served on this machine. Where it is not, its nodes look for the weights: this one need not
+    have them.
 
     Raises: ConfigError.
     """
-    config = dataclasses.replace(config, model=models.resolve(config.model))
+    config = dataclasses.replace(config, model=models.resolve(config.model, is_here=is_here))
     argument_names.check(config.engine_args)
     models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
     if config.engine == "twin":
         from kervan.twin import settings as twins
 
         twins.settings(config)
-    elif not config.engine_args.get("model_weights") and (
-        missing := models.missing_weights(config.model, config.engine_args.get("load_format"))
-    ):
+    elif is_here and (missing := models.missing_weights(config.model, config.weights_format)):
         raise ConfigError(missing)
     notices.from_environment(config.env)
     return config
@@ -104,11 +105,13 @@ class Startup:
             raise
 
     def _run(self) -> FleetStatus:
-        self.config = validate(self.config)
         is_here = self._address is None
+        self.config = validate(self.config, is_here=is_here)
         if is_here and cluster.find_local_ray() is None:
             check_port(self.config.host, self.config.port)
         address = self._reach_ray()
+        if not is_here and cluster.is_one_machine():
+            self.config = validate(self.config)
         from kervan.serve import app, shared_port
         from kervan.serve.directory.actor import create_directory
 

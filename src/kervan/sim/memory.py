@@ -27,7 +27,8 @@ MAX_TOKENS = 1 << 50  # of a stage that keeps nothing
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """One GPU of the fullest stage, in GiB, and what its KV cache holds. `kv_tokens` counts a whole replica.
+    """One GPU of the fullest stage, in GiB, and what its KV cache holds. `kv_tokens` counts a whole replica, the KV
+    caches of all its data-parallel ranks.
 
     `kv_gib` is negative when the model does not fit.
     """
@@ -50,7 +51,7 @@ def weight_bytes(spec: ModelSpec, layout: Layout, stage: range) -> float:
     """Weights on one GPU of a stage (its layers; the first has the embedding table and towers, the last the head)."""
     total = 0.0
     for layer, count in count_layers(spec.layers[stage.start : stage.stop]):
-        total += count * layer.weight_bytes(layout.tp, spec.weight_bytes)
+        total += count * layer.weight_bytes(layout.tp, spec.weight_bytes, layout.gpus_per_stage)
     table = math.ceil(spec.vocab / VOCAB_PADDING) * VOCAB_PADDING / layout.tp * spec.hidden
     is_first, is_last = stage.start == 0, stage.stop == spec.num_layers
     if is_first:
@@ -70,9 +71,10 @@ def activation_bytes(spec: ModelSpec, layout: Layout, limits: EngineLimits, stag
     if spec.experts is not None:
         e = spec.experts
         # Two workspaces of the fused kernels: gate and up of all chosen experts, and their outputs. Expert parallel
-        # GPUs have whole experts, and room for all tokens.
+        # GPUs have whole experts, and room for all tokens: with data-parallel attention for those of all ranks, which
+        # vLLM's all-gather brings to each, and profiles so (`AgRsAll2AllManager`, `_allocate_buffers`, 0.24).
         width = e.width / (1 if layout.ep > 1 else layout.tp)
-        widths = [e.per_token * (e.matrices * width + e.inputs)]
+        widths = [layout.attention_dp * e.per_token * (e.matrices * width + e.inputs)]
     peak = residual + tokens * max(widths) * 2
     if stage.stop == spec.num_layers:
         rows = min(limits.max_num_seqs, tokens)
@@ -125,6 +127,6 @@ def estimate(
             tokens_that_fit = MAX_TOKENS if pool > 0 else 0
             estimates.append(MemoryEstimate(total, weights, activations, overhead, pool, tokens_that_fit, 0.0))
             continue
-        tokens = int(max(0.0, pool) * GIB / per_token) // BLOCK_TOKENS * BLOCK_TOKENS
+        tokens = int(max(0.0, pool) * GIB / per_token) // BLOCK_TOKENS * BLOCK_TOKENS * layout.attention_dp
         estimates.append(MemoryEstimate(total, weights, activations, overhead, pool, tokens, per_token))
     return min(estimates, key=lambda memory: (memory.kv_tokens, memory.kv_gib))

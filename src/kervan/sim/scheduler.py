@@ -190,6 +190,11 @@ class Scheduler(Generic[R]):
         """Requests with blocks."""
         return sum(map(len, self._groups)) + (self._partial is not None)
 
+    @property
+    def groups(self) -> list[DecodeGroup[R]]:
+        """Sequences that decode, by the batch that they are in; with one stage, all in one."""
+        return [group for group in self._groups if len(group)]
+
     def add(self, request: R) -> None:
         """To the end of the queue."""
         self.waiting.append(request)
@@ -261,6 +266,28 @@ class Scheduler(Generic[R]):
                 self._under_way[-1].places += empty
                 self._places += empty
             self._num_composed += empty
+
+    def rounds_alike(self) -> int:
+        """With pipeline stages: how many times each group may take its next step as it took its last one; 0 while
+        a prompt waits or is under way, or the tokens of a prompt or the last ones of an answer are.
+        """
+        if self.waiting or self._partial is not None:
+            return 0
+        if any(step.firsts or step.lasts or step.chunk is not None for step in self._under_way):
+            return 0
+        groups = self.groups
+        if not groups:
+            return 0
+        most = min(group.ends[0][0] - group.steps - 1 for group in groups)
+        return max(0, int(min(most, self.block_tokens * (self.free_blocks // sum(map(len, groups))))))
+
+    def skip_rounds(self, rounds: int) -> list[DecodeGroup[R]]:
+        """All groups take so many steps, `rounds_alike` at most; what is under way stays so. Returns the groups."""
+        groups = self.groups
+        for group in groups:
+            self.free_blocks -= group.blocks_for(rounds)
+            group.advance(rounds)
+        return groups
 
     def end(self, step: ScheduledStep[R]) -> None:
         """The oldest step under way is over."""

@@ -4,6 +4,12 @@ A step of a stage is a sum over its layers of matrix products (the slower of rea
 where they meet), attention (reading the KV cache of running sequences; computing on prompts), small kernels, and two
 all-reduces with several GPUs. A step that no CUDA graph covers cannot be faster than the host launches its kernels.
 
+Data-parallel ranks of one replica step together: a layer of experts computes the tokens of all ranks, so the ranks wait
+for the one that has most, and one without work computes a dummy batch. A batch is that of the whole replica. It is
+dealt out evenly, sequence by sequence and prompt by prompt, as vLLM's load balancer does (the rank with the fewest).
+Before and after each layer of experts all tokens go to all ranks and back: an all-gather and a reduce-scatter
+(`allgather_reducescatter`, vLLM's default). One rank without CUDA graph leaves all without (`_synchronize_dp_ranks`).
+
 Sources: Pope et al. 2022 (arXiv 2211.05102) for the terms; the constants are fitted (`constants.py`, `calibration.py`).
 """
 
@@ -18,7 +24,7 @@ from kervan.facts.architecture import Attention, Experts, LatentAttention, Layer
 from kervan.facts.architecture.spec import count_layers
 from kervan.facts.hardware import Gpu
 from kervan.facts.layout import Layout, stages
-from kervan.sim.collectives import all_reduce_s, send_s
+from kervan.sim.collectives import all_reduce_s, gather_s, send_s
 from kervan.sim.constants import Constants
 from kervan.sim.limits import MAX_GRAPH_TOKENS, EngineLimits
 
@@ -27,6 +33,8 @@ ACTIVATION_BYTES = 2.0
 FULLEST = 0.68  # largest of n normal values over its bound sqrt(2 log n): 0.68 for two, which move against each other
 # Passes over the residual stream and the MLP's inner width in a layer: norms, rotary embedding, activation, copies.
 RESIDUAL_PASSES, INNER_PASSES = 10.0, 3.0
+# A number that is sent to the experts' GPUs with its scales, by their arithmetic: vLLM quantises before the all-gather.
+SENT_BYTES = {"16 bit": 2.0, "fp8": 1 + 4 / 128, "fp4": 0.5 + 1 / 16}
 
 
 class Batch(NamedTuple):
@@ -48,7 +56,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Seconds of a stage's step, by what they are spent on. `host`: waiting for the host to launch kernels."""
+    """Seconds of a stage's step, by what they are spent on. `host`: waiting for the host to launch kernels.
+    `exchange`: tokens to the experts of other data-parallel ranks and back.
+    """
 
     weights: float = 0.0
     compute: float = 0.0
@@ -58,6 +68,7 @@ class Terms:
     elementwise: float = 0.0
     kernels: float = 0.0
     all_reduce: float = 0.0
+    exchange: float = 0.0
     head: float = 0.0
     overhead: float = 0.0
     host: float = 0.0
@@ -113,6 +124,16 @@ class StepTime:
         self._counts = [self._kind_of.count(kind) for kind in range(len(self._distinct))]
         self._hand_over_s = functools.lru_cache(maxsize=4096)(self._hand_over)
 
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that a replica runs at once, on all its data-parallel ranks."""
+        return self.limits.max_num_seqs * self.layout.attention_dp
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens that a replica computes in a step, on all its data-parallel ranks."""
+        return self.limits.max_num_batched_tokens * self.layout.attention_dp
+
     def stage_s(self, index: int, batch: Batch) -> float:
         """Seconds that stage `index` is busy with a batch."""
         return self.stages[index].total_s(batch)
@@ -164,6 +185,7 @@ class _StageTime:
     def __init__(self, owner: StepTime, layers: range) -> None:
         self.o = owner
         spec, layout = owner.spec, owner.layout
+        self.ranks = layout.attention_dp
         self.num_layers = len(layers)
         self.is_last = layers.stop == spec.num_layers
         found = count_layers(spec.layers[layers.start : layers.stop])
@@ -183,6 +205,7 @@ class _StageTime:
         self.inner = width / layout.tp
         self._linear_s = functools.lru_cache(maxsize=4096)(self._linear)
         self._linear_total_s = functools.lru_cache(maxsize=4096)(lambda tokens: self._linear(tokens).total_s)
+        self._together_s = functools.lru_cache(maxsize=4096)(self._together)
         self._head_s = functools.lru_cache(maxsize=2048)(lambda samples: _join(*self._product_s(self.head, samples)))
         self._read_rows(found)
 
@@ -240,11 +263,39 @@ class _StageTime:
         return Terms(
             weights=weights,
             compute=compute,
-            experts=sum(count * self._experts_s(one, tokens) for one, count in self.experts),
+            experts=self._all_experts_s(tokens) if self.ranks == 1 else 0.0,
             elementwise=self.num_layers * residual / (o.gpu.bandwidth_bytes_s * c.bandwidth_share),
             kernels=kernels,
             all_reduce=reduces * all_reduce_s(o.gpu, o.layout.tp, message, c.all_reduce_s),
         )
+
+    def _together(self, tokens: int) -> tuple[float, float]:
+        """(experts, exchange) of all tokens of all data-parallel ranks."""
+        gpu, latency_s = self.o.gpu, self.o.constants.all_reduce_s
+        exchange = 0.0
+        for e, count in self.experts:
+            sent = tokens * e.inputs * SENT_BYTES[e.each[0].storage.arithmetic]
+            back = tokens * e.inputs * ACTIVATION_BYTES
+            exchange += count * sum(gather_s(gpu, self.ranks, one, latency_s) for one in (sent, back))
+        return self._all_experts_s(tokens), exchange
+
+    def _of_fullest_rank(self, batch: Batch) -> Batch:
+        """What the rank with most of a replica's batch computes beside the experts."""
+        sequences = math.ceil(batch.sequences / self.ranks)
+        context = batch.context_tokens * sequences / batch.sequences if batch.sequences else 0.0
+        prompts = max(1, batch.samples - batch.sequences)  # one that is computed in part alone counts as one
+        share = math.ceil(prompts / self.ranks) / prompts
+        prefill = math.ceil(batch.prefill_tokens * share)
+        return Batch(
+            sequences,
+            context,
+            prefill,
+            batch.prefill_pairs * share,
+            sequences + math.ceil((batch.samples - batch.sequences) / self.ranks),
+        )
+
+    def _all_experts_s(self, tokens: int) -> float:
+        return sum(count * self._experts_s(one, tokens) for one, count in self.experts)
 
     def _experts_s(self, e: Experts, tokens: int) -> float:
         """The routed experts of one layer: the weights of those that any token chose, and their arithmetic.
@@ -257,7 +308,7 @@ class _StageTime:
             return 0.0
         touched = e.count * (1 - (1 - e.per_token / e.count) ** tokens)
         matrices = e.matrices * e.inputs * e.width
-        per_gpu = matrices / layout.tp  # with EP whole experts on a share of the GPUs: on average the same
+        per_gpu = matrices / layout.gpus_per_stage  # with EP whole experts on a share of the GPUs: on average the same
         moved = touched * per_gpu * e.each[0].storage.bytes_per_weight
         rows_each = tokens * e.per_token / touched
         tile = min(c.expert_tile_tokens, max(16.0, 2 ** math.ceil(math.log2(max(1.0, rows_each)))))
@@ -276,7 +327,7 @@ class _StageTime:
 
     def context_token_s(self) -> float:
         """What a step takes longer for each token of context that running sequences read more."""
-        return self._byte_s * self._context_bytes
+        return self._byte_s * self._context_bytes / self.ranks
 
     def _kv_read_s(self, batch: Batch) -> float:
         read = self._context_bytes * batch.context_tokens + self._state_bytes * batch.sequences
@@ -300,7 +351,13 @@ class _StageTime:
         return c.step_s + batch.samples * c.sequence_s if self.is_last else 0.0
 
     def terms(self, batch: Batch) -> Terms:
+        together = (0.0, 0.0)
+        if self.ranks > 1:
+            together = self._together_s(batch.tokens)
+            batch = self._of_fullest_rank(batch)
         linear = self._linear_s(batch.tokens)
+        if self.ranks > 1:
+            linear = dataclasses.replace(linear, experts=together[0], exchange=together[1])
         terms = dataclasses.replace(
             linear,
             kv_read=self._kv_read_s(batch),
@@ -311,7 +368,11 @@ class _StageTime:
         return dataclasses.replace(terms, host=max(0.0, self._host_s(batch) - terms.total_s))
 
     def total_s(self, batch: Batch) -> float:
-        busy_s: float = self._linear_total_s(batch.tokens) + self._kv_read_s(batch)
+        together_s = 0.0
+        if self.ranks > 1:
+            together_s = sum(self._together_s(batch.tokens))
+            batch = self._of_fullest_rank(batch)
+        busy_s: float = self._linear_total_s(batch.tokens) + self._kv_read_s(batch) + together_s
         if self.is_last:
             busy_s += self._overhead_s(batch)
         if batch.prefill_tokens:

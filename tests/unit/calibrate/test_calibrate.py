@@ -543,6 +543,9 @@ def test_lines_of_planner_points() -> None:
     assert (one.model, one.tp, one.pp, one.ep, one.gpus) == ("llama3-8b", 2, 2, 1, (4, 5, 6, 7))
     assert one.points == (Point(1, 1024, 128), Point(8, 3000, 200))
     assert planner_points.parse_line("x tp=2 ep=2", Path("/m")).gpus == (0, 1)
+    spread = planner_points.parse_line("x tp=2 dp=2 ep=4", Path("/m"))
+    assert (spread.gpus, str(spread)) == ((0, 1, 2, 3), "x tp 2 pp 1 dp 2 ep 4")
+    assert spread.engine_args({})["data_parallel_size"] == 2
 
 
 @pytest.mark.parametrize(

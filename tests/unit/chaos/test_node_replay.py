@@ -223,7 +223,7 @@ def test_a_trace_that_outlasts_the_nodes_is_not_begun_again(tmp_path: Path) -> N
         (("--replay", "n", "--trace", "t", "--streams", "3"), "--streams has no meaning with --replay"),
         (("--kill-every", "3s", "--trace", "t"), "--trace is for --replay; add --replay FILE, or leave it out"),
         (("--kill-every", "3s", "--max-nodes", "3"), "--max-nodes is for --replay"),
-        (("--replay", str(TRACES / "spotserve_0304.txt"), "--trace", "nowhere"), "trace nowhere cannot be read"),
+        (("--replay", str(TRACES / "spotserve_0304.txt"), "--trace", "nowhere"), "trace nowhere does not exist"),
         (("--replay", str(TRACES / "spotserve_0304.txt"), "--trace", ARRIVALS), "'./nowhere' is neither a directory"),
     ],
 )
@@ -234,5 +234,5 @@ def test_bad_words_are_refused(
     monkeypatch.setattr(sys, "argv", ["kervan", "chaos", "./nowhere", *words])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert why in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_against_itself(server: str) -> None:
 )
 def test_wrong_words(words: list[str], reason: str) -> None:
     done = bench(*words, "--no-calibration")
-    assert done.returncode == 1
+    assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert reason in last

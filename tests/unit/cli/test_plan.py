@@ -1,6 +1,7 @@
 """`kervan plan`: its JSON, and one clear line for what makes no sense."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ class Kervan:
 
     def fails(self, *words: object) -> str:
         code, out, err = self.run(*words)
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         return err
@@ -91,6 +92,14 @@ def test_a_trace_and_rates(kervan: Kervan, tmp_path: Path) -> None:
     assert "overloaded" in fast["reason"]
 
 
+def test_a_prompt_of_a_trace_that_is_too_long_is_named(kervan: Kervan, tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:00,9,1\n2023-11-16 18:17:01,9000,30\n")
+    error = kervan.fails(SMALL, "--gpu", "H200", "--trace", path)
+    assert "line 3 of the trace has a prompt of 9000 (ContextTokens or input_length) and 30 output tokens" in error
+    assert "leave such rows out, or a model of more than 8192 tokens" in error
+
+
 def test_what_scripts_read_of_model_and_strategies(kervan: Kervan) -> None:
     found = kervan.json(SMALL, "--gpu", "H200", "--gpus", 1, "--concurrency", 4, "--osl", 32)
     assert found["keeps_slo"] is True
@@ -108,6 +117,12 @@ def test_facts_are_one_line(kervan: Kervan) -> None:
     assert code == 0
     assert "8.03B parameters" in out
     assert "131,072 bytes of KV cache per token" in out
+
+
+def test_facts_take_no_option_that_they_do_not_use(kervan: Kervan) -> None:
+    for words in (("--rate", "5/s", "--slo", "ttft=1s"), ("--rate", "5/s", "--slo", "ttft=1s", "--json")):
+        assert "does not use --rate, --slo; leave them out" in kervan.fails(SMALL, "--facts", *words)
+    assert "does not use --gpus; leave it out" in kervan.fails(SMALL, "--facts", "--gpus", 8)
 
 
 def test_how_many_gpus_for_a_rate(kervan: Kervan) -> None:
@@ -148,6 +163,34 @@ def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
     assert "llama3-8b on 1 x H200" in path.read_text()
 
 
+def test_ranks_that_share_experts_start_with_vllm_serve(kervan: Kervan) -> None:
+    words = (MODELS / "qwen3-30b-a3b", "--gpu", "H200", "--gpus", 8, "--layout", "attention_dp=4", "--osl", 16)
+    found = kervan.json(*words, "--concurrency", 8)
+    [row] = found["candidates"]
+    assert (row["attention_dp"], row["ep"], row["gpus"], row["starts_with"]) == (4, 4, 4, "vllm serve")
+    assert found["launch"]["starts_with"] == "vllm serve"
+    assert found["launch"]["command"].startswith(
+        f"vllm serve {words[0]} --data-parallel-size 4 --enable-expert-parallel --max-model-len 8192 "
+    )
+    code, out, _ = kervan.run(*words, "--concurrency", 8, "--explain")
+    assert code == 0
+    assert "ADP4xEP4 (vllm serve)" in out
+    assert "kervan up does not start data-parallel attention" in out
+    assert re.search(r"^exchange  ", out, re.M)
+
+
+def test_the_plan_is_one_that_kervan_up_starts(kervan: Kervan) -> None:
+    """A better layout that it does not start is in the table, marked, and in the line of expert parallelism."""
+    words = (MODELS / "deepseek-v3", "--gpu", "H200", "--gpus", 8, "--concurrency", 256, "--osl", 64)
+    found = kervan.json(*words)
+    rows = {row["starts_with"]: row["out_tok_s"] for row in reversed(found["candidates"]) if row["fits"]}
+    assert found["candidates"][found["best"]]["starts_with"] == found["launch"]["starts_with"] == "kervan up"
+    assert rows["vllm serve"] > rows["kervan up"]
+    assert found["launch"]["command"].startswith("kervan up ")
+    assert "--data-parallel-size 8 --enable-expert-parallel" in found["strategies"][3]["reason"]
+    assert "ADP8xEP8 (vllm serve)" in kervan.run(*words)[1]
+
+
 @pytest.mark.parametrize(
     ("words", "fix"),
     [
@@ -161,6 +204,11 @@ def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
         (("--gpu", "H200", "--engine-arg", "max_num_seqs=abc"), "is not a number"),
         (("--gpu", "H200", "--engine-arg", "tensor-parallel-size=2"), "use --layout"),
         (("--gpu", "H200", "--engine-arg", "tp=2"), "use --layout"),
+        (
+            ("--gpu", "H200", "--engine-arg", "data_parallel_size=8"),
+            "attention_dp=8 for ranks that share experts, or dp=8",
+        ),
+        (("--gpu", "H200", "--layout", "attention_dp=8"), "the model has none; use dp=8"),
         (("--gpu", "H200", "--engine-arg", "nnodes=2"), "kervan places the workers"),
         (("--gpu", "H200", "--engine-arg", "max_modle_len=100"), "did you mean max_model_len"),
         (("--gpu", "H200", "--engine-arg", "enforce-eager=true"), "does not count it"),
@@ -169,7 +217,7 @@ def test_a_plot_says_where_it_is(kervan: Kervan, tmp_path: Path) -> None:
         (("--gpu", "H200", "--isl", "9000"), "shorter --isl"),
         (("--gpu", "H200", "--slo", "foo"), "ttft=1s,tpot=50ms"),
         (("--gpu", "H200", "--network", "nan"), "--network 400"),
-        (("--gpu", "H200", "--trace", "/nowhere.csv"), "cannot be read"),
+        (("--gpu", "H200", "--trace", "/nowhere.csv"), "/nowhere.csv does not exist; check the path"),
         (("--gpu", "H200", "--slo", "ttft=2s,tpot=50"), "write tpot=50ms or tpot=50s"),
         (("--gpu", "H200", "--prefix-hit", "60"), "write for example --prefix-hit 0.6"),
         (("--gpu", "H200", "--prefix-hit", "nan"), "write for example --prefix-hit 0.6"),

@@ -98,8 +98,11 @@ def test_files_say_the_same_in_yaml_json_and_toml(tmp_path: Path, name: str, tex
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("f.yaml", b"a: [1\n", "cannot be read"),
-        ("f.toml", b"a = \n", "cannot be read"),
+        ("f.yaml", b"a: [1\n", "cannot be read: line 1, 'a: [1', is no valid YAML; look at indentation"),
+        ("f.yaml", b"tp: 2\n\tpp: 2\n", r"line 2, '\tpp: 2', is no valid YAML"),
+        ("f.yaml", b"a: 2026-11-31\n", "cannot be read: day is out of range for month"),
+        ("f.yaml", b"[" * 5000, "cannot be read: it is nested too deeply"),
+        ("f.toml", b"tp = 2\na = \n", "line 2, 'a = ', is no valid TOML"),
         ("f.yaml", b"\xff\xfe\x00", "cannot be read"),
         ("f.yaml", b"just words\n", "holds str, not settings; write lines such as 'tp: 2'"),
         ("f.yaml", b"", "holds NoneType, not settings"),
@@ -175,6 +178,9 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         ({"model": "m", "tp": {"a": 1}}, "tp={'a': 1} is dict; give a whole number"),
         ({"model": "m", "hold_timeout_s": 10**30}, "hold_timeout_s="),
         ({"model": "m", "engine_args": {"tensor-parallel-size": 2}}, "'tensor_parallel_size' is kervan's to set; use --tp"),
+        ({"model": "m", "engine_args": {"data_parallel_size": 8}}, "'vllm serve' alone starts ranks that share experts"),
+        ({"model": "m", "ep": 8}, "use --ep 1 or --tp 8 --ep 8"),
+        ({"model": "m", "ep": 8, "tp": 4}, "use --ep 1 or --ep 4"),
     ],
 )  # fmt: skip
 def test_wrong_settings_name_the_fix(settings: dict[str, Any], words: str) -> None:

@@ -81,6 +81,9 @@ MOONCAKE = """{"timestamp": 500, "input_length": 1030, "output_length": 5, "hash
 """
 
 
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
 def test_azure_trace(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text(AZURE)
@@ -101,15 +104,34 @@ def test_mooncake_trace(tmp_path: Path) -> None:
         ("", "begins with ''"),
         ("a,b\n1,2\n", "known are"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no rows"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,1,1\n", "line 2"),
-        (AZURE + "2023-11-16 18:00:00,9,1\n", "row 4: 960.000 s before"),
-        (AZURE.replace(",374,", ",0,"), "row 1: 0 input"),
-        ('{"timestamp": 1, "input_length": 513, "output_length": 1, "hash_ids": [4]}\n', "1 hash_ids for 513 tokens"),
-        ('{"timestamp": 1}\n', "line 1: Object missing required field `input_length`"),
+        (HEAD + "noon,1,1\n", r"line 2: TIMESTAMP 'noon' is not a time; write one like 2023-11-16 18:15:46"),
+        (HEAD + ",1,1\n", "line 2: TIMESTAMP is empty; write one like"),
+        (HEAD + "2023-02-31 00:00:00,1,1\n", "line 2: TIMESTAMP '2023-02-31 00:00:00' is not a time"),
+        (HEAD + "\n2023-11-16 18:00:00,,1\n", "line 3: ContextTokens is empty; write a number of tokens like 1024"),
+        (HEAD + "2023-11-16 18:00:00,9,many\n", "line 2: GeneratedTokens 'many' is not a whole number"),
+        (HEAD + "2023-11-16 18:00:00,9\n", "line 2: 2 cells for 3 columns"),
+        (HEAD + "2023-11-16 18:00:00,1,024,7\n", "line 2: 4 cells for 3 columns; .* without thousands separators"),
+        (HEAD + '2023-11-16 18:00:00,9,"' + "7" * 200_000, "line 2: field larger than field limit"),
+        ("TIMESTAMP,ContextTokens\n", "line 1: no column GeneratedTokens"),
+        (AZURE + "2023-11-16 18:00:00,9,1\n", "line 5: its TIMESTAMP is 960.000 s before that of the row above; sort"),
+        (AZURE.replace(",374,", ",0,"), "line 2: ContextTokens 0 is not from 1 to 10,000,000 tokens"),
+        (AZURE.replace(",374,", ",99999999,"), "line 2: ContextTokens 99999999 is not from 1"),
+        (
+            '{"timestamp": 1, "input_length": 513, "output_length": 1, "hash_ids": [4]}\n',
+            "1 hash_ids for .* 513, which",
+        ),
+        ('{"timestamp": 1}\n', "line 1: input_length is missing; write lines like {"),
         (
             '{"timestamp": 1, "input_length": "5", "output_length": 1}\n',
-            r"line 1: Expected `int`, got `str` - at `\$\.inp",
+            "line 1: input_length is text, not a whole number",
         ),
+        (
+            '{"timestamp": 1, "input_length": null, "output_length": 1}\n',
+            r"line 1: input_length is empty \(null\), not a whole number",
+        ),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": ["a"]}\n', r"hash_ids\[\d*\] is text"),
+        ('{"timestamp": 1e999, "input_length": 1, "output_length": 1}\n', "line 1"),
+        ("{" * 9000, "line 1: no valid JSON object"),
         ("{nonsense\n", "line 1"),
     ],
 )
@@ -121,5 +143,17 @@ def test_bad_traces(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_missing_trace(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"nothing.csv does not exist; check the path given to --trace"):
         list(read_trace(tmp_path / "nothing.csv"))
+    with pytest.raises(ConfigError, match=r"cannot be read .* give a CSV or JSONL file"):
+        list(read_trace(tmp_path))
+    (tmp_path / "packed.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(ConfigError, match=r"not a text file \(byte 0x8b is no UTF-8\); unpack it"):
+        list(read_trace(tmp_path / "packed.gz"))
+
+
+def test_azure_times_of_2024(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "\ufeff" + HEAD + "2024-05-10 00:00:00.009930+00:00,9,1\n2024-05-10 00:00:01+00:00,9,1\n"
+    )
+    assert [(row.at_s, row.line) for row in read_trace(tmp_path / "t.csv")] == [(0.0, 2), (pytest.approx(0.99007), 3)]

@@ -8,8 +8,8 @@ from harness.places import MODELS
 
 from kervan.errors import ConfigError
 from kervan.facts import layout
-from kervan.facts.architecture import parse
-from kervan.facts.layout import Layout
+from kervan.facts.architecture import ModelSpec, parse
+from kervan.facts.layout import Layout, parse_layout
 
 
 def config(name: str) -> dict[str, Any]:
@@ -109,3 +109,50 @@ def test_states_are_cut_by_what_divides_their_heads() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match="tp=4 does not divide 6 units of a mamba2 layer; use 1 or 2"):
         layout.check(parse(hybrid, "hybrid"), Layout(tp=4))
+
+
+def test_ranks_that_share_experts_are_one_replica() -> None:
+    one = Layout(dp=2, ep=4, attention_dp=4)
+    assert (str(one), one.gpus_per_replica, one.gpus, one.starts_with) == ("2 x ADP4xEP4", 4, 8, "vllm serve")
+    assert (Layout(8, ep=8).gpus_per_replica, Layout(8, ep=8).starts_with) == (8, "kervan up")
+    assert layout.parse_layout("attention_dp=8") == {"attention_dp": 8}
+    found = {str(one) for one in layout.sizes(EXPERTS, gpus=8, gpus_per_node=8)}
+    assert {"ADP2xEP2", "ADP4xEP4", "ADP8xEP8"} <= found
+    assert not any(one.attention_dp > 1 for one in layout.sizes(SPEC, gpus=8, gpus_per_node=8))  # no experts
+    assert not any(one.attention_dp > 4 for one in layout.sizes(EXPERTS, gpus=8, gpus_per_node=4))  # one node each
+    assert layout.most_copies(Layout(ep=4, attention_dp=4), gpus=16, gpus_per_node=8) == 4
+    assert layout.nodes_per_replica(Layout(ep=8, attention_dp=8), 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "one", "words"),
+    [
+        (SPEC, Layout(ep=8, attention_dp=8), "the model has none; use dp=8"),
+        (EXPERTS, Layout(tp=2, ep=4, attention_dp=4), "a rank is one GPU; use attention_dp=4 alone"),
+        (EXPERTS, Layout(pp=2, ep=4, attention_dp=4), "tp=1 and pp=2 is not counted"),
+        (EXPERTS, Layout(ep=2, attention_dp=4), "ep=2 does not; use ep=4"),
+        (EXPERTS, Layout(ep=3, attention_dp=3), "does not divide 128 experts; use 2, 4, 8, 16, 32 or 64"),
+    ],
+)
+def test_ranks_that_are_refused(spec: ModelSpec, one: Layout, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        layout.check(spec, one)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(), Layout(tp=2), Layout(pp=4), Layout(tp=2, pp=2, dp=4), Layout(tp=8, ep=8),
+        Layout(ep=8, attention_dp=8, dp=2), Layout(tp=2, attention_dp=4, ep=8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_layout_is_read_as_it_is_printed(layout: Layout) -> None:
+    assert Layout(**parse_layout(str(layout))) == layout
+    assert Layout(**parse_layout(str(layout).lower().replace(" ", ""))) == layout
+
+
+@pytest.mark.parametrize("text", ["H200", "2 x", "TP2x", "xTP2", "TP", "QP2", "TP0", "TP2xTP4", "0 x TP2"])
+def test_what_is_not_printed_so_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"write for example tp=2,pp=2|give it once"):
+        parse_layout(text)

@@ -260,8 +260,15 @@ def test_the_cache_of_a_layer_that_reads_another_ones() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"hybrid_override_pattern": "M-M*"}, r"hybrid_override_pattern='M-M\*' does not name 32 layers"),
-        ({"hybrid_override_pattern": "Q" * 32}, "it has 'Q', so the model's size is not known; known are M"),
+        (
+            {"hybrid_override_pattern": "M-M*"},
+            r"hybrid_override_pattern='M-M\*' is a field .* model_type is 'llama', .* correct model_type, or delete the field",
+        ),
+        (
+            {"hybrid_override_pattern": "M-M*", "model_type": "nemotron_h"},
+            r"hybrid_override_pattern='M-M\*' names 4 layers, and num_hidden_layers is 32",
+        ),
+        ({"hybrid_override_pattern": "Q" * 32, "model_type": "nemotron_h"}, "it has 'Q', so the model's size is not known; known are M"),
         ({"attn_layer_plan": [1, 2]}, r"attn_layer_plan=\[1, 2\] is not understood, so the model's size is not known"),
         ({"num_memory_slots": 7}, "num_memory_slots=7 is not understood"),
         ({"expert_choice_routing": True}, "expert_choice_routing=True is not understood"),

@@ -123,7 +123,7 @@ def one_row(**changes: str | None) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("prices: [", "cannot be read: while parsing", id="yaml"),
+        pytest.param("prices: [", "cannot be read: line 1, 'prices: \\[', is no valid YAML", id="yaml"),
         pytest.param("", "has no list 'prices:' alone", id="empty"),
         pytest.param("- 3", "has no list 'prices:' alone", id="a list"),
         pytest.param("prices: []", "has no list 'prices:' alone", id="no rows"),

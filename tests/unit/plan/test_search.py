@@ -11,6 +11,7 @@ from kervan.config.workload import Slo, parse_lengths
 from kervan.errors import CapacityError, ConfigError
 from kervan.facts import hardware
 from kervan.facts.architecture import parse
+from kervan.plan import explain
 from kervan.plan.request import PlanRequest
 from kervan.plan.search import search
 from kervan.sim import limits as engine
@@ -113,7 +114,12 @@ def test_without_a_load_the_best_keeps_the_slo() -> None:
 def test_an_unknown_architecture_is_said() -> None:
     spec = parse(config("llama3-8b") | {"model_type": "new", "architectures": ["NewForCausalLM"]}, "new")
     plan = search(dataclasses.replace(plan_request(gpus=1), spec=spec))
-    assert any("NewForCausalLM is not an architecture that kervan knows" in note for note in plan.notes)
+    assert any(
+        "kervan does not know NewForCausalLM (model_type 'new'): memory and speed are counted" in note
+        for note in plan.notes
+    )
+    known = search(plan_request(gpus=1)).best.bands
+    assert all(plan.best.bands[figure] == pytest.approx(band**2) for figure, band in known.items())
 
 
 def test_stages_that_take_turns_are_told() -> None:
@@ -158,6 +164,25 @@ def test_engine_arguments_that_count_are_those_that_are_read() -> None:
 def test_engine_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="engine argument"):
         search(plan_request(arguments=arguments))
+
+
+@pytest.mark.parametrize(("prefix_hit", "binding"), [(0.0, "compute"), (0.9, "weights bandwidth")])
+def test_cached_tokens_of_prompts_bind_nothing(prefix_hit: float, binding: str) -> None:
+    """Prompts of 4,096 tokens take most of the time, but not when nine of ten of these are not computed."""
+    isl, osl = parse_lengths("4096"), parse_lengths("64")
+    plan = search(plan_request(gpus=1, concurrency=8, prefix_hit=prefix_hit, isl=isl, osl=osl))
+    assert plan.best.binding == binding
+
+
+def test_a_full_prefill_step_attends_to_cached_tokens() -> None:
+    """With half of each prompt cached, a token looks at 256 cached ones and at 128 of its own: 384, where 256 were. The
+    kernel is somewhat faster with more of them.
+    """
+    attention_ms = []
+    for prefix_hit in (0.0, 0.5):
+        plan = search(plan_request(gpus=1, prefix_hit=prefix_hit))
+        attention_ms += [ms for name, _, ms in explain.step_terms(plan, plan.best) if name == "prefill_attention"]
+    assert 1.1 * attention_ms[0] < attention_ms[1] < 1.5 * attention_ms[0]
 
 
 def test_the_gpus_that_are_advised_for_a_load_keep_it() -> None:

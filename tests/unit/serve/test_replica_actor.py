@@ -2,14 +2,16 @@
 
 import functools
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kervan.config.fleet import FleetConfig
-from kervan.errors import EngineError, FleetError
+from kervan.errors import ConfigError, EngineError, FleetError
 from kervan.fleet.control import EngineFailed, EngineLoad
+from kervan.fleet.directory import StartFailure
 from kervan.policy.watchdog import Health
 from kervan.serve import replica_actor
 from kervan.serve.replica_actor import EngineReplica, _Engine
@@ -93,6 +95,40 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench()
     made.engine.become_ready()
     return made
+
+
+@pytest.mark.parametrize(
+    ("files", "engine_args", "told"),
+    [
+        ([], {}, "node n has no {model}; copy the model to that path on each node"),
+        (["config.json"], {}, "node n: {model} has no weights ("),
+        (["config.json"], {"load_format": "dummy"}, ""),
+        (["config.json", "model.safetensors"], {}, ""),
+    ],
+)
+async def test_a_node_without_the_model_is_told(
+    bench: Bench, tmp_path: Path, files: list[str], engine_args: dict[str, Any], told: str
+) -> None:
+    model = tmp_path / "model"
+    for file in files:
+        model.mkdir(exist_ok=True)
+        (model / file).touch()
+    reported: list[StartFailure] = []
+
+    async def report(failure: StartFailure) -> None:
+        reported.append(failure)
+
+    bench.replica._config = FleetConfig(model=str(model), engine_args=engine_args)
+    bench.replica._directory = SimpleNamespace(report_failure=report)
+    if not told:
+        await bench.replica._check_model()
+        assert reported == []
+        return
+    with pytest.raises(ConfigError):
+        await bench.replica._check_model()
+    (failure,) = reported
+    assert (failure.who, failure.kind) == ("pool on n", "ConfigError")
+    assert failure.message.startswith(told.format(model=model))
 
 
 @pytest.fixture

@@ -67,5 +67,16 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path, monkeypatch: pyt
         FleetConfig(model=str(tmp_path), engine="twin", gpu="H200"),
     ):
         assert start.validate(allowed) == allowed
+    assert start.validate(config(), is_here=False) == config()  # its nodes may have them
     (tmp_path / "model.safetensors").touch()
     assert start.validate(config()) == config()
+
+
+def test_a_model_that_only_the_nodes_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.argument_names, "check", lambda names: None)
+    config = FleetConfig(model=str(tmp_path / "model"))
+    assert start.validate(config, is_here=False) == config
+    with pytest.raises(ConfigError, match=r"is neither a directory here nor .* check the path"):
+        start.validate(config)
+    with pytest.raises(ConfigError, match="or give the absolute path that it has on the nodes"):
+        start.validate(FleetConfig(model="./model"), is_here=False)

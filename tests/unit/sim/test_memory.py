@@ -21,6 +21,7 @@ def config(name: str) -> dict[str, Any]:
 
 GPU = hardware.gpu("H200")
 SMALL = parse(config("llama3-8b"), "8b")
+DEEPSEEK = parse(config("deepseek-v3"), "deepseek-v3")
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,27 @@ def test_a_pool_is_never_negative(gpu: str, tp: int) -> None:
     assert found.kv_tokens % 16 == 0
     assert (found.kv_gib <= 0) == (not found.fits) or found.kv_gib * GIB < 16 * found.kv_bytes_per_token
     assert found.weights_gib + found.kv_gib < found.total_gib
+
+
+def test_ranks_hold_all_but_the_routed_experts_whole() -> None:
+    """DeepSeek-V3 in FP8 on 8 GPUs: 58 layers of 256 experts of 3 x 7168 x 2048 weights are 653.9e9 of its 671.0e9."""
+    whole, one, eight = (
+        memory.weight_bytes(DEEPSEEK, size, range(61)) for size in (Layout(), Layout(ep=8, attention_dp=8), Layout(8))
+    )
+    assert whole - one == pytest.approx(653_908_770_816 * 7 / 8)
+    assert one == pytest.approx(
+        100.5e9, rel=0.01
+    )  # 653.9e9 / 8 = 81.7e9, and 18.8e9 of attention, shared experts, head
+    assert eight < one
+
+
+def test_each_rank_has_a_kv_cache_of_its_own() -> None:
+    """A latent vector of 61 x 576 x 2 = 70,272 bytes is on every GPU with TP8, and on one of 8 with ranks."""
+    limits = engine.limits(DEEPSEEK, GPU, {"max_num_batched_tokens": 2048})
+    cut, ranks = (memory.estimate(DEEPSEEK, size, GPU, limits) for size in (Layout(8), Layout(ep=8, attention_dp=8)))
+    assert ranks.kv_bytes_per_token == cut.kv_bytes_per_token == 70_272
+    assert cut.kv_tokens == pytest.approx(cut.kv_gib * GIB / 70_272, abs=16)
+    assert ranks.kv_tokens == pytest.approx(8 * ranks.kv_gib * GIB / 70_272, abs=8 * 16)
+    # All tokens of all ranks reach the experts' kernels of each: 8 x 2048 x 8 chosen x (3 x 2048 + 7168) x 2 bytes.
+    residual = 3 * 2048 * 7168 * 2
+    assert ranks.activations_gib * GIB == pytest.approx(8 * 2048 * 8 * 13_312 * 2 + residual, rel=1e-6)

@@ -87,3 +87,53 @@ def test_experts_in_fp8_are_computed_at_its_rate() -> None:
         StepTime(one, Layout(), GPU, limits, Constants()).terms(0, many).experts for one in (spec, in_fp8(spec))
     )
     assert quantised == pytest.approx(plain / 2, rel=0.05)
+
+
+RANKS = Layout(ep=4, attention_dp=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(BATCHES)
+def test_ranks_share_the_work_of_experts_as_those_of_tp_do(batch: Batch) -> None:
+    ranks, cut = step_time("qwen3-30b-a3b", RANKS), step_time("qwen3-30b-a3b", Layout(4, ep=4))
+    terms = ranks.terms(0, batch)
+    assert terms.total_s == pytest.approx(ranks.total_s(batch))
+    assert terms.experts == pytest.approx(cut.terms(0, batch).experts)  # all tokens, and each GPU has the same experts
+    assert (terms.all_reduce, cut.terms(0, batch).exchange) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "of_rank"),
+    [
+        # 10 sequences on 4 ranks: 3 on the fullest, with 3 tenths of the context.
+        (Batch(10, 5000.0, 0, 0.0, 10), Batch(3, 1500.0, 0, 0.0, 3)),
+        # One prompt is on one rank, and the others wait for it; so is one that is computed in part alone.
+        (Batch(4, 400.0, 1000, 5e5, 5), Batch(1, 100.0, 1000, 5e5, 2)),
+        (Batch(4, 400.0, 1000, 5e5, 4), Batch(1, 100.0, 1000, 5e5, 1)),
+        # Six prompts on 4 ranks: two on the fullest.
+        (Batch(0, 0.0, 6000, 3e6, 6), Batch(0, 0.0, 2000, 1e6, 2)),
+    ],
+)  # fmt: skip
+def test_a_step_waits_for_the_fullest_rank(batch: Batch, of_rank: Batch) -> None:
+    """Beside the experts, a step takes what that rank alone would take with its own requests."""
+    ranks, alone = step_time("qwen3-30b-a3b", RANKS).terms(0, batch), step_time("qwen3-30b-a3b").terms(0, of_rank)
+    for term in ("weights", "compute", "kv_read", "prefill_attention", "head", "overhead", "kernels"):
+        assert getattr(ranks, term) == pytest.approx(getattr(alone, term)), term
+
+
+def test_all_tokens_go_to_all_ranks_and_back() -> None:
+    """256 tokens of 7,168 numbers, FP8 with a scale for 128 out and 16 bit back, 7 of 8 parts over NVLink: 58 layers
+    of 1.89 MB + 3.67 MB, x 7/8 at 450 x 0.95 GB/s, are 0.66 ms; the latencies are 2 x 58 x 1.75 x 6.4 us = 1.30 ms.
+    """
+    spec = parse(config("deepseek-v3"), "deepseek-v3")
+    times = StepTime(spec, Layout(ep=8, attention_dp=8), GPU, engine.limits(spec, GPU, {}), Constants())
+    found = times.terms(0, Batch(256, 256 * 1536.0, 0, 0.0, 256))
+    assert found.exchange == pytest.approx(0.66e-3 + 1.30e-3, rel=0.01)
+
+
+def test_one_rank_without_a_graph_leaves_all_without() -> None:
+    """A prompt of 1,024 tokens on one rank: all wait for a host that launches 48 layers, 2.04 ms each."""
+    times = step_time("qwen3-30b-a3b", RANKS)
+    with_prompt = Batch(64, 64 * 1024.0, 1024, 1024 * 512.0, 65)
+    assert times.total_s(with_prompt) == pytest.approx(48 * 2.04e-3, rel=0.01)
+    assert times.total_s(Batch(64, 64 * 1024.0, 0, 0.0, 64)) < 0.02

@@ -48,6 +48,11 @@ def read(f: Fields, model_type: str, num_layers: int, *, has_experts: bool) -> L
     """
     pattern = f.get("hybrid_override_pattern")
     words = f.get("layers_block_type") if model_type == "nemotron_h" else None
+    if pattern is not None and model_type in families.KNOWN - {"nemotron_h"}:
+        raise ConfigError(
+            f"{f.source}: hybrid_override_pattern={brief(pattern)} is a field of model_type 'nemotron_h', and "
+            f"model_type is {model_type!r}, for which vLLM does not read it; correct model_type, or delete the field"
+        )
     if pattern is not None or words is not None:
         return _one_each(f, num_layers, pattern, words)
     window = _window(f)
@@ -69,8 +74,10 @@ def _one_each(f: Fields, num_layers: int, pattern: Any, words: Any) -> LayerKind
     name = "hybrid_override_pattern" if words is None else "layers_block_type"
     each = (list(pattern.replace("|", "")) if isinstance(pattern, str) else pattern) if words is None else words
     if not isinstance(each, list) or len(each) < num_layers:
+        named = f"names {len(each)} layers" if isinstance(each, list) else "is no list of layers"
         raise ConfigError(
-            f"{f.source}: {name}={brief(pattern or words)} does not name {num_layers} layers; fetch the file again"
+            f"{f.source}: {name}={brief(pattern or words)} {named}, and num_hidden_layers is {num_layers}; "
+            "fetch the file again"
         )
     for word in each:
         if not isinstance(word, str) or word not in names:

@@ -247,6 +247,12 @@ def _extra_tables(f: Fields, model_type: str, hidden: int, n: int, own_bytes: fl
 
 def _notes(f: Fields, model_type: str, architecture: str, storages: quantization.Storages) -> list[str]:
     notes = []
+    if model_type not in families.KNOWN:
+        notes.append(
+            f"kervan does not know {architecture} (model_type {model_type!r}): memory and speed are counted as if its "
+            "layers were attention and MLPs, or experts, of the sizes in its config.json; with other parts in it, both "
+            "are further off."
+        )
     if architecture in REMOVED_ARCHITECTURES:
         notes.append(
             f"{architecture} is gone from newer vLLM: {REMOVED_ARCHITECTURES[architecture]} is the last with it."

@@ -221,10 +221,13 @@ class Layer:
         routed = sum(e.per_token * sum(w.size() for w in e.each) for e in self.feed_forwards if isinstance(e, Experts))
         return self.small + sum(weight.size() for weight in self.weights) + routed
 
-    def weight_bytes(self, tp: int, small_bytes: float) -> float:
-        """Bytes on one of `tp` GPUs; whole experts spread over the GPUs take on average the same."""
+    def weight_bytes(self, tp: int, small_bytes: float, expert_gpus: int = 0) -> float:
+        """Bytes on one of `tp` GPUs; whole experts spread over the GPUs take on average the same.
+
+        `expert_gpus`: GPUs that the routed experts are spread over, where they are more than `tp`.
+        """
         routed = sum(
-            e.count * sum(w.size() / tp * w.storage.bytes_per_weight for w in e.each)
+            e.count * sum(w.size() / max(tp, expert_gpus) * w.storage.bytes_per_weight for w in e.each)
             for e in self.feed_forwards
             if isinstance(e, Experts)
         )
