@@ -1,11 +1,20 @@
 """Numbers with units as users write them, and back."""
 
+import math
 import re
 
 from kervan.errors import ConfigError
 
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
-_DURATION = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(us|ms|s|min|m|h)?")
+_S, _MIN, _H = ("s", "sec", "second", "seconds"), ("min", "m", "minute", "minutes"), ("h", "hour", "hours")
+_SECONDS = {
+    "us": 1e-6, "ms": 1e-3, **dict.fromkeys(_S, 1.0), **dict.fromkeys(_MIN, 60.0), **dict.fromkeys(_H, 3600.0),
+}  # fmt: skip
+_NUMBER = r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)"
+_DURATION = re.compile(rf"{_NUMBER}\s*({'|'.join(sorted(_SECONDS, key=len, reverse=True))})?")
+_RATE = re.compile(rf"{_NUMBER}\s*(?:(?:req|requests?)?\s*/\s*({'|'.join((*_S, *_MIN, *_H))})|rps)?")
+_SHARE = re.compile(rf"{_NUMBER}\s*(%)?")
+_FACTOR = re.compile(rf"{_NUMBER}\s*x?")
+MAX_RATE = 1e6  # requests/s
 
 
 def parse_duration_s(text: str, subject: str = "duration") -> float:
@@ -14,9 +23,69 @@ def parse_duration_s(text: str, subject: str = "duration") -> float:
     Raises: ConfigError, which names `subject`.
     """
     match = _DURATION.fullmatch(text.strip())
-    if match is None:
+    seconds = math.inf if match is None else float(match[1]) * _SECONDS[match[2] or "s"]
+    if match is None or math.isinf(seconds):
         raise ConfigError(f"{subject} {text!r} is not a duration; write a number and us, ms, s, min or h, like 250ms")
-    return float(match[1]) * _SECONDS[match[2] or "s"]
+    return seconds
+
+
+def find_rate_per_s(text: str) -> float:
+    """Requests per second of `"5/s"`, `"300/min"`, `"5 requests/s"`, `"5 rps"` or `"5"`; NaN of anything else."""
+    match = _RATE.fullmatch(text.strip())
+    return math.nan if match is None else float(match[1]) / _SECONDS[match[2] or "s"]
+
+
+def parse_rate_per_s(text: str, subject: str = "rate") -> float:
+    """Requests per second, as `find_rate_per_s` reads them, above 0.
+
+    Raises: ConfigError, which names `subject`.
+    """
+    rate = find_rate_per_s(text)
+    if not 0 < rate < MAX_RATE:
+        raise ConfigError(
+            f"{subject} {text!r} is not a number of requests per second above 0 and below {MAX_RATE:,.0f}; write for "
+            f"example {subject} 5/s, 300/min or 5"
+        )
+    return rate
+
+
+def parse_share(text: str, subject: str = "share") -> float:
+    """A share from 0 to 1, of `"0.6"` or `"60%"`.
+
+    Raises: ConfigError, which names `subject`.
+    """
+    match = _SHARE.fullmatch(text.strip())
+    share = math.nan if match is None else float(match[1]) / (100 if match[2] else 1)
+    if not 0 <= share <= 1:
+        raise ConfigError(f"{subject} {text!r} is not a share from 0 to 1; write for example {subject} 0.6 or 60%")
+    return share
+
+
+def parse_factor(text: str, subject: str = "factor") -> float:
+    """How many times as fast, above 0, of `"2"` or `"2x"`.
+
+    Raises: ConfigError, which names `subject`.
+    """
+    match = _FACTOR.fullmatch(text.strip())
+    factor = math.nan if match is None else float(match[1])
+    if not 0 < factor < math.inf:
+        raise ConfigError(
+            f"{subject} {text!r} is not a number above 0; write for example {subject} 2, for twice as fast"
+        )
+    return factor
+
+
+def parse_count(text: str, subject: str, *, most: int) -> int:
+    """A whole number from 1 to `most`.
+
+    Raises: ConfigError, which names `subject`.
+    """
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= 12 and 1 <= int(digits) <= most):
+        raise ConfigError(
+            f"{subject} {text!r} is not a whole number from 1 to {most:,}; write for example {subject} 16"
+        )
+    return int(digits)
 
 
 def format_duration(seconds: float) -> str:

@@ -32,6 +32,9 @@ def test_counts_are_exact_and_those_of_the_server(whole_fleet: Fleet, home: Home
     found = bench(home, whole_fleet, *words, is_strict=True)
     requests = found["requests"]
     assert (requests["ok"], requests["errors"], requests["wrong_input_tokens"]) == (48, 0, 0)
+    server = found["server"]
+    assert (server["product"], server["layout"], server["simulated"]) == ("kervan", "TP1", False)
+    assert server["replicas"] >= 1
     rows = found["reconciliation"]["rows"]
     assert found["reconciliation"]["status"] == "agrees"
     assert rows["output tokens"]["client"] == rows["output tokens"]["server"] == found["output_tokens"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kervan.errors import ConfigError
-from kervan.units import parse_duration_s
+from kervan.units import MAX_RATE, find_rate_per_s, parse_duration_s
 
 Process = Literal["constant", "poisson", "gamma"]
 STAGES_HELP = "2@30s (2 requests/s for 30 s), 2..10@1min (a ramp) or burst:100 (at once), joined by commas"
@@ -67,17 +67,14 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
 def _stage(item: str) -> Stage:
     kind, _, count = item.partition(":")
     if kind == "burst":
-        if not count.isdigit() or int(count) < 1:
+        if not (count.isascii() and count.isdecimal() and len(count) < 10 and int(count)):
             raise ConfigError(f"stage {item!r} has no number of requests; write burst:100")
         return Stage(0.0, 0.0, 0.0, int(count))
     rates, separator, duration = item.partition("@")
     start, is_ramp, end = rates.partition("..")
-    try:
-        start_rate = float(start)
-        end_rate = float(end) if is_ramp else start_rate
-    except ValueError:
-        start_rate = end_rate = math.nan
-    if not separator or not (0 <= start_rate < math.inf and 0 <= end_rate < math.inf):
+    start_rate = find_rate_per_s(start)
+    end_rate = find_rate_per_s(end) if is_ramp else start_rate
+    if not separator or not (0 <= start_rate < MAX_RATE and 0 <= end_rate < MAX_RATE):
         raise ConfigError(f"stage {item!r} is none; write {STAGES_HELP}")
     duration_s = parse_duration_s(duration, f"stage {item!r}: duration")
     if duration_s <= 0:

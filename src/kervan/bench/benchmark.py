@@ -9,7 +9,7 @@ from kervan.bench import client_floor, reconcile
 from kervan.bench.arrivals import steady
 from kervan.bench.counting import WorkerProgress
 from kervan.bench.drive import Action, OnProgress, check_file_limit, drive
-from kervan.bench.endpoint import Probe, RequestError, find_alphabet, first_look, get_text
+from kervan.bench.endpoint import Probe, RequestError, check_can_succeed, find_alphabet, first_look, get_text
 from kervan.bench.load import Endpoint, Load
 from kervan.bench.prompts import Alphabet
 from kervan.bench.reconcile import Counters, Reconciliation
@@ -17,6 +17,7 @@ from kervan.bench.result import Result
 from kervan.bench.saturation import RateSearchOptions, Search, Trial, TrialResult, Verdict
 from kervan.bench.tally import RequestTally
 from kervan.config.workload import Slo
+from kervan.units import plural
 
 Say = Callable[[str], None]
 METRICS_WAIT_S = 5.0
@@ -43,14 +44,18 @@ class Prepared:
 
 
 def prepare(endpoint: Endpoint, load: Load, *, tokenizer: str | None = None) -> Prepared:
-    """Find the model and prompts of exact length. A server that fails here is still loaded, and its failures counted.
+    """Find the model and prompts of exact length.
+
+    A server that is busy or broken is still loaded, and its failures counted; not one at which nothing can succeed.
 
     `tokenizer`: a directory or a Hugging Face id, for a server that takes no token ids.
 
-    Raises: ConfigError.
+    Raises: ConfigError for a load that this server cannot take; FleetError when nothing answers.
     """
     endpoint, probe = first_look(endpoint)
-    alphabet, probe = find_alphabet(endpoint, load, probe, tokenizer)
+    if not probe.unreached:
+        alphabet, probe = find_alphabet(endpoint, load, probe, tokenizer)
+    check_can_succeed(endpoint, load, probe)
     return Prepared(endpoint, probe, alphabet)
 
 
@@ -70,7 +75,7 @@ def measure(
     Raises: ConfigError, FleetError.
     """
     if client.calibrates and floor is None:
-        say(f"calibrating the client at {_plural(load.expected_streams, 'stream')}")
+        say(f"calibrating the client at {plural(load.expected_streams, 'stream')}")
         if client.processes is None:
             floor = client_floor.choose(load.expected_streams)
         else:
@@ -91,10 +96,6 @@ def measure(
     if client.reconciles:
         reconciliation = _reconcile(prepared.endpoint, before, outcome.tally)
     return Result(prepared.endpoint, prepared.probe, load, slo, outcome, floor, reconciliation)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _read(endpoint: Endpoint) -> Counters | str:
@@ -149,7 +150,10 @@ class Live:
 
 @dataclass(frozen=True, slots=True)
 class RateSearchResult:
-    """The answer of a search: the rate is in [`keeps_up_to`, `breaks_from`). `results` has each trial's run."""
+    """The answer of a search: the rate is in [`keeps_up_to`, `breaks_from`). `results` has each trial's run.
+
+    `stopped`: why it ended without an answer: the server took none of a trial's requests.
+    """
 
     slo: Slo
     attain: float
@@ -158,10 +162,12 @@ class RateSearchResult:
     trials: tuple[TrialResult, ...]
     results: tuple[Result, ...]
     was_interrupted: bool
+    stopped: str = ""
 
     def doubts(self) -> list[str]:
         """Why trials cannot be believed. That nothing ended in one which broke the SLO is no reason."""
-        doubts = [doubt for result in self.results if result.tally.ok for doubt in result.doubts()]
+        doubts = [self.stopped] if self.stopped else []
+        doubts += [doubt for result in self.results if result.tally.ok for doubt in result.client_doubts()]
         return list(dict.fromkeys(doubts))
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,7 +216,7 @@ def find_rate(
     progress = Search(search.start_rate)
     client = replace(client, calibrates=False, reconciles=False)
     results: list[Result] = []
-    interrupted = False
+    interrupted, stopped = False, ""
     while not interrupted and (rate := progress.next_rate()) is not None:
         judge = _Judge(Trial(rate, search.attain, min_s=search.max_trial_s * MIN_TRIAL_SHARE, max_s=search.max_trial_s))
         trial_load = replace(
@@ -220,6 +226,9 @@ def find_rate(
         result = measure(prepared, trial_load, slo=slo, client=client, on_progress=judge.on_progress)
         interrupted = result.outcome.was_interrupted
         if interrupted or judge.verdict is None:
+            break
+        if not result.tally.ok and result.num_refused == result.tally.num_errors:
+            stopped = f"at {rate:.3g} requests/s: {result.server_doubts()[0]}"
             break
         results.append(result)
         progress.trials.append(TrialResult(rate, judge.verdict == "keeps", judge.good, judge.ended))
@@ -233,6 +242,7 @@ def find_rate(
         tuple(progress.trials),
         tuple(results),
         interrupted,
+        stopped,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from kervan.bench import pacer
 from kervan.bench.exchange import Exchange, OnChunk
 from kervan.bench.load_client import Share
+from kervan.bench.refusals import is_hopeless
 from kervan.bench.sketch import Sketch
 from kervan.bench.sse import Chunk
 from kervan.bench.tally import RequestTally, block_of
@@ -19,6 +20,7 @@ class WorkerProgress:
     ok: int = 0
     good: int = 0
     errors: int = 0
+    hopeless: int = 0  # errors that the next request would have as well
     in_flight: int = 0
     tokens: int = 0
     ttft: Sketch = field(default_factory=Sketch)
@@ -97,6 +99,7 @@ class RequestCounter:
             ok=tally.ok,
             good=tally.good,
             errors=tally.num_errors,
+            hopeless=sum(count for kind, count in tally.errors.items() if is_hopeless(kind)),
             in_flight=len(in_flight),
             tokens=tally.num_chunks + sum(exchange.num_chunks for exchange in in_flight),
             ttft=self._ttft,

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from kervan.bench.counting import FloorSketches, WorkerProgress
 from kervan.bench.load import Endpoint, Load
 from kervan.bench.load_client import Share
 from kervan.bench.prompts import Alphabet
+from kervan.bench.refusals import ENOUGH_FAILURES
 from kervan.bench.sketch import Sketch
 from kervan.bench.tally import RequestTally, merge_all
 from kervan.config.workload import Slo
@@ -27,6 +29,7 @@ OnProgress = Callable[[float, list[WorkerProgress]], bool | None]
 READY_TIMEOUT_S = 120.0
 START_DELAY_S = 0.1
 STOP_TIMEOUT_S = 15.0
+LAST_S = 2.0  # that an action may still run when the load has ended
 FILES_PER_PROCESS = 200
 
 
@@ -40,12 +43,15 @@ class Action:
 
 @dataclass(slots=True)
 class Event:
-    """An action that was taken. `exit_code` None: it was still running when the run ended."""
+    """An action that was taken. `exit_code` None: it was still running when the run ended, and was killed.
+
+    `duration_s`: how long the command ran, also then.
+    """
 
     at_s: float
     command: str
     exit_code: int | None = None
-    duration_s: float | None = None
+    duration_s: float = 0.0
     output: str = ""
 
 
@@ -62,6 +68,8 @@ class Outcome:
     loop: str
     events: list[Event]
     was_interrupted: bool = False
+    gave_up: bool = False  # all requests failed in a way that no later one mends
+    missed_actions: list[Action] = field(default_factory=list)  # whose time had not come when the run ended
     clock_step_s: float = 0.0  # how far the real-time clock went from the monotonic one during the run
     floor: FloorSketches = field(default_factory=FloorSketches)
 
@@ -87,6 +95,9 @@ def drive(
     """Send `load` and measure. Blocks. Ctrl-C ends the run early and still gives what was measured.
 
     `on_progress`: called about twice a second.
+
+    Ends early when nothing can succeed: the first requests have all failed in a way that no later one mends, and no
+    action may change that.
 
     Raises: ConfigError for a load that cannot be built; FleetError when a worker process dies.
     """
@@ -129,6 +140,8 @@ class _DriverRun:
         self._finished: dict[Connection, worker.WorkerFinished] = {}
         self._start_s = 0.0
         self._is_stopping = False
+        self._may_recover = bool(actions)
+        self._gave_up = False
 
     def run(self) -> Outcome:
         interrupted = False
@@ -166,6 +179,8 @@ class _DriverRun:
             loop=finished[0].loop,
             events=self._events,
             was_interrupted=interrupted,
+            gave_up=self._gave_up,
+            missed_actions=self._actions,
             clock_step_s=time.time() - time.monotonic() - clock_s,
             floor=floor,
         )
@@ -215,37 +230,48 @@ class _DriverRun:
         while self._actions and self._actions[0].at_s <= now_s:
             action = self._actions.pop(0)
             process = subprocess.Popen(
-                action.command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
+                action.command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
             self._running.append(_RunningAction(action, process, now_s))
         for running in [r for r in self._running if r.process.poll() is not None]:
             self._end_action(running, now_s)
-        if fresh and self._on_progress is not None:
-            enough = self._on_progress(now_s, list(self._reports.values()))
-            if enough and not self._is_stopping:
-                self._is_stopping = True
-                self._send("stop")
+        if not fresh:
+            return
+        reports = list(self._reports.values())
+        enough = self._on_progress is not None and self._on_progress(now_s, reports)
+        self._gave_up = self._gave_up or (not self._may_recover and _is_hopeless(reports))
+        if (enough or self._gave_up) and not self._is_stopping:
+            self._is_stopping = True
+            self._send("stop")
 
-    def _end_action(self, running: _RunningAction, now_s: float | None) -> None:
+    def _end_action(self, running: _RunningAction, now_s: float) -> None:
+        """Count an action that has ended, or kill it with all that it started."""
         self._running.remove(running)
         assert running.process.stdout is not None
         code = running.process.poll()
         if code is None:
-            running.process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait()
         os.set_blocking(running.process.stdout.fileno(), False)
         output = (running.process.stdout.read() or b"")[-2000:].decode(errors="replace").strip()
         running.process.stdout.close()
-        duration_s = None if now_s is None else now_s - running.begun_s
-        self._events.append(Event(running.begun_s, running.action.command, code, duration_s, output))
+        self._events.append(Event(running.begun_s, running.action.command, code, now_s - running.begun_s, output))
 
     def _end_actions(self) -> None:
         for running in list(self._running):
             with suppress(subprocess.TimeoutExpired):
-                running.process.wait(2)
-            ended = running.process.poll() is not None
-            self._end_action(running, time.time() - self._start_s if ended else None)
+                running.process.wait(LAST_S)
+            self._end_action(running, time.time() - self._start_s)
         self._events.sort(key=lambda event: event.at_s)
+
+
+def _is_hopeless(reports: Sequence[WorkerProgress]) -> bool:
+    """Whether all that ended failed in a way that no later request mends, and that is not by chance."""
+    hopeless, in_flight = sum(r.hopeless for r in reports), sum(r.in_flight for r in reports)
+    is_all = all(r.ok == 0 and r.errors == r.hopeless for r in reports)
+    return is_all and hopeless >= ENOUGH_FAILURES and hopeless > 4 * in_flight
 
 
 def raise_file_limit() -> None:

@@ -1,5 +1,7 @@
 """What is found out about a server before it is loaded: its model, and prompts whose length it agrees with."""
 
+import difflib
+import http.client
 import json
 import random
 import ssl
@@ -7,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +18,35 @@ from urllib.parse import urlsplit
 from kervan.bench.exchange import Exchange
 from kervan.bench.load import PATHS, Endpoint, Load
 from kervan.bench.prompts import Alphabet, Request, check_api, encode, read_prompts
-from kervan.errors import ConfigError
+from kervan.bench.refusals import is_hopeless
+from kervan.bench.served_by import ServedBy, from_headers, from_status
+from kervan.config.workload import parse_lengths
+from kervan.errors import ConfigError, FleetError
 from kervan.vendor import vllm_names
 
 DEFAULT_VOCAB = 1000  # every language model has as many tokens
 CONTROL_TIMEOUT_S = 15.0
 PROBE_TIMEOUT_S = 60.0
 NUM_WORDS = 256
+SHOWN_MODELS = 8
+STATUS_PATH = "/kervan/status"
+NO_RESPONSE = (OSError, ValueError, http.client.HTTPException)  # what urllib raises
 
 
 class RequestError(Exception):
-    """A control request that gave no JSON; the message says why."""
+    """A control request that gave no JSON; the message says why. `unreached`: no connection, and what to do."""
+
+    def __init__(self, message: str, unreached: str = "") -> None:
+        super().__init__(message)
+        self.unreached = unreached
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a server said of itself. `model_root`: where it has the model from; `answered`: a first request worked."""
+    """What a server said of itself. `model_root`: where it has the model from; `answered`: a first request worked.
+
+    `error`: the kind of failure of that request. `unreached`: why there is no connection at all, and what to do.
+    """
 
     models: tuple[str, ...] = ()
     model_root: str = ""
@@ -38,6 +54,14 @@ class Probe:
     version: str = ""
     answered: bool = False
     complaint: str = ""
+    error: str = ""
+    unreached: str = ""
+    served_by: ServedBy = ServedBy()  # noqa: RUF009 - frozen
+
+    def failed(self, exchange: Exchange) -> "Probe":
+        """The same after a first request that failed."""
+        assert exchange.error is not None
+        return replace(self, error=exchange.error, complaint=f"{exchange.error}: {exchange.message}")
 
 
 def parse_url(text: str) -> str:
@@ -79,11 +103,36 @@ def get_text(endpoint: Endpoint, path: str) -> str:
 
     Raises: RequestError when there is no response, or one with an error status.
     """
+    return _get(endpoint, path)[0]
+
+
+def _get(endpoint: Endpoint, path: str) -> tuple[str, dict[str, str]]:
+    """The body and the headers, with names in small letters."""
     try:
         with _open(endpoint, path) as response:
-            return str(response.read(64 * 2**20).decode(errors="replace"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"GET {path}: {error}") from error
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            return str(response.read(64 * 2**20).decode(errors="replace")), headers
+    except NO_RESPONSE as error:
+        raise _request_error(f"GET {path}", error) from error
+
+
+def _request_error(what: str, error: Exception) -> RequestError:
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()  # it holds the response
+    return RequestError(f"{what}: {error}", _unreached(error))
+
+
+def _unreached(error: Exception) -> str:
+    """Why there is no connection, and what to do; empty when there was one."""
+    if not isinstance(error, urllib.error.URLError) or isinstance(error, urllib.error.HTTPError):
+        return ""
+    reason = error.reason
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid here: {reason.verify_message}; use --insecure to accept it"
+    if isinstance(reason, ssl.SSLError):
+        return f"it speaks no TLS there ({reason.reason}); use http:// in place of https://"
+    why = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
+    return f"{why[:1].lower()}{why[1:]}; start the server, or check host and port"
 
 
 def call(endpoint: Endpoint, path: str, body: Any) -> Any:
@@ -94,8 +143,8 @@ def call(endpoint: Endpoint, path: str, body: Any) -> Any:
     try:
         with _open(endpoint, path, encode(body)) as response:
             return json.loads(response.read())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"POST {path}: {error}") from error
+    except NO_RESPONSE as error:
+        raise _request_error(f"POST {path}", error) from error
 
 
 def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PROBE_TIMEOUT_S) -> Exchange:
@@ -109,8 +158,11 @@ def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PRO
             while piece := response.read1(65536):
                 exchange.on_body(piece, time.time())
     except urllib.error.HTTPError as error:
-        exchange.on_status(error.code, {})
-        exchange.on_body(error.read(2000), time.time())
+        exchange.on_status(error.code, {k.lower(): v for k, v in error.headers.items()})
+        with error, suppress(*NO_RESPONSE):
+            exchange.on_body(error.read(2000), time.time())
+    except http.client.HTTPException as error:
+        fault = f"no HTTP: {error!r}"
     except (OSError, ValueError) as error:
         fault = str(error)
     exchange.on_end(time.time(), fault)
@@ -124,10 +176,16 @@ def first_look(endpoint: Endpoint) -> tuple[Endpoint, Probe]:
     """
     endpoint = replace(endpoint, url=parse_url(endpoint.url))
     try:
-        entries = json.loads(get_text(endpoint, vllm_names.MODELS_PATH))["data"]
+        text, headers = _get(endpoint, vllm_names.MODELS_PATH)
+    except RequestError as error:
+        return endpoint, Probe(complaint=str(error), unreached=error.unreached)
+    try:
+        entries = json.loads(text)["data"]
         models = tuple(str(entry["id"]) for entry in entries)
-    except (RequestError, ValueError, KeyError, TypeError) as error:
-        return endpoint, Probe(complaint=str(error))
+        owner = str(entries[0].get("owned_by") or "") if entries else ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        complaint = f"GET {vllm_names.MODELS_PATH}: no list of models: {error!r}"
+        return endpoint, Probe(complaint=complaint, served_by=from_headers(headers, "", ""))
     model = endpoint.model
     if not model and len(models) != 1:
         roots = [name for name, entry in zip(models, entries, strict=True) if not entry.get("parent")]
@@ -142,7 +200,14 @@ def first_look(endpoint: Endpoint) -> tuple[Endpoint, Probe]:
         version = str(json.loads(get_text(endpoint, "/version"))["version"])
     except (RequestError, ValueError, KeyError, TypeError):
         version = ""
-    probe = Probe(models, str(entry.get("root") or ""), entry.get("max_model_len"), version)
+    try:
+        status = json.loads(get_text(endpoint, STATUS_PATH))
+    except (RequestError, ValueError):
+        status = None
+    probe = Probe(
+        models, str(entry.get("root") or ""), entry.get("max_model_len"), version,
+        served_by=from_status(status, model, version) or from_headers(headers, owner, version),
+    )  # fmt: skip
     return replace(endpoint, model=model), probe
 
 
@@ -153,6 +218,11 @@ def find_alphabet(endpoint: Endpoint, load: Load, probe: Probe, tokenizer: str |
 
     Raises: ConfigError when exact lengths are impossible: texts are needed and no tokenizer is known.
     """
+    exchange: Exchange | None = None
+    if probe.models and endpoint.model not in probe.models:  # some servers have names that they do not list
+        exchange = stream_once(endpoint, {**_content(endpoint, "a"), "max_tokens": 1})
+        if exchange.error is not None and is_hopeless(exchange.error):
+            return Alphabet(words=(" a",)), probe.failed(exchange)
     if load.prompts:
         rows = read_prompts(Path(load.prompts))
         check_api(rows, endpoint.api)
@@ -166,24 +236,23 @@ def find_alphabet(endpoint: Endpoint, load: Load, probe: Probe, tokenizer: str |
             complaint = "" if counted in (None, 16) else f"for 16 token ids the server counted {counted} prompt tokens"
             return Alphabet(vocab_size=vocab), replace(probe, answered=True, complaint=complaint)
         if exchange.error not in ("http_400", "http_422"):
-            return Alphabet(vocab_size=vocab), replace(probe, complaint=f"{exchange.error}: {exchange.message}")
+            return Alphabet(vocab_size=vocab), probe.failed(exchange)
     words = _local_words(tokenizer) if tokenizer else _served_words(endpoint, probe)
     if not words:
         if probe.complaint and endpoint.api == "chat":  # nothing answers: any text will do to count the failures
-            return Alphabet(words=(" a",)), probe
+            exchange = stream_once(endpoint, {**_content(endpoint, " a"), "max_tokens": 1})
+            return Alphabet(words=(" a",)), probe if exchange.error is None else probe.failed(exchange)
+        why = f" ({' '.join(exchange.message.split())})" if exchange is not None else ""
         raise ConfigError(
-            f"{endpoint.url} takes no token ids here and has no /tokenize; give --tokenizer DIR, so that prompts have "
-            "exact lengths"
+            f"{endpoint.url} takes no token ids here{why} and has no /tokenize; give --tokenizer DIR, so that prompts "
+            "have exact lengths"
         )
     counts = []
     for number in (48, 96):
         text = "".join(random.Random(number).choices(words, k=number))
-        content: dict[str, Any] = {"prompt": text}
-        if endpoint.api == "chat":
-            content = {"messages": [{"role": "user", "content": text}]}
-        exchange = stream_once(endpoint, {**content, "max_tokens": 1})
+        exchange = stream_once(endpoint, {**_content(endpoint, text), "max_tokens": 1})
         if exchange.error is not None:
-            return Alphabet(words=words), replace(probe, complaint=f"{exchange.error}: {exchange.message}")
+            return Alphabet(words=words), probe.failed(exchange)
         if exchange.prompt_tokens is None:
             return Alphabet(words=words), replace(probe, answered=True, complaint="no usage: prompt lengths unchecked")
         counts.append(exchange.prompt_tokens - number)
@@ -193,6 +262,47 @@ def find_alphabet(endpoint: Endpoint, load: Load, probe: Probe, tokenizer: str |
             "is not the server's tokenizer; give --tokenizer the model's directory"
         )
     return Alphabet(words=words, extra_tokens=counts[0]), replace(probe, answered=True)
+
+
+def _content(endpoint: Endpoint, text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]} if endpoint.api == "chat" else {"prompt": text}
+
+
+def check_can_succeed(endpoint: Endpoint, load: Load, probe: Probe) -> None:
+    """Raises: FleetError or ConfigError, with the fix, when no request of the load to this server can succeed."""
+    if probe.unreached:
+        raise FleetError(f"{endpoint.url} does not answer: {probe.unreached}")
+    path, kind, failure = PATHS[endpoint.api], probe.error, " ".join(probe.complaint.split())
+    if kind in ("http_401", "http_403"):
+        raise ConfigError(f"{endpoint.url} does not let this client in ({failure}); give its key with --api-key KEY")
+    if kind and is_hopeless(kind) and probe.models and endpoint.model not in probe.models:
+        near = difflib.get_close_matches(endpoint.model, probe.models, n=1, cutoff=0.0)[0]
+        others = f" and {len(probe.models) - SHOWN_MODELS} more" if len(probe.models) > SHOWN_MODELS else ""
+        raise ConfigError(
+            f"{endpoint.url} has no model {endpoint.model!r}; it has {', '.join(probe.models[:SHOWN_MODELS])}{others}: "
+            f"use for example --model {near}"
+        )
+    if kind.startswith("http_3"):
+        raise ConfigError(f"{endpoint.url} redirects POST {path} ({failure}); give the URL that it points to")
+    if kind in ("http_404", "http_405"):
+        other = next(api for api in PATHS if api != endpoint.api)
+        raise ConfigError(
+            f"{endpoint.url} has no POST {path} for this ({failure}); check --model and the URL, or use --api {other}"
+        )
+    # 400 and 422 may be about the small request alone.
+    if kind and is_hopeless(kind) and kind not in ("http_400", "http_422"):
+        raise ConfigError(
+            f"{endpoint.url} gives no stream at {path} ({failure}); give the URL of an OpenAI-compatible server"
+        )
+    if load.prompts is None and load.trace is None and probe.max_model_len and "max_tokens" not in endpoint.sampling:
+        isl, osl = parse_lengths(load.isl), parse_lengths(load.osl)
+        least = isl.minimum + load.prefix_tokens + osl.minimum
+        if least > probe.max_model_len:
+            prefix = f", --prefix {load.prefixes}x{load.prefix_tokens}" if load.prefixes else ""
+            raise ConfigError(
+                f"--isl {load.isl}{prefix} and --osl {load.osl} make {least} tokens or more, and the server's "
+                f"max_model_len is {probe.max_model_len}; use shorter ones"
+            )
 
 
 def _vocab_size(model_root: str) -> int | None:

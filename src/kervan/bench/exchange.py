@@ -1,11 +1,13 @@
 """One request and its streamed response, as the client saw it."""
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 
 from kervan.bench.prompts import Request
+from kervan.bench.refusals import retry_after_s
 from kervan.bench.sse import Chunk, EventParser, carries_token, decode, decode_all, is_reasoning
 
 # (exchange, chunk, the chunk's bytes, Unix time at which it reached this machine).
@@ -54,6 +56,7 @@ class Exchange:
         "per_choice_last_s",
         "prompt_tokens",
         "request",
+        "retry_after_s",
         "sent_s",
         "status",
         "text",
@@ -69,6 +72,7 @@ class Exchange:
         self.was_sent = False
         self.has_kernel_time = False  # of its chunks; else their times are those of the reads
         self.status = 0
+        self.retry_after_s: float | None = None  # that a status of an error asks to wait
         self.events = EventParser()
         self.is_between_events = False  # in a stream, and the next piece begins an event
         self.first_s: float | None = None
@@ -101,6 +105,7 @@ class Exchange:
         self.status = status
         if status != 200:
             self.message = f"status {status}" + (f", location {headers['location']}" if "location" in headers else "")
+            self.retry_after_s = retry_after_s(headers, time.time())
         self.is_between_events = status == 200 and "event-stream" in headers.get("content-type", "")
         if status == 200 and not self.is_between_events:
             self.fail("no_stream", f"200 with content-type {headers.get('content-type', 'none')!r}")

@@ -15,6 +15,8 @@ SMOOTHED_S = 1.0
 class Effect:
     """Of one event on output tokens/s. `recovered_after_s` None: not before the run or the next event.
 
+    `exit_code` None: the command had not finished when the run ended, `duration_s` after it began, and was killed.
+
     `before` is the mean rate from the event before (or the start) to this event, `lowest` the smallest one-second mean
     after it; `longest_gap_s` the longest a stream stood still.
     """
@@ -22,6 +24,7 @@ class Effect:
     at_s: float
     command: str
     exit_code: int | None
+    duration_s: float
     output: str
     tokens_per_s_before: float
     tokens_per_s_lowest: float
@@ -57,6 +60,7 @@ def _effect(timeline: Timeline, event: Event, begin_s: float, until_s: float) ->
         at_s=event.at_s,
         command=event.command,
         exit_code=event.exit_code,
+        duration_s=event.duration_s,
         output=event.output,
         tokens_per_s_before=before,
         tokens_per_s_lowest=lowest,

@@ -43,7 +43,7 @@ def write(path: Path, runs: Sequence[ReportedRun], title: str | None = None) -> 
     )
     environment.filters |= {"number": _number, "duration": _duration}
     text = environment.get_template("report.html").render(
-        title=title or _title(runs[0].record),
+        title=title or _title(runs),
         subtitle=_subtitle(runs[0].record),
         verdict=_verdict(runs),
         runs=runs,
@@ -62,19 +62,33 @@ def _number(value: float, digits: int = 0) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    return "-" if seconds is None else format_duration(seconds)
+    return "-" if seconds is None else format_duration(seconds) if seconds >= 5e-9 else "0"
 
 
-def _title(record: Mapping[str, Any]) -> str:
-    target = record["target"]
-    return f"{target['model'] or target['url']} under load"
+def _server(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the server said of itself; nothing in records of earlier versions."""
+    return record["result"].get("server") or {}
+
+
+def _title(runs: Sequence[ReportedRun]) -> str:
+    """`Load test of Qwen3-8B at 64 streams on a simulated H200`: what a reader looks for among reports."""
+    target, server = runs[0].record["target"], _server(runs[0].record)
+    model = target["model"].rstrip("/").rpartition("/")[2] or target["url"]
+    loads = runs[0].name if len(runs) == 1 else f"{runs[0].name} to {runs[-1].name}"
+    where = f" on {'simulated ' if server.get('simulated') else ''}{server.get('gpu') or 'GPUs'}"
+    return f"Load test of {model}: {loads}" + (where if server.get("gpu") or server.get("simulated") else "")
 
 
 def _subtitle(record: Mapping[str, Any]) -> str:
     target, hardware = record["target"], record["hardware"]
     parts = [target["url"]]
-    if target.get("server_version"):
+    server = _server(record)
+    if server.get("words"):
+        parts.append(server["words"])
+    elif target.get("server_version"):
         parts.append(f"server version {target['server_version']}")
+    if server.get("simulated"):
+        parts.append("times are computed, not those of a GPU")
     parts.append(record["date"].replace("T", " ").replace("+00:00", " UTC"))
     parts.append(", ".join([f"client on {hardware['cpu']}", f"{hardware['cores']} cores", *hardware["gpus"]]))
     return " \u00b7 ".join(parts)
@@ -88,6 +102,7 @@ class ReportVerdict:
     kind: str
     checks: tuple[str, ...]
     doubts: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def _verdict(runs: Sequence[ReportedRun]) -> ReportVerdict:
@@ -109,10 +124,15 @@ def _verdict(runs: Sequence[ReportedRun]) -> ReportVerdict:
     doubts = tuple(
         doubt if len(runs) == 1 else f"{run.name}: {doubt}" for run in runs for doubt in run.record["result"]["doubts"]
     )
+    notes = tuple(
+        note if len(runs) == 1 else f"{run.name}: {note}"
+        for run in runs
+        for note in run.record["result"].get("notes", ())
+    )
     word, kind = ("Valid", "") if floors else ("Not calibrated", "open")
     if doubts or "disagrees" in statuses:
         word, kind = "Not valid" if doubts else "Doubtful", "bad"
-    return ReportVerdict(word, kind, (floor_check, counters_check), doubts)
+    return ReportVerdict(word, kind, (floor_check, counters_check), doubts, notes)
 
 
 def _distributions(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -9,6 +9,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from kervan.bench.channel import MAX_NAP_S, MIN_NAP_S, Channel, Poller
 from kervan.bench.exchange import Exchange, OnChunk
 from kervan.bench.load import PATHS, Endpoint, Load
 from kervan.bench.prompts import Alphabet, Prompts, Request, http_request
+from kervan.bench.refusals import MAX_PAUSE_S, MAX_RETRY_AFTER_S, pause_s
 from kervan.bench.sketch import Sketch
 from kervan.config.workload import Slo, TraceRow
 from kervan.errors import KervanError
@@ -82,6 +84,7 @@ class LoadClient:
     `build`: what requests are made by, those of the load by default. `arrivals`: of an open loop, those of the load by
     default. `lag`: how late this loop ran its own timers, in seconds. `unfinished`: requests that `end` cut off.
     `reconnected`: requests sent again because the server had closed the idle connection before it saw them.
+    `sent_away`: streams of a closed loop that ended early, because the server asked them to come back after the end.
     """
 
     def __init__(self, share: Share, *, build: BuildRequest | None = None, arrivals: Arrivals | None = None) -> None:
@@ -89,6 +92,7 @@ class LoadClient:
         self.lag = Sketch()
         self.unfinished = 0
         self.reconnected = 0
+        self.sent_away = 0
         self._load, self._endpoint = share.load, share.endpoint
         parts = urlsplit(share.endpoint.url)
         self._host, self._tls = parts.hostname or "", _tls(share.endpoint) if parts.scheme == "https" else None
@@ -100,11 +104,11 @@ class LoadClient:
         self._poller = Poller()
         self._idle: list[Channel] = []
         self._in_flight: dict[Exchange, Channel] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._failure: BaseException | None = None
         self._ended: deque[asyncio.Future[None]] = deque()
         self._num_open = 0
-        self._is_ended = False
+        self._ending = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._start_s = 0.0
         self._observer: RequestObserver
@@ -181,11 +185,11 @@ class LoadClient:
 
     def stop_sending(self) -> None:
         """Send no more requests; those in flight run to their end."""
-        self._is_ended = True
+        self._ending.set()
 
     def end(self) -> None:
         """Send no more requests, and cut off those in flight, which count as unfinished."""
-        self._is_ended = True
+        self._ending.set()
         self.unfinished += len(self._in_flight)
         for channel in self._in_flight.values():
             channel.close()
@@ -207,8 +211,8 @@ class LoadClient:
         await self._wait_for_tasks()
 
     async def _stream(self, number: int, request: Request) -> None:
-        """Jobs one after the other. The next one is built while the response to this one comes."""
-        has_next = True
+        """Jobs one after the other, after a failure with a pause. The next one is built while the response comes."""
+        has_next, failures = True, 0
         while has_next and not self._is_over():
             upcoming: list[tuple[int, Request]] = []
 
@@ -222,20 +226,39 @@ class LoadClient:
                     self._fail(error)
 
             self._loop.call_later(0.001, build)
-            await self._job(number, _now(), None, request)
+            last = await self._job(number, _now(), None, request)
+            failures = failures + 1 if last.error is not None else 0
+            if failures and not await self._pause(pause_s(failures, last.retry_after_s)):
+                return
             if not upcoming:
                 await asyncio.sleep(0.002)  # a response within a millisecond: let the build happen
             has_next = bool(upcoming)
             if has_next:
                 number, request = upcoming[0]
 
+    async def _pause(self, pause_s: float) -> bool:
+        """Wait for so long, or until the end; false when the end comes first, and so there is nothing to wait for."""
+        bound_s = self._load.duration_s
+        left_s = MAX_RETRY_AFTER_S if bound_s is None else self._start_s + bound_s - _now()
+        if pause_s > left_s:
+            self.sent_away += pause_s > MAX_PAUSE_S
+            return False
+        await self._wait(pause_s)
+        return not self._ending.is_set()
+
+    async def _wait(self, wait_s: float) -> None:
+        """Sleep for so long, or until the load is ended by hand."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._ending.wait()
+
     def _is_over(self) -> bool:
         bound_s = self._load.duration_s
-        return self._is_ended or (bound_s is not None and _now() >= self._start_s + bound_s)
+        return self._ending.is_set() or (bound_s is not None and _now() >= self._start_s + bound_s)
 
     async def _run_open_loop(self) -> None:
         more, count = True, 0
-        while not self._is_ended and (more or self._ready):
+        while not self._ending.is_set() and (more or self._ready):
             wait_s = self._ready[0][1] + self._start_s - _now() if self._ready else 0.0
             if self._ready and wait_s <= 0:
                 number, at_s, row, request = self._ready.popleft()
@@ -248,15 +271,15 @@ class LoadClient:
                 more = self._build_next()
                 await asyncio.sleep(0)
             else:
-                await asyncio.sleep(wait_s if wait_s < 0.01 else wait_s - 0.005)
+                await (asyncio.sleep(wait_s) if wait_s < 0.01 else self._wait(wait_s - 0.005))
         await self._wait_for_tasks()
 
-    def _start(self, job: Coroutine[Any, Any, None]) -> None:
+    def _start(self, job: Coroutine[Any, Any, Any]) -> None:
         task = self._loop.create_task(job)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
 
-    def _on_task_done(self, task: "asyncio.Task[None]") -> None:
+    def _on_task_done(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
@@ -271,21 +294,20 @@ class LoadClient:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _job(self, number: int, arrival_s: float, row: TraceRow | None, request: Request) -> None:
-        history: list[dict[str, Any]] = []
-        for turn in range(self._load.turns):
-            if turn:
-                await asyncio.sleep(self._load.think_time_s)
-                if self._is_over():
-                    return
-                request = self._build(number, turn, None, history)
-                arrival_s = _now()
-            exchange = await self._exchange(number, arrival_s, request)
+    async def _job(self, number: int, arrival_s: float, row: TraceRow | None, request: Request) -> Exchange:
+        """A conversation up to its last turn, or to the first that fails; the last exchange."""
+        exchange = await self._exchange(number, arrival_s, request)
+        for turn in range(1, self._load.turns):
             if exchange.error is not None:
-                return
-            if self._load.turns > 1:
-                messages: list[dict[str, Any]] = json.loads(request.body)["messages"]
-                history = [*messages, {"role": "assistant", "content": "".join(exchange.text or [])}]
+                break
+            messages: list[dict[str, Any]] = json.loads(request.body)["messages"]
+            history = [*messages, {"role": "assistant", "content": "".join(exchange.text or [])}]
+            await self._wait(self._load.think_time_s)
+            if self._is_over():
+                break
+            request = self._build(number, turn, None, history)
+            exchange = await self._exchange(number, _now(), request)
+        return exchange
 
     async def _exchange(self, number: int, arrival_s: float, request: Request) -> Exchange:
         """One request to its end, told to the observer."""
@@ -303,8 +325,6 @@ class LoadClient:
             self._observer.on_done(exchange)
         else:
             self._observer.on_failed(exchange)
-        if exchange.error == "refused":
-            await asyncio.sleep(0.05)  # a closed loop would send again at once, thousands of times a second
         return exchange
 
     async def _send(self, exchange: Exchange) -> Exchange:

@@ -11,13 +11,17 @@ from kervan.bench.drive import Outcome
 from kervan.bench.endpoint import Probe
 from kervan.bench.load import Endpoint, Load
 from kervan.bench.reconcile import Reconciliation
+from kervan.bench.refusals import is_refusal
 from kervan.bench.sketch import quantile_intervals
 from kervan.bench.tally import METRICS, RequestTally
 from kervan.config.workload import Slo
-from kervan.units import format_duration
+from kervan.units import format_duration, plural
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 MAX_FLOOR_SHARE = 0.05
+MAX_REFUSED_SHARE = 0.05
+BURST_SHARE = 0.1  # of TPOT: a shorter gap is that of chunks sent together
+AT_ONCE_S = 1e-6  # a token
 NO_FLOOR_S = 50e-6  # nothing to see: a server that sends several chunks at once has gaps of 0, and that is true
 MAX_BUSY = 0.9
 MAX_CLOCK_STEP_S = 0.001
@@ -65,13 +69,78 @@ class Result:
         end_s = self.tally.last_end_s - self.tally.start_s if self.tally.last_end_s else 0.0
         return faults.effects(self.tally.timeline, self.outcome.events, min(end_s, bound_s or end_s))
 
+    @property
+    def num_refused(self) -> int:
+        """Requests that the server took no work for."""
+        return sum(count for kind, count in self.tally.errors.items() if is_refusal(kind))
+
     def doubts(self) -> list[str]:
         """Why the run is not valid; empty when it is. Each says what to do."""
+        return [*self.server_doubts(), *self._action_doubts(), *self.client_doubts()]
+
+    def server_doubts(self) -> list[str]:
+        """Why there is nothing to measure, or only a part."""
+        tally = self.tally
+        kinds = ", ".join(f"{count} {kind}" for kind, count in tally.errors.items()) or "nothing was sent"
+        doubts = []
+        if self.outcome.gave_up:
+            message = next((m for messages in tally.messages.values() for m in messages), "")
+            doubts.append(f"ended early, as no request can succeed ({kinds}): {' '.join(message.split())}")
+        elif not tally.ok:
+            doubts.append(f"no request succeeded ({kinds})")
+        elif self.num_refused > MAX_REFUSED_SHARE * (total := tally.ok + tally.num_errors):
+            doubts.append(
+                f"{self.num_refused} of {total} requests ({100 * self.num_refused / total:.0f}%) were refused "
+                f"({kinds}), and the times are those of the others; {self._why_refused()}"
+            )
+        if tally.sent_away:
+            doubts.append(
+                f"{plural(tally.sent_away, 'stream')} ended early: the server said to come back in "
+                f"{tally.longest_retry_after_s:g} s (Retry-After), after the end of the load; try again then"
+            )
+        return doubts
+
+    def _why_refused(self) -> str:
+        if 2 * self.tally.errors.get("refused", 0) > self.num_refused:
+            return "the server was away, or took no more connections"
+        return "send less, or give the server more replicas"
+
+    def _action_doubts(self) -> list[str]:
+        if self.outcome.was_interrupted:
+            return []
+        end_s = max(0.0, self.tally.last_end_s - self.tally.start_s)
+        return [
+            f"--at '{action.at_s:g}s {action.command}' was not run: the load ended after {format_duration(end_s)}; "
+            "use a longer --duration"
+            for action in self.outcome.missed_actions
+        ]
+
+    def notes(self) -> list[str]:
+        """What a reader would wonder about in the figures."""
+        tally, notes = self.tally, []
+        gap_s, tpot_s = self.quantile("gap_s", 0.5), self.quantile("tpot_s", 0.5)
+        if tpot_s is not None and tpot_s < AT_ONCE_S:
+            notes.append(
+                "the answers came in one piece: the server, or a proxy before it, holds them back until they are "
+                "whole; TTFT is the time of a whole answer"
+            )
+        elif tpot_s is not None and gap_s is not None and gap_s < BURST_SHARE * tpot_s:
+            notes.append(
+                "at least half of the chunks came together with the one before: the server sends several tokens at "
+                f"once; TPOT, {format_duration(tpot_s)}, is the pace of a stream, not the gap"
+            )
+        if tally.told_to_wait:
+            waited = "; an open loop sends all the same" if self.load.streams is None else "; its stream waited"
+            notes.append(
+                f"{plural(tally.told_to_wait, 'response')} asked to come back after up to "
+                f"{tally.longest_retry_after_s:g} s (Retry-After){waited}"
+            )
+        return notes
+
+    def client_doubts(self) -> list[str]:
+        """Why the client's own part is not to be trusted."""
         doubts = []
         tally, outcome = self.tally, self.outcome
-        if not tally.ok:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in tally.errors.items()) or "nothing was sent"
-            doubts.append(f"no request succeeded ({kinds})")
         if outcome.busiest_share > MAX_BUSY:
             doubts.append(
                 f"a client process used {100 * outcome.busiest_share:.0f}% of a core, so it was late itself; "
@@ -136,6 +205,8 @@ class Result:
         return {
             "valid": not doubts,
             "doubts": doubts,
+            "notes": self.notes(),
+            "server": {"words": str(self.probe.served_by), **self.probe.served_by.to_dict()},
             "requests": {
                 "ok": tally.ok,
                 "errors": tally.num_errors,
@@ -147,6 +218,13 @@ class Result:
                 "reconnected": tally.reconnected,
                 "wrong_input_tokens": tally.wrong_input_tokens,
                 "without_usage": tally.without_usage,
+            },
+            "refusals": {
+                "requests": self.num_refused,
+                "told_to_wait": tally.told_to_wait,
+                "longest_retry_after_s": tally.longest_retry_after_s,
+                "streams_sent_away": tally.sent_away,
+                "gave_up": self.outcome.gave_up,
             },
             "duration_s": duration_s,
             "output_tokens": tally.output_tokens,
@@ -177,6 +255,7 @@ class Result:
             },
             "reconciliation": reconcile.to_dict(self.reconciliation),
             "faults": [dataclasses.asdict(effect) for effect in self.effects()],
+            "faults_not_run": [dataclasses.asdict(action) for action in self.outcome.missed_actions],
             "interrupted": self.outcome.was_interrupted,
         }
 

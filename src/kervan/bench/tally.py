@@ -126,6 +126,9 @@ class RequestTally:
     good: int = 0
     unfinished: int = 0  # in flight when the run was ended by hand
     not_sent: int = 0  # arrivals beyond --max-streams
+    sent_away: int = 0  # streams that ended early, because Retry-After was after the end
+    told_to_wait: int = 0  # failed requests whose response had a Retry-After
+    longest_retry_after_s: float = 0.0
     reconnected: int = 0  # requests sent again because the server had closed the idle connection
     errors: dict[str, int] = field(default_factory=dict)
     messages: dict[str, list[str]] = field(default_factory=dict)
@@ -179,13 +182,14 @@ class RequestTally:
 
     def add(self, exchange: Exchange, *, block: int) -> None:
         """Count a request that has ended, in one of `NUM_BLOCKS` stretches; or one that could not be sent."""
+        # A server that is away is in the time that the run took.
+        self.first_send_s = min(self.first_send_s, exchange.sent_s)
+        self.last_end_s = max(self.last_end_s, exchange.end_s)
         if not exchange.was_sent:
             assert exchange.error is not None
             self.not_sent += exchange.error == "not_sent"
             self._add_failure(exchange.error, exchange.message, exchange.end_s)
             return
-        self.first_send_s = min(self.first_send_s, exchange.sent_s)
-        self.last_end_s = max(self.last_end_s, exchange.end_s)
         self.busy_s += exchange.end_s - exchange.sent_s
         self._timeline.at(exchange.sent_s - self.start_s).started += 1
         self.num_chunks += exchange.num_chunks
@@ -194,6 +198,9 @@ class RequestTally:
         sketches["late_s"].add(max(0.0, exchange.sent_s - exchange.arrival_s))
         if exchange.error is not None:
             self.failed_output_tokens += exchange.num_chunks
+            if exchange.retry_after_s is not None:
+                self.told_to_wait += 1
+                self.longest_retry_after_s = max(self.longest_retry_after_s, exchange.retry_after_s)
             self._add_failure(exchange.error, exchange.message, exchange.end_s)
             return
         assert exchange.first_s is not None and exchange.output_tokens is not None
@@ -301,9 +308,9 @@ class RequestTally:
     def merge(self, other: "RequestTally") -> None:
         """Count everything that `other` has counted; both have the same start."""
         for name in (
-            "ok", "good", "unfinished", "not_sent", "reconnected", "output_tokens", "input_tokens",
-            "failed_output_tokens", "wrong_input_tokens", "without_usage", "num_chunks", "stalls", "stalled_streams",
-            "estimated_token_gaps", "busy_s", "with_kernel_time",
+            "ok", "good", "unfinished", "not_sent", "sent_away", "told_to_wait", "reconnected", "output_tokens",
+            "input_tokens", "failed_output_tokens", "wrong_input_tokens", "without_usage", "num_chunks", "stalls",
+            "stalled_streams", "estimated_token_gaps", "busy_s", "with_kernel_time",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, count in other.errors.items():
@@ -313,6 +320,7 @@ class RequestTally:
         self.first_send_s = min(self.first_send_s, other.first_send_s)
         self.last_end_s = max(self.last_end_s, other.last_end_s)
         self.longest_gap_s = max(self.longest_gap_s, other.longest_gap_s)
+        self.longest_retry_after_s = max(self.longest_retry_after_s, other.longest_retry_after_s)
         for mine, theirs in zip(self.blocks, other.blocks, strict=True):
             for name, sketch in mine.items():
                 sketch.merge(theirs[name])
@@ -328,7 +336,7 @@ class RequestTally:
 
     @property
     def duration_s(self) -> float:
-        """Seconds from the first request sent to the last one ended; 0 without requests."""
+        """Seconds from the first request to the end of the last one, also of those that failed; 0 without requests."""
         return max(0.0, self.last_end_s - self.first_send_s) if self.first_send_s < math.inf else 0.0
 
 

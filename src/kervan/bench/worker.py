@@ -85,5 +85,6 @@ async def _serve(share: Share, link: Connection, loop_name: str) -> None:
     await running
     cpu_s, wall_s = time.process_time() - cpu_s, time.monotonic() - wall_s
     counter.tally.unfinished, counter.tally.reconnected = client.unfinished, client.reconnected
+    counter.tally.sent_away = client.sent_away
     with contextlib.suppress(OSError):
         link.send(WorkerFinished(share.worker, counter.tally, cpu_s, wall_s, client.lag, loop_name, counter.floor))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from kervan.bench.endpoint import RequestError, get_text
+from kervan.bench.endpoint import STATUS_PATH, RequestError, get_text
 from kervan.bench.load import Endpoint
 from kervan.chaos.schedule import DisruptionKind
 from kervan.config.fleet import FleetConfig
@@ -15,8 +15,6 @@ from kervan.fleet.directory import Drain, Snapshot, Strike
 from kervan.serve import cluster
 from kervan.serve.attach import attach
 from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
-
-STATUS_PATH = "/kervan/status"
 
 
 class FleetUnderTest(Protocol):

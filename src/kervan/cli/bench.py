@@ -10,8 +10,10 @@ import click
 from kervan.bench.arrivals import Process
 from kervan.bench.load import Api, Load
 from kervan.bench.saturation import RateSearchOptions
-from kervan.cli import options
+from kervan.cli import option_types, options
 from kervan.config.workload import LENGTHS_HELP
+from kervan.errors import ConfigError
+from kervan.units import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,9 +37,13 @@ SECTIONS = {
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("url")
 @click.option(
-    "--streams", help="Closed loop: each stream sends its next request when the last has ended; 1,16,64 is a sweep."
-)
-@click.option("--rate", help="Open loop: requests/s, whether or not the server keeps up; 1,2,4 is a sweep.")
+    "--streams", type=option_types.Sweep(option_types.STREAMS),
+    help="Closed loop: each stream sends its next request when the last has ended; 1,16,64 is a sweep.",
+)  # fmt: skip
+@click.option(
+    "--rate", type=option_types.Sweep(option_types.RATE),
+    help="Open loop: requests per second, like 5/s or 300/min, whether or not the server keeps up; 1,2,4 is a sweep.",
+)  # fmt: skip
 @click.option(
     "--arrivals", type=click.Choice(get_args(Process)), default=Load.process, show_default=True, help="Of an open loop."
 )
@@ -46,15 +52,22 @@ SECTIONS = {
 )
 @click.option("--burst", type=int, help="So many requests at once.")
 @click.option("--stages", help="2@30s,2..10@1min,burst:100: rates, ramps and bursts one after the other.")
-@click.option("--trace", type=click.Path(), help="Replay an Azure CSV or Mooncake JSONL trace.")
-@click.option("--trace-speed", type=float, default=Load.trace_speed, help="2: twice as fast as recorded.")
+@click.option("--trace", type=option_types.FILE, help="Replay an Azure CSV or Mooncake JSONL trace.")
+@click.option("--trace-speed", type=option_types.FACTOR, default=Load.trace_speed, help="2: twice as fast as recorded.")
 @click.option("--num-requests", type=int, help="End after so many requests.")
-@click.option("--duration", help="Start no request after so long: 30s, 5min.")
-@click.option("--isl", default=Load.isl, show_default=True, help=f"Prompt tokens: {LENGTHS_HELP}.")
-@click.option("--osl", default=Load.osl, show_default=True, help="Output tokens, in the same forms.")
+@click.option("--duration", type=option_types.DURATION, help="Start no request after so long: 30s, 5min.")
+@click.option(
+    "--isl", type=option_types.LENGTHS, default=Load.isl, show_default=True, help=f"Prompt tokens: {LENGTHS_HELP}."
+)
+@click.option(
+    "--osl", type=option_types.LENGTHS, default=Load.osl, show_default=True, help="Output tokens, in the same forms."
+)
 @click.option("--prefix", help="4x512: each prompt begins with one of 4 shared prefixes of 512 tokens.")
 @click.option("--turns", type=int, default=Load.turns, help="Requests in a conversation; needs --api chat.")
-@click.option("--think-time", default=f"{Load.think_time_s:g}s", help="Between an answer and the next turn.")
+@click.option(
+    "--think-time", type=option_types.DURATION, default=f"{Load.think_time_s:g}s", show_default=True,
+    help="Between an answer and the next turn.",
+)  # fmt: skip
 @click.option("--prompts", type=click.Path(), help="JSONL with prompt, messages or prompt_token_ids in each line.")
 @click.option("--api", type=click.Choice(get_args(Api)), help="[default: completions, or as --prompts needs]")
 @click.option("--model", help="Name to ask for; without it, the one that the server has.")
@@ -67,30 +80,42 @@ SECTIONS = {
 @click.option("--header", "headers", multiple=True, metavar="NAME: VALUE", help="Goes with each request; repeatable.")
 @click.option("--api-key", help="Sent as a bearer token; or KERVAN_API_KEY.")
 @click.option("--insecure", is_flag=True, help="Do not check TLS certificates.")
-@click.option("--slo", "slo_text", help="What counts as good: ttft=1s,tpot=50ms,e2e=20s.")
-@click.option("--stall", default=f"{Load.stall_s:g}s", show_default=True, help="A gap of at least this is a stall.")
-@click.option("--timeout", default=f"{Load.timeout_s:g}s", show_default=True, help="A request may take so long.")
+@click.option("--slo", "given_slo", type=option_types.SLO, help="What counts as good: ttft=1s,tpot=50ms,e2e=20s.")
+@click.option(
+    "--stall", type=option_types.DURATION, default=f"{Load.stall_s:g}s", show_default=True,
+    help="A gap of at least this is a stall.",
+)  # fmt: skip
+@click.option(
+    "--timeout", type=option_types.DURATION, default=f"{Load.timeout_s:g}s", show_default=True,
+    help="A request may take so long.",
+)  # fmt: skip
 @click.option(
     "--max-streams", type=int, default=Load.max_streams, show_default=True, help="Arrivals beyond it are errors."
 )
 @click.option("--seed", type=int, default=Load.seed, show_default=True, help="Same seed, same prompts and arrivals.")
-@click.option("--processes", type=int, help="Client processes; without it, as few as carry the load.")
+@click.option(
+    "--processes", type=click.IntRange(1, 1024), help="Client processes; without it, as few as carry the load."
+)
 @click.option("--no-calibration", is_flag=True, help="Do not measure the client's own overhead first.")
 @click.option(
     "--find-rate", is_flag=True, help="Search the highest rate that keeps the SLO; --rate is where it begins."
 )
-@click.option("--attain", type=float, default=RateSearchOptions.attain, show_default=True,
+@click.option("--attain", type=option_types.SHARE, default=RateSearchOptions.attain, show_default=True,
               help="Share of requests that must keep the SLO.")  # fmt: skip
 @click.option(
-    "--trial-time", default=f"{RateSearchOptions.max_trial_s:g}s", show_default=True, help="Of each rate, at most."
+    "--trial-time",
+    type=option_types.DURATION,
+    default=f"{RateSearchOptions.max_trial_s:g}s",
+    show_default=True,
+    help="Of each rate, at most.",
 )
 @click.option("--against", metavar="URL", help="A second server: pairs of runs, in the order A B B A, and their ratio.")
-@click.option("--pairs", type=int, default=4, show_default=True, help="With --against.")
+@click.option("--pairs", type=click.IntRange(1, 1000), default=4, show_default=True, help="With --against.")
 @click.option("--fail-below", type=float, help="With --against: exit 1 if the ratio of tokens/s is surely below this.")
 @click.option("--at", "actions", multiple=True, metavar="'10s COMMAND'", help="Run a shell command then; repeatable.")
 @click.option("--strict", is_flag=True, help="Exit 1 if the run is not valid or the server's metrics disagree.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--record", type=click.Path(path_type=Path), help="Write a record to this file or directory.")
+@click.option("--record", type=option_types.FILE, help="Write a record to this file or directory.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a report with plots to this file.")
 def bench(**arguments: Any) -> None:
     """Load the OpenAI-compatible server at URL and measure it.
@@ -117,9 +142,22 @@ class _Task:
 
         self.given, self.say = given, say
         self.loads, self.slo, self.actions = given.loads(), given.slo(), given.timed_actions()
+        for load in self.loads:
+            self._check(load)
         self.client = benchmark.ClientOptions(processes=given.processes, calibrates=not given.no_calibration)
         self.search = given.rate_search()
         given.endpoint(given.url)
+
+    def _check(self, load: Load) -> None:
+        """Raises: ConfigError for a trace that cannot be read, and for commands whose time never comes."""
+        if load.trace is not None:
+            next(load.arrivals(), None)
+        late = next((a for a in self.actions if load.duration_s is not None and a.at_s >= load.duration_s), None)
+        if late is not None:
+            raise ConfigError(
+                f"--at '{late.at_s:g}s {late.command}' is not within the load, which ends after {load.duration_s:g} s; "
+                "give an earlier time, or a longer --duration"
+            )
 
     def run(self, url: str) -> int:
         """Measure the server that runs at `url`; the exit status."""
@@ -261,6 +299,14 @@ class _Task:
 
 
 def _name(load: Load) -> str:
+    """What the load is, in a few words: in tables, and in the title of a report."""
     if load.streams is not None:
-        return f"{load.streams} streams" if load.streams != 1 else "1 stream"
-    return f"{load.stages[0].start_rate:g}/s" if load.stages and not load.stages[0].burst else "open loop"
+        return plural(load.streams, "stream")
+    if load.trace is not None:
+        return f"the trace {Path(load.trace).name}"
+    (first, *more) = load.stages
+    if first.burst and not more:
+        return f"a burst of {plural(first.burst, 'request')}"
+    if more or first.start_rate != first.end_rate:
+        return f"{plural(len(load.stages), 'stage')} of arrivals"
+    return f"{first.start_rate:g} requests/s"

@@ -2,21 +2,20 @@
 
 import json
 import os
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kervan.bench.arrivals import Process, Stage, parse_stages, steady
 from kervan.bench.drive import Action
 from kervan.bench.load import Api, Endpoint, Load
 from kervan.bench.prompts import read_prompts
 from kervan.bench.saturation import RateSearchOptions
-from kervan.config.workload import Slo, parse_slo
+from kervan.config.workload import Lengths, Slo
 from kervan.errors import ConfigError
 from kervan.units import parse_duration_s
 
-Number = TypeVar("Number", int, float)
 DURATION_S = 30.0  # of a load without an end of its own
 
 
@@ -28,21 +27,21 @@ class BenchOptions:
     """
 
     url: str
-    streams: str | None
-    rate: str | None
+    streams: list[int] | None
+    rate: list[float] | None
     arrivals: Process
     burstiness: float
     burst: int | None
     stages: str | None
-    trace: str | None
+    trace: Path | None
     trace_speed: float
     num_requests: int | None
-    duration: str | None
-    isl: str
-    osl: str
+    duration: float | None
+    isl: Lengths
+    osl: Lengths
     prefix: str | None
     turns: int
-    think_time: str
+    think_time: float
     prompts: str | None
     api: Api | None
     model: str | None
@@ -53,16 +52,16 @@ class BenchOptions:
     headers: tuple[str, ...]
     api_key: str | None
     insecure: bool
-    slo_text: str | None
-    stall: str
-    timeout: str
+    given_slo: Slo | None
+    stall: float
+    timeout: float
     max_streams: int
     seed: int
     processes: int | None
     no_calibration: bool
     find_rate: bool
     attain: float
-    trial_time: str
+    trial_time: float
     against: str | None
     pairs: int
     fail_below: float | None
@@ -74,11 +73,9 @@ class BenchOptions:
 
     def slo(self) -> Slo:
         """The bounds that a good request keeps; without --slo, every request that is whole counts as good."""
-        if self.slo_text is None:
-            if self.find_rate:
-                raise ConfigError("--find-rate needs an --slo, like ttft=1s,tpot=50ms")
-            return Slo()
-        return parse_slo(self.slo_text)
+        if self.given_slo is None and self.find_rate:
+            raise ConfigError("--find-rate needs an --slo, like ttft=1s,tpot=50ms")
+        return self.given_slo or Slo()
 
     def endpoint(self, url: str) -> Endpoint:
         """The server at `url`, with what --api, --model and other options say of its requests."""
@@ -108,28 +105,25 @@ class BenchOptions:
 
     def rate_search(self) -> RateSearchOptions:
         """How --find-rate searches; it begins at --rate."""
-        (rate, *_) = _parse_sweep(self.rate, "--rate", float)
         return RateSearchOptions(
-            start_rate=RateSearchOptions.start_rate if rate is None else rate,
+            start_rate=RateSearchOptions.start_rate if self.rate is None else self.rate[0],
             attain=self.attain,
-            max_trial_s=parse_duration_s(self.trial_time, "--trial-time"),
+            max_trial_s=self.trial_time,
         )
 
     def loads(self) -> list[Load]:
         """One load, or those of a sweep."""
-        streams, rate = self.streams, self.rate
-        if self.find_rate and rate is None:
-            rate = f"{RateSearchOptions.start_rate:g}"
-        if self.trace is None and self.burst is None and self.stages is None and streams is None and rate is None:
-            streams = "1"
-        return [
-            self._load(one_streams, one_rate)
-            for one_streams in _parse_sweep(streams, "--streams", int)
-            for one_rate in _parse_sweep(rate, "--rate", float)
-        ]
+        streams, rates = self.streams, self.rate
+        if self.find_rate and rates is None:
+            rates = [RateSearchOptions.start_rate]
+        if self.trace is None and self.burst is None and self.stages is None and streams is None and rates is None:
+            streams = [1]
+        each_streams: list[int | None] = [None] if streams is None else [*streams]
+        each_rate: list[float | None] = [None] if rates is None else [*rates]
+        return [self._load(one_streams, rate) for one_streams in each_streams for rate in each_rate]
 
     def _load(self, streams: int | None, rate: float | None) -> Load:
-        duration_s = None if self.duration is None else parse_duration_s(self.duration, "--duration")
+        duration_s = self.duration
         if self.num_requests is None and duration_s is None and (streams is not None or rate is not None):
             duration_s = DURATION_S
         prefixes, prefix_tokens = _parse_prefix(self.prefix)
@@ -138,23 +132,23 @@ class BenchOptions:
             stages=self._stages(rate),
             process=self.arrivals,
             burstiness=self.burstiness,
-            trace=self.trace,
+            trace=None if self.trace is None else str(self.trace),
             trace_speed=self.trace_speed,
             num_requests=self.num_requests,
             duration_s=duration_s,
-            isl=self.isl,
-            osl=self.osl,
+            isl=self.isl.text,
+            osl=self.osl.text,
             prefixes=prefixes,
             prefix_tokens=prefix_tokens,
             turns=self.turns,
-            think_time_s=parse_duration_s(self.think_time, "--think-time"),
+            think_time_s=self.think_time,
             prompts=self.prompts,
             ignore_eos=not self.stop_at_eos,
             tokens_in_chunks=self.per_chunk_usage,
             seed=self.seed,
-            timeout_s=parse_duration_s(self.timeout, "--timeout"),
+            timeout_s=self.timeout,
             max_streams=self.max_streams,
-            stall_s=parse_duration_s(self.stall, "--stall"),
+            stall_s=self.stall,
         )
 
     def _stages(self, rate: float | None) -> tuple[Stage, ...]:
@@ -167,23 +161,13 @@ class BenchOptions:
         return () if self.stages is None else parse_stages(self.stages)
 
 
-def _parse_sweep(text: str | None, option: str, kind: Callable[[str], Number]) -> list[Number | None]:
-    """`"1,16,64"` as numbers; [None] of None."""
-    if text is None:
-        return [None]
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{option} {text!r} is not a number; write 16, or 1,16,64 for a sweep") from error
-
-
 def _parse_prefix(text: str | None) -> tuple[int, int]:
     if text is None:
         return 0, 0
-    number, _, tokens = text.partition("x")
-    if not (number.isdigit() and tokens.isdigit()):
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text.strip())
+    if match is None:
         raise ConfigError(f"--prefix {text!r}: write 4x512 for 4 prefixes of 512 tokens")
-    return int(number), int(tokens)
+    return int(match[1]), int(match[2])
 
 
 def _parse_action(text: str) -> Action:

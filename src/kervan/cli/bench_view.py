@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live as RichLive
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +19,7 @@ from kervan.bench.faults import Effect
 from kervan.bench.load import Load
 from kervan.bench.result import Result
 from kervan.bench.sketch import Sketch
-from kervan.units import format_duration
+from kervan.units import format_duration, plural
 
 SHOWN = ("p50", "p90", "p99", "p999")
 NAMES = {
@@ -83,12 +84,15 @@ def print_result(result: Result) -> None:
     load = result.load
     how = f"{load.process} arrivals"
     if load.streams is not None:
-        how = "1 stream" if load.streams == 1 else f"{load.streams} streams"
+        how = plural(load.streams, "stream")
     if load.trace:
         how = f"trace {load.trace}"
-    console.print(
-        f"[bold]{result.endpoint.model or result.endpoint.url}[/bold]  {result.endpoint.url}  {how}", soft_wrap=True
-    )
+    url = result.endpoint.url
+    console.print(f"[bold]{escape(result.endpoint.model or url)}[/bold]  {escape(f'{url}  {how}')}", soft_wrap=True)
+    served_by = result.probe.served_by
+    if str(served_by):
+        simulated = "; [yellow]times are computed, not those of a GPU[/]" if served_by.is_simulated else ""
+        console.print(f"server: {escape(str(served_by))}{simulated}", soft_wrap=True)
     ok, errors = requests["ok"], requests["errors"]
     line = f"{ok} requests whole, {errors} failed, {content['duration_s']:.1f} s"
     if requests["unfinished"]:
@@ -105,13 +109,15 @@ def print_result(result: Result) -> None:
         _print_facts(console, result, content)
     for kind, count in requests["by_error"].items():
         message = next(iter(requests["messages"].get(kind, ())), "")
-        console.print(f"[red]{count} x {kind}[/red]  {message[:300]}", soft_wrap=True)
+        console.print(f"[red]{count} x {kind}[/red]  {escape(message[:300])}", soft_wrap=True)
     for effect in result.effects():
         _print_effect(console, effect)
     if result.outcome.was_interrupted:
         console.print("[yellow]ended by Ctrl-C: what is above is what was measured until then[/yellow]")
+    for note in content["notes"]:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
     for doubt in content["doubts"]:
-        console.print(f"[red]not valid:[/red] {doubt}", soft_wrap=True)
+        console.print(f"[red]not valid:[/red] {escape(doubt)}", soft_wrap=True)
 
 
 def _table(content: dict[str, Any]) -> Table:
@@ -127,13 +133,17 @@ def _table(content: dict[str, Any]) -> Table:
             continue  # a closed loop is never late
         if metric == "token_gap_s" and values["p50"] == content["gap_s"]["p50"]:
             continue
-        cells = [format_duration(values[q]) for q in (*SHOWN, "max")]
+        cells = [_time(values[q]) for q in (*SHOWN, "max")]
         intervals = []
         for q in ("p50", "p99"):
             interval = values["ci95"][q]
-            intervals.append("-" if interval is None else " - ".join(format_duration(v) for v in interval))
+            intervals.append("-" if interval is None else " - ".join(_time(v) for v in interval))
         table.add_row(name, *cells, ",  ".join(intervals))
     return table
+
+
+def _time(seconds: float) -> str:
+    return format_duration(seconds) if seconds >= 5e-9 else "0"
 
 
 def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> None:
@@ -155,7 +165,8 @@ def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> N
     reconciliation = result.reconciliation
     colour = {"agrees": "green", "disagrees": "red", "unavailable": "dim"}[reconciliation.status]
     console.print(
-        f"server's metrics: [{colour}]{reconciliation.status}[/{colour}] {reconciliation.reason}", soft_wrap=True
+        f"server's metrics: [{colour}]{reconciliation.status}[/{colour}] {escape(reconciliation.reason)}",
+        soft_wrap=True,
     )
     for row in reconciliation.comparisons:
         if not row.agrees:
@@ -171,12 +182,22 @@ def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> N
 def _print_effect(console: Console, effect: Effect) -> None:
     after = "not recovered" if effect.recovered_after_s is None else f"recovered after {effect.recovered_after_s:.1f} s"
     console.print(
-        f"at {effect.at_s:.1f} s: {effect.command}  (exit {effect.exit_code})\n"
+        f"at {effect.at_s:.1f} s: {escape(effect.command)}  ({_ending(effect)})\n"
         f"  {effect.tokens_per_s_before:,.0f} tok/s before, lowest {effect.tokens_per_s_lowest:,.0f} "
         f"({100 * effect.dip:.0f}% down), {after}, longest gap {format_duration(effect.longest_gap_s)}, "
         f"{effect.errors} errors",
         soft_wrap=True,
     )
+
+
+def _ending(effect: Effect) -> str:
+    """How the command of an action ended, and what it said last if that was no success."""
+    if effect.exit_code is None:
+        return f"[red]did not finish: killed {effect.duration_s:.1f} s after it began, when the load had ended[/]"
+    if not effect.exit_code:
+        return "exit 0"
+    last = escape(effect.output.strip().rpartition("\n")[2][:200])
+    return f"[red]exit {effect.exit_code}[/]" + (f": {last}" if last else "")
 
 
 def print_rate(search: RateSearchResult) -> None:
@@ -207,7 +228,7 @@ def print_rate(search: RateSearchResult) -> None:
     else:
         console.print(f"[bold]{search.keeps_up_to:.3g} requests/s[/bold] keep {share}; {search.breaks_from:.3g} do not")
     for doubt in search.doubts():
-        console.print(f"[red]not valid:[/red] {doubt}", soft_wrap=True)
+        console.print(f"[red]not valid:[/red] {escape(doubt)}", soft_wrap=True)
 
 
 def print_ratios(name: str, ratios: list[Ratio], num_pairs: int, failed: int) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kervan.cli import options
+from kervan.cli import option_types, options
+from kervan.units import format_duration
 
 if TYPE_CHECKING:
     from kervan.calibrate.measurements import Measurements
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--gpus", type=click.IntRange(min=1), help="Of this host, the first ones; without it, all.")
+@click.option("--gpus", type=option_types.GPUS, help="Of this host, the first ones; without it, all.")
 @click.option("--quick", is_flag=True, help="Fewer sizes, one model, two loads.")
 @click.option("--no-serving", is_flag=True, help="Kernels and collectives only; no vLLM needed.")
 @click.option(
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     help="Directory with a config.json, served with random weights instead of the usual shapes; repeatable.",
 )  # fmt: skip
 @click.option(
-    "--for", "duration", default="10min", show_default=True, help="In all; what it is too short for is noted."
-)
+    "--for", "duration", type=option_types.DURATION, default="10min", show_default=True,
+    help="In all; what it is too short for is noted.",
+)  # fmt: skip
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="[default: calibrations/GPUS.json in ~/.kervan or $KERVAN_HOME]")  # fmt: skip
 @click.option("--calibration", "fitted", type=click.Path(dir_okay=False, path_type=Path),
@@ -45,16 +47,15 @@ def calibrate(**given: Any) -> None:
     from kervan.cli import render
     from kervan.errors import ConfigError
     from kervan.serve import cluster
-    from kervan.units import parse_duration_s
 
-    for_s = parse_duration_s(given["duration"], "--for")
+    for_s = given["duration"]
     output: Path | None = given["output"]
     say = render.progress_lines()
     if given["stored"] is not None:
         measured = measurements.read(given["stored"])
     else:
         if for_s < 30:
-            raise ConfigError(f"--for {given['duration']} is below 30 s, which one server alone takes to start")
+            raise ConfigError(f"--for {format_duration(for_s)} is below 30 s, which one server alone takes to start")
         settings = measure_host.Settings(
             num_gpus=given["gpus"],
             is_quick=given["quick"],

@@ -10,9 +10,10 @@ import click
 
 from kervan.chaos.plans import DisruptionPlan, ReplayPlan
 from kervan.chaos.schedule import DisruptionKind
-from kervan.cli import options, sigterm
+from kervan.cli import option_types, options, sigterm
+from kervan.config.workload import Lengths
 from kervan.errors import ConfigError
-from kervan.units import format_duration, parse_duration_s
+from kervan.units import format_duration
 
 if TYPE_CHECKING:
     from kervan.chaos.report import ChaosReport
@@ -37,21 +38,21 @@ class ChaosOptions:
     """The command's arguments by the names of click's parameters."""
 
     where: str
-    kill_every: str | None
-    drain_every: str | None
-    hang_every: str | None
-    duration: str | None
+    kill_every: float | None
+    drain_every: float | None
+    hang_every: float | None
+    duration: float | None
     streams: int
-    isl: str
-    osl: str
+    isl: Lengths
+    osl: Lengths
     min_ready: int
-    deadline: str
+    deadline: float
     seed: int
     api_key: str | None
     name: str | None
     address: str | None
     replay: str | None
-    trace: str | None
+    trace: Path | None
     speed: float
     trace_speed: float
     max_nodes: int
@@ -60,21 +61,19 @@ class ChaosOptions:
 
     def disruption_plan(self) -> DisruptionPlan:
         """Without --replay. Raises: ConfigError."""
-        every: dict[DisruptionKind, str | None] = {
+        every: dict[DisruptionKind, float | None] = {
             "kill": self.kill_every,
             "drain": self.drain_every,
             "hang": self.hang_every,
         }
         return DisruptionPlan(
-            periods_s={
-                kind: parse_duration_s(text, f"--{kind}-every") for kind, text in every.items() if text is not None
-            },
-            duration_s=DisruptionPlan.duration_s if self.duration is None else parse_duration_s(self.duration, "--for"),
+            periods_s={kind: period_s for kind, period_s in every.items() if period_s is not None},
+            duration_s=DisruptionPlan.duration_s if self.duration is None else self.duration,
             streams=self.streams,
             min_ready=self.min_ready,
-            deadline_s=parse_duration_s(self.deadline, "--deadline"),
-            isl=self.isl,
-            osl=self.osl,
+            deadline_s=self.deadline,
+            isl=self.isl.text,
+            osl=self.osl.text,
             seed=self.seed,
         )
 
@@ -84,34 +83,58 @@ class ChaosOptions:
             raise ConfigError("--replay needs requests meanwhile; add --trace FILE, of Azure's or Mooncake's form")
         return ReplayPlan(
             nodes=self.replay,
-            trace=self.trace,
+            trace=str(self.trace),
             speed=self.speed,
             trace_speed=self.trace_speed,
             max_nodes=self.max_nodes,
-            deadline_s=parse_duration_s(self.deadline, "--deadline"),
-            duration_s=None if self.duration is None else parse_duration_s(self.duration, "--for"),
+            deadline_s=self.deadline,
+            duration_s=self.duration,
             seed=self.seed,
         )
 
 
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("where", metavar="URL|MODEL")
-@click.option("--kill-every", metavar="10s", help="Send SIGKILL to an engine process at this interval.")
-@click.option("--drain-every", metavar="30s", help="Drain a replica at this interval.")
-@click.option("--hang-every", metavar="2min", help="Send SIGSTOP to an engine process at this interval.")
-@click.option("--for", "duration", help="Total duration. [default: 1min, or the trace of --replay]")
+@click.option(
+    "--kill-every",
+    type=option_types.DURATION,
+    metavar="10s",
+    help="Send SIGKILL to an engine process at this interval.",
+)
+@click.option("--drain-every", type=option_types.DURATION, metavar="30s", help="Drain a replica at this interval.")
+@click.option(
+    "--hang-every",
+    type=option_types.DURATION,
+    metavar="2min",
+    help="Send SIGSTOP to an engine process at this interval.",
+)
+@click.option(
+    "--for", "duration", type=option_types.DURATION, help="Total duration. [default: 1min, or the trace of --replay]"
+)
 @click.option(
     "--streams",
-    type=click.IntRange(1, 10_000),
+    type=option_types.STREAMS,
     default=DisruptionPlan.streams,
     show_default=True,
     help="Concurrent streams.",
 )
-@click.option("--isl", default=DisruptionPlan.isl, show_default=True, help="Prompt tokens, as for kervan bench.")
-@click.option("--osl", default=DisruptionPlan.osl, show_default=True, help="Output tokens, in the same forms.")
+@click.option(
+    "--isl",
+    type=option_types.LENGTHS,
+    default=DisruptionPlan.isl,
+    show_default=True,
+    help="Prompt tokens, as for kervan bench.",
+)
+@click.option(
+    "--osl",
+    type=option_types.LENGTHS,
+    default=DisruptionPlan.osl,
+    show_default=True,
+    help="Output tokens, in the same forms.",
+)
 @click.option("--min-ready", type=click.IntRange(min=0), default=DisruptionPlan.min_ready, show_default=True,
               help="Skip a fault unless this many other replicas are ready.")  # fmt: skip
-@click.option("--deadline", default=f"{DisruptionPlan.deadline_s:g}s", show_default=True,
+@click.option("--deadline", type=option_types.DURATION, default=f"{DisruptionPlan.deadline_s:g}s", show_default=True,
               help="For each drain, or each node's notice with --replay (0s: killed without notice).")  # fmt: skip
 @click.option(
     "--seed",
@@ -124,16 +147,20 @@ class ChaosOptions:
 @click.option("--name", help="The fleet's name; without it, that of the gateway that answers.")
 @options.address
 @click.option("--replay", metavar="FILE", help="Node trace to replay, on a separate Ray cluster of twins.")
-@click.option("--trace", metavar="FILE", help="Request trace: Azure CSV or Mooncake JSONL.")
+@click.option("--trace", type=option_types.FILE, metavar="FILE", help="Request trace: Azure CSV or Mooncake JSONL.")
 @click.option(
     "--speed",
-    type=float,
+    type=option_types.FACTOR,
     default=ReplayPlan.speed,
     show_default=True,
     help="Speed of the node trace: 10 plays 20 minutes in 2.",
 )
 @click.option(
-    "--trace-speed", type=float, default=ReplayPlan.trace_speed, show_default=True, help="Speed of the request trace."
+    "--trace-speed",
+    type=option_types.FACTOR,
+    default=ReplayPlan.trace_speed,
+    show_default=True,
+    help="Speed of the request trace.",
 )
 @click.option(
     "--max-nodes",
@@ -142,7 +169,7 @@ class ChaosOptions:
     show_default=True,
     help="Most spot nodes at a time; others in the trace are left out.",
 )
-@click.option("--record", type=click.Path(path_type=Path), help="Write a record to this file or directory.")
+@click.option("--record", type=option_types.FILE, help="Write a record to this file or directory.")
 @options.as_json
 @click.pass_context
 def chaos(context: click.Context, /, **arguments: Any) -> None:

@@ -2,16 +2,19 @@
 
 import click
 
-from kervan.cli import options
+from kervan.cli import option_types, options
 
 
 @click.command()
 @click.argument("target", metavar="REPLICA|NODE")
-@click.option("--deadline", default="90s", show_default=True, help="Time until it must be gone, like 30s or 2min.")
+@click.option(
+    "--deadline", type=option_types.DURATION, default="90s", show_default=True,
+    help="Time until it must be gone, like 30s or 2min.",
+)  # fmt: skip
 @options.name
 @options.address
 @options.as_json
-def drain(target: str, deadline: str, name: str, address: str | None, as_json: bool) -> None:
+def drain(target: str, deadline: float, name: str, address: str | None, as_json: bool) -> None:
     """Take REPLICA, or everything on NODE, out of service; returns when it is gone.
 
     It gets no new requests, and its streams continue on other replicas. NODE is an address or a Ray node id; all fleets
@@ -19,11 +22,9 @@ def drain(target: str, deadline: str, name: str, address: str | None, as_json: b
     """
     from kervan.cli import render
     from kervan.serve import drain as serve_drain
-    from kervan.units import format_duration, parse_duration_s
+    from kervan.units import format_duration
 
-    drained = serve_drain.drain(
-        name, target, parse_duration_s(deadline, "--deadline"), address, render.progress_lines(is_quiet=as_json)
-    )
+    drained = serve_drain.drain(name, target, deadline, address, render.progress_lines(is_quiet=as_json))
     if as_json:
         render.print_json(drained.to_dict())
         return

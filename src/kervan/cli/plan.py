@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from kervan.cli import options
+from kervan.cli import option_types, options
+from kervan.config.fleet import MAX_GATEWAYS
 from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from kervan.config.workload import Lengths, Slo
     from kervan.facts.architecture import ModelSpec
     from kervan.facts.hardware import Gpu
     from kervan.plan.explain import LayoutPlan
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_ISL, DEFAULT_OSL = "1024", "256"
 SHOWN = 12
-MAX_RATE = 1e6
 NODE_GPUS = 8
 LAYOUT_ARGUMENTS = (
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "tp", "pp", "dp",
@@ -44,27 +44,33 @@ SECTIONS = {
 
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("model")
-@click.option("--gpu", help="Kind of GPU, like H200; local: read this machine.")
+@click.option("--gpu", type=option_types.GPU, help="Kind of GPU, like H200; local: read this machine.")
 @click.option(
-    "--gpus", type=click.IntRange(1, 65_536),
+    "--gpus", type=option_types.GPUS,
     help="GPUs in all. [default: as many as --rate needs; without it 8 per node; local: all]",
 )  # fmt: skip
 @click.option(
     "--nodes", type=click.IntRange(1, 8192), help="Nodes that the GPUs are on. [default: of 8 GPUs, where they divide]"
 )
 @click.option("--network", type=float, help="Gbit/s between nodes, for each GPU. [default: 400]")
-@click.option("--layout", help="Only this layout: tp=2,pp=2 (also dp=, ep=, attention_dp=).")
-@click.option("--isl", help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]")
-@click.option("--osl", help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
-@click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals of a trace (Azure or Mooncake).")
-@click.option("--rate", help="Requests per second, like 5/s; with --trace, rescales it to that.")
-@click.option("--concurrency", type=click.IntRange(1, 65_536), help="Streams of a closed loop, over the whole plan.")
+@click.option("--layout", type=option_types.LAYOUT, help="Only this layout: tp=2,pp=2 (also dp=, ep=, attention_dp=).")
 @click.option(
-    "--prefix-hit", type=float, default=0.0, show_default=True,
+    "--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]"
+)
+@click.option("--osl", type=option_types.LENGTHS, help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
+@click.option("--trace", type=option_types.FILE, help="Lengths and arrivals of a trace (Azure or Mooncake).")
+@click.option(
+    "--rate", type=option_types.RATE, help="Requests per second, like 5/s; with --trace, rescales it to that."
+)
+@click.option("--concurrency", type=option_types.STREAMS, help="Streams of a closed loop, over the whole plan.")
+@click.option(
+    "--prefix-hit", type=option_types.SHARE, default=0.0, show_default=True,
     help="Share of the prompt tokens that are found in the prefix cache, like 0.6.",
 )  # fmt: skip
 @click.option(
-    "--slo", help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} unless a load and --gpus are given]"
+    "--slo",
+    type=option_types.SLO,
+    help=f"Bounds on the 99th percentiles. [default: {DEFAULT_SLO} unless a load and --gpus are given]",
 )
 @click.option(
     "--goal", type=click.Choice(["cost", "throughput", "latency"]), default="cost", show_default=True,
@@ -74,7 +80,10 @@ SECTIONS = {
 @click.option("--prices", type=click.Path(path_type=Path), help="Your own price file (docs/hardware.md).")
 @click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's argument; repeatable.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="A file of kervan calibrate. [default: the prior]")
-@click.option("--gateways", type=click.IntRange(1, 64), default=1, show_default=True, help="Gateways per replica.")
+@click.option(
+    "--gateways", type=options.Count(), default="1", show_default=True,
+    help="Gateways per replica; of MIN..MAX the most, as under load.",
+)  # fmt: skip
 @click.option("--facts", is_flag=True, help="Only what MODEL is: sizes, memory per token; needs no --gpu.")
 @click.option("--explain", is_flag=True, help="What a step is spent on, in the best layout and the second.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write throughput against latency, as an HTML file.")
@@ -91,7 +100,6 @@ def plan(
     Exit status 0 once there is a plan, also one that does not keep the SLO: scripts read keeps_slo of --json. 1: no
     layout fits. 2: wrong usage.
     """
-    from kervan.facts import layout as layouts
     from kervan.plan import search
 
     if facts:
@@ -103,8 +111,8 @@ def plan(
     if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
         raise ConfigError(f"--plot {plot} cannot be written: give a file in a directory that exists, like plan.html")
     given["engine_args"] = engine_arguments(given["engine_args"])
-    layout = given.pop("layout")
-    request = plan_request(model, fixed=layouts.parse_layout(layout) if layout else {}, **given)
+    given["gateways"] = _frontends(*given["gateways"])
+    request = plan_request(model, fixed=given.pop("layout") or {}, **given)
     with _progress():
         layout_plan = search.search(request)
     if Path(model).name == "config.json" and Path(model).is_file():
@@ -174,13 +182,13 @@ def plan_request(
     nodes: int | None = None,
     network: float | None = None,
     fixed: Mapping[str, int],
-    isl: str | None = None,
-    osl: str | None = None,
+    isl: "Lengths | None" = None,
+    osl: "Lengths | None" = None,
     trace: Path | None = None,
-    rate: str | None = None,
+    rate: float | None = None,
     concurrency: int | None = None,
     prefix_hit: float = 0.0,
-    slo: str | None = None,
+    slo: "Slo | None" = None,
     goal: Any = "cost",
     price: str | None = None,
     prices: Path | None = None,
@@ -219,13 +227,13 @@ def plan_request(
         gpus=num_gpus,
         nodes=nodes or _usual_nodes(found_gpu, num_gpus),
         counts_gpus=counts_gpus,
-        isl=parse_lengths(isl or DEFAULT_ISL, "--isl"),
-        osl=parse_lengths(osl or DEFAULT_OSL, "--osl"),
+        isl=isl or parse_lengths(DEFAULT_ISL),
+        osl=osl or parse_lengths(DEFAULT_OSL),
         concurrency=concurrency,
-        rate=None if rate is None else _rate(rate),
+        rate=rate,
         trace=tuple(read_trace(trace)) if trace else (),
         prefix_hit=prefix_hit,
-        slo=parse_slo(slo) if slo is not None else Slo() if has_load and not counts_gpus else parse_slo(DEFAULT_SLO),
+        slo=slo if slo is not None else Slo() if has_load and not counts_gpus else parse_slo(DEFAULT_SLO),
         goal=goal,
         usd_per_gpu_h=own or _price(table, found_gpu.name, "on-demand"),
         spot_usd_per_gpu_h=None if own else _price(table, found_gpu.name, "spot"),
@@ -237,13 +245,21 @@ def plan_request(
     )
 
 
+def _frontends(least: int, most: int) -> int:
+    """Gateways of each replica under load. Raises: ConfigError for too many."""
+    count = most or least or 1
+    if not 1 <= count <= MAX_GATEWAYS:
+        raise ConfigError(f"--gateways {count} is outside 1..{MAX_GATEWAYS}; write for example --gateways 4")
+    return count
+
+
 def _usual_nodes(gpu: "Gpu", gpus: int) -> int:
     """Nodes of 8 GPUs, where there are more than a node's links join and they divide; else one."""
     is_spread = gpus > max(NODE_GPUS, gpu.link.max_gpus) and gpus % NODE_GPUS == 0
     return gpus // NODE_GPUS if is_spread else 1
 
 
-def _check_prompts(trace: Path | None, isl: str | None, osl: str | None, prefix_hit: float) -> None:
+def _check_prompts(trace: Path | None, isl: "Lengths | None", osl: "Lengths | None", prefix_hit: float) -> None:
     """Raises: ConfigError for lengths beside a trace that has its own, and for a share that is none."""
     if trace is not None and (isl or osl):
         raise ConfigError(f"--trace {trace} has the lengths of its requests, and --isl or --osl gives others; give one")
@@ -285,20 +301,6 @@ def _gpu(name: str, count: int | None, nodes: int) -> tuple["Gpu", int]:
 
     local = machine.read()
     return local.gpu, count or local.num_gpus * nodes
-
-
-def _rate(text: str) -> float:
-    number, slash, unit = text.strip().partition("/")
-    try:
-        rate = float(number)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < MAX_RATE or (slash and unit.strip() not in ("s", "sec", "second")):
-        raise ConfigError(
-            f"--rate {text!r} is not a number of requests per second above 0 and below {MAX_RATE:,.0f}; write for "
-            "example --rate 5/s"
-        )
-    return rate
 
 
 def _price(table: Any, gpu: str, market: Any) -> float | None:

@@ -12,14 +12,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kervan.cli import options
+from kervan.cli import option_types, options
 from kervan.cli.render import STATE_STYLE, print_json
+from kervan.errors import ConfigError
 from kervan.fleet.directory import Snapshot
 from kervan.serve.status import FleetStatus, FleetWatch
 from kervan.serve.why import notice_lines
 from kervan.units import format_duration
 
 MAX_EVENTS = 200
+MIN_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,9 @@ def to_dict(status: FleetStatus) -> dict[str, object]:
 @click.command()
 @options.name
 @options.address
-@click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="Seconds.")
+@click.option(
+    "--every", "every_s", type=option_types.DURATION, default="1s", show_default=True, help="At least 0.2s.",
+)  # fmt: skip
 @click.option("--once", is_flag=True, help="Print one screen and exit; the default without a terminal.")
 @options.as_json
 def top(name: str, address: str | None, every_s: float, once: bool, as_json: bool) -> None:
@@ -124,6 +128,8 @@ def top(name: str, address: str | None, every_s: float, once: bool, as_json: boo
 
     Numbers are of the last second. TTFT is from the moment a gateway placed a request on the replica.
     """
+    if every_s < MIN_EVERY_S:
+        raise ConfigError(f"--every {every_s:g} s is below {MIN_EVERY_S:g} s; write for example --every 1s")
     watch = FleetWatch(name, address)
     if as_json:
         print_json(to_dict(watch.look()))

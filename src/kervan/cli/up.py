@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kervan import autogroups
-from kervan.cli import options, sigterm
+from kervan.cli import option_types, options, sigterm
 from kervan.config import fleet as fleets
 from kervan.errors import ConfigError
 
@@ -34,7 +34,7 @@ SECTIONS = {
 @options.setting("--nodes-per-replica")
 @options.setting("--gpus-per-replica")
 @options.setting("--engine")
-@options.setting("--gpu")
+@options.setting("--gpu", type=option_types.GPU)
 @click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")
 @options.setting("--replicas")
 @options.pools

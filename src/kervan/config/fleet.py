@@ -17,6 +17,7 @@ from kervan.config import engine_arguments
 from kervan.errors import ConfigError
 from kervan.facts.markets import MARKETS, ON_DEMAND
 from kervan.facts.markup import broken
+from kervan.units import parse_duration_s
 from kervan.vendor.vllm_names import GPU_MEMORY_UTILIZATION
 
 Ingress = Literal["direct", "serve"]
@@ -104,7 +105,7 @@ class FleetConfig:
     # The HTTP front.
     gateways: int = _setting(
         0,
-        "HTTP gateways; 0: one per 8 cores, 1 to 4. On the command line also MIN..MAX, where MAX sets max_gateways",
+        "HTTP gateways; 0: one per 8 cores, 1 to 4. Also MIN..MAX, where MAX sets max_gateways",
         0,
         MAX_GATEWAYS,
     )
@@ -278,9 +279,9 @@ class FleetConfig:
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The settings of a YAML or TOML file.
+    """The settings of a YAML or TOML file, in the words of the command line: `drain-timeout-s`, `gateways: 1..4`.
 
-    Raises: ConfigError when it is missing, unreadable, or no mapping.
+    Raises: ConfigError when it is missing, unreadable, or no mapping, and for a setting that is given twice.
     """
     try:
         text = path.read_text()
@@ -294,7 +295,29 @@ def load_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} {broken(error, text)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"config file {path} holds {type(data).__name__}, not settings; write lines such as 'tp: 2'")
-    return {str(key): value for key, value in data.items()}
+    settings: dict[str, Any] = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name in settings:
+            raise ConfigError(f"config file {path} gives {name} twice, with - and with _; give it once")
+        settings[name] = value
+    return _gateways(settings, path)
+
+
+def _gateways(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """MIN..MAX gateways as the two settings that they are."""
+    gateways = settings.get("gateways")
+    if not isinstance(gateways, str):
+        return settings
+    match = COUNT_PATTERN.fullmatch(gateways.strip())
+    if match is None or (match[2] and int(match[2]) < max(1, int(match[1]))):
+        raise ConfigError(
+            f"config file {path}: gateways={gateways!r} is neither a number nor a range MIN..MAX; write 2 or 1..4"
+        )
+    if match[2] and "max_gateways" in settings:
+        raise ConfigError(f"config file {path} gives max_gateways twice, with gateways={gateways}; give it once")
+    most = {"max_gateways": int(match[2])} if match[2] else {}
+    return {**settings, "gateways": int(match[1]), **most}
 
 
 def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
@@ -350,6 +373,8 @@ _EXPECTED = {
 
 def _convert(setting: Setting, value: Any, source: str) -> Any:
     """Raises: ConfigError that names the setting, the value and what is expected."""
+    if setting.type is float and setting.name.endswith("_s") and isinstance(value, str):
+        return parse_duration_s(value, f"{source}: {setting.name}")
     try:
         return msgspec.convert(_mapping(setting.name, value) if isinstance(value, Mapping) else value, setting.type)
     except msgspec.ValidationError as error:

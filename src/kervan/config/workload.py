@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import math
 import random
 import re
@@ -65,25 +66,25 @@ class ClosedLoop:
     tpot_p99_s: float
 
 
-def parse_slo(text: str) -> Slo:
+def parse_slo(text: str, subject: str = "SLO") -> Slo:
     """`"ttft=1s,tpot=50ms,e2e=20s"`, any of the three.
 
-    Raises: ConfigError.
+    Raises: ConfigError, which names `subject`.
     """
     bounds: dict[str, float] = {}
     for item in text.split(","):
         key, separator, value = item.partition("=")
-        key = key.strip()
+        key = key.strip().lower()
         if not separator or key not in ("ttft", "tpot", "e2e"):
-            raise ConfigError(f"SLO {item!r} is none of ttft=, tpot=, e2e=; write for example ttft=1s,tpot=50ms")
+            raise ConfigError(f"{subject} {item!r} is none of ttft=, tpot=, e2e=; write for example ttft=1s,tpot=50ms")
         if f"{key}_s" in bounds:
-            raise ConfigError(f"SLO {text!r} gives {key} twice")
+            raise ConfigError(f"{subject} {text!r} gives {key} twice")
         if value.strip()[-1:].isdigit():  # 50 was meant as milliseconds as often as not
             number = value.strip()
-            raise ConfigError(f"SLO {key}={number} has no unit; write {key}={number}ms or {key}={number}s")
-        bounds[f"{key}_s"] = parse_duration_s(value, f"SLO {key}")
+            raise ConfigError(f"{subject} {key}={number} has no unit; write {key}={number}ms or {key}={number}s")
+        bounds[f"{key}_s"] = parse_duration_s(value, f"{subject} {key}")
         if bounds[f"{key}_s"] <= 0:
-            raise ConfigError(f"SLO {key}={value.strip()} can never be met; give a duration above 0")
+            raise ConfigError(f"{subject} {key}={value.strip()} can never be met; give a duration above 0")
     return Slo(**bounds)
 
 
@@ -133,6 +134,7 @@ class _LengthsError(ValueError):
     pass
 
 
+@functools.lru_cache(maxsize=64)  # a mean is estimated from many draws
 def _lengths(text: str) -> Lengths:
     if ".." in text:
         low, high = (int(part) for part in text.split(".."))

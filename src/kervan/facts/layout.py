@@ -1,6 +1,7 @@
 """How one model is cut and copied, and which cuts a model allows."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ from kervan.facts.architecture import Attention, Cut, Experts, Layer, Mlp, Model
 from kervan.facts.architecture.spec import Mixer
 
 KEYS = ("tp", "pp", "dp", "ep", "attention_dp")
+PRINTED = re.compile(r"(?i)(?:(\d+) ?x ?)?([a-z]+\d+(?:x[a-z]+\d+)*)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,14 +58,19 @@ class Layout:
 
 
 def parse_layout(text: str) -> dict[str, int]:
-    """`"tp=2,pp=2"` as the sizes it names.
+    """`"tp=2,pp=2"` as the sizes it names; also as a `Layout` is printed, `"TP2xPP2"` and `"4 x TP2"`.
 
     Raises: ConfigError.
     """
     named: dict[str, int] = {}
+    printed = PRINTED.fullmatch(text.strip())
+    if printed is not None:
+        copies = [f"dp={printed[1]}"] if printed[1] else []
+        text = ",".join([*copies, *(re.sub(r"(?i)(p)(\d)", r"\1=\2", part) for part in printed[2].split("x"))])
     for item in text.split(","):
         key, separator, value = item.partition("=")
         key = key.strip().lower()
+        key = "attention_dp" if key == "adp" else key
         if not separator or key not in KEYS or not value.strip().isdecimal() or not 1 <= int(value) <= 65_536:
             raise ConfigError(
                 f"layout {item.strip()!r} is none of tp=, pp=, dp=, ep=, attention_dp= with a number from 1; "

@@ -7,11 +7,13 @@ directory snapshots.
 import asyncio
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
 
+from kervan import __version__
 from kervan.errors import ConfigError
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
@@ -65,6 +67,8 @@ class GatewayConfig:
     """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
     replay_s: float
     replay_max_bytes: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Of the fleet, for the status page; JSON types only."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -292,9 +296,16 @@ class Gateway:
         self.num_open -= 1
 
     async def status(self) -> dict[str, object]:
-        """Counts of this gateway's streams, and how many each replica has of them, as JSON types."""
+        """What the fleet is, this gateway's streams, and how many each replica has of them, as JSON types."""
         return {
             "gateway": self.config.gateway_id,
+            "about": {
+                "fleet": self.config.fleet_name,
+                "models": [*self.config.models],
+                "simulated": self.config.is_twin,
+                "kervan": __version__,
+                **self.config.about,
+            },
             "streams": self.fleet.num_streams,
             "held": self.fleet.num_held,
             "moved": self.fleet.counts.moved,

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import ray
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import model as models
+from kervan.facts.layout import Layout
 from kervan.fleet.directory import GatewayEntry, Snapshot, StartFailure
 from kervan.fleet.log_files import new_log, open_log
 from kervan.gateway.control import GatewayFailed
@@ -46,6 +47,12 @@ def _log_to(path: Path) -> None:
     logging.getLogger("kervan").setLevel(logging.INFO)
 
 
+def gpu_kind(resources: Iterable[str]) -> str:
+    """The kind of GPU of the fleet, by Ray's name, from what the gateway was placed by; empty where Ray knows none."""
+    prefix = "accelerator_type:"
+    return next((name.removeprefix(prefix) for name in resources if name.startswith(prefix)), "")
+
+
 def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: Sequence[GatewayEntry]) -> GatewayConfig:
     """The settings of a gateway on this node. `others`: the gateways that are on its port already."""
     node = ray.util.get_node_ip_address()
@@ -70,6 +77,10 @@ def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: S
         models=served_names(config),
         replay_s=config.replay_s,
         replay_max_bytes=config.replay_max_mib << 20,
+        about={
+            "layout": str(Layout(tp=config.tp, pp=config.pp, ep=config.ep)),
+            "gpu": config.gpu or gpu_kind(ray.get_runtime_context().get_assigned_resources()),
+        },
     )
 
 

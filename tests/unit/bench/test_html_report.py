@@ -75,6 +75,51 @@ def test_no_text_of_a_run_is_markup(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "server", "title"),
+    [
+        ("/models/Qwen3-8B", None, "Load test of Qwen3-8B: 1 streams"),
+        ("Qwen/Qwen3-8B", {"gpu": None, "simulated": None}, "Load test of Qwen3-8B: 1 streams"),
+        ("m", {"gpu": "H200", "simulated": True}, "Load test of m: 1 streams on simulated H200"),
+        ("m", {"gpu": None, "simulated": True}, "Load test of m: 1 streams on simulated GPUs"),
+        ("", None, "Load test of http://127.0.0.1:8801: 1 streams"),
+    ],
+)
+def test_the_title(model: str, server: Any, title: str) -> None:
+    (run,) = runs(1)
+    target: Any = run.record["target"]
+    target |= {"model": model, "url": "http://127.0.0.1:8801"}
+    result: Any = run.record["result"]
+    result["server"] = server
+    assert html_report._title([run]) == title
+
+
+def test_what_the_server_is_and_what_became_of_commands(tmp_path: Path) -> None:
+    (run,) = runs(1)
+    record: Any = run.record
+    record["result"]["server"] = {"words": "kervan 1.0, 2 simulated replicas", "simulated": True}
+    record["result"]["notes"] = ["several tokens at once"]
+    effect: dict[str, Any] = {
+        "at_s": 1.0,
+        "tokens_per_s_before": 9.0,
+        "tokens_per_s_lowest": 1.0,
+        "dip": 0.9,
+        "longest_gap_s": 0.1,
+    }
+    effect |= {"recovered_after_s": None, "errors": 1, "duration_s": 7.0}
+    record["result"]["faults"] = [
+        {**effect, "command": "true", "exit_code": 0},
+        {**effect, "command": "false", "exit_code": 1},
+        {**effect, "command": "sleep 1000", "exit_code": None},
+    ]
+    page = write(tmp_path, run)
+    assert "kervan 1.0, 2 simulated replicas \u00b7 times are computed, not those of a GPU" in page
+    assert "<li>several tokens at once</li>" in page
+    assert "false (exit 1)" in page
+    assert "sleep 1000 (did not finish: killed after 7.0 s)" in page
+    assert '<td class="text">true</td>' in page
+
+
+@pytest.mark.parametrize(
     ("doubts", "floor", "status", "expected"),
     [
         ([], {"ttft_s": 0.001, "gap_s": 0.0001}, "agrees", ("Valid", "")),

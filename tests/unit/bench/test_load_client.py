@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kervan.bench import load_client
 from kervan.bench.counting import RequestCounter
 from kervan.bench.exchange import Exchange
 from kervan.bench.load import Endpoint, Load
@@ -80,7 +81,7 @@ async def counted(share: Share, timeout_s: float = 30) -> RequestCounter:
     await client.connect_first()
     counter = RequestCounter(share, time.time())
     await asyncio.wait_for(client.run(counter.tally.start_s, counter), timeout_s)
-    counter.tally.reconnected = client.reconnected
+    counter.tally.reconnected, counter.tally.sent_away = client.reconnected, client.sent_away
     return counter
 
 
@@ -249,6 +250,64 @@ async def test_a_server_that_refuses() -> None:
         pass
     tally = await run(url, num_requests=4)
     assert (tally.ok, tally.errors) == (0, {"refused": 4})
+
+
+@pytest.mark.parametrize("handler", [fails, closes_at_once, stops_early])
+async def test_streams_pause_after_failures(handler: Handler) -> None:
+    """0.1 s after the first and 0.2 s after the second: then the load is over."""
+    async with serving(handler) as url:
+        tally = await run(url, streams=3, duration_s=0.28)
+    assert tally.ok == 0
+    assert 3 <= tally.num_errors <= 6
+
+
+async def test_a_pause_is_what_the_server_asks_and_starts_anew_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[tuple[int, float | None]] = []
+
+    def pause_s(failures: int, retry_after_s: float | None) -> float:
+        pauses.append((failures, retry_after_s))
+        return 0.0
+
+    monkeypatch.setattr(load_client, "pause_s", pause_s)
+
+    async def busy(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
+        if number == 3:
+            await good(body, writer, number)
+        elif number == 2:
+            writer.write(b"HTTP/1.1 503 Full\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n")
+        else:
+            await fails(body, writer, number)
+
+    async with serving(busy) as url:
+        tally = await run(url, streams=1, num_requests=4)
+    assert pauses == [(1, None), (2, 7.0), (1, None)]
+    assert (tally.ok, tally.errors, tally.told_to_wait) == (1, {"http_500": 2, "http_503": 1}, 1)
+    assert tally.longest_retry_after_s == 7.0
+
+
+@pytest.mark.parametrize("end", [{"duration_s": 5.0}, {"num_requests": 50}])
+async def test_streams_end_when_the_server_asks_them_to_come_back_after_the_end(end: dict[str, Any]) -> None:
+    async def shut(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
+        writer.write(b"HTTP/1.1 503 Full\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n")
+
+    async with serving(shut) as url:
+        tally = await asyncio.wait_for(run(url, streams=4, **end), 3)
+    assert (tally.errors, tally.told_to_wait, tally.sent_away) == ({"http_503": 4}, 4, 4)
+
+
+async def test_a_pause_ends_with_the_load() -> None:
+    async def busy(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
+        writer.write(b"HTTP/1.1 503 Full\r\nRetry-After: 50\r\nContent-Length: 0\r\n\r\n")
+
+    async with serving(busy) as url:
+        share = Share(Load(streams=1, duration_s=60), Endpoint(url=url, model="m"), Alphabet(1000), Slo())
+        client, counter = LoadClient(share), RequestCounter(share, time.time())
+        client.prepare()
+        running = asyncio.create_task(client.run(counter.tally.start_s, counter))
+        while not counter.tally.num_errors:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        client.stop_sending()
+        await asyncio.wait_for(running, 5)
 
 
 async def test_what_succeeds_among_failures_is_measured() -> None:

@@ -143,3 +143,12 @@ def test_reconciliation() -> None:
     add(tally, exchange(1020.0, [0.1], is_cut=True))
     assert compare(tally, Counters(11, 33, 77, 1, 10)).status == "agrees"  # the server may have finished it
     assert compare(tally, Counters(12, 33, 77, 1, 10)).status == "disagrees"
+
+
+def test_a_server_that_is_away_is_in_the_time_of_the_run() -> None:
+    tally = RequestTally(100.0)
+    away = Exchange(0, 103.0, Request(b""))
+    away.fail("refused", "no connection")
+    away.on_end(103.5, None)
+    tally.add(away, block=0)
+    assert (tally.duration_s, tally.busy_s, tally.errors) == (0.5, 0.0, {"refused": 1})

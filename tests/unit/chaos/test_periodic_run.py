@@ -240,7 +240,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         (("--kill-every", "10s", "--for", "5s"), "--kill-every 10 s is not between 0 and the 5 s of --for"),
         (("--kill-every", "0s"), "--kill-every 0 s is not between 0 and the 60 s of --for"),
         (("--kill-every", "soon"), "--kill-every 'soon' is not a duration"),
-        (("--kill-every", "1s", "--streams", "0"), "--streams 0 is not a whole number from 1 to 10,000"),
+        (("--kill-every", "1s", "--streams", "0"), "--streams '0' is not a whole number from 1 to 65,536"),
         (("--kill-every", "1s", "--min-ready", "-1"), "--min-ready -1 is not a whole number of at least 0"),
         (("--kill-every", "1s", "--deadline", "x"), "--deadline 'x' is not a duration"),
     ],

@@ -1,6 +1,7 @@
 """`kervan bench` from the command line against a server of this process, and what it writes."""
 
 import asyncio
+import dataclasses
 import json
 import signal
 import subprocess
@@ -8,14 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
-from kervan.bench import compare, records
+from kervan.bench import compare, faults, records
 from kervan.bench.pacer import Pacer, Schedule
+from kervan.cli import bench_view
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +91,72 @@ def test_json_record_and_report(server: str, tmp_path: Path) -> None:
 
 def test_sweep_and_tables(server: str, tmp_path: Path) -> None:
     done = bench(
+        *("--at", "1h kill -9 1"),
         *(server, "--streams", "1,2", "--num-requests", "4", "--osl", "6", "--model", "m", "--no-calibration"),
         *("--html", str(tmp_path / "r.html")),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 requests whole, 0 failed") == 2
+    assert done.stdout.count("not valid: --at '3600s kill -9 1' was not run: the load ended after") == 2
     assert "Throughput against latency" in (tmp_path / "r.html").read_text()
 
 
-def test_nothing_succeeds() -> None:
-    done = bench("http://127.0.0.1:9", "--num-requests", "3", "--model", "m", "--no-calibration", "--json")
+def test_nothing_listens() -> None:
+    done = bench("http://127.0.0.1:9", "--model", "m", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].endswith("connection refused; start the server, or check host and port")
+
+
+@pytest.fixture
+def refusing() -> Iterator[tuple[str, list[bytes]]]:
+    """A server without GET that answers 400 to each POST, and what it was sent."""
+    asked: list[bytes] = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            asked.append(self.rfile.read(int(self.headers["content-length"])))
+            message = b"temperature must be 0 to 2 [/no markup]"
+            self.send_response(400)
+            self.send_header("Content-Length", str(len(message)))
+            self.end_headers()
+            self.wfile.write(message)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_a_load_of_which_nothing_can_succeed_ends_at_once(refusing: tuple[str, list[bytes]], tmp_path: Path) -> None:
+    url, asked = refusing
+    (tmp_path / "prompts").write_text('{"prompt": "a"}')
+    words = ("--model", "m", "--streams", "8", "--duration", "10min", "--no-calibration")
+    done = bench(url, *words, "--prompts", str(tmp_path / "prompts"))
     assert done.returncode == 1
-    found = json.loads(done.stdout)
-    assert found["valid"] is False
-    assert found["requests"]["by_error"] == {"refused": 3}
+    assert done.stdout.splitlines()[-1] == (
+        f"not valid: ended early, as no request can succeed ({len(asked)} http_400): "
+        "temperature must be 0 to 2 [/no markup]"
+    )
+    assert 8 <= len(asked) < 80
+
+
+def test_what_became_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    effect = faults.Effect(2.0, "kill -9 7", 0, 0.1, "", 90.0, 80.0, 0.1, 1.0, 0.2, 0)
+    for exit_code, output, shown in (
+        (0, "", "(exit 0)"),
+        (1, "oh\nno such process [/x]", "(exit 1: no such process [/x])"),
+        (None, "", "(did not finish: killed 7.0 s after it began, when the load had ended)"),
+    ):
+        ended = dataclasses.replace(effect, exit_code=exit_code, output=output, duration_s=7.0)
+        bench_view._print_effect(Console(highlight=False, width=200), ended)
+        assert capsys.readouterr().out.splitlines()[0] == f"at 2.0 s: kill -9 7  {shown}"
 
 
 def test_against_itself(server: str) -> None:
@@ -120,13 +176,14 @@ def test_against_itself(server: str) -> None:
     ("words", "reason"),
     [
         (["nowhere:x"], "not a server URL"),
-        (["http://127.0.0.1:9", "--rate", "0"], "rate 0 is not above 0"),
-        (["http://127.0.0.1:9", "--streams", "many"], "1,16,64"),
+        (["http://127.0.0.1:9", "--rate", "0"], "--rate '0' is not a number of requests per second above 0"),
+        (["http://127.0.0.1:9", "--streams", "many"], "not a whole number from 1 to 65,536"),
         (["http://127.0.0.1:9", "--streams", "2", "--rate", "2"], "kinds of arrivals"),
         (["http://127.0.0.1:9", "--at", "soon"], "--at"),
         (["http://127.0.0.1:9", "--find-rate"], "needs an --slo"),
         (["http://127.0.0.1:9", "--trace", "/nothing.csv"], "/nothing.csv"),
         (["http://127.0.0.1:9", "--header", "nonsense"], "Name: value"),
+        (["http://127.0.0.1:9", "--at", "40s true"], "which ends after 30 s"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )

@@ -223,7 +223,7 @@ def test_an_unknown_name_lists_the_known_ones(kervan: Kervan) -> None:
     ("deadline", "told"),
     [
         ("1" + 300 * "0" + "s", "1e+300 s"),
-        (400 * "9" + "h", "inf s"),
+        (400 * "9" + "h", "'9999"),
         ("1000000001", "1000000001.0 s"),
         ("soon", "'soon'"),
     ],

@@ -119,6 +119,30 @@ def test_unreadable_files_are_named_in_one_line(tmp_path: Path, name: str, conte
     assert "\n" not in str(caught.value)
 
 
+def test_files_have_the_words_of_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text("model: m\ndrain-timeout-s: 2min\nhold_timeout_s: 90\nreplay_s: 500ms\ngateways: 1..4\n")
+    assert fleet.from_mapping(fleet.load_file(path), str(path)) == FleetConfig(
+        model="m", drain_timeout_s=120.0, hold_timeout_s=90.0, replay_s=0.5, gateways=1, max_gateways=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("replay-s: 1\nreplay_s: 2", "gives replay_s twice, with - and with _; give it once"),
+        ("gateways: 4..1", "gateways='4..1' is neither a number nor a range MIN..MAX; write 2 or 1..4"),
+        ("gateways: many", "gateways='many' is neither a number nor a range"),
+        ("gateways: 1..4\nmax_gateways: 3", "gives max_gateways twice, with gateways=1..4; give it once"),
+    ],
+)
+def test_files_that_contradict_themselves(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        fleet.load_file(path)
+
+
 def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist; check the path given to --config"):
         fleet.load_file(tmp_path / "none.yaml")
@@ -142,7 +166,8 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         ({"model": "m", "shared_port": "yes"}, "shared_port='yes' is str; give true or false"),
         ({"model": "m", "shared_port": 1}, "shared_port=1 is int; give true or false"),
         ({"model": "m", "shared_port": True, "ingress": "serve"}, "use it with --ingress direct"),
-        ({"model": "m", "hold_timeout_s": "1m"}, "is str; give a number"),
+        ({"model": "m", "hold_timeout_s": "soon"}, "hold_timeout_s 'soon' is not a duration; write a number and us, ms"),
+        ({"model": "m", "hold_timeout_s": [1]}, "is list; give a number"),
         ({"model": "m", "api_keys": "k"}, "is str; give a list"),
         ({"model": "m", "api_keys": [1]}, "is list; give a list"),
         ({"model": "m", "engine_args": ["a=b"]}, "is list; give a mapping"),

@@ -9,7 +9,7 @@ from harness.places import MODELS
 from kervan.errors import ConfigError
 from kervan.facts import layout
 from kervan.facts.architecture import ModelSpec, parse
-from kervan.facts.layout import Layout
+from kervan.facts.layout import Layout, parse_layout
 
 
 def config(name: str) -> dict[str, Any]:
@@ -137,3 +137,22 @@ def test_ranks_that_share_experts_are_one_replica() -> None:
 def test_ranks_that_are_refused(spec: ModelSpec, one: Layout, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         layout.check(spec, one)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(), Layout(tp=2), Layout(pp=4), Layout(tp=2, pp=2, dp=4), Layout(tp=8, ep=8),
+        Layout(ep=8, attention_dp=8, dp=2), Layout(tp=2, attention_dp=4, ep=8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_layout_is_read_as_it_is_printed(layout: Layout) -> None:
+    assert Layout(**parse_layout(str(layout))) == layout
+    assert Layout(**parse_layout(str(layout).lower().replace(" ", ""))) == layout
+
+
+@pytest.mark.parametrize("text", ["H200", "2 x", "TP2x", "xTP2", "TP", "QP2", "TP0", "TP2xTP4", "0 x TP2"])
+def test_what_is_not_printed_so_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"write for example tp=2,pp=2|give it once"):
+        parse_layout(text)

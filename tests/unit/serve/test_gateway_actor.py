@@ -46,6 +46,11 @@ async def test_an_actor_goes_with_its_gateway(replica: Any, message: str) -> Non
     assert replica.exits == [1]
 
 
+def test_the_kind_of_gpu_is_that_by_which_gateways_are_placed() -> None:
+    assert gateway_actor.gpu_kind({"CPU": 0.0, "accelerator_type:H200": 0.001}) == "H200"
+    assert gateway_actor.gpu_kind({"CPU": 1.0}) == ""
+
+
 async def test_it_stays_with_a_gateway_that_lives(replica: Any) -> None:
     replica._has_begun = True
     replica._process.ended.is_set = lambda: False

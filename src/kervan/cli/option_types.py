@@ -1,0 +1,69 @@
+"""What an option of each kind may say: one grammar for all commands.
+
+A value that is none is a ConfigError, with the option's name and what to write instead.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kervan.config.workload import parse_lengths, parse_slo
+from kervan.facts.layout import parse_layout
+from kervan.units import parse_count, parse_duration_s, parse_factor, parse_rate_per_s, parse_share
+
+MAX_STREAMS = 65_536
+MAX_GPUS = 65_536
+
+
+class Parsed(click.ParamType):  # type: ignore[type-arg]
+    """Text, and what `parse(text, option)` makes of it. `name` is what the help shows for the value."""
+
+    def __init__(self, name: str, parse: Callable[[str, str], Any]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value. Raises: ConfigError for text that has none."""
+        if not isinstance(value, str):
+            return value  # a default that is no text
+        return self.parse(value, self.name if param is None else param.opts[0])
+
+
+class Sweep(Parsed):
+    """One or several values of another type, joined by commas; the value is their list."""
+
+    def __init__(self, each: Parsed) -> None:
+        super().__init__(
+            f"{each.name},...", lambda text, option: [each.parse(part, option) for part in text.split(",")]
+        )
+        self.each = each
+
+
+def _gpu(text: str, option: str) -> str:
+    """A GPU of the table by its name there, or `local`."""
+    from kervan.facts import hardware
+
+    return "local" if text.strip().lower() == "local" else hardware.gpu(text.strip()).name
+
+
+DURATION = Parsed("duration", parse_duration_s)
+"""Seconds of 250ms, 1.5s, 2min, 3h or, in seconds, 90."""
+RATE = Parsed("rate", parse_rate_per_s)
+"""Requests per second of 5/s, 300/min or, per second, 5."""
+LENGTHS = Parsed("tokens", parse_lengths)
+"""A `Lengths`."""
+SLO = Parsed("slo", parse_slo)
+"""An `Slo`."""
+LAYOUT = Parsed("layout", lambda text, option: parse_layout(text))
+"""The sizes that tp=2,pp=2 or TP2xPP2 names."""
+GPU = Parsed("gpu", _gpu)
+SHARE = Parsed("share", parse_share)
+"""0 to 1, of 0.6 or 60%."""
+FACTOR = Parsed("factor", parse_factor)
+"""Of 2 or 2x."""
+STREAMS = Parsed("streams", functools.partial(parse_count, most=MAX_STREAMS))
+GPUS = click.IntRange(1, MAX_GPUS)
+FILE = click.Path(path_type=Path)
