@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import uvicorn
 
 from kervan.errors import ConfigError
@@ -19,7 +20,8 @@ from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.logs import kept_handlers
-from kervan.gateway import page
+from kervan.gateway import openapi, page
+from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
@@ -94,6 +96,7 @@ class Gateway:
         self.fleet: FleetClient
         self.frontend: Any = None
         self.failure: Exception | None = None
+        self._refusal: Exception | None = None  # of the arguments
         self.num_open = 0
         self._snapshot = Snapshot(0, [], [], [])
         self._attached = asyncio.Event()
@@ -104,11 +107,13 @@ class Gateway:
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self._copies_port = 0
-        self.streams = Streams(config.gateway_id, lambda: self._snapshot.gateways, relay_key(config.secret))
-        self.shell = GatewayShell(self, config.api_keys, streams=self.streams)
+        self.answers = Answers()
+        key = relay_key(config.secret)
+        self.streams = Streams(config.gateway_id, lambda: self._snapshot.gateways, key, self.answers)
+        self.shell = GatewayShell(self, config.api_keys, streams=self.streams, answers=self.answers)
         self.shared_port: SharedPort | None = None
         if config.shared_port:
-            self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, relay_key(config.secret))
+            self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, key)
 
     # ---- lifecycle
 
@@ -118,7 +123,7 @@ class Gateway:
         Raises: ConfigError when the port is taken.
         """
         with kept_handlers():
-            from kervan.fleet.vllm.frontend import VllmCodec  # vLLM takes seconds to import
+            from kervan.fleet.vllm.frontend import VllmCodec, bare_app  # vLLM takes seconds to import
 
         self.fleet = FleetClient(
             VllmCodec(),
@@ -126,6 +131,11 @@ class Gateway:
             hold_timeout_s=self.config.hold_timeout_s,
             gateway_id=self.config.gateway_id,
         )
+        try:
+            # Before the port is open: no answer goes without the headers that the fleet's arguments ask for.
+            self.answers.pass_through(await asyncio.to_thread(bare_app, self.config.engine_argv, OwnAnswer))
+        except Exception as error:  # noqa: BLE001 - told as whatever else keeps vLLM's app from being there
+            self._refusal = error
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
         self._internal = self._serve(self._internal_app, internal), internal
@@ -176,12 +186,17 @@ class Gateway:
         from kervan.fleet.vllm.frontend import OpenAIFrontend
 
         try:
+            if self._refusal is not None:
+                raise self._refusal
             self.frontend = await OpenAIFrontend.start(
                 self.fleet,
                 self.config.engine_argv,
                 is_twin=self.config.is_twin,
                 is_followed=self.config.replay_s > 0,
+                answering=OwnAnswer,
             )
+            self.answers.pass_through(self.frontend.app)
+            openapi.describe(self.frontend.app, fleet_name=self.config.fleet_name, has_keys=bool(self.config.api_keys))
             self.shell.attach(self.frontend.app)
             if opens:
                 self._open()
@@ -293,14 +308,16 @@ class Gateway:
 
     async def status(self) -> dict[str, object]:
         """Counts of this gateway's streams, and how many each replica has of them, as JSON types."""
-        return {
-            "gateway": self.config.gateway_id,
-            "streams": self.fleet.num_streams,
-            "held": self.fleet.num_held,
-            "moved": self.fleet.counts.moved,
-            "given_up": self.fleet.counts.given_up,
-            "replicas": {link.replica_id: len(link.streams) for link in self.fleet.links},
-        }
+        status = openapi.StatusPage(
+            gateway=self.config.gateway_id,
+            streams=self.fleet.num_streams,
+            held=self.fleet.num_held,
+            moved=self.fleet.counts.moved,
+            given_up=self.fleet.counts.given_up,
+            replicas={link.replica_id: len(link.streams) for link in self.fleet.links},
+        )
+        told: dict[str, object] = msgspec.to_builtins(status)
+        return told
 
     async def metrics(self) -> bytes:
         """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out."""

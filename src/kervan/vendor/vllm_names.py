@@ -13,6 +13,9 @@ CHAT_PATH = "/v1/chat/completions"
 MODELS_PATH = "/v1/models"
 TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
+# FastAPI's pages of the API, and with enable_offline_docs their files.
+DOCS_PATHS = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+DOCS_FILES = "/static/swagger-ui"
 
 # POSTs that make the engine work: these, and all below these prefixes that do not end like one of the suffixes.
 WORK_PATHS = frozenset({"/pooling", "/classify", "/score", "/rerank", "/generative_scoring", "/invocations"})

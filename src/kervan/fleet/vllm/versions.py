@@ -83,6 +83,26 @@ async def build_openai_app(engine: Any, args: Namespace) -> Any:
     return app
 
 
+def build_bare_app(args: Namespace) -> Any:
+    """vLLM's FastAPI app for no task at all: its middlewares, and no state."""
+    return app_modules()[0].build_app(args, ())
+
+
+def add_answering(app: Any, answering: Any, *, is_last: bool = False) -> Any:
+    """`app` with the ASGI middleware `answering` just inside of its CORS; with `is_last`, without what came after that.
+
+    Inside of CORS is what counts requests. A second one of these in a process would count nothing.
+    """
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+
+    place = [middleware.cls for middleware in app.user_middleware].index(CORSMiddleware) + 1
+    if is_last:
+        del app.user_middleware[place:]
+    app.user_middleware.insert(place, Middleware(answering))
+    return app
+
+
 def advance_grammar(manager: Any, request: Any, token: int) -> bool:
     """Feed a generated token to a request's grammar as vLLM's scheduler does after a step; False if it is refused.
 
