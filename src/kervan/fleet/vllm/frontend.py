@@ -30,7 +30,7 @@ def bare_app(argv: Sequence[str], answering: Any) -> Any:
     """
     args = versions.parse_args(argv)
     with kept_handlers():
-        return versions.add_answering(versions.build_bare_app(args), answering, is_last=True)
+        return versions.build_bare_app(args, answering)
 
 
 class OpenAIFrontend:
@@ -90,9 +90,7 @@ class OpenAIFrontend:
             )
         if is_followed:
             progress.follow(engine)
-        app = await versions.build_openai_app(engine, args)
-        if answering is not None:
-            versions.add_answering(app, answering)
+        app = await versions.build_openai_app(engine, args, answering)
         frontend = cls(app, engine, args)
         await frontend._lifespan.enter_async_context(app.router.lifespan_context(app))
         return frontend
