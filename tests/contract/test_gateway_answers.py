@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -120,3 +121,91 @@ def test_the_api_describes_itself_to_all_and_is_called_with_a_key(trio: GatewayT
     assert set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(described))) <= set(
         described["components"]["schemas"]
     )
+
+
+def client(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=60, headers=WITH_KEY, verify=False)
+
+
+def respond(at: httpx.Client, **more: Any) -> httpx.Response:
+    return at.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 5, **more})
+
+
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("more", [{}, {"request_id": "resp_mine"}, {"request_id": "a b/c?%2e"}])
+def test_a_stored_response_is_given_by_all_gateways(trio: GatewayTrio, more: dict[str, str]) -> None:
+    with client(trio.urls[0]) as a, client(trio.urls[1]) as b:
+        made = respond(a, **more)
+        assert made.status_code == 200, made.text
+        name = made.json()["id"]
+        assert name == more.get("request_id", name)
+        for at in (a, b):
+            if "/" not in name:  # vLLM's path has no way to say it
+                assert at.get(f"/v1/responses/{quote(name)}").json()["output"] == made.json()["output"]
+                assert error_of(at.post(f"/v1/responses/{name}/cancel")) == (
+                    400,
+                    "Cannot cancel a synchronous response.",
+                )
+            following = respond(at, previous_response_id=name)
+            assert (following.status_code, following.json()["previous_response_id"]) == (200, name), following.text
+            streamed = respond(at, previous_response_id=name, stream=True)
+            assert "response.completed" in streamed.text
+            # The next turn is kept where the first one is.
+            assert following.json()["id"].startswith("resp_gw-a_")
+
+
+def test_a_background_response_is_followed_and_cancelled_from_all_gateways(trio: GatewayTrio) -> None:
+    with client(trio.urls[0]) as a, client(trio.urls[1]) as b:
+        body = {"background": True, "max_output_tokens": 1500, "stream": False, "input": "Hello"}
+        name = a.post("/v1/responses", json={**body, "ignore_eos": True}).json()["id"]
+        assert b.get(f"/v1/responses/{name}").json()["status"] in ("queued", "in_progress", "completed")
+        assert b.post(f"/v1/responses/{name}/cancel").status_code in (200, 400)  # it may be over
+        assert a.get(f"/v1/responses/{name}").json()["status"] in ("cancelled", "completed")
+        name = respond(a, background=True, stream=True).text.split('"id":"')[1].split('"')[0]
+        assert "response.completed" in b.get(f"/v1/responses/{name}", params={"stream": True}).text
+
+
+def test_a_response_that_no_gateway_keeps_is_told_so(trio: GatewayTrio) -> None:
+    gone = f"resp_gw-gone_{'0' * 32}"
+    with client(trio.urls[0]) as at:
+        for answer in (at.get(f"/v1/responses/{gone}"), respond(at, previous_response_id=gone)):
+            status, message = error_of(answer)
+            assert (status, message) == (
+                410,
+                f"response {gone} was kept by gateway gw-gone, which has ended, and is lost with it; "
+                "send the conversation as input",
+            )
+        for name in ("resp_x", f"resp_gw-a_{'0' * 32}", f"resp_gw-b_{'0' * 32}"):
+            assert error_of(at.get(f"/v1/responses/{name}")) == (404, f"Response with id '{name}' not found.")
+        assert error_of(respond(at, previous_response_id="x\r\ny: z"))[0] == 404
+
+
+def models(at: httpx.Client) -> set[str]:
+    return {card["id"] for card in at.get("/v1/models").json()["data"]} - {"tiny"}
+
+
+def test_adapters_are_loaded_and_unloaded_for_all_gateways(trio: GatewayTrio) -> None:
+    def change(at: httpx.Client, what: str, name: str) -> httpx.Response:
+        return at.post(f"/v1/{what}_lora_adapter", json={"lora_name": name, "lora_path": f"/adapters/{name}"})
+
+    def answers(at: httpx.Client, name: str) -> int:
+        return at.post("/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 2}).status_code
+
+    with client(trio.urls[0]) as a, client(trio.urls[1]) as b:
+        for name, at in (("first", a), ("second", b)):
+            assert change(at, "load", name).status_code == 200
+            assert {answers(a, name), answers(b, name)} == {200}
+            assert {change(a, "load", name).status_code, change(b, "load", name).status_code} == {400}
+        assert models(a) == models(b) >= {"first", "second"}
+        with client(trio.ask("join")) as c:
+            assert models(c) == models(a)
+            assert change(c, "unload", "first").status_code == 200
+            assert change(c, "load", "third").status_code == 200
+        trio.ask("leave")
+        assert (answers(a, "first"), answers(b, "first"), answers(b, "third")) == (404, 404, 200)
+        for name, at in (("third", a), ("second", a)):
+            assert change(at, "unload", name).status_code == 200
+        assert (models(a) | models(b)) & {"first", "second", "third"} == set()

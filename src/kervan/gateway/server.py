@@ -7,6 +7,7 @@ directory snapshots.
 import asyncio
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,15 @@ from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
+from kervan.fleet.vllm.adapters import Adapters
 from kervan.fleet.vllm.logs import kept_handlers
+from kervan.fleet.vllm.stored_responses import StoredResponses
 from kervan.gateway import openapi, page
 from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
+from kervan.gateway.owners import ADAPTERS_PATH, OWNER_PREFIX, ResponseOwners, SharedAdapters
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.shared_port import SharedPort
@@ -109,8 +113,10 @@ class Gateway:
         self._copies_port = 0
         self.answers = Answers()
         key = relay_key(config.secret)
-        self.streams = Streams(config.gateway_id, lambda: self._snapshot.gateways, key, self.answers)
-        self.shell = GatewayShell(self, config.api_keys, streams=self.streams, answers=self.answers)
+        self.streams = Streams(config.gateway_id, self._gateways, key, self.answers)
+        self.owners = ResponseOwners(config.gateway_id, self._gateways, key, self.answers)
+        self.adapters = SharedAdapters(config.gateway_id, self._gateways, key)
+        self.shell = GatewayShell(self, config.api_keys, streams=self.streams, answers=self.answers, owners=self.owners)
         self.shared_port: SharedPort | None = None
         if config.shared_port:
             self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, key)
@@ -196,6 +202,8 @@ class Gateway:
                 answering=OwnAnswer,
             )
             self.answers.pass_through(self.frontend.app)
+            self.owners.stored = StoredResponses(self.frontend.app, self.config.gateway_id)
+            await self.adapters.begin(Adapters(self.frontend.app, self.config.gateway_id, self.adapters.tell))
             openapi.describe(self.frontend.app, fleet_name=self.config.fleet_name, has_keys=bool(self.config.api_keys))
             self.shell.attach(self.frontend.app)
             if opens:
@@ -228,13 +236,19 @@ class Gateway:
         if self.frontend is not None:
             await self.frontend.close()
         self.streams.close()
+        self.owners.close()
+        await self.adapters.close()
         if self.streams.store is not None:
             await self.streams.store.close()
         await self.fleet.close()
 
+    def _gateways(self) -> Sequence[GatewayEntry]:
+        return self._snapshot.gateways
+
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
+        self.adapters.update()
         self.fleet.set_members(members(snapshot))
         if self.streams.store is not None:
             self.streams.store.update(snapshot)
@@ -332,19 +346,26 @@ class Gateway:
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The page of this gateway alone, and what other gateways pass on: for a stream, or on a shared port."""
         if scope["type"] == "http":
-            if is_relayed(scope) and scope["path"].startswith(INTERNAL_PREFIX):
-                await self._give_stream(scope, receive, send)
+            if is_relayed(scope) and scope["path"].startswith((INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH)):
+                await self._give(scope, receive, send)
             elif self.shared_port is not None and is_relayed(scope):
                 await self.shared_port.respond_relayed(scope, receive, send)
             else:
                 await respond(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
-    async def _give_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _give(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What this gateway alone has, to one that proves to be of the fleet."""
         is_known = is_proof(header(scope, RELAY_HEADER), relay_key(self.config.secret))
-        if is_known and self.shell.inner is not None:
-            await self.streams.get_internal(self.shell.inner, scope, receive, send)
-        else:
-            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here gives no stream"))
+        app, path = self.shell.inner, scope["path"]
+        if not is_known or app is None:
+            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
+        elif path.startswith(INTERNAL_PREFIX):
+            await self.streams.get_internal(app, scope, receive, send)
+        elif path.startswith(OWNER_PREFIX):
+            await self.owners.respond_as_owner(app, scope, receive, send)
+        elif (told := await self.shell.read_body(scope, receive, send)) is not None:
+            known = self.adapters.take(told)
+            await respond(send, 200 if known is not None else MISDIRECTED, known or b"")
 
     def _local_page(self) -> str:
         counts = self.fleet.counts

@@ -21,6 +21,7 @@ from kervan.errors import ConfigError
 from kervan.gateway import simple
 from kervan.gateway.answers import BODY_METHODS, Answers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, header, replay
+from kervan.gateway.owners import ResponseOwners
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
 from kervan.vendor import vllm_names
 
@@ -91,6 +92,7 @@ class GatewayShell:
         body_timeout_s: float = 30.0,
         streams: Streams | None = None,
         answers: Answers | None = None,
+        owners: ResponseOwners | None = None,
     ) -> None:
         for place, key in enumerate(api_keys, 1):
             if not key.strip():
@@ -101,6 +103,7 @@ class GatewayShell:
         self.body_timeout_s = body_timeout_s
         self.answers = answers or Answers()
         self._streams = streams
+        self._owners = owners
         self._deadlines = _Deadlines(body_timeout_s)
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
@@ -148,7 +151,7 @@ class GatewayShell:
                 self.view.stream_closed()
 
     async def _forward(self, path: str, method: str, scope: Scope, receive: Receive, send: Send) -> None:
-        body = b""
+        body, client = b"", receive
         if method in BODY_METHODS:
             read = await self.read_body(scope, receive, send)
             if read is None:
@@ -178,9 +181,11 @@ class GatewayShell:
             if (fault := _json_fault(path, body, scope)) is not None:
                 await self.answers.error(scope, send, 400, fault)
                 return
-            if self._streams is not None and makes_work(path):
-                await self._streams.post(inner, scope, receive, send, body)
-                return
+        if self._owners is not None and await self._owners.respond(scope, body, client, send):
+            return
+        if method == "POST" and self._streams is not None and makes_work(path):
+            await self._streams.post(inner, scope, receive, send, body)
+            return
         await inner(scope, receive, send)
 
     async def _page(self, scope: Scope, send: Send) -> None:

@@ -11,6 +11,7 @@ import re
 COMPLETIONS_PATH = "/v1/completions"
 CHAT_PATH = "/v1/chat/completions"
 MODELS_PATH = "/v1/models"
+RESPONSES_PATH = "/v1/responses"
 TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
 # FastAPI's pages of the API, and with enable_offline_docs their files.

@@ -88,6 +88,7 @@ class OpenAIFrontend:
                 enable_log_requests=engine_args.enable_log_requests,
                 disable_log_stats=engine_args.disable_log_stats,
             )
+        engine._profile_session_guard_enabled = False  # what this gateway begins, another one may end
         if is_followed:
             progress.follow(engine)
         app = await versions.build_openai_app(engine, args, answering)
