@@ -28,7 +28,7 @@ from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
-from kervan.gateway.owners import ADAPTERS_PATH, OWNER_PREFIX, ResponseOwners, SharedAdapters
+from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.shared_port import SharedPort
@@ -114,9 +114,9 @@ class Gateway:
         self.answers = Answers()
         key = relay_key(config.secret)
         self.streams = Streams(config.gateway_id, self._gateways, key, self.answers)
-        self.owners = ResponseOwners(config.gateway_id, self._gateways, key, self.answers)
+        self.peers = Peers(config.gateway_id, self._gateways, key, self.answers)
         self.adapters = SharedAdapters(config.gateway_id, self._gateways, key)
-        self.shell = GatewayShell(self, config.api_keys, streams=self.streams, answers=self.answers, owners=self.owners)
+        self.shell = GatewayShell(self, config.api_keys, streams=self.streams, answers=self.answers, peers=self.peers)
         self.shared_port: SharedPort | None = None
         if config.shared_port:
             self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, key)
@@ -202,7 +202,7 @@ class Gateway:
                 answering=OwnAnswer,
             )
             self.answers.pass_through(self.frontend.app)
-            self.owners.stored = StoredResponses(self.frontend.app, self.config.gateway_id)
+            self.peers.stored = StoredResponses(self.frontend.app, self.config.gateway_id)
             await self.adapters.begin(Adapters(self.frontend.app, self.config.gateway_id, self.adapters.tell))
             openapi.describe(self.frontend.app, fleet_name=self.config.fleet_name, has_keys=bool(self.config.api_keys))
             self.shell.attach(self.frontend.app)
@@ -236,7 +236,7 @@ class Gateway:
         if self.frontend is not None:
             await self.frontend.close()
         self.streams.close()
-        self.owners.close()
+        self.peers.close()
         await self.adapters.close()
         if self.streams.store is not None:
             await self.streams.store.close()
@@ -362,7 +362,7 @@ class Gateway:
         elif path.startswith(INTERNAL_PREFIX):
             await self.streams.get_internal(app, scope, receive, send)
         elif path.startswith(OWNER_PREFIX):
-            await self.owners.respond_as_owner(app, scope, receive, send)
+            await self.peers.respond_as_owner(app, scope, receive, send)
         elif (told := await self.shell.read_body(scope, receive, send)) is not None:
             known = self.adapters.take(told)
             await respond(send, 200 if known is not None else MISDIRECTED, known or b"")

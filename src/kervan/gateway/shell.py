@@ -21,7 +21,7 @@ from kervan.errors import ConfigError
 from kervan.gateway import simple
 from kervan.gateway.answers import BODY_METHODS, Answers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, header, replay
-from kervan.gateway.owners import ResponseOwners
+from kervan.gateway.peers import Peers
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
 from kervan.vendor import vllm_names
 
@@ -92,7 +92,7 @@ class GatewayShell:
         body_timeout_s: float = 30.0,
         streams: Streams | None = None,
         answers: Answers | None = None,
-        owners: ResponseOwners | None = None,
+        peers: Peers | None = None,
     ) -> None:
         for place, key in enumerate(api_keys, 1):
             if not key.strip():
@@ -103,7 +103,7 @@ class GatewayShell:
         self.body_timeout_s = body_timeout_s
         self.answers = answers or Answers()
         self._streams = streams
-        self._owners = owners
+        self._peers = peers
         self._deadlines = _Deadlines(body_timeout_s)
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
@@ -181,7 +181,10 @@ class GatewayShell:
             if (fault := _json_fault(path, body, scope)) is not None:
                 await self.answers.error(scope, send, 400, fault)
                 return
-        if self._owners is not None and await self._owners.respond(scope, body, client, send):
+            if path == vllm_names.SCALE_PATH:
+                await self.answers.error(scope, send, 400, f"{path} is not for fleets; use kervan scale")
+                return
+        if self._peers is not None and await self._peers.respond(scope, body, client, send):
             return
         if method == "POST" and self._streams is not None and makes_work(path):
             await self._streams.post(inner, scope, receive, send, body)

@@ -14,6 +14,10 @@ MODELS_PATH = "/v1/models"
 RESPONSES_PATH = "/v1/responses"
 TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
+# POSTs about requests that one gateway has, or a cache of its own: all gateways must have them.
+GATEWAYS_OWN_PATHS = frozenset({"/abort_requests", "/inference/v1/abort_requests", "/reset_mm_cache"})
+# It would start data-parallel engines of vLLM's own.
+SCALE_PATH = "/scale_elastic_ep"
 # FastAPI's pages of the API, and with enable_offline_docs their files.
 DOCS_PATHS = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 DOCS_FILES = "/static/swagger-ui"

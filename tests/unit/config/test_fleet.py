@@ -123,6 +123,14 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         fleet.load_file(tmp_path)
 
 
+SESSIONS: dict[str, Any] = {"model": "m", "env": {"SAGEMAKER_ENABLE_STATEFUL_SESSIONS": "true"}}
+
+
+@pytest.mark.parametrize("more", [{"gateways": 1}, {"env": {"SAGEMAKER_ENABLE_STATEFUL_SESSIONS": "false"}}])
+def test_sessions_that_one_gateway_keeps(more: dict[str, Any]) -> None:
+    assert fleet.from_mapping(SESSIONS | more, "f").model == "m"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -139,6 +147,8 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         ({"model": "m", "shared_port": "yes"}, "shared_port='yes' is str; give true or false"),
         ({"model": "m", "shared_port": 1}, "shared_port=1 is int; give true or false"),
         ({"model": "m", "shared_port": True, "ingress": "serve"}, "use it with --ingress direct"),
+        (SESSIONS, "SAGEMAKER_ENABLE_STATEFUL_SESSIONS=true keeps sessions in one gateway, and --gateways 0 may start"),
+        (SESSIONS | {"gateways": 1, "max_gateways": 2}, "and --gateways 1..2 may start several; add --gateways 1, or"),
         ({"model": "m", "hold_timeout_s": "1m"}, "is str; give a number"),
         ({"model": "m", "api_keys": "k"}, "is str; give a list"),
         ({"model": "m", "api_keys": [1]}, "is list; give a list"),

@@ -1,8 +1,9 @@
 """What one gateway has and all must give: stored responses, and adapters that were loaded at run time.
 
-A request about a stored response goes to the gateway that keeps it; its id names it. Of adapters each gateway tells all
-others before the client has its answer, and a gateway that starts asks the others. Both go from internal port to
-internal port.
+A request about a stored response goes to the gateway that keeps it; its id names it. One that aborts requests goes to
+all gateways, as each knows its own only. Of adapters each gateway tells all others before the client has its answer,
+and a gateway that starts asks the others. All of it goes from internal port to internal port. What else of vLLM's state
+outlives a request is in docs/architecture.md.
 """
 
 import asyncio
@@ -17,9 +18,10 @@ import msgspec
 from kervan.fleet.directory import GatewayEntry
 from kervan.fleet.vllm.adapters import AdapterChange, Adapters
 from kervan.fleet.vllm.stored_responses import StoredResponses, owner_id
-from kervan.gateway.answers import Answers
-from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
+from kervan.gateway.answers import Answers, silence
+from kervan.gateway.asgi import ASGIApp, CollectedResponse, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
+from kervan.vendor import vllm_names
 from kervan.vendor.vllm_names import RESPONSES_PATH
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ OWNER_PREFIX = "/kervan/owner"  # before the path of a request that goes to the 
 ADAPTERS_PATH = "/kervan/adapters"
 RESPONSE_HEADER = b"x-kervan-response"  # the id that such a request is about, quoted as in a URL
 EXCHANGE_TIMEOUT_S = 2.0
+RETRY_OWNER_S = 5  # the directory has heard by then that a gateway is gone
 _ONE_RESPONSE = re.compile(re.escape(RESPONSES_PATH) + r"/([^/]+)(/cancel)?")
 
 
@@ -52,8 +55,8 @@ def response_id(method: str, path: str, body: bytes) -> str | None:
     return found[1]
 
 
-class ResponseOwners:
-    """Passes requests about stored responses on to the gateway that keeps them.
+class Peers:
+    """Passes requests on to other gateways that must have them.
 
     `gateways`: those that the directory lists. `key`: `auth.relay_key` of the fleet. `stored`: set when vLLM's app is
     there.
@@ -78,6 +81,9 @@ class ResponseOwners:
 
         `receive` must have nothing more to give than the client's leave.
         """
+        if scope["method"] == "POST" and scope["path"] in vllm_names.GATEWAYS_OWN_PATHS:
+            await self._repeat(scope, body)
+            return False
         if self.stored is None or not self.stored.is_kept:
             return False
         wanted = response_id(scope["method"], scope["path"], body)
@@ -88,38 +94,63 @@ class ResponseOwners:
             return False  # vLLM says that it is unknown
         others = [gateway for gateway in self._gateways() if gateway.id != self._gateway_id]
         asked = [gateway for gateway in others if owner in (None, gateway.id)]
-        forwarded = {
-            **scope,
-            "path": OWNER_PREFIX + scope["path"],
-            "raw_path": OWNER_PREFIX.encode() + scope["raw_path"],
-            "headers": [*scope["headers"], (RESPONSE_HEADER, quote(wanted, safe="").encode())],
-        }
+        forwarded = _to_owner(scope, (RESPONSE_HEADER, quote(wanted, safe="").encode()))
         try:
             urls = [gateway.internal_url for gateway in asked]
             await self._relay.forward(urls, self._key, forwarded, body, receive, send)
         except RelayFailedError:
             if owner is None:
-                return False
-            message = (
-                f"response {wanted[:200]} was kept by gateway {owner}, which has ended, and is lost with it; "
-                "send the conversation as input"
-            )
-            await self._answers.error(scope, send, 410, message)
+                return False  # as above
+            if asked:
+                reason = f"gateway {owner}, which keeps the response, does not answer now"
+                await self._answers.unavailable(scope, send, reason, RETRY_OWNER_S)
+            else:
+                message = (
+                    f"response {wanted} was kept by gateway {owner}, which has ended, and is lost with it; "
+                    "send the conversation as input"
+                )
+                await self._answers.error(scope, send, 410, message)
         return True
+
+    async def _repeat(self, scope: Scope, body: bytes) -> None:
+        """Let all other gateways do the same; one that does not answer in time is left out."""
+
+        async def repeat_at(url: str) -> None:
+            try:
+                async with asyncio.timeout(EXCHANGE_TIMEOUT_S):
+                    await self._relay.forward(
+                        [url], self._key, _to_owner(scope), body, silence, CollectedResponse().send
+                    )
+            except (RelayFailedError, TimeoutError) as error:
+                logger.warning("gateway at %s did not take %s: %r", url, scope["path"], error)
+
+        others = [gateway.internal_url for gateway in self._gateways() if gateway.id != self._gateway_id]
+        await asyncio.gather(*map(repeat_at, others))
 
     async def respond_as_owner(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to another gateway, which has checked the request: if the response is here, else with 421."""
+        path, raw_path = scope["path"].removeprefix(OWNER_PREFIX), scope["raw_path"].removeprefix(OWNER_PREFIX.encode())
         wanted = unquote(header(scope, RESPONSE_HEADER).decode("latin-1"))
-        if owner_id(wanted) != self._gateway_id and (self.stored is None or not self.stored.has(wanted)):
+        is_here = owner_id(wanted) == self._gateway_id or (self.stored is not None and self.stored.has(wanted))
+        if not is_here and path not in vllm_names.GATEWAYS_OWN_PATHS:
             await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the response is not here"))
             return
-        path, raw_path = scope["path"].removeprefix(OWNER_PREFIX), scope["raw_path"].removeprefix(OWNER_PREFIX.encode())
         headers = [pair for pair in scope["headers"] if pair[0] not in (RELAY_HEADER, RESPONSE_HEADER)]
         await app({**scope, "path": path, "raw_path": raw_path, "headers": headers}, receive, send)
 
 
+def _to_owner(scope: Scope, *headers: tuple[bytes, bytes]) -> Scope:
+    """A request as another gateway's `respond_as_owner` takes it."""
+    return {
+        **scope,
+        "path": OWNER_PREFIX + scope["path"],
+        "raw_path": OWNER_PREFIX.encode() + scope["raw_path"],
+        "headers": [*(pair for pair in scope["headers"] if pair[0] != RESPONSE_HEADER), *headers],
+    }
+
+
 class SharedAdapters:
-    """Keeps the adapters of all gateways of a fleet the same; arguments as of `ResponseOwners`.
+    """Keeps the adapters of all gateways of a fleet the same; arguments as of `Peers`.
 
     `adapters`: set when vLLM's app is there.
     """
