@@ -1,12 +1,13 @@
 """The description of the API at /openapi.json and /docs: vLLM's, with the gateway's own endpoints, keys and name."""
 
+import asyncio
 import functools
 from typing import Any
 
 import msgspec
 
 from kervan import __version__
-from kervan.gateway.asgi import ErrorResponse
+from kervan.gateway.asgi import ASGIApp, ErrorResponse, Receive, Scope, Send
 from kervan.gateway.simple import ChatRequest, ChatResponse, GenerateRequest, GenerateResponse
 
 # vLLM has schemas of the same names.
@@ -33,12 +34,22 @@ class StatusPage(msgspec.Struct):
     replicas: dict[str, int]
 
 
-def describe(app: Any, *, fleet_name: str, has_keys: bool) -> None:
-    """Let the FastAPI `app` describe the gateway's own endpoints with its own."""
+def describing(app: Any, *, fleet_name: str, has_keys: bool) -> ASGIApp:
+    """The FastAPI `app`, which describes the gateway's own endpoints with its own.
+
+    The document is made for its first reader, in a thread: it takes over a second, and streams go on meanwhile.
+    """
     app.title, app.version = fleet_name, __version__
     app.description = "A fleet of vLLM replicas behind kervan: vLLM's own endpoints, and those tagged kervan."
     describe_vllm = app.openapi
     app.openapi = functools.cache(lambda: extended(describe_vllm(), has_keys=has_keys))
+
+    async def described(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == app.openapi_url:
+            await asyncio.to_thread(app.openapi)
+        await app(scope, receive, send)
+
+    return described
 
 
 def extended(document: dict[str, Any], *, has_keys: bool) -> dict[str, Any]:

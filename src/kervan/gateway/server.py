@@ -204,8 +204,10 @@ class Gateway:
             self.answers.pass_through(self.frontend.app)
             self.peers.stored = StoredResponses(self.frontend.app, self.config.gateway_id)
             await self.adapters.begin(Adapters(self.frontend.app, self.config.gateway_id, self.adapters.tell))
-            openapi.describe(self.frontend.app, fleet_name=self.config.fleet_name, has_keys=bool(self.config.api_keys))
-            self.shell.attach(self.frontend.app)
+            app = openapi.describing(
+                self.frontend.app, fleet_name=self.config.fleet_name, has_keys=bool(self.config.api_keys)
+            )
+            self.shell.attach(app)
             if opens:
                 self._open()
         except Exception as error:
