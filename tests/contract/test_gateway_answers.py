@@ -16,7 +16,7 @@ import kervan
 pytestmark = pytest.mark.timeout(600)
 
 WITH_KEY = {"authorization": f"Bearer {KEY}"}
-READABLE = ([ORIGIN], ["true"], ["Origin"], ["named"])
+READABLE = ([ORIGIN], ["true"], ["Origin"], ["named"], ["yes"])
 PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-request-id"}
 
 
@@ -34,7 +34,7 @@ def browser(url: str) -> httpx.Client:
 
 
 def readable(response: httpx.Response) -> tuple[Any, ...]:
-    names = ("access-control-allow-origin", "access-control-allow-credentials", "vary", "x-request-id")
+    names = ("access-control-allow-origin", "access-control-allow-credentials", "vary", "x-request-id", "x-marked")
     return tuple(response.headers.get_list(name) for name in names)
 
 

@@ -1,7 +1,7 @@
 """Three gateways with vLLM's app over a twin, in a process of their own: two that answer, and one that finds no replica.
 
-Their settings make them refuse, store and load: an API key, CORS for one page, named requests, stored responses, adapters
-at run time.
+Their settings make them refuse, store and load: an API key, CORS for one page, named requests, a middleware, stored
+responses, adapters at run time.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ ENGINE_ARGS = {
     "allowed_headers": '["authorization", "x-request-id"]',
     "allow_credentials": True,
     "enable_request_id_headers": True,
+    "middleware": f"{__name__}.Marked",
 }
 ENVIRONMENT = {
     "VLLM_ENABLE_RESPONSES_API_STORE": "1",
@@ -33,6 +34,21 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 FLEET_NAME = "trio"
+
+
+class Marked:
+    """A middleware of the user's."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def marked(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"x-marked", b"yes"))
+            await send(message)
+
+        await self._app(scope, receive, marked if scope["type"] == "http" else send)
 
 
 class GatewayTrio:

@@ -30,7 +30,7 @@ OWNER_PREFIX = "/kervan/owner"  # before the path of a request that goes to the 
 ADAPTERS_PATH = "/kervan/adapters"
 RESPONSE_HEADER = b"x-kervan-response"  # the id that such a request is about, quoted as in a URL
 EXCHANGE_TIMEOUT_S = 2.0
-RETRY_OWNER_S = 5  # the directory has heard by then that a gateway is gone
+RETRY_OWNER_S = 10  # the directory has heard by then that a gateway is gone
 _ONE_RESPONSE = re.compile(re.escape(RESPONSES_PATH) + r"/([^/]+)(/cancel)?")
 
 

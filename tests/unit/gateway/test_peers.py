@@ -149,7 +149,7 @@ async def test_a_response_whose_gateway_is_gone(gateways: dict[str, Gateway]) ->
     entry = a.entries["gw-b"]
     a.entries["gw-b"] = GatewayEntry("gw-b", "n", 1, "", "http://127.0.0.1:1", True)  # killed, and still listed
     told = await a.http.get(f"/v1/responses/{name}")
-    assert (told.status_code, told.headers["retry-after"]) == (503, "5")
+    assert (told.status_code, told.headers["retry-after"]) == (503, "10")
     del a.entries["gw-b"]
     for request in (
         a.http.get(f"/v1/responses/{name}"),
