@@ -9,6 +9,7 @@ import msgspec
 from kervan import __version__
 from kervan.gateway.asgi import ASGIApp, ErrorResponse, Receive, Scope, Send
 from kervan.gateway.simple import ChatRequest, ChatResponse, GenerateRequest, GenerateResponse
+from kervan.vendor.vllm_names import SCALE_PATH
 
 # vLLM has schemas of the same names.
 _REF = "#/components/schemas/Kervan{name}"
@@ -56,9 +57,10 @@ def extended(document: dict[str, Any], *, has_keys: bool) -> dict[str, Any]:
     """vLLM's OpenAPI document with the gateway's own paths, which take the place of vLLM's of the same name."""
     paths, schemas = _own_paths()
     components = document.get("components", {})
+    kept = {path: item for path, item in document.get("paths", {}).items() if path != SCALE_PATH}
     document = {
         **document,
-        "paths": {**document.get("paths", {}), **paths},
+        "paths": {**kept, **paths},
         "components": {**components, "schemas": {**components.get("schemas", {}), **schemas}},
     }
     if has_keys:

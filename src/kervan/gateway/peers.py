@@ -72,6 +72,11 @@ class Peers:
         self._answers = answers
         self._relay = Relay()
 
+    @property
+    def keeps_responses(self) -> bool:
+        """Whether other gateways may pass requests on to this one."""
+        return self.stored is not None and self.stored.is_kept
+
     def close(self) -> None:
         """Close the connections to other gateways that are not in use."""
         self._relay.close()

@@ -5,6 +5,7 @@ directory snapshots.
 """
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
+
+logger = logging.getLogger(__name__)
 
 LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
 CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and takes no more requests", 30
@@ -100,7 +103,6 @@ class Gateway:
         self.fleet: FleetClient
         self.frontend: Any = None
         self.failure: Exception | None = None
-        self._refusal: Exception | None = None  # of the arguments
         self.num_open = 0
         self._snapshot = Snapshot(0, [], [], [])
         self._attached = asyncio.Event()
@@ -140,8 +142,8 @@ class Gateway:
         try:
             # Before the port is open: no answer goes without the headers that the fleet's arguments ask for.
             self.answers.pass_through(await asyncio.to_thread(bare_app, self.config.engine_argv, OwnAnswer))
-        except Exception as error:  # noqa: BLE001 - told as whatever else keeps vLLM's app from being there
-            self._refusal = error
+        except Exception as error:  # noqa: BLE001 - vLLM's app comes to it too, and then it is told
+            logger.warning("answers go without vLLM's middlewares until its app is there: %s", error)
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
         self._internal = self._serve(self._internal_app, internal), internal
@@ -192,8 +194,6 @@ class Gateway:
         from kervan.fleet.vllm.frontend import OpenAIFrontend
 
         try:
-            if self._refusal is not None:
-                raise self._refusal
             self.frontend = await OpenAIFrontend.start(
                 self.fleet,
                 self.config.engine_argv,
@@ -225,7 +225,7 @@ class Gateway:
         Streams that are cut then go on at the gateway that has their copies, when their clients ask it.
         """
         # Other gateways are clients too.
-        is_relayed_to = self.shared_port is not None or self.streams.store is not None
+        is_relayed_to = self.shared_port is not None or self.streams.store is not None or self.peers.keeps_responses
         doors = [door for door in (self._public, self._internal if is_relayed_to else None) if door is not None]
         await asyncio.gather(*(send_clients_away(*door, timeout_s=self.config.stop_timeout_s) for door in doors))
         for server in self._servers:
@@ -366,8 +366,12 @@ class Gateway:
         elif path.startswith(OWNER_PREFIX):
             await self.peers.respond_as_owner(app, scope, receive, send)
         elif (told := await self.shell.read_body(scope, receive, send)) is not None:
-            known = self.adapters.take(told)
-            await respond(send, 200 if known is not None else MISDIRECTED, known or b"")
+            try:
+                known = self.adapters.take(told)
+            except msgspec.DecodeError as error:
+                await respond(send, 400, error_body(400, str(error)))
+            else:
+                await respond(send, 200 if known is not None else MISDIRECTED, known or b"")
 
     def _local_page(self) -> str:
         counts = self.fleet.counts

@@ -10,7 +10,7 @@ from kervan.gateway.simple import ChatRequest, GenerateRequest
 
 VLLM = {
     "info": {"title": "FastAPI"},
-    "paths": {"/v1/models": {"get": {}}, "/health": {"get": {"summary": "vLLM's"}}},
+    "paths": {"/v1/models": {"get": {}}, "/health": {"get": {"summary": "vLLM's"}}, "/scale_elastic_ep": {"post": {}}},
     "components": {"schemas": {"GenerateRequest": {"title": "vLLM's"}}},
 }
 

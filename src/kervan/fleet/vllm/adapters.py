@@ -82,7 +82,10 @@ class Adapters:
         return list(self._changes.values())
 
     def merge(self, changes: Iterable[AdapterChange]) -> bool:
-        """Take over what other gateways know of later; whether there was any."""
+        """Take over what other gateways know of later; whether there was any.
+
+        Raises: msgspec.ValidationError for a request of another vLLM version.
+        """
         from vllm.lora.request import LoRARequest
 
         is_news = False
@@ -90,12 +93,12 @@ class Adapters:
             known = self._changes.get(change.name)
             if known is not None and known.order >= change.order:
                 continue
-            is_news = True
-            self._changes[change.name] = change
             if change.request is None:
                 self._models.lora_requests.pop(change.name, None)
             else:
                 self._models.lora_requests[change.name] = msgspec.convert(change.request, LoRARequest)
+            self._changes[change.name] = change
+            is_news = True
         return is_news
 
     async def _note(self, name: str) -> None:
