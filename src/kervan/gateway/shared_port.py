@@ -15,8 +15,11 @@ import msgspec
 
 from kervan.fleet.auth import is_proof
 from kervan.fleet.directory import GatewayEntry
+from kervan.fleet.vllm.stored_responses import owner_id
 from kervan.gateway.answers import BODY_METHODS, silence
 from kervan.gateway.asgi import CollectedResponse, Receive, Scope, Send, error_body, header, replay, respond
+from kervan.gateway.peers import response_id
+from kervan.gateway.reconnect import STREAMS_PREFIX
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
 from kervan.gateway.shell import OPEN_PATHS, RETRY_NOT_READY_S, STATUS_PATH, GatewayShell
 from kervan.policy import model_routing
@@ -128,9 +131,12 @@ class SharedPort:
             if read is None:
                 return
             body, model = read, _model(read)
+        keeper = _keeper_id(method, path)
+        if fleet is None and keeper:
+            fleet = next((n.name for n in self._neighbours.values() if keeper in (g.id for g in n.gateways)), None)
         own = self._own()
         fleets = [own, *(neighbour.port_fleet for neighbour in self._neighbours.values())]
-        needs_model = has_body and path not in OPEN_PATHS and path != STATUS_PATH
+        needs_model = has_body and path not in OPEN_PATHS and path != STATUS_PATH and keeper is None
         route = model_routing.decide(fleets, own=own.name, model=model, fleet=fleet, needs_model=needs_model)
         if route.fleet is None:
             await self._shell.answers.error(scope, send, route.status, route.reason, route.param)
@@ -178,6 +184,14 @@ class SharedPort:
             await self._shell.answers.respond(scope, send, 200, msgspec.json.encode(_ModelList(cards)))
         else:
             await own.forward(send)
+
+
+def _keeper_id(method: str, path: str) -> str | None:
+    """The gateway that keeps the stream or response of a path; "" when its id does not say, None for other paths."""
+    if path.startswith(STREAMS_PREFIX):
+        return path.removeprefix(STREAMS_PREFIX).rpartition("-")[0]
+    kept = response_id(method, path, b"")
+    return None if kept is None else owner_id(kept) or ""
 
 
 def _model(body: bytes) -> str | None:
