@@ -109,7 +109,7 @@ def test_the_api_describes_itself_to_all_and_is_called_with_a_key(trio: GatewayT
         described = page.get("/openapi.json").json()
         assert page.post("/openapi.json").status_code == 401
         # By vLLM's apps and not by those before them; of those in one process, one counts.
-        assert {httpx.get(f"{url}/version", headers=WITH_KEY).status_code for url in trio.urls} == {200}
+        assert {httpx.get(f"{url}/v1/models", headers=WITH_KEY).status_code for url in trio.urls} == {200}
         assert "http_requests_total{" in page.get("/metrics").text
     assert (described["info"]["title"], described["info"]["version"]) == (FLEET_NAME, kervan.__version__)
     own = {path for path, item in described["paths"].items() if "'kervan'" in str(item)}
