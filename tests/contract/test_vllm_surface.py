@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.places import REPOSITORY
 
 import kervan
 from kervan.config.engine_arguments import OWNED
@@ -548,6 +549,80 @@ def test_async_llm_is_made_from_a_config(tree: Path) -> None:
     definition(tree, "v1/engine/async_llm.py", "AsyncLLM", "get_supported_tasks")
 
 
+# ---- what vLLM's app keeps between requests (docs/architecture.md)
+
+
+def test_stored_responses_are_where_kervan_looks(tree: Path) -> None:
+    file = "entrypoints/openai/responses/serving.py"
+    assert {"enable_store", "response_store"} <= attributes_set(
+        definition(tree, file, "OpenAIServingResponses", "__init__")
+    )
+    create = definition(tree, file, "OpenAIServingResponses", "create_responses")
+    assert parameters(create) == ["self", "request", "raw_request"]
+    assert "previous_response_id" in fields(
+        definition(tree, "entrypoints/openai/responses/protocol.py", "ResponsesRequest")
+    )
+    assert "request_id" in fields(definition(tree, "entrypoints/openai/responses/protocol.py", "ResponsesRequest"))
+    text = (tree / "vllm/entrypoints/openai/responses/protocol.py").read_text()
+    assert "id=request.request_id" in text
+
+
+def test_adapters_are_numbered_and_kept_where_kervan_shares_them(tree: Path) -> None:
+    file = "entrypoints/openai/models/serving.py"
+    made = attributes_set(definition(tree, file, "OpenAIServingModels", "__init__"))
+    assert {"lora_requests", "lora_id_counter"} <= made
+    for method, names in (
+        ("load_lora_adapter", ["self", "request", "base_model_name"]),
+        ("unload_lora_adapter", ["self", "request"]),
+        ("resolve_lora", ["self", "lora_name"]),
+    ):
+        assert parameters(definition(tree, file, "OpenAIServingModels", method)) == names
+    text = (tree / "vllm" / file).read_text()
+    assert text.count("self.lora_id_counter.inc(1)") == text.count("lora_id_counter") - 1 == 2
+    numbered = fields(definition(tree, "lora/request.py", "LoRARequest"))
+    assert numbered[:2] == ["lora_name", "lora_int_id"]
+
+
+def test_cors_is_a_middleware_of_the_app(tree: Path) -> None:
+    file = first_file(tree, "entrypoints/serve/middleware/register.py", "entrypoints/openai/api_server.py")
+    assert "app.add_middleware(CORSMiddleware, " in ast.unparse(parsed(tree / "vllm" / file))
+
+
+# Containers of one request, of a stream, or of another program than the server.
+PASSING = {
+    "BaseMultiModalContentParser", "BeamSearchInstance", "DPSupervisor", "HarmonyContext", "LLM", "NoSignalServer",
+    "OpenAIModelRegistry", "ParsableContext", "SSEDecoder", "SimpleContext", "SimpleStreamingEventProcessor",
+    "_ActiveBlockState", "_StreamState",
+}  # fmt: skip
+EMPTY = re.compile(r"(\{\}|\[\]|(dict|set|list|deque|OrderedDict|defaultdict|\w*Counter|\w*Cache)\(.*\))")
+
+
+def stores(tree: Path) -> set[str]:
+    """Attributes that hold a container which is empty at first, of vLLM's server."""
+    found = set()
+    for file in (tree / "vllm" / "entrypoints").rglob("*.py"):
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.ClassDef) and node.name not in PASSING:
+                made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+                for child in (child for function in made for child in ast.walk(function)):
+                    if isinstance(child, ast.Assign | ast.AnnAssign) and child.value is not None:
+                        target = child.targets[0] if isinstance(child, ast.Assign) else child.target
+                        if ast.unparse(target).startswith("self.") and EMPTY.fullmatch(ast.unparse(child.value)):
+                            found.add(ast.unparse(target).removeprefix("self."))
+    return found
+
+
+def test_what_outlives_a_request_is_in_the_table(tree: Path) -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    section = page.partition("## State in a gateway\n")[2].partition("\n## ")[0]
+    known = set(re.findall(r"`([^`]+)`", section))
+    others = {"/generate", "/ready", "/readyz"}  # of other servers than the one that kervan runs
+    methods = ("get", "post", "put", "delete", "patch", "websocket", "add_api_route", "api_route", "mount")
+    assert set().union(*(routes(tree, method) for method in methods)) - others - known == set()
+    assert {"response_store", "lora_requests"} <= stores(tree)
+    assert stores(tree) - known == set()
+
+
 # ---- names that several packages of kervan need (kervan.vendor.vllm_names)
 
 
@@ -580,6 +655,8 @@ def test_every_post_of_vllm_is_work_or_known_as_none(tree: Path) -> None:
     assert {vllm_names.COMPLETIONS_PATH, vllm_names.CHAT_PATH, vllm_names.TOKENIZE_PATH} <= posts
     assert vllm_names.DETOKENIZE_PATH in posts
     assert vllm_names.MODELS_PATH in routes(tree, "get")
+    assert {vllm_names.RESPONSES_PATH, vllm_names.SCALE_PATH} <= posts
+    assert vllm_names.GATEWAYS_OWN_PATHS - posts - routes(tree, "add_api_route") <= {"/inference/v1/abort_requests"}
     idle = {path for path in posts if path.endswith(vllm_names.IDLE_SUFFIXES)}
     for suffix in vllm_names.IDLE_SUFFIXES:
         assert suffix in ("/models",) or any(path.endswith(suffix) for path in idle), suffix

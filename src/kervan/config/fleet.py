@@ -27,6 +27,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 MAX_REPLICAS = 4096
 MAX_GATEWAYS = 64
+SESSIONS_VARIABLE = "SAGEMAKER_ENABLE_STATEFUL_SESSIONS"  # of a package that vLLM's server uses
 MAX_S = 10**9
 COUNT_PATTERN = re.compile(r"(\d{1,9})(?:\.\.(\d{1,9}))?")
 
@@ -188,6 +189,13 @@ class FleetConfig:
             )
         if self.shared_port and self.ingress == "serve":
             raise ConfigError("--shared-port is for gateways that listen themselves; use it with --ingress direct")
+        is_kept = self.env.get(SESSIONS_VARIABLE, "").lower() in ("true", "1")
+        if is_kept and max(self.gateways or MAX_GATEWAYS, self.max_gateways) > 1:
+            num = f"{self.gateways}..{self.max_gateways}" if self.max_gateways else f"{self.gateways}"
+            raise ConfigError(
+                f"{SESSIONS_VARIABLE}={self.env[SESSIONS_VARIABLE]} keeps sessions in one gateway, and "
+                f"--gateways {num} may start several; add --gateways 1, or leave it out"
+            )
 
     def _check_engine(self) -> None:
         if self.engine == "twin" and not self.gpu:

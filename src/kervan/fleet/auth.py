@@ -4,7 +4,7 @@
 |---|---|---|
 | to a replica, in HELLO | `link_proof` | no: it holds for one session, and a replica takes each session once |
 | to a gateway that takes copies | `copies_proof` | no: it holds for one connection, whose nonce the taker draws |
-| to a gateway that is passed a request | `relay_key` | little: the request still needs an API key, or a stream's id |
+| to a gateway that is passed a request | `relay_key` | little: it needs an API key, or an id; adapters can be changed |
 
 Nothing here encrypts or signs what follows: fleets need a network that they can trust.
 """

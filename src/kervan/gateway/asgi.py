@@ -30,9 +30,24 @@ _TYPES = {
 }
 
 
+class Error(msgspec.Struct):
+    """What was wrong, as OpenAI's API tells it. `code`: the HTTP status; `param`: the field that is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(msgspec.Struct):
+    """The body of an error."""
+
+    error: Error
+
+
 def error_body(status: int, message: str, param: str | None = None) -> bytes:
     """An OpenAI-style error as JSON."""
-    return msgspec.json.encode({"error": {"message": message, "type": _TYPES[status], "param": param, "code": status}})
+    return msgspec.json.encode(ErrorResponse(Error(message, _TYPES[status], param, status)))
 
 
 def header(scope: Scope, name: bytes) -> bytes:

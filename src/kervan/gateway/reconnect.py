@@ -21,8 +21,8 @@ import msgspec
 from kervan.fleet.directory import GatewayEntry
 from kervan.fleet.reconnect.journal import Attempt, Journal, Position, current_attempt
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
+from kervan.gateway.answers import Answers
 from kervan.gateway.asgi import (
-    JSON,
     ASGIApp,
     Message,
     Receive,
@@ -96,8 +96,15 @@ class Streams:
     `gateways`: those that the directory lists. `key`: `auth.relay_key` of the fleet.
     """
 
-    def __init__(self, gateway_id: str, gateways: Callable[[], Sequence[GatewayEntry]], key: bytes) -> None:
+    def __init__(
+        self,
+        gateway_id: str,
+        gateways: Callable[[], Sequence[GatewayEntry]],
+        key: bytes,
+        answers: Answers | None = None,
+    ) -> None:
         self.store: ReplicatedStore | None = None
+        self._answers = answers or Answers()
         self._gateway_id = gateway_id
         self._gateways = gateways
         self._key = key
@@ -160,16 +167,18 @@ class Streams:
     async def get(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to GET /v1/streams/{id}: here, or through the gateway that has the stream."""
         if self.store is None:
-            await _refuse(send, 404, "this fleet keeps no streams; give it replay_s above 0 in its config file")
+            await self._answers.error(
+                scope, send, 404, "this fleet keeps no streams; give it replay_s above 0 in its config file"
+            )
             return
         stream_id = scope["path"].removeprefix(STREAMS_PREFIX)
         try:
             after = _last_event(scope)
         except ValueError as error:
-            await _refuse(send, 400, str(error))
+            await self._answers.error(scope, send, 400, str(error))
             return
         if not ID_PATTERN.fullmatch(stream_id):  # nor may it reach another gateway as a part of a request
-            await _unknown(send, stream_id)
+            await self._unknown(scope, send, stream_id)
             return
         journal = self.store.journals.get(stream_id)
         if journal is None or not journal.is_own:
@@ -183,7 +192,7 @@ class Streams:
                 if await self._forward(rest, stream_id, scope, receive, send):
                     return
         if journal is None:
-            await _unknown(send, stream_id)
+            await self._unknown(scope, send, stream_id)
         else:
             await self._respond_again(self.store, app, journal, after, scope, receive, send)
 
@@ -220,14 +229,16 @@ class Streams:
         send: Send,
     ) -> None:
         if not hmac.compare_digest(journal.key_digest, _key_digest(scope)):
-            await _unknown(send, journal.stream_id)
+            await self._unknown(scope, send, journal.stream_id)
             return
         if journal.refusal:
-            await _refuse(send, 410, f"stream {journal.stream_id} cannot be resumed: {journal.refusal}")
+            await self._answers.error(
+                scope, send, 410, f"stream {journal.stream_id} cannot be resumed: {journal.refusal}"
+            )
             return
         if not _reaches(journal, after):
             had = f"it has {journal.num_tokens} tokens here, and Last-Event-ID says {after}"
-            await _refuse(send, 410, f"stream {journal.stream_id} cannot continue from there: {had}")
+            await self._answers.error(scope, send, 410, f"stream {journal.stream_id} cannot continue from there: {had}")
             return
         if not journal.is_own:
             kept = store.journals.get(journal.stream_id)
@@ -240,7 +251,7 @@ class Streams:
                 while journal.attempt is not None:  # its client's old connection was not yet found broken
                     await journal.attempt.end()
         except TimeoutError:
-            await _refuse(send, 503, "the stream's earlier connection does not close; try again")
+            await self._answers.error(scope, send, 503, "the stream's earlier connection does not close; try again")
             return
         self.num_fetched += 1
         length = (b"content-length", b"%d" % len(journal.body))
@@ -254,6 +265,10 @@ class Streams:
             replay(journal.body, _only_disconnect(receive)),
             send,
         )
+
+    async def _unknown(self, scope: Scope, send: Send, stream_id: str) -> None:
+        message = f"no stream {stream_id[:80]!r} is kept; it is unknown or has expired"
+        await self._answers.error(scope, send, 404, message)
 
 
 def _key_digest(scope: Scope) -> bytes:
@@ -276,14 +291,6 @@ def _last_event(scope: Scope) -> Position | None:
             f"Last-Event-ID {text[:40]!r} is not an event id; send the last `id` of the stream, such as 12.1"
         )
     return position
-
-
-async def _unknown(send: Send, stream_id: str) -> None:
-    await _refuse(send, 404, f"no stream {stream_id[:80]!r} is kept; it is unknown or has expired")
-
-
-async def _refuse(send: Send, status: int, message: str) -> None:
-    await respond(send, status, error_body(status, message), JSON)
 
 
 def with_id(send: Send, stream_id: str) -> Send:

@@ -5,12 +5,14 @@ directory snapshots.
 """
 
 import asyncio
+import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import uvicorn
 
 from kervan import __version__
@@ -20,17 +22,23 @@ from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
+from kervan.fleet.vllm.adapters import Adapters
 from kervan.fleet.vllm.logs import kept_handlers
-from kervan.gateway import page
+from kervan.fleet.vllm.stored_responses import StoredResponses
+from kervan.gateway import openapi, page
+from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
+from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
+
+logger = logging.getLogger(__name__)
 
 LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
 CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and takes no more requests", 30
@@ -108,11 +116,15 @@ class Gateway:
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self._copies_port = 0
-        self.streams = Streams(config.gateway_id, lambda: self._snapshot.gateways, relay_key(config.secret))
-        self.shell = GatewayShell(self, config.api_keys, streams=self.streams)
+        self.answers = Answers()
+        key = relay_key(config.secret)
+        self.streams = Streams(config.gateway_id, self._gateways, key, self.answers)
+        self.peers = Peers(config.gateway_id, self._gateways, key, self.answers)
+        self.adapters = SharedAdapters(config.gateway_id, self._gateways, key)
+        self.shell = GatewayShell(self, config.api_keys, streams=self.streams, answers=self.answers, peers=self.peers)
         self.shared_port: SharedPort | None = None
         if config.shared_port:
-            self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, relay_key(config.secret))
+            self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, key)
 
     # ---- lifecycle
 
@@ -122,7 +134,7 @@ class Gateway:
         Raises: ConfigError when the port is taken.
         """
         with kept_handlers():
-            from kervan.fleet.vllm.frontend import VllmCodec  # vLLM takes seconds to import
+            from kervan.fleet.vllm.frontend import VllmCodec, bare_app  # vLLM takes seconds to import
 
         self.fleet = FleetClient(
             VllmCodec(),
@@ -130,6 +142,11 @@ class Gateway:
             hold_timeout_s=self.config.hold_timeout_s,
             gateway_id=self.config.gateway_id,
         )
+        try:
+            # Before the port is open: no answer goes without the headers that the fleet's arguments ask for.
+            self.answers.pass_through(await asyncio.to_thread(bare_app, self.config.engine_argv, OwnAnswer))
+        except Exception as error:  # noqa: BLE001 - vLLM's app comes to it too, and then it is told
+            logger.warning("answers go without vLLM's middlewares until its app is there: %s", error)
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
         self._internal = self._serve(self._internal_app, internal), internal
@@ -185,8 +202,15 @@ class Gateway:
                 self.config.engine_argv,
                 is_twin=self.config.is_twin,
                 is_followed=self.config.replay_s > 0,
+                answering=OwnAnswer,
             )
-            self.shell.attach(self.frontend.app)
+            self.answers.pass_through(self.frontend.app)
+            self.peers.stored = StoredResponses(self.frontend.app, self.config.gateway_id)
+            await self.adapters.begin(Adapters(self.frontend.app, self.config.gateway_id, self.adapters.tell))
+            app = openapi.describing(
+                self.frontend.app, fleet_name=self.config.fleet_name, has_keys=bool(self.config.api_keys)
+            )
+            self.shell.attach(app)
             if opens:
                 self._open()
         except Exception as error:
@@ -204,7 +228,7 @@ class Gateway:
         Streams that are cut then go on at the gateway that has their copies, when their clients ask it.
         """
         # Other gateways are clients too.
-        is_relayed_to = self.shared_port is not None or self.streams.store is not None
+        is_relayed_to = self.shared_port is not None or self.streams.store is not None or self.peers.keeps_responses
         doors = [door for door in (self._public, self._internal if is_relayed_to else None) if door is not None]
         await asyncio.gather(*(send_clients_away(*door, timeout_s=self.config.stop_timeout_s) for door in doors))
         for server in self._servers:
@@ -217,13 +241,19 @@ class Gateway:
         if self.frontend is not None:
             await self.frontend.close()
         self.streams.close()
+        self.peers.close()
+        await self.adapters.close()
         if self.streams.store is not None:
             await self.streams.store.close()
         await self.fleet.close()
 
+    def _gateways(self) -> Sequence[GatewayEntry]:
+        return self._snapshot.gateways
+
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
+        self.adapters.update()
         self.fleet.set_members(members(snapshot))
         if self.streams.store is not None:
             self.streams.store.update(snapshot)
@@ -297,21 +327,23 @@ class Gateway:
 
     async def status(self) -> dict[str, object]:
         """What the fleet is, this gateway's streams, and how many each replica has of them, as JSON types."""
-        return {
-            "gateway": self.config.gateway_id,
-            "about": {
+        status = openapi.StatusPage(
+            gateway=self.config.gateway_id,
+            about={
                 "fleet": self.config.fleet_name,
                 "models": [*self.config.models],
                 "simulated": self.config.is_twin,
                 "kervan": __version__,
                 **self.config.about,
             },
-            "streams": self.fleet.num_streams,
-            "held": self.fleet.num_held,
-            "moved": self.fleet.counts.moved,
-            "given_up": self.fleet.counts.given_up,
-            "replicas": {link.replica_id: len(link.streams) for link in self.fleet.links},
-        }
+            streams=self.fleet.num_streams,
+            held=self.fleet.num_held,
+            moved=self.fleet.counts.moved,
+            given_up=self.fleet.counts.given_up,
+            replicas={link.replica_id: len(link.streams) for link in self.fleet.links},
+        )
+        told: dict[str, object] = msgspec.to_builtins(status)
+        return told
 
     async def metrics(self) -> bytes:
         """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out."""
@@ -326,19 +358,30 @@ class Gateway:
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The page of this gateway alone, and what other gateways pass on: for a stream, or on a shared port."""
         if scope["type"] == "http":
-            if is_relayed(scope) and scope["path"].startswith(INTERNAL_PREFIX):
-                await self._give_stream(scope, receive, send)
+            if is_relayed(scope) and scope["path"].startswith((INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH)):
+                await self._give(scope, receive, send)
             elif self.shared_port is not None and is_relayed(scope):
                 await self.shared_port.respond_relayed(scope, receive, send)
             else:
                 await respond(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
-    async def _give_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _give(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What this gateway alone has, to one that proves to be of the fleet."""
         is_known = is_proof(header(scope, RELAY_HEADER), relay_key(self.config.secret))
-        if is_known and self.shell.inner is not None:
-            await self.streams.get_internal(self.shell.inner, scope, receive, send)
-        else:
-            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here gives no stream"))
+        app, path = self.shell.inner, scope["path"]
+        if not is_known or app is None:
+            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
+        elif path.startswith(INTERNAL_PREFIX):
+            await self.streams.get_internal(app, scope, receive, send)
+        elif path.startswith(OWNER_PREFIX):
+            await self.peers.respond_as_owner(app, scope, receive, send)
+        elif (told := await self.shell.read_body(scope, receive, send)) is not None:
+            try:
+                known = self.adapters.take(told)
+            except msgspec.DecodeError as error:
+                await respond(send, 400, error_body(400, str(error)))
+            else:
+                await respond(send, 200 if known is not None else MISDIRECTED, known or b"")
 
     def _local_page(self) -> str:
         counts = self.fleet.counts

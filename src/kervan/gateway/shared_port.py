@@ -15,9 +15,13 @@ import msgspec
 
 from kervan.fleet.auth import is_proof
 from kervan.fleet.directory import GatewayEntry
-from kervan.gateway.asgi import CollectedResponse, Message, Receive, Scope, Send, error_body, header, replay, respond
+from kervan.fleet.vllm.stored_responses import owner_id
+from kervan.gateway.answers import BODY_METHODS, silence
+from kervan.gateway.asgi import CollectedResponse, Receive, Scope, Send, error_body, header, replay, respond
+from kervan.gateway.peers import response_id
+from kervan.gateway.reconnect import STREAMS_PREFIX
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
-from kervan.gateway.shell import BODY_METHODS, OPEN_PATHS, RETRY_NOT_READY_S, STATUS_PATH, GatewayShell, unavailable
+from kervan.gateway.shell import OPEN_PATHS, RETRY_NOT_READY_S, STATUS_PATH, GatewayShell
 from kervan.policy import model_routing
 from kervan.policy.model_routing import GatewayCandidate, PortFleet
 from kervan.vendor.vllm_names import MODELS_PATH
@@ -127,12 +131,15 @@ class SharedPort:
             if read is None:
                 return
             body, model = read, _model(read)
+        keeper = _keeper_id(method, path)
+        if fleet is None and keeper:
+            fleet = next((n.name for n in self._neighbours.values() if keeper in (g.id for g in n.gateways)), None)
         own = self._own()
         fleets = [own, *(neighbour.port_fleet for neighbour in self._neighbours.values())]
-        needs_model = has_body and path not in OPEN_PATHS and path != STATUS_PATH
+        needs_model = has_body and path not in OPEN_PATHS and path != STATUS_PATH and keeper is None
         route = model_routing.decide(fleets, own=own.name, model=model, fleet=fleet, needs_model=needs_model)
         if route.fleet is None:
-            await respond(send, route.status, error_body(route.status, route.reason, route.param))
+            await self._shell.answers.error(scope, send, route.status, route.reason, route.param)
         elif route.fleet == own.name:
             await self._shell(scope, replay(body, receive) if has_body else receive, send)
         else:
@@ -147,7 +154,8 @@ class SharedPort:
         except RelayFailedError as error:
             logger.warning("no gateway of fleet %s took %s: %s", neighbour.name, scope["path"], error)
             what = "answers" if urls else "is there"
-            await unavailable(send, f"no gateway of fleet {neighbour.name!r} {what} now", RETRY_NOT_READY_S)
+            reason = f"no gateway of fleet {neighbour.name!r} {what} now"
+            await self._shell.answers.unavailable(scope, send, reason, RETRY_NOT_READY_S)
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The models of all fleets whose key, if they have any, the client has given."""
@@ -157,7 +165,7 @@ class SharedPort:
             try:
                 async with asyncio.timeout(MODELS_TIMEOUT_S):
                     urls = neighbour.urls(None, self._node, next(self._turns))
-                    await self._relay.forward(urls, neighbour.relay_key, scope, b"", _silence, response.send)
+                    await self._relay.forward(urls, neighbour.relay_key, scope, b"", silence, response.send)
             except (RelayFailedError, TimeoutError) as error:
                 logger.warning("fleet %s did not report its models: %r", neighbour.name, error)
                 return CollectedResponse()
@@ -172,11 +180,18 @@ class SharedPort:
         good = [response for _, response in sorted(responses.items()) if response.status == 200]
         lists = [_models_decoder.decode(response.body) for response in good]
         if lists:
-            await respond(
-                send, 200, msgspec.json.encode(_ModelList([card for models in lists for card in models.data]))
-            )
+            cards = [card for models in lists for card in models.data]
+            await self._shell.answers.respond(scope, send, 200, msgspec.json.encode(_ModelList(cards)))
         else:
             await own.forward(send)
+
+
+def _keeper_id(method: str, path: str) -> str | None:
+    """The gateway that keeps the stream or response of a path; "" when its id does not say, None for other paths."""
+    if path.startswith(STREAMS_PREFIX):
+        return path.removeprefix(STREAMS_PREFIX).rpartition("-")[0]
+    kept = response_id(method, path, b"")
+    return None if kept is None else owner_id(kept) or ""
 
 
 def _model(body: bytes) -> str | None:
@@ -185,9 +200,3 @@ def _model(body: bytes) -> str | None:
         return _named_decoder.decode(body).model
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-
-
-async def _silence() -> Message:
-    """A client that says nothing and stays."""
-    await asyncio.Event().wait()
-    raise AssertionError

@@ -1,8 +1,9 @@
 """The ASGI shell around vLLM's OpenAI app: health, keys, body limits, admission, error bodies.
 
 A request passes, in this order: health and metrics pages (open) -> API key -> body read whole (size, deadline)
--> vLLM attached? -> admission -> vLLM. A streamed chunk costs one plain call here, and something only in a fleet that
-keeps streams for clients that come back (`kervan.gateway.reconnect`).
+-> vLLM attached? -> admission -> vLLM. What the gateway answers itself, `kervan.gateway.answers` sends.
+A streamed chunk costs one plain call here, and something only in a fleet that keeps streams for clients that come back
+(`kervan.gateway.reconnect`).
 """
 
 import asyncio
@@ -18,18 +19,9 @@ import msgspec
 
 from kervan.errors import ConfigError
 from kervan.gateway import simple
-from kervan.gateway.asgi import (
-    ASGIApp,
-    Headers,
-    Receive,
-    Scope,
-    Send,
-    error_body,
-    header,
-    replay,
-    respond,
-    response_start,
-)
+from kervan.gateway.answers import BODY_METHODS, Answers
+from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, header, replay
+from kervan.gateway.peers import Peers
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
 from kervan.vendor import vllm_names
 
@@ -37,14 +29,11 @@ logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
 RETRY_NOT_READY_S = 5
-# How long a refused upload is read and thrown away. Closing with unread data makes TCP reset the connection,
-# and the client would lose the answer that says why.
-LINGER_S = 2.0
 
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/metrics"})
 STATUS_PATH = "/kervan/status"
 SIMPLE_PATHS = {"/generate": simple.generate, "/chat": simple.chat}
-BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+PAGE_METHODS = ("GET", "HEAD")
 
 WORK_PATHS = vllm_names.WORK_PATHS | SIMPLE_PATHS.keys()
 # A body with fewer cannot nest deeply enough to exhaust a JSON parser, whose limit is about 1,000 levels.
@@ -102,6 +91,8 @@ class GatewayShell:
         max_body_bytes: int = 8 * MIB,
         body_timeout_s: float = 30.0,
         streams: Streams | None = None,
+        answers: Answers | None = None,
+        peers: Peers | None = None,
     ) -> None:
         for place, key in enumerate(api_keys, 1):
             if not key.strip():
@@ -110,7 +101,9 @@ class GatewayShell:
         self.inner: ASGIApp | None = None
         self.max_body_bytes = max_body_bytes
         self.body_timeout_s = body_timeout_s
+        self.answers = answers or Answers()
         self._streams = streams
+        self._peers = peers
         self._deadlines = _Deadlines(body_timeout_s)
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
@@ -124,9 +117,9 @@ class GatewayShell:
             try:
                 await self._http(scope, receive, send)
             except Exception as exc:
-                body = error_body(500, "the gateway failed on this request; its log has the reason")
                 try:
-                    await respond(send, 500, body)
+                    message = "the gateway failed on this request; its log has the reason"
+                    await self.answers.error(scope, send, 500, message)
                 except RuntimeError:
                     # A server refuses a second start. Asking it is how we learn that the answer had begun
                     # without watching every chunk.
@@ -140,28 +133,25 @@ class GatewayShell:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
         method: str = scope["method"]
-        if method != "OPTIONS":  # CORS preflight carries no key; vLLM answers it
-            if path in OPEN_PATHS:
-                await self._page(path, method, receive, send)
-                return
-            if self._key_digests and not self._has_key(scope):
-                message = "no valid API key; send the header 'Authorization: Bearer KEY'"
-                await _refuse(401, message, method, receive, send, headers=[(b"www-authenticate", b"Bearer")])
-                return
-            if path == STATUS_PATH:
-                await self._page(path, method, receive, send)
-                return
-            if path in SIMPLE_PATHS and method != "POST":
-                await _refuse_method(path, method, "POST", receive, send)
-                return
-        self.view.stream_opened()
-        try:
-            await self._forward(path, method, scope, receive, send)
-        finally:
-            self.view.stream_closed()
+        allowed = _own_methods(path)
+        is_open = method == "OPTIONS" or path in OPEN_PATHS or (method in PAGE_METHODS and is_docs(path))
+        if not is_open and self._key_digests and not self._has_key(scope):
+            message = "no valid API key; send the header 'Authorization: Bearer KEY'"
+            scheme = [(b"www-authenticate", b"Bearer")]
+            await self.answers.refuse(scope, receive, send, 401, message, headers=scheme)
+        elif allowed is not None and method not in allowed:  # a CORS preflight never comes as far as this answer
+            await self.answers.refuse_method(scope, receive, send, ", ".join(allowed))
+        elif path in OPEN_PATHS or path == STATUS_PATH:
+            await self._page(scope, send)
+        else:
+            self.view.stream_opened()
+            try:
+                await self._forward(path, method, scope, receive, send)
+            finally:
+                self.view.stream_closed()
 
     async def _forward(self, path: str, method: str, scope: Scope, receive: Receive, send: Send) -> None:
-        body = b""
+        body, client = b"", receive
         if method in BODY_METHODS:
             read = await self.read_body(scope, receive, send)
             if read is None:
@@ -170,35 +160,39 @@ class GatewayShell:
             receive = replay(body, receive)
         inner = self.inner
         if inner is None:
-            await unavailable(send, self._not_ready() or "the gateway is starting", RETRY_NOT_READY_S)
+            reason = self._not_ready() or "the gateway is starting"
+            await self.answers.unavailable(scope, send, reason, RETRY_NOT_READY_S)
             return
         if path.startswith(STREAMS_PREFIX) and self._streams is not None:
-            if method != "GET":
-                await _refuse_method(path, method, "GET", receive, send)
-            else:
-                await self._streams.get(inner, scope, receive, send)
+            await self._streams.get(inner, scope, receive, send)
             return
         if method == "POST":
             if makes_work(path) and (shed := self.view.admit()) is not None:
-                await unavailable(send, shed.reason, shed.retry_after_s)
+                await self.answers.unavailable(scope, send, shed.reason, shed.retry_after_s)
                 return
             if path in SIMPLE_PATHS:
                 if self._streams is not None:
                     send = with_id(send, self._streams.new_id())
-                await SIMPLE_PATHS[path](inner, scope, receive, send, model=self.view.model_name(), body=body)
+                forward = SIMPLE_PATHS[path]
+                await forward(
+                    inner, scope, receive, send, model=self.view.model_name(), body=body, answers=self.answers
+                )
                 return
             if (fault := _json_fault(path, body, scope)) is not None:
-                await respond(send, 400, error_body(400, fault))
+                await self.answers.error(scope, send, 400, fault)
                 return
-            if self._streams is not None and makes_work(path):
-                await self._streams.post(inner, scope, receive, send, body)
+            if path == vllm_names.SCALE_PATH:
+                await self.answers.error(scope, send, 400, f"{path} is not for fleets; use kervan scale")
                 return
+        if self._peers is not None and await self._peers.respond(scope, body, client, send):
+            return
+        if method == "POST" and self._streams is not None and makes_work(path):
+            await self._streams.post(inner, scope, receive, send, body)
+            return
         await inner(scope, receive, send)
 
-    async def _page(self, path: str, method: str, receive: Receive, send: Send) -> None:
-        if method not in ("GET", "HEAD"):
-            await _refuse_method(path, method, "GET, HEAD", receive, send)
-            return
+    async def _page(self, scope: Scope, send: Send) -> None:
+        path = scope["path"]
         status, content_type = 200, b"application/json"
         if path == "/health":
             body = b'{"status":"live"}'
@@ -210,8 +204,7 @@ class GatewayShell:
             body = b'{"status":"ready"}'
         else:
             status, body = 503, msgspec.json.encode({"status": "not ready", "reason": reason})
-        await send(response_start(status, len(body), content_type))
-        await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
+        await self.answers.respond(scope, send, status, body, content_type)
 
     def _not_ready(self) -> str | None:
         reason = self.view.readiness()
@@ -235,7 +228,7 @@ class GatewayShell:
         limit = self.max_body_bytes
         announced = header(scope, b"content-length")
         if announced.isdigit() and int(announced) > limit:
-            await self._refuse_size(f"{int(announced)} bytes", scope["method"], receive, send)
+            await self._refuse_size(f"{int(announced)} bytes", scope, receive, send)
             return None
         chunks: list[bytes] = []
         size = 0
@@ -254,18 +247,18 @@ class GatewayShell:
             if not self._deadlines.is_over(task) or task.uncancel() > 0:
                 raise
             text = f"{size} bytes of the body came in {self.body_timeout_s:g} s, and it is not complete; send it faster"
-            await respond(send, 408, error_body(408, text), headers=[(b"connection", b"close")])
+            await self.answers.error(scope, send, 408, text, headers=[(b"connection", b"close")])
             return None
         finally:
             self._deadlines.leave(task)
         chunks.clear()
-        await self._refuse_size(f"over {limit} bytes ({size} read so far)", scope["method"], receive, send)
+        await self._refuse_size(f"over {limit} bytes ({size} read so far)", scope, receive, send)
         return None
 
-    async def _refuse_size(self, size: str, method: str, receive: Receive, send: Send) -> None:
+    async def _refuse_size(self, size: str, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self.max_body_bytes
         message = f"the body is {size}; this gateway accepts at most {limit} bytes ({limit / MIB:g} MiB)"
-        await _refuse(413, message, method, receive, send)
+        await self.answers.refuse(scope, receive, send, 413, message)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Before the handshake a close is answered with HTTP 403. Code 1008: policy; 1013: try again later.
@@ -330,6 +323,20 @@ def makes_work(path: str) -> bool:
     return path in WORK_PATHS or (path.startswith(vllm_names.WORK_PREFIXES) and not is_idle)
 
 
+def is_docs(path: str) -> bool:
+    """Whether it is a part of the API's description, which anybody may read; calls from it need a key."""
+    return path in vllm_names.DOCS_PATHS or path.startswith(vllm_names.DOCS_FILES)
+
+
+def _own_methods(path: str) -> tuple[str, ...] | None:
+    """The methods of a path that is the gateway's own, None for vLLM's."""
+    if path in OPEN_PATHS or path == STATUS_PATH:
+        return PAGE_METHODS
+    if path in SIMPLE_PATHS:
+        return ("POST",)
+    return ("GET",) if path.startswith(STREAMS_PREFIX) else None
+
+
 def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:
     """What vLLM would answer with 500, or without an OpenAI-style body; for all other faults it has a 400 of its own.
 
@@ -367,37 +374,6 @@ def _is_utf8(body: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-async def _refuse(
-    status: int, message: str, method: str, receive: Receive, send: Send, *, headers: Headers = ()
-) -> None:
-    """Answer before the body is read. With a body on its way: answer, throw it away for a while, close."""
-    body = error_body(status, message)
-    if method not in BODY_METHODS:
-        await respond(send, status, b"" if method == "HEAD" else body, headers=headers)
-        return
-    await send(response_start(status, len(body), headers=[*headers, (b"connection", b"close")]))
-    # The client has the whole answer now (content-length); the server closes after the last message.
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    try:
-        async with asyncio.timeout(LINGER_S):
-            while (await receive()).get("more_body", False):
-                pass
-    except TimeoutError:
-        pass
-    await send({"type": "http.response.body", "body": b""})
-
-
-async def _refuse_method(path: str, method: str, allowed: str, receive: Receive, send: Send) -> None:
-    message = f"{path} does not accept {method}; use {allowed}"
-    await _refuse(405, message, method, receive, send, headers=[(b"allow", allowed.encode())])
-
-
-async def unavailable(send: Send, reason: str, retry_after_s: int) -> None:
-    """Answer 503 with Retry-After."""
-    message = f"{reason}; try again in {retry_after_s} s"
-    await respond(send, 503, error_body(503, message), headers=[(b"retry-after", b"%d" % retry_after_s)])
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

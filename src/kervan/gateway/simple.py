@@ -4,19 +4,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kervan.gateway.asgi import (
-    BODY_HEADERS,
-    JSON,
-    ASGIApp,
-    CollectedResponse,
-    Message,
-    Receive,
-    Scope,
-    Send,
-    error_body,
-    replay,
-    respond,
-)
+from kervan.gateway.answers import Answers
+from kervan.gateway.asgi import BODY_HEADERS, JSON, ASGIApp, CollectedResponse, Message, Receive, Scope, Send, replay
 from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 T = TypeVar("T")
@@ -44,6 +33,20 @@ class ChatRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
     max_tokens: int | None = None
     temperature: float | None = None
     stream: bool = False
+
+
+class GenerateResponse(msgspec.Struct):
+    """Answer of POST /generate."""
+
+    text: str
+    tokens: int
+
+
+class ChatResponse(msgspec.Struct):
+    """Answer of POST /chat. With `stream`: events, each with a `content`, the last with `usage`, then [DONE]."""
+
+    content: str
+    usage: dict[str, Any] | None
 
 
 class _Text(msgspec.Struct, frozen=True):
@@ -78,7 +81,9 @@ class _FieldError(ValueError):
         self.param = param
 
 
-async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
+async def generate(
+    inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes, answers: Answers
+) -> None:
     """Respond with {"text", "tokens"}; vLLM's own errors pass unchanged."""
     try:
         request = _decode(_generate_decoder, body)
@@ -87,7 +92,7 @@ async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *
         if request.top_p is not None and not 0 < request.top_p <= 1:
             raise _FieldError(f"top_p is {request.top_p}; it must be above 0 and at most 1", "top_p")
     except _FieldError as exc:
-        await respond(send, 400, error_body(400, str(exc), exc.param))
+        await answers.error(scope, send, 400, str(exc), exc.param)
         return
     fields = {"model": model, "max_tokens": request.max_tokens} | msgspec.to_builtins(request)
     response = CollectedResponse()
@@ -100,10 +105,13 @@ async def generate(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *
         return
     completion = _completion_decoder.decode(response.body)
     tokens = (completion.usage or {}).get("completion_tokens", 0)
-    await response.forward(send, msgspec.json.encode({"text": completion.choices[0].text or "", "tokens": tokens}))
+    generated = GenerateResponse(completion.choices[0].text or "", tokens)
+    await response.forward(send, msgspec.json.encode(generated))
 
 
-async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes) -> None:
+async def chat(
+    inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, model: str, body: bytes, answers: Answers
+) -> None:
     """Respond with {"content", "usage"}, or the same as server-sent events; vLLM's own errors pass unchanged."""
     try:
         request = _decode(_chat_decoder, body)
@@ -112,7 +120,7 @@ async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, mo
         _check_range("max_tokens", request.max_tokens, 1, MAX_TOKENS)
         _check_range("temperature", request.temperature, *TEMPERATURE)
     except _FieldError as exc:
-        await respond(send, 400, error_body(400, str(exc), exc.param))
+        await answers.error(scope, send, 400, str(exc), exc.param)
         return
     fields: dict[str, Any] = {"model": request.model or model, "messages": request.messages}
     if request.max_tokens is not None:
@@ -135,7 +143,7 @@ async def chat(inner: ASGIApp, scope: Scope, receive: Receive, send: Send, *, mo
     completion = _completion_decoder.decode(response.body)
     # Content is null when a reasoning parser has put all text elsewhere.
     content = completion.choices[0].message.content or ""
-    await response.forward(send, msgspec.json.encode({"content": content, "usage": completion.usage}))
+    await response.forward(send, msgspec.json.encode(ChatResponse(content, completion.usage)))
 
 
 class _ForwardedRequest:

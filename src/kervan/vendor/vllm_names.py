@@ -11,8 +11,16 @@ import re
 COMPLETIONS_PATH = "/v1/completions"
 CHAT_PATH = "/v1/chat/completions"
 MODELS_PATH = "/v1/models"
+RESPONSES_PATH = "/v1/responses"
 TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
+# POSTs about requests that one gateway has, or a cache of its own: all gateways must have them.
+GATEWAYS_OWN_PATHS = frozenset({"/abort_requests", "/inference/v1/abort_requests", "/reset_mm_cache"})
+# It would start data-parallel engines of vLLM's own.
+SCALE_PATH = "/scale_elastic_ep"
+# FastAPI's pages of the API, and with enable_offline_docs their files.
+DOCS_PATHS = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+DOCS_FILES = "/static/swagger-ui"
 
 # POSTs that make the engine work: these, and all below these prefixes that do not end like one of the suffixes.
 WORK_PATHS = frozenset({"/pooling", "/classify", "/score", "/rerank", "/generative_scoring", "/invocations"})

@@ -150,6 +150,14 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         fleet.load_file(tmp_path)
 
 
+SESSIONS: dict[str, Any] = {"model": "m", "env": {"SAGEMAKER_ENABLE_STATEFUL_SESSIONS": "true"}}
+
+
+@pytest.mark.parametrize("more", [{"gateways": 1}, {"env": {"SAGEMAKER_ENABLE_STATEFUL_SESSIONS": "false"}}])
+def test_sessions_that_one_gateway_keeps(more: dict[str, Any]) -> None:
+    assert fleet.from_mapping(SESSIONS | more, "f").model == "m"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -168,6 +176,8 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
         ({"model": "m", "shared_port": True, "ingress": "serve"}, "use it with --ingress direct"),
         ({"model": "m", "hold_timeout_s": "soon"}, "hold_timeout_s 'soon' is not a duration; write a number and us, ms"),
         ({"model": "m", "hold_timeout_s": [1]}, "is list; give a number"),
+        (SESSIONS, "SAGEMAKER_ENABLE_STATEFUL_SESSIONS=true keeps sessions in one gateway, and --gateways 0 may start"),
+        (SESSIONS | {"gateways": 1, "max_gateways": 2}, "and --gateways 1..2 may start several; add --gateways 1, or"),
         ({"model": "m", "api_keys": "k"}, "is str; give a list"),
         ({"model": "m", "api_keys": [1]}, "is list; give a list"),
         ({"model": "m", "engine_args": ["a=b"]}, "is list; give a mapping"),

@@ -14,6 +14,7 @@ from harness.gateway import View, listening
 from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry
 from kervan.gateway import GatewayShell
+from kervan.gateway.answers import OwnAnswer
 from kervan.gateway.asgi import Receive, Scope, Send, respond
 from kervan.gateway.relay import MAX_UNSENT_BYTES, RELAY_HEADER
 from kervan.gateway.shared_port import Neighbour, SharedPort
@@ -222,6 +223,43 @@ async def test_a_path_can_name_the_fleet(a: Gateway, b: Gateway, method: str) ->
         assert (got.status_code, bool(got.content)) == (503, method == "GET")
         assert (await gateway.http.request(method, "/health/ready?fleet=a")).status_code == 200
     assert (await a.http.post("/tokenize?fleet=b", json={"prompt": "x"})).json() == {"fleet": "b"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/responses/resp_{}_00112233445566778899aabbccddeeff"),
+        ("POST", "/v1/responses/resp_{}_00112233445566778899aabbccddeeff/cancel"),
+        ("GET", "/v1/streams/{}-00112233445566778899aabbccddeeff"),
+    ],
+)
+async def test_an_id_names_the_fleet_by_its_gateway(a: Gateway, b: Gateway, method: str, path: str) -> None:
+    """Of b's gateways a knows one, g0."""
+    key = {"authorization": "Bearer key-a"}
+    assert (await a.http.request(method, path.format("g0"), headers=key)).json() == {"fleet": "b"}
+    assert (await a.http.request(method, path.format("gone"), headers=key)).json() == {"fleet": "a"}
+    assert (await a.http.request(method, path.format("g0") + "?fleet=a", headers=key)).json() == {"fleet": "a"}
+
+
+async def test_own_answers_pass_the_middlewares_of_vllms_app(a: Gateway, b: Gateway) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def named(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"x-name", b"n"))
+            await send(message)
+
+        await OwnAnswer(b.inner)(scope, receive, named)
+
+    b.shell.answers.pass_through(app)
+    a.port.update([])
+    for request, status in (
+        (b.http.get("/v1/models"), 200),
+        (b.http.post("/v1/completions", json={"model": "none"}), 404),
+        (b.http.post("/v1/completions", json={}), 400),
+        (b.http.get("/health?fleet=none"), 404),
+    ):
+        response = await request
+        assert (response.status_code, response.headers["x-name"]) == (status, "n")
 
 
 async def test_the_list_of_models_is_that_of_all_fleets_that_take_the_key(a: Gateway, b: Gateway) -> None:

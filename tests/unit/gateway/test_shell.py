@@ -13,6 +13,7 @@ from harness.gateway import View
 
 from kervan.errors import ConfigError
 from kervan.gateway import GatewayShell, Shed
+from kervan.gateway.answers import OwnAnswer
 from kervan.gateway.asgi import Receive, Scope, Send, respond
 from kervan.gateway.shell import makes_work
 
@@ -160,7 +161,10 @@ async def test_before_attach(site: Site) -> None:
         ("/v1/models", "Basic first", 401),
         ("/v1/models", "Bearer first", 200),
         ("/v1/models", "bearer second", 200),
-        ("/docs", None, 401),
+        ("/docs", None, 200),
+        ("/openapi.json", None, 200),
+        ("/static/swagger-ui.css", None, 200),
+        ("/docs/x", None, 401),
         ("/generate", None, 401),
     ],
 )
@@ -178,6 +182,49 @@ async def test_wrong_key_is_told_although_a_large_body_is_on_its_way() -> None:
         response = await site.http.post("/v1/completions", content=bytes(10_000_000))
         assert error_of(response)["code"] == 401
         assert site.inner.bodies == []
+
+
+async def test_docs_are_open_to_read_only() -> None:
+    async with serving(api_keys=["k"]) as site:
+        assert (await site.http.post("/docs", json={})).status_code == 401
+
+
+class Middlewares:
+    """Stands for vLLM's app: one middleware that names answers, and takes 403 for some."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = OwnAnswer(inner)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def named(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"x-name", b"n"))
+            await send(message)
+
+        assert await receive() == {"type": "http.request", "body": b"", "more_body": False}
+        if scope["path"] == "/kervan/status":
+            await respond(send, 403, b"")
+        elif scope["path"] == "/health":
+            await respond(send, 500, b"")  # as Starlette does for what is raised
+            raise KeyError("of the user's")
+        else:
+            await self._inner(scope, receive, named)
+
+
+async def test_own_answers_pass_the_middlewares_of_vllms_app(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(api_keys=["k"]) as site:
+        site.shell.answers.pass_through(Middlewares(site.inner))
+        for method, path, status in [("GET", "/metrics", 200), ("HEAD", "/metrics", 200), ("GET", "/v1/models", 401)]:
+            response = await site.http.request(method, path)
+            assert (response.status_code, response.headers["x-name"]) == (status, "n")
+        large = await site.http.post("/v1/x", content=bytes(10_000_000), headers={"authorization": "Bearer k"})
+        assert (large.status_code, large.headers["x-name"], large.headers["connection"]) == (413, "n", "close")
+        assert error_of(large)["type"] == "RequestTooLargeError"
+        assert (await site.http.get("/kervan/status", headers={"authorization": "Bearer k"})).status_code == 403
+        assert (await site.http.get("/health")).status_code == 500
+    assert [record.getMessage() for record in caplog.records] == [
+        "a middleware failed on the gateway's answer to /health"
+    ]
 
 
 async def test_preflight_needs_no_key() -> None:

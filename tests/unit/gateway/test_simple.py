@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from kervan.gateway import simple
+from kervan.gateway.answers import Answers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -56,7 +57,7 @@ async def call(app: ASGIApp, path: str, body: Any, receive: Receive = connected)
     scope: Scope = {"type": "http", "method": "POST", "path": path, "query_string": b"q=1", "headers": headers}
     got = Answer()
     function = {"/generate": simple.generate, "/chat": simple.chat}[path]
-    await function(app, scope, receive, got.send, model="tiny", body=raw)
+    await function(app, scope, receive, got.send, model="tiny", body=raw, answers=Answers())
     return got
 
 

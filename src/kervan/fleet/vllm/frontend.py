@@ -20,7 +20,17 @@ from kervan.fleet.vllm.codec import VllmCodec
 from kervan.fleet.vllm.engine_client import injected
 from kervan.fleet.vllm.logs import kept_handlers
 
-__all__ = ["OpenAIFrontend", "VllmCodec"]
+__all__ = ["OpenAIFrontend", "VllmCodec", "bare_app"]
+
+
+def bare_app(argv: Sequence[str], answering: Any) -> Any:
+    """vLLM's app with the middlewares that `argv` asks for and nothing behind them but `answering`, an ASGI middleware.
+
+    It can be there before any replica is. Raises: ConfigError when vLLM refuses `argv`.
+    """
+    args = versions.parse_args(argv)
+    with kept_handlers():
+        return versions.build_bare_app(args, answering)
 
 
 class OpenAIFrontend:
@@ -46,17 +56,26 @@ class OpenAIFrontend:
 
     @classmethod
     async def start(
-        cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool = False, is_followed: bool = False
+        cls,
+        fleet: FleetClient,
+        argv: Sequence[str],
+        *,
+        is_twin: bool = False,
+        is_followed: bool = False,
+        answering: Any = None,
     ) -> "OpenAIFrontend":
-        """`is_followed`: answers can be given again. Raises: ConfigError when vLLM refuses `argv`."""
+        """`is_followed`: answers can be given again. `answering`: an ASGI middleware that may answer in place of vLLM.
+
+        Raises: ConfigError when vLLM refuses `argv`.
+        """
         with contextlib.ExitStack() as files:  # vLLM has read them when its app is there
             if is_twin:
                 argv = [*argv, *await asyncio.to_thread(_tokenizer_argv, argv, files)]
-            return await cls._start(fleet, argv, is_twin=is_twin, is_followed=is_followed)
+            return await cls._start(fleet, argv, is_twin=is_twin, is_followed=is_followed, answering=answering)
 
     @classmethod
     async def _start(
-        cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool, is_followed: bool
+        cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool, is_followed: bool, answering: Any
     ) -> "OpenAIFrontend":
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
         limits.install(config, is_twin=is_twin)
@@ -69,9 +88,10 @@ class OpenAIFrontend:
                 enable_log_requests=engine_args.enable_log_requests,
                 disable_log_stats=engine_args.disable_log_stats,
             )
+        engine._profile_session_guard_enabled = False  # what this gateway begins, another one may end
         if is_followed:
             progress.follow(engine)
-        app = await versions.build_openai_app(engine, args)
+        app = await versions.build_openai_app(engine, args, answering)
         frontend = cls(app, engine, args)
         await frontend._lifespan.enter_async_context(app.router.lifespan_context(app))
         return frontend

@@ -10,10 +10,11 @@ Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1)
     a grammar's advance       should_advance, accept_tokens      StructuredOutputManager.accept_tokens
 """
 
+import contextlib
 import importlib
 import importlib.util
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -74,13 +75,51 @@ def app_modules() -> tuple[ModuleType, ModuleType]:
     )
 
 
-async def build_openai_app(engine: Any, args: Namespace) -> Any:
-    """vLLM's OpenAI FastAPI app over `engine`, with its state filled in."""
+async def build_openai_app(engine: Any, args: Namespace, answering: Any = None) -> Any:
+    """vLLM's OpenAI FastAPI app over `engine`, with its state filled in.
+
+    `answering`: an ASGI middleware that may answer in the place of vLLM's routes.
+    """
     app_module, state_module = app_modules()
     tasks = await engine.get_supported_tasks()
-    app = app_module.build_app(args, tasks, engine.model_config)
+    with _answering(answering):
+        app = app_module.build_app(args, tasks, engine.model_config)
     await state_module.init_app_state(engine, app.state, args, tasks)
     return app
+
+
+def build_bare_app(args: Namespace, answering: Any) -> Any:
+    """vLLM's FastAPI app without a task: its middlewares down to `answering`, and no state."""
+    with _answering(answering, is_last=True):
+        return app_modules()[0].build_app(args, ())
+
+
+@contextlib.contextmanager
+def _answering(answering: Any, *, is_last: bool = False) -> Iterator[None]:
+    """Within, FastAPI apps get `answering` just inside of CORS, with `is_last` in the place of what is further inside.
+
+    That is what counts requests: the second of a process counts nothing. vLLM adds CORS and builds the stack of
+    middlewares in one function.
+    """
+    from fastapi import FastAPI
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+
+    original = FastAPI.build_middleware_stack
+
+    def build(self: FastAPI) -> Any:
+        classes: list[Any] = [middleware.cls for middleware in self.user_middleware]
+        if answering not in classes:
+            place = classes.index(CORSMiddleware) + 1
+            self.user_middleware[place : None if is_last else place] = [Middleware(answering)]
+        return original(self)
+
+    if answering is not None:
+        FastAPI.build_middleware_stack = build  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FastAPI.build_middleware_stack = original  # type: ignore[method-assign]
 
 
 def advance_grammar(manager: Any, request: Any, token: int) -> bool:
