@@ -173,7 +173,7 @@ class _OpenView:
     def readiness(self) -> str | None:
         return None
 
-    def admit(self) -> Any:
+    def admit(self, _size: Any) -> Any:
         from kervan.policy import admission
 
         state = admission.AdmissionState(

@@ -11,13 +11,14 @@ import hmac
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from kervan.errors import ConfigError
-from kervan.gateway import simple
+from kervan.gateway import request_size, simple
 from kervan.gateway.asgi import (
     ASGIApp,
     Headers,
@@ -31,6 +32,7 @@ from kervan.gateway.asgi import (
     response_start,
 )
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
+from kervan.gateway.request_size import RequestSize
 from kervan.vendor import vllm_names
 
 logger = logging.getLogger(__name__)
@@ -55,9 +57,9 @@ OBJECT_PATHS = WORK_PATHS | {vllm_names.TOKENIZE_PATH, vllm_names.DETOKENIZE_PAT
 
 @dataclass(frozen=True, slots=True)
 class Shed:
-    """The fleet is full: try again in `retry_after_s`."""
+    """The fleet is full: try again in `retry_after_s`. None: the request is too large for it, and will remain so."""
 
-    retry_after_s: int
+    retry_after_s: int | None
     reason: str
 
 
@@ -67,8 +69,8 @@ class GatewayView(Protocol):
     def readiness(self) -> str | None:
         """None when a replica can answer, else the reason."""
 
-    def admit(self) -> Shed | None:
-        """None when the fleet takes one more request."""
+    def admit(self, size: RequestSize) -> Shed | AbstractContextManager[None]:
+        """Room in the fleet for one more request, to be held while it is worked on."""
 
     def model_name(self) -> str:
         """The first served model name."""
@@ -178,21 +180,32 @@ class GatewayShell:
             else:
                 await self._streams.get(inner, scope, receive, send)
             return
-        if method == "POST":
-            if makes_work(path) and (shed := self.view.admit()) is not None:
-                await unavailable(send, shed.reason, shed.retry_after_s)
-                return
-            if path in SIMPLE_PATHS:
-                if self._streams is not None:
-                    send = with_id(send, self._streams.new_id())
-                await SIMPLE_PATHS[path](inner, scope, receive, send, model=self.view.model_name(), body=body)
-                return
-            if (fault := _json_fault(path, body, scope)) is not None:
-                await respond(send, 400, error_body(400, fault))
-                return
-            if self._streams is not None and makes_work(path):
-                await self._streams.post(inner, scope, receive, send, body)
-                return
+        if method != "POST":
+            await inner(scope, receive, send)
+            return
+        if not makes_work(path):
+            await self._post(inner, path, scope, receive, send, body)
+            return
+        size = request_size.read(path, body)
+        room = self.view.admit(size)
+        if isinstance(room, Shed):
+            await _refuse_shed(send, room, size)
+            return
+        with room:
+            await self._post(inner, path, scope, receive, send, body)
+
+    async def _post(self, inner: ASGIApp, path: str, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        if path in SIMPLE_PATHS:
+            if self._streams is not None:
+                send = with_id(send, self._streams.new_id())
+            await SIMPLE_PATHS[path](inner, scope, receive, send, model=self.view.model_name(), body=body)
+            return
+        if (fault := _json_fault(path, body, scope)) is not None:
+            await respond(send, 400, error_body(400, fault))
+            return
+        if self._streams is not None and makes_work(path):
+            await self._streams.post(inner, scope, receive, send, body)
+            return
         await inner(scope, receive, send)
 
     async def _page(self, path: str, method: str, receive: Receive, send: Send) -> None:
@@ -272,12 +285,14 @@ class GatewayShell:
         if self._key_digests and not self._has_key(scope):
             await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key"})
             return
-        if self.inner is None or self.view.admit() is not None:
+        room = self.view.admit(RequestSize()) if self.inner is not None else None
+        if self.inner is None or room is None or isinstance(room, Shed):
             await send({"type": "websocket.close", "code": 1013, "reason": "the fleet accepts no requests now"})
             return
         self.view.stream_opened()
         try:
-            await self.inner(scope, receive, send)
+            with room:
+                await self.inner(scope, receive, send)
         finally:
             self.view.stream_closed()
 
@@ -392,6 +407,14 @@ async def _refuse(
 async def _refuse_method(path: str, method: str, allowed: str, receive: Receive, send: Send) -> None:
     message = f"{path} does not accept {method}; use {allowed}"
     await _refuse(405, message, method, receive, send, headers=[(b"allow", allowed.encode())])
+
+
+async def _refuse_shed(send: Send, shed: Shed, size: RequestSize) -> None:
+    if shed.retry_after_s is not None:
+        await unavailable(send, shed.reason, shed.retry_after_s)
+        return
+    message = f"{size}, but {shed.reason}; split the request, or raise the fleet's max_queued_streams"
+    await respond(send, 400, error_body(400, message, size.param))
 
 
 async def unavailable(send: Send, reason: str, retry_after_s: int) -> None:
