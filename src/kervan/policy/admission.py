@@ -88,4 +88,5 @@ def _bound(capacity_streams: int, max_queued_streams: int, num_gateways: int) ->
 
 
 def _terms(capacity_streams: int, max_queued_streams: int, num_gateways: int) -> str:
-    return f"({capacity_streams} running + {max_queued_streams} queued) / {num_gateways} gateways"
+    plural = "" if num_gateways == 1 else "s"
+    return f"({capacity_streams} running + {max_queued_streams} queued) / {num_gateways} gateway{plural}"
