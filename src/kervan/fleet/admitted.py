@@ -8,6 +8,7 @@ of their kind are there; the rest waits here, and bulk requests take turns.
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
 
 from kervan.fleet.stream import Stream
 
@@ -72,12 +73,24 @@ class Admitted:
         return stream
 
 
+@dataclass(frozen=True, slots=True)
+class StreamFailure:
+    """Why a stream ended with an error. `is_transient`: the same request may succeed later."""
+
+    reason: str
+    is_transient: bool
+
+
 class Ticket:
-    """The room of one request, which its streams take; use it around the work of the request."""
+    """The room of one request, which its streams take; use it around the work of the request.
+
+    `failure`: why one of its streams ended with an error.
+    """
 
     def __init__(self, admitted: Admitted, num_streams: int, *, is_bulk: bool) -> None:
         self.num_unopened = 0
         self.is_bulk = is_bulk
+        self.failure: StreamFailure | None = None
         self._admitted = admitted
         self._token: Token[Ticket | None] | None = None
         self.give_back(-num_streams)

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kervan.errors import EngineError
-from kervan.fleet.admitted import Admitted, Ticket
+from kervan.fleet.admitted import Admitted, StreamFailure, Ticket
 from kervan.fleet.calls import Calls
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
@@ -79,7 +79,7 @@ class FleetClient:
             self._lengths,
             self.counts,
             hold_timeout_s=hold_timeout_s,
-            give_up=self._give_up,
+            give_up=functools.partial(self._give_up, is_transient=True),
             forgotten=self._forgotten,
         )
         self._evacuations = Evacuations(codec, self._links.live, self._lengths, self._prefill, self._placements.move)
@@ -249,9 +249,11 @@ class FleetClient:
                 self.copy_sender.change(stream.attempt.journal)
         self._give_up(stream, why)
 
-    def _give_up(self, stream: Stream, why: str) -> None:
+    def _give_up(self, stream: Stream, why: str, *, is_transient: bool = False) -> None:
         """End a stream with an error."""
         logger.error("stream %s is given up: %s", stream.request_id, why)
+        if stream.ticket is not None:
+            stream.ticket.failure = StreamFailure(f"the request was given up: {why}", is_transient)
         self._placements.forget(stream)
         self._put(self.codec.failure(stream.request_id))
 

@@ -147,4 +147,4 @@ class Placements:
             for stream in list(self._held):
                 if stream.held_since_s is not None and stream.held_since_s < deadline_s:
                     self._counts.expired += 1
-                    self._give_up(stream, f"no replica could accept it for {self._hold_timeout_s:.0f} s")
+                    self._give_up(stream, f"no replica could accept it for {self._hold_timeout_s:g} s (hold_timeout_s)")

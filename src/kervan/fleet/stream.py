@@ -34,6 +34,7 @@ class Stream:
     gave_token: bool = False
     losses: list[str] = field(default_factory=list)  # replicas lost before it gave a token, once each was proven alive
     unproven_losses: int = 0
+    num_stalls: int = 0  # replicas that stood still in a step before it gave a token there
     is_rejection_pending: bool = False
     placed_s: float = 0.0
     held_since_s: float | None = None
