@@ -80,17 +80,13 @@ class Losses:
             stream.losses.append(link.replica_id)
         elif not decision.losses:
             stream.losses.clear()
+        if stream.gave_token:
             stream.num_stalls = 0
         stream.unproven_losses = decision.unproven_losses
         if not stream.is_movable:
             self._reject(stream, "its replica was lost and it cannot move")
         elif decision.action != "reject":
             await self._placements.move(stream, link)
-        elif stream.num_stalls >= quarantine.MAX_STALLS:
-            self._reject(
-                stream,
-                f"{decision.reason}, and were ended; send a shorter prompt, or raise the fleet's stall_timeout_s",
-            )
         elif reason == ENGINE_DIED or decision.losses < quarantine.MAX_LOSSES:
             self._reject(stream, decision.reason)
         else:

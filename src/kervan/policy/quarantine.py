@@ -43,7 +43,11 @@ def decide(
         return QuarantineDecision("move", 0, 0, "gave a token since it was placed")
     if stalls >= MAX_STALLS:
         return QuarantineDecision(
-            "reject", losses, unproven_losses, f"{stalls} replicas made no step for too long after they got it"
+            "reject",
+            losses,
+            unproven_losses,
+            f"{stalls} replicas made no step for too long after they got it, and were ended; send a shorter prompt, or "
+            "raise the fleet's stall_timeout_s",
         )
     if (losses or unproven_losses) and not was_alive:
         unproven_losses += 1

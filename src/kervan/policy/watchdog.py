@@ -2,7 +2,7 @@
 
 An engine that stands still is ended, and that costs all of its streams a prefill. A step that computes many tokens is
 not standing still: it may take `STEPS` times as long as expected. And a request is suspected when a replica stood still
-over it: the next one that tries it is given `TRIAL_TIMEOUT_S`, since what ended one engine by being long would end each.
+over it: the next one that tries it is given `TRIAL_TIMEOUT_S`, for what ended one engine by being long would end each.
 """
 
 from dataclasses import dataclass
