@@ -2,6 +2,8 @@
 
 import time
 
+from kervan.policy import watchdog
+
 MIN_TOKENS = 64  # of steps with fewer, the time is not spent on tokens
 MAX_STEPS = 8  # in progress at once: one for each pipeline stage, and one ahead
 FADE = 0.98  # per such step: a speed that was seen once counts less and less
@@ -51,10 +53,10 @@ class StepClock:
         """What the steps in progress compute."""
         return sum(tokens for tokens, _ in self._begun)
 
-    def expected_s(self, unknown_tokens_per_s: float | None = None) -> float:
+    def expected_s(self, *, is_guessed: bool = False) -> float:
         """Seconds that the steps in progress should take from their begin; 0 when none is.
 
-        By the fastest steps so far; before there are any by `unknown_tokens_per_s`, and 0 without it.
+        By the fastest steps so far; before there are any 0, or with `is_guessed` by `watchdog.CAUTIOUS_TOKENS_PER_S`.
         """
-        tokens_per_s = self._tokens_per_s or unknown_tokens_per_s
+        tokens_per_s = self._tokens_per_s or (watchdog.CAUTIOUS_TOKENS_PER_S if is_guessed else 0.0)
         return self.step_tokens / tokens_per_s if tokens_per_s else 0.0

@@ -21,7 +21,6 @@ from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, Ready
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
-from kervan.policy import watchdog
 from kervan.twin.token_engine import TwinEngine, TwinOutput, TwinSettings, TwinStep
 from kervan.twin.wire import ABORT, ADD, UTILITY, GatewayWire, read_ids
 
@@ -190,7 +189,7 @@ class TwinReplica:
                 self._num_steps,
                 self.engine.has_work,
                 "; ".join(notes),
-                expected_step_s=self._step_clock.expected_s(watchdog.CAUTIOUS_TOKENS_PER_S),
+                expected_step_s=self._step_clock.expected_s(is_guessed=True),
                 num_suspects=self.sessions.num_suspects,
             )
         )

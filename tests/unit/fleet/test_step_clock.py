@@ -14,12 +14,16 @@ def now_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_step_should_take_what_its_tokens_took_before(now_s: list[float]) -> None:
     clock = StepClock()
     clock.tokens_begin(2000)
-    assert (clock.step_tokens, clock.expected_s(), clock.expected_s(100.0)) == (2000, 0.0, 20.0)  # no speed is known
+    assert (clock.step_tokens, clock.expected_s(), clock.expected_s(is_guessed=True)) == (
+        2000,
+        0.0,
+        20.0,
+    )  # no speed is known
     now_s[0] += 4.0
     clock.tokens_end()
-    assert (clock.step_tokens, clock.expected_s(100.0)) == (0, 0.0)
+    assert (clock.step_tokens, clock.expected_s(is_guessed=True)) == (0, 0.0)
     clock.tokens_begin(1000)
-    assert clock.expected_s(100.0) == 2.0  # at 500 tokens/s
+    assert clock.expected_s(is_guessed=True) == 2.0  # at 500 tokens/s
 
 
 def test_short_steps_tell_no_speed(now_s: list[float]) -> None:
@@ -28,7 +32,7 @@ def test_short_steps_tell_no_speed(now_s: list[float]) -> None:
     now_s[0] += 1.0
     clock.tokens_end()
     clock.tokens_begin(400)
-    assert clock.expected_s(100.0) == 4.0
+    assert clock.expected_s(is_guessed=True) == 4.0
 
 
 def test_steps_overlap(now_s: list[float]) -> None:

@@ -38,7 +38,6 @@ from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
 from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions, warm_process
-from kervan.policy import watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +314,7 @@ def _report_load(core: FleetEngineCore, control: ControlEnd) -> None:
                     kv_cache_usage,
                     core.num_steps,
                     core.has_work(),
-                    expected_step_s=core.step_clock.expected_s(watchdog.CAUTIOUS_TOKENS_PER_S),
+                    expected_step_s=core.step_clock.expected_s(is_guessed=True),
                     num_suspects=core.sessions.num_suspects,
                 )
             )
