@@ -170,10 +170,15 @@ def routing_cost(num_replicas: int, rounds: int = 3000) -> dict[str, Any]:
 class _OpenView:
     """A fleet with room, as the shell sees it."""
 
+    def __init__(self) -> None:
+        from kervan.fleet.admitted import Admitted
+
+        self._admitted = Admitted(lambda: 12_288)
+
     def readiness(self) -> str | None:
         return None
 
-    def admit(self) -> Any:
+    def admit(self, size: Any) -> Any:
         from kervan.policy import admission
 
         state = admission.AdmissionState(
@@ -183,7 +188,9 @@ class _OpenView:
             num_gateways=1,
             completed_per_s=9.0,
         )
-        return None if admission.decide(state).admitted else "full"
+        decision = admission.decide(state, size.num_streams)
+        assert decision.admitted
+        return self._admitted.take(size.num_streams, is_bulk=decision.is_bulk)
 
     def model_name(self) -> str:
         return "model"

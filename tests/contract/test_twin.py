@@ -116,6 +116,20 @@ async def test_answers_survive_kills_drains_and_crashes(bench: TwinBench) -> Non
     assert bench.client.counts.given_up == 0
 
 
+async def test_a_long_prefill_is_no_dead_engine(bench: TwinBench) -> None:
+    twin = await bench.start("a", StepTiming(base_s=0.01, prefill_token_s=0.02, sequence_s=0.0, context_token_s=0.0))
+    await bench.add("s", [1] * 150, 3)  # 3 s in one step
+    unhealthy = []
+
+    def is_over() -> bool:
+        unhealthy.extend([] if (health := twin.health(stall_timeout_s=1.5)).is_healthy else [health.reason])
+        return bench.is_over("s")
+
+    await until(is_over)
+    assert unhealthy == []
+    assert len(bench.tokens("s")) == 3
+
+
 async def test_faults_show_in_load_and_end(bench: TwinBench) -> None:
     twin = await bench.start("a")
     await bench.add("s", [1, 2, 3], 4000)

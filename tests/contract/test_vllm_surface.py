@@ -204,6 +204,16 @@ def test_steps_of_the_busy_loop_pass_through_the_method_that_kervan_counts(tree:
     assert "_process_engine_step" in set(attributes_of(loop, "self"))
 
 
+@pytest.mark.parametrize("step", ["step", "step_with_batch_queue"])
+def test_a_step_asks_the_scheduler_before_and_after_it_where_kervan_takes_its_time(tree: Path, step: str) -> None:
+    function = definition(tree, "v1/engine/core.py", "EngineCore", step)
+    calls = {ast.unparse(call.func): call for call in ast.walk(function) if isinstance(call, ast.Call)}
+    assert "self.scheduler.schedule" in calls
+    assert ast.unparse(calls["self.scheduler.update_from_output"].args[0]) == "scheduler_output"
+    output = definition(tree, "v1/core/sched/output.py", "SchedulerOutput")
+    assert "total_num_scheduled_tokens" in fields(output)
+
+
 def test_a_stop_request_ends_the_busy_loop(tree: Path) -> None:
     assert "REQUESTED" in members(definition(tree, "v1/engine/core.py", "EngineShutdownState"))
     source = ast.unparse(definition(tree, "v1/engine/core.py", "EngineCoreProc"))
@@ -1034,6 +1044,22 @@ def probe(model: str) -> dict[str, Any]:
     except ConfigError as error:
         seen["parse_error"] = str(error)
 
+    from kervan.fleet.admitted import Admitted, StreamFailure
+    from kervan.fleet.vllm import failed_streams
+
+    failed_streams.install()
+    failed_streams.install()
+    seen["failed"] = []
+    ticket = Admitted(lambda: 1).take(1, is_bulk=False)
+    for failure in (None, StreamFailure("it took long", is_transient=False), StreamFailure("full", is_transient=True)):
+        ticket.failure = failure
+        with ticket:
+            versions.serving_class()._raise_if_error(None, "stop", "r")
+            try:
+                versions.serving_class()._raise_if_error(None, "error", "r")
+            except Exception as error:  # noqa: BLE001 - its text is looked at
+                seen["failed"].append([str(error), int(error.status_code)])  # type: ignore[attr-defined]
+
     seen["struct_is_positional"] = EngineCoreRequest.__struct_config__.array_like
     seen["engine_client"] = engine_client.FleetEngineClient.__name__
     seen["frontend"] = frontend.OpenAIFrontend.__name__
@@ -1068,6 +1094,10 @@ def test_the_adapter_loads_over_this_release(seen: dict[str, Any], tree: Path) -
     assert seen["engine_version"] == release(tree)
     assert seen["core_bases"][:3] == ["FleetEngineCore", "EngineCoreProc", "EngineCore"]
     assert (seen["engine_client"], seen["frontend"]) == ("FleetEngineClient", "OpenAIFrontend")
+
+
+def test_a_failed_stream_is_told_with_its_reason(seen: dict[str, Any]) -> None:
+    assert seen["failed"] == [["Internal server error", 500], ["it took long", 500], ["full", 503]]
 
 
 def test_structs_are_positional_so_one_fleet_needs_one_release(seen: dict[str, Any]) -> None:

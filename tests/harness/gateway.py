@@ -3,12 +3,13 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 import uvicorn
 
 from kervan.gateway import Shed
+from kervan.gateway.request_size import RequestSize
 
 
 class View:
@@ -18,6 +19,7 @@ class View:
         self.reason: str | None = None
         self.shed: Shed | None = None
         self.admitted = 0
+        self.sizes: list[RequestSize] = []
         self.open = 0
         self.opened = 0
         self.is_open = asyncio.Event()
@@ -26,9 +28,10 @@ class View:
     def readiness(self) -> str | None:
         return self.reason
 
-    def admit(self) -> Shed | None:
+    def admit(self, size: RequestSize) -> Shed | AbstractContextManager[None]:
         self.admitted += 1
-        return self.shed
+        self.sizes.append(size)
+        return self.shed or nullcontext()
 
     def model_name(self) -> str:
         return "tiny"

@@ -143,6 +143,7 @@ class ToyReplica:
         self.num_outputs = 0
         self.num_to_lose = 0
         self.stalled_s = 0.0
+        self.step_tokens = 0
         self._sessions: set[bytes] = set()
         self._subscribed: set[bytes] = set()
         self._context = zmq.asyncio.Context()
@@ -213,7 +214,14 @@ class ToyReplica:
 
     def _pong(self) -> bytes:
         load = wire.Pong(
-            len(self.running), 0, 0.0, self.other_tokens, self.is_draining, self.num_outputs, stalled_s=self.stalled_s
+            len(self.running),
+            0,
+            0.0,
+            self.other_tokens,
+            self.is_draining,
+            self.num_outputs,
+            stalled_s=self.stalled_s,
+            step_tokens=self.step_tokens,
         )
         return msgspec.msgpack.encode(load)
 

@@ -11,6 +11,7 @@ outputs (`kervan.fleet.vllm.codec` for vLLM). Life of a stream:
 One whose client has come back begins with what its journal has (`kervan.fleet.reconnect`), and is placed after that.
 
     links.py       makes and reads the links to replicas          placement.py   where each stream is
+    admitted.py    room and turns of requests with many streams
     losses.py      streams off lost and stalled replicas          evacuation.py  streams off draining replicas
     calls.py       engine methods on all replicas                 traffic.py     what is counted
 """
@@ -24,6 +25,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kervan.errors import EngineError
+from kervan.fleet.admitted import Admitted, StreamFailure, Ticket
 from kervan.fleet.calls import Calls
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
@@ -38,6 +40,7 @@ from kervan.fleet.reconnect.journal import Attempt, current_attempt
 from kervan.fleet.reconnect.replay import replay
 from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import ClientCounts, TrafficMeter
+from kervan.policy import admission
 from kervan.policy.output_length import LengthEstimate
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class FleetClient:
         self.outputs: asyncio.Queue[Outputs] = asyncio.Queue()
         self.counts = ClientCounts()
         self.copy_sender: CopySender | None = None
+        self.num_gateways = 1  # that share the fleet, this one included
         self._meter = TrafficMeter()
         self._lengths = LengthEstimate()
         self._prefill = PrefillSpeed()
@@ -70,11 +74,19 @@ class FleetClient:
             drain_changed=self._drain_changed,
         )
         self._placements = Placements(
-            codec, self._links, self._lengths, self.counts, hold_timeout_s=hold_timeout_s, give_up=self._give_up
+            codec,
+            self._links,
+            self._lengths,
+            self.counts,
+            hold_timeout_s=hold_timeout_s,
+            give_up=functools.partial(self._give_up, is_transient=True),
+            forgotten=self._forgotten,
         )
         self._evacuations = Evacuations(codec, self._links.live, self._lengths, self._prefill, self._placements.move)
         self._losses = Losses(codec, self._links, self._placements, self._prefill, self.counts, self._reject)
         self._calls = Calls(codec, self._links)
+        self._admitted = Admitted(lambda: admission.bulk_slots(self.capacity_streams, self.num_gateways))
+        self._placing_next: asyncio.Task[None] | None = None
         self._tasks = [
             asyncio.create_task(self._placements.expire_held()),
             asyncio.create_task(self._losses.watch_for_stalls()),
@@ -96,6 +108,16 @@ class FleetClient:
     def num_streams(self) -> int:
         """Streams in flight, held ones too."""
         return len(self._placements.streams)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Streams in flight, and those that admitted requests are about to open."""
+        return self.num_streams + self._admitted.num_unopened
+
+    @property
+    def num_bulk(self) -> int:
+        """Of `num_outstanding`, those of bulk requests."""
+        return self._admitted.num_bulk
 
     @property
     def num_held(self) -> int:
@@ -138,12 +160,18 @@ class FleetClient:
         self._losses.close()
         self._calls.close()
         tasks = [*self._tasks, *self._evacuations.tasks]
+        if self._placing_next is not None:
+            tasks.append(self._placing_next)
         for task in tasks:
             task.cancel()
         await self._links.close()  # at once: a link that opened now would begin anew what has been cancelled
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # ---- streams
+
+    def take_room(self, num_streams: int, *, is_bulk: bool) -> Ticket:
+        """Room for the streams of an admitted request; its work must be done within the ticket."""
+        return self._admitted.take(num_streams, is_bulk=is_bulk)
 
     async def add(self, request: Any) -> None:
         """Take a request: place it now, or hold it until a replica can take it."""
@@ -154,13 +182,27 @@ class FleetClient:
             return
         stream.wire_id = stream.request_id
         self._placements.streams[stream.request_id] = stream
+        has_turn = self._admitted.open(stream)
         attempt = current_attempt.get()
         if attempt is not None and attempt.begin():
             stream.attempt = attempt
             if attempt.journal.data:
                 stream.replaying = asyncio.create_task(self._replay(stream, attempt))
                 return
-        await self._placements.place(stream)
+        if has_turn:
+            await self._placements.place(stream)
+
+    def _forgotten(self, stream: Stream) -> None:
+        self._admitted.close(stream)
+        self._place_next_soon()
+
+    def _place_next_soon(self) -> None:
+        if self._admitted.has_next and (self._placing_next is None or self._placing_next.done()):
+            self._placing_next = asyncio.create_task(self._place_next())
+
+    async def _place_next(self) -> None:
+        while self._admitted.has_next:
+            await self._placements.place(self._admitted.next())
 
     async def _continue(self, stream: Stream, request: Any) -> None:
         stream.request = request
@@ -207,9 +249,11 @@ class FleetClient:
                 self.copy_sender.change(stream.attempt.journal)
         self._give_up(stream, why)
 
-    def _give_up(self, stream: Stream, why: str) -> None:
+    def _give_up(self, stream: Stream, why: str, *, is_transient: bool = False) -> None:
         """End a stream with an error."""
         logger.error("stream %s is given up: %s", stream.request_id, why)
+        if stream.ticket is not None:
+            stream.ticket.failure = StreamFailure(f"the request was given up: {why}", is_transient)
         self._placements.forget(stream)
         self._put(self.codec.failure(stream.request_id))
 
@@ -219,6 +263,7 @@ class FleetClient:
         link.tally = self._meter.tally(link.replica_id)
         await self._losses.replica_returned(link)
         await self._placements.place_held()
+        self._place_next_soon()
         self._evacuations.update()
 
     async def _link_lost(self, link: ReplicaLink, reason: str) -> None:

@@ -62,7 +62,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class EngineLoad(msgspec.Struct, frozen=True, tag="load"):
-    """Sent every second. `num_steps`: engine steps since start. `note`: shown beside the state."""
+    """Sent every second. `num_steps`: engine steps since start. `note`: shown beside the state.
+
+    `expected_step_s`, `num_suspects`: as in `policy.watchdog.EngineSample`.
+    """
 
     running: int
     waiting: int
@@ -70,6 +73,8 @@ class EngineLoad(msgspec.Struct, frozen=True, tag="load"):
     num_steps: int
     has_work: bool
     note: str = ""
+    expected_step_s: float = 0.0
+    num_suspects: int = 0
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

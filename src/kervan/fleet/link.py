@@ -16,7 +16,7 @@ from kervan.facts.markets import SPOT
 from kervan.fleet import auth, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.stream import Stream
-from kervan.policy import routing
+from kervan.policy import routing, stall
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,13 @@ class ReplicaLink:
         if not self.pong_s:
             return 0.0
         return max(0.0, now_s - max(self.pong_s - self.pong.stalled_s, self._stepped_s))
+
+    @property
+    def is_long_in_step(self) -> bool:
+        """Whether it stands still in a step, and still reports: what that step computes may be the reason."""
+        now_s = time.monotonic()
+        is_reporting = now_s - self.pong_s < stall.MIN_PATIENCE_S
+        return self.pong.step_tokens > 0 and is_reporting and self.stalled_s(now_s) > stall.MIN_PATIENCE_S
 
     def stood_still_before(self, placed_s: float) -> bool:
         """Whether it was found to stand still before a stream was placed there, and has made no step since.

@@ -67,17 +67,21 @@ class Losses:
         if stream.is_movable and not stream.gave_token and link.stood_still_before(stream.placed_s):
             await self._placements.move(stream, link)  # what was wrong there was so before it came
             return
+        stream.num_stalls += not stream.gave_token and link.is_long_in_step
         decision = quarantine.decide(
             losses=len(stream.losses),
             unproven_losses=stream.unproven_losses,
             gave_token=stream.gave_token,
             was_alive=link.pong_s > stream.placed_s,
+            stalls=stream.num_stalls,
         )
         self._placements.unplace(stream, link)
         if decision.losses > len(stream.losses):
             stream.losses.append(link.replica_id)
         elif not decision.losses:
             stream.losses.clear()
+        if stream.gave_token:
+            stream.num_stalls = 0
         stream.unproven_losses = decision.unproven_losses
         if not stream.is_movable:
             self._reject(stream, "its replica was lost and it cannot move")
@@ -109,7 +113,7 @@ class Losses:
     def clear(self, stream: Stream, link: ReplicaLink) -> None:
         """A suspect gave a token at `link`: it kills no replica, and another may be tried there."""
         stream.losses.clear()
-        stream.unproven_losses = 0
+        stream.unproven_losses = stream.num_stalls = 0
         link.load.num_suspects -= 1
         self._placements.place_held_soon()
 
@@ -143,6 +147,7 @@ class Losses:
             moved.append(wire_id)
             self._placements.unplace(stream, link)
             stream.unproven_losses += is_suspect
+            stream.num_stalls += is_suspect and link.is_long_in_step
             await self._placements.move(stream, link)
         if moved and self._links.live.get(link.replica_id) is link:
             logger.warning("%d streams move off replica %s: it %s", len(moved), link.replica_id, reason)

@@ -20,8 +20,9 @@ class Placements:
     """Owns the streams of one client, by request id in `streams`, and which of them are held.
 
     Each is in one place: in `streams` of the link that its `replica_id` names, with its cost (and itself, if it is a
-    suspect) charged to that link's load; or held; or in neither, while its journal is given out again or its rejection
-    is pending. A stream is in no place when it is forgotten. It gets a new `epoch` whenever it is placed again.
+    suspect) charged to that link's load; or held; or in neither, while its journal is given out again, its
+    rejection is pending, or it waits for its turn (`admitted.py`). A stream is in no place when it is forgotten. It
+    gets a new `epoch` whenever it is placed again.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Placements:
         *,
         hold_timeout_s: float,
         give_up: Callable[[Stream, str], None],
+        forgotten: Callable[[Stream], None],
     ) -> None:
         self.streams: dict[str, Stream] = {}
         self._codec = codec
@@ -41,6 +43,7 @@ class Placements:
         self._counts = counts
         self._hold_timeout_s = hold_timeout_s
         self._give_up = give_up
+        self._forgotten = forgotten
         self._held: dict[Stream, None] = {}  # in the order in which they came
         self._retry: asyncio.Task[None] | None = None
 
@@ -120,6 +123,7 @@ class Placements:
             stream.replaying.cancel()
         self.streams.pop(stream.request_id, None)
         self._held.pop(stream, None)
+        self._forgotten(stream)
         if was_suspect:
             self.place_held_soon()
 
@@ -143,4 +147,4 @@ class Placements:
             for stream in list(self._held):
                 if stream.held_since_s is not None and stream.held_since_s < deadline_s:
                     self._counts.expired += 1
-                    self._give_up(stream, f"no replica could accept it for {self._hold_timeout_s:.0f} s")
+                    self._give_up(stream, f"no replica could accept it for {self._hold_timeout_s:g} s (hold_timeout_s)")

@@ -133,7 +133,14 @@ class EngineProcess:
             return Health(False, "the engine process ended")
         if self.ready is None:
             return Health(True, "")
-        sample = EngineSample(time.monotonic(), self._last_report_s, self._last_step_s, self.load.has_work)
+        sample = EngineSample(
+            time.monotonic(),
+            self._last_report_s,
+            self._last_step_s,
+            self.load.has_work,
+            self.load.expected_step_s,
+            self.load.num_suspects,
+        )
         return judge(sample, stall_timeout_s=stall_timeout_s)
 
     @property

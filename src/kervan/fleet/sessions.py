@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from kervan.fleet import wire
+from kervan.fleet.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ class Session:
     last_seen_s: float
     hello: wire.Hello
     outstanding_tokens: int = 0
+    num_suspects: int = 0
     num_outputs: int = 0
     is_over: bool = False
 
@@ -97,13 +99,37 @@ class Sessions:
 
     def ping(self, index: int, payload: bytes) -> None:
         """Take what the gateway of a session has outstanding here. Raises: msgspec.MsgspecError."""
-        self.all[index].outstanding_tokens = msgspec.msgpack.decode(payload, type=wire.Ping).outstanding_tokens
+        ping = msgspec.msgpack.decode(payload, type=wire.Ping)
+        session = self.all[index]
+        session.outstanding_tokens, session.num_suspects = ping.outstanding_tokens, ping.num_suspects
 
-    def pong(self, session: Session, load: tuple[int, int, float], *, is_draining: bool, stalled_s: float) -> bytes:
+    @property
+    def num_suspects(self) -> int:
+        """Streams of all gateways that are tried here (`wire.Ping`)."""
+        return sum(session.num_suspects for session in self.live)
+
+    def pong(
+        self,
+        session: Session,
+        load: tuple[int, int, float],
+        *,
+        is_draining: bool,
+        has_work: bool,
+        clock: StepClock,
+    ) -> bytes:
         """PONG's payload. `load`: running, waiting, KV cache use (0 to 1)."""
         live = self.live
         others = sum(other.outstanding_tokens for other in live if other is not session)
-        pong = wire.Pong(*load, others, is_draining, session.num_outputs, len(live), round(stalled_s, 3))
+        pong = wire.Pong(
+            *load,
+            others,
+            is_draining,
+            session.num_outputs,
+            len(live),
+            stalled_s=round(clock.stalled_s(has_work=has_work), 3),
+            step_tokens=clock.step_tokens,
+            expected_step_s=round(clock.expected_s(), 3),
+        )
         return msgspec.msgpack.encode(pong)
 
     def end_expired(self) -> None:

@@ -48,6 +48,7 @@ def _progress(link: ReplicaLink, now_s: float) -> stall.StepProgress:
         step_s=link.step_s,
         prefill_tokens=_prefill_tokens(link),
         takes_streams=not link.is_draining,
+        expected_step_s=link.pong.expected_step_s,
     )
 
 

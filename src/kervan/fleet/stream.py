@@ -2,9 +2,12 @@
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kervan.fleet.reconnect.journal import Attempt
+
+if TYPE_CHECKING:
+    from kervan.fleet.admitted import Ticket
 
 
 @dataclass(slots=True, eq=False)
@@ -14,7 +17,8 @@ class Stream:
     `request` is the engine's own request object; only the codec looks inside. `wire_id` is the id the current
     replica knows the stream by: `request_id` at first, `request_id~epoch` after a move, so that late outputs of
     an earlier placement (even on the same replica, A -> B -> A) match nothing. `attempt`: to give a client the answer,
-    if that can be given again (`kervan.fleet.reconnect`); `replaying`: gives it what was generated before.
+    if that can be given again (`kervan.fleet.reconnect`); `replaying`: gives it what was generated before. `ticket`: of
+    the request that opened it, as long as its end matters there.
     """
 
     request_id: str
@@ -30,11 +34,13 @@ class Stream:
     gave_token: bool = False
     losses: list[str] = field(default_factory=list)  # replicas lost before it gave a token, once each was proven alive
     unproven_losses: int = 0
+    num_stalls: int = 0  # replicas that stood still in a step before it gave a token there
     is_rejection_pending: bool = False
     placed_s: float = 0.0
     held_since_s: float | None = None
     attempt: Attempt | None = None
     replaying: asyncio.Task[None] | None = None
+    ticket: "Ticket | None" = None
 
     @property
     def is_suspect(self) -> bool:

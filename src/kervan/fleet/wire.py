@@ -81,16 +81,21 @@ class Welcome(msgspec.Struct, frozen=True):
 
 
 class Ping(msgspec.Struct, frozen=True):
-    """Keeps the session's lease; tells what this gateway has outstanding here."""
+    """Keeps the session's lease; tells what this gateway has outstanding here.
+
+    `num_suspects`: streams that are tried here since another replica was lost, or stood still, with them.
+    """
 
     outstanding_tokens: int
+    num_suspects: int = 0
 
 
 class Pong(msgspec.Struct, frozen=True):
     """Load of the replica; `other_tokens`: outstanding tokens that other gateways sent here.
 
     `num_gateways`: those with a live session here, at least 1. `num_outputs`: output messages sent to this session so
-    far. `stalled_s`: seconds for which the engine has had work and made no step.
+    far. `stalled_s`: seconds for which the engine has had work and made no step. `step_tokens`: what its present step
+    computes, 0 when it is in none; `expected_step_s`: what that should take, by its speed so far, 0 if it knows none.
     """
 
     running: int
@@ -101,6 +106,8 @@ class Pong(msgspec.Struct, frozen=True):
     num_outputs: int = 0
     num_gateways: int = 1
     stalled_s: float = 0.0
+    step_tokens: int = 0
+    expected_step_s: float = 0.0
 
 
 def encode_number(number: int) -> bytes:

@@ -17,6 +17,7 @@ import uvicorn
 
 from kervan import __version__
 from kervan.errors import ConfigError
+from kervan.fleet.admitted import Ticket
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, Snapshot
@@ -33,6 +34,7 @@ from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
+from kervan.gateway.request_size import RequestSize
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy import admission
@@ -116,6 +118,7 @@ class Gateway:
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self._copies_port = 0
+        self._most_slots = 0  # of one replica, so far
         self.answers = Answers()
         key = relay_key(config.secret)
         self.streams = Streams(config.gateway_id, self._gateways, key, self.answers)
@@ -254,6 +257,7 @@ class Gateway:
         """Follow the directory."""
         self._snapshot = snapshot
         self.adapters.update()
+        self.fleet.num_gateways = max(1, len(snapshot.gateways))
         self.fleet.set_members(members(snapshot))
         if self.streams.store is not None:
             self.streams.store.update(snapshot)
@@ -296,21 +300,27 @@ class Gateway:
         states = [f"{r.id} {r.state}" + (f" ({r.reason})" if r.reason else "") for r in self._snapshot.replicas]
         return "no replica is ready: " + ("; ".join(states) or "none has started yet")
 
-    def admit(self) -> Shed | None:
-        """None when the fleet takes one more request; else when to try again, and why (`policy/admission.py`)."""
+    def admit(self, size: RequestSize) -> Shed | Ticket:
+        """Room for a request; else why there is none, and when to try again (`policy/admission.py`)."""
         if self._snapshot.is_closing:
             return Shed(CLOSING_RETRY_S, CLOSING)
+        slots = [link.facts.max_num_seqs for link in self.fleet.links]
+        self._most_slots = max(self._most_slots, *slots, 0)
+        num_coming = sum(replica.state != "draining" for replica in self._snapshot.replicas)
         decision = admission.decide(
             admission.AdmissionState(
-                outstanding_streams=self.fleet.num_streams,
+                outstanding_streams=self.fleet.num_outstanding,
+                bulk_streams=self.fleet.num_bulk,
                 capacity_streams=self.fleet.capacity_streams,
+                full_capacity_streams=num_coming * self._most_slots,
                 max_queued_streams=self.config.max_queued_streams,
-                num_gateways=max(1, len(self._snapshot.gateways)),
+                num_gateways=self.fleet.num_gateways,
                 completed_per_s=self.fleet.completed_per_s,
-            )
+            ),
+            size.num_streams,
         )
         if decision.admitted:
-            return None
+            return self.fleet.take_room(size.num_streams, is_bulk=decision.is_bulk)
         return Shed(decision.retry_after_s, decision.reason)
 
     def model_name(self) -> str:

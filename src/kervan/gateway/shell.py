@@ -12,17 +12,19 @@ import hmac
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from kervan.errors import ConfigError
-from kervan.gateway import simple
+from kervan.gateway import request_size, simple
 from kervan.gateway.answers import BODY_METHODS, Answers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, header, replay
 from kervan.gateway.peers import Peers
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
+from kervan.gateway.request_size import RequestSize
 from kervan.vendor import vllm_names
 
 logger = logging.getLogger(__name__)
@@ -44,9 +46,9 @@ OBJECT_PATHS = WORK_PATHS | {vllm_names.TOKENIZE_PATH, vllm_names.DETOKENIZE_PAT
 
 @dataclass(frozen=True, slots=True)
 class Shed:
-    """The fleet is full: try again in `retry_after_s`."""
+    """The fleet is full: try again in `retry_after_s`. None: the request is too large for it, and will remain so."""
 
-    retry_after_s: int
+    retry_after_s: int | None
     reason: str
 
 
@@ -56,8 +58,8 @@ class GatewayView(Protocol):
     def readiness(self) -> str | None:
         """None when a replica can answer, else the reason."""
 
-    def admit(self) -> Shed | None:
-        """None when the fleet takes one more request."""
+    def admit(self, size: RequestSize) -> Shed | AbstractContextManager[None]:
+        """Room in the fleet for one more request, to be held while it is worked on."""
 
     def model_name(self) -> str:
         """The first served model name."""
@@ -106,6 +108,13 @@ class GatewayShell:
         self._peers = peers
         self._deadlines = _Deadlines(body_timeout_s)
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+
+    async def _refuse_shed(self, scope: Scope, send: Send, shed: Shed, size: RequestSize) -> None:
+        if shed.retry_after_s is not None:
+            await self.answers.unavailable(scope, send, shed.reason, shed.retry_after_s)
+            return
+        message = f"{size}, but {shed.reason}; split the request, or raise the fleet's max_queued_streams"
+        await self.answers.error(scope, send, 400, message, size.param)
 
     def attach(self, app: ASGIApp) -> None:
         """Give all further requests to vLLM's app."""
@@ -166,27 +175,37 @@ class GatewayShell:
         if path.startswith(STREAMS_PREFIX) and self._streams is not None:
             await self._streams.get(inner, scope, receive, send)
             return
-        if method == "POST":
-            if makes_work(path) and (shed := self.view.admit()) is not None:
-                await self.answers.unavailable(scope, send, shed.reason, shed.retry_after_s)
-                return
-            if path in SIMPLE_PATHS:
-                if self._streams is not None:
-                    send = with_id(send, self._streams.new_id())
-                forward = SIMPLE_PATHS[path]
-                await forward(
-                    inner, scope, receive, send, model=self.view.model_name(), body=body, answers=self.answers
-                )
-                return
-            if (fault := _json_fault(path, body, scope)) is not None:
-                await self.answers.error(scope, send, 400, fault)
-                return
-            if path == vllm_names.SCALE_PATH:
-                await self.answers.error(scope, send, 400, f"{path} is not for fleets; use kervan scale")
-                return
+        if method != "POST" or not makes_work(path):
+            await self._work(inner, scope, receive, send, body, client)
+            return
+        size = request_size.read(path, body)
+        room = self.view.admit(size)
+        if isinstance(room, Shed):
+            await self._refuse_shed(scope, send, room, size)
+            return
+        with room:
+            await self._work(inner, scope, receive, send, body, client)
+
+    async def _work(
+        self, inner: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes, client: Receive
+    ) -> None:
+        """To vLLM's app, or to the gateway that keeps what the request is about. `client`: tells when it is gone."""
+        path, is_post = scope["path"], scope["method"] == "POST"
+        if is_post and path in SIMPLE_PATHS:
+            if self._streams is not None:
+                send = with_id(send, self._streams.new_id())
+            forward = SIMPLE_PATHS[path]
+            await forward(inner, scope, receive, send, model=self.view.model_name(), body=body, answers=self.answers)
+            return
+        if is_post and (fault := _json_fault(path, body, scope)) is not None:
+            await self.answers.error(scope, send, 400, fault)
+            return
+        if is_post and path == vllm_names.SCALE_PATH:
+            await self.answers.error(scope, send, 400, f"{path} is not for fleets; use kervan scale")
+            return
         if self._peers is not None and await self._peers.respond(scope, body, client, send):
             return
-        if method == "POST" and self._streams is not None and makes_work(path):
+        if is_post and self._streams is not None and makes_work(path):
             await self._streams.post(inner, scope, receive, send, body)
             return
         await inner(scope, receive, send)
@@ -265,12 +284,14 @@ class GatewayShell:
         if self._key_digests and not self._has_key(scope):
             await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key"})
             return
-        if self.inner is None or self.view.admit() is not None:
+        room = self.view.admit(RequestSize()) if self.inner is not None else None
+        if self.inner is None or room is None or isinstance(room, Shed):
             await send({"type": "websocket.close", "code": 1013, "reason": "the fleet accepts no requests now"})
             return
         self.view.stream_opened()
         try:
-            await self.inner(scope, receive, send)
+            with room:
+                await self.inner(scope, receive, send)
         finally:
             self.view.stream_closed()
 

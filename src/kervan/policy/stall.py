@@ -23,7 +23,8 @@ class StepProgress:
     """What a gateway knows of one replica. `stalled_s`: it has had work and made no step for so long.
 
     `step_s`: between its last steps on average, None if not known. `prefill_tokens`: the most that the step it is in
-    may prefill, 0 when nothing there waits for its first token. `takes_streams`: it does not drain.
+    may prefill, 0 when nothing there waits for its first token. `takes_streams`: it does not drain. `expected_step_s`:
+    what the engine itself expects of the step it is in, 0 if that is not known.
     """
 
     replica_id: str
@@ -31,6 +32,7 @@ class StepProgress:
     step_s: float | None
     prefill_tokens: int
     takes_streams: bool = True
+    expected_step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class StallDecision:
 def patience_s(progress: StepProgress, *, prefill_tokens_per_s: float | None, num_recent: int) -> float:
     """How long a step may take; `num_recent` replicas were found stalled in the last `MEMORY_S`."""
     prefill_s = progress.prefill_tokens / (prefill_tokens_per_s or CAUTIOUS_PREFILL_TOKENS_PER_S)
+    prefill_s = max(prefill_s, progress.expected_step_s)
     longest_s = max(MIN_PATIENCE_S, DECODE_STEPS * (progress.step_s or 0.0), PREFILL_STEPS * prefill_s)
     return longest_s * 2.0 ** min(num_recent, MAX_DOUBLINGS)
 

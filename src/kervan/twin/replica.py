@@ -137,6 +137,7 @@ class TwinReplica:
         self._step = self.engine.start_step(now_s)
         if self._step is None:
             return
+        self._step_clock.tokens_begin(self._step.prefill_tokens + self._step.sequences)
         slowness = self.fault.amount if self.fault.kind == "slow" else 1.0
         late_s = max(0.0, now_s - self._step_ends_s) if self._step_ends_s else 0.0
         self._lost_s += max(0.0, late_s - MAX_LATE_S)
@@ -148,6 +149,7 @@ class TwinReplica:
         outputs = self.engine.end_step(self._step)
         self._step = None
         self._num_steps += 1
+        self._step_clock.tokens_end()
         self._step_clock.stepped()
         self._num_tokens += len(outputs)
         by_client: dict[int, list[TwinOutput]] = {}
@@ -181,7 +183,16 @@ class TwinReplica:
             notes.append(f"this machine is too slow for it: {100 * self._lost_share:.0f}% of its time is lost")
         if self.fault.kind != "none":
             notes.append(f"injected fault: {self.fault.kind} {self.fault.amount:g}")
-        self._report(EngineLoad(*self._load, self._num_steps, self.engine.has_work, "; ".join(notes)))
+        self._report(
+            EngineLoad(
+                *self._load,
+                self._num_steps,
+                self.engine.has_work,
+                "; ".join(notes),
+                expected_step_s=self._step_clock.expected_s(is_guessed=True),
+                num_suspects=self.sessions.num_suspects,
+            )
+        )
 
     # ---- what others want
 
@@ -229,8 +240,9 @@ class TwinReplica:
         return len(abandoned)
 
     def _pong(self, session: Session) -> bytes:
-        stalled_s = self._step_clock.stalled_s(has_work=self.engine.has_work)
-        return self.sessions.pong(session, self._load, is_draining=self.is_draining, stalled_s=stalled_s)
+        return self.sessions.pong(
+            session, self._load, is_draining=self.is_draining, has_work=self.engine.has_work, clock=self._step_clock
+        )
 
 
 def main() -> None:

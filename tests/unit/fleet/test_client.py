@@ -68,6 +68,57 @@ async def test_capacity_is_the_sum_over_replicas_that_take_work(bench: Bench) ->
     await until(lambda: bench.client.capacity_streams == 8)
 
 
+async def test_room_is_taken_before_streams_open_and_given_back(bench: Bench) -> None:
+    a = await bench.start("a")
+    ticket = bench.client.take_room(3, is_bulk=False)
+    assert (bench.client.num_outstanding, bench.client.num_streams) == (3, 0)
+    with ticket:
+        await bench.add("s")
+        await bench.add("t")
+        assert (bench.client.num_outstanding, bench.client.num_streams) == (3, 2)
+    assert bench.client.num_outstanding == 2  # the third never came
+    await bench.placed(a, "s", "t")
+    await bench.finished("s", "t")
+    assert bench.client.num_outstanding == 0
+
+
+async def test_bulk_requests_take_turns_and_others_pass(bench: Bench) -> None:
+    a = await bench.start("a")  # 8 slots, of which bulk requests may have 6
+    with bench.client.take_room(9, is_bulk=True):
+        for i in range(9):
+            await bench.add(f"b{i}", max_tokens=1 + i)
+    with bench.client.take_room(2, is_bulk=True):
+        for i in range(2):
+            await bench.add(f"c{i}")
+    with bench.client.take_room(1, is_bulk=False):
+        await bench.add("s")
+    await bench.placed(a, *(f"b{i}" for i in range(6)), "s")
+    assert (bench.client.num_outstanding, bench.client.num_bulk) == (12, 11)
+    await bench.steps(a, 1)  # ends b0
+    await until(lambda: "b6" in a.running)
+    await bench.steps(a, 1)  # ends b1
+    await until(lambda: "c0" in a.running)
+    assert {"b7", "b8", "c1"}.isdisjoint(a.running)
+    await bench.client.abort(["b7", "c1", "b2"])
+    await until(lambda: "b8" in a.running)
+    bench.endings |= {"b7": ["abort"], "c1": ["abort"], "b2": ["abort"]}
+    await bench.finished("s", "c0", *(f"b{i}" for i in (3, 4, 5, 6, 8)))
+    assert (bench.client.num_outstanding, bench.client.num_bulk) == (0, 0)
+
+
+async def test_bulk_streams_outlive_their_replica_and_get_the_slots_of_the_next(bench: Bench) -> None:
+    a = await bench.start("a")
+    with bench.client.take_room(9, is_bulk=True):
+        for i in range(9):
+            await bench.add(f"b{i}")
+    await bench.placed(a, *(f"b{i}" for i in range(6)))
+    b = await bench.start("b")  # 16 slots: 12 for bulk requests
+    await bench.placed(b, "b6", "b7", "b8")
+    await bench.kill(a)
+    await until(lambda: len(b.running) >= 3)
+    await bench.finished(*(f"b{i}" for i in range(9)))
+
+
 async def test_the_completion_rate_is_known(bench: Bench) -> None:
     await bench.start("a")
     assert bench.client.completed_per_s == 0

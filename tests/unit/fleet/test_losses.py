@@ -6,7 +6,8 @@ import pytest
 from harness.live import until
 from harness.toy_fleet import FATAL, Bench, Request, ToyReplica
 
-from kervan.fleet import stalls
+from kervan.fleet import stalls, wire
+from kervan.fleet.admitted import StreamFailure
 from kervan.policy import quarantine
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -131,6 +132,37 @@ async def test_what_a_replica_may_stand_still_over_is_tried_once_elsewhere(bench
     await bench.kill(b)
     await until(lambda: len(a.running) + len(c.running) == 1)
     await bench.finished("s")
+
+
+@pytest.mark.parametrize("has_other", [True, False])
+async def test_what_two_replicas_stood_still_over_in_a_step_gets_no_third(bench: Bench, has_other: bool) -> None:
+    """It has moved to the second when the first stood still, or came there when the first had been ended."""
+    a = await bench.start("a")
+    b = await bench.start("b") if has_other else None
+    ticket = bench.client.take_room(1, is_bulk=False)
+    with ticket:
+        await bench.add("long")
+    await bench.placed(a, "long")
+    a.stalled_s, a.step_tokens = 100.0, 512
+    if b is None:
+        await until(lambda: bench.link(a).is_long_in_step)
+        await bench.kill(a)
+        b = await bench.start("b")
+    await bench.placed(b, "long~1")
+    assert b.last_ping is not None
+    await until(lambda: b.last_ping == wire.Ping(b.last_ping.outstanding_tokens, num_suspects=1))
+    b.stalled_s, b.step_tokens = 100.0, 512
+    c = await bench.start("c")
+    await until(lambda: bench.link(b).is_long_in_step)
+    await bench.kill(b)
+    await bench.ended("long")
+    assert bench.failed("long")
+    assert c.added == []
+    assert ticket.failure == StreamFailure(
+        "the request was given up: 2 replicas made no step for too long after they got it, and were ended; send a "
+        "shorter prompt, or raise the fleet's stall_timeout_s",
+        is_transient=False,
+    )
 
 
 # ---- they are suspected

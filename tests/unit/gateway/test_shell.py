@@ -351,6 +351,21 @@ async def test_admission(site: Site) -> None:
     assert site.view.admitted == 1
 
 
+async def test_a_request_that_can_never_fit_is_told_the_arithmetic(site: Site) -> None:
+    site.view.shed = Shed(None, "one request may open at most 96 in this fleet: (64 running + 32 queued) / 1 gateway")
+    refused = await site.http.post("/v1/completions", json={"prompt": ["a"] * 100, "n": 100})
+    assert refused.status_code == 400
+    assert "retry-after" not in refused.headers
+    assert error_of(refused) == {
+        "message": "100 prompts x n=100 = 10,000 streams, but one request may open at most 96 in this fleet: (64 running"
+        " + 32 queued) / 1 gateway; split the request, or raise the fleet's max_queued_streams",
+        "type": "BadRequestError",
+        "param": "prompt",
+        "code": 400,
+    }
+    assert site.inner.bodies == []
+
+
 @pytest.mark.parametrize(
     ("path", "works"),
     [

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,12 +67,55 @@ def test_more_load_never_helps(state: AdmissionState, more: int) -> None:
     )
     now, later = admission.decide(state), admission.decide(busier)
     assert now.admitted or not later.admitted
+    assert now.retry_after_s is not None
+    assert later.retry_after_s is not None
     assert later.retry_after_s >= now.retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "outstanding", "bulk", "admitted", "retry_after_s"),
+    [
+        pytest.param(96, 0, 0, True, 0, id="64+32=96: one request may take all of an idle fleet's queue"),
+        pytest.param(97, 0, 0, False, None, id="97 never fit"),
+        pytest.param(50, 46, 0, True, 0, id="46+50=96"),
+        pytest.param(50, 47, 0, False, 1, id="47+50: one too many, 1/5 s"),
+        pytest.param(9, 96, 96, False, 2, id="9 of 64 slots are above 1/8: bulk, 9/5 s"),
+        pytest.param(8, 96, 96, True, 0, id="8 are not: of 96 bulk streams 72 are counted"),
+        pytest.param(1, 119, 96, True, 0, id="23 others + 72 = 95"),
+        pytest.param(1, 120, 96, False, 1, id="24 others + 72 = 96: full"),
+        pytest.param(1, 96, 72, False, 1, id="not more than 72: all are counted"),
+    ],
+)
+def test_requests_of_many_streams(
+    num_streams: int, outstanding: int, bulk: int, admitted: bool, retry_after_s: int | None
+) -> None:
+    decision = admission.decide(AdmissionState(outstanding, 64, 32, 1, 5.0, bulk_streams=bulk), num_streams)
+    assert (decision.admitted, decision.retry_after_s) == (admitted, retry_after_s)
+
+
+def test_what_fits_when_all_replicas_are_ready_is_only_shed_before() -> None:
+    assert admission.decide(AdmissionState(0, 0, 32, 1, 0.0, full_capacity_streams=64), 96).retry_after_s == 60
+    assert admission.decide(AdmissionState(0, 0, 32, 1, 0.0, full_capacity_streams=64), 97).retry_after_s is None
+
+
+@pytest.mark.parametrize(
+    ("capacity", "gateways", "slots"), [(64, 1, 48), (64, 2, 24), (1, 1, 1), (2, 1, 2), (4, 1, 3), (0, 1, 1)]
+)
+def test_bulk_requests_leave_slots_to_others(capacity: int, gateways: int, slots: int) -> None:
+    assert admission.bulk_slots(capacity, gateways) == slots
+
+
+@given(STATES, st.integers(0, 3000))
+def test_one_stream_finds_room_whatever_bulk_requests_do(state: AdmissionState, bulk: int) -> None:
+    crowded = dataclasses.replace(state, outstanding_streams=state.outstanding_streams + bulk, bulk_streams=bulk)
+    others = dataclasses.replace(state, outstanding_streams=state.outstanding_streams * 4)
+    assert admission.decide(crowded).admitted or not admission.decide(others).admitted
 
 
 @given(STATES)
 def test_an_admitted_stream_waits_for_nothing_and_a_shed_one_for_1_to_60_s(state: AdmissionState) -> None:
     decision = admission.decide(state)
+    assert decision.retry_after_s is not None
     assert decision.retry_after_s == 0 if decision.admitted else 1 <= decision.retry_after_s <= 60
 
 

@@ -28,6 +28,14 @@ def test_decisions(
     assert decision.reason
 
 
+def test_a_stream_that_two_replicas_stood_still_over_is_rejected() -> None:
+    for stalls, action in ((0, "try_alone"), (1, "try_alone"), (2, "reject")):
+        decision = quarantine.decide(losses=0, unproven_losses=1, gave_token=False, was_alive=True, stalls=stalls)
+        assert decision.action == action
+    assert decision.reason.startswith("2 replicas made no step for too long after they got it")
+    assert quarantine.decide(losses=0, unproven_losses=1, gave_token=True, was_alive=True, stalls=2).action == "move"
+
+
 @pytest.mark.parametrize(("was_alive", "expected"), [(True, 2), (False, 1 + quarantine.MAX_UNPROVEN_LOSSES)])
 def test_a_fatal_stream_is_rejected_after(was_alive: bool, expected: int) -> None:
     losses = unproven = num_replicas = 0

@@ -31,6 +31,11 @@ def test_patience(
     assert patience_s(one, prefill_tokens_per_s=rate, num_recent=num_recent) == pytest.approx(expected_s)
 
 
+def test_what_an_engine_expects_of_its_step_is_waited_for() -> None:
+    one = StepProgress("a", 0.0, 0.02, 2048, expected_step_s=12.0)
+    assert patience_s(one, prefill_tokens_per_s=None, num_recent=0) == 36.0
+
+
 def test_a_replica_without_a_step_for_longer_than_that_is_stalled() -> None:
     assert stalled(
         StepProgress("a", 1.5, 0.02, 0), StepProgress("b", 1.6, 0.02, 0), StepProgress("c", 0.0, None, 0)

@@ -19,3 +19,20 @@ from kervan.policy.watchdog import EngineSample
 def test_health(now_s: float, last_report_s: float, last_step_s: float, has_work: bool, reason: str) -> None:
     health = watchdog.decide(EngineSample(now_s, last_report_s, last_step_s, has_work), stall_timeout_s=60)
     assert health == watchdog.Health(not reason, reason)
+
+
+@pytest.mark.parametrize(
+    ("expected_step_s", "num_suspects", "limit_s"),
+    [
+        pytest.param(0.0, 0, 60, id="in no step: it should begin one"),
+        pytest.param(0.0, 3, 60, id="in no step, whatever waits"),
+        pytest.param(12.0, 0, 60, id="three times 12 s are less"),
+        pytest.param(40.0, 0, 120, id="three times 40 s"),
+        pytest.param(0.1, 1, 600, id="a request that another replica stood still over"),
+        pytest.param(300.0, 1, 900, id="three times 300 s are more"),
+    ],
+)
+def test_a_long_step_is_given_its_time(expected_step_s: float, num_suspects: int, limit_s: float) -> None:
+    for stalled_s, is_healthy in ((limit_s, True), (limit_s + 1, False)):
+        sample = EngineSample(stalled_s, stalled_s, 0.0, True, expected_step_s, num_suspects)
+        assert watchdog.decide(sample, stall_timeout_s=60).is_healthy is is_healthy

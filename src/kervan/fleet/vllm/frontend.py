@@ -15,7 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from kervan import plain_tokenizer
 from kervan.facts import model as models
 from kervan.fleet.client import FleetClient
-from kervan.fleet.vllm import limits, progress, versions
+from kervan.fleet.vllm import failed_streams, limits, progress, versions
 from kervan.fleet.vllm.codec import VllmCodec
 from kervan.fleet.vllm.engine_client import injected
 from kervan.fleet.vllm.logs import kept_handlers
@@ -80,6 +80,7 @@ class OpenAIFrontend:
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
         limits.install(config, is_twin=is_twin)
         await asyncio.to_thread(_import_app)  # now, while the replicas start
+        failed_streams.install()
         link = await fleet.wait_for_link()
         with injected(fleet, link.facts), kept_handlers():
             engine = AsyncLLM.from_vllm_config(

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from kervan.fleet import wire
-from kervan.fleet.vllm import versions
+from kervan.fleet.vllm import grammar_size, versions
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -24,6 +24,14 @@ MAX_GRAMMAR_CHARS = 32 * 1024
 MAX_PATTERN_CHARS = 8 * 1024
 MAX_CHOICE_CHARS = 512
 MAX_DEPTH = 50
+# What xgrammar takes in some places or not at all, and of it what llguidance takes.
+NAMED_KEYWORDS = frozenset(
+    {
+        "multipleOf", "uniqueItems", "contains", "minContains", "maxContains", "format", "pattern", "minLength",
+        "maxLength", "propertyNames", "patternProperties", "minProperties", "maxProperties",
+    }
+)  # fmt: skip
+GUIDANCE_KEYWORDS = frozenset({"multipleOf", "pattern", "minLength", "maxLength"})
 # Up to this size it is worth a compilation here, of milliseconds, to learn that a recursive grammar has no sentence.
 MAX_PROBED_CHARS = 4 * 1024
 
@@ -71,6 +79,14 @@ def grammar_violation(wanted: StructuredOutputsParams) -> str | None:
             return f"the {kind} has {len(part)} characters; at most {MAX_PATTERN_CHARS} are taken"
         if (depth := _depth(part)) > MAX_DEPTH:
             return f"the {kind} nests {depth} parentheses deep; at most {MAX_DEPTH} are taken"
+        refusal = (
+            grammar_size.grammar_violation(part) if kind == "grammar" else grammar_size.regex_violation(part, kind)
+        )
+        if refusal is not None:
+            return refusal
+    for schema in (wanted.json, wanted.structural_tag):
+        if schema is not None and (refusal := grammar_size.schema_violation(grammar_size.parsed(schema))) is not None:
+            return refusal
     return None
 
 
@@ -101,8 +117,12 @@ def _parts(wanted: StructuredOutputsParams) -> Iterator[tuple[str, str]]:
                     todo.append(inner)
                 elif key == "pattern" and isinstance(inner, str):
                     yield "pattern", inner
+                elif key == "grammar" and isinstance(inner, str):
+                    yield "grammar", inner
                 elif key == "const" and isinstance(inner, str):
                     yield "choice", inner
+            if isinstance(patterns := value.get("patternProperties"), dict):
+                yield from (("pattern", pattern) for pattern in patterns)
             if isinstance(names := value.get("enum"), list):
                 yield from (("choice", name) for name in names if isinstance(name, str))
         elif isinstance(value, list):
@@ -127,8 +147,14 @@ def xgrammar_refusal(params: SamplingParams) -> str | None:
 
     try:
         validate_xgrammar_grammar(params)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        return " ".join(str(error).split())[:500]
+    except (VLLMValidationError, ValueError, TypeError, KeyError, RecursionError) as error:
+        text = " ".join(str(error).split())[:500]
+        if "not supported by xgrammar" not in text or (keyword := _unsupported_keyword(params)) is None:
+            return text
+        way_out = "leave it out"
+        if keyword in GUIDANCE_KEYWORDS:
+            way_out += ", or start the fleet with structured_outputs_config.backend=guidance, which takes it"
+        return f"{keyword} is not supported by xgrammar in this place of the schema; {way_out}"
     wanted = params.structured_outputs
     assert wanted is not None
     text = _text(wanted)
@@ -136,6 +162,28 @@ def xgrammar_refusal(params: SamplingParams) -> str | None:
     if may_recurse and len(text) <= MAX_PROBED_CHARS and not _has_sentence(text, is_json=bool(wanted.json)):
         return "the grammar is satisfied by no text at all: its root refers to itself without an end"
     return None
+
+
+def _unsupported_keyword(params: SamplingParams) -> str | None:
+    """The keyword of a JSON schema without which xgrammar would take the part of the schema that has it."""
+    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+
+    assert params.structured_outputs is not None
+    todo: list[Any] = [grammar_size.parsed(params.structured_outputs.json)]
+    found = None
+    while todo:
+        part = todo.pop()
+        if isinstance(part, list):
+            todo += part
+        elif isinstance(part, dict):
+            if has_xgrammar_unsupported_json_features(part):
+                for key in part:
+                    rest = {name: value for name, value in part.items() if name != key}
+                    if key not in NAMED_KEYWORDS or has_xgrammar_unsupported_json_features(rest):
+                        continue
+                    found = key
+            todo += part.values()
+    return found
 
 
 def _has_sentence(text: str, *, is_json: bool) -> bool:

@@ -6,6 +6,7 @@ per gateway. No hop or process is added: gateways talk to the core's own IO thre
 """
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -92,6 +93,26 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             engine_index=0,
         )
         self.model_executor.collective_rpc(runner_v1.install)
+        self._time_steps(self.scheduler)
+
+    def _time_steps(self, scheduler: Any) -> None:
+        """Tell the step clock what each step computes, whichever class the scheduler is of."""
+        schedule, update = scheduler.schedule, scheduler.update_from_output
+
+        @functools.wraps(schedule)
+        def timed_schedule(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            if output.total_num_scheduled_tokens:
+                self.step_clock.tokens_begin(output.total_num_scheduled_tokens)
+            return output
+
+        @functools.wraps(update)
+        def timed_update(output: Any, *args: Any, **kwargs: Any) -> Any:
+            if output.total_num_scheduled_tokens:
+                self.step_clock.tokens_end()
+            return update(output, *args, **kwargs)
+
+        scheduler.schedule, scheduler.update_from_output = timed_schedule, timed_update
 
     @contextlib.contextmanager
     def _perform_handshakes(self, *_args: Any, **_kwargs: Any) -> Iterator[EngineZmqAddresses]:
@@ -190,8 +211,9 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         return self.output_address, self.facts
 
     def _pong(self, session: Session) -> bytes:
-        stalled_s = self.step_clock.stalled_s(has_work=self._is_busy)
-        return self.sessions.pong(session, self.load, is_draining=self.is_draining, stalled_s=stalled_s)
+        return self.sessions.pong(
+            session, self.load, is_draining=self.is_draining, has_work=self._is_busy, clock=self.step_clock
+        )
 
     def _end_session(self, index: int) -> int:
         abandoned = [r.request_id for r in list(self.scheduler.requests.values()) if r.client_index == index]
@@ -285,7 +307,17 @@ def _report_load(core: FleetEngineCore, control: ControlEnd) -> None:
     while True:
         running, waiting, kv_cache_usage = core.load
         try:
-            control.send(EngineLoad(running, waiting, kv_cache_usage, core.num_steps, core.has_work()))
+            control.send(
+                EngineLoad(
+                    running,
+                    waiting,
+                    kv_cache_usage,
+                    core.num_steps,
+                    core.has_work(),
+                    expected_step_s=core.step_clock.expected_s(is_guessed=True),
+                    num_suspects=core.sessions.num_suspects,
+                )
+            )
         except OSError:
             return
         time.sleep(LOAD_PERIOD_S)

@@ -7,6 +7,7 @@ Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1)
     argument parser           entrypoints.openai.cli_args        entrypoints.launchers.cli_args
     make_async_mp_client      -                                  + renderer=
     token limits of a runner  V2: module constants               V2: 0.24's, lifted (VLLM_MAX_NUM_BAD_WORDS)
+    errors of a generation    openai.engine.{serving,protocol}   generate.base.serving, exceptions; one is retryable
     a grammar's advance       should_advance, accept_tokens      StructuredOutputManager.accept_tokens
 """
 
@@ -138,6 +139,29 @@ def advance_grammar(manager: Any, request: Any, token: int) -> bool:
     elif not manager.should_advance(request):
         return True
     return not tokens or bool(request.structured_output_request.grammar.accept_tokens(request.request_id, tokens))
+
+
+def serving_class() -> Any:
+    """The base class of vLLM's generating endpoints, whose `_raise_if_error` ends a failed request."""
+    module = _first("vllm.entrypoints.generate.base.serving", "vllm.entrypoints.openai.engine.serving")
+    return next(
+        value for value in vars(module).values() if isinstance(value, type) and "_raise_if_error" in vars(value)
+    )
+
+
+def generation_error(message: str, *, is_transient: bool) -> Exception:
+    """What vLLM answers with 500, or 503 if it is transient; 0.24 knows no type of error for the latter."""
+    from http import HTTPStatus
+
+    exceptions = importlib.import_module("vllm.exceptions")
+    if is_transient and hasattr(exceptions, "RetryableRequestError"):
+        error: Exception = exceptions.RetryableRequestError(message)
+        return error
+    module = exceptions if hasattr(exceptions, "GenerationError") else _first("vllm.entrypoints.openai.engine.protocol")
+    failed: Exception = module.GenerationError(message)
+    if is_transient:
+        failed.status_code = HTTPStatus.SERVICE_UNAVAILABLE  # type: ignore[attr-defined]
+    return failed
 
 
 def runner_limits() -> dict[str, int]:
