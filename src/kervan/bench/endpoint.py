@@ -1,5 +1,6 @@
 """What is found out about a server before it is loaded: its model, and prompts whose length it agrees with."""
 
+import http.client
 import json
 import random
 import ssl
@@ -22,6 +23,9 @@ DEFAULT_VOCAB = 1000  # every language model has as many tokens
 CONTROL_TIMEOUT_S = 15.0
 PROBE_TIMEOUT_S = 60.0
 NUM_WORDS = 256
+UNSENDABLE = frozenset(map(chr, range(33))) | {"\x7f"}  # http.client sends no such character in a URL
+# What `open_direct` and its responses raise: nobody answers, or not in HTTP.
+NO_RESPONSE = (OSError, ValueError, http.client.HTTPException)
 
 
 class RequestError(Exception):
@@ -51,7 +55,14 @@ def parse_url(text: str) -> str:
         port = parts.port
     except ValueError:
         port = -1
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query or parts.fragment:
+    if (
+        set(text) & UNSENDABLE
+        or parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or port == -1
+        or parts.query
+        or parts.fragment
+    ):
         raise ConfigError(f"{text!r} is not a server URL; write one like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -61,7 +72,7 @@ def open_direct(url: str | urllib.request.Request, *, timeout_s: float, verify_t
 
     A proxy that the environment names does not know the addresses of this machine and of a cluster.
 
-    Raises: OSError, of which URLError and HTTPError are kinds.
+    Raises: those of NO_RESPONSE; URLError and HTTPError are kinds of OSError.
     """
     context = None if verify_tls else ssl._create_unverified_context()
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
@@ -82,8 +93,8 @@ def get_text(endpoint: Endpoint, path: str) -> str:
     try:
         with _open(endpoint, path) as response:
             return str(response.read(64 * 2**20).decode(errors="replace"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"GET {path}: {error}") from error
+    except NO_RESPONSE as error:
+        raise RequestError(f"GET {path}: {_why(error)}") from error
 
 
 def call(endpoint: Endpoint, path: str, body: Any) -> Any:
@@ -94,8 +105,8 @@ def call(endpoint: Endpoint, path: str, body: Any) -> Any:
     try:
         with _open(endpoint, path, encode(body)) as response:
             return json.loads(response.read())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"POST {path}: {error}") from error
+    except NO_RESPONSE as error:
+        raise RequestError(f"POST {path}: {_why(error)}") from error
 
 
 def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PROBE_TIMEOUT_S) -> Exchange:
@@ -111,10 +122,16 @@ def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PRO
     except urllib.error.HTTPError as error:
         exchange.on_status(error.code, {})
         exchange.on_body(error.read(2000), time.time())
-    except (OSError, ValueError) as error:
-        fault = str(error)
+    except NO_RESPONSE as error:
+        fault = _why(error)
     exchange.on_end(time.time(), fault)
     return exchange
+
+
+def _why(error: Exception) -> str:
+    """In one line; what a server says that speaks no HTTP may have more, or bytes that are no text."""
+    said = " ".join(str(error).split())[:200]
+    return f"not HTTP ({said!r})" if isinstance(error, http.client.HTTPException) else said or type(error).__name__
 
 
 def first_look(endpoint: Endpoint) -> tuple[Endpoint, Probe]:

@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from kervan.config.fleet import FleetConfig
-from kervan.errors import FleetError
+from kervan.errors import ConfigError, FleetError
 from kervan.serve import autoscaling, placement, pools, ray_internals
 from kervan.serve.gateway_actor import GatewayReplica, IngressGatewayReplica
 from kervan.serve.placement import NodeDevices
@@ -34,7 +34,16 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
 
     `surges`: when replicas are replaced, new ones are ready before old ones drain, a quarter of them at a time; without
     it, a fifth of them (at least one) is stopped first.
+
+    Raises: ConfigError for settings that Serve refuses.
     """
+    try:
+        return _build(config, nodes, surges=surges)
+    except ValueError as error:  # pydantic's too
+        raise ConfigError(f"Ray Serve refuses these settings: {' '.join(str(error).split())[:300]}") from error
+
+
+def _build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool) -> Any:
     current = versions(config)
     stored = config.to_json()
     common: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """How a server is asked before it is loaded."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from kervan.bench import servers
-from kervan.bench.endpoint import get_text
+from kervan.bench.endpoint import RequestError, get_text, stream_once
 from kervan.bench.load import Endpoint
 
 
@@ -29,6 +30,27 @@ def url() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+def test_a_server_of_another_protocol_is_said_to_be_one() -> None:
+    def greet() -> None:
+        for _ in range(2 + len(servers_asked)):
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                connection.recv(1000)
+
+    servers_asked = ("/v1/models", "/health")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        greeting = threading.Thread(target=greet)
+        greeting.start()
+        endpoint = Endpoint(url=f"http://127.0.0.1:{listening.getsockname()[1]}")
+        with pytest.raises(RequestError, match=r"not HTTP \('SSH-2"):
+            get_text(endpoint, "/metrics")
+        exchange = stream_once(endpoint, {"prompt": "x"})
+        assert "not HTTP" in exchange.message
+        assert not servers.answers(endpoint.url)
+        greeting.join()
 
 
 def test_servers_are_asked_past_any_proxy_of_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
