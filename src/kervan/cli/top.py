@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kervan.cli import options
-from kervan.cli.render import STATE_STYLE, print_json
+from kervan.cli.render import STATE_STYLE, print_json, print_partial_status
+from kervan.errors import FleetError
 from kervan.fleet.directory import Snapshot
 from kervan.serve.status import FleetStatus, FleetWatch
 from kervan.serve.why import notice_lines
@@ -124,12 +125,16 @@ def top(name: str, address: str | None, every_s: float, once: bool, as_json: boo
 
     Numbers are of the last second. TTFT is from the moment a gateway placed a request on the replica.
     """
-    watch = FleetWatch(name, address)
+    try:
+        watch = FleetWatch(name, address)
+        status = watch.look()
+    except FleetError as error:
+        print_partial_status(name, error, as_json=as_json)
+        raise
     if as_json:
-        print_json(to_dict(watch.look()))
+        print_json(to_dict(status))
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    status = watch.look()
     if once or not console.is_terminal:
         console.print(view(status, []))
         return
@@ -139,5 +144,9 @@ def top(name: str, address: str | None, every_s: float, once: bool, as_json: boo
             room = max(0, console.height - len(status.snapshot.replicas) - len(status.snapshot.gateways) - 7)
             live.update(view(status, list(history)[-room:] if room else []), refresh=True)
             time.sleep(every_s)
-            before, status = status, watch.look()
+            try:
+                before, status = status, watch.look()
+            except FleetError as error:  # what was seen last stays on the screen
+                history.append(f"{time.strftime('%X')} {error}")
+                continue
             history += [f"{time.strftime('%X')} {line}" for line in events(before.snapshot, status.snapshot)]

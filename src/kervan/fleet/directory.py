@@ -4,9 +4,10 @@ Losing it harms nothing: gateways keep the links they have, and the next beats f
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
+from msgspec import structs
 
 from kervan.config.fault import Fault
 
@@ -170,6 +171,22 @@ class Snapshot(msgspec.Struct, frozen=True):
     failures: list[StartFailure]
     nodes: list[NodeEntry] = []
     is_closing: bool = False
+
+
+def as_told(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot as JSON types, for whoever asks a gateway: without inner addresses, paths of logs and versions."""
+    replicas = [
+        structs.replace(r, address="", engine_version="", log_path="", version="", start_s={})
+        for r in snapshot.replicas
+    ]
+    gateways = [
+        structs.replace(g, internal_url="", copies_address="", version="", log_path="", traffic={})
+        for g in snapshot.gateways
+    ]
+    told: dict[str, Any] = msgspec.to_builtins(
+        Snapshot(snapshot.version, replicas, gateways, [], is_closing=snapshot.is_closing)
+    )
+    return told
 
 
 Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)

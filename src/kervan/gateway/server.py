@@ -7,6 +7,7 @@ directory snapshots.
 import asyncio
 import os
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import uvicorn
 from kervan.errors import ConfigError
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
-from kervan.fleet.directory import GatewayEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, Snapshot, as_told
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.logs import kept_handlers
@@ -96,6 +97,7 @@ class Gateway:
         self.failure: Exception | None = None
         self.num_open = 0
         self._snapshot = Snapshot(0, [], [], [])
+        self._heard_s: float | None = None
         self._attached = asyncio.Event()
         self._servers: list[uvicorn.Server] = []
         self._tasks: list[asyncio.Task[Any]] = []
@@ -220,6 +222,7 @@ class Gateway:
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
+        self._heard_s = time.monotonic()
         self.fleet.set_members(members(snapshot))
         if self.streams.store is not None:
             self.streams.store.update(snapshot)
@@ -292,14 +295,20 @@ class Gateway:
         self.num_open -= 1
 
     async def status(self) -> dict[str, object]:
-        """Counts of this gateway's streams, and how many each replica has of them, as JSON types."""
+        """Counts of this gateway's streams, and how many each replica has of them, as JSON types.
+
+        With what the directory said last, and how many seconds ago: `kervan status` shows it when that is away.
+        """
         return {
             "gateway": self.config.gateway_id,
+            "fleet": self.config.fleet_name,
             "streams": self.fleet.num_streams,
             "held": self.fleet.num_held,
             "moved": self.fleet.counts.moved,
             "given_up": self.fleet.counts.given_up,
             "replicas": {link.replica_id: len(link.streams) for link in self.fleet.links},
+            "directory": as_told(self._snapshot),
+            "directory_heard_s": None if self._heard_s is None else round(time.monotonic() - self._heard_s, 1),
         }
 
     async def metrics(self) -> bytes:

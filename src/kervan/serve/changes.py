@@ -90,6 +90,7 @@ class RunningFleet:
         nodes = cluster.devices_by_node(change.after.device)
         room = pools.placeable(change.after, cluster.nodes_for(change.after), pools.held(snapshot))
         built = app.build(change.after, nodes, surges=change.surges)  # before anybody is told: Serve may refuse it
+        app.check_controller()
         self._directory.set_config(change.after).result()
         try:
             app.deploy(built, change.after)

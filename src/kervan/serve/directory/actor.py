@@ -11,6 +11,7 @@ from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, StartFailure
 from kervan.serve import pools, ray_internals
 from kervan.serve.directory.client import ACTOR_PREFIX, NAMESPACE, DirectoryClient
+from kervan.serve.ray_errors import bounded
 
 PUBLISH_PERIOD_S = 0.5
 
@@ -127,6 +128,7 @@ class DirectoryActor:
 def create_directory(config: FleetConfig, secret: str) -> DirectoryClient:
     """A new directory for a fleet; what another one of this name has stored is forgotten."""
     forget_directory(config.name)
+    ray_internals.kv_put(_key(config.name), config.to_json().encode())  # to be read while it is away
     actor = ray.remote(DirectoryActor).options(
         name=ACTOR_PREFIX + config.name,
         namespace=NAMESPACE,
@@ -136,6 +138,14 @@ def create_directory(config: FleetConfig, secret: str) -> DirectoryClient:
         max_task_retries=-1,
     )
     return DirectoryClient(config.name, actor.remote(config.name, config.to_json(), secret))
+
+
+def stored_config(fleet_name: str) -> FleetConfig | None:
+    """A fleet's settings, read past its directory; None if there are none. Raises: FleetError when Ray is silent."""
+    stored = bounded(
+        f"Ray did not return the settings of fleet {fleet_name!r}", lambda: ray_internals.kv_get(_key(fleet_name))
+    )
+    return None if stored is None else FleetConfig.from_json(stored.decode())
 
 
 def forget_directory(fleet_name: str) -> None:
