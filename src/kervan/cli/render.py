@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kervan.errors import FleetError
-from kervan.fleet.directory import Snapshot
+from kervan.fleet.directory import GatewayEntry, ReplicaState, Snapshot
 from kervan.serve.status import FleetStatus
 from kervan.serve.why import notice_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 STATE_STYLE = {"ready": "green", "starting": "yellow", "draining": "cyan", "unhealthy": "red"}
 
@@ -27,6 +28,25 @@ def progress_lines(*, is_quiet: bool = False) -> Callable[[str], None]:
             print(f"[{time.monotonic() - begin_s:5.1f} s] {message}", file=sys.stderr, flush=True)
 
     return show
+
+
+def state_text(state: ReplicaState, reason: str, lateness: str) -> "Text":
+    """A replica's state and what is to be said of it, in colour."""
+    from rich.text import Text
+
+    said = f" {reason}" if reason else ""
+    if lateness:
+        return Text.assemble((lateness, "red"), f", before that {state}{said}")
+    return Text.assemble((state, STATE_STYLE[state]), said)
+
+
+def gateway_state_text(gateway: GatewayEntry) -> "Text":
+    """The same of a gateway."""
+    from rich.text import Text
+
+    if gateway.is_ready:
+        return state_text("ready", gateway.reason, gateway.lateness)
+    return Text(", ".join(filter(None, (gateway.lateness, gateway.reason or "starting"))), "yellow")
 
 
 def print_json(value: Any) -> None:
@@ -100,7 +120,7 @@ def _print_tables(console: "Console", snapshot: Snapshot) -> None:
     for column in ("running", "waiting", "KV use"):
         replicas.add_column(column, justify="right")
     for r in snapshot.replicas:
-        state = f"[{STATE_STYLE[r.state]}]{r.state}[/]" + (f" {r.reason}" if r.reason else "")
+        state = state_text(r.state, r.reason, r.lateness)
         replicas.add_row(
             r.id,
             r.pool,
@@ -114,5 +134,5 @@ def _print_tables(console: "Console", snapshot: Snapshot) -> None:
     console.print(replicas)
     gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
     for g in snapshot.gateways:
-        gateways.add_row(g.id, g.node, str(g.pid), "[green]ready[/]" if g.is_ready else f"[yellow]{g.reason}[/]")
+        gateways.add_row(g.id, g.node, str(g.pid), gateway_state_text(g))
     console.print(gateways)

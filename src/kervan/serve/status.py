@@ -41,7 +41,7 @@ class FleetStatus:
                 pool: {
                     "min": bounds.minimum,
                     "max": bounds.maximum,
-                    "ready": sum(r.state == "ready" for r in pools.replicas_of(pool, self.snapshot)),
+                    "ready": sum(r.state == "ready" and not r.lateness for r in pools.replicas_of(pool, self.snapshot)),
                 }
                 for pool, bounds in self.config.bounds.items()
             },
@@ -70,6 +70,8 @@ def replica_to_dict(entry: ReplicaEntry) -> dict[str, Any]:
         "reason": entry.reason,
         "log": entry.log_path,
         "start_s": entry.start_s,
+        "late": bool(entry.lateness),
+        "last_heartbeat_s": entry.beat_age_s,
     }
 
 
@@ -79,10 +81,12 @@ def gateway_to_dict(entry: GatewayEntry) -> dict[str, Any]:
         "id": entry.id,
         "pid": entry.pid,
         "node": entry.node,
-        "ready": entry.is_ready,
+        "ready": entry.is_ready and not entry.lateness,
         "busy": round(entry.busy, 3),
         "reason": entry.reason,
         "log": entry.log_path,
+        "late": bool(entry.lateness),
+        "last_heartbeat_s": entry.beat_age_s,
     }
 
 
