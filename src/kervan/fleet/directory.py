@@ -181,7 +181,10 @@ Order = Drain | Suffer | Strike
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The directory at one version. `is_closing`: the fleet ends when its streams have ended, and takes no more."""
+    """The directory at one version. `is_closing`: the fleet ends when its streams have ended, and takes no more.
+
+    `targets`: replicas that the settings want, the least of each pool.
+    """
 
     version: int
     replicas: list[ReplicaEntry]
@@ -189,6 +192,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     failures: list[StartFailure]
     nodes: list[NodeEntry] = []
     is_closing: bool = False
+    targets: dict[str, int] = {}
 
 
 def as_told(snapshot: Snapshot) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def as_told(snapshot: Snapshot) -> dict[str, Any]:
         for g in snapshot.gateways
     ]
     told: dict[str, Any] = msgspec.to_builtins(
-        Snapshot(snapshot.version, replicas, gateways, [], is_closing=snapshot.is_closing)
+        Snapshot(snapshot.version, replicas, gateways, [], is_closing=snapshot.is_closing, targets=snapshot.targets)
     )
     return told
 

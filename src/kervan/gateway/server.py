@@ -17,13 +17,14 @@ from kervan.errors import ConfigError
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, Snapshot, as_told
+from kervan.fleet.histogram import Histogram
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.gateway import page
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.leaving import send_clients_away
-from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
+from kervan.gateway.metrics import merge_pages
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.shared_port import SharedPort
@@ -311,13 +312,23 @@ class Gateway:
             "directory_heard_s": None if self._heard_s is None else round(time.monotonic() - self._heard_s, 1),
         }
 
-    async def metrics(self) -> bytes:
-        """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out."""
+    async def metrics(self, gateway: str | None = None) -> bytes | None:
+        """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out.
+
+        With `gateway`: the page of that one alone, None if there is none or it does not answer.
+        """
+        if gateway == self.config.gateway_id:
+            return self._local_page().encode()
+        if gateway is not None:
+            (found,) = await page.fetch(
+                f"{peer.internal_url}/metrics" for peer in self._snapshot.gateways if peer.id == gateway
+            ) or [None]
+            return None if found is None else found.encode()
         peers = [g for g in self._snapshot.gateways if g.id != self.config.gateway_id]
         pages = await page.fetch(f"{peer.internal_url}/metrics" for peer in peers)
         texts = {self.config.gateway_id: self._local_page()}
         texts |= {peer.id: text for peer, text in zip(peers, pages, strict=True) if text is not None}
-        return merge_pages(texts, fleet_gauges=FLEET_GAUGES | {"kervan_replicas"}).encode()
+        return merge_pages(texts).encode()
 
     # ---- for other gateways
 
@@ -340,24 +351,46 @@ class Gateway:
 
     def _local_page(self) -> str:
         counts = self.fleet.counts
+        age_s = 0.0 if self._heard_s is None else time.monotonic() - self._heard_s
         rows: list[page.Row] = [
             ("kervan_streams_open", "gauge", "Streams in flight at this gateway.", self.fleet.num_streams),
             ("kervan_streams_held", "gauge", "Streams that wait for a replica.", self.fleet.num_held),
             ("kervan_requests_open", "gauge", "HTTP requests in flight at this gateway.", self.num_open),
             ("kervan_links", "gauge", "Replicas this gateway is linked to.", len(self.fleet.links)),
-            ("kervan_streams_moved_total", "counter", "Streams placed again on another replica.", counts.moved),
+            ("kervan_directory_age_seconds", "gauge", "Since this gateway heard of the directory.", age_s),
+            (
+                "kervan_streams_moved_total",
+                "counter",
+                "Streams placed again on another replica, by why.",
+                {(("reason", reason),): count for reason, count in counts.moves.items()},
+            ),
             ("kervan_streams_given_up_total", "counter", "Streams that killed two replicas.", counts.given_up),
             ("kervan_streams_expired_total", "counter", "Streams no replica took in time.", counts.expired),
-            ("kervan_replicas_lost_total", "counter", "Links to replicas that broke.", counts.lost_replicas),
+            ("kervan_links_broken_total", "counter", "Links to replicas that ended.", counts.broken_links),
+            ("kervan_replicas_lost_total", "counter", "Replicas that ended with a link.", counts.lost_replicas),
+            ("kervan_replicas_returned_total", "counter", "Links that broke and came back.", counts.returned_replicas),
             ("kervan_streams_fetched_total", "counter", "Streams whose clients came back.", self.streams.num_fetched),
         ]
         if self.streams.store is not None:
             rows += self.streams.store.metrics()
+        pools = {replica.id: replica.pool for replica in self._snapshot.replicas}
+        ttfts: dict[page.Labels, Histogram] = {
+            (("replica", replica_id), ("pool", pools[replica_id])): histogram
+            for replica_id, histogram in self.fleet.ttfts().items()
+            if replica_id in pools
+        }
         has_vllm = self.frontend is not None
         return page.write(
             rows,
+            [
+                ("kervan_stream_move_pause_seconds", "Between the tokens around a move.", {(): counts.move_pause_s}),
+                ("kervan_drain_seconds", "From hearing of a drain to no stream there.", {(): counts.drain_s}),
+                ("kervan_time_to_first_token_seconds", "From placing at a replica to its first token.", ttfts),
+            ],
+            fleet_name=self.config.fleet_name,
             model_name=self.model_name() if has_vllm else "",
-            replicas=self._snapshot.replicas,
+            snapshot=self._snapshot,
+            age_s=age_s,
             has_vllm=has_vllm,
         )
 

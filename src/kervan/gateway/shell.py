@@ -42,6 +42,7 @@ RETRY_NOT_READY_S = 5
 LINGER_S = 2.0
 
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/metrics"})
+GATEWAY_METRICS_PREFIX = "/metrics/"  # before a gateway's id
 STATUS_PATH = "/kervan/status"
 SIMPLE_PATHS = {"/generate": simple.generate, "/chat": simple.chat}
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
@@ -73,8 +74,8 @@ class GatewayView(Protocol):
     def model_name(self) -> str:
         """The first served model name."""
 
-    async def metrics(self) -> bytes:
-        """The Prometheus text page of this gateway and the fleet."""
+    async def metrics(self, gateway: str | None = None) -> bytes | None:
+        """The Prometheus text page of all gateways and the fleet, or of one gateway alone; None if there is no such."""
 
     async def status(self) -> dict[str, object]:
         """What `kervan status` shows; JSON types only."""
@@ -141,7 +142,7 @@ class GatewayShell:
         path: str = scope["path"]
         method: str = scope["method"]
         if method != "OPTIONS":  # CORS preflight carries no key; vLLM answers it
-            if path in OPEN_PATHS:
+            if path in OPEN_PATHS or _asks_one_gateway(path):
                 await self._page(path, method, receive, send)
                 return
             if self._key_digests and not self._has_key(scope):
@@ -202,8 +203,14 @@ class GatewayShell:
         status, content_type = 200, b"application/json"
         if path == "/health":
             body = b'{"status":"live"}'
-        elif path == "/metrics":
-            body, content_type = await self.view.metrics(), b"text/plain; version=0.0.4; charset=utf-8"
+        elif path == "/metrics" or _asks_one_gateway(path):
+            gateway = path.removeprefix(GATEWAY_METRICS_PREFIX) if path != "/metrics" else None
+            page = await self.view.metrics(gateway)
+            if page is None:
+                message = f"no gateway {gateway!r} answers here; /metrics has those of all gateways, with their ids"
+                await respond(send, 404, error_body(404, message))
+                return
+            body, content_type = page, b"text/plain; version=0.0.4; charset=utf-8"
         elif path == STATUS_PATH:
             body = msgspec.json.encode(await self.view.status())
         elif (reason := self._not_ready()) is None:
@@ -328,6 +335,11 @@ def makes_work(path: str) -> bool:
     """
     is_idle = path.endswith(vllm_names.IDLE_SUFFIXES)
     return path in WORK_PATHS or (path.startswith(vllm_names.WORK_PREFIXES) and not is_idle)
+
+
+def _asks_one_gateway(path: str) -> bool:
+    """Whether it is the path of one gateway's metrics."""
+    return path.startswith(GATEWAY_METRICS_PREFIX) and path != GATEWAY_METRICS_PREFIX
 
 
 def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:

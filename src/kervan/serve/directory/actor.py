@@ -27,6 +27,7 @@ class DirectoryActor:
         self._key = _key(name)
         stored = ray_internals.kv_get(self._key)
         self._config_json = stored.decode() if stored is not None else config_json
+        self._targets = _targets(self._config_json)
         self._secret = secret
         self._directory = Directory(time.monotonic)
         self._changed = asyncio.Event()
@@ -67,6 +68,7 @@ class DirectoryActor:
         """Store new settings."""
         ray_internals.kv_put(self._key, config_json.encode())
         self._config_json = config_json
+        self._targets = _targets(config_json)
         self._directory.version += 1  # fleets on the same port look at the config again
         self._wake_followers()
         self._published_s = 0.0
@@ -115,7 +117,7 @@ class DirectoryActor:
 
     async def snapshot(self) -> bytes:
         """Who lives where now."""
-        return msgspec.msgpack.encode(self._directory.snapshot())
+        return msgspec.msgpack.encode(msgspec.structs.replace(self._directory.snapshot(), targets=self._targets))
 
     async def changed(self, version: int, timeout_s: float) -> bytes:
         """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""
@@ -152,6 +154,10 @@ def forget_directory(fleet_name: str) -> None:
     """Forget what the directory of a fleet that is no more has stored."""
     ray_internals.kv_delete(_key(fleet_name))
     pools.forget(fleet_name)
+
+
+def _targets(config_json: str) -> dict[str, int]:
+    return {pool: bounds.minimum for pool, bounds in FleetConfig.from_json(config_json).bounds.items()}
 
 
 def _key(fleet_name: str) -> str:
