@@ -141,7 +141,7 @@ async def _measure(asking: _Asking, pids: list[int], measured_s: float) -> dict[
         "twin_us_per_token": twins_s / tokens * 1e6,
         "client_core_share": own_s / wall_s,
         **{f"twin_{name}": value for name, value in memory(pids).items()},
-        "lost_or_given_up": counts.lost_replicas + counts.given_up,
+        "lost_or_given_up": counts.broken_links + counts.given_up,
     }
 
 
@@ -195,7 +195,7 @@ class _OpenView:
     def model_name(self) -> str:
         return "model"
 
-    async def metrics(self) -> bytes:
+    async def metrics(self, gateway: str | None = None) -> bytes | None:
         return b""
 
     async def status(self) -> dict[str, object]:

@@ -65,6 +65,7 @@ def test_functions_take_what_they_are_given(function: Callable[..., Any], expect
         (ProxyLocation, "Disabled"),
         (cluster_utils.Cluster, "address"),
         (ray.PlacementGroupID, "from_hex"),
+        (InnerGcsClient, "get_all_node_info"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition(".")[2],
 )

@@ -36,8 +36,8 @@ class View:
     def model_name(self) -> str:
         return "tiny"
 
-    async def metrics(self) -> bytes:
-        return b"up 1\n"
+    async def metrics(self, gateway: str | None = None) -> bytes | None:
+        return b"up 1\n" if gateway in (None, "gw-1") else None
 
     async def status(self) -> dict[str, object]:
         return {"model": "tiny", "replicas": []}

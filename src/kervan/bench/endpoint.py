@@ -31,6 +31,7 @@ NUM_WORDS = 256
 SHOWN_MODELS = 8
 STATUS_PATH = "/kervan/status"
 NO_RESPONSE = (OSError, ValueError, http.client.HTTPException)  # what urllib raises
+UNSENDABLE = frozenset(map(chr, range(33))) | {"\x7f"}  # http.client sends no such character in a URL
 
 
 class RequestError(Exception):
@@ -75,7 +76,14 @@ def parse_url(text: str) -> str:
         port = parts.port
     except ValueError:
         port = -1
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query or parts.fragment:
+    if (
+        set(text) & UNSENDABLE
+        or parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or port == -1
+        or parts.query
+        or parts.fragment
+    ):
         raise ConfigError(f"{text!r} is not a server URL; write one like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -85,7 +93,7 @@ def open_direct(url: str | urllib.request.Request, *, timeout_s: float, verify_t
 
     A proxy that the environment names does not know the addresses of this machine and of a cluster.
 
-    Raises: OSError, of which URLError and HTTPError are kinds.
+    Raises: those of NO_RESPONSE; URLError and HTTPError are kinds of OSError.
     """
     context = None if verify_tls else ssl._create_unverified_context()
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
@@ -119,7 +127,7 @@ def _get(endpoint: Endpoint, path: str) -> tuple[str, dict[str, str]]:
 def _request_error(what: str, error: Exception) -> RequestError:
     if isinstance(error, urllib.error.HTTPError):
         error.close()  # it holds the response
-    return RequestError(f"{what}: {error}", _unreached(error))
+    return RequestError(f"{what}: {_why(error)}", _unreached(error))
 
 
 def _unreached(error: Exception) -> str:
@@ -161,12 +169,16 @@ def stream_once(endpoint: Endpoint, body: dict[str, Any], timeout_s: float = PRO
         exchange.on_status(error.code, {k.lower(): v for k, v in error.headers.items()})
         with error, suppress(*NO_RESPONSE):
             exchange.on_body(error.read(2000), time.time())
-    except http.client.HTTPException as error:
-        fault = f"no HTTP: {error!r}"
-    except (OSError, ValueError) as error:
-        fault = str(error)
+    except NO_RESPONSE as error:
+        fault = _why(error)
     exchange.on_end(time.time(), fault)
     return exchange
+
+
+def _why(error: Exception) -> str:
+    """In one line; what a server says that speaks no HTTP may have more, or bytes that are no text."""
+    said = " ".join(str(error).split())[:200]
+    return f"no HTTP ({said!r})" if isinstance(error, http.client.HTTPException) else said or type(error).__name__
 
 
 def first_look(endpoint: Endpoint) -> tuple[Endpoint, Probe]:

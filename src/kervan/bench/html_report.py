@@ -53,7 +53,6 @@ def write(path: Path, runs: Sequence[ReportedRun], title: str | None = None) -> 
         figures=report_plots.figures(runs),
         plotly=get_plotlyjs(),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 

@@ -9,14 +9,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kervan.bench.endpoint import open_direct
-from kervan.errors import FleetError
+from kervan.bench.endpoint import NO_RESPONSE, open_direct, parse_url
+from kervan.errors import ConfigError, FleetError
 from kervan.ports import free_port
 from kervan.vendor.vllm_names import MODELS_PATH
 
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
 PLACE = "{port}"
+
+
+def check(where: str) -> None:
+    """Raises: ConfigError for what `reach` takes for neither a URL nor a command."""
+    if PLACE in where:
+        return
+    try:
+        parse_url(where)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}, or a command that starts a server, with {PLACE} in it: 'vllm serve MODEL --port {PLACE}'"
+        ) from error
 
 
 @contextmanager
@@ -58,7 +70,7 @@ def reach(where: str, say: Callable[[str], None] = lambda _: None) -> Iterator[s
 def answers(url: str) -> bool:
     """Whether a server answers 200 at /v1/models or /health, each within 5 s."""
     for path in (MODELS_PATH, "/health"):
-        with suppress(OSError, ValueError), open_direct(url + path, timeout_s=5) as response:
+        with suppress(*NO_RESPONSE), open_direct(url + path, timeout_s=5) as response:
             if response.status == 200:
                 return True
     return False

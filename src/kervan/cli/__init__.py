@@ -1,6 +1,8 @@
 """The command line. Commands import what they need when they run, so that `kervan --help` stays light."""
 
+import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -68,13 +70,37 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
     except KervanError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        _exit(2 if isinstance(error, ConfigError) else 1)
+    except Exception as error:
+        if debug or not (told := _ray_failure(error)):
+            raise
+        print(f"error: {told}; kervan --debug shows where", file=sys.stderr)
+        _exit(1)
+
+
+def _ray_failure(error: Exception) -> str:
+    """What Ray said, in one line; empty for an error that is not Ray's."""
+    exceptions = sys.modules.get("ray.exceptions")  # not imported: most commands do without
+    if exceptions is None or not isinstance(error, exceptions.RayError):
+        return ""
+    first_line = next(iter(str(error).strip().splitlines()), "")[:200]
+    return f"Ray did not do what was asked of it ({type(error).__name__}: {first_line})"
+
+
+def _exit(status: int) -> NoReturn:
+    """End this process, also when something in it waits for a part of Ray that does not answer."""
+    ray_errors = sys.modules.get("kervan.serve.ray_errors")
+    if ray_errors is not None and ray_errors.is_any_abandoned():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import click
 from kervan.bench.arrivals import Process
 from kervan.bench.load import Api, Load
 from kervan.bench.saturation import RateSearchOptions
-from kervan.cli import option_types, options
+from kervan.cli import option_types, options, outputs
 from kervan.config.workload import LENGTHS_HELP
 from kervan.errors import ConfigError
 from kervan.units import plural
@@ -63,13 +63,15 @@ SECTIONS = {
     "--osl", type=option_types.LENGTHS, default=Load.osl, show_default=True, help="Output tokens, in the same forms."
 )
 @click.option("--prefix", help="4x512: each prompt begins with one of 4 shared prefixes of 512 tokens.")
-@click.option("--turns", type=int, default=Load.turns, help="Requests in a conversation; needs --api chat.")
+@click.option("--turns", type=int, default=Load.turns, help="Requests in a conversation, sent as chat.")
 @click.option(
     "--think-time", type=option_types.DURATION, default=f"{Load.think_time_s:g}s", show_default=True,
     help="Between an answer and the next turn.",
 )  # fmt: skip
 @click.option("--prompts", type=click.Path(), help="JSONL with prompt, messages or prompt_token_ids in each line.")
-@click.option("--api", type=click.Choice(get_args(Api)), help="[default: completions, or as --prompts needs]")
+@click.option(
+    "--api", type=click.Choice(get_args(Api)), help="[default: completions; chat for --turns, or as --prompts needs]"
+)
 @click.option("--model", help="Name to ask for; without it, the one that the server has.")
 @click.option("--tokenizer", help="Directory or Hugging Face id, for servers that take no token ids.")
 @click.option(
@@ -146,7 +148,9 @@ class _Task:
             self._check(load)
         self.client = benchmark.ClientOptions(processes=given.processes, calibrates=not given.no_calibration)
         self.search = given.rate_search()
-        given.endpoint(given.url)
+        outputs.check_record("--record", given.record)
+        outputs.check_file("--html", given.html)
+        given.check_servers()
 
     def _check(self, load: Load) -> None:
         """Raises: ConfigError for a trace that cannot be read, and for commands whose time never comes."""

@@ -1,17 +1,18 @@
 """What was given to `kervan bench`, and the load, server and client that it means."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kervan.bench import servers
 from kervan.bench.arrivals import Process, Stage, parse_stages, steady
 from kervan.bench.drive import Action
 from kervan.bench.load import Api, Endpoint, Load
 from kervan.bench.prompts import read_prompts
 from kervan.bench.saturation import RateSearchOptions
+from kervan.cli.options import client_key
 from kervan.config.workload import Lengths, Slo
 from kervan.errors import ConfigError
 from kervan.units import parse_duration_s
@@ -88,15 +89,25 @@ class BenchOptions:
             verify_tls=not self.insecure,
         )
 
+    def check_servers(self) -> None:
+        """Raises: ConfigError for a URL that is none, and for options that make no request."""
+        servers.check(self.url)
+        if self.against is not None:
+            servers.check(self.against)
+        self.endpoint(self.url)
+
     def _api(self) -> Api:
         needs_chat = self.turns > 1 or (self.prompts is not None and "messages" in read_prompts(Path(self.prompts))[0])
         api = self.api or ("chat" if needs_chat else "completions")
         if self.turns > 1 and api != "chat":
-            raise ConfigError("--turns needs --api chat: a conversation is a list of messages")
+            raise ConfigError(
+                f"--turns {self.turns} with --api {api}: a conversation is a list of messages, which only chat takes; "
+                "leave --api out"
+            )
         return api
 
     def _authorization(self) -> tuple[tuple[str, str], ...]:
-        key = self.api_key or os.environ.get("KERVAN_API_KEY")
+        key = client_key(self.api_key)
         return (("Authorization", f"Bearer {key}"),) if key else ()
 
     def timed_actions(self) -> list[Action]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kervan.cli import option_types, options
+from kervan.cli import option_types, options, outputs
 from kervan.units import format_duration
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     "--for", "duration", type=option_types.DURATION, default="10min", show_default=True,
     help="In all; what it is too short for is noted.",
 )  # fmt: skip
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("--output", type=click.Path(path_type=Path),
               help="[default: calibrations/GPUS.json in ~/.kervan or $KERVAN_HOME]")  # fmt: skip
-@click.option("--calibration", "fitted", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("--calibration", "fitted", type=click.Path(path_type=Path),
               help="Where the fit goes. [default: beside the measurements, .calibration.json]")  # fmt: skip
 @click.option("--measurements", "stored", type=click.Path(path_type=Path),
               help="Measure nothing; take what this file of an earlier run has.")  # fmt: skip
 @click.option("--bench", "bench", multiple=True, metavar="RECORD[:tp=2,pp=1]",
               help="A record of kervan bench on one replica of a measured model, to fit to as well.")  # fmt: skip
-@click.option("--log-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the servers' logs here.")
+@click.option("--log-dir", type=click.Path(path_type=Path), help="Keep the servers' logs here.")
 @options.as_json
 def calibrate(**given: Any) -> None:
     """Measure this host's GPUs, and fit the planner's constants to them: kervan plan --calibration FILE.
@@ -49,6 +49,9 @@ def calibrate(**given: Any) -> None:
     from kervan.serve import cluster
 
     for_s = given["duration"]
+    outputs.check_file("--output", given["output"])
+    outputs.check_file("--calibration", given["fitted"])
+    outputs.check_directory("--log-dir", given["log_dir"])
     output: Path | None = given["output"]
     say = render.progress_lines()
     if given["stored"] is not None:

@@ -1,6 +1,5 @@
 """`kervan chaos`."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import click
 
 from kervan.chaos.plans import DisruptionPlan, ReplayPlan
 from kervan.chaos.schedule import DisruptionKind
-from kervan.cli import option_types, options, sigterm
+from kervan.cli import option_types, options, outputs, sigterm
 from kervan.config.workload import Lengths
 from kervan.errors import ConfigError
 from kervan.units import format_duration
@@ -185,6 +184,7 @@ def chaos(context: click.Context, /, **arguments: Any) -> None:
 
     given = ChaosOptions(**arguments)
     _check_mode(context, is_replay=given.replay is not None)
+    outputs.check_record("--record", given.record)
     report = _disturb(given) if given.replay is None else _replay(given)
     if given.as_json:
         render.print_json(report.to_dict())
@@ -225,7 +225,7 @@ def _disturb(given: ChaosOptions) -> "ChaosReport":
     from kervan.chaos import fleet_under_test, periodic_run
     from kervan.cli import render
 
-    key = given.api_key or os.environ.get("KERVAN_API_KEY")
+    key = options.client_key(given.api_key)
     headers = (("Authorization", f"Bearer {key}"),) if key else ()
     url = parse_url(given.where)
     fleet = fleet_under_test.find(url, headers=headers, name=given.name, address=given.address)

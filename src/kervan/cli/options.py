@@ -1,12 +1,13 @@
 """Options that several commands share."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
 from kervan.config.engine_arguments import parse_value
-from kervan.config.fleet import SETTINGS
+from kervan.config.fleet import SETTINGS, check_api_keys
 from kervan.errors import ConfigError
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -60,14 +61,17 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         return counts
 
 
+EXAMPLES = {"--engine-arg": "max_model_len=4096", "--env": "HF_HUB_OFFLINE=1", "--twin": "speed=2"}
+
+
 def parse_assignment(text: str, option: str) -> tuple[str, str]:
-    """`key=value` as a pair; hyphens in the key become underscores.
+    """`key=value` as a pair.
 
     Raises: ConfigError without a "=" or with an empty key.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"{option} {text!r} has no key=value form; write for example {option} max_model_len=4096")
+        raise ConfigError(f"{option} {text!r} has no key=value form; write for example {option} {EXAMPLES[option]}")
     return key.strip().removeprefix("--"), value
 
 
@@ -102,6 +106,31 @@ def pool_settings(given: Sequence[str]) -> dict[str, dict[str, str]]:
 def gateway_settings(count: tuple[int, int] | None) -> dict[str, int]:
     """The settings that `--gateways` stands for."""
     return {} if count is None else {"gateways": count[0], "max_gateways": count[1]}
+
+
+KEY_VARIABLE = "KERVAN_API_KEY"
+
+
+def api_keys(given: Sequence[str]) -> tuple[str, ...]:
+    """The keys of `--api-key`, or without it that of KERVAN_API_KEY; none if neither is there.
+
+    A variable that is set and empty counts as given: whoever sets it wants a key.
+
+    Raises: ConfigError for one that no client can send.
+    """
+    if given:
+        keys, source = tuple(given), "--api-key"
+    elif KEY_VARIABLE in os.environ:
+        keys, source = (os.environ[KEY_VARIABLE],), KEY_VARIABLE
+    else:
+        return ()
+    check_api_keys(keys, source)
+    return keys
+
+
+def client_key(given: str | None) -> str | None:
+    """The key that a client sends, from the same places. Raises: as `api_keys`."""
+    return next(iter(api_keys(() if given is None else (given,))), None)
 
 
 def sectioned(sections: Mapping[str, str]) -> type[click.Command]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from kervan.cli import option_types, options
+from kervan.cli import option_types, options, outputs
 from kervan.config.fleet import MAX_GATEWAYS
 from kervan.errors import ConfigError
 
@@ -108,8 +108,7 @@ def plan(
         return
     if given["gpu"] is None:
         raise ConfigError("a plan needs --gpu, like --gpu H200, or local; `kervan plan --facts MODEL` needs none")
-    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
-        raise ConfigError(f"--plot {plot} cannot be written: give a file in a directory that exists, like plan.html")
+    outputs.check_file("--plot", plot)
     given["engine_args"] = engine_arguments(given["engine_args"])
     given["gateways"] = _frontends(*given["gateways"])
     request = plan_request(model, fixed=given.pop("layout") or {}, **given)

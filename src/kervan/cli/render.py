@@ -1,13 +1,20 @@
 """How the command line looks: progress lines, tables, JSON."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kervan.errors import FleetError
+from kervan.fleet.directory import GatewayEntry, ReplicaState, Snapshot
 from kervan.serve.status import FleetStatus
 from kervan.serve.why import notice_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 STATE_STYLE = {"ready": "green", "starting": "yellow", "draining": "cyan", "unhealthy": "red"}
 
@@ -23,17 +30,71 @@ def progress_lines(*, is_quiet: bool = False) -> Callable[[str], None]:
     return show
 
 
+def state_text(state: ReplicaState, reason: str, lateness: str) -> "Text":
+    """A replica's state and what is to be said of it, in colour."""
+    from rich.text import Text
+
+    said = f" {reason}" if reason else ""
+    if lateness:
+        return Text.assemble((lateness, "red"), f", before that {state}{said}")
+    return Text.assemble((state, STATE_STYLE[state]), said)
+
+
+def gateway_state_text(gateway: GatewayEntry) -> "Text":
+    """The same of a gateway."""
+    from rich.text import Text
+
+    if gateway.is_ready:
+        return state_text("ready", gateway.reason, gateway.lateness)
+    return Text(", ".join(filter(None, (gateway.lateness, gateway.reason or "starting"))), "yellow")
+
+
 def print_json(value: Any) -> None:
     """Print `value` to stdout as indented JSON, for `--json`. Raises: TypeError for what is not JSON."""
     print(json.dumps(value, indent=2))
 
 
+def print_partial_status(name: str, problem: FleetError, *, as_json: bool) -> None:
+    """What is known of a fleet beside the `problem`, if anything is, and what is not."""
+    from kervan.serve.partial_status import partial_status
+
+    status = partial_status(name, problem, os.environ.get("KERVAN_API_KEY"))
+    if status.is_empty:
+        return
+    if as_json:
+        print_json(status.to_dict())
+        return
+    console = _console()
+    config = status.config
+    console.print(
+        f"[bold]{name}[/bold]  {status.url or '(no address known)'}"
+        + (f"  {config.model}  tp {config.tp}, pp {config.pp}" if config else "  (settings not known)")
+    )
+    for deployment in status.deployments or ():
+        states = ", ".join(f"{count} {state}" for state, count in deployment.replicas.items()) or "none"
+        message = f": {deployment.message}" if deployment.message else ""
+        console.print(f"Serve: {deployment.name} {deployment.status}, {states}{message}", markup=False)
+    if status.snapshot is not None:
+        ago = (
+            "has heard nothing of the directory" if status.heard_s is None else f"heard this {status.heard_s:.0f} s ago"
+        )
+        console.print(
+            f"gateway {status.gateway} {ago}; it has {status.streams} streams, {status.held} held", style="yellow"
+        )
+        _print_tables(console, status.snapshot)
+    for line in status.unknown:
+        console.print(f"not known: {line}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _console() -> "Console":
+    from rich.console import Console  # not with this module: most commands of scripts print JSON
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
 def print_status(status: FleetStatus) -> None:
     """A fleet as a head line and two tables."""
-    from rich.console import Console  # not with this module: most commands of scripts print JSON
-    from rich.table import Table
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = _console()
     config = status.config
     console.print(
         f"[bold]{status.name}[/bold]  {status.url or '(no gateway yet)'}  {config.model}  "
@@ -45,11 +106,21 @@ def print_status(status: FleetStatus) -> None:
         )
         + (f" on {config.nodes_per_replica} nodes each" if config.nodes_per_replica > 1 else "")
     )
+    _print_tables(console, status.snapshot)
+    for line in notice_lines(status.snapshot, time.time()):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+    for failure in status.snapshot.failures[-3:]:
+        console.print(f"[red]failed start[/] {failure.who}: {failure.message}", soft_wrap=True)
+
+
+def _print_tables(console: "Console", snapshot: Snapshot) -> None:
+    from rich.table import Table
+
     replicas = Table("replica", "pool", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
     for column in ("running", "waiting", "KV use"):
         replicas.add_column(column, justify="right")
-    for r in status.snapshot.replicas:
-        state = f"[{STATE_STYLE[r.state]}]{r.state}[/]" + (f" {r.reason}" if r.reason else "")
+    for r in snapshot.replicas:
+        state = state_text(r.state, r.reason, r.lateness)
         replicas.add_row(
             r.id,
             r.pool,
@@ -62,10 +133,6 @@ def print_status(status: FleetStatus) -> None:
         )
     console.print(replicas)
     gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
-    for g in status.snapshot.gateways:
-        gateways.add_row(g.id, g.node, str(g.pid), "[green]ready[/]" if g.is_ready else f"[yellow]{g.reason}[/]")
+    for g in snapshot.gateways:
+        gateways.add_row(g.id, g.node, str(g.pid), gateway_state_text(g))
     console.print(gateways)
-    for line in notice_lines(status.snapshot, time.time()):
-        console.print(line, style="yellow", markup=False, soft_wrap=True)
-    for failure in status.snapshot.failures[-3:]:
-        console.print(f"[red]failed start[/] {failure.who}: {failure.message}", soft_wrap=True)

@@ -13,16 +13,26 @@ from kervan.cli import options
 def status(name: str, address: str | None, with_why: bool, as_json: bool) -> None:
     """Show a fleet: its replicas, their load, its gateways."""
     from kervan.cli import render
+    from kervan.errors import FleetError
     from kervan.serve import status as serve_status
 
-    sentences = None
-    if with_why:
-        shown, sentences = serve_status.why(name, address)
-    else:
+    try:
         shown = serve_status.status(name, address)
+    except FleetError as error:
+        render.print_partial_status(name, error, as_json=as_json)
+        raise
+    sentences: list[str] | None = None
+    problem: FleetError | None = None
+    if with_why:
+        try:
+            sentences = serve_status.reasons(shown.config, shown.snapshot)
+        except FleetError as error:  # the rest is known, and shown
+            problem = error
     if as_json:
-        render.print_json(shown.to_dict() | ({} if sentences is None else {"why": sentences}))
-        return
-    render.print_status(shown)
-    if sentences is not None:
-        print("\n".join(sentences) or "no problems found")
+        render.print_json(shown.to_dict() | ({"why": sentences} if with_why else {}))
+    else:
+        render.print_status(shown)
+        if sentences is not None:
+            print("\n".join(sentences) or "no problems found")
+    if problem is not None:
+        raise problem

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kervan.cli import option_types, options
-from kervan.cli.render import STATE_STYLE, print_json
-from kervan.errors import ConfigError
+from kervan.cli.render import gateway_state_text, print_json, print_partial_status, state_text
+from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Snapshot
 from kervan.serve.status import FleetStatus, FleetWatch
 from kervan.serve.why import notice_lines
@@ -39,16 +39,18 @@ def traffic(snapshot: Snapshot, replica_id: str) -> ReplicaTraffic:
     return ReplicaTraffic(sum(share.tokens_per_s for share in shares), sum(ttfts_s) / len(ttfts_s) if ttfts_s else None)
 
 
+def _replica_states(snapshot: Snapshot) -> dict[str, str]:
+    return {r.id: "late" if r.lateness else r.state for r in snapshot.replicas}
+
+
+def _gateway_states(snapshot: Snapshot) -> dict[str, str]:
+    return {g.id: "late" if g.lateness else "ready" if g.is_ready else "starting" for g in snapshot.gateways}
+
+
 def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
     """What happened between two snapshots, one line each."""
-    for kind, old, new in (
-        ("replica", {r.id: r.state for r in before.replicas}, {r.id: r.state for r in after.replicas}),
-        (
-            "gateway",
-            {g.id: "ready" if g.is_ready else "starting" for g in before.gateways},
-            {g.id: "ready" if g.is_ready else "starting" for g in after.gateways},
-        ),
-    ):
+    for kind, states in (("replica", _replica_states), ("gateway", _gateway_states)):
+        old, new = states(before), states(after)
         for name in sorted({*old, *new}):
             if name not in new:
                 yield f"{kind} {name} is gone (was {old[name]})"
@@ -88,7 +90,7 @@ def view(status: FleetStatus, lines: list[str]) -> RenderableType:
     for r in snapshot.replicas:
         rates = traffic(snapshot, r.id)
         replicas.add_row(
-            r.id, r.pool, r.node, Text.assemble((r.state, STATE_STYLE[r.state]), f" {r.reason}" if r.reason else ""),
+            r.id, r.pool, r.node, state_text(r.state, r.reason, r.lateness),
             str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%", f"{rates.tokens_per_s:,.0f}",
             "-" if rates.ttft_s is None else format_duration(rates.ttft_s),
         )  # fmt: skip
@@ -96,10 +98,9 @@ def view(status: FleetStatus, lines: list[str]) -> RenderableType:
     for column in ("streams", "held", "moved", "busy", "tok/s"):
         gateways.add_column(column, justify="right")
     for g in snapshot.gateways:
-        state = Text("ready", "green") if g.is_ready else Text(g.reason or "starting", "yellow")
         rate = sum(replica.tokens_per_s for replica in g.traffic.values())
         counts = (str(count) for count in (g.streams, g.held, g.moved))
-        gateways.add_row(g.id, g.node, str(g.pid), state, *counts, f"{g.busy:.0%}", f"{rate:,.0f}")
+        gateways.add_row(g.id, g.node, str(g.pid), gateway_state_text(g), *counts, f"{g.busy:.0%}", f"{rate:,.0f}")
     notices = [Text(line, "yellow") for line in notice_lines(snapshot, time.time())]
     return Group(head, Text(), replicas, Text(), gateways, Text(), *notices, *(Text(line, "dim") for line in lines))
 
@@ -130,12 +131,16 @@ def top(name: str, address: str | None, every_s: float, once: bool, as_json: boo
     """
     if every_s < MIN_EVERY_S:
         raise ConfigError(f"--every {every_s:g} s is below {MIN_EVERY_S:g} s; write for example --every 1s")
-    watch = FleetWatch(name, address)
+    try:
+        watch = FleetWatch(name, address)
+        status = watch.look()
+    except FleetError as error:
+        print_partial_status(name, error, as_json=as_json)
+        raise
     if as_json:
-        print_json(to_dict(watch.look()))
+        print_json(to_dict(status))
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    status = watch.look()
     if once or not console.is_terminal:
         console.print(view(status, []))
         return
@@ -145,5 +150,9 @@ def top(name: str, address: str | None, every_s: float, once: bool, as_json: boo
             room = max(0, console.height - len(status.snapshot.replicas) - len(status.snapshot.gateways) - 7)
             live.update(view(status, list(history)[-room:] if room else []), refresh=True)
             time.sleep(every_s)
-            before, status = status, watch.look()
+            try:
+                before, status = status, watch.look()
+            except FleetError as error:  # what was seen last stays on the screen
+                history.append(f"{time.strftime('%X')} {error}")
+                continue
             history += [f"{time.strftime('%X')} {line}" for line in events(before.snapshot, status.snapshot)]

@@ -1,6 +1,5 @@
 """`kervan up`."""
 
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -159,8 +158,7 @@ def _settings(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     name = given.pop("name")
     if name != options.DEFAULT_NAME or not isinstance(settings.get("name"), str):
         settings["name"] = name
-    keys = given.pop("api_keys") or tuple(filter(None, [os.environ.get("KERVAN_API_KEY")]))
-    if keys:
+    if keys := options.api_keys(given.pop("api_keys")):
         settings["api_keys"] = keys
     engine_args = options.engine_arguments(given.pop("engine_args"))
     env = dict(options.parse_assignment(text, "--env") for text in given.pop("env"))

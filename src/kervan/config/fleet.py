@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -71,6 +71,19 @@ def _setting(default: Any, description: str, low: float | None = None, high: flo
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_api_keys(keys: Sequence[str], source: str) -> None:
+    """Raises: ConfigError for a key that no client can send as `Authorization: Bearer KEY`; it is not shown."""
+    for place, key in enumerate(keys, 1):
+        which = source if len(keys) == 1 else f"{source}: key {place} of {len(keys)}"
+        if not key.strip():
+            raise ConfigError(f"{which} is empty; give it a value, or leave it out")
+        if not all("!" <= letter <= "~" for letter in key):
+            raise ConfigError(
+                f"{which} has white space or a character beyond ASCII, which clients cannot send in the header "
+                "Authorization; use letters, digits and punctuation"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +171,8 @@ class FleetConfig:
                 value = getattr(self, setting.name)
                 if not low <= value <= high:
                     raise ConfigError(f"{setting.name}={value} is outside {low}..{high}; give a value in that range")
+        check_api_keys(self.api_keys, "api_keys")
+        self._check_environment()
         self._check_pools()
         self._check_layout()
         self._check_gateways()
@@ -165,10 +180,8 @@ class FleetConfig:
 
     def _check_layout(self) -> None:
         if self.ep not in (1, self.tp):
-            raise ConfigError(
-                f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use --ep 1 or "
-                + (f"--ep {self.tp}" if self.tp > 1 else f"--tp {self.ep} --ep {self.ep}")
-            )
+            fix = f"--ep 1 or --ep {self.tp}" if self.tp > 1 else f"--ep 1, or --tp {self.ep} --ep {self.ep}"
+            raise ConfigError(f"ep={self.ep}: vLLM spreads experts over all tp={self.tp} GPUs; use {fix}")
         if self.nodes_per_replica and self.pp % self.nodes_per_replica:
             raise ConfigError(
                 f"nodes_per_replica={self.nodes_per_replica} does not divide pp={self.pp}: a stage is whole on one "
@@ -180,6 +193,13 @@ class FleetConfig:
                 f"gpus_per_replica={self.gpus_per_replica:g} with tp*pp={self.world_size}: only a replica on one GPU "
                 "can take a share of it; give a share below 1 with --tp 1 --pp 1, or leave --gpus-per-replica out"
             )
+
+    def _check_environment(self) -> None:
+        for name, value in self.env.items():
+            if not name or "=" in name or not name.isprintable() or " " in name:
+                raise ConfigError(f"env: {name!r} is no name of an environment variable; write for example HF_HOME")
+            if "\0" in value:
+                raise ConfigError(f"env: the value of {name} has a null character, which no variable can; leave it out")
 
     def _check_gateways(self) -> None:
         if 0 < self.max_gateways < max(1, self.gateways):

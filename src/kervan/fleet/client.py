@@ -30,6 +30,7 @@ from kervan.fleet.calls import Calls
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
+from kervan.fleet.histogram import Histogram
 from kervan.fleet.link import Member, ReplicaLink
 from kervan.fleet.links import Links
 from kervan.fleet.losses import Losses
@@ -82,7 +83,9 @@ class FleetClient:
             give_up=functools.partial(self._give_up, is_transient=True),
             forgotten=self._forgotten,
         )
-        self._evacuations = Evacuations(codec, self._links.live, self._lengths, self._prefill, self._placements.move)
+        self._evacuations = Evacuations(
+            codec, self._links.live, self._lengths, self._prefill, self._placements.move, self.counts.drain_s
+        )
         self._losses = Losses(codec, self._links, self._placements, self._prefill, self.counts, self._reject)
         self._calls = Calls(codec, self._links)
         self._admitted = Admitted(lambda: admission.bulk_slots(self.capacity_streams, self.num_gateways))
@@ -138,6 +141,10 @@ class FleetClient:
         """What came from each replica since the last call, by its id; of those that are gone, their last counts."""
         return self._meter.look(self._links.live)
 
+    def ttfts(self) -> dict[str, Histogram]:
+        """Replica id -> the times from placing a stream there to its first token from there."""
+        return self._meter.ttfts()
+
     async def wait_for_link(self) -> ReplicaLink:
         """The first live link, as soon as there is one."""
         return await self._links.first()
@@ -145,6 +152,7 @@ class FleetClient:
     def set_members(self, members: Iterable[Member]) -> None:
         """Follow the directory: link to new members; one that is no longer listed keeps its link while that lives."""
         self._links.set_members(members)
+        self._losses.members_changed()
         self._evacuations.update()
 
     async def call(self, method: str, args: tuple[Any, ...]) -> list[Any]:
@@ -316,6 +324,9 @@ class FleetClient:
         prefilled_tokens = stream.prompt_tokens + len(stream.generated)
         self._prefill.observe(prefilled_tokens, ttft_s)
         link.note_ttft(ttft_s)
+        if stream.paused_since_s is not None:
+            self.counts.move_pause_s.observe(time.monotonic() - stream.paused_since_s)
+            stream.paused_since_s = None
         queued = min(stream.cost_tokens - 1, prefilled_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)

@@ -4,14 +4,15 @@ Losing it harms nothing: gateways keep the links they have, and the next beats f
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
+from msgspec import structs
 
 from kervan.config.fault import Fault
 
 EXPIRY_S = 10.0
-SILENT_S = 3.0  # three beats late
+LATE_S = 2.5  # two beats, of a second each, have not come, nor half of the next period later
 MAX_FAILURES = 20
 
 ReplicaState = Literal["starting", "ready", "draining", "unhealthy"]
@@ -22,7 +23,8 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
 
     `nodes`: all of its nodes, when it has more than `node`. `start_s`: seconds of its start by part. `ready_for_s`:
     since its start ended. `version` tells replicas of one setting from those of another, as in a gateway's entry.
-    `leaves_in_s`: it drains, and will be gone; with `may_linger`, its streams may use that time.
+    `leaves_in_s`: it drains, and will be gone; with `may_linger`, its streams may use that time. `beat_age_s`:
+    since the directory heard of it, when it was asked.
     """
 
     id: str
@@ -43,6 +45,12 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     ready_for_s: float = 0.0
     leaves_in_s: float | None = None
     may_linger: bool = False
+    beat_age_s: float = 0.0
+
+    @property
+    def lateness(self) -> str:
+        """As of a gateway."""
+        return lateness(self.beat_age_s)
 
     @property
     def is_reachable(self) -> bool:
@@ -67,7 +75,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
 
     `busy`: the share of the last second in which its loop ran, or waited for a core. `models`: names by which clients
     may ask it. `neighbours`: other fleets on its port to which it passes requests on. `copies_address`: where it takes
-    copies of other gateways' journals, host:port.
+    copies of other gateways' journals, host:port. `beat_age_s`: as of a replica.
     """
 
     id: str
@@ -87,6 +95,17 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     models: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     copies_address: str = ""
+    beat_age_s: float = 0.0
+
+    @property
+    def lateness(self) -> str:
+        """Like "late: last heartbeat 6.2 s ago"; empty for one that was heard of lately."""
+        return lateness(self.beat_age_s)
+
+
+def lateness(beat_age_s: float) -> str:
+    """What is shown of a replica or gateway that was heard of so long ago; empty while that is as usual."""
+    return f"late: last heartbeat {beat_age_s:.1f} s ago" if beat_age_s > LATE_S else ""
 
 
 class NodeNotice(msgspec.Struct, frozen=True):
@@ -162,7 +181,10 @@ Order = Drain | Suffer | Strike
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The directory at one version. `is_closing`: the fleet ends when its streams have ended, and takes no more."""
+    """The directory at one version. `is_closing`: the fleet ends when its streams have ended, and takes no more.
+
+    `targets`: replicas that the settings want, the least of each pool.
+    """
 
     version: int
     replicas: list[ReplicaEntry]
@@ -170,6 +192,23 @@ class Snapshot(msgspec.Struct, frozen=True):
     failures: list[StartFailure]
     nodes: list[NodeEntry] = []
     is_closing: bool = False
+    targets: dict[str, int] = {}
+
+
+def as_told(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot as JSON types, for whoever asks a gateway: without inner addresses, paths of logs and versions."""
+    replicas = [
+        structs.replace(r, address="", engine_version="", log_path="", version="", start_s={})
+        for r in snapshot.replicas
+    ]
+    gateways = [
+        structs.replace(g, internal_url="", copies_address="", version="", log_path="", traffic={})
+        for g in snapshot.gateways
+    ]
+    told: dict[str, Any] = msgspec.to_builtins(
+        Snapshot(snapshot.version, replicas, gateways, [], is_closing=snapshot.is_closing, targets=snapshot.targets)
+    )
+    return told
 
 
 Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
@@ -266,7 +305,7 @@ class Directory:
             self.version += 1
 
     def snapshot(self) -> Snapshot:
-        """All entries by id; the reason of one that is late says so."""
+        """All entries by id, with their age."""
         self.expire()
         replicas = [self._as_leaving(replica) for replica in self._listed(self._replicas)]
         nodes = [entry for _, (entry, _) in sorted(self._nodes.items())]
@@ -283,11 +322,6 @@ class Directory:
 
     def _listed(self, entries: dict[str, tuple[Entry, float]]) -> list[Entry]:
         now_s = self._now()
-        listed = []
-        for _, (entry, at_s) in sorted(entries.items()):
-            if now_s - at_s <= SILENT_S:
-                listed.append(entry)
-                continue
-            late = f"no heartbeat for {now_s - at_s:.0f} s"
-            listed.append(msgspec.structs.replace(entry, reason=f"{entry.reason}, {late}" if entry.reason else late))
-        return listed
+        return [
+            structs.replace(entry, beat_age_s=round(now_s - at_s, 2)) for _, (entry, at_s) in sorted(entries.items())
+        ]

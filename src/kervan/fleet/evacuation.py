@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from kervan.fleet.codec import Codec
+from kervan.fleet.histogram import Histogram
 from kervan.fleet.link import ReplicaLink
 from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.stream import Stream
@@ -25,7 +26,7 @@ class Evacuations:
 
     `links`: the live ones, by replica; read whenever a decision is due. `move` places a stream on another replica, or
     where routing says if that one cannot take it. `lengths` and `prefill` are the client's, which tells them what it
-    sees.
+    sees; `drain_s` is, too, and gets how long each drain took here.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Evacuations:
         lengths: LengthEstimate,
         prefill: PrefillSpeed,
         move: Callable[[Stream, ReplicaLink, str], Awaitable[None]],
+        drain_s: Histogram,
     ) -> None:
         self._codec = codec
         self._links = links
         self._lengths = lengths
         self._prefill = prefill
         self._move = move
+        self._drain_s = drain_s
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
         self._targets_changed = asyncio.Event()
 
@@ -65,6 +68,7 @@ class Evacuations:
             logger.error("evacuation of %s ended: %r", link.replica_id, error, exc_info=error)
 
     async def _evacuate(self, link: ReplicaLink) -> None:
+        is_empty = False
         while self._links.get(link.replica_id) is link and link.is_draining:
             self._targets_changed.clear()
             pause_s: float | None = None
@@ -79,8 +83,17 @@ class Evacuations:
                 if decision.moves:
                     await self._carry_out(link, decision.moves)
                     logger.info("replica %s drains: %s", link.replica_id, decision.reason)
+            if not link.streams and not is_empty:
+                is_empty = True
+                self._note_empty(link)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._targets_changed.wait(), pause_s or IDLE_PERIOD_S)
+
+        if not is_empty and not link.streams:  # it went with them
+            self._note_empty(link)
+
+    def _note_empty(self, link: ReplicaLink) -> None:
+        self._drain_s.observe(max(0.0, link.emptied_s - link.draining_since_s))
 
     async def _carry_out(self, link: ReplicaLink, moves: Sequence[evacuation.Move]) -> None:
         moved = []

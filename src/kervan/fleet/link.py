@@ -15,6 +15,7 @@ from kervan.errors import EngineError
 from kervan.facts.markets import SPOT
 from kervan.fleet import auth, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
+from kervan.fleet.histogram import TTFT_BOUNDS_S, Histogram
 from kervan.fleet.stream import Stream
 from kervan.policy import routing, stall
 
@@ -63,11 +64,15 @@ def _risky_for_s(replica: ReplicaEntry, called_likely: set[str]) -> float:
 
 @dataclass(slots=True)
 class ReplicaTally:
-    """Streams of one replica so far: those that ended there, and those that went on elsewhere. It outlives its link."""
+    """Streams of one replica so far: those that ended there, and those that went on elsewhere. It outlives its link.
+
+    `ttft`: from placing one there to its first token from there.
+    """
 
     num_served: int = 0
     num_moved: int = 0
     unlinked_s: float = 0.0
+    ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_BOUNDS_S))
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +102,7 @@ class ReplicaLink:
     output_s: float = 0.0  # when the last one was received, or nothing was missing
     is_told_to_drain: bool = False  # by the directory, which may know before the replica does
     draining_since_s: float = 0.0
+    emptied_s: float = 0.0  # when its last stream left
     drain_deadline_s: float | None = None
     risky_until_s: float = 0.0
     may_linger: bool = False
@@ -141,6 +147,11 @@ class ReplicaLink:
             self._step_s = gap_s if self._step_s is None else self._step_s + STEP_WEIGHT * (gap_s - self._step_s)
 
     @property
+    def stepped_s(self) -> float:
+        """When outputs of a step came last."""
+        return self._stepped_s
+
+    @property
     def step_s(self) -> float | None:
         """Seconds between its last steps, a mean; None before the first ones."""
         return self._step_s
@@ -173,6 +184,7 @@ class ReplicaLink:
 
     def note_ttft(self, ttft_s: float) -> None:
         """Add the TTFT of one stream; `fleet.traffic` collects them."""
+        self.tally.ttft.observe(ttft_s)
         if len(self.ttfts_s) < MAX_TTFTS:
             self.ttfts_s.append(ttft_s)
 

@@ -76,6 +76,10 @@ class Links:
         for link in self.live.values():
             self._update(link)
 
+    def is_listed(self, replica_id: str) -> bool:
+        """Whether the directory lists it, as far as it has told."""
+        return replica_id in self._members
+
     def _update(self, link: ReplicaLink) -> None:
         member = self._members.get(link.replica_id)
         if member is not None:

@@ -44,6 +44,7 @@ class Losses:
         self._counts = counts
         self._reject = reject
         self._stalls = StallDetector()
+        self._missing: set[str] = set()  # links to these broke, and they are listed still
         self._is_closing = False
 
     def close(self) -> None:
@@ -56,16 +57,24 @@ class Losses:
         """A replica was lost: its streams move to others, or end with an error."""
         if self._is_closing:
             return
-        self._counts.lost_replicas += 1
+        if link.streams or not link.is_draining:  # else it left, as was said
+            self._count(link, reason)
         streams = list(link.streams.values())
         logger.warning("replica %s is lost (%s) with %d streams", link.replica_id, reason, len(streams))
         for stream in streams:
             await self._move_or_reject(stream, link, reason)
         await self._placements.place_held()
 
+    def _count(self, link: ReplicaLink, reason: str) -> None:
+        self._counts.broken_links += 1
+        if reason == ENGINE_DIED or not self._links.is_listed(link.replica_id):
+            self._counts.lost_replicas += 1
+        else:
+            self._missing.add(link.replica_id)
+
     async def _move_or_reject(self, stream: Stream, link: ReplicaLink, reason: str) -> None:
         if stream.is_movable and not stream.gave_token and link.stood_still_before(stream.placed_s):
-            await self._placements.move(stream, link)  # what was wrong there was so before it came
+            await self._placements.move(stream, link, reason="lost")  # what was wrong there was so before it came
             return
         stream.num_stalls += not stream.gave_token and link.is_long_in_step
         decision = quarantine.decide(
@@ -86,7 +95,7 @@ class Losses:
         if not stream.is_movable:
             self._reject(stream, "its replica was lost and it cannot move")
         elif decision.action != "reject":
-            await self._placements.move(stream, link)
+            await self._placements.move(stream, link, reason="lost")
         elif reason == ENGINE_DIED or decision.losses < quarantine.MAX_LOSSES:
             self._reject(stream, decision.reason)
         else:
@@ -101,6 +110,9 @@ class Losses:
 
     async def replica_returned(self, link: ReplicaLink) -> None:
         """It was silent, not dead, so no stream has killed it: those that were suspected of it are cleared of it."""
+        if link.replica_id in self._missing:
+            self._missing.remove(link.replica_id)
+            self._counts.returned_replicas += 1
         for stream in list(self._placements.streams.values()):
             if link.replica_id not in stream.losses:
                 continue
@@ -108,7 +120,13 @@ class Losses:
             stream.unproven_losses += 1
             if stream.is_rejection_pending:
                 stream.is_rejection_pending = False
-                await self._placements.place_again(stream)
+                await self._placements.place_again(stream, reason="lost")
+
+    def members_changed(self) -> None:
+        """The directory has told of a change: what it lists no more, and had broken its link, was lost."""
+        gone = {replica_id for replica_id in self._missing if not self._links.is_listed(replica_id)}
+        self._missing -= gone
+        self._counts.lost_replicas += len(gone)
 
     def clear(self, stream: Stream, link: ReplicaLink) -> None:
         """A suspect gave a token at `link`: it kills no replica, and another may be tried there."""
@@ -148,7 +166,7 @@ class Losses:
             self._placements.unplace(stream, link)
             stream.unproven_losses += is_suspect
             stream.num_stalls += is_suspect and link.is_long_in_step
-            await self._placements.move(stream, link)
+            await self._placements.move(stream, link, reason="stalled")
         if moved and self._links.live.get(link.replica_id) is link:
             logger.warning("%d streams move off replica %s: it %s", len(moved), link.replica_id, reason)
             await link.input.send_multipart(self._codec.encode_abort(moved), copy=False)

@@ -9,7 +9,7 @@ from kervan.fleet.link import ReplicaLink
 from kervan.fleet.links import Links
 from kervan.fleet.listener import send_ping
 from kervan.fleet.stream import Stream
-from kervan.fleet.traffic import ClientCounts
+from kervan.fleet.traffic import ClientCounts, MoveReason
 from kervan.policy import routing
 from kervan.policy.output_length import LengthEstimate
 
@@ -95,16 +95,18 @@ class Placements:
         expected = self._lengths.remaining_tokens(num_generated, max_remaining_tokens=rest)
         return expected is None or expected >= routing.LONG_OUTPUT_TOKENS
 
-    async def move(self, stream: Stream, link: ReplicaLink, target: str | None = None) -> None:
+    async def move(
+        self, stream: Stream, link: ReplicaLink, target: str | None = None, *, reason: MoveReason = "drained"
+    ) -> None:
         """Off `link`, where it was placed, to another replica (see `place`); the engine there is not told."""
         self.unplace(stream, link)
         link.tally.num_moved += 1
-        await self.place_again(stream, target)
+        await self.place_again(stream, target, reason=reason)
 
-    async def place_again(self, stream: Stream, target: str | None = None) -> None:
+    async def place_again(self, stream: Stream, target: str | None = None, *, reason: MoveReason) -> None:
         """Place a stream again that was placed before, and is now neither placed nor held."""
         stream.epoch += 1
-        self._counts.moved += 1
+        self._counts.moves[reason] += 1
         await self.place(stream, target)
 
     def unplace(self, stream: Stream, link: ReplicaLink | None) -> None:
@@ -112,6 +114,10 @@ class Placements:
         if link is not None and link.streams.pop(stream.wire_id, None) is not None:
             link.load.add(-stream.cost_tokens)
             link.load.num_suspects -= stream.is_suspect
+            if not link.streams:
+                link.emptied_s = time.monotonic()
+            if stream.generated and stream.paused_since_s is None:
+                stream.paused_since_s = max(link.stepped_s, stream.placed_s) if stream.gave_token else stream.placed_s
         stream.replica_id = None
 
     def forget(self, stream: Stream) -> None:

@@ -38,6 +38,7 @@ class Stream:
     is_rejection_pending: bool = False
     placed_s: float = 0.0
     held_since_s: float | None = None
+    paused_since_s: float | None = None  # its last token before a move, until the first one after it
     attempt: Attempt | None = None
     replaying: asyncio.Task[None] | None = None
     ticket: "Ticket | None" = None

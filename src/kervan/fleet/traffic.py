@@ -4,11 +4,16 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from kervan.fleet.directory import Traffic
+from kervan.fleet.histogram import PAUSE_BOUNDS_S, Histogram
 from kervan.fleet.link import ReplicaLink, ReplicaTally
 
+# Their replica was lost, or its link broke; it stands still; it drains.
+MoveReason = Literal["lost", "stalled", "drained"]
+MOVE_REASONS: tuple[MoveReason, ...] = get_args(MoveReason)
 RATE_WINDOW_S = 10.0
 KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are counted too
 
@@ -17,15 +22,30 @@ KEEP_TALLY_S = 30.0  # of a replica that is gone, so that its last streams are c
 class ClientCounts:
     """Events since the client started.
 
-    `moved`: streams placed again; `given_up`: rejected, because their replicas were lost with them; `expired`: held too
-    long; `late_outputs`: of placements that were over.
+    `moves`: streams placed again, by reason; `given_up`: rejected, because their replicas were lost with them;
+    `expired`: held too long; `late_outputs`: of placements that were over.
+
+    `broken_links`: links to replicas that ended; `lost_replicas`: those of them whose replica said that it died, or is
+    no longer listed; `returned_replicas`: those whose replica was linked to again, so that nothing was lost.
+
+    `move_pause_s`: of moved streams that had begun, from their last token before to the first one after; `drain_s`:
+    from hearing that a replica drains until it had no stream of this client.
     """
 
-    moved: int = 0
+    moves: dict[MoveReason, int] = field(default_factory=lambda: dict.fromkeys(MOVE_REASONS, 0))
+    broken_links: int = 0
     lost_replicas: int = 0
+    returned_replicas: int = 0
     given_up: int = 0
     expired: int = 0
     late_outputs: int = 0
+    move_pause_s: Histogram = field(default_factory=lambda: Histogram(PAUSE_BOUNDS_S))
+    drain_s: Histogram = field(default_factory=lambda: Histogram(PAUSE_BOUNDS_S))
+
+    @property
+    def moved(self) -> int:
+        """Streams placed again, for any reason."""
+        return sum(self.moves.values())
 
 
 class TrafficMeter:
@@ -57,6 +77,10 @@ class TrafficMeter:
             link.num_tokens = 0
             link.ttfts_s.clear()
         return traffic
+
+    def ttfts(self) -> dict[str, Histogram]:
+        """Replica id -> the times from placing a stream there to its first token from there."""
+        return {replica_id: tally.ttft for replica_id, tally in self._tallies.items()}
 
     @property
     def completed_per_s(self) -> float:

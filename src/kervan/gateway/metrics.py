@@ -21,6 +21,9 @@ FLEET_GAUGES = frozenset(
         vllm_names.CACHE_CONFIG,
         vllm_names.ENGINE_SLEEP_STATE,
         "kervan_replica_*",
+        "kervan_replicas",
+        "kervan_replicas_target",
+        "kervan_gateway_heartbeat_age_seconds",
     }
 )
 

@@ -30,12 +30,15 @@ class StatusPage(msgspec.Struct):
     """
 
     gateway: str
+    fleet: str
     about: dict[str, Any]
     streams: int
     held: int
     moved: int
     given_up: int
     replicas: dict[str, int]
+    directory: dict[str, Any]
+    directory_heard_s: float | None
 
 
 def describing(app: Any, *, fleet_name: str, has_keys: bool) -> ASGIApp:

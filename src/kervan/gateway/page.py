@@ -1,19 +1,22 @@
 """One gateway's Prometheus page: vLLM's metrics of the process, kervan's own, and the fleet's as of one engine."""
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import aiohttp
 from prometheus_client import REGISTRY, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kervan.fleet.directory import ReplicaEntry
+from kervan.fleet.directory import ReplicaEntry, Snapshot
+from kervan.fleet.histogram import Histogram
 from kervan.vendor import vllm_names
 
-# Name, kind, help and value.
-Row = tuple[str, Literal["gauge", "counter"], str, float]
+# Name, kind, help and value, or values by the labels that the family has beside those of all.
+Labels = tuple[tuple[str, str], ...]
+Row = tuple[str, Literal["gauge", "counter"], str, float | Mapping[Labels, float]]
+HistogramRow = tuple[str, str, Mapping[Labels, Histogram]]
 
 PEER_TIMEOUT_S = 2.0
 # vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
@@ -25,7 +28,7 @@ REPLACED_GAUGES = frozenset(
         vllm_names.KV_CACHE_USAGE,
     }
 )
-STATES = ("starting", "ready", "draining", "unhealthy")
+STATES = ("starting", "ready", "draining", "unhealthy", "late")
 
 
 class _Families(Collector):
@@ -38,19 +41,50 @@ class _Families(Collector):
         return self._families
 
 
-def write(rows: Iterable[Row], *, model_name: str, replicas: Sequence[ReplicaEntry], has_vllm: bool) -> str:
-    """The page. `rows`: the gateway's own metrics; `has_vllm`: vLLM's app runs in this process and has metrics."""
+def write(
+    rows: Iterable[Row],
+    histograms: Iterable[HistogramRow] = (),
+    *,
+    fleet_name: str,
+    model_name: str,
+    snapshot: Snapshot,
+    age_s: float = 0.0,
+    has_vllm: bool,
+) -> str:
+    """The page. `rows` and `histograms`: the gateway's own metrics; kervan's all get the labels fleet and model_name.
+
+    `snapshot`: what the directory told, `age_s` ago; `has_vllm`: vLLM's app runs in this process and has metrics.
+    """
     families = [family for family in REGISTRY.collect() if family.name not in REPLACED_GAUGES] if has_vllm else []
-    families += [
-        (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, text, value=value)
-        for name, kind, text, value in rows
-    ]
-    families += _fleet(model_name, replicas)
-    return generate_latest(_Families(families)).decode()
+    families += _engine(model_name, snapshot.replicas)
+    own = [*map(_family, rows), *(_histogram(*row) for row in histograms), *_fleet(snapshot, age_s)]
+    labels = {"fleet": fleet_name, "model_name": model_name}
+    for family in own:
+        family.samples = [sample._replace(labels=labels | sample.labels) for sample in family.samples]
+    return generate_latest(_Families([*families, *own])).decode()
 
 
-def _fleet(model_name: str, replicas: Sequence[ReplicaEntry]) -> Iterator[Metric]:
-    """vLLM's engine gauges for the fleet as one engine, and kervan's own per replica."""
+def _family(row: Row) -> Metric:
+    name, kind, text, values = row
+    family = Metric(name.removesuffix("_total"), text, kind)
+    for labels, value in values.items() if isinstance(values, Mapping) else [((), values)]:
+        family.add_sample(name, dict(labels), value)
+    return family
+
+
+def _histogram(name: str, text: str, values: Mapping[Labels, Histogram]) -> Metric:
+    family = Metric(name, text, "histogram")
+    for labels, histogram in values.items():
+        buckets = histogram.buckets()
+        for bound, count in buckets:
+            family.add_sample(f"{name}_bucket", {**dict(labels), "le": bound}, count)
+        family.add_sample(f"{name}_count", dict(labels), buckets[-1][1])
+        family.add_sample(f"{name}_sum", dict(labels), histogram.sum_s)
+    return family
+
+
+def _engine(model_name: str, replicas: Sequence[ReplicaEntry]) -> Iterator[Metric]:
+    """vLLM's engine gauges for the fleet as one engine."""
     live = [replica for replica in replicas if replica.is_reachable]
     usage = sum(replica.kv_cache_usage for replica in live) / len(live) if live else 0.0
     for name, text, value in (
@@ -65,10 +99,34 @@ def _fleet(model_name: str, replicas: Sequence[ReplicaEntry]) -> Iterator[Metric
         family = GaugeMetricFamily(name, text, labels=("engine", "model_name"))
         family.add_metric(("0", model_name), value)
         yield family
-    states = GaugeMetricFamily("kervan_replicas", "Replicas by state.", labels=("state",))
+
+
+def _fleet(snapshot: Snapshot, age_s: float) -> Iterator[Metric]:
+    """kervan's own of all replicas and gateways."""
+    states = GaugeMetricFamily("kervan_replicas", "Replicas by state; late: no heartbeat lately.", labels=("state",))
+    found = ["late" if replica.lateness else replica.state for replica in snapshot.replicas]
     for state in STATES:
-        states.add_metric((state,), sum(replica.state == state for replica in replicas))
+        states.add_metric((state,), found.count(state))
     yield states
+    targets = GaugeMetricFamily(
+        "kervan_replicas_target", "Replicas that the settings want, at the least in a pool.", labels=("pool",)
+    )
+    for pool, target in snapshot.targets.items():
+        targets.add_metric((pool,), target)
+    yield targets
+    gateways = GaugeMetricFamily(
+        "kervan_gateway_heartbeat_age_seconds", "Since the gateway's last heartbeat.", labels=("gateway",)
+    )
+    for gateway in snapshot.gateways:
+        gateways.add_metric((gateway.id,), gateway.beat_age_s + age_s)
+    yield gateways
+    ages = GaugeMetricFamily(
+        "kervan_replica_heartbeat_age_seconds", "Since the replica's last heartbeat.", labels=("replica", "pool")
+    )
+    for replica in snapshot.replicas:
+        ages.add_metric((replica.id, replica.pool), replica.beat_age_s + age_s)
+    yield ages
+    live = [replica for replica in snapshot.replicas if replica.is_reachable]
     for field, text in (
         ("running", "Requests in the replica's batch."),
         ("waiting", "Requests queued at the replica."),

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ from kervan.errors import ConfigError
 from kervan.fleet.admitted import Ticket
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
-from kervan.fleet.directory import GatewayEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, Snapshot, as_told
+from kervan.fleet.histogram import Histogram
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.adapters import Adapters
@@ -30,7 +32,7 @@ from kervan.gateway import openapi, page
 from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.leaving import send_clients_away
-from kervan.gateway.metrics import FLEET_GAUGES, merge_pages
+from kervan.gateway.metrics import merge_pages
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
@@ -110,6 +112,7 @@ class Gateway:
         self.failure: Exception | None = None
         self.num_open = 0
         self._snapshot = Snapshot(0, [], [], [])
+        self._heard_s: float | None = None
         self._attached = asyncio.Event()
         self._servers: list[uvicorn.Server] = []
         self._tasks: list[asyncio.Task[Any]] = []
@@ -256,6 +259,7 @@ class Gateway:
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory."""
         self._snapshot = snapshot
+        self._heard_s = time.monotonic()
         self.adapters.update()
         self.fleet.num_gateways = max(1, len(snapshot.gateways))
         self.fleet.set_members(members(snapshot))
@@ -336,11 +340,14 @@ class Gateway:
         self.num_open -= 1
 
     async def status(self) -> dict[str, object]:
-        """What the fleet is, this gateway's streams, and how many each replica has of them, as JSON types."""
+        """What the fleet is, this gateway's streams, and how many each replica has of them, as JSON types.
+
+        With what the directory said last, and how many seconds ago: `kervan status` shows it when that is away.
+        """
         status = openapi.StatusPage(
             gateway=self.config.gateway_id,
+            fleet=self.config.fleet_name,
             about={
-                "fleet": self.config.fleet_name,
                 "models": [*self.config.models],
                 "simulated": self.config.is_twin,
                 "kervan": __version__,
@@ -351,17 +358,29 @@ class Gateway:
             moved=self.fleet.counts.moved,
             given_up=self.fleet.counts.given_up,
             replicas={link.replica_id: len(link.streams) for link in self.fleet.links},
+            directory=as_told(self._snapshot),
+            directory_heard_s=None if self._heard_s is None else round(time.monotonic() - self._heard_s, 1),
         )
         told: dict[str, object] = msgspec.to_builtins(status)
         return told
 
-    async def metrics(self) -> bytes:
-        """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out."""
+    async def metrics(self, gateway: str | None = None) -> bytes | None:
+        """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out.
+
+        With `gateway`: the page of that one alone, None if there is none or it does not answer.
+        """
+        if gateway == self.config.gateway_id:
+            return self._local_page().encode()
+        if gateway is not None:
+            (found,) = await page.fetch(
+                f"{peer.internal_url}/metrics" for peer in self._snapshot.gateways if peer.id == gateway
+            ) or [None]
+            return None if found is None else found.encode()
         peers = [g for g in self._snapshot.gateways if g.id != self.config.gateway_id]
         pages = await page.fetch(f"{peer.internal_url}/metrics" for peer in peers)
         texts = {self.config.gateway_id: self._local_page()}
         texts |= {peer.id: text for peer, text in zip(peers, pages, strict=True) if text is not None}
-        return merge_pages(texts, fleet_gauges=FLEET_GAUGES | {"kervan_replicas"}).encode()
+        return merge_pages(texts).encode()
 
     # ---- for other gateways
 
@@ -395,24 +414,46 @@ class Gateway:
 
     def _local_page(self) -> str:
         counts = self.fleet.counts
+        age_s = 0.0 if self._heard_s is None else time.monotonic() - self._heard_s
         rows: list[page.Row] = [
             ("kervan_streams_open", "gauge", "Streams in flight at this gateway.", self.fleet.num_streams),
             ("kervan_streams_held", "gauge", "Streams that wait for a replica.", self.fleet.num_held),
             ("kervan_requests_open", "gauge", "HTTP requests in flight at this gateway.", self.num_open),
             ("kervan_links", "gauge", "Replicas this gateway is linked to.", len(self.fleet.links)),
-            ("kervan_streams_moved_total", "counter", "Streams placed again on another replica.", counts.moved),
+            ("kervan_directory_age_seconds", "gauge", "Since this gateway heard of the directory.", age_s),
+            (
+                "kervan_streams_moved_total",
+                "counter",
+                "Streams placed again on another replica, by why.",
+                {(("reason", reason),): count for reason, count in counts.moves.items()},
+            ),
             ("kervan_streams_given_up_total", "counter", "Streams that killed two replicas.", counts.given_up),
             ("kervan_streams_expired_total", "counter", "Streams no replica took in time.", counts.expired),
-            ("kervan_replicas_lost_total", "counter", "Links to replicas that broke.", counts.lost_replicas),
+            ("kervan_links_broken_total", "counter", "Links to replicas that ended.", counts.broken_links),
+            ("kervan_replicas_lost_total", "counter", "Replicas that ended with a link.", counts.lost_replicas),
+            ("kervan_replicas_returned_total", "counter", "Links that broke and came back.", counts.returned_replicas),
             ("kervan_streams_fetched_total", "counter", "Streams whose clients came back.", self.streams.num_fetched),
         ]
         if self.streams.store is not None:
             rows += self.streams.store.metrics()
+        pools = {replica.id: replica.pool for replica in self._snapshot.replicas}
+        ttfts: dict[page.Labels, Histogram] = {
+            (("replica", replica_id), ("pool", pools[replica_id])): histogram
+            for replica_id, histogram in self.fleet.ttfts().items()
+            if replica_id in pools
+        }
         has_vllm = self.frontend is not None
         return page.write(
             rows,
+            [
+                ("kervan_stream_move_pause_seconds", "Between the tokens around a move.", {(): counts.move_pause_s}),
+                ("kervan_drain_seconds", "From hearing of a drain to no stream there.", {(): counts.drain_s}),
+                ("kervan_time_to_first_token_seconds", "From placing at a replica to its first token.", ttfts),
+            ],
+            fleet_name=self.config.fleet_name,
             model_name=self.model_name() if has_vllm else "",
-            replicas=self._snapshot.replicas,
+            snapshot=self._snapshot,
+            age_s=age_s,
             has_vllm=has_vllm,
         )
 

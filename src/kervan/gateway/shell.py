@@ -33,6 +33,7 @@ MIB = 1 << 20
 RETRY_NOT_READY_S = 5
 
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/metrics"})
+GATEWAY_METRICS_PREFIX = "/metrics/"  # before a gateway's id
 STATUS_PATH = "/kervan/status"
 SIMPLE_PATHS = {"/generate": simple.generate, "/chat": simple.chat}
 PAGE_METHODS = ("GET", "HEAD")
@@ -64,8 +65,8 @@ class GatewayView(Protocol):
     def model_name(self) -> str:
         """The first served model name."""
 
-    async def metrics(self) -> bytes:
-        """The Prometheus text page of this gateway and the fleet."""
+    async def metrics(self, gateway: str | None = None) -> bytes | None:
+        """The Prometheus text page of all gateways and the fleet, or of one gateway alone; None if there is no such."""
 
     async def status(self) -> dict[str, object]:
         """What `kervan status` shows; JSON types only."""
@@ -143,14 +144,15 @@ class GatewayShell:
         path: str = scope["path"]
         method: str = scope["method"]
         allowed = _own_methods(path)
-        is_open = method == "OPTIONS" or path in OPEN_PATHS or (method in PAGE_METHODS and is_docs(path))
+        is_page = path in OPEN_PATHS or _asks_one_gateway(path)
+        is_open = method == "OPTIONS" or is_page or (method in PAGE_METHODS and is_docs(path))
         if not is_open and self._key_digests and not self._has_key(scope):
             message = "no valid API key; send the header 'Authorization: Bearer KEY'"
             scheme = [(b"www-authenticate", b"Bearer")]
             await self.answers.refuse(scope, receive, send, 401, message, headers=scheme)
         elif allowed is not None and method not in allowed:  # a CORS preflight never comes as far as this answer
             await self.answers.refuse_method(scope, receive, send, ", ".join(allowed))
-        elif path in OPEN_PATHS or path == STATUS_PATH:
+        elif is_page or path == STATUS_PATH:
             await self._page(scope, send)
         else:
             self.view.stream_opened()
@@ -215,8 +217,14 @@ class GatewayShell:
         status, content_type = 200, b"application/json"
         if path == "/health":
             body = b'{"status":"live"}'
-        elif path == "/metrics":
-            body, content_type = await self.view.metrics(), b"text/plain; version=0.0.4; charset=utf-8"
+        elif path == "/metrics" or _asks_one_gateway(path):
+            gateway = path.removeprefix(GATEWAY_METRICS_PREFIX) if path != "/metrics" else None
+            page = await self.view.metrics(gateway)
+            if page is None:
+                message = f"no gateway {gateway!r} answers here; /metrics has those of all gateways, with their ids"
+                await self.answers.error(scope, send, 404, message)
+                return
+            body, content_type = page, b"text/plain; version=0.0.4; charset=utf-8"
         elif path == STATUS_PATH:
             body = msgspec.json.encode(await self.view.status())
         elif (reason := self._not_ready()) is None:
@@ -351,11 +359,16 @@ def is_docs(path: str) -> bool:
 
 def _own_methods(path: str) -> tuple[str, ...] | None:
     """The methods of a path that is the gateway's own, None for vLLM's."""
-    if path in OPEN_PATHS or path == STATUS_PATH:
+    if path in OPEN_PATHS or path == STATUS_PATH or _asks_one_gateway(path):
         return PAGE_METHODS
     if path in SIMPLE_PATHS:
         return ("POST",)
     return ("GET",) if path.startswith(STREAMS_PREFIX) else None
+
+
+def _asks_one_gateway(path: str) -> bool:
+    """Whether it is the path of one gateway's metrics."""
+    return path.startswith(GATEWAY_METRICS_PREFIX) and path != GATEWAY_METRICS_PREFIX
 
 
 def _json_fault(path: str, body: bytes, scope: Scope) -> str | None:

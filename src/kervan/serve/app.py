@@ -1,8 +1,10 @@
 """A fleet as one Serve application: gateways over a pool of engine replicas."""
 
+import contextlib
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
@@ -10,10 +12,11 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from kervan.config.fleet import FleetConfig
-from kervan.errors import FleetError
+from kervan.errors import ConfigError, FleetError
 from kervan.serve import autoscaling, placement, pools, ray_internals
 from kervan.serve.gateway_actor import GatewayReplica, IngressGatewayReplica
 from kervan.serve.placement import NodeDevices
+from kervan.serve.ray_errors import as_fleet_error, bounded, wait_for
 from kervan.serve.replica_actor import EngineReplica
 from kervan.serve.versions import versions
 
@@ -21,6 +24,8 @@ HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 SURGE_PERCENT = 25
 TAKEN_PORT = re.compile(r"cannot bind socket \(Address already in use\) for \[(\S+)\]")
+DEPLOY_TIMEOUT_S = 60.0  # it takes a second, and longer where the machine is busy
+DELETE_TIMEOUT_S = 90.0  # Serve itself gives up after 60 s
 UNLIMITED = 1_000_000_000  # kervan's gateways carry the requests; Serve counts none
 
 
@@ -34,7 +39,16 @@ def build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool = T
 
     `surges`: when replicas are replaced, new ones are ready before old ones drain, a quarter of them at a time; without
     it, a fifth of them (at least one) is stopped first.
+
+    Raises: ConfigError for settings that Serve refuses.
     """
+    try:
+        return _build(config, nodes, surges=surges)
+    except ValueError as error:  # pydantic's too
+        raise ConfigError(f"Ray Serve refuses these settings: {' '.join(str(error).split())[:300]}") from error
+
+
+def _build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool) -> Any:
     current = versions(config)
     stored = config.to_json()
     common: dict[str, Any] = {
@@ -101,7 +115,40 @@ def deploy(app: Any, config: FleetConfig) -> None:
     _quiet()
     route = None if config.ingress == "direct" else "/"
     target = serve.RunTarget(target=app, name=app_name(config.name), route_prefix=route)
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    bounded(
+        f"Serve's controller did not take the new settings of fleet {config.name!r}",
+        lambda: serve.run_many(
+            [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+        ),
+        DEPLOY_TIMEOUT_S,
+    )
+
+
+def check_controller() -> None:
+    """Before anything is changed: whether Serve's controller answers. Raises: FleetError when it does not."""
+    bounded("Serve's controller does not answer", ray_internals.serve_proxies)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedDeployment:
+    """What Serve says of the gateways or of a pool. `replicas`: their number by Serve's states, such as RUNNING."""
+
+    name: str
+    status: str
+    message: str
+    replicas: dict[str, int]
+
+
+def served(fleet_name: str, timeout_s: float) -> list[ServedDeployment] | None:
+    """What Serve runs of a fleet; None when it has no application of it. Raises: FleetError when Serve is silent."""
+    status = bounded("Serve's controller does not answer", serve.status, timeout_s)
+    application = status.applications.get(app_name(fleet_name))
+    if application is None:
+        return None
+    return [
+        ServedDeployment(name, found.status.value, found.message, dict(found.replica_states))
+        for name, found in sorted(application.deployments.items())
+    ]
 
 
 def _quiet() -> None:
@@ -116,7 +163,7 @@ def start_serve(config: FleetConfig) -> None:
     wants them.
     """
     _quiet()
-    proxies = ray_internals.serve_proxies()
+    proxies = bounded("Serve's controller does not answer", ray_internals.serve_proxies)
     if proxies is None:
         if config.ingress == "direct":
             serve.start(proxy_location="Disabled")
@@ -152,6 +199,12 @@ def proxy_failure(said: str) -> str:
 
 
 def delete(fleet_name: str) -> None:
-    """End the application: gateways and replicas drain, then leave."""
+    """End the application: gateways and replicas drain, then leave.
+
+    Returns when they are gone, or after a minute: a replica that waits for a GPU outlasts Serve's patience, and Serve
+    goes on ending it. Raises: FleetError when Serve's controller does not answer, before anything is ended.
+    """
     _quiet()
-    serve.delete(app_name(fleet_name))
+    check_controller()
+    with as_fleet_error(f"Serve did not end fleet {fleet_name!r}"), contextlib.suppress(TimeoutError):
+        wait_for(lambda: serve.delete(app_name(fleet_name)), DELETE_TIMEOUT_S)

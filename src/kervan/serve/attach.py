@@ -1,7 +1,5 @@
 """A fleet found from the command line."""
 
-import logging
-
 from kervan.errors import FleetError
 from kervan.serve import cluster
 from kervan.serve.directory.client import DirectoryClient, find_directory
@@ -12,7 +10,6 @@ def attach(name: str, address: str | None) -> DirectoryClient:
 
     Raises: FleetError when there is no such fleet.
     """
-    logging.getLogger("ray").setLevel(logging.ERROR)
     if address is None:
         remembered = cluster.recall(name)
         local = cluster.find_local_ray()

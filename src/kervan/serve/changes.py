@@ -90,9 +90,11 @@ class RunningFleet:
         last_failure = snapshot.failures[-1].number if snapshot.failures else 0
         nodes = cluster.devices_by_node(change.after.device)
         room = pools.placeable(change.after, cluster.nodes_for(change.after), pools.held(snapshot))
+        built = app.build(change.after, nodes, surges=change.surges)  # before anybody is told: Serve may refuse it
+        app.check_controller()
         self._directory.set_config(change.after).result()
-        app.deploy(app.build(change.after, nodes, surges=change.surges), change.after)
         try:
+            app.deploy(built, change.after)
             status = wait_until_ready(
                 change.after,
                 self._directory,

@@ -26,13 +26,18 @@ from kervan.errors import EngineError, FleetError
 from kervan.facts.markets import SPOT
 from kervan.serve import ray_internals
 from kervan.serve.placement import NodeDevices
-from kervan.serve.ray_errors import as_fleet_error
+from kervan.serve.ray_errors import bounded, wait_for
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 # Ray's own label key; a node has it from `ray start --labels`, the cluster launcher's or KubeRay's files.
 MARKET_LABEL = "ray.io/market-type"
 CONNECT_TIMEOUT_S = 5.0
+JOIN_TIMEOUT_S = 40.0  # it takes about a second
+# What begins a connection in HTTP/2, as gRPC speaks it: the preface and an empty SETTINGS frame (RFC 9113, 3.4). The
+# other side answers with its own settings (frame type 4) at once, without looking at anything else.
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+HTTP2_SETTINGS = 4
 NODES_UNKNOWN = "Ray did not list the nodes of the cluster"
 
 
@@ -207,20 +212,29 @@ def connect(address: str) -> None:
         # Before ray is imported: it reads these once.
         os.environ.update(ray_environment(local.token, has_haproxy=local.has_haproxy))
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         return
+    logging.getLogger("ray").setLevel(logging.ERROR)  # here: importing Ray sets it
+
+    if address != "auto":
+        _check_raylet(address)
+
+    def join() -> None:
+        ray.init(
+            address=address,
+            namespace="kervan",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+        )
+
     try:
         with sigterm_kept():
-            ray.init(
-                address=address,
-                namespace="kervan",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
+            wait_for(join, JOIN_TIMEOUT_S)
         ray_internals.silence_driver()
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise FleetError(
             f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, and RAY_AUTH_TOKEN if the "
             "cluster has a token; or leave --address out to start Ray on this machine"
@@ -239,7 +253,7 @@ def sigterm_kept() -> Iterator[None]:
 
 
 def check_address(address: str) -> None:
-    """Find out in seconds that nothing listens at `address`; Ray itself takes minutes.
+    """Find out in seconds that nothing answers at `address`, or no Ray; Ray itself takes minutes.
 
     Raises: FleetError.
     """
@@ -251,12 +265,55 @@ def check_address(address: str) -> None:
             f"--address {address!r} is not in HOST:PORT form; give that of the cluster's head, like 10.0.0.1:6379"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        is_grpc = _speaks_grpc(host.strip("[]"), int(port))
+    except TimeoutError as error:
+        raise FleetError(
+            f"the Ray cluster at {address} does not answer (no word for {CONNECT_TIMEOUT_S:.0f} s): its head is "
+            "stopped or overloaded; try again, or look at its process gcs_server"
+        ) from error
     except (OSError, OverflowError) as error:
         raise FleetError(
             f"no Ray cluster answers at {address} ({error}); "
             "check --address, or leave it out to start Ray on this machine"
         ) from error
+    if not is_grpc:
+        raise FleetError(
+            f"what answers at {address} is not the head of a Ray cluster; give its GCS address, like 10.0.0.1:6379, or "
+            "leave --address out to start Ray on this machine"
+        )
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    """Whether what listens there greets as gRPC does. Raises: TimeoutError for one that is silent; OSError."""
+    with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("0", "false", ""):
+            return True
+        connection.sendall(HTTP2_PREFACE)
+        greeting = connection.recv(9)
+        return len(greeting) > 3 and greeting[3] == HTTP2_SETTINGS
+
+
+def _check_raylet(address: str) -> None:
+    """Find out that the raylet of this node is silent: joining, Ray would end this process after 28 s without a word.
+
+    Raises: FleetError.
+    """
+    own = {found.address for interface in psutil.net_if_addrs().values() for found in interface}
+    found = bounded(f"the Ray cluster at {address} did not list its nodes", lambda: ray_internals.raylets(address, 10))
+    silent = []
+    for host, port in found:
+        if host in own:
+            try:
+                _speaks_grpc(host, port)
+            except OSError as error:  # a timeout too
+                silent.append(f"{host}:{port}: {error}")
+            else:
+                return
+    if silent:
+        raise FleetError(
+            f"Ray's process raylet on this node does not answer ({', '.join(silent)}), so nothing can be asked through "
+            "it; try again in a few seconds"
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -270,8 +327,7 @@ def devices_by_node(device: Device | Literal[""] = "") -> list[NodeDevices]:
 
     Raises: FleetError when Ray does not answer.
     """
-    with as_fleet_error(NODES_UNKNOWN):
-        free_by_node = ray_internals.free_resources()
+    free_by_node = bounded(NODES_UNKNOWN, ray_internals.free_resources)
     by_device: dict[Device, list[NodeDevices]] = {"GPU": [], "CPU": []}
     for node in _all_nodes():
         resources: dict[str, Any] = node["Resources"]
@@ -307,9 +363,7 @@ def _all_nodes() -> list[dict[str, Any]]:
     """What Ray says of its nodes, dead ones too."""
     import ray
 
-    with as_fleet_error(NODES_UNKNOWN):
-        nodes: list[dict[str, Any]] = ray.nodes()
-    return nodes
+    return bounded(NODES_UNKNOWN, ray.nodes)
 
 
 def drain_node(node_id: str, deadline_s: float) -> None:
@@ -317,8 +371,8 @@ def drain_node(node_id: str, deadline_s: float) -> None:
 
     Raises: FleetError when Ray refuses, or does not answer.
     """
-    with as_fleet_error(f"Ray did not drain node {node_id}"):
-        refusal = ray_internals.drain_node(node_id, time.time_ns() // 1_000_000 + int(deadline_s * 1000))
+    deadline_ms = time.time_ns() // 1_000_000 + int(deadline_s * 1000)
+    refusal = bounded(f"Ray did not drain node {node_id}", lambda: ray_internals.drain_node(node_id, deadline_ms))
     if refusal:
         raise FleetError(f"Ray did not drain node {node_id}: {refusal}")
 

@@ -8,10 +8,12 @@ from typing import Literal
 from kervan.errors import FleetError, KervanError
 from kervan.serve import cluster
 from kervan.serve.attach import attach
-from kervan.serve.directory.client import find_directory, fleet_names
+from kervan.serve.directory.client import NoFleetError, find_directory, fleet_names
+from kervan.serve.ray_errors import ANSWER_TIMEOUT_S
 from kervan.units import plural
 
 POLL_S = 0.2
+REOPEN_TIMEOUT_S = 5.0
 HEARD_S = 2.5  # after which all gateways have heard of a change, and all counts are newer
 
 
@@ -29,10 +31,22 @@ def down(name: str, address: str | None = None) -> Literal["stopped", "stopped w
             end_fleet(name)
         cluster.forget(name)
         return "stopped"
-    attach(name, address)
-    end_fleet(name)
+    where = address or (entry.address if entry else "") or (local.address if local else "")
+    is_local = local is not None and where == local.address
+    try:
+        _find(name, address)
+        end_fleet(name)
+    except NoFleetError:
+        raise
+    except FleetError:
+        others = [fleet for fleet in cluster.remembered() if fleet.address == where and fleet.name != name]
+        if local is None or not is_local or others:
+            raise
+        # Ray or Serve does not answer, and has nothing but this fleet.
+        cluster.forget(name)
+        cluster.stop_local_ray(local)
+        return "stopped with Ray"
     cluster.forget(name)
-    is_local = local is not None and (address or (entry.address if entry else local.address)) == local.address
     if local is not None and is_local and not fleet_names():
         import ray
 
@@ -40,6 +54,17 @@ def down(name: str, address: str | None = None) -> Literal["stopped", "stopped w
         cluster.stop_local_ray(local)
         return "stopped with Ray"
     return "stopped"
+
+
+def _find(name: str, address: str | None) -> None:
+    """Reach the fleet's cluster. Raises: as `attach`, but for a fleet that only its directory has left."""
+    try:
+        attach(name, address)
+    except NoFleetError:
+        from kervan.serve import app  # with Ray, whose environment is set before by `attach`
+
+        if app.served(name, ANSWER_TIMEOUT_S) is None:
+            raise
 
 
 def let_streams_end(
@@ -76,21 +101,23 @@ def let_streams_end(
             time.sleep(POLL_S)
     finally:
         if not is_over:
-            directory.set_closing(False).result()
+            try:
+                directory.set_closing(False).result(REOPEN_TIMEOUT_S)
+            except FleetError as error:  # what ended the wait is raised next
+                progress(f"fleet {name!r} may go on refusing requests: {error}")
 
 
 def end_fleet(name: str) -> None:
-    """End the application, then the directory, without which the fleet is no longer listed."""
+    """End the application, then the directory, without which the fleet is no longer listed.
+
+    Raises: FleetError when Ray or Serve does not answer; the fleet goes on as it was if Serve does not.
+    """
     from kervan.serve import app, watchers
     from kervan.serve.directory.actor import forget_directory
 
-    try:
-        app.delete(name)
-    except TimeoutError:
-        pass  # a replica that waits for a GPU outlasts Serve's patience; Serve goes on ending it
-    finally:
-        with contextlib.suppress(FleetError):
-            find_directory(name).kill(restarts=False)
-            forget_directory(name)
-        if not fleet_names():
-            watchers.end_all()
+    app.delete(name)
+    with contextlib.suppress(FleetError):
+        find_directory(name).kill(restarts=False)
+        forget_directory(name)
+    if not fleet_names():
+        watchers.end_all()

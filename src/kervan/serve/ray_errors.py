@@ -1,9 +1,16 @@
-"""What Ray raises, as errors of kervan."""
+"""What Ray raises, as errors of kervan; and an end of waiting where Ray has none."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
 
 from kervan.errors import FleetError
+
+ANSWER_TIMEOUT_S = 30.0  # Ray restarts an actor in some seconds, and more on a busy machine
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -20,3 +27,45 @@ def as_fleet_error(what: str) -> Iterator[None]:
         first_line = next(iter(str(error).strip().splitlines()), "")[:200]
         reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         raise FleetError(f"{what} ({reason}); try again in a few seconds") from error
+
+
+class _Abandoned:
+    """Whether this process has a thread that waits for Ray and cannot be ended."""
+
+    is_any = False
+
+
+def is_any_abandoned() -> bool:
+    """Whether a call of `wait_for` has been given up. Ray's own end of the process may wait as long: use `os._exit`."""
+    return _Abandoned.is_any
+
+
+def bounded(what: str, call: Callable[[], T], timeout_s: float = ANSWER_TIMEOUT_S) -> T:
+    """As `wait_for`; `what` as of `as_fleet_error`. Raises: FleetError when it takes longer, and for Ray's errors."""
+    with as_fleet_error(what):
+        return wait_for(call, timeout_s)
+
+
+def wait_for(call: Callable[[], T], timeout_s: float) -> T:
+    """What `call` returns, which asks Ray: most of what it offers waits for good for a part that is stopped.
+
+    It runs in a thread of its own, which goes on if it takes longer.
+
+    Raises: TimeoutError then; what `call` raises.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="asks Ray").start()
+    try:
+        return outcome.result(timeout_s)
+    except TimeoutError:
+        if outcome.done():  # it is the call's own
+            raise
+        _Abandoned.is_any = True
+        raise TimeoutError(f"no answer for {timeout_s:.0f} s") from None

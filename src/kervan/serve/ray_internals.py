@@ -58,6 +58,14 @@ def kv_delete(key: str) -> None:
 # ---- nodes
 
 
+def raylets(gcs_address: str, timeout_s: float) -> list[tuple[str, int]]:
+    """Where the raylets of the alive nodes listen, before this process joins. Raises: what Ray raises."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    infos = GcsClient(address=gcs_address).get_all_node_info(timeout=timeout_s)
+    return [(info.node_manager_address, info.node_manager_port) for info in infos.values() if info.state == 0]
+
+
 def free_resources() -> dict[str, dict[str, float]]:
     """Of each alive node, by Ray's node id: the resources that nothing has taken."""
     from ray._private import state

@@ -40,6 +40,8 @@ def validate(config: FleetConfig, *, is_here: bool = True) -> FleetConfig:
     elif is_here and (missing := models.missing_weights(config.model, config.weights_format)):
         raise ConfigError(missing)
     notices.from_environment(config.env)
+    if not config.pools and not config.replicas:  # Serve would refuse it; a part of a fleet with pools may have none
+        raise ConfigError("replicas=0 would leave nothing to serve requests; give at least 1, or kervan down")
     return config
 
 

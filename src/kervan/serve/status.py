@@ -10,6 +10,8 @@ from kervan.serve import cluster, pools
 from kervan.serve.attach import attach
 from kervan.serve.why import explain, notice_lines
 
+LOOK_TIMEOUT_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class FleetStatus:
@@ -24,6 +26,7 @@ class FleetStatus:
         """What `kervan status --json` prints; scripts rely on these keys."""
         return {
             "name": self.name,
+            "complete": True,
             "url": self.url,
             "model": self.config.model,
             "layout": {
@@ -38,12 +41,12 @@ class FleetStatus:
                 pool: {
                     "min": bounds.minimum,
                     "max": bounds.maximum,
-                    "ready": sum(r.state == "ready" for r in pools.replicas_of(pool, self.snapshot)),
+                    "ready": sum(r.state == "ready" and not r.lateness for r in pools.replicas_of(pool, self.snapshot)),
                 }
                 for pool, bounds in self.config.bounds.items()
             },
-            "replicas": [_replica(entry) for entry in self.snapshot.replicas],
-            "gateways": [_gateway(entry) for entry in self.snapshot.gateways],
+            "replicas": [replica_to_dict(entry) for entry in self.snapshot.replicas],
+            "gateways": [gateway_to_dict(entry) for entry in self.snapshot.gateways],
             "nodes": [_node(entry) for entry in self.snapshot.nodes],
             "failed_starts": [
                 {"who": f.who, "kind": f.kind, "message": f.message, "log": f.log_path} for f in self.snapshot.failures
@@ -51,7 +54,8 @@ class FleetStatus:
         }
 
 
-def _replica(entry: ReplicaEntry) -> dict[str, Any]:
+def replica_to_dict(entry: ReplicaEntry) -> dict[str, Any]:
+    """A replica, as `kervan status --json` prints it."""
     return {
         "id": entry.id,
         "pool": entry.pool,
@@ -66,18 +70,23 @@ def _replica(entry: ReplicaEntry) -> dict[str, Any]:
         "reason": entry.reason,
         "log": entry.log_path,
         "start_s": entry.start_s,
+        "late": bool(entry.lateness),
+        "last_heartbeat_s": entry.beat_age_s,
     }
 
 
-def _gateway(entry: GatewayEntry) -> dict[str, Any]:
+def gateway_to_dict(entry: GatewayEntry) -> dict[str, Any]:
+    """A gateway, as `kervan status --json` prints it."""
     return {
         "id": entry.id,
         "pid": entry.pid,
         "node": entry.node,
-        "ready": entry.is_ready,
+        "ready": entry.is_ready and not entry.lateness,
         "busy": round(entry.busy, 3),
         "reason": entry.reason,
         "log": entry.log_path,
+        "late": bool(entry.lateness),
+        "last_heartbeat_s": entry.beat_age_s,
     }
 
 
@@ -124,14 +133,9 @@ class FleetWatch:
         self._directory = attach(name, address)
 
     def look(self) -> FleetStatus:
-        """The fleet now. Raises: FleetError when its directory does not answer."""
-        return fleet_status(self._directory.fleet().result().config, self._directory.snapshot().result())
-
-
-def why(name: str, address: str | None = None) -> tuple[FleetStatus, list[str]]:
-    """The fleet, and a sentence for each thing in it that is not as it should be. Raises: as `status`."""
-    seen = status(name, address)
-    return seen, reasons(seen.config, seen.snapshot)
+        """The fleet now. Raises: FleetError when its directory does not answer within 10 s."""
+        config = self._directory.fleet().result(LOOK_TIMEOUT_S).config
+        return fleet_status(config, self._directory.snapshot().result(LOOK_TIMEOUT_S))
 
 
 def reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:

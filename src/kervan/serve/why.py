@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from kervan.config.fleet import FleetConfig
 from kervan.facts.markets import ON_DEMAND
-from kervan.fleet.directory import Snapshot
+from kervan.fleet.directory import EXPIRY_S, Snapshot
 from kervan.serve import placement, pools
 from kervan.serve.placement import NodeDevices
 
@@ -26,6 +26,13 @@ def explain(
         nodes = pools.of_pool(ON_DEMAND, nodes)
     if present < least:
         sentences.append(_missing(config, present, least, nodes))
+    sentences += [
+        f"{kind} {entry.id} is {entry.lateness}; it is dead, or node {entry.node} is overloaded or cut off; after "
+        f"{EXPIRY_S:.0f} s without one it is listed no more"
+        for kind, entries in (("replica", snapshot.replicas), ("gateway", snapshot.gateways))
+        for entry in entries
+        if entry.lateness
+    ]
     for replica in snapshot.replicas:
         if replica.state == "starting":
             sentences.append(

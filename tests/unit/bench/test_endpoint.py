@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kervan.bench import benchmark, served_by, servers
-from kervan.bench.endpoint import get_text
+from kervan.bench.endpoint import RequestError, get_text, stream_once
 from kervan.bench.load import Endpoint, Load
 from kervan.bench.served_by import ServedBy
 from kervan.errors import ConfigError, FleetError
@@ -75,6 +75,27 @@ def url(handler: type[Handler]) -> Iterator[str]:
 def prepare(url: str, **given: Any) -> benchmark.Prepared:
     load = {name: given.pop(name) for name in ("isl", "osl", "prefixes", "prefix_tokens") if name in given}
     return benchmark.prepare(Endpoint(url=url, **given), Load(streams=1, duration_s=1, **load))
+
+
+def test_a_server_of_another_protocol_is_said_to_be_one() -> None:
+    def greet() -> None:
+        for _ in range(2 + len(servers_asked)):
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                connection.recv(1000)
+
+    servers_asked = ("/v1/models", "/health")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        greeting = threading.Thread(target=greet)
+        greeting.start()
+        endpoint = Endpoint(url=f"http://127.0.0.1:{listening.getsockname()[1]}")
+        with pytest.raises(RequestError, match=r"no HTTP \('SSH-2"):
+            get_text(endpoint, "/metrics")
+        exchange = stream_once(endpoint, {"prompt": "x"})
+        assert "no HTTP" in exchange.message
+        assert not servers.answers(endpoint.url)
+        greeting.join()
 
 
 def test_servers_are_asked_past_any_proxy_of_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def runs(count: int) -> list[ReportedRun]:
 
 
 def write(place: Path, *reported: ReportedRun) -> str:
-    path = place / "made" / "report.html"
+    path = place / "report.html"
     html_report.write(path, reported)
     return path.read_text()
 

@@ -55,6 +55,7 @@ def bench(*words: str, timeout_s: float = 90) -> "subprocess.CompletedProcess[st
 
 
 def test_json_record_and_report(server: str, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
     done = bench(
         *(server, "--streams", "3", "--num-requests", "9", "--osl", "6", "--model", "m", "--slo", "ttft=5s", "--json"),
         *("--at", "0.02s echo struck", "--record", str(tmp_path / "r"), "--html", str(tmp_path / "r.html")),

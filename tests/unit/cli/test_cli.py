@@ -134,7 +134,7 @@ def test_a_directory_without_weights(kervan: Kervan, model: Path) -> None:
         pytest.param(["--engine-arg", "port=9000"], "use --port", id="port owned"),
         pytest.param(["--engine-arg", "foo"], "write for example --engine-arg max_model_len=4096", id="no equals sign"),
         pytest.param(["--engine-arg", "hf_overrides={a:1}"], "quote it for the shell", id="broken JSON"),
-        pytest.param(["--env", "FOO"], "--env 'FOO' has no key=value form", id="env without equals sign"),
+        pytest.param(["--env", "FOO"], "--env 'FOO' has no key=value form; write for example --env HF_", id="env without equals sign"),
         pytest.param(
             ["--env", "KERVAN_NOTICES_WATCH=asw"], "is not one of auto, aws, gcp, azure, signal", id="notices of nobody"
         ),
@@ -142,6 +142,14 @@ def test_a_directory_without_weights(kervan: Kervan, model: Path) -> None:
         pytest.param(["--tp", "4"], "use 1, 2, 7 or 14 (--tp)", id="tp does not divide the heads"),
         pytest.param(["--tp", "0"], "outside 1..64", id="tp 0"),
         pytest.param(["--pp", "3"], "use at most --pp 2", id="pp exceeds the layers"),
+        pytest.param(["--twin", "FOO"], "write for example --twin speed=2", id="twin without equals sign"),
+        pytest.param(["--env", "A B=1"], "'A B' is no name of an environment variable", id="env with a space"),
+        pytest.param(["--ep", "2"], "use --ep 1, or --tp 2 --ep 2", id="ep without tp"),
+        pytest.param(["--tp", "4", "--ep", "2"], "use --ep 1 or --ep 4", id="ep beside tp"),
+        pytest.param(["--replicas", "0"], "give at least 1, or kervan down", id="no replicas"),
+        pytest.param(["--api-key", ""], "--api-key is empty", id="empty key"),
+        pytest.param(["--api-key", "good", "--api-key", " "], "--api-key: key 2 of 2 is empty", id="blank key"),
+        pytest.param(["--api-key", "se cret"], "which clients cannot send", id="key with a space"),
         pytest.param(["--replicas", "-1"], "replicas=-1 is outside 0..4096", id="negative replicas"),
         pytest.param(["--port", "99999"], "port=99999 is outside 1..65535", id="port too large"),
         pytest.param(["--name", "My Fleet"], "use 1 to 40 lower-case letters, digits and hyphens", id="name"),
@@ -175,6 +183,11 @@ def test_a_port_in_use(kervan: Kervan, model: Path) -> None:
         pytest.param("engine_args: {pipeline_parallel_size: 2}", "use --pp", id="engine arg owned"),
         pytest.param("tp: [", "cannot be read", id="broken YAML"),
         pytest.param("words", "write lines such as 'tp: 2'", id="no mapping"),
+        pytest.param("api_keys: ['']", "api_keys is empty", id="empty key"),
+        pytest.param("api_keys: ['good', ' also ']", "key 2 of 2 has white space", id="key with spaces"),
+        pytest.param('api_keys: ["line\\n"]', "has white space", id="key with a line break"),
+        pytest.param("replicas: 0", "give at least 1", id="no replicas"),
+        pytest.param('env: {A: "x\\0"}', "has a null character", id="null character in the environment"),
     ],
 )
 def test_a_wrong_config_file(kervan: Kervan, model: Path, tmp_path: Path, text: str, words: str) -> None:
@@ -189,6 +202,17 @@ def test_a_missing_config_file(kervan: Kervan, model: Path, tmp_path: Path) -> N
     assert "none.yaml does not exist; check the path given to --config" in error
 
 
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_variable_opens_no_fleet(
+    kervan: Kervan, model: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("KERVAN_API_KEY", value)
+    assert "KERVAN_API_KEY is empty" in kervan.fails("up", model)
+    for command in (("bench", "http://127.0.0.1:1"), ("chaos", "http://127.0.0.1:1", "--kill-every", "1s")):
+        assert "KERVAN_API_KEY is empty" in kervan.fails(*command)
+        assert "--api-key is empty" in kervan.fails(*command, "--api-key", value)
+
+
 def test_options_win_over_the_file(kervan: Kervan, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text(f'model = "{model}"\ntp = 4\n[engine_args]\nmax_model_length = 4\n')
@@ -196,6 +220,43 @@ def test_options_win_over_the_file(kervan: Kervan, model: Path, tmp_path: Path) 
     path.write_text(f'model = "{model}"\ntp = 4\n')
     assert "tp=4 does not divide" in kervan.fails("up", "--config", path)
     assert "tp=3 does not divide" in kervan.fails("up", "--config", path, "--tp", 3)
+
+
+# ---- files that commands write
+
+
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [
+        ("--html", ["bench", "http://127.0.0.1:1"]),
+        ("--record", ["bench", "http://127.0.0.1:1"]),
+        ("--record", ["chaos", "http://127.0.0.1:1", "--kill-every", "1s"]),
+        ("--plot", ["plan", "org/model", "--gpu", "H200"]),
+        ("--output", ["calibrate"]),
+        ("--calibration", ["calibrate"]),
+        ("--log-dir", ["calibrate"]),
+    ],
+)
+def test_a_place_that_is_not_there_is_refused_before_any_work(
+    kervan: Kervan, tmp_path: Path, option: str, command: list[str]
+) -> None:
+    there = tmp_path / "misspelt"
+    error = kervan.fails(*command, option, there / "result.json")
+    assert f"{option} {there}" in error
+    assert f"directory {there} does not exist" in error.replace("/result.json does", " does")
+    assert not there.exists()
+    file = tmp_path / "file"
+    file.touch()
+    inside = file if option == "--log-dir" else file / "result.json"
+    assert "is a file, not a directory" in kervan.fails(*command, option, inside)
+
+
+@pytest.mark.parametrize("where", ["sleep 1000", "http://a b:1", "http://h/a\tb", "ssh://h", "h:x", ""])
+@pytest.mark.parametrize("command", [["bench"], ["bench", "http://127.0.0.1:1", "--against"]], ids=" ".join)
+def test_what_is_neither_a_url_nor_a_command_is_refused(kervan: Kervan, command: list[str], where: str) -> None:
+    error = kervan.fails(*command, where)
+    assert repr(where) in error
+    assert "or a command that starts a server, with {port} in it" in error
 
 
 # ---- fleets that are not there

@@ -189,7 +189,7 @@ def test_sessions_that_one_gateway_keeps(more: dict[str, Any]) -> None:
         ({"model": "m", "hold_timeout_s": 10**30}, "hold_timeout_s="),
         ({"model": "m", "engine_args": {"tensor-parallel-size": 2}}, "'tensor_parallel_size' is kervan's to set; use --tp"),
         ({"model": "m", "engine_args": {"data_parallel_size": 8}}, "'vllm serve' alone starts ranks that share experts"),
-        ({"model": "m", "ep": 8}, "use --ep 1 or --tp 8 --ep 8"),
+        ({"model": "m", "ep": 8}, "use --ep 1, or --tp 8 --ep 8"),
         ({"model": "m", "ep": 8, "tp": 4}, "use --ep 1 or --ep 4"),
     ],
 )  # fmt: skip
@@ -215,6 +215,9 @@ def test_whole_numbers_serve_as_seconds() -> None:
     assert fleet.from_mapping({"model": "m", "hold_timeout_s": 5}, "f").hold_timeout_s == 5.0
 
 
+KEY_LETTERS = "".join(map(chr, range(33, 127)))
+
+
 @given(
     st.builds(
         FleetConfig,
@@ -223,11 +226,11 @@ def test_whole_numbers_serve_as_seconds() -> None:
         replicas=st.integers(0, 4096),
         port=st.integers(1, 65535),
         ingress=st.sampled_from(["direct", "serve"]),
-        api_keys=st.lists(st.text(), max_size=3).map(tuple),
+        api_keys=st.lists(st.text(KEY_LETTERS, min_size=1), max_size=3).map(tuple),
         engine_args=st.dictionaries(
             st.sampled_from(["max_model_len", "dtype", "hf_overrides"]), st.one_of(st.booleans(), st.integers(), st.text())
         ),
-        env=st.dictionaries(st.text("AB", min_size=1), st.text()),
+        env=st.dictionaries(st.text("AB", min_size=1), st.text(st.characters(exclude_characters="\0"))),
         drain_timeout_s=st.floats(0, 1e6),
     )
 )  # fmt: skip

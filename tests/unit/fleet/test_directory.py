@@ -4,8 +4,8 @@ import pytest
 from kervan.config.fault import Fault
 from kervan.fleet.directory import (
     EXPIRY_S,
+    LATE_S,
     MAX_FAILURES,
-    SILENT_S,
     Directory,
     Drain,
     GatewayEntry,
@@ -59,14 +59,14 @@ def test_a_snapshot_lists_entries_in_order_of_id(directory: Directory) -> None:
 def test_an_entry_whose_beats_are_late_says_so(directory: Directory, clock: Clock) -> None:
     directory.beat_replica(replica("a", reason="too slow"))
     directory.beat_gateway(gateway("g"))
-    clock.now_s += SILENT_S
-    assert [entry.reason for entry in directory.snapshot().replicas] == ["too slow"]
+    clock.now_s += LATE_S
+    assert [entry.lateness for entry in directory.snapshot().replicas] == [""]
     clock.now_s += 1.0
     snapshot = directory.snapshot()
-    assert snapshot.replicas[0].reason == "too slow, no heartbeat for 4 s"
-    assert snapshot.gateways[0].reason == "no heartbeat for 4 s"
+    assert snapshot.replicas[0].lateness == snapshot.gateways[0].lateness == "late: last heartbeat 3.5 s ago"
+    assert snapshot.replicas[0].reason == "too slow"
     directory.beat_gateway(gateway("g"))
-    assert directory.snapshot().gateways[0].reason == ""
+    assert directory.snapshot().gateways[0].lateness == ""
 
 
 def test_an_entry_lives_as_long_as_its_beats(directory: Directory, clock: Clock) -> None:

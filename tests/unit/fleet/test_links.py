@@ -85,7 +85,9 @@ async def test_lost_outputs_are_noticed_and_their_streams_move(
             await a.step()
     await until(lambda: bench.client.links and bench.link(a) is not link, "the link is made again")
     await bench.finished("r1")
-    assert bench.client.counts.moved == 1
+    counts = bench.client.counts
+    assert counts.moved == 1
+    assert (counts.broken_links, counts.lost_replicas, counts.returned_replicas) == (1, 0, 1)  # no replica was lost
 
 
 async def test_a_replica_that_returns_at_its_address_is_linked_again(bench: Bench) -> None:

@@ -25,8 +25,10 @@ async def test_a_killed_replicas_stream_goes_on_elsewhere_without_a_seam(bench: 
     await bench.placed(b, "s~1")
     assert b.added == [Request("s~1", [7, 8, 9, *bench.expected["s"][:3]], 5)]
     await bench.finished("s")
-    assert bench.client.counts.moved == 1
-    assert bench.client.counts.lost_replicas == 1
+    counts = bench.client.counts
+    assert counts.moves == {"lost": 1, "stalled": 0, "drained": 0}
+    assert counts.move_pause_s.buckets()[-1] == ("+Inf", 1)
+    assert (counts.broken_links, counts.lost_replicas, counts.returned_replicas) == (1, 1, 0)
 
 
 async def test_an_engine_that_says_it_is_dead_is_left_at_once(bench: Bench) -> None:
@@ -78,7 +80,8 @@ async def test_streams_move_off_a_replica_that_stands_still_and_it_may_go_on(ben
     await bench.add("u")
     await bench.placed(a, "u")
     await bench.finished("s", "t", "u")
-    assert (bench.client.counts.moved, bench.client.counts.lost_replicas) == (1, 0)
+    assert bench.client.counts.moves == {"lost": 0, "stalled": 1, "drained": 0}
+    assert bench.client.counts.broken_links == 0
 
 
 async def test_a_replica_that_stood_still_gets_one_stream_until_it_has_made_a_step(bench: Bench) -> None:
@@ -215,7 +218,7 @@ async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_f
     c.run()
     await bench.finished(*(f"old{i}" for i in range(4)))
     assert bench.client.counts.given_up == 1
-    assert bench.client.counts.lost_replicas == 2
+    assert bench.client.counts.broken_links == 2
 
 
 @pytest.mark.parametrize("position", range(4))
@@ -251,7 +254,7 @@ async def test_suspects_are_tried_one_by_one_and_only_the_fatal_one_is_rejected(
             assert bench.failed(name)
         else:
             assert (bench.tokens[name], bench.endings[name]) == (bench.expected[name], ["length"])
-    assert bench.client.counts.lost_replicas == 2
+    assert bench.client.counts.broken_links == 2
 
 
 async def test_a_token_clears_of_earlier_losses_only(bench: Bench) -> None:

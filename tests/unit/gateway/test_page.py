@@ -1,6 +1,7 @@
 """A gateway's own metrics page, and how it gets those of other gateways."""
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -8,18 +9,23 @@ from harness.gateway import listening
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from kervan.fleet.directory import ReplicaEntry
+from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
+from kervan.fleet.histogram import Histogram
 from kervan.gateway import page
+from kervan.gateway.metrics import merge_pages
 
 REPLICAS = [
     ReplicaEntry("r1", "spot", "n", 1, "ready", "a:1", running=3, waiting=2, kv_cache_usage=0.5),
     ReplicaEntry('r"2\n', "on-demand", "n", 1, "draining", "a:2", running=1, kv_cache_usage=0.25),
-    ReplicaEntry("r3", "spot", "n", 1, "starting"),
+    ReplicaEntry("r3", "spot", "n", 1, "starting", beat_age_s=7.0),
 ]
 ROWS: list[page.Row] = [
     ("kervan_links", "gauge", "Replicas this gateway is linked to.", 2),
-    ("kervan_streams_moved_total", "counter", "Streams placed again on another replica.", 7),
+    ("kervan_streams_moved_total", "counter", "Streams placed again.", {(("reason", "lost"),): 7}),
 ]
+GATEWAYS = [GatewayEntry("gw-1", "n", 2, "", "", True, beat_age_s=0.5)]
+SNAPSHOT = Snapshot(1, REPLICAS, GATEWAYS, [], targets={"spot": 3})
+LABELS = ("chat", 'm"x')
 
 
 def families(text: str) -> dict[str, tuple[str, dict[tuple[str, ...], float]]]:
@@ -31,21 +37,56 @@ def families(text: str) -> dict[str, tuple[str, dict[tuple[str, ...], float]]]:
 
 
 def test_a_page_has_the_gateways_metrics_and_the_fleets() -> None:
-    text = page.write(ROWS, model_name='m"x', replicas=REPLICAS, has_vllm=False)
-    assert families(text) == {
+    pauses = Histogram((0.1, 1.0))
+    for pause_s in (0.05, 0.5, 0.6, 30.0):
+        pauses.observe(pause_s)
+    text = page.write(
+        ROWS, [("kervan_stream_move_pause_seconds", "Pauses.", {(): pauses})], fleet_name="chat", model_name='m"x',
+        snapshot=SNAPSHOT, age_s=1.0, has_vllm=False,
+    )  # fmt: skip
+    own = {
         "kervan_links": ("gauge", {(): 2}),
-        "kervan_streams_moved": ("counter", {(): 7}),
-        "vllm:num_requests_running": ("gauge", {("0", 'm"x'): 4}),
-        "vllm:num_requests_waiting": ("gauge", {("0", 'm"x'): 2}),
-        "vllm:kv_cache_usage_perc": ("gauge", {("0", 'm"x'): 0.375}),
-        "kervan_replicas": ("gauge", {("starting",): 1, ("ready",): 1, ("draining",): 1, ("unhealthy",): 0}),
+        "kervan_streams_moved": ("counter", {("lost",): 7}),
+        "kervan_replicas": (
+            "gauge",
+            {("starting",): 0, ("ready",): 1, ("draining",): 1, ("unhealthy",): 0, ("late",): 1},
+        ),
+        "kervan_replicas_target": ("gauge", {("spot",): 3}),
         "kervan_replica_running": ("gauge", {("spot", "r1"): 3, ("on-demand", 'r"2\n'): 1}),
         "kervan_replica_waiting": ("gauge", {("spot", "r1"): 2, ("on-demand", 'r"2\n'): 0}),
         "kervan_replica_kv_cache_usage": ("gauge", {("spot", "r1"): 0.5, ("on-demand", 'r"2\n'): 0.25}),
+        "kervan_replica_heartbeat_age_seconds": (
+            "gauge",
+            {("spot", "r1"): 1.0, ("on-demand", 'r"2\n'): 1.0, ("spot", "r3"): 8.0},
+        ),
+    }
+    found = families(text)
+    histogram = {sample.name.rpartition("_")[2] + sample.labels.get("le", ""): sample.value for sample in next(
+        family.samples for family in text_string_to_metric_families(text) if family.type == "histogram"
+    )}  # fmt: skip
+    assert histogram == {"bucket0.1": 1, "bucket1.0": 3, "bucket+Inf": 4, "count": 4, "sum": pytest.approx(31.15)}
+    assert {name: found[name] for name in own} == {
+        name: (kind, {(LABELS[0], LABELS[1], *labels): value for labels, value in values.items()})
+        for name, (kind, values) in own.items()
+    }
+    assert {name: values for name, values in found.items() if name.startswith("vllm")} == {
+        "vllm:num_requests_running": ("gauge", {("0", 'm"x'): 4}),
+        "vllm:num_requests_waiting": ("gauge", {("0", 'm"x'): 2}),
+        "vllm:kv_cache_usage_perc": ("gauge", {("0", 'm"x'): 0.375}),
     }
     assert "# HELP kervan_links Replicas this gateway is linked to.\n" in text
-    assert "\nkervan_streams_moved_total 7.0\n" in text
-    assert '\nkervan_replica_running{pool="spot",replica="r1"} 3.0\n' in text
+    assert '\nkervan_streams_moved_total{fleet="chat",model_name="m\\"x",reason="lost"} 7.0\n' in text
+    assert '\nkervan_gateway_heartbeat_age_seconds{fleet="chat",gateway="gw-1",model_name="m\\"x"} 1.5\n' in text
+
+
+def test_the_merged_page_counts_the_fleet_once_and_each_gateway_apart() -> None:
+    text = page.write(ROWS, fleet_name="chat", model_name="m", snapshot=SNAPSHOT, has_vllm=False)
+    merged = merge_pages({"gw-1": text, "gw-2": text})
+    assert merged.count("\nkervan_links{") == 2
+    for name in ("kervan_replicas_target{", 'kervan_replicas{fleet="chat",model_name="m",state="ready"}'):
+        assert merged.count(f"\n{name}") == 1
+    (age,) = re.findall(r"\nkervan_gateway_heartbeat_age_seconds(\{.*\}) ", merged)
+    assert "exported_gateway" not in age
 
 
 def test_the_fleets_gauges_stand_for_those_of_vllms_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +94,7 @@ def test_the_fleets_gauges_stand_for_those_of_vllms_one_engine(monkeypatch: pyte
     Gauge("vllm:num_requests_running", "of one engine", ["engine"], registry=registry).labels("0").set(9)
     Counter("vllm:prompt_tokens", "of this gateway", registry=registry).inc(5)
     monkeypatch.setattr(page, "REGISTRY", registry)
-    found = families(page.write(ROWS, model_name="m", replicas=REPLICAS, has_vllm=True))
+    found = families(page.write(ROWS, fleet_name="chat", model_name="m", snapshot=SNAPSHOT, has_vllm=True))
     assert found["vllm:num_requests_running"][1] == {("0", "m"): 4}
     assert found["vllm:prompt_tokens"][1] == {(): 5}
 

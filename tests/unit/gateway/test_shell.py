@@ -151,6 +151,8 @@ async def test_before_attach(site: Site) -> None:
         ("/health", None, 200),
         ("/health/ready", None, 200),
         ("/metrics", None, 200),
+        ("/metrics/gw-1", None, 200),
+        ("/metrics/gw-2", None, 404),
         ("/metrics/", None, 401),
         ("/kervan/status", None, 401),
         ("/kervan/status", "Bearer second", 200),

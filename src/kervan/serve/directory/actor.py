@@ -11,6 +11,7 @@ from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, StartFailure
 from kervan.serve import pools, ray_internals
 from kervan.serve.directory.client import ACTOR_PREFIX, NAMESPACE, DirectoryClient
+from kervan.serve.ray_errors import bounded
 
 PUBLISH_PERIOD_S = 0.5
 
@@ -26,6 +27,7 @@ class DirectoryActor:
         self._key = _key(name)
         stored = ray_internals.kv_get(self._key)
         self._config_json = stored.decode() if stored is not None else config_json
+        self._targets = _targets(self._config_json)
         self._secret = secret
         self._directory = Directory(time.monotonic)
         self._changed = asyncio.Event()
@@ -66,6 +68,7 @@ class DirectoryActor:
         """Store new settings."""
         ray_internals.kv_put(self._key, config_json.encode())
         self._config_json = config_json
+        self._targets = _targets(config_json)
         self._directory.version += 1  # fleets on the same port look at the config again
         self._wake_followers()
         self._published_s = 0.0
@@ -114,7 +117,7 @@ class DirectoryActor:
 
     async def snapshot(self) -> bytes:
         """Who lives where now."""
-        return msgspec.msgpack.encode(self._directory.snapshot())
+        return msgspec.msgpack.encode(msgspec.structs.replace(self._directory.snapshot(), targets=self._targets))
 
     async def changed(self, version: int, timeout_s: float) -> bytes:
         """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""
@@ -127,6 +130,7 @@ class DirectoryActor:
 def create_directory(config: FleetConfig, secret: str) -> DirectoryClient:
     """A new directory for a fleet; what another one of this name has stored is forgotten."""
     forget_directory(config.name)
+    ray_internals.kv_put(_key(config.name), config.to_json().encode())  # to be read while it is away
     actor = ray.remote(DirectoryActor).options(
         name=ACTOR_PREFIX + config.name,
         namespace=NAMESPACE,
@@ -138,10 +142,22 @@ def create_directory(config: FleetConfig, secret: str) -> DirectoryClient:
     return DirectoryClient(config.name, actor.remote(config.name, config.to_json(), secret))
 
 
+def stored_config(fleet_name: str) -> FleetConfig | None:
+    """A fleet's settings, read past its directory; None if there are none. Raises: FleetError when Ray is silent."""
+    stored = bounded(
+        f"Ray did not return the settings of fleet {fleet_name!r}", lambda: ray_internals.kv_get(_key(fleet_name))
+    )
+    return None if stored is None else FleetConfig.from_json(stored.decode())
+
+
 def forget_directory(fleet_name: str) -> None:
     """Forget what the directory of a fleet that is no more has stored."""
     ray_internals.kv_delete(_key(fleet_name))
     pools.forget(fleet_name)
+
+
+def _targets(config_json: str) -> dict[str, int]:
+    return {pool: bounds.minimum for pool, bounds in FleetConfig.from_json(config_json).bounds.items()}
 
 
 def _key(fleet_name: str) -> str:

@@ -13,16 +13,19 @@ import msgspec
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
 from kervan.fleet.directory import GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
-from kervan.serve.ray_errors import as_fleet_error
+from kervan.serve.ray_errors import ANSWER_TIMEOUT_S, as_fleet_error, bounded
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "kervan"
 ACTOR_PREFIX = "directory-"
-TIMEOUT_S = 30.0  # of a command that asks: Ray needs some seconds to restart a directory
 MIN_INTERVAL_S = 0.05  # between two snapshots of a follower: changes that come together are one
 
 T = TypeVar("T")
+
+
+class NoFleetError(FleetError):
+    """The cluster answers, and has no directory of such a fleet."""
 
 
 class StoredFleet(NamedTuple):
@@ -43,7 +46,7 @@ class DirectoryResponse(Generic[T]):
         self._reference = reference
         self._decode = decode
 
-    def result(self, timeout_s: float | None = TIMEOUT_S) -> T:
+    def result(self, timeout_s: float | None = ANSWER_TIMEOUT_S) -> T:
         """Block until it is there; None: as long as Ray takes to restart the directory.
 
         Raises: FleetError when it does not come in time, or the directory is gone.
@@ -51,7 +54,10 @@ class DirectoryResponse(Generic[T]):
         import ray
 
         with as_fleet_error(self._error):
-            response = ray.get(self._reference, timeout=timeout_s)
+            try:
+                response = ray.get(self._reference, timeout=timeout_s)
+            except ray.exceptions.GetTimeoutError as error:
+                raise TimeoutError(f"no answer for {timeout_s:.0f} s") from error
         return self._decode(response)
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -153,8 +159,10 @@ class DirectoryClient:
         """
         import ray
 
-        with as_fleet_error(f"the directory of fleet {self.fleet_name!r} could not be stopped"):
-            ray.kill(self._actor, no_restart=not restarts)
+        bounded(
+            f"the directory of fleet {self.fleet_name!r} could not be stopped",
+            lambda: ray.kill(self._actor, no_restart=not restarts),
+        )
 
     def _call(self, method: str, decode: Callable[[Any], T], *arguments: Any) -> DirectoryResponse[T]:
         return DirectoryResponse(self.fleet_name, getattr(self._actor, method).remote(*arguments), decode)
@@ -179,17 +187,19 @@ def _nothing(_: Any) -> None:
 def find_directory(fleet_name: str) -> DirectoryClient:
     """The directory of a fleet of the cluster that this process has joined.
 
-    Raises: FleetError when there is no such fleet, or Ray does not answer.
+    Raises: NoFleetError when there is no such fleet; FleetError when Ray does not answer.
     """
     import ray
 
-    with as_fleet_error(f"Ray did not return the directory of fleet {fleet_name!r}"):
-        try:
-            return DirectoryClient(fleet_name, ray.get_actor(ACTOR_PREFIX + fleet_name, namespace=NAMESPACE))
-        except ValueError as error:
-            others = fleet_names()
-            hint = f"fleets here: {', '.join(others)} (--name)" if others else "start one: kervan up MODEL"
-            raise FleetError(f"no fleet {fleet_name!r} runs on this cluster; {hint}") from error
+    def get() -> Any:
+        return ray.get_actor(ACTOR_PREFIX + fleet_name, namespace=NAMESPACE)
+
+    try:
+        return DirectoryClient(fleet_name, bounded(f"Ray did not return the directory of fleet {fleet_name!r}", get))
+    except ValueError as error:
+        others = fleet_names()
+        hint = f"fleets here: {', '.join(others)} (--name)" if others else "start one: kervan up MODEL"
+        raise NoFleetError(f"no fleet {fleet_name!r} runs on this cluster; {hint}") from error
 
 
 def fleet_names() -> list[str]:
@@ -201,6 +211,8 @@ def actor_names(prefix: str) -> list[str]:
     """The names of kervan's actors on the cluster that start so. Raises: FleetError when Ray does not answer."""
     import ray
 
-    with as_fleet_error("Ray did not list the fleets"):
-        actors = ray.util.list_named_actors(all_namespaces=True)
+    def get() -> Any:
+        return ray.util.list_named_actors(all_namespaces=True)
+
+    actors = bounded("Ray did not list the fleets", get)
     return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]
