@@ -22,6 +22,7 @@ import pytest
 
 import kervan
 from kervan.config.engine_arguments import OWNED
+from kervan.fleet.vllm.argument_source import REGISTRIES, Source
 from kervan.vendor import vllm_names
 
 ADAPTER = Path(kervan.__file__).parent / "fleet" / "vllm"
@@ -673,6 +674,7 @@ def test_the_wheels_are_built_with_a_cuda_that_has_no_volta(tree: Path) -> None:
 
 ARGUMENT_CLASSES = {
     "engine/arg_utils.py": ("EngineArgs", "AsyncEngineArgs"),
+    "entrypoints/common/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),  # 0.33
     "entrypoints/launchers/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),
     "entrypoints/openai/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),
 }
@@ -847,6 +849,118 @@ def restored_requests() -> dict[str, Any]:
     return seen
 
 
+def argument_readings() -> dict[str, Any]:
+    """How kervan's reading of vLLM's arguments differs from vLLM's parser, and what the parser reads of what is written.
+
+    Sent with `probe`.
+    """
+    import argparse
+    from pathlib import Path
+
+    import vllm
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from kervan.config.engine_arguments import to_argv
+    from kervan.errors import ConfigError
+    from kervan.fleet.vllm import arguments, versions
+    from kervan.fleet.vllm.argument_source import REGISTRIES, Source
+
+    source = Source(Path(vllm.__file__).parent)
+    parser = versions.cli_args().make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
+    kinds = {
+        "str": "text", "int": "int", "float": "float", "human_readable_int": "size", "loads": "json",
+        "human_readable_int_or_auto": "length", "parse_type.<locals>._parse_type": "json",
+        "_compute_kwargs.<locals>.parse_dataclass": "config", "union_dict_and_str": "either", "None": "text",
+        "EngineArgs.add_cli_args.<locals>.<lambda>": "text",
+    }  # fmt: skip
+    actions = {"BooleanOptionalAction": "flag", "_StoreTrueAction": "switch", "_AppendAction": "append"}
+    not_options = {"help", "config", "headless", "grpc", "api_server_count"}  # of the command, not of the server
+    differences: list[Any] = []
+    read_wrong: list[Any] = []
+    choices_of: dict[str, list[str]] = {}
+    for action in parser._actions:
+        for option in action.option_strings:
+            name = option.removeprefix("--").replace("-", "_")
+            is_negation = isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
+            if not option.startswith("--") or is_negation or name in not_options:
+                continue
+            choices_of[name] = [str(choice) for choice in action.choices or () if choice not in (None, "None")]
+            if action.dest != name:  # another name, which kervan refuses
+                continue
+            if name not in source.names:
+                differences.append([name, "not found"])
+                continue
+            given = source.argument(name)
+            kind = type_ = action.type
+            if is_optional := getattr(type_, "__qualname__", "") == "optional_type.<locals>._optional_type":
+                kind = type_.__closure__[0].cell_contents
+            kind = kinds.get(getattr(kind, "__qualname__", str(kind)), "any")
+            choices = set(choices_of[name])
+            wanted = [actions.get(type(action).__name__, "store"), action.nargs, choices, kind, is_optional]
+            found = [given.action, given.nargs, set(given.choices) or choices, given.kind, given.is_optional]
+            if given.action in ("flag", "switch"):
+                wanted[1:], found[1:] = [], []
+            elif given.kind == "any":  # told to be unknown
+                wanted[3], found[3] = "any", "any"
+            if wanted != found:
+                differences.append([name, str(wanted), str(found)])
+
+    def samples(given: Any) -> list[Any]:
+        """Values with what vLLM's parser makes of each."""
+        one: list[Any] = {
+            "int": [(3, 3), ("3", 3), (-1, -1)], "float": [(0.5, 0.5), (-0.5, -0.5)], "size": [("4k", 4000), (8, 8)],
+            "length": [("4k", 4000), (-1, -1)], "json": [({"a": {"b": [1, "x"]}}, {"a": {"b": [1, "x"]}})],
+            "either": [({"a": 1}, {"a": 1}), ("x", "x")], "text": [("x", "x"), ("-x.y", "-x.y"), ("--a_b", "--a_b"), ("a b", "a b")],
+            "config": [({}, ...)], "any": [],
+        }[given.kind]  # fmt: skip
+        if given.fields:
+            one = [({}, ... if given.kind == "config" else {})]
+        if words := choices_of[given.name]:
+            word = words[-1]
+            one = [(word, int(word) if given.kind == "int" else word)]
+            one += [(word.upper(), word)] if given.is_folded else []
+        if given.action == "flag":
+            return [(True, True), (False, False)]
+        if given.action == "switch":
+            return [(True, True), (False, False)]
+        if given.name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            return [(["http://a", "-b"], ["http://a", "-b"]), ([], [])]
+        if given.name == "lora_modules":
+            return [([{"name": "a", "path": "/p"}, "b=/q"], ...), ("a=/p", ...)]
+        if given.action == "append":
+            return [(["a.B", "-c.D"], ["a.B", "-c.D"]), (["a.B"], ["a.B"]), ("a.B", ["a.B"])]
+        if given.nargs == "?":
+            return [(True, True), ("x", "x")]
+        if given.nargs is not None:
+            count = given.nargs if isinstance(given.nargs, int) else 2
+            many = [(value, read) for value, read in one if not str(value).startswith("-")]
+            lists = [([value] * count, [read] * count) for value, read in many]
+            return lists + ([([value], [read]) for value, read in one] if given.nargs == "+" else [])
+        return one
+
+    for name in sorted(source.names - {"port"}):
+        for value, expected in samples(source.argument(name)):
+            try:
+                arguments.check({name: value})
+            except ConfigError as error:
+                if name not in REGISTRIES and "needs" not in str(error):
+                    read_wrong.append([name, str(value), f"kervan: {error}"])
+            try:
+                args = parser.parse_args(to_argv({name: value, "port": 5}))
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - told
+                read_wrong.append([name, str(value), f"{type(error).__name__}: {error}"])
+                continue
+            got = getattr(args, name)
+            is_same = not isinstance(got, str) if expected is ... else got == expected and type(got) is type(expected)
+            if not is_same or args.model_tag is not None or args.port != 5:
+                read_wrong.append([name, str(value), str(got)])
+    return {
+        "differences": differences,
+        "not options": sorted(source.names - choices_of.keys()),
+        "read wrong": read_wrong,
+    }
+
+
 def probe(model: str) -> dict[str, Any]:
     """Runs in a process of its own, over one vLLM; its source is sent there. Returns what the tests look at."""
     from vllm.exceptions import VLLMValidationError
@@ -956,7 +1070,12 @@ def probe(model: str) -> dict[str, Any]:
         versions.parse_args([*config.engine_argv, "--max-num-seqs", "many"])
     except ConfigError as error:
         seen["parse_error"] = str(error)
+    try:
+        versions.parse_args([*config.engine_argv, "--middleware", "a.B", "b.C"])
+    except ConfigError as error:
+        seen["stray_word"] = str(error)
 
+    seen["arguments"] = argument_readings()
     seen["struct_is_positional"] = EngineCoreRequest.__struct_config__.array_like
     seen["engine_client"] = engine_client.FleetEngineClient.__name__
     seen["frontend"] = frontend.OpenAIFrontend.__name__
@@ -972,7 +1091,7 @@ def seen(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     script = directory / "probe.py"
     head = "from __future__ import annotations\nimport json, pathlib, sys\nfrom typing import Any\n"
     tail = "\npathlib.Path(sys.argv[1]).write_text(json.dumps(probe(sys.argv[2])))\n"
-    script.write_text(head + inspect.getsource(restored_requests) + inspect.getsource(probe) + tail)
+    script.write_text(head + "".join(map(inspect.getsource, (restored_requests, argument_readings, probe))) + tail)
     paths = [str(tree), str(Path(kervan.__file__).parent.parent)]
     done = subprocess.run(
         [sys.executable, str(script), str(result), str(directory)],
@@ -1111,6 +1230,30 @@ def test_runner_limits_are_found_where_the_runner_has_them(seen: dict[str, Any])
 def test_vllm_reads_the_arguments_that_kervan_writes(seen: dict[str, Any]) -> None:
     _, tp, max_model_len, enforce_eager, max_num_seqs = seen["parsed"]
     assert (tp, max_model_len, enforce_eager, max_num_seqs) == (1, 4000, True, 8)
+
+
+def test_vllms_parser_is_read_from_its_source_as_it_is(seen: dict[str, Any]) -> None:
+    assert seen["arguments"]["differences"] == []
+    assert seen["arguments"]["not options"] == []
+
+
+def test_what_goes_into_an_argument_comes_out_of_vllms_parser(seen: dict[str, Any]) -> None:
+    assert seen["arguments"]["read wrong"] == []
+
+
+def test_a_word_that_belongs_to_no_option_is_refused(seen: dict[str, Any]) -> None:
+    assert seen["stray_word"] == "vLLM's arguments have 'b.C', which no option takes; leave it out"
+
+
+def test_lists_and_switches_of_vllm_are_known(tree: Path) -> None:
+    source = Source(tree / "vllm")
+    arguments = [source.argument(name) for name in source.names]
+    assert {a.name for a in arguments if a.action == "append"} == vllm_names.REPEATED_ARGUMENTS
+    assert {a.name for a in arguments if a.action == "switch"} == vllm_names.SWITCH_ARGUMENTS
+    for name in vllm_names.JSON_LIST_ARGUMENTS:
+        assert (source.argument(name).kind, source.argument(name).nargs) == ("json", None)
+    for name, (file, variable) in REGISTRIES.items():
+        assert len(source.registered(name)) > 10, f"{file} has no {variable}"
 
 
 def test_a_value_that_vllm_refuses_is_a_config_error(seen: dict[str, Any]) -> None:

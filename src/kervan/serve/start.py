@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import model as models
-from kervan.fleet.vllm import argument_names
+from kervan.fleet.vllm import arguments
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
 from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
@@ -28,15 +28,13 @@ def validate(config: FleetConfig) -> FleetConfig:
     Raises: ConfigError.
     """
     config = dataclasses.replace(config, model=models.resolve(config.model))
-    argument_names.check(config.engine_args)
+    arguments.check(config.engine_args)
     models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
     if config.engine == "twin":
         from kervan.twin import settings as twins
 
         twins.settings(config)
-    elif not config.engine_args.get("model_weights") and (
-        missing := models.missing_weights(config.model, config.engine_args.get("load_format"))
-    ):
+    elif missing := models.missing_weights(config.model, config.engine_args.get("load_format")):
         raise ConfigError(missing)
     notices.from_environment(config.env)
     return config

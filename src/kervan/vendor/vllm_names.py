@@ -55,6 +55,14 @@ INIT_LINE = re.compile(
     r"(?: \(compilation: (?P<compiling>[\d.]+) s)?"
 )
 
+# ---- how vLLM's parser reads lists and switches; all other lists follow their option as words
+
+JSON_LIST_ARGUMENTS = frozenset({"allowed_origins", "allowed_methods", "allowed_headers"})
+REPEATED_ARGUMENTS = frozenset({"middleware"})  # the option once for each item
+SWITCH_ARGUMENTS = frozenset(  # have no `--no-` form
+    {"aggregate_engine_logging", "data_parallel_multi_port_external_lb", "disable_log_stats"}
+)
+
 # ---- defaults
 
 # Share of a GPU's memory.

@@ -52,7 +52,7 @@ def test_there_is_a_gateway_for_8_cores_up_to_4_and_to_the_most_allowed(
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start.argument_names, "check", lambda names: None)  # whichever vLLM is installed
+    monkeypatch.setattr(start.arguments, "check", lambda names: None)  # whichever vLLM is installed
     shutil.copy(MODELS / "llama3-8b" / "config.json", tmp_path)
 
     def config(**engine_args: Any) -> FleetConfig:
@@ -63,7 +63,6 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path, monkeypatch: pyt
     for allowed in (
         config(load_format="dummy"),
         config(load_format="runai_streamer"),
-        config(model_weights="s3://bucket/model"),
         FleetConfig(model=str(tmp_path), engine="twin", gpu="H200"),
     ):
         assert start.validate(allowed) == allowed

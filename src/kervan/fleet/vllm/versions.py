@@ -4,7 +4,7 @@ Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1)
 
     what                      0.24                               0.32
     OpenAI app                entrypoints.openai.api_server      entrypoints.launchers.app / .api_server.app_state
-    argument parser           entrypoints.openai.cli_args        entrypoints.launchers.cli_args
+    argument parser           entrypoints.openai.cli_args        entrypoints.launchers.cli_args; 0.33: .common.cli_args
     make_async_mp_client      -                                  + renderer=
     token limits of a runner  V2: module constants               V2: 0.24's, lifted (VLLM_MAX_NUM_BAD_WORDS)
     a grammar's advance       should_advance, accept_tokens      StructuredOutputManager.accept_tokens
@@ -45,13 +45,16 @@ def _first(*names: str) -> ModuleType:
 
 def cli_args() -> ModuleType:
     """vLLM's module with `make_arg_parser` and `validate_parsed_serve_args`."""
-    return _first("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
+    return _first(
+        "vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"
+    )
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
     """vLLM's own reading of its server arguments.
 
-    Raises: ConfigError with vLLM's message, where vLLM would print its usage and exit.
+    Raises: ConfigError with vLLM's message, where vLLM would print its usage and exit, or stop with a traceback; also
+    for a word that belongs to no option, which vLLM takes for the model's name.
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -61,8 +64,13 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 
     module = cli_args()
     parser: ArgumentParser = module.make_arg_parser(Parser())
-    args = parser.parse_args(list(argv))
-    module.validate_parsed_serve_args(args)
+    try:
+        args = parser.parse_args(list(argv))
+        module.validate_parsed_serve_args(args)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses its arguments: {' '.join(str(error).split())}") from error
+    if args.model_tag is not None:
+        raise ConfigError(f"vLLM's arguments have {args.model_tag!r}, which no option takes; leave it out")
     return args
 
 
