@@ -963,6 +963,8 @@ def argument_readings() -> dict[str, Any]:
 
 def probe(model: str) -> dict[str, Any]:
     """Runs in a process of its own, over one vLLM; its source is sent there. Returns what the tests look at."""
+    from types import SimpleNamespace
+
     from vllm.exceptions import VLLMValidationError
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
@@ -1046,8 +1048,19 @@ def probe(model: str) -> dict[str, Any]:
 
     seen["restored"] = restored_requests()
     seen["runner_limits"] = versions.runner_limits()
-    limits.install()
-    limits.install()
+    many = {
+        "stop_token_ids": {"stop_token_ids": list(range(300)), "min_tokens": 1},
+        "allowed_token_ids": {"allowed_token_ids": list(range(1100))},
+        "logit_bias": {"logit_bias": dict.fromkeys(range(1100), 1.0)},
+        "stop_token_ids without min_tokens": {"stop_token_ids": list(range(300))},
+    }
+
+    def broken(entry_limits: dict[str, int]) -> list[str]:
+        return [name for name, given in many.items() if limits.violation(SamplingParams(**given), entry_limits)]
+
+    seen["broken on V1"], seen["broken on V2"] = broken({}), broken(seen["runner_limits"])
+    limits.install(entry_limits=seen["runner_limits"])
+    limits.install(entry_limits=seen["runner_limits"])
     refused = {}
     for name, params in {
         "n": {"n": 129},
@@ -1062,6 +1075,21 @@ def probe(model: str) -> dict[str, Any]:
         except VLLMValidationError as error:
             refused[name] = str(error)
     seen["refused"] = refused
+    late = {}
+    for name, params in {
+        "end tokens": {"stop_token_ids": list(range(128)), "min_tokens": 1},
+        "bad words": {"bad_words": [letter * 100 for letter in "abcdefghijkl"]},
+        "ok": {"stop_token_ids": list(range(100)), "min_tokens": 1, "bad_words": ["x" * 100]},
+    }.items():
+        try:
+            sampling = SamplingParams(**params)
+            sampling.update_from_generation_config({"eos_token_id": [900, 901]}, 900)
+            sampling.update_from_tokenizer(
+                SimpleNamespace(encode=lambda text, **_: [*map(ord, text)], max_token_id=999)
+            )
+        except VLLMValidationError as error:
+            late[name] = str(error)
+    seen["late"] = late
 
     config = FleetConfig(model=model, engine_args={"max_model_len": "4k", "enforce_eager": True, "max_num_seqs": 8})
     args = versions.parse_args(config.engine_argv)
@@ -1222,9 +1250,25 @@ def test_requests_that_would_kill_an_engine_are_refused_as_bad_requests(seen: di
 
 
 def test_runner_limits_are_found_where_the_runner_has_them(seen: dict[str, Any]) -> None:
-    assert all(isinstance(limit, int) and limit > 0 for limit in seen["runner_limits"].values())
-    if seen["engine_version"].startswith("0.24."):
-        assert seen["runner_limits"]["logit_bias"] == 1024
+    assert seen["runner_limits"] == {
+        "logit_bias": 1024, "allowed_token_ids": 1024, "stop_token_ids": 128, "bad_words": 128, "bad_words_tokens": 1024,
+    }  # fmt: skip
+
+
+def test_model_runner_v2s_limits_are_not_v1s(seen: dict[str, Any]) -> None:
+    assert seen["broken on V1"] == []
+    assert seen["broken on V2"] == ["stop_token_ids", "allowed_token_ids", "logit_bias"]
+
+
+def test_limits_count_what_the_tokenizer_and_the_model_add(seen: dict[str, Any]) -> None:
+    """vLLM adds the model's end tokens to the stop tokens, and makes tokens of words, after its own checks."""
+    late = seen["late"]
+    assert sorted(late) == ["bad words", "end tokens"]
+    assert (
+        "stop_token_ids has 130 entries, with the model's end tokens; this engine takes at most 128"
+        in late["end tokens"]
+    )
+    assert "bad_words has 1200 tokens; this engine takes at most 1024" in late["bad words"]
 
 
 def test_vllm_reads_the_arguments_that_kervan_writes(seen: dict[str, Any]) -> None:

@@ -110,20 +110,24 @@ def advance_grammar(manager: Any, request: Any, token: int) -> bool:
 
 
 def runner_limits() -> dict[str, int]:
-    """How many entries a request may carry, by sampling parameter, before the GPU runner raises and dies.
+    """How many entries a request may carry, by sampling parameter, before model runner V2 raises and dies.
 
-    0.24's runner V2 raises inside the worker, which kills the engine; a gateway answers 400 instead.
-    Source: vllm/v1/worker/gpu/sample/{logit_bias,bad_words}.py.
+    It raises inside the worker, which kills the engine; a gateway answers 400 instead. `bad_words_tokens`: of all
+    words. Source: vllm/v1/worker/gpu/sample/{logit_bias,bad_words}.py. Runner V1 has no such limits.
     """
+    from vllm import envs
+
     limits = {}
     for parameter, module_name, constant in (
         ("logit_bias", "logit_bias", "MAX_NUM_LOGIT_BIAS_TOKENS"),
         ("allowed_token_ids", "logit_bias", "MAX_NUM_ALLOWED_TOKEN_IDS"),
         ("stop_token_ids", "logit_bias", "MAX_NUM_STOP_TOKEN_IDS"),
         ("bad_words", "bad_words", "MAX_NUM_BAD_WORDS"),
+        ("bad_words_tokens", "bad_words", "MAX_BAD_WORDS_TOTAL_TOKENS"),
     ):
         source = importlib.util.find_spec(f"vllm.v1.worker.gpu.sample.{module_name}")
         value = _module_constant(source.origin, constant) if source is not None and source.origin else None
+        value = getattr(envs, f"VLLM_{constant}", None) if value is None else value
         if value is not None:
             limits[parameter] = value
     return limits
