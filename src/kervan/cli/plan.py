@@ -283,7 +283,7 @@ def _price(table: Any, gpu: str, market: Any) -> float | None:
 
 def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
     """The plan for scripts; layouts that do not fit have no figures."""
-    from kervan.facts import model as models
+    from kervan.facts import weight_files
     from kervan.plan import launch
 
     best = launch.launch(plan.request, plan.best, model)
@@ -301,7 +301,7 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
         "notes": list(plan.notes),
         "launch": {
             "command": best.command,
-            "missing": models.missing_weights(model, plan.request.arguments.get("load_format")),
+            "missing": weight_files.missing_weights(model, plan.request.arguments.get("load_format")),
             "engine_args": dict(best.engine_args),
             "replicas": best.replicas,
             "bundles_per_replica": [dict(bundle) for bundle in best.bundles],
@@ -380,8 +380,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kervan.facts import model as models
-    from kervan.facts import prices
+    from kervan.facts import prices, weight_files
     from kervan.plan import launch
 
     q = plan.request
@@ -439,7 +438,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         console.print(
             "the next line starts the nearest layout, which does not keep the load or its SLO", style="yellow"
         )
-    if missing := models.missing_weights(model, q.arguments.get("load_format")):
+    if missing := weight_files.missing_weights(model, q.arguments.get("load_format")):
         console.print(missing, style="yellow", soft_wrap=True, markup=False)
     console.print(launch.launch(q, plan.best, model).command, soft_wrap=True, markup=False)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import model as models
+from kervan.facts import weight_files
 from kervan.fleet.vllm import arguments
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
@@ -34,10 +35,23 @@ def validate(config: FleetConfig) -> FleetConfig:
         from kervan.twin import settings as twins
 
         twins.settings(config)
-    elif missing := models.missing_weights(config.model, config.engine_args.get("load_format")):
-        raise ConfigError(missing)
+    else:
+        _check_files(config)
     notices.from_environment(config.env)
     return config
+
+
+def _check_files(config: FleetConfig) -> None:
+    """Raises: ConfigError for a local model whose files vLLM could not load, which a replica would find out late."""
+    load_format = config.engine_args.get("load_format")
+    own_tokenizer = not (config.engine_args.get("tokenizer") or config.engine_args.get("skip_tokenizer_init"))
+    for problem in (
+        weight_files.missing_weights(config.model, load_format),
+        weight_files.broken_weights(config.model, load_format),
+        weight_files.missing_tokenizer(config.model) if own_tokenizer else None,
+    ):
+        if problem is not None:
+            raise ConfigError(problem)
 
 
 def on_cpu(config: FleetConfig, cores: int) -> FleetConfig:

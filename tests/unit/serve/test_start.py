@@ -58,6 +58,7 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path, monkeypatch: pyt
     def config(**engine_args: Any) -> FleetConfig:
         return FleetConfig(model=str(tmp_path), engine_args=engine_args)
 
+    (tmp_path / "tokenizer.json").touch()
     with pytest.raises(ConfigError, match=rf"{tmp_path} has no weights .* --engine-arg load_format=dummy"):
         start.validate(config())
     for allowed in (
@@ -66,5 +67,8 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path, monkeypatch: pyt
         FleetConfig(model=str(tmp_path), engine="twin", gpu="H200"),
     ):
         assert start.validate(allowed) == allowed
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     assert start.validate(config()) == config()
+    (tmp_path / "tokenizer.json").unlink()
+    for allowed in (config(tokenizer="other"), config(skip_tokenizer_init=True)):
+        assert start.validate(allowed) == allowed
