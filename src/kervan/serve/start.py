@@ -12,7 +12,7 @@ from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import model as models
 from kervan.facts import weight_files
-from kervan.fleet.vllm import arguments
+from kervan.fleet.vllm import arguments, versions
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
 from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
@@ -117,6 +117,8 @@ class Startup:
 
     def _run(self) -> FleetStatus:
         self.config = validate(self.config)
+        if self.config.engine == "vllm" and (warning := versions.untested(arguments.installed_version())):
+            self.progress(warning)
         is_here = self._address is None
         if is_here and cluster.find_local_ray() is None:
             check_port(self.config.host, self.config.port)

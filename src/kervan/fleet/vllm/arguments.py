@@ -54,6 +54,16 @@ def installed_vllm() -> Path:
     return Path(spec.origin).parent
 
 
+def installed_version() -> str:
+    """The version of the installed vLLM, without importing it. Raises: ConfigError without vLLM."""
+    try:
+        text = (installed_vllm() / "_version.py").read_text()
+    except OSError:
+        return "unknown"
+    found = re.search(r"^(?:__version__ = )?version = '([^']+)'", text, re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
 @functools.cache
 def _source(root: Path) -> Source:
     return Source(root)

@@ -1,6 +1,7 @@
 """What differs between the vLLM releases that kervan supports, in one place.
 
-Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1).
+Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1). 0.33.0 is published for GPUs only: its
+source keeps the contract, and on a CPU it ran over the kernels of 0.32.
 
     what                      0.24                               0.32
     OpenAI app                entrypoints.openai.api_server      entrypoints.launchers.app / .api_server.app_state
@@ -12,6 +13,7 @@ Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1)
 
 import importlib
 import importlib.util
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from types import ModuleType
@@ -20,7 +22,8 @@ from typing import Any, NoReturn
 from kervan.errors import ConfigError
 
 MIN_VERSION = (0, 24)
-MAX_VERSION = (0, 33)  # exclusive
+MAX_VERSION = (0, 34)  # exclusive
+TESTED = ("0.24.0", "0.32.0")
 
 
 def engine_version() -> str:
@@ -30,6 +33,23 @@ def engine_version() -> str:
     return str(__version__)
 
 
+def supported() -> str:
+    """The range of versions, as for pip."""
+    return f">={'.'.join(map(str, MIN_VERSION))},<{'.'.join(map(str, MAX_VERSION))}"
+
+
+def untested(version: str) -> str | None:
+    """What a user is told of a version that kervan is not tested with; None for a tested one."""
+    release = version.partition("+")[0]
+    if release in TESTED:
+        return None
+    told = f"vLLM {version} is not a version that kervan is tested with ({' and '.join(TESTED)})"
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if numbers and MIN_VERSION <= (int(numbers[1]), int(numbers[2])) < MAX_VERSION:
+        return f"{told}; it is in the supported range {supported()}"
+    return f"{told}, and outside the supported range {supported()}"
+
+
 def _first(*names: str) -> ModuleType:
     for name in names:
         try:
@@ -37,10 +57,7 @@ def _first(*names: str) -> ModuleType:
                 return importlib.import_module(name)
         except ModuleNotFoundError:
             continue
-    raise ConfigError(
-        f"vLLM {engine_version()} has none of {', '.join(names)}; kervan supports vLLM "
-        f">={'.'.join(map(str, MIN_VERSION))},<{'.'.join(map(str, MAX_VERSION))}"
-    )
+    raise ConfigError(f"vLLM {engine_version()} has none of {', '.join(names)}; kervan supports vLLM {supported()}")
 
 
 def cli_args() -> ModuleType:

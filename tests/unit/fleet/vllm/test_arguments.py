@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kervan.errors import ConfigError
-from kervan.fleet.vllm import arguments
+from kervan.fleet.vllm import arguments, versions
 
 
 @pytest.mark.parametrize(
@@ -173,3 +173,29 @@ def test_without_vllm_the_extra_to_install_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'kervan\[gpu\]'"):
         arguments.check({"dtype": "half"})
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        ("0.32.0", None),
+        ("0.24.0+cu129", None),
+        ("0.33.0", "tested with (0.24.0 and 0.32.0); it is in the supported range >=0.24,<0.34"),
+        ("0.33.1.dev3+gabc", "it is in the supported range"),
+        ("0.34.0", ", and outside the supported range >=0.24,<0.34"),
+        ("0.9.2", ", and outside the supported range"),
+        ("unknown", "vLLM unknown is not a version that kervan is tested with"),
+    ],
+)
+def test_a_version_that_is_not_tested_is_told(version: str, told: str | None) -> None:
+    found = versions.untested(version)
+    assert found is None if told is None else told in (found or "")
+
+
+def test_the_installed_version_is_read_from_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "installed_vllm", lambda: tmp_path)
+    assert arguments.installed_version() == "unknown"
+    (tmp_path / "_version.py").write_text("version: str\n\n__version__ = version = '0.33.0'\n")
+    assert arguments.installed_version() == "0.33.0"
+    (tmp_path / "_version.py").write_text("version = '0.32.0'\n")
+    assert arguments.installed_version() == "0.32.0"
