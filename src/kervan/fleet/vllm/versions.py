@@ -55,8 +55,12 @@ def _first(*names: str) -> ModuleType:
         try:
             if importlib.util.find_spec(name) is not None:
                 return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
+        except ModuleNotFoundError as error:
+            if not name.startswith(error.name or name):  # it is there, and needs a package that is not
+                raise ConfigError(
+                    f"vLLM {engine_version()} needs a package that is not installed ({error}); install vLLM again with "
+                    "its packages"
+                ) from error
     raise ConfigError(f"vLLM {engine_version()} has none of {', '.join(names)}; kervan supports vLLM {supported()}")
 
 

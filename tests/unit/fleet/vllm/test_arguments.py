@@ -199,3 +199,13 @@ def test_the_installed_version_is_read_from_its_source(tmp_path: Path, monkeypat
     assert arguments.installed_version() == "0.33.0"
     (tmp_path / "_version.py").write_text("version = '0.32.0'\n")
     assert arguments.installed_version() == "0.32.0"
+
+
+def test_a_package_that_vllm_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("import nowhere_to_be_found\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(versions, "engine_version", lambda: "0.33.0")
+    with pytest.raises(ConfigError, match=r"needs a package that is not installed \(No module named 'nowhere_to_be_"):
+        versions._first("absent.module", "needy")
+    with pytest.raises(ConfigError, match="vLLM 0.33.0 has none of absent.module, absent"):
+        versions._first("absent.module", "absent")
