@@ -207,5 +207,5 @@ def test_a_package_that_vllm_lacks_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(versions, "engine_version", lambda: "0.33.0")
     with pytest.raises(ConfigError, match=r"needs a package that is not installed \(No module named 'nowhere_to_be_"):
         versions._first("absent.module", "needy")
-    with pytest.raises(ConfigError, match="vLLM 0.33.0 has none of absent.module, absent"):
+    with pytest.raises(ConfigError, match=r"vLLM 0\.33\.0 has none of absent\.module, absent"):
         versions._first("absent.module", "absent")
