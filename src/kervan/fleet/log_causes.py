@@ -5,6 +5,7 @@ worker's name, and other processes' lines between.
 """
 
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ NATIVE = re.compile(
     r"error while loading shared libraries: .*|Fatal Python error: .*|terminate called after throwing .*"
     r"|^\s*what\(\): .*|NCCL error.*|Segmentation fault.*|Bus error.*"
 )
+# vLLM's word on a worker that ended without one of its own, as by a signal.
+DEATH = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: (?P<status>-?\d+)\)")
 # They say that something else has failed.
 CONSEQUENCES = re.compile(
     r"initialization failed|see (root cause|stack trace)|died unexpectedly|engine (process|core) .*(failed|died)"
@@ -51,6 +54,16 @@ def causes(log: str) -> list[str]:
     """The errors in a log that are no consequences of others, in order: `ValueError: text`, each in one line."""
     found = [" ".join(" ".join(lines).split())[:MAX_CHARS] for lines in _messages(log)]
     return [text for text in found if not is_consequence(text)]
+
+
+def death(log: str) -> str | None:
+    """How the first worker of an engine ended that left no error; None if the log tells of none."""
+    if (found := DEATH.search(log)) is None:
+        return None
+    status = int(found["status"])
+    known = status < 0 and -status in set(signal.Signals)
+    how = f"signal {signal.Signals(-status).name}" if known else f"exit status {status}"
+    return f"a worker of the engine ended with {how}"
 
 
 def is_consequence(text: str) -> bool:

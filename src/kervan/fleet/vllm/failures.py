@@ -55,9 +55,19 @@ def with_cause(failure: EngineFailed, log: str) -> EngineFailed:
         return failure
     causes = log_causes.causes(log)
     if not causes:
-        return failure
+        died = log_causes.death(log)
+        return (
+            failure
+            if died is None
+            else EngineFailed("EngineError", f"vLLM did not start: {_shorten(died)}{_of_signal(died)}")
+        )
     error = _last_known(causes) or _unknown(causes[-1])
     return EngineFailed(kind(error), str(error))
+
+
+def _of_signal(died: str) -> str:
+    """The likely reason of a death by a signal, with its fix; empty for others."""
+    return next((f" {text}" for name, text in SIGNALS.items() if died.endswith(name)), "")
 
 
 def of_end(how: str, log: str) -> EngineFailed:
@@ -80,6 +90,12 @@ def _shorten(text: str, limit: int = 600) -> str:
     return text if text.endswith((".", "!", "?")) else text + "."
 
 
+SIGNALS = {
+    "SIGKILL": "If the machine was out of memory, its kernel did that. Fix: a smaller model, or less for its cache "
+    "(CPU: --env VLLM_CPU_KVCACHE_SPACE=GiB).",
+    "SIGILL": "vLLM uses an instruction that this CPU lacks. Fix: --engine-arg dtype=float32.",
+    "SIGBUS": "Fix: more shared memory (/dev/shm; for a container --shm-size).",
+}
 # The texts are those of vLLM 0.24 and 0.32; a test holds one of each.
 KNOWN: tuple[tuple[str, type[KervanError], str], ...] = (
     (

@@ -306,6 +306,29 @@ def test_a_failure_that_names_another_one_is_told_as_that(log: str, kind: str, m
     assert found.message.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (
+            -4,
+            "a worker of the engine ended with signal SIGILL. vLLM uses an instruction that this CPU lacks. Fix: --eng",
+        ),
+        (-9, "a worker of the engine ended with signal SIGKILL. If the machine was out of memory"),
+        (-7, "signal SIGBUS. Fix: more shared memory"),
+        (-11, "a worker of the engine ended with signal SIGSEGV."),
+        (3, "a worker of the engine ended with exit status 3."),
+    ],
+)
+def test_a_worker_that_died_without_a_word_is_told(status: int, told: str) -> None:
+    log = (
+        f"(MainProcess pid=1) ERROR 11-29 20:01:35 [multiproc_executor.py:380] Worker proc VllmWorker-0 died unexpectedly "
+        f"(exit code: {status}), shutting down executor.\n"
+    ) + log_of("RuntimeError: cancelled")
+    found = with_cause(EngineFailed("EngineError", "vLLM did not start: RuntimeError: cancelled."), log)
+    assert found.message.startswith("vLLM did not start: ")
+    assert told in found.message
+
+
 def test_a_failure_that_says_what_it_is_stays() -> None:
     own = EngineFailed("ConfigError", "tp=3 does not divide 8 heads")
     assert with_cause(own, log_of("ValueError: other")) is own
