@@ -23,6 +23,7 @@ from harness.places import REPOSITORY
 
 import kervan
 from kervan.config.engine_arguments import OWNED
+from kervan.fleet.vllm.argument_source import REGISTRIES, Source
 from kervan.vendor import vllm_names
 
 ADAPTER = Path(kervan.__file__).parent / "fleet" / "vllm"
@@ -450,7 +451,10 @@ def test_the_engine_client_is_made_by_keyword_where_kervan_takes_over(tree: Path
 
 
 # Elastic expert parallelism and fault tolerance are vLLM's own ways to change an engine; a fleet has others.
-UNSUPPORTED = {"scale_elastic_ep", "prepare_elastic_ep", "commit_elastic_ep", "handle_fault", "get_status"}
+UNSUPPORTED = {
+    "scale_elastic_ep", "prepare_elastic_ep", "commit_elastic_ep", "handle_fault", "get_status",
+    "abort_external_elastic_ep", "get_external_elastic_ep_status",
+}  # fmt: skip
 
 
 def test_the_fleet_answers_all_that_async_llm_asks_its_engine_core(tree: Path) -> None:
@@ -501,12 +505,20 @@ def first_file(tree: Path, *files: str) -> str:
             ["engine_client", "state", "args", "supported_tasks"],
         ),
         (
-            ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py"),
+            (
+                "entrypoints/common/cli_args.py",
+                "entrypoints/launchers/cli_args.py",
+                "entrypoints/openai/cli_args.py",
+            ),
             "make_arg_parser",
             ["parser"],
         ),
         (
-            ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py"),
+            (
+                "entrypoints/common/cli_args.py",
+                "entrypoints/launchers/cli_args.py",
+                "entrypoints/openai/cli_args.py",
+            ),
             "validate_parsed_serve_args",
             ["args"],
         ),
@@ -525,12 +537,19 @@ STREAMED = (
 @pytest.mark.parametrize(("file", "class_", "method"), STREAMED, ids=["chat", "completions"])
 def test_streams_are_written_as_replay_counts_on(tree: Path, file: str, class_: str, method: str) -> None:
     """One event for each output of the engine, and none for one without tokens before all others."""
-    text = ast.unparse(definition(tree, file, class_, method))
+    methods = {node.name for node in definition(tree, file, class_).body if isinstance(node, ast.AsyncFunctionDef)}
+    written = definition(tree, file, class_, f"{method}_raw" if f"{method}_raw" in methods else method)
+    text = ast.unparse(written)
     assert "not delta_text and (not " in text
-    assert "and (not previous_num_tokens[i])" in text
-    loop = next(n for n in ast.walk(definition(tree, file, class_, method)) if isinstance(n, ast.AsyncFor))
+    # 0.33 writes one that is the last all the same, which has an event of its own then.
+    assert "and (not previous_num_tokens[i])" in text or "and (not processor.num_output_tokens)" in text
+    loop = next(n for n in ast.walk(written) if isinstance(n, ast.AsyncFor))
     (outputs,) = (n for n in loop.body if isinstance(n, ast.For) and ast.unparse(n.iter) == "res.outputs")
     assert sum(isinstance(node, ast.Yield) for node in ast.walk(outputs)) == 1
+    if written.name != method:  # 0.33: one event for each of its chunks
+        (each,) = (n for n in ast.walk(definition(tree, file, class_, method)) if isinstance(n, ast.AsyncFor))
+        assert ast.unparse(each.iter).startswith(f"self.{written.name}(")
+        assert sum(isinstance(node, ast.Yield) for node in ast.walk(each)) == 1
     assert "self.engine_client.generate(" in (tree / "vllm" / file).read_text()
 
 
@@ -760,6 +779,7 @@ def test_the_wheels_are_built_with_a_cuda_that_has_no_volta(tree: Path) -> None:
 
 ARGUMENT_CLASSES = {
     "engine/arg_utils.py": ("EngineArgs", "AsyncEngineArgs"),
+    "entrypoints/common/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),  # 0.33
     "entrypoints/launchers/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),
     "entrypoints/openai/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),
 }
@@ -801,8 +821,12 @@ def test_every_argument_is_counted_harmless_refused_or_kervans(tree: Path) -> No
     assert sum(map(len, kinds)) == len(set().union(*kinds)), "an argument is in two lists"
 
 
+# Arguments of 0.33, which is published for GPUs only: `make` does not fetch it.
+SINCE_0_33 = {"monokernel", "reasoning_effort_map", "sleep_mode_backend", "watchdog_config"}
+
+
 def test_listed_arguments_are_of_some_release() -> None:
-    known = set().union(*(arguments_of(tree) for tree in TREES))
+    known = SINCE_0_33.union(*(arguments_of(tree) for tree in TREES))
     if len(TREES) > 1:
         listed = {*vllm_names.COUNTED_ARGUMENTS, *vllm_names.HARMLESS_ARGUMENTS, *vllm_names.UNCOUNTED_ARGUMENTS}
         assert listed - known == set()
@@ -934,8 +958,124 @@ def restored_requests() -> dict[str, Any]:
     return seen
 
 
+def argument_readings() -> dict[str, Any]:
+    """How kervan's reading of vLLM's arguments differs from vLLM's parser, and what the parser reads of what is written.
+
+    Sent with `probe`.
+    """
+    import argparse
+    from pathlib import Path
+
+    import vllm
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from kervan.config.engine_arguments import to_argv
+    from kervan.errors import ConfigError
+    from kervan.fleet.vllm import arguments, versions
+    from kervan.fleet.vllm.argument_source import REGISTRIES, Source
+
+    source = Source(Path(vllm.__file__).parent)
+    parser = versions.cli_args().make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
+    kinds = {
+        "str": "text", "int": "int", "float": "float", "human_readable_int": "size", "loads": "json",
+        "human_readable_int_or_auto": "length", "parse_type.<locals>._parse_type": "json",
+        "_compute_kwargs.<locals>.parse_dataclass": "config", "union_dict_and_str": "either", "None": "text",
+        "EngineArgs.add_cli_args.<locals>.<lambda>": "text",
+    }  # fmt: skip
+    actions = {"BooleanOptionalAction": "flag", "_StoreTrueAction": "switch", "_AppendAction": "append"}
+    not_options = {"help", "config", "headless", "grpc", "api_server_count"}  # of the command, not of the server
+    differences: list[Any] = []
+    read_wrong: list[Any] = []
+    choices_of: dict[str, list[str]] = {}
+    for action in parser._actions:
+        for option in action.option_strings:
+            name = option.removeprefix("--").replace("-", "_")
+            is_flag = isinstance(action, argparse.BooleanOptionalAction)
+            is_negation = is_flag and (option.startswith("--no-") or name != action.dest)
+            if not option.startswith("--") or is_negation or name in not_options:
+                continue
+            choices_of[name] = [str(choice) for choice in action.choices or () if choice not in (None, "None")]
+            if action.dest != name:  # another name, which kervan refuses
+                continue
+            if name not in source.names:
+                differences.append([name, "not found"])
+                continue
+            given = source.argument(name)
+            kind = type_ = action.type
+            if is_optional := getattr(type_, "__qualname__", "") == "optional_type.<locals>._optional_type":
+                kind = type_.__closure__[0].cell_contents
+            kind = kinds.get(getattr(kind, "__qualname__", str(kind)), "any")
+            choices = set(choices_of[name])
+            named = "BooleanOptionalAction" if is_flag else type(action).__name__
+            wanted = [actions.get(named, "store"), action.nargs, choices, kind, is_optional]
+            found = [given.action, given.nargs, set(given.choices) or choices, given.kind, given.is_optional]
+            if given.action in ("flag", "switch"):
+                wanted[1:], found[1:] = [], []
+            elif given.kind == "any":  # told to be unknown
+                wanted[3], found[3] = "any", "any"
+            if wanted != found:
+                differences.append([name, str(wanted), str(found)])
+
+    def samples(given: Any) -> list[Any]:
+        """Values with what vLLM's parser makes of each."""
+        one: list[Any] = {
+            "int": [(3, 3), ("3", 3), (-1, -1)], "float": [(0.5, 0.5), (-0.5, -0.5)], "size": [("4k", 4000), (8, 8)],
+            "length": [("4k", 4000), (-1, -1)], "json": [({"a": {"b": [1, "x"]}}, {"a": {"b": [1, "x"]}})],
+            "either": [({"a": 1}, {"a": 1}), ("x", "x")], "text": [("x", "x"), ("-x.y", "-x.y"), ("--a_b", "--a_b"), ("a b", "a b")],
+            "config": [({}, ...)], "any": [],
+        }[given.kind]  # fmt: skip
+        if given.fields:
+            one = [({}, ... if given.kind == "config" else {})]
+        if words := choices_of[given.name]:
+            word = words[-1]
+            one = [(word, int(word) if given.kind == "int" else word)]
+            one += [(word.upper(), word)] if given.is_folded else []
+        if given.action == "flag":
+            return [(True, True), (False, False)]
+        if given.action == "switch":
+            return [(True, True), (False, False)]
+        if given.name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            return [(["http://a", "-b"], ["http://a", "-b"]), ([], [])]
+        if given.name == "lora_modules":
+            return [([{"name": "a", "path": "/p"}, "b=/q"], ...), ("a=/p", ...)]
+        if given.action == "append":
+            return [(["a.B", "-c.D"], ["a.B", "-c.D"]), (["a.B"], ["a.B"]), ("a.B", ["a.B"])]
+        if given.nargs == "?":
+            return [(True, True), ("x", "x")]
+        if given.nargs is not None:
+            count = given.nargs if isinstance(given.nargs, int) else 2
+            many = [(value, read) for value, read in one if not str(value).startswith("-")]
+            lists = [([value] * count, [read] * count) for value, read in many]
+            return lists + ([([value], [read]) for value, read in one] if given.nargs == "+" else [])
+        return one
+
+    for name in sorted(source.names - {"port"}):
+        for value, expected in samples(source.argument(name)):
+            try:
+                arguments.check({name: value})
+            except ConfigError as error:
+                if name not in REGISTRIES and "needs" not in str(error):
+                    read_wrong.append([name, str(value), f"kervan: {error}"])
+            try:
+                args = parser.parse_args(to_argv({name: value, "port": 5}))
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - told
+                read_wrong.append([name, str(value), f"{type(error).__name__}: {error}"])
+                continue
+            got = getattr(args, name)
+            is_same = not isinstance(got, str) if expected is ... else got == expected and type(got) is type(expected)
+            if not is_same or args.model_tag is not None or args.port != 5:
+                read_wrong.append([name, str(value), str(got)])
+    return {
+        "differences": differences,
+        "not options": sorted(source.names - choices_of.keys()),
+        "read wrong": read_wrong,
+    }
+
+
 def probe(model: str) -> dict[str, Any]:
     """Runs in a process of its own, over one vLLM; its source is sent there. Returns what the tests look at."""
+    from types import SimpleNamespace
+
     from vllm.exceptions import VLLMValidationError
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
@@ -1019,8 +1159,19 @@ def probe(model: str) -> dict[str, Any]:
 
     seen["restored"] = restored_requests()
     seen["runner_limits"] = versions.runner_limits()
-    limits.install()
-    limits.install()
+    many = {
+        "stop_token_ids": {"stop_token_ids": list(range(300)), "min_tokens": 1},
+        "allowed_token_ids": {"allowed_token_ids": list(range(1100))},
+        "logit_bias": {"logit_bias": dict.fromkeys(range(1100), 1.0)},
+        "stop_token_ids without min_tokens": {"stop_token_ids": list(range(300))},
+    }
+
+    def broken(entry_limits: dict[str, int]) -> list[str]:
+        return [name for name, given in many.items() if limits.violation(SamplingParams(**given), entry_limits)]
+
+    seen["broken on V1"], seen["broken on V2"] = broken({}), broken(seen["runner_limits"])
+    limits.install(entry_limits=seen["runner_limits"])
+    limits.install(entry_limits=seen["runner_limits"])
     refused = {}
     for name, params in {
         "n": {"n": 129},
@@ -1035,6 +1186,21 @@ def probe(model: str) -> dict[str, Any]:
         except VLLMValidationError as error:
             refused[name] = str(error)
     seen["refused"] = refused
+    late = {}
+    for name, params in {
+        "end tokens": {"stop_token_ids": list(range(128)), "min_tokens": 1},
+        "bad words": {"bad_words": [letter * 100 for letter in "abcdefghijkl"]},
+        "ok": {"stop_token_ids": list(range(100)), "min_tokens": 1, "bad_words": ["x" * 100]},
+    }.items():
+        try:
+            sampling = SamplingParams(**params)
+            sampling.update_from_generation_config({"eos_token_id": [900, 901]}, 900)
+            sampling.update_from_tokenizer(
+                SimpleNamespace(encode=lambda text, **_: [*map(ord, text)], max_token_id=999)
+            )
+        except VLLMValidationError as error:
+            late[name] = str(error)
+    seen["late"] = late
 
     config = FleetConfig(model=model, engine_args={"max_model_len": "4k", "enforce_eager": True, "max_num_seqs": 8})
     args = versions.parse_args(config.engine_argv)
@@ -1043,6 +1209,10 @@ def probe(model: str) -> dict[str, Any]:
         versions.parse_args([*config.engine_argv, "--max-num-seqs", "many"])
     except ConfigError as error:
         seen["parse_error"] = str(error)
+    try:
+        versions.parse_args([*config.engine_argv, "--middleware", "a.B", "b.C"])
+    except ConfigError as error:
+        seen["stray_word"] = str(error)
 
     from kervan.fleet.admitted import Admitted, StreamFailure
     from kervan.fleet.vllm import failed_streams
@@ -1060,6 +1230,7 @@ def probe(model: str) -> dict[str, Any]:
             except Exception as error:  # noqa: BLE001 - its text is looked at
                 seen["failed"].append([str(error), int(error.status_code)])  # type: ignore[attr-defined]
 
+    seen["arguments"] = argument_readings()
     seen["struct_is_positional"] = EngineCoreRequest.__struct_config__.array_like
     seen["engine_client"] = engine_client.FleetEngineClient.__name__
     seen["frontend"] = frontend.OpenAIFrontend.__name__
@@ -1075,7 +1246,7 @@ def seen(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     script = directory / "probe.py"
     head = "from __future__ import annotations\nimport json, pathlib, sys\nfrom typing import Any\n"
     tail = "\npathlib.Path(sys.argv[1]).write_text(json.dumps(probe(sys.argv[2])))\n"
-    script.write_text(head + inspect.getsource(restored_requests) + inspect.getsource(probe) + tail)
+    script.write_text(head + "".join(map(inspect.getsource, (restored_requests, argument_readings, probe))) + tail)
     paths = [str(tree), str(Path(kervan.__file__).parent.parent)]
     done = subprocess.run(
         [sys.executable, str(script), str(result), str(directory)],
@@ -1210,14 +1381,54 @@ def test_requests_that_would_kill_an_engine_are_refused_as_bad_requests(seen: di
 
 
 def test_runner_limits_are_found_where_the_runner_has_them(seen: dict[str, Any]) -> None:
-    assert all(isinstance(limit, int) and limit > 0 for limit in seen["runner_limits"].values())
-    if seen["engine_version"].startswith("0.24."):
-        assert seen["runner_limits"]["logit_bias"] == 1024
+    assert seen["runner_limits"] == {
+        "logit_bias": 1024, "allowed_token_ids": 1024, "stop_token_ids": 128, "bad_words": 128, "bad_words_tokens": 1024,
+    }  # fmt: skip
+
+
+def test_model_runner_v2s_limits_are_not_v1s(seen: dict[str, Any]) -> None:
+    assert seen["broken on V1"] == []
+    assert seen["broken on V2"] == ["stop_token_ids", "allowed_token_ids", "logit_bias"]
+
+
+def test_limits_count_what_the_tokenizer_and_the_model_add(seen: dict[str, Any]) -> None:
+    """vLLM adds the model's end tokens to the stop tokens, and makes tokens of words, after its own checks."""
+    late = seen["late"]
+    assert sorted(late) == ["bad words", "end tokens"]
+    assert (
+        "stop_token_ids has 130 entries, with the model's end tokens; this engine takes at most 128"
+        in late["end tokens"]
+    )
+    assert "bad_words has 1200 tokens; this engine takes at most 1024" in late["bad words"]
 
 
 def test_vllm_reads_the_arguments_that_kervan_writes(seen: dict[str, Any]) -> None:
     _, tp, max_model_len, enforce_eager, max_num_seqs = seen["parsed"]
     assert (tp, max_model_len, enforce_eager, max_num_seqs) == (1, 4000, True, 8)
+
+
+def test_vllms_parser_is_read_from_its_source_as_it_is(seen: dict[str, Any]) -> None:
+    assert seen["arguments"]["differences"] == []
+    assert seen["arguments"]["not options"] == []
+
+
+def test_what_goes_into_an_argument_comes_out_of_vllms_parser(seen: dict[str, Any]) -> None:
+    assert seen["arguments"]["read wrong"] == []
+
+
+def test_a_word_that_belongs_to_no_option_is_refused(seen: dict[str, Any]) -> None:
+    assert seen["stray_word"] == "vLLM's arguments have 'b.C', which no option takes; leave it out"
+
+
+def test_lists_and_switches_of_vllm_are_known(tree: Path) -> None:
+    source = Source(tree / "vllm")
+    arguments = [source.argument(name) for name in source.names]
+    assert {a.name for a in arguments if a.action == "append"} == vllm_names.REPEATED_ARGUMENTS
+    assert {a.name for a in arguments if a.action == "switch"} == vllm_names.SWITCH_ARGUMENTS
+    for name in vllm_names.JSON_LIST_ARGUMENTS:
+        assert (source.argument(name).kind, source.argument(name).nargs) == ("json", None)
+    for name, (file, variable) in REGISTRIES.items():
+        assert len(source.registered(name)) > 10, f"{file} has no {variable}"
 
 
 def test_a_value_that_vllm_refuses_is_a_config_error(seen: dict[str, Any]) -> None:

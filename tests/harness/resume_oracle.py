@@ -224,7 +224,7 @@ class Core:
         if name == "guidance":
             self._widen_vocabulary()
         manager = self.core.structured_output_manager
-        manager.backend = manager._grammar_bitmask = None
+        manager.backend = manager.backend_name = manager._grammar_bitmask = None  # the name since 0.33
         self.config.structured_outputs_config.backend = name
 
     @staticmethod

@@ -229,6 +229,14 @@ def test_refused_or_served(client: httpx.Client, path: str, name: str) -> None:
     outcomes(client, path, name, DISPUTED[name])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("stop_token_ids", [250, 251] * 150), ("allowed_token_ids", list(range(200)) * 6)]
+)
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_model_runner_v1_takes_more_token_ids_than_v2(client: httpx.Client, path: str, name: str, value: Any) -> None:
+    assert [why for _, why in outcomes(client, path, name, [value])] == [None, None]
+
+
 def test_prompts(client: httpx.Client) -> None:
     assert [sent for sent, why in outcomes(client, "/v1/completions", "prompt", PROMPTS) if why is None] == []
 

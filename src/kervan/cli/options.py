@@ -9,6 +9,7 @@ import click
 from kervan.config.engine_arguments import parse_value
 from kervan.config.fleet import SETTINGS, check_api_keys
 from kervan.errors import ConfigError
+from kervan.vendor.vllm_names import REPEATED_ARGUMENTS
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -84,10 +85,14 @@ def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, value = parse_assignment(text, "--engine-arg")
         name = key.replace("-", "_")
-        if name in found:
+        if name in found and name not in REPEATED_ARGUMENTS:
             raise ConfigError(f"--engine-arg gives {name} twice, {found[name]!r} and {value!r}; give it once")
-        found[name] = parse_value(value)
+        found[name] = [*_listed(found[name]), *_listed(parse_value(value))] if name in found else parse_value(value)
     return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def pool_settings(given: Sequence[str]) -> dict[str, dict[str, str]]:

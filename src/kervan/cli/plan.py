@@ -311,7 +311,7 @@ def _price(table: Any, gpu: str, market: Any) -> float | None:
 
 def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
     """The plan for scripts; layouts that do not fit have no figures."""
-    from kervan.facts import model as models
+    from kervan.facts import weight_files
     from kervan.plan import launch
 
     best = launch.launch(plan.request, plan.best, model)
@@ -330,7 +330,7 @@ def as_dict(plan: "LayoutPlan", model: str) -> dict[str, Any]:
         "launch": {
             "starts_with": plan.best.layout.starts_with,
             "command": best.command,
-            "missing": models.missing_weights(model, plan.request.arguments.get("load_format")),
+            "missing": weight_files.missing_weights(model, plan.request.arguments.get("load_format")),
             "engine_args": dict(best.engine_args),
             "replicas": best.replicas,
             "bundles_per_replica": [dict(bundle) for bundle in best.bundles],
@@ -411,8 +411,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kervan.facts import model as models
-    from kervan.facts import prices
+    from kervan.facts import prices, weight_files
     from kervan.plan import launch
 
     q = plan.request
@@ -472,7 +471,7 @@ def _print(plan: "LayoutPlan", model: str, *, show_all: bool) -> None:
         console.print(
             "the next line starts the nearest layout, which does not keep the load or its SLO", style="yellow"
         )
-    if missing := models.missing_weights(model, q.arguments.get("load_format")):
+    if missing := weight_files.missing_weights(model, q.arguments.get("load_format")):
         console.print(missing, style="yellow", soft_wrap=True, markup=False)
     console.print(launch.launch(q, plan.best, model).command, soft_wrap=True, markup=False)
 

@@ -1,11 +1,16 @@
 """The arguments of vLLM's own server: which ones kervan decides, and how they are read and written."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kervan.errors import ConfigError
+from kervan.vendor.vllm_names import JSON_LIST_ARGUMENTS, REPEATED_ARGUMENTS, SWITCH_ARGUMENTS
 
+MAX_SHOWN_CHARS = 200  # of a value, in an error
+QUOTED = re.compile(r'("(?:[^"\\]|\\.)*")')
+HUMAN_NUMBER = re.compile(r"\b\d+(?:\.\d+)?[kKmMgGtT]\b")
 # They decide how much of a GPU's memory an engine takes.
 MEMORY_ARGUMENTS = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})
 
@@ -51,22 +56,33 @@ def check_owned(names: Iterable[str]) -> None:
 def to_argv(arguments: Mapping[str, Any]) -> list[str]:
     """The arguments as vLLM's server parser reads them: `--key value`, `--key` for true, `--no-key` for false.
 
-    None, YAML's null, is left out: vLLM's own default.
+    A list is written as its option reads it: as words after it, as JSON, or with the option for each item. None, YAML's
+    null, is left out: vLLM's own default.
     """
     return [word for key, value in arguments.items() for word in _words(key, value)]
 
 
 def _words(key: str, value: Any) -> list[str]:
     flag = "--" + key.replace("_", "-")
-    if value is None:
+    if value is None or (value is False and key in SWITCH_ARGUMENTS):
         return []
     if isinstance(value, bool):
         return [flag] if value else ["--no-" + key.replace("_", "-")]
-    if isinstance(value, Mapping):
-        return [flag, json.dumps(value)]
-    if isinstance(value, list | tuple):
-        return [flag, *(json.dumps(v) if isinstance(v, Mapping) else str(v) for v in value)]
-    return [flag, str(value)]
+    if isinstance(value, list | tuple) and key not in JSON_LIST_ARGUMENTS:
+        items = [_word(item) for item in value]
+        if key in REPEATED_ARGUMENTS:
+            return [word for item in items for word in _option(flag, item)]
+        return _option(flag, items[0]) if len(items) == 1 else [flag, *items]
+    return _option(flag, _word(value))
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, Mapping | list | tuple) else str(value)
+
+
+def _option(flag: str, word: str) -> list[str]:
+    """An option and its value, in one word where the parser would take the value for an option too."""
+    return [f"{flag}={word}"] if word.startswith("-") else [flag, word]
 
 
 def parse_value(text: str) -> Any:
@@ -79,8 +95,26 @@ def parse_value(text: str) -> Any:
     if text[:1] in ("{", "["):
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
+            if (plain := with_plain_numbers(text)) != text and _is_json(plain):
+                return text
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise ConfigError(
-                f"engine argument value {text!r} is not valid JSON ({error}); quote it for the shell"
+                f"engine argument value {text[:MAX_SHOWN_CHARS]!r} is not valid JSON ({reason}); quote it for the shell"
             ) from error
     return text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
+
+
+def with_plain_numbers(text: str) -> str:
+    """JSON in which numbers may end in k or G, as vLLM takes it for its configs, with other numbers in their place."""
+    parts = QUOTED.split(text)
+    parts[::2] = [HUMAN_NUMBER.sub("1", part) for part in parts[::2]]
+    return "".join(parts)

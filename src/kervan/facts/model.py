@@ -13,14 +13,6 @@ MAX_CONFIG_BYTES = 16 << 20
 EXPERT_FIELDS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts", "num_routed_experts",
 )  # fmt: skip
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf", ".safetensors.index.json", ".bin.index.json")
-# Values of vLLM's `load_format` that read such files from the model's directory; source: LoadFormats of 0.32.
-LOADED_FROM_DIRECTORY = frozenset(
-    {
-        "auto", "hf", "safetensors", "pt", "npcache", "gguf", "bitsandbytes", "mistral", "fastsafetensors",
-        "instanttensor",
-    }
-)  # fmt: skip
 NEEDED_FIELDS = ("architectures", "model_type")
 
 
@@ -142,39 +134,6 @@ def check_layout(config: dict[str, Any] | None, *, tp: int, pp: int, ep: int = 1
 def _one_of(numbers: list[int]) -> str:
     alternatives = [str(n) for n in numbers]
     return alternatives[0] if len(alternatives) == 1 else f"{', '.join(alternatives[:-1])} or {alternatives[-1]}"
-
-
-def missing_weights(model: str, load_format: Any = None) -> str | None:
-    """What to do about a local directory that has no weights for vLLM to load; None where nothing is missing.
-
-    `load_format`: vLLM's argument. `dummy` needs no files, and some loaders take them from elsewhere.
-    """
-    directory = Path(model)
-    if str(load_format or "auto") not in LOADED_FROM_DIRECTORY or not directory.is_dir():
-        return None
-    try:
-        if any(path.name.endswith(WEIGHT_FILES) for path in directory.iterdir()):
-            return None
-    except OSError:  # vLLM says what it cannot read
-        return None
-    return (
-        f"{model} has no weights (*.safetensors, *.bin, *.pt, *.gguf, or their index); fetch them, or add "
-        "--engine-arg load_format=dummy for random ones"
-    )
-
-
-def missing_on_node(node: str, model: str, load_format: Any = None) -> str | None:
-    """What to do about a model that node `node`, on which this runs, cannot load; None where nothing is missing.
-
-    `load_format`: as in `missing_weights`; `dummy` where only the directory is needed.
-    """
-    if Path(model).is_absolute() and not Path(model).exists():
-        return (
-            f"node {node} has no {model}; copy the model to that path on each node that serves it, "
-            "or give a Hugging Face id"
-        )
-    missing = missing_weights(model, load_format)
-    return f"node {node}: {missing}" if missing else None
 
 
 def special_tokens(model: str) -> frozenset[int]:

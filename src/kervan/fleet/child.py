@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kervan.fleet import warm_start
+from kervan.fleet import log_causes, warm_start
 from kervan.fleet.control import ControlEnd
 from kervan.fleet.log_files import open_log
 from kervan.fleet.warm_start import ForkedProcess, WarmStartError
@@ -57,12 +57,15 @@ def fork_or_spawn(
 
 
 def post_mortem(status: int | None, log_path: Path) -> str:
-    """How a process ended, and the last line that it wrote. `status`: as of `Child.wait`."""
+    """How a process ended, and the last error, or else the last line, in its log. `status`: as of `Child.wait`."""
     if status is None:
         how = "an exit status that nobody knows, as the process that forked it ended too"
     else:
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     if status == -signal.SIGKILL:
         how += " (killed; when the machine was out of memory, by its kernel)"
-    last = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()][-1:]
+    log = log_causes.tail(log_path)
+    if found := log_causes.causes(log):
+        return f"{how}; its last error: {found[-1]}"
+    last = [line for line in log.splitlines() if line.strip()][-1:]
     return f"{how}; its last line: {' '.join(last)[:300]}"

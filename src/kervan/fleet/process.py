@@ -13,11 +13,11 @@ from typing import Literal
 import msgspec
 
 from kervan.config.fault import Fault
-from kervan.fleet import child
+from kervan.fleet import child, log_causes
 from kervan.fleet.child import Child
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready, Report
 from kervan.fleet.process_group import end_group
-from kervan.fleet.vllm import start_parts
+from kervan.fleet.vllm import failures, start_parts
 from kervan.fleet.vllm.head_start import model_classes
 from kervan.policy.watchdog import EngineSample, Health
 from kervan.policy.watchdog import decide as judge
@@ -109,7 +109,7 @@ class EngineProcess:
             self.start_s = start_parts.split(report.start_s, self.log_path.read_text(errors="replace"))
             self.ready = report
         elif isinstance(report, EngineFailed):
-            self.failure = report
+            self.failure = failures.with_cause(report, log_causes.tail(self.log_path))
         else:
             if report.num_steps != self.load.num_steps or not report.has_work:
                 self._last_step_s = self._last_report_s
@@ -123,7 +123,7 @@ class EngineProcess:
         self._sockets_of_workers.cleanup()
         if self.ready is None and self.failure is None:
             how = child.post_mortem(status, self.log_path)
-            self.failure = EngineFailed("EngineError", f"the engine process ended during start-up with {how}")
+            self.failure = failures.of_end(how, log_causes.tail(self.log_path))
         self.ended.set()
         self._on_change()
 

@@ -47,13 +47,17 @@ HEARTBEAT_TIMEOUT_MS = 2000
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What an engine knows only after start-up."""
+    """What an engine knows only after start-up.
+
+    `entry_limits`: how many entries its model runner takes of a sampling parameter, by name.
+    """
 
     max_model_len: int
     num_gpu_blocks: int
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int = 0  # 0: unknown
+    entry_limits: dict[str, int] = {}
 
 
 class Hello(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ import ray
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
-from kervan.facts import model as models
+from kervan.facts import weight_files
 from kervan.facts.layout import Layout
 from kervan.fleet.directory import GatewayEntry, Snapshot, StartFailure
 from kervan.fleet.log_files import new_log, open_log
@@ -107,7 +107,7 @@ class _GatewayActor:
         Raises: ConfigError when the model's files are not on this node.
         """
         node = ray.util.get_node_ip_address()
-        if (missing := models.missing_on_node(node, self._config.model, "dummy")) is not None:
+        if (missing := weight_files.problem_on_node(node, self._config.model, "dummy")) is not None:
             await self._directory.report_failure(self._failure(GatewayFailed("ConfigError", missing)))
             raise ConfigError(missing)
         _, secret = await self._directory.fleet()

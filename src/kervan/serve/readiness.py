@@ -124,6 +124,4 @@ def slowest_start(snapshot: Snapshot) -> str:
 def _as_error(failure: StartFailure) -> KervanError:
     error_class: type[KervanError] = getattr(errors, failure.kind, EngineError)
     where = f" (log: {failure.log_path})" if failure.log_path and Path(failure.log_path).exists() else ""
-    if failure.kind in ("ConfigError", "CapacityError"):
-        where = ""
     return error_class(f"{failure.message}{where}")

@@ -14,7 +14,7 @@ from ray.util import placement_group_table
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, EngineError, FleetError
-from kervan.facts import model as models
+from kervan.facts import weight_files
 from kervan.fleet.control import EngineSpec, WorkerPlacement
 from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log
@@ -119,7 +119,7 @@ class EngineReplica:
 
     async def _check_model(self) -> None:
         """Raises: ConfigError when the model is not on this node, which the directory is told: vLLM says it later."""
-        missing = models.missing_on_node(self._node, self._config.model, self._config.weights_format)
+        missing = weight_files.problem_on_node(self._node, self._config.model, self._config.weights_format)
         if missing is not None:
             await self._directory.report_failure(StartFailure(f"{self._pool} on {self._node}", "ConfigError", missing))
             raise ConfigError(missing)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import model as models
-from kervan.fleet.vllm import argument_names
+from kervan.facts import weight_files
+from kervan.fleet.vllm import arguments, versions
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
 from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
@@ -31,18 +32,28 @@ def validate(config: FleetConfig, *, is_here: bool = True) -> FleetConfig:
     Raises: ConfigError.
     """
     config = dataclasses.replace(config, model=models.resolve(config.model, is_here=is_here))
-    argument_names.check(config.engine_args)
+    arguments.check(config.engine_args)
     models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
     if config.engine == "twin":
         from kervan.twin import settings as twins
 
         twins.settings(config)
-    elif is_here and (missing := models.missing_weights(config.model, config.weights_format)):
-        raise ConfigError(missing)
+    elif is_here:
+        _check_files(config)
     notices.from_environment(config.env)
     if not config.pools and not config.replicas:  # Serve would refuse it; a part of a fleet with pools may have none
         raise ConfigError("replicas=0 would leave nothing to serve requests; give at least 1, or kervan down")
     return config
+
+
+def _check_files(config: FleetConfig) -> None:
+    """Raises: ConfigError for a local model whose files vLLM could not load, which a replica would find out late."""
+    own_tokenizer = not (config.engine_args.get("tokenizer") or config.engine_args.get("skip_tokenizer_init"))
+    problem = weight_files.problem(config.model, config.weights_format)
+    if problem is None and own_tokenizer:
+        problem = weight_files.missing_tokenizer(config.model)
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 def on_cpu(config: FleetConfig, cores: int) -> FleetConfig:
@@ -109,6 +120,8 @@ class Startup:
     def _run(self) -> FleetStatus:
         is_here = self._address is None
         self.config = validate(self.config, is_here=is_here)
+        if self.config.engine == "vllm" and (warning := versions.untested(arguments.installed_version())):
+            self.progress(warning)
         if is_here and cluster.find_local_ray() is None:
             check_port(self.config.host, self.config.port)
         address = self._reach_ray()

@@ -63,6 +63,14 @@ INIT_LINE = re.compile(
     r"(?: \(compilation: (?P<compiling>[\d.]+) s)?"
 )
 
+# ---- how vLLM's parser reads lists and switches; all other lists follow their option as words
+
+JSON_LIST_ARGUMENTS = frozenset({"allowed_origins", "allowed_methods", "allowed_headers"})
+REPEATED_ARGUMENTS = frozenset({"middleware"})  # the option once for each item
+SWITCH_ARGUMENTS = frozenset(  # have no `--no-` form
+    {"aggregate_engine_logging", "data_parallel_multi_port_external_lb", "disable_log_stats"}
+)
+
 # ---- defaults
 
 # Share of a GPU's memory.
@@ -88,7 +96,7 @@ REMOVED_ARCHITECTURES = {
     "RWForCausalLM": "0.28.0", "TeleChatForCausalLM": "0.25.0", "XverseForCausalLM": "0.23.0",
 }  # fmt: skip
 
-# ---- arguments of the server: fields of EngineArgs, AsyncEngineArgs, BaseFrontendArgs, FrontendArgs in 0.24 or 0.32.
+# ---- arguments of the server: fields of EngineArgs, AsyncEngineArgs, BaseFrontendArgs, FrontendArgs in 0.24 to 0.33.
 # Those that kervan decides itself are in kervan.config.engine_arguments.
 
 # What a plan and a twin count.
@@ -127,7 +135,8 @@ HARMLESS_ARGUMENTS = frozenset(
         "mm_shm_cache_max_object_size_mb", "mm_tensor_ipc", "model_loader_extra_config", "model_weights",
         "numa_bind", "numa_bind_cpus", "numa_bind_nodes", "otlp_traces_endpoint", "override_generation_config",
         "per_request_spec_decode_metrics", "prefix_cache_retention_interval", "prefix_caching_hash_algo",
-        "prefix_match_unit", "profiler_config", "pt_load_map_location", "reasoning_config", "reasoning_parser",
+        "prefix_match_unit", "profiler_config", "pt_load_map_location", "reasoning_config",
+        "reasoning_effort_map", "reasoning_parser",
         "reasoning_parser_plugin", "response_role", "return_tokens_as_token_ids", "safetensors_load_strategy",
         "safetensors_prefetch_block_size", "safetensors_prefetch_num_threads", "seed", "served_model_name",
         "show_hidden_metrics_for_version", "shutdown_timeout", "skip_tokenizer_init", "sse_keep_alive_interval",
@@ -135,6 +144,7 @@ HARMLESS_ARGUMENTS = frozenset(
         "tokenizer_revision", "tokens_only", "tool_call_parser", "tool_parser_plugin", "tool_server",
         "tool_strict_level", "trust_remote_code", "trust_request_chat_template", "trust_request_mm_kwargs",
         "use_tqdm_on_load", "uvicorn_log_level", "video_pruning_method", "video_pruning_rate",
+        "watchdog_config",
     }
 )  # fmt: skip
 # What changes them and is not counted, each with the value that is like leaving it out: vLLM's default, as text.
@@ -176,6 +186,7 @@ UNCOUNTED_ARGUMENTS = {
     "max_num_queued_reqs": "", "max_num_queued_tokens": "", "max_num_scheduled_tokens": "",
     "mm_encoder_only": "false", "mm_encoder_tp_mode": "weights", "mm_ipc_gpu_memory_gb": "0",
     "mm_processor_device": "auto", "model_class_overrides": "", "model_impl": "auto", "moe_backend": "auto",
+    "monokernel": "false",
     "num_gpu_blocks_override": "", "offload_backend": "auto", "offload_group_size": "0",
     "offload_num_in_group": "1", "offload_params": "", "offload_prefetch_step": "1",
     "optimization_level": "2", "override_attention_dtype": "", "performance_mode": "balanced",
@@ -183,7 +194,7 @@ UNCOUNTED_ARGUMENTS = {
     "quantization_config": "", "ray_workers_use_nsight": "false", "renderer_num_workers": "1",
     "replayssm_buffer_len": "16", "return_sampling_mask": "false", "revision": "main", "runner": "auto",
     "scheduler_cls": "", "scheduler_reserve_full_isl": "true", "scheduling_policy": "fcfs",
-    "skip_mm_profiling": "false", "sleep_mode_offload_cudagraph": "false",
+    "skip_mm_profiling": "false", "sleep_mode_backend": "cumem", "sleep_mode_offload_cudagraph": "false",
     "sleep_preserve_parameter_names": "", "sparse_indexer_topk_backend": "auto", "spec_method": "",
     "spec_model": "", "spec_tokens": "", "specialize_active_lora": "false", "speculative_config": "",
     "stream_interval": "1", "swa_bounded_replay": "true", "ubatch_size": "0", "use_fp64_gumbel": "false",

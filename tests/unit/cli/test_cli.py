@@ -46,7 +46,8 @@ def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(LLAMA))
-    (directory / "model.safetensors").touch()
+    (directory / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (directory / "tokenizer.json").write_text("{}")
     return directory
 
 
@@ -119,6 +120,14 @@ def test_a_bad_model_directory(kervan: Kervan, tmp_path: Path, config: str | Non
 def test_a_directory_without_weights(kervan: Kervan, model: Path) -> None:
     (model / "model.safetensors").unlink()
     assert "--engine-arg load_format=dummy for random ones" in kervan.fails("up", model)
+
+
+def test_files_that_vllm_could_not_load_are_told_before_anything_starts(kervan: Kervan, model: Path) -> None:
+    (model / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b"{}")
+    assert "model.safetensors is cut off: it has 10 bytes, and its header alone 20" in kervan.fails("up", model)
+    assert "engine argument dtype='foo' is not one of auto" in kervan.fails("up", model, "--engine-arg", "dtype=foo")
+    (model / "tokenizer.json").unlink()
+    assert "has no tokenizer" in kervan.fails("up", model, "--engine-arg", "load_format=dummy")
 
 
 # ---- up: options

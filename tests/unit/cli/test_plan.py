@@ -11,7 +11,7 @@ import pytest
 from harness.places import MODELS
 
 from kervan import cli
-from kervan.facts import model as model_facts
+from kervan.facts import weight_files
 
 
 def config(name: str) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def test_the_last_line_is_one_that_starts_or_says_what_is_missing(kervan: Kervan
         assert code == 0
         missing, command = out.splitlines()[-2:]
         assert command.startswith(f"kervan up {tmp_path} --tp 1")
-        assert missing == model_facts.missing_weights(str(tmp_path))
+        assert missing == weight_files.missing_weights(str(tmp_path))
     dummy = ("--engine-arg", "load_format=dummy")
     assert "no weights" not in kervan.run(tmp_path, *words, *dummy)[1]
     assert kervan.json(tmp_path, *words, *dummy)["launch"]["missing"] is None

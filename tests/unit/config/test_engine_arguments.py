@@ -29,12 +29,24 @@ def test_engine_arguments_that_kervan_sets_are_refused(key: str) -> None:
         ("served_model_name", ["a", "b"], ["--served-model-name", "a", "b"]),
         ("lora_modules", [{"name": "l", "path": "/p"}], ["--lora-modules", '{"name": "l", "path": "/p"}']),
         ("chat_template", "{{ messages }}", ["--chat-template", "{{ messages }}"]),
+        ("allowed_origins", ["http://a", "http://b"], ["--allowed-origins", '["http://a", "http://b"]']),
+        ("allowed_origins", [], ["--allowed-origins", "[]"]),
+        ("middleware", ["auth.Check", "log.All"], ["--middleware", "auth.Check", "--middleware", "log.All"]),
+        ("middleware", "auth.Check", ["--middleware", "auth.Check"]),
+        ("cudagraph_capture_sizes", [1, 2, 4], ["--cudagraph-capture-sizes", "1", "2", "4"]),
+        ("max_logprobs", -1, ["--max-logprobs=-1"]),
+        ("chat_template", "-{{ messages }}", ["--chat-template=-{{ messages }}"]),
     ],
 )
 def test_engine_arguments_become_vllms_words(key: str, value: Any, words: list[str]) -> None:
     argv = FleetConfig(model="m", engine_args={key: value}).engine_argv
     start = argv.index(words[0])
     assert list(argv[start : start + len(words)]) == words
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_a_switch_that_is_off_is_left_out(value: bool | None) -> None:
+    assert engine_arguments.to_argv({"disable_log_stats": value}) == []
 
 
 @pytest.mark.parametrize(
@@ -48,6 +60,7 @@ def test_engine_arguments_become_vllms_words(key: str, value: Any, words: list[s
         ("8k", "8k"),
         ("", ""),
         ("half", "half"),
+        ('{"bytes": 80G}', '{"bytes": 80G}'),  # which vLLM reads
     ],
 )
 def test_engine_values_are_read_only_where_vllm_could_not(text: str, value: Any) -> None:

@@ -151,36 +151,3 @@ def test_layouts_that_do_not_fit_the_model(fields: dict[str, Any] | None, tp: in
     with pytest.raises(ConfigError) as caught:
         model.check_layout(fields, tp=tp, pp=pp)
     assert str(caught.value) == error
-
-
-@pytest.mark.parametrize(
-    ("file", "load_format", "is_missing"),
-    [
-        ("README.md", None, True),
-        ("config.json", "auto", True),
-        ("tokenizer.json", "safetensors", True),
-        ("model-00001-of-00002.safetensors", None, False),
-        ("model.safetensors.index.json", "auto", False),
-        ("pytorch_model.bin", "pt", False),
-        ("weights.gguf", None, False),
-        ("config.json", "dummy", False),
-        ("config.json", "runai_streamer", False),
-        ("config.json", "tensorizer", False),
-        ("config.json", "sharded_state", False),
-    ],
-)
-def test_weights_are_missed_where_vllm_would_load_them(
-    tmp_path: Path, file: str, load_format: str | None, is_missing: bool
-) -> None:
-    (tmp_path / file).touch()
-    words = model.missing_weights(str(tmp_path), load_format)
-    assert (words is not None) == is_missing
-    if words is not None:
-        assert words.startswith(f"{tmp_path} has no weights (")
-        assert words.endswith("add --engine-arg load_format=dummy for random ones")
-
-
-def test_weights_of_a_hub_id_and_of_a_file_are_not_missed(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    assert model.missing_weights("Qwen/Qwen3-8B") is None
-    assert model.missing_weights(str(tmp_path / "model.gguf")) is None

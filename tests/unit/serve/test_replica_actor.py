@@ -103,7 +103,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
         ([], {}, "node n has no {model}; copy the model to that path on each node"),
         (["config.json"], {}, "node n: {model} has no weights ("),
         (["config.json"], {"load_format": "dummy"}, ""),
-        (["config.json", "model.safetensors"], {}, ""),
+        (
+            ["config.json", "model.safetensors"],
+            {},
+            "node n: {model}/model.safetensors has 0 bytes, which are no weights",
+        ),
+        (["config.json", "model.pt"], {}, ""),
     ],
 )
 async def test_a_node_without_the_model_is_told(

@@ -52,28 +52,31 @@ def test_there_is_a_gateway_for_8_cores_up_to_4_and_to_the_most_allowed(
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start.argument_names, "check", lambda names: None)  # whichever vLLM is installed
+    monkeypatch.setattr(start.arguments, "check", lambda names: None)  # whichever vLLM is installed
     shutil.copy(MODELS / "llama3-8b" / "config.json", tmp_path)
 
     def config(**engine_args: Any) -> FleetConfig:
         return FleetConfig(model=str(tmp_path), engine_args=engine_args)
 
+    (tmp_path / "tokenizer.json").touch()
     with pytest.raises(ConfigError, match=rf"{tmp_path} has no weights .* --engine-arg load_format=dummy"):
         start.validate(config())
     for allowed in (
         config(load_format="dummy"),
         config(load_format="runai_streamer"),
-        config(model_weights="s3://bucket/model"),
         FleetConfig(model=str(tmp_path), engine="twin", gpu="H200"),
     ):
         assert start.validate(allowed) == allowed
     assert start.validate(config(), is_here=False) == config()  # its nodes may have them
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     assert start.validate(config()) == config()
+    (tmp_path / "tokenizer.json").unlink()
+    for allowed in (config(tokenizer="other"), config(skip_tokenizer_init=True)):
+        assert start.validate(allowed) == allowed
 
 
 def test_a_model_that_only_the_nodes_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start.argument_names, "check", lambda names: None)
+    monkeypatch.setattr(start.arguments, "check", lambda names: None)
     config = FleetConfig(model=str(tmp_path / "model"))
     assert start.validate(config, is_here=False) == config
     with pytest.raises(ConfigError, match=r"is neither a directory here nor .* check the path"):

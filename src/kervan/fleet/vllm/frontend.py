@@ -78,10 +78,10 @@ class OpenAIFrontend:
         cls, fleet: FleetClient, argv: Sequence[str], *, is_twin: bool, is_followed: bool, answering: Any
     ) -> "OpenAIFrontend":
         args, engine_args, config = await asyncio.to_thread(_configure, argv)
-        limits.install(config, is_twin=is_twin)
         await asyncio.to_thread(_import_app)  # now, while the replicas start
         failed_streams.install()
         link = await fleet.wait_for_link()
+        limits.install(config, entry_limits=link.facts.entry_limits, is_twin=is_twin)
         with injected(fleet, link.facts), kept_handlers():
             engine = AsyncLLM.from_vllm_config(
                 vllm_config=config,

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from kervan.fleet import wire
-from kervan.fleet.vllm import grammar_size, versions
+from kervan.fleet.vllm import grammar_size
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -36,14 +36,19 @@ GUIDANCE_KEYWORDS = frozenset({"multipleOf", "pattern", "minLength", "maxLength"
 MAX_PROBED_CHARS = 4 * 1024
 
 
-def violation(params: SamplingParams, entry_limits: dict[str, int]) -> tuple[str, str, Any] | None:
-    """(message, parameter, value) of the first limit that `params` breaks, or None."""
+def violation(params: SamplingParams, entry_limits: Mapping[str, int]) -> tuple[str, str, Any] | None:
+    """(message, parameter, value) of the first limit that `params` breaks, or None.
+
+    `entry_limits`: of the replicas' model runner, by parameter; `versions.runner_limits`.
+    """
     if params.n > MAX_N:
         return f"n={params.n} sequences exceed {MAX_N}; ask for at most {MAX_N} at once", "n", params.n
     if params.extra_args and wire.GENERATED in params.extra_args:
         return f"vllm_xargs names {wire.GENERATED}, which is kervan's own word; leave it out", "extra_args", None
     for name, limit in entry_limits.items():
         value = getattr(params, name, None)
+        if name == "stop_token_ids" and not params.min_tokens:  # its runner reads them for min_tokens only
+            continue
         if isinstance(value, Sized) and len(value) > limit:
             return f"{name} has {len(value)} entries; this engine takes at most {limit}", name, len(value)
     for name in ("top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"):
@@ -56,6 +61,22 @@ def violation(params: SamplingParams, entry_limits: dict[str, int]) -> tuple[str
         for token_id in getattr(params, name, None) or ():
             if not 0 <= int(token_id) <= INT32_MAX:
                 return f"{name} names token id {token_id}; ids are in 0..{INT32_MAX}", name, token_id
+    return None
+
+
+def late_violation(params: SamplingParams, entry_limits: Mapping[str, int]) -> tuple[str, str, Any] | None:
+    """As `violation`, of what vLLM adds to `params` after its own checks: end tokens, and the tokens of words."""
+    stops = len(params.all_stop_token_ids) if params.min_tokens else 0
+    if stops > (limit := entry_limits.get("stop_token_ids", stops)):
+        message = f"stop_token_ids has {stops} entries, with the model's end tokens; this engine takes at most {limit}"
+        return message, "stop_token_ids", stops
+    words = params.bad_words_token_ids or []
+    if len(words) > (limit := entry_limits.get("bad_words", len(words))):
+        message = f"bad_words has {len(words)} entries, with a space before them too; this engine takes at most {limit}"
+        return message, "bad_words", len(words)
+    tokens = sum(map(len, words))
+    if tokens > (limit := entry_limits.get("bad_words_tokens", tokens)):
+        return f"bad_words has {tokens} tokens; this engine takes at most {limit}", "bad_words", tokens
     return None
 
 
@@ -211,16 +232,19 @@ def twin_violation(params: SamplingParams) -> tuple[str, str, Any] | None:
     return None
 
 
-def install(config: VllmConfig | None = None, *, is_twin: bool = False) -> None:
+def install(
+    config: VllmConfig | None = None, *, entry_limits: Mapping[str, int] | None = None, is_twin: bool = False
+) -> None:
     """Check these limits wherever this process makes `SamplingParams`: before an answer starts, so as 400.
 
-    Without the engine's `config` the limits that depend on it are left out.
+    Without the engine's `config` the limits that depend on it are left out. `entry_limits`: as in `violation`; which
+    model runner there is only a replica knows.
     """
     if getattr(SamplingParams._verify_args, "is_kervan", False):
         return
     from vllm.platforms import current_platform
 
-    entry_limits = versions.runner_limits()
+    of_runner = entry_limits or {}
     is_xgrammar = config is not None and config.structured_outputs_config.backend in ("auto", "xgrammar")
     # vLLM 0.32's CPU kernels of adapters mistake prompt positions for requests, and the engine dies.
     breaks_prompt_logprobs = config is not None and config.lora_config is not None and current_platform.is_cpu()
@@ -229,7 +253,7 @@ def install(config: VllmConfig | None = None, *, is_twin: bool = False) -> None:
     @functools.wraps(verify)
     def verify_with_limits(self: SamplingParams) -> None:
         verify(self)
-        broken = violation(self, entry_limits) or (twin_violation(self) if is_twin else None)
+        broken = violation(self, of_runner) or (twin_violation(self) if is_twin else None)
         if broken is None and breaks_prompt_logprobs and self.prompt_logprobs is not None:
             message = "prompt_logprobs (also: echo with logprobs) kill a CPU engine with enable_lora; leave them out"
             broken = message, "prompt_logprobs", self.prompt_logprobs
@@ -245,3 +269,18 @@ def install(config: VllmConfig | None = None, *, is_twin: bool = False) -> None:
 
     verify_with_limits.is_kervan = True  # type: ignore[attr-defined]
     SamplingParams._verify_args = verify_with_limits
+    for method in ("update_from_generation_config", "update_from_tokenizer"):
+        setattr(SamplingParams, method, _limited(getattr(SamplingParams, method), of_runner))
+
+
+def _limited(update: Callable[..., None], entry_limits: Mapping[str, int]) -> Callable[..., None]:
+    """vLLM's addition to parameters, and what it adds checked."""
+
+    @functools.wraps(update)
+    def update_within_limits(self: SamplingParams, *args: Any, **kwargs: Any) -> None:
+        update(self, *args, **kwargs)
+        if (broken := late_violation(self, entry_limits)) is not None:
+            message, parameter, value = broken
+            raise VLLMValidationError(message, parameter=parameter, value=value)
+
+    return update_within_limits

@@ -130,7 +130,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
 
     @property
     def facts(self) -> wire.EngineFacts:
-        """What WELCOME tells gateways of this engine: limits in tokens and sequences, and its KV cache in blocks."""
+        """What WELCOME tells gateways of this engine: its limits, and its KV cache in blocks."""
         config = self.vllm_config
         return wire.EngineFacts(
             max_model_len=config.model_config.max_model_len,
@@ -138,6 +138,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             block_size=config.cache_config.block_size or 0,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            entry_limits=versions.runner_limits() if config.use_v2_model_runner else {},
         )
 
     # ---- input thread

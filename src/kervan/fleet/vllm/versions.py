@@ -1,10 +1,11 @@
 """What differs between the vLLM releases that kervan supports, in one place.
 
-Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1).
+Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1). 0.33.0 is published for GPUs only: its
+source keeps the contract, and on a CPU it ran over the kernels of 0.32.
 
     what                      0.24                               0.32
     OpenAI app                entrypoints.openai.api_server      entrypoints.launchers.app / .api_server.app_state
-    argument parser           entrypoints.openai.cli_args        entrypoints.launchers.cli_args
+    argument parser           entrypoints.openai.cli_args        entrypoints.launchers.cli_args; 0.33: .common.cli_args
     make_async_mp_client      -                                  + renderer=
     token limits of a runner  V2: module constants               V2: 0.24's, lifted (VLLM_MAX_NUM_BAD_WORDS)
     errors of a generation    openai.engine.{serving,protocol}   generate.base.serving, exceptions; one is retryable
@@ -14,6 +15,7 @@ Tested: 0.24.0 (GPU, model runner V2) and 0.32.0 (the CPU lock, model runner V1)
 import contextlib
 import importlib
 import importlib.util
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -22,7 +24,8 @@ from typing import Any, NoReturn
 from kervan.errors import ConfigError
 
 MIN_VERSION = (0, 24)
-MAX_VERSION = (0, 33)  # exclusive
+MAX_VERSION = (0, 34)  # exclusive
+TESTED = ("0.24.0", "0.32.0")
 
 
 def engine_version() -> str:
@@ -32,28 +35,49 @@ def engine_version() -> str:
     return str(__version__)
 
 
+def supported() -> str:
+    """The range of versions, as for pip."""
+    return f">={'.'.join(map(str, MIN_VERSION))},<{'.'.join(map(str, MAX_VERSION))}"
+
+
+def untested(version: str) -> str | None:
+    """What a user is told of a version that kervan is not tested with; None for a tested one."""
+    release = version.partition("+")[0]
+    if release in TESTED:
+        return None
+    told = f"vLLM {version} is not a version that kervan is tested with ({' and '.join(TESTED)})"
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if numbers and MIN_VERSION <= (int(numbers[1]), int(numbers[2])) < MAX_VERSION:
+        return f"{told}; it is in the supported range {supported()}"
+    return f"{told}, and outside the supported range {supported()}"
+
+
 def _first(*names: str) -> ModuleType:
     for name in names:
         try:
             if importlib.util.find_spec(name) is not None:
                 return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    raise ConfigError(
-        f"vLLM {engine_version()} has none of {', '.join(names)}; kervan supports vLLM "
-        f">={'.'.join(map(str, MIN_VERSION))},<{'.'.join(map(str, MAX_VERSION))}"
-    )
+        except ModuleNotFoundError as error:
+            if not name.startswith(error.name or name):  # it is there, and needs a package that is not
+                raise ConfigError(
+                    f"vLLM {engine_version()} needs a package that is not installed ({error}); install vLLM again with "
+                    "its packages"
+                ) from error
+    raise ConfigError(f"vLLM {engine_version()} has none of {', '.join(names)}; kervan supports vLLM {supported()}")
 
 
 def cli_args() -> ModuleType:
     """vLLM's module with `make_arg_parser` and `validate_parsed_serve_args`."""
-    return _first("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
+    return _first(
+        "vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"
+    )
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
     """vLLM's own reading of its server arguments.
 
-    Raises: ConfigError with vLLM's message, where vLLM would print its usage and exit.
+    Raises: ConfigError with vLLM's message, where vLLM would print its usage and exit, or stop with a traceback; also
+    for a word that belongs to no option, which vLLM takes for the model's name.
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -63,8 +87,13 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 
     module = cli_args()
     parser: ArgumentParser = module.make_arg_parser(Parser())
-    args = parser.parse_args(list(argv))
-    module.validate_parsed_serve_args(args)
+    try:
+        args = parser.parse_args(list(argv))
+        module.validate_parsed_serve_args(args)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses its arguments: {' '.join(str(error).split())}") from error
+    if args.model_tag is not None:
+        raise ConfigError(f"vLLM's arguments have {args.model_tag!r}, which no option takes; leave it out")
     return args
 
 
@@ -165,20 +194,24 @@ def generation_error(message: str, *, is_transient: bool) -> Exception:
 
 
 def runner_limits() -> dict[str, int]:
-    """How many entries a request may carry, by sampling parameter, before the GPU runner raises and dies.
+    """How many entries a request may carry, by sampling parameter, before model runner V2 raises and dies.
 
-    0.24's runner V2 raises inside the worker, which kills the engine; a gateway answers 400 instead.
-    Source: vllm/v1/worker/gpu/sample/{logit_bias,bad_words}.py.
+    It raises inside the worker, which kills the engine; a gateway answers 400 instead. `bad_words_tokens`: of all
+    words. Source: vllm/v1/worker/gpu/sample/{logit_bias,bad_words}.py. Runner V1 has no such limits.
     """
+    from vllm import envs
+
     limits = {}
     for parameter, module_name, constant in (
         ("logit_bias", "logit_bias", "MAX_NUM_LOGIT_BIAS_TOKENS"),
         ("allowed_token_ids", "logit_bias", "MAX_NUM_ALLOWED_TOKEN_IDS"),
         ("stop_token_ids", "logit_bias", "MAX_NUM_STOP_TOKEN_IDS"),
         ("bad_words", "bad_words", "MAX_NUM_BAD_WORDS"),
+        ("bad_words_tokens", "bad_words", "MAX_BAD_WORDS_TOTAL_TOKENS"),
     ):
         source = importlib.util.find_spec(f"vllm.v1.worker.gpu.sample.{module_name}")
         value = _module_constant(source.origin, constant) if source is not None and source.origin else None
+        value = getattr(envs, f"VLLM_{constant}", None) if value is None else value
         if value is not None:
             limits[parameter] = value
     return limits

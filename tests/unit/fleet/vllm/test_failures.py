@@ -3,7 +3,8 @@
 import pytest
 
 from kervan.errors import CapacityError, ConfigError, EngineError, KervanError
-from kervan.fleet.vllm.failures import diagnosed, explain
+from kervan.fleet.control import EngineFailed
+from kervan.fleet.vllm.failures import diagnosed, explain, of_end, with_cause
 
 SEE_DOCS = "See https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."
 
@@ -160,6 +161,106 @@ class OutOfMemoryError(RuntimeError):
             "a model that this vLLM supports",
             id="architecture dropped",
         ),
+        pytest.param(
+            OSError(
+                "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/meta/x.\n"
+                "401 Client Error. Cannot access gated repo for url https://huggingface.co/meta/x/resolve/main/config.json."
+            ),
+            ConfigError,
+            "--env HF_TOKEN=TOKEN",
+            id="gated model",
+        ),
+        pytest.param(
+            OSError(
+                "a/b is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'"
+            ),
+            ConfigError,
+            "check the model's name",
+            id="no such model",
+        ),
+        pytest.param(
+            OSError(
+                "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached "
+                "files."
+            ),
+            ConfigError,
+            "a directory with the model",
+            id="no hub",
+        ),
+        pytest.param(
+            OSError(28, "No space left on device", "/root/.cache/huggingface/hub/tmp"),
+            CapacityError,
+            "--env HF_HOME=DIRECTORY",
+            id="disk full",
+        ),
+        pytest.param(
+            RuntimeError("Error while deserializing header: incomplete metadata, file not fully covered"),
+            ConfigError,
+            "fetch the model's weights again",
+            id="truncated safetensors",
+        ),
+        pytest.param(
+            RuntimeError("Cannot find any model weights with `/models/x`"),
+            ConfigError,
+            "load_format=dummy",
+            id="no weights",
+        ),
+        pytest.param(
+            ValueError(
+                "Couldn't instantiate the backend tokenizer from one of: (1) a `tokenizers` library file, (2) ..."
+            ),
+            ConfigError,
+            "--engine-arg tokenizer=DIRECTORY",
+            id="no tokenizer",
+        ),
+        pytest.param(
+            ValidationError(
+                "1 validation error for ModelConfig\n  Value error, The repository /m contains custom code which must be "
+                "executed to correctly load the model. Please pass the argument `trust_remote_code=True`"
+            ),
+            ConfigError,
+            "--engine-arg trust_remote_code=true",
+            id="custom code",
+        ),
+        pytest.param(
+            ImportError("libcudart.so.13: cannot open shared object file: No such file or directory"),
+            EngineError,
+            "--env LD_LIBRARY_PATH=DIRECTORY",
+            id="missing library",
+        ),
+        pytest.param(
+            RuntimeError("The NVIDIA driver on your system is too old (found version 12040)."),
+            EngineError,
+            "a newer NVIDIA driver",
+            id="old driver",
+        ),
+        pytest.param(
+            RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+            CapacityError,
+            "stop what else uses the GPU",
+            id="exclusive GPU",
+        ),
+        pytest.param(
+            RuntimeError("CUDA error: invalid device ordinal"),
+            ConfigError,
+            "this node's GPUs are enough for",
+            id="too few GPUs",
+        ),
+        pytest.param(
+            RuntimeError(
+                "The server socket has failed to listen on any local network address. port: 29500, useIpv6: false, code: "
+                "-98, name: EADDRINUSE, message: address already in use"
+            ),
+            EngineError,
+            "start again",
+            id="port taken",
+        ),
+        pytest.param(
+            AssertionError("Not enough allowed NUMA nodes to bind threads of 2 local CPUWorkers."),
+            ConfigError,
+            "VLLM_CPU_OMP_THREADS_BIND=nobind",
+            id="NUMA",
+        ),
     ],
 )
 def test_known_failures_name_their_fix(error: Exception, kind: type[KervanError], fix: str) -> None:
@@ -167,8 +268,79 @@ def test_known_failures_name_their_fix(error: Exception, kind: type[KervanError]
     assert type(explained) is kind
     head, _, told = str(explained).partition(" Fix: ")
     assert fix in told
-    assert head.startswith(str(error).split(".")[0].split("\n")[0])  # vLLM's own words, with their numbers, stay
+    assert head.startswith(str(error).split("\n")[0].split(".")[0])  # vLLM's own words, with their numbers, stay
     assert "\n" not in str(explained)
+
+
+WRAPPER = (
+    "vLLM did not start: Exception: WorkerProc initialization failed due to an exception in a background process. See "
+    "stack trace for root cause."
+)
+
+
+def log_of(*errors: str) -> str:
+    return "".join(f"Traceback (most recent call last):\n  File\n{error}\n\n" for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("log", "kind", "message"),
+    [
+        pytest.param("", "EngineError", WRAPPER, id="nothing in the log"),
+        pytest.param(
+            log_of("ValueError: odd", "RuntimeError: Worker died unexpectedly"),
+            "ConfigError",
+            "vLLM did not start: ValueError: odd.",
+            id="unknown",
+        ),
+        pytest.param(
+            log_of("torch.OutOfMemoryError: CUDA out of memory.", "AttributeError: 'X' has no attribute 'close'"),
+            "CapacityError",
+            "OutOfMemoryError: CUDA out of memory. Fix: more GPUs per replica",
+            id="a known one before an unknown one",
+        ),
+    ],
+)
+def test_a_failure_that_names_another_one_is_told_as_that(log: str, kind: str, message: str) -> None:
+    found = with_cause(EngineFailed("EngineError", WRAPPER), log)
+    assert found.kind == kind
+    assert found.message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (
+            -4,
+            "a worker of the engine ended with signal SIGILL. vLLM uses an instruction that this CPU lacks. Fix: --eng",
+        ),
+        (-9, "a worker of the engine ended with signal SIGKILL. If the machine was out of memory"),
+        (-7, "signal SIGBUS. Fix: more shared memory"),
+        (-11, "a worker of the engine ended with signal SIGSEGV."),
+        (3, "a worker of the engine ended with exit status 3."),
+    ],
+)
+def test_a_worker_that_died_without_a_word_is_told(status: int, told: str) -> None:
+    log = (
+        f"(MainProcess pid=1) ERROR 11-29 20:01:35 [multiproc_executor.py:380] Worker proc VllmWorker-0 died unexpectedly "
+        f"(exit code: {status}), shutting down executor.\n"
+    ) + log_of("RuntimeError: cancelled")
+    found = with_cause(EngineFailed("EngineError", "vLLM did not start: RuntimeError: cancelled."), log)
+    assert found.message.startswith("vLLM did not start: ")
+    assert told in found.message
+
+
+def test_a_failure_that_says_what_it_is_stays() -> None:
+    own = EngineFailed("ConfigError", "tp=3 does not divide 8 heads")
+    assert with_cause(own, log_of("ValueError: other")) is own
+
+
+def test_an_end_without_a_word_gets_the_fix_of_the_last_known_error() -> None:
+    missing = "ImportError: libcudart.so.13: cannot open shared object file"
+    ended = of_end(f"exit status 1; its last error: {missing}", log_of(missing))
+    assert ended.message.startswith("the engine process ended during start-up with exit status 1; its last error: Imp")
+    assert " Fix: install the vLLM" in ended.message
+    killed = of_end("signal SIGKILL (killed; when the machine was out of memory, by its kernel); its last line: x", "x")
+    assert "Fix" not in killed.message
 
 
 def test_the_root_cause_is_found_below_a_wrapper() -> None:
@@ -203,9 +375,9 @@ def test_kervans_own_errors_pass_unchanged() -> None:
     ("error", "kind", "words"),
     [
         (
-            OSError("nobody/nothing is not a local folder and is not a valid model identifier listed on the Hub"),
+            OSError("[Errno 5] Input/output error: '/models/x/config.json'"),
             ConfigError,
-            "OSError: nobody/nothing is not a local folder",
+            "OSError: [Errno 5] Input/output error",
         ),
         (ValueError("bad value\nin two lines"), ConfigError, "ValueError: bad value in two lines."),
         (KeyError("rope_theta"), EngineError, "KeyError: 'rope_theta'."),
