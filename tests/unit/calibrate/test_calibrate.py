@@ -3,10 +3,8 @@
 vLLM's server takes a minute to start here, so a server that answers as it does stands in for it.
 """
 
-import dataclasses
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 from harness.places import BENCHMARKS, MODELS
 from harness.rank_work import die, fail, hang
 
-from kervan.calibrate import choose, collectives, kernels, measure_host, measurements, ranks, serving, shapes
+from kervan.calibrate import choose, kernels, measure_host, measurements, ranks, serving, shapes
 from kervan.calibrate.choose import GIB, Shape
 from kervan.calibrate.clock import num_calls
 from kervan.calibrate.measurements import Attention, Collective, Copy, Floor, Matmul, Measurements, Memory, Serving
@@ -27,60 +25,12 @@ from kervan.config import engine_arguments
 from kervan.errors import ConfigError, EngineError
 from kervan.plan import calibration
 
-TINY = kernels.Sizes(
-    copy_bytes=(4096,),
-    matmul_m=(1, 3),
-    matmul_nk=((16, 8),),
-    prefill_tokens=(16,),
-    decode_batches=(1, 4),
-    decode_tokens=(8, 32),
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_kv_bytes=8192,
-)
-
 
 def server(model: str = "m", tp: int = 1, pp: int = 1, ep: int = 1, gpus: tuple[int, ...] = (0,)) -> Server:
     return Server(model, Path("/m"), tp, pp, ep, gpus, (Point(1),))
 
 
 # ---- what is measured, on CPU
-
-
-def test_kernels_and_collectives_are_measured_on_cpu_and_kept(tmp_path: Path) -> None:
-    states: list[Measurements] = []
-    said: list[str] = []
-    blank = Measurements(gpu="CPU", num_gpus=0, hardware={}, versions={}, date="2026-11-25T12:00:00+00:00")
-    found = measure_host.MeasurementLog(blank, states.append)
-    parts = measure_host.Parts(measure_host.Settings(), found, said.append, end_s=time.monotonic() + 240)
-    parts.kernels("cpu", TINY)
-    parts.collectives(2, collectives.CollectivesPlan(on_gpu=False, bytes=(64, 4096)))
-
-    value = found.value
-    assert value.notes == ()
-    assert [c.bytes for c in value.copy] == [8192]  # 4096 read and 4096 written
-    assert [(p.m, p.n, p.k) for p in value.matmul] == [(1, 16, 8), (3, 16, 8)]
-    # 4 sequences of 32 tokens would hold 2 * 2 * 4 * 32 * 2 * 8 = 8192 bytes, which is still allowed
-    decodes = [(a.batch, a.tokens) for a in value.attention if a.phase == "decode"]
-    assert decodes == [(1, 8), (1, 32), (4, 8), (4, 32)]
-    assert [(a.batch, a.tokens) for a in value.attention if a.phase == "prefill"] == [(1, 16)]
-    assert [f.name for f in value.floors] == ["eager_kernel"]  # no graphs on a CPU
-    kinds = [(c.op, c.ranks, c.bytes, c.in_graph, c.backend) for c in value.collectives]
-    assert kinds == [(op, 2, size, False, "gloo") for op in ("all_reduce", "send_recv") for size in (64, 4096)]
-    timed = (*value.copy, *value.matmul, *value.attention, *value.collectives, *value.floors)
-    assert all(0 < row.seconds < 5 for row in timed)
-    assert len(states) == len(timed)
-    assert states[-1] == value
-
-    measurements.write(tmp_path / "new" / "file.json", value)
-    assert measurements.read(tmp_path / "new" / "file.json") == value
-
-
-def test_decode_batches_that_need_too_much_memory_are_left_out() -> None:
-    small = dataclasses.replace(TINY, max_kv_bytes=2048)  # 64 bytes a token: 32 tokens
-    rows = [row for row in kernels.measure("cpu", small) if isinstance(row, Attention) and row.phase == "decode"]
-    assert [(row.batch, row.tokens) for row in rows] == [(1, 8), (1, 32), (4, 8)]
 
 
 @pytest.mark.parametrize(
@@ -513,23 +463,6 @@ def test_without_time_nothing_is_started(tmp_path: Path) -> None:
 
 
 # ---- models without weights, and the lines of benchmarks/planner_points.py
-
-
-@pytest.mark.parametrize(
-    ("ids", "begin", "end"),
-    [
-        ({}, 0, 1),
-        ({"bos_token_id": None, "eos_token_id": [300, 301]}, 0, 300),
-        ({"bos_token_id": 300, "eos_token_id": 300}, 300, 300),
-        ({"bos_token_id": 99_999}, 0, 1),
-    ],
-)
-def test_the_tokenizer_has_as_many_ids_as_the_model(tmp_path: Path, ids: dict[str, Any], begin: int, end: int) -> None:
-    from transformers import AutoTokenizer
-
-    shapes.write_model({"model_type": "llama", "vocab_size": 400, **ids}, tmp_path / "m")
-    made = AutoTokenizer.from_pretrained(tmp_path / "m")
-    assert (len(made), made.bos_token_id, made.eos_token_id) == (400, begin, end)
 
 
 @pytest.mark.parametrize(("shape", "message"), [({}, "vocab_size None"), ({"vocab_size": 100}, "100 is outside 258")])
