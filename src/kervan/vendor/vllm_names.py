@@ -1,6 +1,6 @@
 """vLLM's names: URL paths, metrics, log lines, defaults.
 
-All hold for 0.24.0 and 0.32.0 unless a line says otherwise: tests/contract/test_vllm_surface.py looks for each in
+All hold for 0.24.0 and 0.32.0 unless a line says otherwise: tests/contract/test_vllm_names.py looks for each in
 vLLM's source. What kervan uses of vLLM's Python is in `kervan.fleet.vllm`.
 """
 
