@@ -79,10 +79,10 @@ def check_api_keys(keys: Sequence[str], source: str) -> None:
         which = source if len(keys) == 1 else f"{source}: key {place} of {len(keys)}"
         if not key.strip():
             raise ConfigError(f"{which} is empty; give it a value, or leave it out")
-        if not all("!" <= letter <= "~" for letter in key):
+        if key != key.strip() or not all(" " <= letter <= "~" for letter in key):
             raise ConfigError(
-                f"{which} has white space or a character beyond ASCII, which clients cannot send in the header "
-                "Authorization; use letters, digits and punctuation"
+                f"{which} begins or ends with white space, or has a line break or a character beyond ASCII, which "
+                "clients cannot send in the header Authorization; use letters, digits and punctuation"
             )
 
 

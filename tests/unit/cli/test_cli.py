@@ -193,8 +193,10 @@ def test_a_port_in_use(kervan: Kervan, model: Path) -> None:
         pytest.param("tp: [", "cannot be read", id="broken YAML"),
         pytest.param("words", "write lines such as 'tp: 2'", id="no mapping"),
         pytest.param("api_keys: ['']", "api_keys is empty", id="empty key"),
-        pytest.param("api_keys: ['good', ' also ']", "key 2 of 2 has white space", id="key with spaces"),
-        pytest.param('api_keys: ["line\\n"]', "has white space", id="key with a line break"),
+        pytest.param(
+            "api_keys: ['good', ' also ']", "key 2 of 2 begins or ends with white space", id="key with spaces"
+        ),
+        pytest.param('api_keys: ["line\\n"]', "has a line break", id="key with a line break"),
         pytest.param("replicas: 0", "give at least 1", id="no replicas"),
         pytest.param('env: {A: "x\\0"}', "has a null character", id="null character in the environment"),
     ],
