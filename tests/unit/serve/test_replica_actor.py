@@ -58,13 +58,20 @@ class Exited(BaseException):
     """In place of this process's end."""
 
 
+class Replica(EngineReplica):
+    """One that Python may collect: nobody awaits what `__del__` gives, as Serve does."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
 class Bench:
     """A replica whose engines are such processes, and what its directory was told."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
         self.coming: list[Process] = []
-        self.replica: Any = EngineReplica.__new__(EngineReplica)
+        self.replica: Any = Replica.__new__(Replica)
         self.replica._config, self.replica._pool, self.replica._version = FleetConfig(model="m"), "pool", "v"
         self.replica._node, self.replica._nodes, self.replica._placement = "n", [], None
         self.replica._is_draining, self.replica._drain_deadline_s = False, None
