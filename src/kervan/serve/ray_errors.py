@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from kervan.errors import FleetError
+from kervan.serve import ray_auth
 
 ANSWER_TIMEOUT_S = 30.0  # Ray restarts an actor in some seconds, and more on a busy machine
 
@@ -19,10 +20,12 @@ def as_fleet_error(what: str) -> Iterator[None]:
 
     Raises: FleetError in place of what Ray raises while an actor, its GCS or this process's connection is away.
     """
-    from ray.exceptions import RayError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         yield
+    except AuthenticationError as error:  # trying again is no fix
+        raise FleetError(f"{what}: {ray_auth.refusal()}") from error
     except (RayError, RuntimeError, OSError) as error:  # timeouts are among them, Ray's and asyncio's
         first_line = next(iter(str(error).strip().splitlines()), "")[:200]
         reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

@@ -4,6 +4,9 @@ They are of Ray 2.60; `tests/contract/test_ray_surface.py` checks each in the in
 functions, not with this module: `cluster.connect` must set Ray's environment first.
 """
 
+import contextlib
+import os
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +24,8 @@ HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 HAPROXY_PORT_VARIABLES = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 # Ray starts an idle worker per core when its first driver joins; kervan has a few actors, whatever the number of cores.
 PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
+# With it, tokens are those of Kubernetes' service accounts, and Kubernetes is asked whether one is good.
+KUBERNETES_AUTH_VARIABLE = "RAY_ENABLE_K8S_TOKEN_AUTH"
 
 # An option of `ray.init`: the directory of all that Ray writes.
 TEMP_DIR_OPTION = "_temp_dir"
@@ -58,12 +63,53 @@ def kv_delete(key: str) -> None:
 # ---- nodes
 
 
-def raylets(gcs_address: str, timeout_s: float) -> list[tuple[str, int]]:
-    """Where the raylets of the alive nodes listen, before this process joins. Raises: what Ray raises."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+def found_address() -> str | None:
+    """What Ray takes for the address "auto": host:port of RAY_ADDRESS, or of a cluster on this machine; None for none.
 
-    infos = GcsClient(address=gcs_address).get_all_node_info(timeout=timeout_s)
+    Raises: ValueError for a RAY_ADDRESS that is not in that form.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    address: str | None = canonicalize_bootstrap_address("auto")
+    return address
+
+
+def raylets(gcs_address: str, timeout_s: float) -> list[tuple[str, int]]:
+    """Where the raylets of the alive nodes listen, before this process joins.
+
+    Raises: what Ray raises; AuthenticationError when the cluster refuses the token, or wants one.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    with _unsaid(AuthenticationError):
+        infos = GcsClient(address=gcs_address).get_all_node_info(timeout=timeout_s)
     return [(info.node_manager_address, info.node_manager_port) for info in infos.values() if info.state == 0]
+
+
+@contextlib.contextmanager
+def _unsaid(error: type[Exception]) -> Iterator[None]:
+    """Keep back what Ray's C++ code logs before it raises `error`: no level of its logging leaves that out.
+
+    All else that is written to file descriptor 2 within the block is written after it.
+    """
+    kept = os.dup(2)
+    is_said = True
+    try:
+        with tempfile.TemporaryFile() as said:
+            os.dup2(said.fileno(), 2)
+            try:
+                yield
+            except error:
+                is_said = False
+                raise
+            finally:
+                os.dup2(kept, 2)
+                said.seek(0)
+                if is_said and (text := said.read()):
+                    os.write(2, text)
+    finally:
+        os.close(kept)
 
 
 def free_resources() -> dict[str, dict[str, float]]:
