@@ -26,7 +26,7 @@ from kervan.errors import EngineError, FleetError
 from kervan.facts.markets import SPOT
 from kervan.serve import ray_auth, ray_internals
 from kervan.serve.placement import NodeDevices
-from kervan.serve.ray_errors import ANSWER_TIMEOUT_S, as_fleet_error, bounded, wait_for
+from kervan.serve.ray_errors import ANSWER_TIMEOUT_S, as_fleet_error, bounded, unsaid, wait_for
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
@@ -383,7 +383,8 @@ def _check_raylet(address: str) -> None:
     the_cluster = f"the Ray cluster at {address}"
     with as_fleet_error(f"{the_cluster} did not list its nodes"):
         try:
-            found = wait_for(lambda: ray_internals.raylets(address, 10), ANSWER_TIMEOUT_S)
+            with unsaid(AuthenticationError):
+                found = wait_for(lambda: ray_internals.raylets(address, 10), ANSWER_TIMEOUT_S)
         except AuthenticationError as error:
             raise FleetError(ray_auth.refusal(the_cluster)) from error
     silent = []

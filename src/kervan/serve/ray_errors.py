@@ -1,6 +1,8 @@
 """What Ray raises, as errors of kervan; and an end of waiting where Ray has none."""
 
 import contextlib
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -30,6 +32,32 @@ def as_fleet_error(what: str) -> Iterator[None]:
         first_line = next(iter(str(error).strip().splitlines()), "")[:200]
         reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         raise FleetError(f"{what} ({reason}); try again in a few seconds") from error
+
+
+@contextlib.contextmanager
+def unsaid(error: type[Exception]) -> Iterator[None]:
+    """Keep back what Ray's C++ code logs before it raises `error`: no level of its logging leaves that out.
+
+    All else that is written to file descriptor 2 within the block is written after it. A call of Ray's that may hang is
+    made with `wait_for` inside: what is written once the wait is over, is seen.
+    """
+    kept = os.dup(2)
+    is_said = True
+    try:
+        with tempfile.TemporaryFile() as said:
+            os.dup2(said.fileno(), 2)
+            try:
+                yield
+            except error:
+                is_said = False
+                raise
+            finally:
+                os.dup2(kept, 2)
+                said.seek(0)
+                if is_said and (text := said.read()):
+                    os.write(2, text)
+    finally:
+        os.close(kept)
 
 
 class _Abandoned:

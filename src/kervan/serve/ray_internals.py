@@ -4,9 +4,6 @@ They are of Ray 2.60; `tests/contract/test_ray_surface.py` checks each in the in
 functions, not with this module: `cluster.connect` must set Ray's environment first.
 """
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,36 +77,9 @@ def raylets(gcs_address: str, timeout_s: float) -> list[tuple[str, int]]:
     Raises: what Ray raises; AuthenticationError when the cluster refuses the token, or wants one.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError
 
-    with _unsaid(AuthenticationError):
-        infos = GcsClient(address=gcs_address).get_all_node_info(timeout=timeout_s)
+    infos = GcsClient(address=gcs_address).get_all_node_info(timeout=timeout_s)
     return [(info.node_manager_address, info.node_manager_port) for info in infos.values() if info.state == 0]
-
-
-@contextlib.contextmanager
-def _unsaid(error: type[Exception]) -> Iterator[None]:
-    """Keep back what Ray's C++ code logs before it raises `error`: no level of its logging leaves that out.
-
-    All else that is written to file descriptor 2 within the block is written after it.
-    """
-    kept = os.dup(2)
-    is_said = True
-    try:
-        with tempfile.TemporaryFile() as said:
-            os.dup2(said.fileno(), 2)
-            try:
-                yield
-            except error:
-                is_said = False
-                raise
-            finally:
-                os.dup2(kept, 2)
-                said.seek(0)
-                if is_said and (text := said.read()):
-                    os.write(2, text)
-    finally:
-        os.close(kept)
 
 
 def free_resources() -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kervan.errors import FleetError
-from kervan.serve import cluster, down, ray_internals
+from kervan.serve import cluster, down, ray_errors
 from kervan.serve.cluster import NoClusterError, Remembered
 from kervan.serve.directory.client import NoFleetError
 
@@ -73,11 +73,11 @@ def test_a_fleet_whose_cluster_does_not_let_us_in_is_not_forgotten(
 
 
 def test_what_ray_logs_is_kept_back_for_one_error_only(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(PermissionError), ray_internals._unsaid(PermissionError):
+    with pytest.raises(PermissionError), ray_errors.unsaid(PermissionError):
         os.write(2, b"before it")
         raise PermissionError
     assert capfd.readouterr().err == ""
-    with pytest.raises(KeyError), ray_internals._unsaid(PermissionError):
+    with pytest.raises(KeyError), ray_errors.unsaid(PermissionError):
         os.write(2, b"of something else")
         raise KeyError
     assert capfd.readouterr().err == "of something else"
