@@ -41,8 +41,8 @@ def assert_answers(fleet: Fleet) -> None:
 def fails(home: Home, *words: str) -> str:
     """The one line of a command's error; `kervan status` shows what the fleet's gateway knows besides."""
     done = home.kervan(*words, timeout_s=120)
-    assert done.returncode == 1, done.stderr
-    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    line = done.stderr
     assert "ray get-auth-token" in line or "set RAY_AUTH_MODE=token, which sends that in " in line
     return line
 
