@@ -82,6 +82,14 @@ def _home_error(what: str, path: Path, error: OSError) -> FleetError:
     )
 
 
+def _remove(path: Path) -> None:
+    """Forget what is remembered there, if anything is. Raises: FleetError when it cannot be removed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _home_error("remove", path, error) from error
+
+
 def _read(path: Path) -> bytes:
     """What is remembered there; nothing where there is nothing. Raises: FleetError when it cannot be read."""
     try:
@@ -212,10 +220,9 @@ def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:
 
 
 def stop_local_ray(local: LocalRay) -> None:
-    """End the local Ray and everything in it."""
+    """End the local Ray and everything in it. Raises: FleetError when `home()` cannot be written; it has ended then."""
     end_session(local.pid, local.temp_dir)
-    with contextlib.suppress(FileNotFoundError):
-        _local_ray_path().unlink()
+    _remove(_local_ray_path())
 
 
 def end_session(pid: int, temp_dir: str) -> None:
@@ -490,9 +497,8 @@ def recall(name: str) -> Remembered | None:
 
 
 def forget(name: str) -> None:
-    """Undo `remember`."""
-    with contextlib.suppress(FileNotFoundError):
-        (home() / "fleets" / f"{name}.json").unlink()
+    """Undo `remember`. Raises: FleetError when `home()` cannot be written."""
+    _remove(home() / "fleets" / f"{name}.json")
 
 
 def remembered() -> list[Remembered]:

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def test_a_home_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     file.touch()
     monkeypatch.delenv("KERVAN_HOME", raising=False)
     monkeypatch.setenv("HOME", str(file))
-    for ask in (cluster.check_home, cluster.find_local_ray, lambda: cluster.recall("chat")):
+    asked = (cluster.recall, cluster.forget)
+    for ask in (cluster.check_home, cluster.find_local_ray, *(partial(ask, "chat") for ask in asked)):
         with pytest.raises(FleetError, match=r"Not a directory\); set KERVAN_HOME to a directory") as failure:
             ask()
         assert f"{file}/.kervan" in str(failure.value)
