@@ -5,8 +5,9 @@ Each name is looked up in the installed release, with the parameters it is calle
 
 import ast
 import inspect
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ import pytest
 import ray
 from ray import cluster_utils
 from ray._private import node, parameter, ray_constants, state, worker
-from ray._raylet import InnerGcsClient
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import (
+    AuthenticationMode,
+    AuthenticationTokenLoader,
+    Config,
+    InnerGcsClient,
+    get_authentication_mode,
+    is_k8s_token_auth_enabled,
+)
 from ray.core.generated import autoscaler_pb2
+from ray.exceptions import AuthenticationError
 from ray.experimental import internal_kv
 from ray.serve._private import client, constants, controller, replica
 from ray.serve.config import ProxyLocation
@@ -23,7 +33,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.deployment import Deployment
 
 import kervan
-from kervan.serve import ray_internals
+from kervan.serve import ray_auth, ray_internals
 from kervan.serve.gateway_actor import IngressGatewayReplica
 
 PACKAGE = Path(kervan.__file__).parent
@@ -48,6 +58,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
         (cluster_utils.Cluster.remove_node, ["node", "allow_graceful"]),
         (cluster_utils.Cluster.shutdown, []),
         (node.Node.live_processes, []),
+        (canonicalize_bootstrap_address, ["addr", "temp_dir"]),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else "",
 )
@@ -77,7 +88,7 @@ def test_a_nodes_drain_cannot_be_refused_for_being_busy() -> None:
     assert autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 
 
-def test_options_and_variables_are_known() -> None:
+def test_options_and_variables_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     (option,) = ray_internals.VERSION_OPTIONS
     assert {option, "version"} <= set(parameters(Deployment.options))
     assert f'kwargs.pop("{ray_internals.TEMP_DIR_OPTION}"' in inspect.getsource(worker.init)
@@ -90,6 +101,48 @@ def test_options_and_variables_are_known() -> None:
     haproxy = (ray_internals.HAPROXY_VARIABLE, *ray_internals.HAPROXY_PORT_VARIABLES)
     for variable in (ray_internals.CONTROL_LOOP_VARIABLE, *haproxy):
         assert f'"{variable}"' in source
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    for value, is_on in (("0", False), ("true", True), ("1", True), ("", False)):
+        monkeypatch.setenv(ray_internals.KUBERNETES_AUTH_VARIABLE, value)
+        Config.initialize("")
+        assert bool(is_k8s_token_auth_enabled()) == is_on
+
+
+@pytest.mark.parametrize("mode", ["", "Token", "disabled", "nonsense"])
+@pytest.mark.parametrize("token", ["", " a\n"])
+@pytest.mark.parametrize("path", ["", "full", "blank", "missing"])
+@pytest.mark.parametrize("is_at_home", [True, False])
+def test_a_token_is_found_as_ray_finds_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, token: str, path: str, is_at_home: bool
+) -> None:
+    (tmp_path / "full").write_text("b\n")
+    (tmp_path / "blank").write_text("\n")
+    if is_at_home:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("c")
+    given = {
+        "RAY_AUTH_MODE": mode,
+        "RAY_AUTH_TOKEN": token,
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / path) if path else "",
+    }
+    for name, value in {**given, "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    try:
+        found = loader.has_token(ignore_auth_mode=True)
+    except AuthenticationError:  # where the settings name a token, there is none
+        found = False
+    loader.reset_cache()
+    assert found == ray_auth.has_token(os.environ)
+    Config.initialize("")
+    assert (get_authentication_mode() == AuthenticationMode.TOKEN) == ray_auth.sends_token(os.environ)
+
+
+@pytest.fixture(autouse=True)
+def settings_as_before() -> Iterator[None]:
+    yield
+    Config.initialize("")
 
 
 def test_serve_asks_a_gateway_for_its_app() -> None:

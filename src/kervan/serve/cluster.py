@@ -24,9 +24,9 @@ import psutil
 from kervan.config.fleet import Device, FleetConfig
 from kervan.errors import EngineError, FleetError
 from kervan.facts.markets import SPOT
-from kervan.serve import ray_internals
+from kervan.serve import ray_auth, ray_internals
 from kervan.serve.placement import NodeDevices
-from kervan.serve.ray_errors import bounded, wait_for
+from kervan.serve.ray_errors import ANSWER_TIMEOUT_S, as_fleet_error, bounded, unsaid, wait_for
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
@@ -38,12 +38,70 @@ JOIN_TIMEOUT_S = 40.0  # it takes about a second
 # other side answers with its own settings (frame type 4) at once, without looking at anything else.
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 HTTP2_SETTINGS = 4
+SET_KERVAN_HOME = "set KERVAN_HOME to a directory that you can write to"
 NODES_UNKNOWN = "Ray did not list the nodes of the cluster"
 
 
 def home() -> Path:
-    """Where kervan remembers the fleets started from this machine: $KERVAN_HOME or ~/.kervan."""
-    return Path(os.environ.get("KERVAN_HOME") or Path.home() / ".kervan")
+    """Where kervan remembers the fleets started from this machine: $KERVAN_HOME or ~/.kervan.
+
+    Raises: FleetError when there is no home directory.
+    """
+    if given := os.environ.get("KERVAN_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".kervan"
+    except RuntimeError as error:
+        raise FleetError(f"HOME is not set, and user {os.getuid()} has no home directory; {SET_KERVAN_HOME}") from error
+
+
+def check_home() -> None:
+    """Raises: FleetError when what is started could not be remembered in `home()`."""
+    path = home()
+    try:
+        (path / "fleets").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise _home_error("write to", path, error) from error
+
+
+def log_directory() -> Path:
+    """Where a node keeps its logs: `home()`/logs, or one among the temporary files where that cannot be written."""
+    with contextlib.suppress(OSError, FleetError):
+        path = home() / "logs"
+        path.mkdir(parents=True, exist_ok=True)
+        if os.access(path, os.W_OK | os.X_OK):
+            return path
+    return Path(tempfile.gettempdir()) / f"kervan-logs-{os.getuid()}"
+
+
+def _home_error(what: str, path: Path, error: OSError) -> FleetError:
+    return FleetError(
+        f"kervan cannot {what} {path}, where it remembers fleets ({error.strerror or error}); {SET_KERVAN_HOME}"
+    )
+
+
+def _remove(path: Path) -> None:
+    """Forget what is remembered there, if anything is. Raises: FleetError when it cannot be removed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _home_error("remove", path, error) from error
+
+
+def _read(path: Path) -> bytes:
+    """What is remembered there; nothing where there is nothing. Raises: FleetError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise _home_error("read", path, error) from error
+
+
+class NoClusterError(FleetError):
+    """Nothing is at the address of a Ray cluster, or no Ray."""
 
 
 class LocalRay(msgspec.Struct, frozen=True):
@@ -70,6 +128,7 @@ class Remembered(msgspec.Struct, frozen=True):
     name: str
     address: str
     url: str
+    is_joined: bool = False  # on a cluster that kervan did not start
 
 
 def _local_ray_path() -> Path:
@@ -77,10 +136,10 @@ def _local_ray_path() -> Path:
 
 
 def find_local_ray() -> LocalRay | None:
-    """The running local Ray, if kervan has started one."""
+    """The running local Ray, if kervan has started one. Raises: FleetError when `home()` cannot be read."""
     try:
-        local = msgspec.json.decode(_local_ray_path().read_bytes(), type=LocalRay)
-    except (FileNotFoundError, msgspec.MsgspecError):
+        local = msgspec.json.decode(_read(_local_ray_path()), type=LocalRay)
+    except msgspec.MsgspecError:
         return None
     return local if local.is_alive else None
 
@@ -137,12 +196,12 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
                 f"Ray did not start: {' '.join(last_line) or 'no output'}; is ray[serve] fully installed?"
             )
         local = LocalRay(json.loads(line)["address"], process.pid, temp_dir, token, has_haproxy)
+        home().mkdir(parents=True, exist_ok=True)
+        _write(_local_ray_path(), local)
     except BaseException:
         end_processes([process.pid])
         shutil.rmtree(temp_dir, ignore_errors=True)
         raise
-    home().mkdir(parents=True, exist_ok=True)
-    _write(_local_ray_path(), local)
     return StartingRay(local, process)
 
 
@@ -155,15 +214,15 @@ def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:
         ray_internals.NICENESS_VARIABLE: "0",
         ray_internals.CONTROL_LOOP_VARIABLE: "0.5",
         ray_internals.PRESTART_VARIABLE: "0",
+        ray_internals.KUBERNETES_AUTH_VARIABLE: "0",  # in a pod of KubeRay it is set, and would ask for another token
     }
     return env | ({ray_internals.HAPROXY_VARIABLE: "1"} if has_haproxy else {})
 
 
 def stop_local_ray(local: LocalRay) -> None:
-    """End the local Ray and everything in it."""
+    """End the local Ray and everything in it. Raises: FleetError when `home()` cannot be written; it has ended then."""
     end_session(local.pid, local.temp_dir)
-    with contextlib.suppress(FileNotFoundError):
-        _local_ray_path().unlink()
+    _remove(_local_ray_path())
 
 
 def end_session(pid: int, temp_dir: str) -> None:
@@ -203,23 +262,26 @@ def end_processes(pids: Sequence[int]) -> None:
 def connect(address: str) -> None:
     """Join a running Ray cluster as a driver. A process joins one; further calls change nothing.
 
-    Raises: FleetError when there is none at `address`.
+    Raises: NoClusterError when there is none at `address`; FleetError when it does not answer, or refuses the token.
     """
+    if address == "auto":
+        address = _found_address()
     check_address(address)
     local = find_local_ray()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if local is not None and local.address == address:  # another cluster keeps the user's own settings
         # Before ray is imported: it reads these once.
         os.environ.update(ray_environment(local.token, has_haproxy=local.has_haproxy))
+    the_cluster = f"the Ray cluster at {address}"
+    ray_auth.check_settings(the_cluster)
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import AuthenticationError, RayError
 
     if ray.is_initialized():
         return
     logging.getLogger("ray").setLevel(logging.ERROR)  # here: importing Ray sets it
 
-    if address != "auto":
-        _check_raylet(address)
+    _check_raylet(address)
 
     def join() -> None:
         ray.init(
@@ -234,10 +296,12 @@ def connect(address: str) -> None:
         with sigterm_kept():
             wait_for(join, JOIN_TIMEOUT_S)
         ray_internals.silence_driver()
+    except AuthenticationError as error:
+        raise FleetError(ray_auth.refusal(the_cluster)) from error
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise FleetError(
-            f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, and RAY_AUTH_TOKEN if the "
-            "cluster has a token; or leave --address out to start Ray on this machine"
+            f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, or leave it out to start "
+            "Ray on this machine"
         ) from error
 
 
@@ -252,13 +316,34 @@ def sigterm_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
+def _found_address() -> str:
+    """The address that "auto" stands for. As Ray does, let the token be sent to a cluster found on this machine.
+
+    Raises: NoClusterError when there is none; FleetError.
+    """
+    is_named = bool(os.environ.get("RAY_ADDRESS"))
+    if not is_named and "RAY_AUTH_MODE" not in os.environ and ray_auth.has_token(os.environ):
+        os.environ["RAY_AUTH_MODE"] = "token"  # before ray is imported
+    try:
+        found = ray_internals.found_address()
+    except (ValueError, OSError) as error:
+        raise FleetError(
+            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')!r} is not in HOST:PORT form ({_first_line(error)}); give that "
+            "of the cluster's head, like 10.0.0.1:6379"
+        ) from error
+    if found is None:
+        raise NoClusterError(
+            "no Ray cluster runs on this machine, and RAY_ADDRESS is not set; give --address HOST:PORT of its "
+            "head, or leave it out to start Ray on this machine"
+        )
+    return found
+
+
 def check_address(address: str) -> None:
     """Find out in seconds that nothing answers at `address`, or no Ray; Ray itself takes minutes.
 
-    Raises: FleetError.
+    Raises: NoClusterError for what no cluster can be behind; FleetError.
     """
-    if address == "auto":
-        return
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdigit() or "/" in host:
         raise FleetError(
@@ -272,12 +357,13 @@ def check_address(address: str) -> None:
             "stopped or overloaded; try again, or look at its process gcs_server"
         ) from error
     except (OSError, OverflowError) as error:
-        raise FleetError(
+        failure = NoClusterError if isinstance(error, ConnectionRefusedError) else FleetError
+        raise failure(
             f"no Ray cluster answers at {address} ({error}); "
             "check --address, or leave it out to start Ray on this machine"
         ) from error
     if not is_grpc:
-        raise FleetError(
+        raise NoClusterError(
             f"what answers at {address} is not the head of a Ray cluster; give its GCS address, like 10.0.0.1:6379, or "
             "leave --address out to start Ray on this machine"
         )
@@ -299,7 +385,15 @@ def _check_raylet(address: str) -> None:
     Raises: FleetError.
     """
     own = {found.address for interface in psutil.net_if_addrs().values() for found in interface}
-    found = bounded(f"the Ray cluster at {address} did not list its nodes", lambda: ray_internals.raylets(address, 10))
+    from ray.exceptions import AuthenticationError
+
+    the_cluster = f"the Ray cluster at {address}"
+    with as_fleet_error(f"{the_cluster} did not list its nodes"):
+        try:
+            with unsaid(AuthenticationError):
+                found = wait_for(lambda: ray_internals.raylets(address, 10), ANSWER_TIMEOUT_S)
+        except AuthenticationError as error:
+            raise FleetError(ray_auth.refusal(the_cluster)) from error
     silent = []
     for host, port in found:
         if host in own:
@@ -395,17 +489,16 @@ def remember(fleet: Remembered) -> None:
 
 
 def recall(name: str) -> Remembered | None:
-    """The fleet of this name that was started from this machine, if one was."""
+    """The fleet of this name that was started from this machine, if one was. Raises: as `find_local_ray`."""
     try:
-        return msgspec.json.decode((home() / "fleets" / f"{name}.json").read_bytes(), type=Remembered)
-    except (FileNotFoundError, msgspec.MsgspecError):
+        return msgspec.json.decode(_read(home() / "fleets" / f"{name}.json"), type=Remembered)
+    except msgspec.MsgspecError:
         return None
 
 
 def forget(name: str) -> None:
-    """Undo `remember`."""
-    with contextlib.suppress(FileNotFoundError):
-        (home() / "fleets" / f"{name}.json").unlink()
+    """Undo `remember`. Raises: FleetError when `home()` cannot be written."""
+    _remove(home() / "fleets" / f"{name}.json")
 
 
 def remembered() -> list[Remembered]:

@@ -8,6 +8,7 @@ from typing import Literal
 from kervan.errors import FleetError, KervanError
 from kervan.serve import cluster
 from kervan.serve.attach import attach
+from kervan.serve.cluster import NoClusterError
 from kervan.serve.directory.client import NoFleetError, find_directory, fleet_names
 from kervan.serve.ray_errors import ANSWER_TIMEOUT_S
 from kervan.units import plural
@@ -25,8 +26,9 @@ def down(name: str, address: str | None = None) -> Literal["stopped", "stopped w
     local = cluster.find_local_ray()
     entry = cluster.recall(name)
     if entry is not None and address is None and local is None:
-        # The local Ray is gone (a reboot, a kill): nothing is left to end but the memory of it.
-        with contextlib.suppress(KervanError):
+        # The local Ray is gone (a reboot, a kill), or the cluster: nothing is left to end but the memory of the fleet.
+        # A cluster that is there and does not let us in has the fleet still.
+        with contextlib.suppress(*(NoClusterError, NoFleetError) if entry.is_joined else (KervanError,)):
             attach(name, address)
             end_fleet(name)
         cluster.forget(name)

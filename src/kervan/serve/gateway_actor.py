@@ -25,7 +25,7 @@ from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.gateway.shared_port import Neighbour
 from kervan.serve import watchers
 from kervan.serve.autoscaling import BUSY
-from kervan.serve.cluster import home
+from kervan.serve.cluster import log_directory
 from kervan.serve.directory.client import find_directory
 from kervan.serve.environment import process_environment, warm_owner_pid
 from kervan.serve.shared_port import ANY_HOSTS, Neighbourhood, served_names
@@ -91,7 +91,7 @@ class _GatewayActor:
         self._config = FleetConfig.from_json(config_json)
         self._version = version
         self._id = f"gw-{uuid.uuid4().hex[:6]}"
-        self._log_path = new_log(home() / "logs", f"{self._config.name}-{self._id}")
+        self._log_path = new_log(log_directory(), f"{self._config.name}-{self._id}")
         _log_to(self._log_path)
         self._directory = find_directory(self._config.name)
         self._neighbourhood = Neighbourhood(self._config)

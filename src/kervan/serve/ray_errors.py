@@ -1,12 +1,15 @@
 """What Ray raises, as errors of kervan; and an end of waiting where Ray has none."""
 
 import contextlib
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
 from kervan.errors import FleetError
+from kervan.serve import ray_auth
 
 ANSWER_TIMEOUT_S = 30.0  # Ray restarts an actor in some seconds, and more on a busy machine
 
@@ -19,14 +22,42 @@ def as_fleet_error(what: str) -> Iterator[None]:
 
     Raises: FleetError in place of what Ray raises while an actor, its GCS or this process's connection is away.
     """
-    from ray.exceptions import RayError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         yield
+    except AuthenticationError as error:  # trying again is no fix
+        raise FleetError(f"{what}: {ray_auth.refusal()}") from error
     except (RayError, RuntimeError, OSError) as error:  # timeouts are among them, Ray's and asyncio's
         first_line = next(iter(str(error).strip().splitlines()), "")[:200]
         reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         raise FleetError(f"{what} ({reason}); try again in a few seconds") from error
+
+
+@contextlib.contextmanager
+def unsaid(error: type[Exception]) -> Iterator[None]:
+    """Keep back what Ray's C++ code logs before it raises `error`: no level of its logging leaves that out.
+
+    All else that is written to file descriptor 2 within the block is written after it. A call of Ray's that may hang is
+    made with `wait_for` inside: what is written once the wait is over, is seen.
+    """
+    kept = os.dup(2)
+    is_said = True
+    try:
+        with tempfile.TemporaryFile() as said:
+            os.dup2(said.fileno(), 2)
+            try:
+                yield
+            except error:
+                is_said = False
+                raise
+            finally:
+                os.dup2(kept, 2)
+                said.seek(0)
+                if is_said and (text := said.read()):
+                    os.write(2, text)
+    finally:
+        os.close(kept)
 
 
 class _Abandoned:

@@ -21,6 +21,8 @@ HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 HAPROXY_PORT_VARIABLES = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 # Ray starts an idle worker per core when its first driver joins; kervan has a few actors, whatever the number of cores.
 PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
+# With it, tokens are those of Kubernetes' service accounts, and Kubernetes is asked whether one is good.
+KUBERNETES_AUTH_VARIABLE = "RAY_ENABLE_K8S_TOKEN_AUTH"
 
 # An option of `ray.init`: the directory of all that Ray writes.
 TEMP_DIR_OPTION = "_temp_dir"
@@ -58,8 +60,22 @@ def kv_delete(key: str) -> None:
 # ---- nodes
 
 
+def found_address() -> str | None:
+    """What Ray takes for the address "auto": host:port of RAY_ADDRESS, or of a cluster on this machine; None for none.
+
+    Raises: ValueError for a RAY_ADDRESS that is not in that form.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    address: str | None = canonicalize_bootstrap_address("auto")
+    return address
+
+
 def raylets(gcs_address: str, timeout_s: float) -> list[tuple[str, int]]:
-    """Where the raylets of the alive nodes listen, before this process joins. Raises: what Ray raises."""
+    """Where the raylets of the alive nodes listen, before this process joins.
+
+    Raises: what Ray raises; AuthenticationError when the cluster refuses the token, or wants one.
+    """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     infos = GcsClient(address=gcs_address).get_all_node_info(timeout=timeout_s)

@@ -20,7 +20,7 @@ from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, Sta
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import watchers
-from kervan.serve.cluster import home
+from kervan.serve.cluster import log_directory
 from kervan.serve.directory.client import DirectoryResponse, find_directory
 from kervan.serve.environment import process_environment, warm_owner_pid
 from kervan.twin import settings as twins
@@ -129,7 +129,7 @@ class EngineReplica:
         spec, module = _spec(self._config, engine_id, self._node, self._secret, self._placement)
         process = EngineProcess(
             spec,
-            log_path=new_log(home() / "logs", f"{self._config.name}-{engine_id}"),
+            log_path=new_log(log_directory(), f"{self._config.name}-{engine_id}"),
             env=process_environment(self._config, is_on_cpu=self._is_on_cpu),
             module=module,
             fork_for_pid=warm_owner_pid() if module == VLLM_ENGINE and self._config.warm_start else None,

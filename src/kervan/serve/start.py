@@ -119,6 +119,7 @@ class Startup:
 
     def _run(self) -> FleetStatus:
         is_here = self._address is None
+        cluster.check_home()
         self.config = validate(self.config, is_here=is_here)
         if self.config.engine == "vllm" and (warning := versions.untested(arguments.installed_version())):
             self.progress(warning)
@@ -156,7 +157,7 @@ class Startup:
         shared_port.wait_until_known(config, self.progress)
         if parts := slowest_start(status.snapshot):
             self.progress(f"the slowest engine took {parts}")
-        cluster.remember(cluster.Remembered(config.name, address, status.url))
+        cluster.remember(cluster.Remembered(config.name, address, status.url, is_joined=not is_here))
         return status
 
     def _reach_ray(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RpcError
+from ray.exceptions import ActorUnavailableError, AuthenticationError, GetTimeoutError, RayActorError, RpcError
 
 from kervan import cli
 from kervan.config.fleet import FleetConfig
@@ -208,6 +208,18 @@ def test_a_call_that_never_returns_is_given_up(monkeypatch: pytest.MonkeyPatch) 
         ray_errors.bounded("Ray did not say it", forever.wait, 0.01)
     assert ray_errors.is_any_abandoned()
     forever.set()
+
+
+def test_trying_again_is_no_fix_for_a_refused_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(FleetError) as failure:
+        ray_errors.bounded("Ray did not say it", fail(AuthenticationError("InvalidAuthToken")))
+    told = str(failure.value)
+    assert told.startswith(
+        "Ray did not say it: the token in RAY_AUTH_TOKEN is not that of the Ray cluster; set RAY_AUTH_TOKEN"
+    )
+    assert "try again" not in told
 
 
 @pytest.mark.parametrize(
