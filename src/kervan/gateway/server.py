@@ -301,10 +301,12 @@ class Gateway:
             return None if self._attached.is_set() else "the gateway is starting"
         if self.fleet.refusals:
             return next(iter(self.fleet.refusals.values()))
-        states = [f"{r.id} {r.state}" + (f" ({r.reason})" if r.reason else "") for r in self._snapshot.replicas]
-        are_ready = any(r.state == "ready" for r in self._snapshot.replicas)
-        problem = "this gateway is not connected to a replica yet" if are_ready else "no replica is ready"
-        return f"{problem}: " + ("; ".join(states) or "none has started yet")
+        states = [
+            f"{r.id} {'not connected to this gateway' if r.state == 'ready' else r.state}"
+            + (f" ({r.reason})" if r.reason else "")
+            for r in self._snapshot.replicas
+        ]
+        return "no replica is ready: " + ("; ".join(states) or "none has started yet")
 
     def admit(self, size: RequestSize) -> Shed | Ticket:
         """Room for a request; else why there is none, and when to try again (`policy/admission.py`)."""
