@@ -4,10 +4,13 @@ import asyncio
 import re
 from pathlib import Path
 
+import zmq.asyncio
 from harness.live import until
-from harness.twin_bench import LIMITS, TwinBench
+from harness.twin_bench import LIMITS, SECRET, TwinBench
 
-from kervan.fleet.link import Member, ReplicaLink
+from kervan.fleet import wire
+from kervan.fleet.link import Member, ReplicaLink, open_link
+from kervan.fleet.vllm.codec import VllmCodec
 from kervan.twin.token_engine import StepTiming, answer
 
 TIMING = StepTiming(base_s=0.01, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
@@ -96,6 +99,24 @@ def assert_exact(bench: TwinBench, asked: dict[str, list[int]], num_tokens: int)
     assert {name: bench.tokens(name) for name in asked} == {
         name: answer(prompt, num_tokens, LIMITS) for name, prompt in asked.items()
     }
+
+
+async def test_a_gateway_whose_session_was_ended_links_again(tmp_path: Path) -> None:
+    bench, context = TwinBench(tmp_path), zmq.asyncio.Context()
+    try:
+        await bench.start("a", TIMING)
+        asked = prompts("s", 4)
+        await run(bench, asked, 300)
+        before, codec = link(bench, "a"), VllmCodec()
+        hello = wire.Hello(wire.PROTOCOL, codec.engine_version, bench.client.gateway_id, layouts=codec.layouts)
+        # Its name comes again, which ends its session as the end of a lease does; its connections live.
+        (await open_link(context, before.member, hello, SECRET)).close()
+        await bench.ended(*asked)
+        assert link(bench, "a") is not before
+        assert_exact(bench, asked, 300)
+    finally:
+        await bench.close()
+        context.destroy(linger=0)
 
 
 async def test_a_partition_between_one_gateway_and_one_replica(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ class ToyReplica:
             if kind == wire.HELLO:
                 await self._input.send_multipart([identity, *self._greet(identity, payload[0])])
             elif identity not in self._sessions:
-                continue
+                await self._input.send_multipart([identity, wire.REFUSED, b"the replica has no such session"])
             elif kind == wire.PING:
                 self.last_ping = msgspec.msgpack.decode(payload[0], type=wire.Ping)
                 await self._input.send_multipart([identity, wire.PONG, self._pong()])
@@ -244,6 +244,12 @@ class ToyReplica:
         number = wire.encode_number(self.num_outputs)
         for identity in self._subscribed:
             await self._output.send_multipart([identity, number, msgspec.msgpack.encode(outputs)])
+
+    def end_sessions(self) -> None:
+        """As when a lease ends: the connections stay, and what is asked over them is not heard."""
+        self._sessions.clear()
+        self._subscribed.clear()
+        self.running.clear()
 
     async def break_output_connection(self) -> None:
         """The connection ends and a new one can be made to the same address."""

@@ -64,12 +64,12 @@ def print_partial_status(name: str, problem: FleetError, *, as_json: bool) -> No
     if as_json:
         print_json(status.to_dict())
         return
+    from rich.text import Text
+
     console = _console()
     config = status.config
-    console.print(
-        f"[bold]{name}[/bold]  {status.url or '(no address known)'}"
-        + (f"  {config.model}  tp {config.tp}, pp {config.pp}" if config else "  (settings not known)")
-    )
+    settings = f"{config.model}  tp {config.tp}, pp {config.pp}" if config else "(settings not known)"
+    console.print(Text.assemble((name, "bold"), f"  {status.url or '(no address known)'}  {settings}"))
     for deployment in status.deployments or ():
         states = ", ".join(f"{count} {state}" for state, count in deployment.replicas.items()) or "none"
         message = f": {deployment.message}" if deployment.message else ""
@@ -94,23 +94,22 @@ def _console() -> "Console":
 
 def print_status(status: FleetStatus) -> None:
     """A fleet as a head line and two tables."""
+    from rich.text import Text
+
     console = _console()
     config = status.config
-    console.print(
-        f"[bold]{status.name}[/bold]  {status.url or '(no gateway yet)'}  {config.model}  "
-        f"tp {config.tp}, pp {config.pp}, "
-        + (
-            ", ".join(f"{pool} {b}" for pool, b in config.bounds.items())
-            if config.pools
-            else f"{config.replicas} replicas"
-        )
-        + (f" on {config.nodes_per_replica} nodes each" if config.nodes_per_replica > 1 else "")
+    replicas = (
+        ", ".join(f"{pool} {b}" for pool, b in config.bounds.items()) if config.pools else f"{config.replicas} replicas"
     )
+    head = f"  {status.url or '(no gateway yet)'}  {config.model}  tp {config.tp}, pp {config.pp}, {replicas}"
+    if config.nodes_per_replica > 1:
+        head += f" on {config.nodes_per_replica} nodes each"
+    console.print(Text.assemble((status.name, "bold"), head))
     _print_tables(console, status.snapshot)
     for line in notice_lines(status.snapshot, time.time()):
         console.print(line, style="yellow", markup=False, soft_wrap=True)
-    for failure in status.snapshot.failures[-3:]:
-        console.print(f"[red]failed start[/] {failure.who}: {failure.message}", soft_wrap=True)
+    for failure in status.snapshot.failures[-3:]:  # a log's last line may be in it, with brackets
+        console.print(Text.assemble((f"{failure.who} failed", "red"), f": {failure.message}"), soft_wrap=True)
 
 
 def _print_tables(console: "Console", snapshot: Snapshot) -> None:

@@ -71,7 +71,7 @@ def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
     reported = {failure.number for failure in before.failures}
     for failure in after.failures:
         if failure.number not in reported:
-            yield f"{failure.who} did not start: {failure.message}"
+            yield f"{failure.who} failed: {failure.message}"
 
 
 def view(status: FleetStatus, lines: list[str]) -> RenderableType:

@@ -146,7 +146,7 @@ class NodeEntry(msgspec.Struct, frozen=True):
 
 
 class StartFailure(msgspec.Struct, frozen=True):
-    """An engine or gateway could not start; `kind` names a class of `kervan.errors`."""
+    """An engine could not start, or a gateway could not or ended by itself; `kind` names a class of `kervan.errors`."""
 
     who: str
     kind: str

@@ -96,7 +96,10 @@ class LinkListener:
         return "its connection broke"
 
     async def _ping(self) -> str:
-        """Keep the lease; follow the replica's load and whether it drains; miss outputs that were sent."""
+        """Keep the lease until the replica says that it has ended, or outputs that were sent are missing.
+
+        Follows the replica's load and whether it drains.
+        """
         link = self._link
 
         async def send() -> None:
@@ -108,6 +111,8 @@ class LinkListener:
         try:
             while True:
                 kind, payload = await link.input.recv_multipart()
+                if kind == wire.REFUSED:
+                    return payload.decode()
                 if kind != wire.PONG:
                     continue
                 was_draining = link.is_draining

@@ -29,6 +29,7 @@ class Session:
     num_suspects: int = 0
     num_outputs: int = 0
     is_over: bool = False
+    why_over: str = ""
 
 
 class Sessions:
@@ -97,6 +98,15 @@ class Sessions:
         welcome = wire.Welcome(self._replica_id, version, output_address, time.monotonic(), facts)
         return wire.WELCOME, msgspec.msgpack.encode(welcome)
 
+    def refuse(self, identity: bytes) -> list[bytes]:
+        """What to send to one that says something other than HELLO and has no session, or no more.
+
+        Its requests are gone here, and its link looks alive to it: its loop may have stood still while ZMQ's thread
+        answered for it. Told so, it opens a new one.
+        """
+        why = next((session.why_over for session in self.all if session.identity == identity), "no HELLO came from it")
+        return [identity, wire.REFUSED, f"the replica has no such session: {why}".encode()]
+
     def ping(self, index: int, payload: bytes) -> None:
         """Take what the gateway of a session has outstanding here. Raises: msgspec.MsgspecError."""
         ping = msgspec.msgpack.decode(payload, type=wire.Ping)
@@ -140,6 +150,6 @@ class Sessions:
                 self._close(session, f"no heartbeat for {wire.LEASE_S:.0f} s")
 
     def _close(self, session: Session, why: str) -> None:
-        session.is_over = True
+        session.is_over, session.why_over = True, why
         num_aborted = self._end(self._live.pop(session.identity))
         logger.warning("gateway %s: %s; %d requests aborted", session.gateway_id, why, num_aborted)

@@ -5,7 +5,7 @@ same random identity (a session). Input frames are `[kind, payload...]`; kinds o
 types, the words below are kervan's. Output frames are vLLM's encoded outputs, or one of the words.
 
     gateway -> replica input    HELLO(Hello)   PING(Ping)   vLLM ADD / ABORT / UTILITY
-    replica input -> gateway    WELCOME(Welcome) or REFUSED(text)   PONG(Pong)
+    replica input -> gateway    WELCOME(Welcome) or REFUSED(text)   PONG(Pong)   REFUSED(text): the session is over
     gateway -> replica output   SUBSCRIBE
     replica output -> gateway   SUBSCRIBED   number, outputs: one message per engine step   ENGINE_CORE_DEAD
 

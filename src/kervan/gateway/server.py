@@ -301,7 +301,11 @@ class Gateway:
             return None if self._attached.is_set() else "the gateway is starting"
         if self.fleet.refusals:
             return next(iter(self.fleet.refusals.values()))
-        states = [f"{r.id} {r.state}" + (f" ({r.reason})" if r.reason else "") for r in self._snapshot.replicas]
+        states = [
+            f"{r.id} {'not connected to this gateway' if r.state == 'ready' else r.state}"
+            + (f" ({r.reason})" if r.reason else "")
+            for r in self._snapshot.replicas
+        ]
         return "no replica is ready: " + ("; ".join(states) or "none has started yet")
 
     def admit(self, size: RequestSize) -> Shed | Ticket:

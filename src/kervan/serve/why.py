@@ -61,7 +61,7 @@ def explain(
     if is_short or not nodes_used.isdisjoint(dead_nodes):
         sentences += [f"node {node} is dead; its replicas and gateways are started elsewhere" for node in dead_nodes]
     if present < least:
-        sentences += [f"{f.who} could not start: {f.message}" for f in snapshot.failures[-3:]]
+        sentences += [f"{f.who} failed: {f.message}" for f in snapshot.failures[-3:]]
     return sentences
 
 

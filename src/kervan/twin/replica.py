@@ -218,6 +218,7 @@ class TwinReplica:
                 continue
             client = self.sessions.seen(identity)
             if client is None:
+                self._input.send_multipart(self.sessions.refuse(identity))
                 continue
             if kind == wire.PING:
                 self.sessions.ping(client, frames[0])

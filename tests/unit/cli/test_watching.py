@@ -80,7 +80,7 @@ def test_lost_nodes_and_failed_starts_are_named() -> None:
     told = explain(CONFIG, snapshot(replica("a"), gateway(), failures=(failed,)), [node("n", 8)], ["10.0.0.9"])
     assert told[1:] == [
         "node 10.0.0.9 is dead; its replicas and gateways are started elsewhere",
-        "c could not start: out of memory; use --tp 8",
+        "c failed: out of memory; use --tp 8",
     ]
 
 
@@ -159,7 +159,7 @@ def test_events_between_two_looks() -> None:
         "replica d appeared: starting",
         "gateway g2 appeared: starting",
         "gateway g1 moved 3 streams",
-        "d did not start: broke",
+        "d failed: broke",
     ]
     assert list(top.events(after, after)) == []
 
@@ -181,6 +181,15 @@ def test_what_is_late_is_shown_so_with_its_last_sign_of_life(capsys: pytest.Capt
     assert list(top.events(snapshot(replica("b")), snapshot(replica("b", beat_age_s=3.14)))) == [
         "replica b: ready -> late"
     ]
+
+
+def test_brackets_in_names_and_reasons_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = StartFailure("gw", "FleetError", "ended with status 1; its last line: INFO [model.py:733] [/tmp/x] broke")
+    config = dataclasses.replace(CONFIG, model="/models/[bold]a[/b]")
+    render.print_status(FleetStatus("chat", "http://h:1", config, snapshot(*WHOLE, failures=(failed,))))
+    shown = capsys.readouterr().out
+    assert "/models/[bold]a[/b]  tp" in shown
+    assert f"gw failed: {failed.message}" in shown
 
 
 NOW_S = 1000.0

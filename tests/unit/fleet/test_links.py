@@ -1,5 +1,7 @@
 """Links to toy replicas: refused, lost, made again."""
 
+import asyncio
+
 import pytest
 from harness.live import until
 from harness.toy_fleet import SECRET, Bench, ToyReplica
@@ -96,6 +98,22 @@ async def test_a_replica_that_returns_at_its_address_is_linked_again(bench: Benc
     await a.say_dead()
     await until(lambda: bench.client.links and bench.link(a) is not first)
     await bench.add("s")
+    await bench.finished("s")
+
+
+async def test_a_link_whose_session_the_replica_has_ended_is_made_again(bench: Bench) -> None:
+    a = await bench.start("a")
+    await bench.add("s", max_tokens=20)
+    await bench.placed(a, "s")
+    await bench.steps(a, 2)
+    a.is_silent_to_calls = True
+    call = asyncio.create_task(bench.client.call("is_sleeping", ()))
+    await until(lambda: a.calls)
+    before = bench.link(a)
+    a.is_silent_to_calls = False
+    a.end_sessions()  # the gateway's loop stood still for the length of a lease, and its connections lived
+    await until(lambda: bench.client.links and bench.link(a) is not before)
+    assert await call == ["a did is_sleeping"]
     await bench.finished("s")
 
 

@@ -54,3 +54,15 @@ def test_what_was_overheard_opens_no_session(replica_id: str, identity: bytes, w
     assert (kind, words in reason) == (wire.REFUSED, True)
     assert [session.identity for session in ours.live] == before
     assert ours.seen(identity) is None
+
+
+def test_one_whose_lease_has_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = sessions()
+    ours.greet(b"one", hello(b"one"))
+    monkeypatch.setattr(wire, "LEASE_S", -1.0)
+    ours.end_expired()
+    assert ours.seen(b"one") is None
+    identity, kind, why = ours.refuse(b"one")
+    assert (identity, kind) == (b"one", wire.REFUSED)
+    assert b"no heartbeat for" in why
+    assert b"no HELLO" in ours.refuse(b"two")[2]

@@ -178,6 +178,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             return
         index = self.sessions.seen(identity)
         if index is None:
+            router.send_multipart(self.sessions.refuse(identity))
             return
         if kind == wire.PING:
             self.sessions.ping(index, frames[0].bytes)
