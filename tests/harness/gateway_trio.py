@@ -52,15 +52,16 @@ class Marked:
 
 
 class GatewayTrio:
-    """The process. `urls`: of gateways a and b; `lone_url`: of the one without a replica."""
+    """The process. `urls`: of gateways a and b; `lone_url`: of the one without a replica; `log_path`: what it writes."""
 
     def __init__(self, model: Path, scratch: Path) -> None:
+        self.log_path = scratch / "gateways.log"
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, str(model), str(scratch)))
         self._process.start()
         theirs.close()
-        assert self._connection.poll(START_S), "the gateways did not start"
+        assert self._connection.poll(START_S), f"the gateways did not start: {self.log_path}"
         *self.urls, self.lone_url = self._connection.recv()
 
     def ask(self, command: str) -> Any:
@@ -68,6 +69,12 @@ class GatewayTrio:
         self._connection.send(command)
         assert self._connection.poll(START_S), command
         return self._connection.recv()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None
+        return self._process.pid
 
     def close(self) -> None:
         self._connection.close()
@@ -79,6 +86,9 @@ class GatewayTrio:
 
 def _serve(connection: Connection, model: str, scratch: str) -> None:
     os.environ |= ENVIRONMENT
+    with (Path(scratch) / "gateways.log").open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     asyncio.run(_run(connection, model, Path(scratch)))
 
 
