@@ -123,6 +123,27 @@ def test_the_api_describes_itself_to_all_and_is_called_with_a_key(trio: GatewayT
     )
 
 
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("bad_words", b'{"prompt": "a", "max_tokens": 2, "bad_words": ["\\ud800"]}'),
+        ("extra_args", b'{"prompt": "a", "max_tokens": 2, "vllm_xargs": {"a": "x\\udfff"}}'),
+        ("extra_args", b'{"prompt": "a", "max_tokens": 2, "vllm_xargs": {"a": %d}}' % 2**64),
+        ("", b'{"prompt": "a", "max_tokens": 2, "cache_salt": "\\ud800"}'),
+        ("", b'{"prompt": ["a", "b"], "max_tokens": 2, "request_id": "\\ud800"}'),
+    ],
+)
+def test_what_has_no_encoding_is_refused_and_nothing_is_left_of_it(trio: GatewayTrio, field: str, body: bytes) -> None:
+    for more in (b"}", b', "n": 2}', b', "stream": true}'):
+        sent = body[:-1] + more
+        with client(trio.urls[0]) as at:
+            answer = at.post("/v1/completions", content=sent, headers={"content-type": "application/json"})
+            assert answer.status_code == 400 or '"code": 400' in answer.text, (sent, answer.text)
+            assert field in answer.text
+            assert at.get("/kervan/status").json()["streams"] == 0
+    assert trio.ask("left")["requests"] == 0
+
+
 def client(url: str) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=60, headers=WITH_KEY, verify=False)
 

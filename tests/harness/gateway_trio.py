@@ -8,11 +8,16 @@ import asyncio
 import dataclasses
 import multiprocessing
 import os
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kervan.ports import free_port
+
+if TYPE_CHECKING:
+    from kervan.fleet.process import EngineProcess
+    from kervan.gateway.server import Gateway
 
 START_S = 400.0
 KEY = "k3y"
@@ -65,7 +70,10 @@ class GatewayTrio:
         *self.urls, self.lone_url = self._connection.recv()
 
     def ask(self, command: str) -> Any:
-        """`join`: another gateway comes, and its URL; `leave`: it ends without a word to the others."""
+        """`join`: another gateway comes, and its URL; `leave`: it ends without a word to the others.
+
+        `left`: how many of each kind of thing there are that end with requests.
+        """
         self._connection.send(command)
         assert self._connection.poll(START_S), command
         return self._connection.recv()
@@ -149,7 +157,9 @@ async def _run(connection: Connection, model: str, scratch: Path) -> None:
         follow()
         connection.send([gateway.entry().url for gateway in gateways.values()])
         while (command := await asyncio.to_thread(_receive, connection)) is not None:
-            if command == "join":
+            if command == "left":
+                connection.send(_left(gateways.values(), twin))
+            elif command == "join":
                 gateway = await start("c")
                 follow()
                 await gateway.wait_attached()
@@ -162,6 +172,18 @@ async def _run(connection: Connection, model: str, scratch: Path) -> None:
     finally:
         twin.kill()
     os._exit(0)
+
+
+def _left(gateways: "Iterable[Gateway]", twin: "EngineProcess") -> dict[str, int]:
+    attached = [gateway for gateway in gateways if gateway.frontend is not None]
+    return {
+        "http requests": sum(gateway.num_open for gateway in attached),
+        "streams": sum(gateway.fleet.num_streams for gateway in attached),
+        "places": sum(gateway.fleet.num_outstanding for gateway in attached),
+        "requests": sum(len(gateway.frontend.engine.output_processor.request_states) for gateway in attached),
+        "running": twin.load.running + twin.load.waiting,
+        "tasks": len(asyncio.all_tasks()),
+    }
 
 
 def _receive(connection: Connection) -> str | None:

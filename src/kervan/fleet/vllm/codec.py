@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -32,6 +33,11 @@ class VllmCodec:
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
 
     def describe(self, request: EngineCoreRequest) -> Stream:
+        """A new stream; refused as vLLM refuses parameters when it has no encoding, before anything counts it."""
+        try:
+            self._encoder.encode(request)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise VLLMValidationError(f"the request cannot be sent to an engine: {error}") from error
         sampling = request.sampling_params
         return Stream(
             request_id=request.request_id,

@@ -6,6 +6,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -93,6 +94,7 @@ class OpenAIFrontend:
         if is_followed:
             progress.follow(engine)
         app = await versions.build_openai_app(engine, args, answering)
+        app.state.server = SimpleNamespace(should_exit=False)  # vLLM's, to be ended when its engine is dead
         frontend = cls(app, engine, args)
         await frontend._lifespan.enter_async_context(app.router.lifespan_context(app))
         return frontend
