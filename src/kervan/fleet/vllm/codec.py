@@ -32,12 +32,14 @@ class VllmCodec:
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
 
-    def describe(self, request: EngineCoreRequest) -> Stream:
-        """A new stream; refused as vLLM refuses parameters when it has no encoding, before anything counts it."""
+    def check(self, request: EngineCoreRequest) -> None:
+        """Refuse what has no encoding as vLLM refuses parameters. For the time before anything counts the request."""
         try:
             self._encoder.encode(request)
         except (ValueError, OverflowError, RecursionError) as error:
             raise VLLMValidationError(f"the request cannot be sent to an engine: {error}") from error
+
+    def describe(self, request: EngineCoreRequest) -> Stream:
         sampling = request.sampling_params
         return Stream(
             request_id=request.request_id,

@@ -91,6 +91,7 @@ class OpenAIFrontend:
                 disable_log_stats=engine_args.disable_log_stats,
             )
         engine._profile_session_guard_enabled = False  # what this gateway begins, another one may end
+        _check_first(engine)
         if is_followed:
             progress.follow(engine)
         app = await versions.build_openai_app(engine, args, answering)
@@ -103,6 +104,17 @@ class OpenAIFrontend:
         """End vLLM's app and its engine client; the replicas stay."""
         await self._lifespan.aclose()
         self.engine.shutdown()
+
+
+def _check_first(engine: AsyncLLM) -> None:
+    """Check each request before vLLM counts it: AsyncLLM never forgets one that its engine-core client refuses."""
+    codec, add = VllmCodec(), engine.output_processor.add_request
+
+    def add_checked(request: Any, *args: Any, **kwargs: Any) -> Any:
+        codec.check(request)
+        return add(request, *args, **kwargs)
+
+    engine.output_processor.add_request = add_checked
 
 
 def _import_app() -> None:
