@@ -9,6 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+# ruff: noqa: E402 - vLLM's requests are defined by what follows
+from kervan.fleet.vllm import first_error
+
+first_error.install()
+
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM

@@ -22,7 +22,6 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from kervan.errors import ConfigError
-from kervan.fleet.vllm import first_error
 
 MIN_VERSION = (0, 24)
 MAX_VERSION = (0, 34)  # exclusive
@@ -100,7 +99,6 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 
 def app_modules() -> tuple[ModuleType, ModuleType]:
     """vLLM's modules that build its app and the app's state; seconds to import."""
-    first_error.install()
     return (
         _first("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
         _first("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server"),
