@@ -55,9 +55,8 @@ class View:
 @asynccontextmanager
 async def listening(app: Any, **options: Any) -> AsyncIterator[str]:
     """A real uvicorn on a free port, in this event loop."""
-    config = uvicorn.Config(
-        app, log_level="critical", lifespan="off", http="httptools", ws="none", interface="asgi3", **options
-    )
+    options = {"http": "httptools", "ws": "none", **options}
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", interface="asgi3", **options)
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)

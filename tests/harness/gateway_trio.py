@@ -8,11 +8,16 @@ import asyncio
 import dataclasses
 import multiprocessing
 import os
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kervan.ports import free_port
+
+if TYPE_CHECKING:
+    from kervan.fleet.process import EngineProcess
+    from kervan.gateway.server import Gateway
 
 START_S = 400.0
 KEY = "k3y"
@@ -52,22 +57,32 @@ class Marked:
 
 
 class GatewayTrio:
-    """The process. `urls`: of gateways a and b; `lone_url`: of the one without a replica."""
+    """The process. `urls`: of gateways a and b; `lone_url`: of the one without a replica; `log_path`: what it writes."""
 
     def __init__(self, model: Path, scratch: Path) -> None:
+        self.log_path = scratch / "gateways.log"
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, str(model), str(scratch)))
         self._process.start()
         theirs.close()
-        assert self._connection.poll(START_S), "the gateways did not start"
+        assert self._connection.poll(START_S), f"the gateways did not start: {self.log_path}"
         *self.urls, self.lone_url = self._connection.recv()
 
     def ask(self, command: str) -> Any:
-        """`join`: another gateway comes, and its URL; `leave`: it ends without a word to the others."""
+        """`join`: another gateway comes, and its URL; `leave`: it ends without a word to the others.
+
+        `left`: how many of each kind of thing there are that end with requests.
+        """
         self._connection.send(command)
         assert self._connection.poll(START_S), command
         return self._connection.recv()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None
+        return self._process.pid
 
     def close(self) -> None:
         self._connection.close()
@@ -79,6 +94,9 @@ class GatewayTrio:
 
 def _serve(connection: Connection, model: str, scratch: str) -> None:
     os.environ |= ENVIRONMENT
+    with (Path(scratch) / "gateways.log").open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     asyncio.run(_run(connection, model, Path(scratch)))
 
 
@@ -139,7 +157,9 @@ async def _run(connection: Connection, model: str, scratch: Path) -> None:
         follow()
         connection.send([gateway.entry().url for gateway in gateways.values()])
         while (command := await asyncio.to_thread(_receive, connection)) is not None:
-            if command == "join":
+            if command == "left":
+                connection.send(_left(gateways.values(), twin))
+            elif command == "join":
                 gateway = await start("c")
                 follow()
                 await gateway.wait_attached()
@@ -152,6 +172,18 @@ async def _run(connection: Connection, model: str, scratch: Path) -> None:
     finally:
         twin.kill()
     os._exit(0)
+
+
+def _left(gateways: "Iterable[Gateway]", twin: "EngineProcess") -> dict[str, int]:
+    attached = [gateway for gateway in gateways if gateway.frontend is not None]
+    return {
+        "http requests": sum(gateway.num_open for gateway in attached),
+        "streams": sum(gateway.fleet.num_streams for gateway in attached),
+        "places": sum(gateway.fleet.num_outstanding for gateway in attached),
+        "requests": sum(len(gateway.frontend.engine.output_processor.request_states) for gateway in attached),
+        "running": twin.load.running + twin.load.waiting,
+        "tasks": len(asyncio.all_tasks()),
+    }
 
 
 def _receive(connection: Connection) -> str | None:

@@ -25,6 +25,7 @@ _TYPES = {
     410: "GoneError",
     413: "RequestTooLargeError",
     421: "MisdirectedRequestError",
+    431: "RequestHeaderFieldsTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }

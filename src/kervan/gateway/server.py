@@ -31,6 +31,7 @@ from kervan.fleet.vllm.stored_responses import StoredResponses
 from kervan.gateway import openapi, page
 from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
+from kervan.gateway.connection import Connection
 from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.metrics import merge_pages
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
@@ -184,7 +185,7 @@ class Gateway:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=Connection,
                 ws="auto",
                 lifespan="off",
                 interface="asgi3",  # uvicorn takes a bound method for ASGI 2

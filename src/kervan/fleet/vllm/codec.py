@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -30,6 +31,13 @@ class VllmCodec:
         }
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
+
+    def check(self, request: EngineCoreRequest) -> None:
+        """Refuse what has no encoding as vLLM refuses parameters. For the time before anything counts the request."""
+        try:
+            self._encoder.encode(request)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise VLLMValidationError(f"the request cannot be sent to an engine: {error}") from error
 
     def describe(self, request: EngineCoreRequest) -> Stream:
         sampling = request.sampling_params

@@ -6,7 +6,13 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+# ruff: noqa: E402 - vLLM's requests are defined by what follows
+from kervan.fleet.vllm import first_error
+
+first_error.install()
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
@@ -90,9 +96,11 @@ class OpenAIFrontend:
                 disable_log_stats=engine_args.disable_log_stats,
             )
         engine._profile_session_guard_enabled = False  # what this gateway begins, another one may end
+        _check_first(engine)
         if is_followed:
             progress.follow(engine)
         app = await versions.build_openai_app(engine, args, answering)
+        app.state.server = SimpleNamespace(should_exit=False)  # vLLM's, to be ended when its engine is dead
         frontend = cls(app, engine, args)
         await frontend._lifespan.enter_async_context(app.router.lifespan_context(app))
         return frontend
@@ -101,6 +109,17 @@ class OpenAIFrontend:
         """End vLLM's app and its engine client; the replicas stay."""
         await self._lifespan.aclose()
         self.engine.shutdown()
+
+
+def _check_first(engine: AsyncLLM) -> None:
+    """Check each request before vLLM counts it: AsyncLLM never forgets one that its engine-core client refuses."""
+    codec, add = VllmCodec(), engine.output_processor.add_request
+
+    def add_checked(request: Any, *args: Any, **kwargs: Any) -> Any:
+        codec.check(request)
+        return add(request, *args, **kwargs)
+
+    engine.output_processor.add_request = add_checked
 
 
 def _import_app() -> None:

@@ -64,6 +64,9 @@ def prepare(program: str, hints: Sequence[str]) -> Callable[[], None] | None:
     is_first = not _known
     if is_first:
         _allow_titles()
+        from kervan.fleet.vllm import first_error
+
+        first_error.install()  # a gateway may come later
         _import("kervan.fleet.vllm.replica")
         from vllm.platforms import current_platform
 
