@@ -144,7 +144,7 @@ class Result:
             if excess > MAX_UNEXPECTED_SHARE * cache.prompt_tokens:
                 notes.append(
                     f"the prefix cache had {excess:,.0f} prompt tokens more than this run repeats: those of an earlier "
-                    "run or of other clients; use another --seed, or empty it before (POST /reset_prefix_cache)"
+                    "run or of other clients; use another --seed, or restart the server"
                 )
         if tally.told_to_wait:
             waited = "; an open loop sends all the same" if self.load.streams is None else "; its stream waited"
