@@ -72,6 +72,11 @@ class Load:
             raise ConfigError(f"{ways} kinds of arrivals: give one of --streams, --rate, --burst, --stages and --trace")
         if self.streams is not None and not 1 <= self.streams <= self.max_streams:
             raise ConfigError(f"--streams {self.streams} is outside 1..{self.max_streams} (--max-streams)")
+        if self.streams is not None and (at_once := self.streams * self.calls) > self.max_streams:
+            raise ConfigError(
+                f"--streams {self.streams} with --calls {self.calls} are {at_once} requests at once, over "
+                f"--max-streams {self.max_streams}; use --max-streams {at_once}"
+            )
         positive = (
             ("--num-requests", self.num_requests), ("--duration", self.duration_s), ("--turns", self.turns),
             ("--calls", self.calls),
@@ -129,7 +134,7 @@ class Load:
     def expected_streams(self) -> int:
         """Streams that the client must be able to carry: those of a closed loop, else an estimate for calibration."""
         if self.streams is not None:
-            return self.streams
+            return self.streams * self.calls
         burst = max((stage.burst for stage in self.stages), default=0)
         rate = max((max(s.start_rate, s.end_rate) for s in self.stages if not s.burst), default=0.0)
         if self.trace is not None:

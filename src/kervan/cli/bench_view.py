@@ -155,8 +155,8 @@ def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> N
         f"streams; longest gap {format_duration(stalls['longest_gap_s'])}"
     )
     cache = result.prefix_cache
-    if cache.cached_tokens is not None and (cache.cached_tokens or cache.possible_tokens):
-        console.print(_cache_line(cache))
+    if cache.cached_tokens or cache.possible_tokens:
+        console.print(_cache_line(cache), soft_wrap=True)
     facts = f"client: {client['processes']} process{'es' if client['processes'] > 1 else ''}"
     if client["cpu_us_per_token"] is not None:
         facts += (
@@ -185,6 +185,11 @@ def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> N
 
 def _cache_line(cache: CachedShare) -> str:
     """What came from the server's prefix cache, beside what could have."""
+    if cache.cached_tokens is None:
+        return (
+            f"prefix cache: the server says nothing of it; {cache.possible_tokens:,} of {cache.prompt_tokens:,.0f} "
+            "prompt tokens could come from it"
+        )
     line = f"prefix cache: {cache.cached_tokens:,.0f} of {cache.prompt_tokens:,.0f} prompt tokens"
     line += f" ({100 * (cache.share or 0):.0f}%)"
     if cache.of_possible is not None:

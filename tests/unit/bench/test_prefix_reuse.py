@@ -76,3 +76,6 @@ def test_in_words() -> None:
     assert bench_view._cache_line(CachedShare("metrics", 10.0, 1000.0, None)) == (
         "prefix cache: 10 of 1,000 prompt tokens (1%) (by the server's metrics)"
     )
+    assert bench_view._cache_line(CachedShare(None, None, 4000, 2000)) == (
+        "prefix cache: the server says nothing of it; 2,000 of 4,000 prompt tokens could come from it"
+    )
