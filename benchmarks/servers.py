@@ -348,7 +348,7 @@ def _raylets(worker: int) -> Iterator[psutil.Process]:
         if above.name().startswith("raylet"):
             yield above
         elif "warm_process" in _title(above):  # `warm_process FD PLACE PID`, the last of which is the raylet's
-            yield psutil.Process(int(above.cmdline()[-1]))
+            yield psutil.Process(int(_title(above).split()[-1]))  # a title that was set is one word of its cmdline
 
 
 def _ray_processes(workers: Sequence[int]) -> tuple[int, ...]:
