@@ -348,7 +348,11 @@ def _raylets(worker: int) -> Iterator[psutil.Process]:
         if above.name().startswith("raylet"):
             yield above
         elif "warm_process" in _title(above):  # `warm_process FD PLACE PID`, the last of which is the raylet's
-            yield psutil.Process(int(above.cmdline()[-1]))
+            # A fork's title is one word of its command line, and lacks the last character of what it was forked with.
+            digits = _title(above).split()[-1]
+            yield from (
+                p for p in psutil.process_iter() if p.name() == "raylet" and digits in (str(p.pid), str(p.pid)[:-1])
+            )
 
 
 def _ray_processes(workers: Sequence[int]) -> tuple[int, ...]:

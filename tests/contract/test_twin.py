@@ -93,6 +93,31 @@ async def test_utility_calls_are_answered(bench: TwinBench) -> None:
     assert await bench.client.call("anything_else", (1, "x")) == [None]
 
 
+async def test_the_prefix_cache_is_told_of_as_vllm_does(bench: TwinBench) -> None:
+    """100 tokens are 6 blocks of 16; another tenant finds none, nor does anybody after a reset."""
+    await bench.start("a")
+    prompt = list(range(100))
+    for name, salt in (("first", None), ("second", None), ("tenant", "their salt")):
+        await bench.add(name, prompt, 2, salt=salt)
+        await bench.ended(name)
+    stats = bench.outputs["second"][0].prefill_stats
+    assert (stats.num_prompt_tokens, stats.num_computed_tokens, stats.num_cached_tokens) == (100, 4, 96)
+    assert stats.num_local_cached_tokens == 96
+    assert [bench.outputs[name][0].prefill_stats.num_cached_tokens for name in ("first", "tenant")] == [0, 0]
+    found = [one.prefix_cache_stats for one in bench.stats]
+    assert (sum(one.requests for one in found), sum(one.queries for one in found)) == (3, 300)
+    assert sum(one.hits for one in found) == 96
+    assert {one.num_running_reqs for one in bench.stats} == {0, 1}
+    assert await bench.client.call("reset_prefix_cache", (False, False)) == [True]
+    await bench.add("after", prompt, 1000)
+    await until(lambda: bench.tokens("after"))
+    assert bench.outputs["after"][0].prefill_stats.num_cached_tokens == 0
+    assert await bench.client.call("reset_prefix_cache", (False, False)) == [False]
+    assert await bench.client.call("reset_prefix_cache", (True, False)) == [True]
+    await bench.ended("after")
+    assert bench.tokens("after") == answer(prompt, 1000, LIMITS)
+
+
 async def test_answers_survive_kills_drains_and_crashes(bench: TwinBench) -> None:
     """40 answers, too long to end on a draining twin, on three twins: one is killed, one drains, one is told to crash; every token is checked."""
     timing = StepTiming(base_s=1e-2, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)

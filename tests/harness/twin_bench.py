@@ -27,11 +27,14 @@ class TwinBench:
         self.twins: dict[str, EngineProcess] = {}
         self.client = FleetClient(VllmCodec(), secret=SECRET)
         self.outputs: dict[str, list[Any]] = {}
+        self.stats: list[Any] = []  # vLLM's SchedulerStats
         self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
         while True:
             outputs = await self.client.outputs.get()
+            if outputs.scheduler_stats is not None:
+                self.stats.append(outputs.scheduler_stats)
             for output in outputs.outputs:
                 self.outputs.setdefault(output.request_id, []).append(output)
 
@@ -56,7 +59,15 @@ class TwinBench:
         live = {name: twin for name, twin in self.twins.items() if not twin.ended.is_set()}
         self.client.set_members(Member(name, twin.ready.address) for name, twin in live.items() if twin.ready)
 
-    async def add(self, request_id: str, prompt: list[int], max_tokens: int | None = 20, **sampling: Any) -> None:
+    async def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int | None = 20,
+        *,
+        salt: str | None = None,
+        **sampling: Any,
+    ) -> None:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
@@ -69,7 +80,7 @@ class TwinBench:
                 pooling_params=None,
                 arrival_time=time.time(),
                 lora_request=None,
-                cache_salt=None,
+                cache_salt=salt,
                 data_parallel_rank=None,
             )
         )

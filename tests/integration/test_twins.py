@@ -55,6 +55,30 @@ def test_a_fleet_of_twins_is_shown_as_it_is(twins: Fleet) -> None:
     assert {"tokens_per_s", "ttft_s"} <= set(found["replicas"][0])
 
 
+def test_a_prompt_that_came_before_is_in_the_prefix_cache(twins: Fleet) -> None:
+    """Four times 200 tokens on three replicas: at least once 12 blocks of 16 are found, and the counters say so."""
+
+    def counted(name: str) -> float:
+        return twins.total(f"vllm:prefix_cache_{name}_total")
+
+    def looked_for(tokens: int) -> None:
+        eventually(lambda: counted("queries") - before[0] == tokens, f"{tokens} tokens looked for", 20)
+
+    prompt = [20 + number % 50 for number in range(200)]
+    before = counted("queries"), counted("hits")
+    with twins.client() as client:
+        for _ in range(4):
+            body = {"model": "twin", "prompt": prompt, "max_tokens": 2}
+            assert client.post("/v1/completions", json=body).status_code == 200
+        looked_for(800)
+        hits = counted("hits") - before[1]
+        assert hits in (192, 2 * 192, 3 * 192)
+        body |= {"cache_salt": "another tenant"}
+        assert client.post("/v1/completions", json=body).status_code == 200
+    looked_for(1000)
+    assert counted("hits") - before[1] == hits
+
+
 @pytest.mark.parametrize(
     "more", [{"logprobs": 1}, {"structured_outputs": {"json": {"type": "object"}}}], ids=lambda more: next(iter(more))
 )

@@ -308,12 +308,13 @@ def check_can_succeed(endpoint: Endpoint, load: Load, probe: Probe) -> None:
         )
     if load.prompts is None and load.trace is None and probe.max_model_len and "max_tokens" not in endpoint.sampling:
         isl, osl = parse_lengths(load.isl), parse_lengths(load.osl)
-        least = isl.minimum + load.prefix_tokens + osl.minimum
+        least = load.prefix_tokens + load.turns * (isl.minimum + osl.minimum)
         if least > probe.max_model_len:
             prefix = f", --prefix {load.prefixes}x{load.prefix_tokens}" if load.prefixes else ""
+            turns = f" in {load.turns} turns" if load.turns > 1 else ""
             raise ConfigError(
-                f"--isl {load.isl}{prefix} and --osl {load.osl} make {least} tokens or more, and the server's "
-                f"max_model_len is {probe.max_model_len}; use shorter ones"
+                f"--isl {load.isl}{prefix} and --osl {load.osl} make {least} tokens or more{turns}, and the server's "
+                f"max_model_len is {probe.max_model_len}; use shorter ones" + (" or fewer turns" if turns else "")
             )
 
 

@@ -32,6 +32,7 @@ class Exchange:
     __slots__ = (
         "arrival_s",
         "body",
+        "cached_tokens",
         "chunk_tokens",
         "closing_s",
         "done",
@@ -43,6 +44,7 @@ class Exchange:
         "first_s",
         "gaps",
         "has_kernel_time",
+        "history_tokens",
         "is_between_events",
         "is_reused",
         "last_s",
@@ -88,6 +90,8 @@ class Exchange:
         self.closing_s: float | None = None  # a chunk with a finish reason and nothing else
         self.output_tokens: int | None = None
         self.prompt_tokens: int | None = None
+        self.cached_tokens: int | None = None  # of the prompt, as the server says
+        self.history_tokens: int | None = 0  # of the prompt, those that its conversation had before; None: not known
         self.finished: set[int] = set()
         self.done = False
         self.error: str | None = None
@@ -179,6 +183,8 @@ class Exchange:
             return
         if chunk.usage is not None:
             self.prompt_tokens = chunk.usage.prompt_tokens
+            if (details := chunk.usage.prompt_tokens_details) is not None and details.cached_tokens is not None:
+                self.cached_tokens = details.cached_tokens
             if chunk.usage.completion_tokens is not None:
                 self.output_tokens = chunk.usage.completion_tokens
         for choice in chunk.choices:

@@ -37,8 +37,9 @@ class Load:
     """Arrivals and prompts of a run.
 
     Closed loop: `streams` is set; each stream starts its next job when its last one has ended. Open loop: `stages` or
-    `trace` say when jobs arrive. A job is a conversation of `turns` requests, nearly always one. The run ends after
-    `num_requests`, or when `duration_s` is over and what is in flight has ended.
+    `trace` say when jobs arrive. A job is a conversation of `turns` requests, nearly always one; with `calls`, from the
+    second turn on so many at once, which differ in their last message. The run ends after `num_requests`, or when
+    `duration_s` is over and what is in flight has ended.
     """
 
     streams: int | None = None
@@ -54,6 +55,7 @@ class Load:
     prefixes: int = 0
     prefix_tokens: int = 0
     turns: int = 1
+    calls: int = 1
     think_time_s: float = 0.0
     prompts: str | None = None
     ignore_eos: bool = True
@@ -70,8 +72,14 @@ class Load:
             raise ConfigError(f"{ways} kinds of arrivals: give one of --streams, --rate, --burst, --stages and --trace")
         if self.streams is not None and not 1 <= self.streams <= self.max_streams:
             raise ConfigError(f"--streams {self.streams} is outside 1..{self.max_streams} (--max-streams)")
+        if self.streams is not None and (at_once := self.streams * self.calls) > self.max_streams:
+            raise ConfigError(
+                f"--streams {self.streams} with --calls {self.calls} are {at_once} requests at once, over "
+                f"--max-streams {self.max_streams}; use --max-streams {at_once}"
+            )
         positive = (
             ("--num-requests", self.num_requests), ("--duration", self.duration_s), ("--turns", self.turns),
+            ("--calls", self.calls),
             ("--timeout", self.timeout_s), ("--max-streams", self.max_streams), ("--trace-speed", self.trace_speed),
             ("--burstiness", self.burstiness), ("--stall", self.stall_s),
         )  # fmt: skip
@@ -80,6 +88,10 @@ class Load:
                 raise ConfigError(f"{name} {value:g} is not above 0")
         if self.think_time_s < 0 or self.prefixes < 0 or self.prefix_tokens < 0:
             raise ConfigError("--think-time and --prefix cannot be negative")
+        if self.calls > 1 and self.turns == 1:
+            raise ConfigError(
+                f"--calls {self.calls} with --turns 1: calls at once begin with the second turn; add --turns"
+            )
         if (self.prefixes > 0) != (self.prefix_tokens > 0):
             raise ConfigError("--prefix needs a number and a length, like 4x512: 4 prefixes of 512 tokens")
         if self.num_requests is None and self.duration_s is None and self.trace is None and not self.is_finite:
@@ -95,7 +107,12 @@ class Load:
     @property
     def num_jobs(self) -> int | None:
         """Jobs that `num_requests` allows, whole conversations; None without a bound."""
-        return None if self.num_requests is None else math.ceil(self.num_requests / self.turns)
+        return None if self.num_requests is None else math.ceil(self.num_requests / self.requests_per_job)
+
+    @property
+    def requests_per_job(self) -> int:
+        """Of a conversation that goes to its end."""
+        return 1 + (self.turns - 1) * self.calls
 
     def arrivals(self) -> Iterator[tuple[float, TraceRow | None]]:
         """(seconds after the start, trace row) of each job of an open loop.
@@ -117,7 +134,7 @@ class Load:
     def expected_streams(self) -> int:
         """Streams that the client must be able to carry: those of a closed loop, else an estimate for calibration."""
         if self.streams is not None:
-            return self.streams
+            return self.streams * self.calls
         burst = max((stage.burst for stage in self.stages), default=0)
         rate = max((max(s.start_rate, s.end_rate) for s in self.stages if not s.burst), default=0.0)
         if self.trace is not None:

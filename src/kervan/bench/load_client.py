@@ -295,8 +295,12 @@ class LoadClient:
             await asyncio.wait(self._tasks)
 
     async def _job(self, number: int, arrival_s: float, row: TraceRow | None, request: Request) -> Exchange:
-        """A conversation up to its last turn, or to the first that fails; the last exchange."""
+        """A conversation up to its last turn, or to the first that fails; the last exchange.
+
+        It goes on from the first of the calls that are made at once.
+        """
         exchange = await self._exchange(number, arrival_s, request)
+        calls = range(self._load.calls)
         for turn in range(1, self._load.turns):
             if exchange.error is not None:
                 break
@@ -305,13 +309,18 @@ class LoadClient:
             await self._wait(self._load.think_time_s)
             if self._is_over():
                 break
-            request = self._build(number, turn, None, history)
-            exchange = await self._exchange(number, _now(), request)
+            before = _history_tokens(exchange)
+            requests = [self._build(number, turn + call * self._load.turns, None, history) for call in calls]
+            request, now_s = requests[0], _now()
+            ended = await asyncio.gather(*(self._exchange(number, now_s, each, before) for each in requests))
+            exchange = next((one for one in ended if one.error is not None), ended[0])
         return exchange
 
-    async def _exchange(self, number: int, arrival_s: float, request: Request) -> Exchange:
+    async def _exchange(
+        self, number: int, arrival_s: float, request: Request, history_tokens: int | None = 0
+    ) -> Exchange:
         """One request to its end, told to the observer."""
-        exchange = self._new_exchange(number, arrival_s, request)
+        exchange = self._new_exchange(number, arrival_s, request, history_tokens)
         if self._num_open * self.share.num_workers >= self._load.max_streams:
             exchange.fail("not_sent", f"{self._load.max_streams} streams are in flight")
             exchange.end_s = arrival_s
@@ -351,10 +360,14 @@ class LoadClient:
             if not (exchange.is_reused and exchange.error == "closed"):
                 return exchange
             self.reconnected += 1  # the server had ended the idle connection; it has not seen this request
-            exchange = self._new_exchange(exchange.number, exchange.arrival_s, exchange.request)
+            exchange = self._new_exchange(
+                exchange.number, exchange.arrival_s, exchange.request, exchange.history_tokens
+            )
 
-    def _new_exchange(self, number: int, arrival_s: float, request: Request) -> Exchange:
-        return Exchange(number, arrival_s, request, keeps_text=self._load.turns > 1)
+    def _new_exchange(self, number: int, arrival_s: float, request: Request, history_tokens: int | None) -> Exchange:
+        exchange = Exchange(number, arrival_s, request, keeps_text=self._load.turns > 1)
+        exchange.history_tokens = history_tokens
+        return exchange
 
     def _on_ended(self, ended: "asyncio.Future[None]") -> None:
         self._ended.append(ended)
@@ -427,6 +440,13 @@ class LoadClient:
         mean_gap_s = sum(exchange.gaps) / len(exchange.gaps) if exchange.gaps else math.inf
         nap_s = min(MAX_NAP_S, (now_s - exchange.sent_s) / 100, mean_gap_s / 10)
         return nap_s if nap_s >= MIN_NAP_S else 0.0
+
+
+def _history_tokens(exchange: Exchange) -> int | None:
+    """What the next prompt of a conversation begins with: prompt and answer, whose last token was not computed."""
+    if exchange.prompt_tokens is None or exchange.output_tokens is None or len(exchange.per_choice_last_s) > 1:
+        return None
+    return exchange.prompt_tokens + exchange.output_tokens - 1
 
 
 def _tls(endpoint: Endpoint) -> ssl.SSLContext:

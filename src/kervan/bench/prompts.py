@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from kervan.bench.load import Endpoint, Load
+from kervan.bench.prefix_reuse import Pieces, pieces_of_prefix, pieces_of_trace
 from kervan.config.workload import BLOCK_TOKENS, TraceRow, parse_lengths
 from kervan.errors import ConfigError
 
@@ -34,11 +35,15 @@ class Alphabet:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request to send. `output_tokens` and `input_tokens` are exact; None: not known in advance."""
+    """One request to send. `output_tokens` and `input_tokens` are exact; None: not known in advance.
+
+    `pieces`: what its prompt begins with that other jobs may have as well; None: not known.
+    """
 
     body: bytes
     output_tokens: int | None = None
     input_tokens: int | None = None
+    pieces: Pieces | None = ()
 
 
 class Prompts:
@@ -58,23 +63,29 @@ class Prompts:
         self._is_exact = load.ignore_eos and bool(endpoint.sampling.get("ignore_eos", True))
 
     def request(self, job: int, turn: int, row: TraceRow | None, history: Sequence[dict[str, Any]]) -> Request:
-        """Turn `turn` of job `job`; `history` has the messages before it."""
+        """Turn `turn` of job `job`; `history` has the messages before it.
+
+        Calls at once of one turn are told apart by `turn`: the second one has `Load.turns` more, and so on.
+        """
         rng = random.Random(f"{self._load.seed} {job} {turn}")
         output_tokens: int | None = self._osl.sample(rng)
         if self._rows:
             return self._from_file(self._rows[job % len(self._rows)], output_tokens)
+        pieces: Pieces = ()
         if row is not None:
             output_tokens = max(1, row.output_tokens)
             units = self._of_trace(row, rng)
+            pieces = pieces_of_trace(row.hash_ids, row.input_tokens)
         else:
             units = self._draw(rng, self._wanted(self._isl.sample(rng), turn))
             if self._load.prefixes and turn == 0:
                 prefix = rng.randrange(self._load.prefixes)
                 of_prefix = random.Random(f"{self._load.seed} prefix {prefix}")
                 units = self._draw(of_prefix, self._load.prefix_tokens) + units
+                pieces = pieces_of_prefix(prefix, self._load.prefix_tokens)
         num_tokens = len(units) + self._alphabet.extra_tokens if not history else None
         content: Any = "".join(units) if self._is_text else units
-        return self._body(content, history, output_tokens, num_tokens)
+        return self._body(content, history, output_tokens, num_tokens, pieces)
 
     def _wanted(self, isl: int, turn: int) -> int:
         """Units to draw so that the whole first prompt has `isl` tokens."""
@@ -113,12 +124,17 @@ class Prompts:
         if bound is not None:
             output_tokens = int(bound)
         if "messages" in row:
-            return self._body(None, row["messages"], output_tokens, None)
+            return self._body(None, row["messages"], output_tokens, None, None)
         ids = row.get("prompt_token_ids")
-        return self._body(ids or row["prompt"], (), output_tokens, len(ids) if ids else None)
+        return self._body(ids or row["prompt"], (), output_tokens, len(ids) if ids else None, None)
 
     def _body(
-        self, content: Any, history: Sequence[dict[str, Any]], output_tokens: int | None, input_tokens: int | None
+        self,
+        content: Any,
+        history: Sequence[dict[str, Any]],
+        output_tokens: int | None,
+        input_tokens: int | None,
+        pieces: Pieces | None,
     ) -> Request:
         usage: dict[str, Any] = {"include_usage": True}
         if self._load.tokens_in_chunks:
@@ -134,7 +150,7 @@ class Prompts:
             body["ignore_eos"] = True
         body |= self._endpoint.sampling
         exact = output_tokens * int(body.get("n", 1) or 1) if self._is_exact and output_tokens else None
-        return Request(encode(body), exact, input_tokens)
+        return Request(encode(body), exact, input_tokens, pieces)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ _NAMES = {
     "prompt_tokens_total": "input_tokens",
     "time_to_first_token_seconds_sum": "ttft_sum",
     "time_to_first_token_seconds_count": "ttft_count",
+    "prefix_cache_queries_total": "prefix_queries",
+    "prefix_cache_hits_total": "prefix_hits",
 }
 _SAMPLE = re.compile(r"^(?:vllm:|ray_vllm_|ray_vllm:|vllm_)([a-z_]+)(\{[^}]*\})? ([0-9.eE+-]+|NaN)", re.M)
 TTFT_SHARE = 0.5
@@ -31,6 +33,8 @@ class Counters:
     input_tokens: float = 0.0
     ttft_sum: float = 0.0
     ttft_count: float = 0.0
+    prefix_queries: float = 0.0  # tokens that were looked for in the prefix cache
+    prefix_hits: float = 0.0
 
     def minus(self, before: "Counters") -> "Counters":
         """What was counted after `before`."""
@@ -54,11 +58,12 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """`reason` says why there is nothing to compare."""
+    """`reason` says why there is nothing to compare. `server`: what it counted during the run."""
 
     status: Status
     reason: str = ""
     comparisons: tuple[Comparison, ...] = ()
+    server: Counters | None = None
 
 
 def read_counters(page: str) -> Counters | None:
@@ -88,7 +93,7 @@ def compare(tally: RequestTally, server: Counters) -> Reconciliation:
         server_s = server.ttft_sum / server.ttft_count
         rows.append(Comparison("mean TTFT, s", ttft_s, server_s, max(TTFT_SLACK_S, TTFT_SHARE * ttft_s)))
     status: Status = "agrees" if all(row.agrees for row in rows) else "disagrees"
-    return Reconciliation(status, "", tuple(rows))
+    return Reconciliation(status, "", tuple(rows), server)
 
 
 def to_dict(reconciliation: Reconciliation) -> Mapping[str, object]:

@@ -10,6 +10,7 @@ from kervan.bench.client_floor import BUSY, ClientFloor
 from kervan.bench.drive import Outcome
 from kervan.bench.endpoint import Probe
 from kervan.bench.load import Endpoint, Load
+from kervan.bench.prefix_reuse import CachedShare, cached_share
 from kervan.bench.reconcile import Reconciliation
 from kervan.bench.refusals import is_refusal
 from kervan.bench.sketch import quantile_intervals
@@ -25,6 +26,7 @@ AT_ONCE_S = 1e-6  # a token
 NO_FLOOR_S = 50e-6  # nothing to see: a server that sends several chunks at once has gaps of 0, and that is true
 MAX_BUSY = 0.9
 MAX_CLOCK_STEP_S = 0.001
+MAX_UNEXPECTED_SHARE = 0.02  # of the prompt tokens, from the cache and not of this run
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,13 @@ class Result:
     def quantile(self, metric: str, q: float) -> float | None:
         """The `q` quantile of one of `METRICS` over the whole run, in seconds; None if nothing was counted."""
         return self.tally.whole(metric).quantile(q)
+
+    @property
+    def prefix_cache(self) -> CachedShare:
+        """How much of the prompts the server's prefix cache gave, and how much it could have."""
+        server = self.reconciliation.server
+        counts = (None, None) if server is None else (server.prefix_queries, server.prefix_hits)
+        return cached_share(self.tally.prefix_reuse, queries=counts[0], hits=counts[1])
 
     def effects(self) -> list[faults.Effect]:
         """The effect of each action of the run on output tokens/s."""
@@ -129,6 +138,14 @@ class Result:
                 "at least half of the chunks came together with the one before: the server sends several tokens at "
                 f"once; TPOT, {format_duration(tpot_s)}, is the pace of a stream, not the gap"
             )
+        cache = self.prefix_cache
+        if cache.cached_tokens is not None and cache.possible_tokens is not None:
+            excess = cache.cached_tokens - cache.possible_tokens
+            if excess > MAX_UNEXPECTED_SHARE * cache.prompt_tokens:
+                notes.append(
+                    f"the prefix cache had {excess:,.0f} prompt tokens more than this run repeats: those of an earlier "
+                    "run or of other clients; use another --seed, or restart the server"
+                )
         if tally.told_to_wait:
             waited = "; an open loop sends all the same" if self.load.streams is None else "; its stream waited"
             notes.append(
@@ -232,6 +249,7 @@ class Result:
             "out_tok_s": self.out_tok_s,
             "in_tok_s": tally.input_tokens / duration_s if duration_s else 0.0,
             "req_s": tally.ok / duration_s if duration_s else 0.0,
+            "prefix_cache": self.prefix_cache.to_dict(),
             "tokens_per_chunk": tally.output_tokens / tally.num_chunks if tally.num_chunks else None,
             "streams_achieved": self.streams_achieved,
             **{metric: self._distribution(metric) for metric in METRICS},

@@ -43,11 +43,18 @@ class EventParser:
         return events
 
 
+class PromptTokensDetails(msgspec.Struct, gc=False):
+    """Of the tokens of a prompt, those that the prefix cache had."""
+
+    cached_tokens: int | None = None
+
+
 class Usage(msgspec.Struct, gc=False):
     """Token counts by the server, of one request."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 class Delta(msgspec.Struct, gc=False):

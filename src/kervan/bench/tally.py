@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kervan.bench.exchange import Exchange
+from kervan.bench.prefix_reuse import PrefixReuse
 from kervan.bench.sketch import Sketch, binned, merged
 from kervan.config.workload import Slo
 
@@ -137,6 +138,7 @@ class RequestTally:
     failed_output_tokens: int = 0  # that reached the client in requests which then failed
     wrong_input_tokens: int = 0  # requests whose prompt the server counts differently
     without_usage: int = 0  # requests whose tokens had to be counted as chunks
+    prefix_reuse: PrefixReuse = field(default_factory=PrefixReuse)
     num_chunks: int = 0
     stalls: int = 0
     stalled_streams: int = 0
@@ -210,6 +212,13 @@ class RequestTally:
         input_tokens = exchange.request.input_tokens
         self.input_tokens += exchange.prompt_tokens or input_tokens or 0
         self.without_usage += exchange.prompt_tokens is None
+        pieces = exchange.request.pieces
+        self.prefix_reuse.add(
+            prompt_tokens=exchange.prompt_tokens or input_tokens or 0,
+            cached_tokens=exchange.cached_tokens,
+            pieces=pieces or (),
+            history_tokens=exchange.history_tokens if pieces is not None else None,
+        )
         if input_tokens is not None and exchange.prompt_tokens not in (None, input_tokens):
             self.wrong_input_tokens += 1
         ttft_s, arrival_ttft_s, tpot_s = exchange.ttft_s, exchange.ttft_from_arrival_s, exchange.tpot_s
@@ -317,6 +326,7 @@ class RequestTally:
             self.errors[kind] = self.errors.get(kind, 0) + count
             first = self.messages.setdefault(kind, [])
             first += [m for m in other.messages.get(kind, ()) if m not in first][: NUM_FIRST_ERRORS - len(first)]
+        self.prefix_reuse.merge(other.prefix_reuse)
         self.first_send_s = min(self.first_send_s, other.first_send_s)
         self.last_end_s = max(self.last_end_s, other.last_end_s)
         self.longest_gap_s = max(self.longest_gap_s, other.longest_gap_s)

@@ -26,12 +26,26 @@ if TYPE_CHECKING:
 SECTIONS = {
     "Arrivals": "--streams --rate --arrivals --burstiness --burst --stages --trace --trace-speed --num-requests "
     "--duration --max-streams",
-    "Prompts": "--isl --osl --prefix --turns --think-time --prompts --tokenizer --seed",
+    "Prompts": "--isl --osl --prefix --turns --calls --think-time --preset --prompts --tokenizer --seed",
     "Requests": "--api --model --set --stop-at-eos --per-chunk-usage --header --api-key --insecure --timeout",
     "Measuring": "--slo --stall --find-rate --attain --trial-time --against --pairs --fail-below --at --processes "
     "--no-calibration",
     "Output": "--strict --json --record --html --help",
 }
+
+
+# Prompts and conversations by name, as options of the command.
+PRESETS: dict[str, dict[str, str]] = {
+    "agents": {
+        "prefix": "1x1500", "turns": "6", "calls": "3", "think_time": "1s", "isl": "150@0.5,400@0.35,1500@0.15",
+        "osl": "40@0.6,200@0.4",
+    },
+}  # fmt: skip
+
+
+def _apply_preset(ctx: click.Context, param: click.Parameter, name: str | None) -> None:
+    if name is not None:
+        ctx.default_map = {**(ctx.default_map or {}), **PRESETS[name]}
 
 
 @click.command(cls=options.sectioned(SECTIONS))
@@ -64,6 +78,15 @@ SECTIONS = {
 )
 @click.option("--prefix", help="4x512: each prompt begins with one of 4 shared prefixes of 512 tokens.")
 @click.option("--turns", type=int, default=Load.turns, help="Requests in a conversation, sent as chat.")
+@click.option(
+    "--calls", type=int, default=Load.calls,
+    help="So many at once in each turn after the first; the conversation goes on from one of them.",
+)  # fmt: skip
+@click.option(
+    "--preset", type=click.Choice(tuple(PRESETS)), is_eager=True, expose_value=False, callback=_apply_preset,
+    help="agents: --prefix, --turns, --calls, --think-time, --isl and --osl as agents with tools have them; "
+    "what is given beside it wins.",
+)  # fmt: skip
 @click.option(
     "--think-time", type=option_types.DURATION, default=f"{Load.think_time_s:g}s", show_default=True,
     help="Between an answer and the next turn.",

@@ -42,6 +42,7 @@ class BenchOptions:
     osl: Lengths
     prefix: str | None
     turns: int
+    calls: int
     think_time: float
     prompts: str | None
     api: Api | None
@@ -152,6 +153,7 @@ class BenchOptions:
             prefixes=prefixes,
             prefix_tokens=prefix_tokens,
             turns=self.turns,
+            calls=self.calls,
             think_time_s=self.think_time,
             prompts=self.prompts,
             ignore_eos=not self.stop_at_eos,

@@ -17,6 +17,7 @@ from kervan.bench.counting import WorkerProgress
 from kervan.bench.drive import OnProgress
 from kervan.bench.faults import Effect
 from kervan.bench.load import Load
+from kervan.bench.prefix_reuse import CachedShare
 from kervan.bench.result import Result
 from kervan.bench.sketch import Sketch
 from kervan.units import format_duration, plural
@@ -153,6 +154,9 @@ def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> N
         f"stalls: {stalls['count']} gaps of {format_duration(stalls['threshold_s'])} or more in {stalls['streams']} "
         f"streams; longest gap {format_duration(stalls['longest_gap_s'])}"
     )
+    cache = result.prefix_cache
+    if cache.cached_tokens or cache.possible_tokens:
+        console.print(_cache_line(cache), soft_wrap=True)
     facts = f"client: {client['processes']} process{'es' if client['processes'] > 1 else ''}"
     if client["cpu_us_per_token"] is not None:
         facts += (
@@ -177,6 +181,20 @@ def _print_facts(console: Console, result: Result, content: dict[str, Any]) -> N
         )
     if content["requests"]["without_usage"]:
         console.print("[yellow]no usage in the answers: a chunk was counted as a token[/]")
+
+
+def _cache_line(cache: CachedShare) -> str:
+    """What came from the server's prefix cache, beside what could have."""
+    if cache.cached_tokens is None:
+        return (
+            f"prefix cache: the server says nothing of it; {cache.possible_tokens:,} of {cache.prompt_tokens:,.0f} "
+            "prompt tokens could come from it"
+        )
+    line = f"prefix cache: {cache.cached_tokens:,.0f} of {cache.prompt_tokens:,.0f} prompt tokens"
+    line += f" ({100 * (cache.share or 0):.0f}%)"
+    if cache.of_possible is not None:
+        line += f", {100 * cache.of_possible:.0f}% of the possible {cache.possible_tokens:,}"
+    return line + (" (by the server's metrics)" if cache.source == "metrics" else "")
 
 
 def _print_effect(console: Console, effect: Effect) -> None:

@@ -6,7 +6,8 @@ What is followed, from the source of vLLM 0.24 to 0.32 (V1 scheduler; `Scheduler
   order of arrival, as many as fit, the last one in part.
 - A prompt starts when all of it has room (`scheduler_reserve_full_isl`); its KV blocks are taken as its tokens are
   computed. When running requests need more blocks than there are, the youngest gives its own back, waits at the head of
-  the queue, and is computed again later. No prefix cache.
+  the queue, and is computed again later. `CachingScheduler` (`prefix_cache.py`) has vLLM's prefix cache, for requests
+  with tokens; here `cached_tokens` says what is found.
 - With pipeline stages and model runner V2, a sequence is in every p-th step (`next_decode_eligible_step`).
 
 `tests/contract/test_scheduler.py` runs vLLM's own beside it.
@@ -238,8 +239,7 @@ class Scheduler(Generic[R]):
         preempted = []
         while self.num_blocks - self.free_blocks > num_blocks:
             preempted.append(self._preempt_youngest())
-        self.free_blocks += num_blocks - self.num_blocks
-        self.num_blocks = num_blocks
+        self._set_size(num_blocks)
         return preempted
 
     def compose(self, steps_alike: Callable[[Batch], int] | None = None) -> ScheduledStep[R] | None:
@@ -307,11 +307,8 @@ class Scheduler(Generic[R]):
 
     def _fill(self, steps_alike: Callable[[Batch], int] | None) -> ScheduledStep[R] | None:
         group, preempted_before = self._ready, self.num_preempted
-        if group.blocks_for(1) > self.free_blocks:
-            self._make_room(group)
+        decode_blocks = self._take_for_decode(group)
         sequences = len(group)
-        decode_blocks = group.blocks_for(1)
-        self.free_blocks -= decode_blocks
         firsts: list[R] = []
         chunk, prefill, pairs = None, 0, 0.0
         has_preempted = self.num_preempted > preempted_before
@@ -351,7 +348,7 @@ class Scheduler(Generic[R]):
             if is_new and not (self.waiting and may_admit and running < self.max_num_seqs):
                 break
             request = self.waiting[0] if self._partial is None else self._partial
-            before = request.cached_tokens if is_new else request.computed_tokens
+            before = self._find_cached(request) if is_new else request.computed_tokens
             tokens = min(budget, request.context_tokens - before)
             if not self._fits(request, tokens, is_new=is_new):
                 break
@@ -360,7 +357,7 @@ class Scheduler(Generic[R]):
             self._partial = None
             computed = before + tokens
             pairs += tokens * before + tokens * tokens / 2
-            self.free_blocks -= self._blocks(computed) - self._blocks(request.computed_tokens)
+            self._take_for_prompt(request, computed, is_new=is_new)
             request.computed_tokens = computed
             prefill += tokens
             budget -= tokens
@@ -374,7 +371,7 @@ class Scheduler(Generic[R]):
     def _fits(self, request: R, tokens: int, *, is_new: bool) -> bool:
         """Whether the next part of a prompt may be computed; of one that has not begun, whether all of it has room."""
         if is_new:
-            return self._blocks(request.context_tokens) <= self.free_blocks
+            return self._has_room_for(request)
         if self._blocks(request.computed_tokens + tokens) - self._blocks(request.computed_tokens) <= self.free_blocks:
             return True
         self._preempt_partial()  # the youngest that runs is the one that needs them
@@ -391,12 +388,41 @@ class Scheduler(Generic[R]):
             most = min(most, steps_alike(batch))
         return max(1, int(most))
 
-    def _make_room(self, group: DecodeGroup[R]) -> None:
-        """Preempt the youngest while the sequences that decode need more blocks than there are."""
-        if self._partial is not None and len(group):
-            self._preempt_partial()
-        while len(group) and group.blocks_for(1) > self.free_blocks:
-            self._preempt_decoding(group)
+    # ---- the pool of blocks
+
+    def _set_size(self, num_blocks: int) -> None:
+        self.free_blocks += num_blocks - self.num_blocks
+        self.num_blocks = num_blocks
+
+    def _take_for_decode(self, group: DecodeGroup[R]) -> int:
+        """Blocks for one token of each sequence that decodes; the youngest are preempted while there are too few."""
+        blocks = group.blocks_for(1)
+        if blocks > self.free_blocks:
+            if self._partial is not None and len(group):
+                self._preempt_partial()
+            while len(group) and group.blocks_for(1) > self.free_blocks:
+                self._preempt_decoding(group)
+            blocks = group.blocks_for(1)
+        self.free_blocks -= blocks
+        return blocks
+
+    def _find_cached(self, request: R) -> int:
+        """Tokens of a prompt that begins which need not be computed."""
+        return request.cached_tokens
+
+    def _has_room_for(self, request: R) -> bool:
+        """Whether a prompt that begins fits as a whole."""
+        return self._blocks(request.context_tokens) <= self.free_blocks
+
+    def _take_for_prompt(self, request: R, computed_tokens: int, *, is_new: bool) -> None:
+        """Blocks for a prompt up to the token to which this step computes it."""
+        self.free_blocks -= self._blocks(computed_tokens) - self._blocks(request.computed_tokens)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+    def _release(self, request: R) -> None:
+        self.free_blocks += self._blocks(request.computed_tokens)
 
     # ---- who runs
 
@@ -433,9 +459,3 @@ class Scheduler(Generic[R]):
 
     def _new_group(self) -> DecodeGroup[R]:
         return DecodeGroup(self.block_tokens)
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_tokens)
-
-    def _release(self, request: R) -> None:
-        self.free_blocks += self._blocks(request.computed_tokens)

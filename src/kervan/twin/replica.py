@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import zmq
@@ -22,7 +23,17 @@ from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, 
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
 from kervan.twin.token_engine import TwinEngine, TwinOutput, TwinSettings, TwinStep
-from kervan.twin.wire import ABORT, ADD, UTILITY, GatewayWire, read_ids
+from kervan.twin.wire import (
+    ABORT,
+    ADD,
+    UTILITY,
+    UTILITY_ANSWERS,
+    EngineStats,
+    GatewayWire,
+    UtilityCall,
+    read_call,
+    read_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +73,7 @@ class TwinReplica:
         self._lost_s = 0.0
         self._reported_s = time.monotonic()
         self._lost_share = 0.0
+        self._told_load = (0, 0)  # running and waiting, as gateways know them
         self.sessions = Sessions(
             replica_id=spec.replica_id,
             secret=spec.secret,
@@ -155,8 +167,10 @@ class TwinReplica:
         by_client: dict[int, list[TwinOutput]] = {}
         for output in outputs:
             by_client.setdefault(output.client, []).append(output)
+        stats = self._new_stats() if outputs else None
         for client, own in by_client.items():
-            self._send(client, self._wires[client].outputs(own, now_s))
+            self._send(client, self._wires[client].outputs(own, now_s, stats))
+            stats = None  # they are counters: one gateway counts them, as with vLLM
         if self._crash_at is not None and self._num_tokens >= self._crash_at:
             logger.error("crashes after %d tokens, as requested", self._num_tokens)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -169,6 +183,14 @@ class TwinReplica:
             number = wire.encode_number(session.num_outputs + 1)
             self._output.send_multipart([session.identity, number, message])
             session.num_outputs += 1
+
+    def _new_stats(self) -> EngineStats | None:
+        """What is to be told of this step; None when nothing has changed but the share of the pool in use."""
+        prefix_cache, load = self.engine.new_prefix_counts(), self._load
+        if not prefix_cache.requests and load[:2] == self._told_load:
+            return None
+        self._told_load = load[:2]
+        return EngineStats(*load, prefix_cache)
 
     @property
     def _load(self) -> tuple[int, int, float]:
@@ -229,7 +251,13 @@ class TwinReplica:
             elif kind == ABORT:
                 self.engine.abort(read_ids(frames[0]))
             elif kind == UTILITY:
-                self._send(client, self._wires[client].utility(frames[0], time.monotonic()))
+                call = read_call(frames[0])
+                self._send(client, self._wires[client].answer(call, self._answer(call), time.monotonic()))
+
+    def _answer(self, call: UtilityCall) -> Any:
+        if call.method == "reset_prefix_cache":
+            return self.engine.reset_prefix_cache(preempts=bool(call.args and call.args[0]))
+        return UTILITY_ANSWERS.get(call.method)
 
     def _begin_session(self, index: int) -> tuple[str, wire.EngineFacts]:
         self._wires.append(GatewayWire(self.sessions.all[index].hello.layouts))

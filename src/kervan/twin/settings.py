@@ -47,9 +47,11 @@ def settings(config: FleetConfig) -> TwinSettings:
     modelled = engine_limits.limits(spec, gpu, {"max_model_len": spec.max_model_len, **config.engine_args})
     values = _sizes(spec, gpu, layout, modelled, given) | _times(spec, gpu, layout, modelled)
     values |= _tokens(config.model, described, spec.vocab)
+    values["enable_prefix_caching"] = _caches_prefixes(config.engine_args)
     values |= {key: value for key, value in given.items() if key not in EXTRA}
     timing = StepTiming(**{f.name: float(values[f.name]) for f in dataclasses.fields(StepTiming)})
-    limits = TwinLimits(**{f.name: int(values[f.name]) for f in dataclasses.fields(TwinLimits) if f.name in values})
+    sizes: dict[str, Any] = {f.name: int(values[f.name]) for f in dataclasses.fields(TwinLimits) if f.name in values}
+    limits = TwinLimits(**sizes | {"enable_prefix_caching": bool(values["enable_prefix_caching"])})
     _check(limits)
     return TwinSettings(timing, limits, given["speed"])
 
@@ -108,6 +110,16 @@ def _sizes(
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "max_model_len": limits.max_model_len,
     }
+
+
+def _caches_prefixes(arguments: Mapping[str, Any]) -> bool:
+    """vLLM's `enable_prefix_caching`, on by default."""
+    given = arguments.get("enable_prefix_caching")
+    if given is None or str(given).lower() in ("true", "1"):
+        return True
+    if str(given).lower() in ("false", "0"):
+        return False
+    raise ConfigError(f"engine argument enable_prefix_caching={given!r} is neither true nor false; use one of both")
 
 
 def _times(spec: ModelSpec, gpu: Gpu, layout: Layout, limits: EngineLimits) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a twin computes in place of a model. Pure: no clock, no I/O.
 
-Steps are composed as vLLM's scheduler does (`kervan.sim.scheduler`), one after the other.
+Steps are composed as vLLM's scheduler does (`kervan.sim.scheduler`), one after the other, with vLLM's prefix cache
+(`kervan.sim.prefix_cache`).
 
 The next token is a checksum of all tokens before it. So the same context gives the same token on every twin, with or
 without a move in between, and a token that is lost, doubled or changed shows in every later one.
@@ -8,12 +9,13 @@ without a move in between, and a token that is lost, doubled or changed shows in
 
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kervan.sim.limits import BLOCK_TOKENS
-from kervan.sim.scheduler import ScheduledRequest, ScheduledStep, Scheduler
+from kervan.sim.prefix_cache import BlockHashes, CachedRequest, CachingScheduler, Media, PrefixCacheCounts
+from kervan.sim.scheduler import ScheduledStep, Scheduler
 
 Finish = Literal["stop", "length"]
 _MIX = 2654435761  # Knuth's multiplicative hash: neighbouring checksums give far tokens
@@ -58,6 +60,7 @@ class TwinLimits:
     last_token: int = 999
     eos_token: int = 1000
     mean_answer_tokens: int = 256
+    enable_prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,11 @@ class TwinSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TwinRequest:
-    """What a client wants of a twin. `client`: whose output it is, given back untouched."""
+    """What a client wants of a twin. `client`: whose output it is, given back untouched.
+
+    `scope`, `media`: what besides the tokens must be equal for a block of the prefix cache to be that of this prompt;
+    `reads_cache`: whether it may use any.
+    """
 
     id: str
     client: int
@@ -80,10 +87,13 @@ class TwinRequest:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_tokens: frozenset[int] = frozenset()
+    scope: Hashable = None
+    media: tuple[Media, ...] = ()
+    reads_cache: bool = True
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class TwinSequence(ScheduledRequest):
+class TwinSequence(CachedRequest):
     """A request that the twin runs. `checksum`: of all its tokens so far, which decides the next one.
 
     `queued_s`, `scheduled_s`: when it came, and when it first ran, by the clock that the engine's caller passes.
@@ -116,6 +126,8 @@ class FirstToken:
     prompt_tokens: int
     queued_s: float
     scheduled_s: float
+    cached_tokens: int = 0
+    stored_tokens: int = 0  # of the prompt, that were not in the prefix cache before and are now
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +170,14 @@ class TwinEngine:
         self.limits = limits
         self._sequences: dict[str, TwinSequence] = {}
         self._num_added = 0
-        self._scheduler: Scheduler[TwinSequence] = Scheduler(
+        kind: type[Scheduler[TwinSequence]] = CachingScheduler if limits.enable_prefix_caching else Scheduler
+        self._scheduler = kind(
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             num_blocks=limits.num_blocks,
             block_tokens=limits.block_size,
         )
+        self._told = PrefixCacheCounts()
 
     @property
     def num_running(self) -> int:
@@ -180,6 +194,23 @@ class TwinEngine:
         """How often a request was preempted, since the start."""
         return self._scheduler.num_preempted
 
+    def new_prefix_counts(self) -> PrefixCacheCounts:
+        """What was looked for in the prefix cache, and found, since the last call."""
+        if not isinstance(self._scheduler, CachingScheduler):
+            return self._told
+        now, told = self._scheduler.counts, self._told
+        self._told = replace(now)
+        return PrefixCacheCounts(now.requests - told.requests, now.queries - told.queries, now.hits - told.hits)
+
+    def reset_prefix_cache(self, *, preempts: bool = False) -> bool:
+        """Forget what the prefix cache holds; false when blocks are in use. `preempts`: compute those again later."""
+        if not isinstance(self._scheduler, CachingScheduler):
+            return preempts or not self.num_running
+        is_reset, preempted = self._scheduler.reset_prefix_cache(preempts=preempts)
+        for sequence in preempted:
+            sequence.context_tokens = sequence.num_tokens
+        return is_reset
+
     @property
     def has_work(self) -> bool:
         """Whether any request is here."""
@@ -187,7 +218,7 @@ class TwinEngine:
 
     @property
     def kv_cache_usage(self) -> float:
-        """Share of the pool in use, reserved blocks included, 0 to 1."""
+        """Share of the pool in use, reserved blocks included, 0 to 1; what is only cached is free."""
         return 1.0 - self._scheduler.free_blocks / self.limits.num_blocks
 
     def clients_of(self, client: int) -> list[str]:
@@ -197,6 +228,7 @@ class TwinEngine:
     def add(self, request: TwinRequest, now_s: float = 0.0) -> None:
         """To the end of the queue. The order of calls is the order of arrival."""
         length = len(request.prompt)
+        is_cached = self.limits.enable_prefix_caching
         sequence = TwinSequence(
             number=self._num_added,
             context_tokens=length,
@@ -204,6 +236,10 @@ class TwinEngine:
             checksum=extend(0, request.prompt),
             num_tokens=length,
             queued_s=now_s,
+            reads_cache=request.reads_cache,
+            hashes=BlockHashes(
+                request.prompt if is_cached else (), self.limits.block_size, scope=request.scope, media=request.media
+            ),
         )
         self._num_added += 1
         self._sequences[request.id] = sequence
@@ -258,6 +294,8 @@ class TwinEngine:
                 token = limits.eos_token
             sequence.checksum = zlib.crc32(token.to_bytes(4, "little"), sequence.checksum)
             sequence.num_tokens += 1
+            if limits.enable_prefix_caching:
+                sequence.hashes.append(token)
             finish: Finish | None = None
             stop_token = None
             if may_stop and token in request.stop_tokens:
@@ -268,11 +306,17 @@ class TwinEngine:
                 finish = "length"
             first = None
             if sequence.num_output == 1:
-                first = FirstToken(len(request.prompt), sequence.queued_s, sequence.scheduled_s)
+                first = self._first_token(sequence)
             outputs.append(TwinOutput(request.id, request.client, token, finish, stop_token, first))
             if finish:
                 self._drop(sequence)
         return outputs
+
+    def _first_token(self, sequence: TwinSequence) -> FirstToken:
+        prompt_tokens, cached_tokens = len(sequence.request.prompt), sequence.first_cached_tokens or 0
+        held_tokens = len(sequence.blocks) * self.limits.block_size
+        stored_tokens = max(0, min(held_tokens, prompt_tokens) - cached_tokens)
+        return FirstToken(prompt_tokens, sequence.queued_s, sequence.scheduled_s, cached_tokens, stored_tokens)
 
     def check_integrity(self) -> None:
         """Raises: AssertionError when blocks were lost or given twice."""

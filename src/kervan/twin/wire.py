@@ -6,12 +6,14 @@ are vLLM's (a contract test compares them).
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
 
 from kervan.fleet import wire
 from kervan.fleet.sessions import RefusalError
+from kervan.sim.prefix_cache import Media, PrefixCacheCounts
 from kervan.twin.token_engine import TwinOutput, TwinRequest
 
 ADD, ABORT, UTILITY = b"\x00", b"\x01", b"\x03"
@@ -29,10 +31,28 @@ UTILITY_ANSWERS: dict[str, Any] = {
     "remove_lora": True,
     "pin_lora": True,
     "list_loras": [],
-    "reset_prefix_cache": True,
 }
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
+
+
+@dataclass(frozen=True, slots=True)
+class UtilityCall:
+    """A call of a method of the engine."""
+
+    id: int
+    method: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What vLLM's scheduler says of itself after a step. `prefix_cache`: since it was last told."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    prefix_cache: PrefixCacheCounts
 
 
 class LayoutError(RefusalError):
@@ -50,6 +70,9 @@ class GatewayWire:
         self._id, self._prompt, self._sampling = (
             _need(request, name) for name in ("request_id", "prompt_token_ids", "sampling_params")
         )
+        self._lora, self._salt, self._media = (
+            _need(request, name) for name in ("lora_request", "cache_salt", "mm_features")
+        )
         output = _positions(layouts, "EngineCoreOutput")
         if (_need(output, "request_id"), _need(output, "new_token_ids")) != (0, 1):
             raise LayoutError("EngineCoreOutput does not begin with request_id, new_token_ids")
@@ -58,6 +81,7 @@ class GatewayWire:
         outputs = _positions(layouts, "EngineCoreOutputs")
         self._outputs, self._time = _need(outputs, "outputs"), _need(outputs, "timestamp")
         self._utility = _need(outputs, "utility_output")
+        self._stats = _need(outputs, "scheduler_stats")
         self._head: list[Any] = [0] + [None] * self._utility  # engine_index, then what stands at its default
 
     def read_request(self, frame: bytes | memoryview, client: int) -> TwinRequest:
@@ -77,10 +101,13 @@ class GatewayWire:
             min_tokens=sampling.get("min_tokens", MIN_TOKENS_DEFAULT) - len(generated),
             ignore_eos=sampling.get("ignore_eos", IGNORE_EOS_DEFAULT),
             stop_tokens=frozenset(sampling.get("stop_token_ids") or ()),
+            scope=(_lora_name(fields[self._lora]), fields[self._salt]),
+            media=tuple(map(_read_media, fields[self._media] or ())),
+            reads_cache=not sampling.get("skip_reading_prefix_cache"),
         )
 
-    def outputs(self, outputs: Sequence[TwinOutput], now_s: float) -> bytes:
-        """EngineCoreOutputs with one token for each."""
+    def outputs(self, outputs: Sequence[TwinOutput], now_s: float, stats: EngineStats | None = None) -> bytes:
+        """EngineCoreOutputs with one token for each; `stats` as its SchedulerStats."""
         rows: list[list[Any]] = []
         for output in outputs:
             row: list[Any] = [output.id, [output.token]]
@@ -97,26 +124,54 @@ class GatewayWire:
                     {"type": SCHEDULED, "timestamp": first.scheduled_s},
                 ]
                 if self._prefill is not None:
-                    tokens = first.prompt_tokens
-                    row[self._prefill] = {"num_prompt_tokens": tokens, "num_computed_tokens": tokens}
+                    row[self._prefill] = {
+                        "num_prompt_tokens": first.prompt_tokens,
+                        "num_computed_tokens": first.prompt_tokens - first.cached_tokens,
+                        "num_cached_tokens": first.cached_tokens,
+                        "num_local_cached_tokens": first.cached_tokens,
+                        "num_cache_creation_tokens": first.stored_tokens,
+                    }
             rows.append(row)
         message = self._head[: self._time + 1]
         message[self._outputs], message[self._time] = rows, now_s
+        if stats is not None:
+            message[self._stats] = {
+                "num_running_reqs": stats.num_running,
+                "num_waiting_reqs": stats.num_waiting,
+                "kv_cache_usage": stats.kv_cache_usage,
+                "prefix_cache_stats": asdict(stats.prefix_cache),
+            }
         return _encode(message)
 
-    def utility(self, frame: bytes | memoryview, now_s: float) -> bytes:
+    def answer(self, call: UtilityCall, value: Any, now_s: float) -> bytes:
         """The answer to a UTILITY, as EngineCoreOutputs."""
-        _, call_id, method, *_ = _decode(frame)
         message = list(self._head)
         message[self._outputs], message[self._time] = [], now_s
-        message[self._utility] = [call_id, None, [None, UTILITY_ANSWERS.get(method)]]
+        message[self._utility] = [call.id, None, [None, value]]
         return _encode(message)
+
+
+def read_call(frame: bytes | memoryview) -> UtilityCall:
+    """The call in a UTILITY."""
+    _, call_id, method, *rest = _decode(frame)
+    return UtilityCall(call_id, method, tuple(rest[0]) if rest else ())
 
 
 def read_ids(frame: bytes | memoryview) -> list[str]:
     """The request ids of an ABORT."""
     ids: list[str] = _decode(frame)
     return ids
+
+
+def _lora_name(request: Any) -> str | None:
+    """vLLM's LoRARequest, an array that begins with the adapter's name."""
+    return request[0] if request else None
+
+
+def _read_media(feature: Any) -> Media:
+    """vLLM's MultiModalFeatureSpec."""
+    place = feature["mm_position"]
+    return Media(feature["identifier"], place["offset"], place["length"])
 
 
 def _positions(layouts: dict[str, list[str]], struct: str) -> dict[str, int]:

@@ -9,6 +9,7 @@ import pytest
 from harness.places import BENCHMARKS
 
 from kervan.bench import html_report
+from kervan.bench.prefix_reuse import CachedShare
 from kervan.bench.report_plots import ReportedRun
 from kervan.bench.sketch import Sketch
 from kervan.bench.tally import METRICS
@@ -44,6 +45,15 @@ def test_one_run(tmp_path: Path) -> None:
     assert f"<b>{result['out_tok_s']:,.0f}</b><span>output tokens/s</span>" in page
     assert "<h2>Distributions</h2>" in page
     assert not any(title in page for title in ("Throughput against latency", "Failed requests", "Faults during"))
+
+
+def test_the_share_of_the_prefix_cache(tmp_path: Path) -> None:
+    (run,) = runs(1)
+    assert "prefix cache" not in write(tmp_path, run)
+    run.record["result"]["prefix_cache"] = CachedShare("usage", 1340, 4000, 2000).to_dict()
+    assert "<b>34%</b><span>of prompt tokens from the prefix cache, 67% of the possible</span>" in write(tmp_path, run)
+    run.record["result"]["prefix_cache"] = CachedShare("metrics", 1340, 4000, None).to_dict()
+    assert "<span>of prompt tokens from the prefix cache</span>" in write(tmp_path, run)
 
 
 def test_a_sweep(tmp_path: Path) -> None:

@@ -444,3 +444,31 @@ async def test_the_calibration_server_says_what_it_did() -> None:
     assert (counter.floor.ttft.count, counter.floor.gap.count) == (4, 16)
     # Kernel times on both sides of the loopback: what is left is far below what was waited for.
     assert (counter.floor.ttft.quantile(0.5) or 0) < (counter.floor.ttft_measured.quantile(0.5) or 0)
+
+
+async def test_a_conversation_with_several_calls_at_once() -> None:
+    """3 turns of 2 calls: 1 + 2 + 2 requests, each with all that was said before; its prompt and answer can be cached."""
+    asked: list[list[dict[str, str]]] = []
+
+    async def chat(body: bytes, writer: asyncio.StreamWriter, number: int) -> None:
+        asked.append(json.loads(body)["messages"])
+        tokens = 16 * len(asked[-1])
+        text = b'{"choices": [{"delta": {"content": "%d"}, "finish_reason": "stop"}]}' % number
+        usage = {"prompt_tokens": tokens, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 16}}
+        last = json.dumps({"choices": [], "usage": usage}).encode()
+        events = b"".join(chunked(b"data: %s\n\n" % event) for event in (text, last, b"[DONE]"))
+        writer.write(HEAD + events + b"0\r\n\r\n")
+
+    async with serving(chat) as url:
+        target = Endpoint(url=url, model="m", api="chat")
+        load = Load(streams=1, num_requests=5, turns=3, calls=2, isl="4", osl="1")
+        tally = (await counted(Share(load, target, Alphabet(words=(" a", " b")), Slo()))).tally
+    assert (tally.ok, tally.errors) == (5, {})
+    assert [len(messages) for messages in asked] == [1, 3, 3, 5, 5]
+    first, a, b, c, d = asked
+    assert a[:2] == b[:2] == [*first, {"role": "assistant", "content": "1"}]
+    assert c[:4] == d[:4] == [*a, c[3]]  # it goes on from the first of the calls
+    assert (a[-1] == b[-1], c[-1] == d[-1]) == (False, False)
+    reuse = tally.prefix_reuse
+    # Known of 16 and 48 tokens: prompt and answer without its last token, in whole blocks of 16.
+    assert (reuse.reusable_tokens, reuse.cached_tokens, reuse.num_unknown) == (2 * 16 + 2 * 48, 80, 0)

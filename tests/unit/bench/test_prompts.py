@@ -147,6 +147,9 @@ def test_the_request_as_sent() -> None:
         ({"num_requests": 0}, "--num-requests 0"),
         ({"streams": 20_000}, "outside 1..10000"),
         ({"prefixes": 2}, "4x512"),
+        ({"calls": 2}, "--calls 2 with --turns 1"),
+        ({"calls": 0}, "--calls 0"),
+        ({"streams": 6000, "calls": 2, "turns": 2}, "12000 requests at once, over --max-streams 10000"),
         ({"isl": "much"}, "--isl 'much'"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from kervan.bench.drive import Action, Outcome
 from kervan.bench.endpoint import Probe
 from kervan.bench.load import Endpoint, Load
+from kervan.bench.prefix_reuse import PrefixReuse
 from kervan.bench.reconcile import Reconciliation
 from kervan.bench.result import Result
 from kervan.bench.sketch import Sketch
@@ -26,6 +27,15 @@ def result(
     outcome = Outcome(tally, 1, 0.0, 5.0, 0.0, Sketch(), "asyncio", [], gave_up=gave_up, missed_actions=list(actions))
     load = Load(streams=2, duration_s=5)
     return Result(Endpoint(url="http://s"), Probe(), load, Slo(), outcome, None, Reconciliation("unavailable"))
+
+
+def test_what_is_cached_of_an_earlier_run_is_told() -> None:
+    """300 of 1,000 prompt tokens were cached, and the run repeats 100."""
+    reuse = PrefixReuse(num_told=9, prompt_tokens=1000, cached_tokens=300, reusable_tokens=100)
+    (note,) = result(prefix_reuse=reuse).notes()
+    assert note.startswith("the prefix cache had 200 prompt tokens more than this run repeats")
+    reuse.cached_tokens = 110
+    assert result(prefix_reuse=reuse).notes() == []
 
 
 def test_nothing_to_say() -> None:

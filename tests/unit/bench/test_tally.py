@@ -129,6 +129,10 @@ vllm:time_to_first_token_seconds_bucket{le="0.1"} 5
 def test_counters_of_a_page() -> None:
     assert read_counters(PAGE) == Counters(7, 150, 70, 1.5, 7)
     assert read_counters(PAGE.replace("vllm:", "ray_vllm_")) == Counters(7, 150, 70, 1.5, 7)
+    prefix = 'vllm:prefix_cache_queries_total{engine="0"} 9\nvllm:prefix_cache_hits_total{engine="0"} 4\n'
+    found = read_counters(PAGE + prefix)
+    assert found is not None
+    assert (found.prefix_queries, found.prefix_hits) == (9, 4)
     assert read_counters("up 1\n") is None
     assert Counters(7, 150, 70, 1.5, 7).minus(Counters(1, 50, 10, 0.5, 1)) == Counters(6, 100, 60, 1.0, 6)
 

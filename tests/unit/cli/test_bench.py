@@ -18,8 +18,11 @@ import pytest
 from rich.console import Console
 
 from kervan.bench import compare, faults, records
+from kervan.bench.load import Load
 from kervan.bench.pacer import Pacer, Schedule
+from kervan.cli import bench as bench_command
 from kervan.cli import bench_view
+from kervan.cli.bench_options import BenchOptions
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,7 @@ def test_against_itself(server: str) -> None:
         (["http://127.0.0.1:9", "--trace", "/nothing.csv"], "/nothing.csv"),
         (["http://127.0.0.1:9", "--header", "nonsense"], "Name: value"),
         (["http://127.0.0.1:9", "--at", "40s true"], "which ends after 30 s"),
+        (["http://127.0.0.1:9", "--calls", "3"], "--calls 3 with --turns 1"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )
@@ -195,6 +199,19 @@ def test_wrong_words(words: list[str], reason: str) -> None:
     assert last.startswith("error: ")
     assert reason in last
     assert "Traceback" not in done.stderr
+
+
+def test_a_preset_is_options_and_those_given_beside_it_win() -> None:
+    def load(*words: str) -> Load:
+        given = bench_command.bench.make_context("bench", ["http://127.0.0.1:9", *words]).params
+        return BenchOptions(**given).loads()[0]
+
+    agents = load("--turns", "4", "--preset", "agents", "--streams", "3")
+    assert (agents.turns, agents.calls, agents.prefixes, agents.prefix_tokens) == (4, 3, 1, 1500)
+    assert (agents.isl, agents.osl, agents.think_time_s) == ("150@0.5,400@0.35,1500@0.15", "40@0.6,200@0.4", 1.0)
+    assert (agents.requests_per_job, load("--preset", "agents", "--num-requests", "17").num_jobs) == (10, 2)
+    plain = load()
+    assert (plain.turns, plain.calls, plain.isl) == (1, 1, "64")
 
 
 SERVER = """

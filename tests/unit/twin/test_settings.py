@@ -90,6 +90,14 @@ def test_what_the_user_says_wins(directory: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("more", "is_on"),
+    [({}, True), ({"engine_args": {"enable_prefix_caching": False}}, False), ({"twin": {"enable_prefix_caching": 0}}, False)],
+)  # fmt: skip
+def test_the_prefix_cache_is_on_unless_it_is_turned_off(directory: Path, more: dict[str, Any], is_on: bool) -> None:
+    assert settings(fleet(directory, LLAMA3_8B, **more)).limits.enable_prefix_caching is is_on
+
+
 def test_tokens_are_ordinary_text(directory: Path) -> None:
     added = [{"id": i} for i in (0, 1, 2, 900, *range(128000, 128256))]
     (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
@@ -111,6 +119,12 @@ def test_tokens_are_ordinary_text(directory: Path) -> None:
         pytest.param({"twin": {"spot_per_node": "0.5"}}, ConfigError, "not a whole number in 0..100", id="part of one"),
         pytest.param({"twin": {"spot_per_node": "101"}}, ConfigError, "not a whole number in 0..100", id="too many"),
         pytest.param({"twin": {"num_blocks": "3"}}, ConfigError, "use num_blocks=512", id="too few blocks"),
+        pytest.param(
+            {"engine_args": {"enable_prefix_caching": "maybe"}},
+            ConfigError,
+            "neither true nor false",
+            id="no yes or no",
+        ),
         pytest.param({"engine_args": {"max_num_seqs": "many"}}, ConfigError, "is not a number", id="engine argument"),
         pytest.param(
             {"described": {"model_type": "x", "architectures": ["y"]}}, ConfigError, "hidden_size", id="shape"

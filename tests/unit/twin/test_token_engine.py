@@ -3,9 +3,11 @@
 import random
 import zlib
 from collections import Counter
+from typing import Any
 
 import pytest
 
+from kervan.sim.prefix_cache import Media
 from kervan.twin.token_engine import (
     StepTiming,
     TwinEngine,
@@ -22,7 +24,10 @@ LIMITS = TwinLimits(num_blocks=8, block_size=4, max_num_seqs=2, max_num_batched_
 
 
 def engine(**changes: int) -> TwinEngine:
-    settings = {field: getattr(LIMITS, field) for field in LIMITS.__slots__} | changes
+    """Without a prefix cache: prompts here begin alike, and each token of them takes its time."""
+    settings = (
+        {field: getattr(LIMITS, field) for field in LIMITS.__slots__} | {"enable_prefix_caching": False} | changes
+    )
     return TwinEngine(TIMING, TwinLimits(**settings))
 
 
@@ -212,7 +217,7 @@ def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) 
     rng = random.Random(seed)
     limits = TwinLimits(
         num_blocks=rng.randint(16, 40), block_size=4, max_num_seqs=rng.randint(1, 9),
-        max_num_batched_tokens=rng.randint(1, 40), max_model_len=64,
+        max_num_batched_tokens=rng.randint(1, 40), max_model_len=64, enable_prefix_caching=seed % 4 > 0,
     )  # fmt: skip
     twin = TwinEngine(TIMING, limits)
     prompts: dict[str, list[int]] = {}
@@ -221,9 +226,14 @@ def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) 
     for i in range(300):
         if i < 150 and rng.random() < 0.3:
             name = str(i)
-            prompts[name] = [rng.randrange(1000) for _ in range(rng.randint(1, 40))]
+            before = prompts[rng.choice(list(prompts))] if prompts and rng.random() < 0.7 else []
+            start = before[: rng.randint(0, len(before))]
+            prompts[name] = start + [rng.randrange(1000) for _ in range(rng.randint(1, 40 - min(39, len(start))))]
+            scope = rng.choice(["one tenant", "another"])
             twin.add(
-                TwinRequest(id=name, client=0, prompt=prompts[name], max_tokens=rng.randint(1, 20), ignore_eos=True)
+                TwinRequest(
+                    id=name, client=0, prompt=prompts[name], max_tokens=rng.randint(1, 20), ignore_eos=True, scope=scope
+                )
             )
         if rng.random() < 0.05 and prompts:
             name = rng.choice(list(prompts))
@@ -232,6 +242,8 @@ def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) 
             twin.abort([name])
         if rng.random() < 0.05:
             twin.reserve(rng.choice([0, 0.3, 0.9]))
+        if rng.random() < 0.02:
+            assert twin.reset_prefix_cache(preempts=True)
         step = twin.start_step()
         if step is None:
             continue
@@ -247,3 +259,107 @@ def test_whatever_happens_every_answer_is_whole_and_no_block_is_lost(seed: int) 
     for name in set(prompts) - aborted:
         assert given[name] == answer(prompts[name], len(given[name]), limits)
     assert extend(extend(0, [1, 2]), [3]) == extend(0, [1, 2, 3])
+
+
+# ---- the prefix cache
+
+
+def found(twin: TwinEngine, *requests: TwinRequest) -> list[int]:
+    """Tokens that each found in the cache; all were added before any of them ran."""
+    for request in requests:
+        twin.add(request)
+    given = run(twin)
+    firsts = [given[request.id][0].first for request in requests]
+    return [first.cached_tokens for first in firsts if first is not None]
+
+
+def caching(**changes: int) -> TwinEngine:
+    return engine(**{"num_blocks": 16, "enable_prefix_caching": True} | changes)
+
+
+def test_a_prompt_that_begins_as_one_before_is_computed_from_there_on() -> None:
+    """Blocks of 4. `a` leaves 2 full ones, its first answered token in the third; of 9 equal tokens, 8 are found."""
+    twin = caching()
+    assert found(twin, ask("a", 9, max_tokens=1)) == [0]
+    twin.add(ask("b", 9))
+    step = twin.start_step()
+    assert step is not None
+    assert step.prefill_tokens == 1
+    assert step.duration_s == pytest.approx(1 + 0.1 + 0.01 + 9 * 0.001)
+    (output,) = twin.end_step(step)
+    assert output.first is not None
+    assert (output.first.prompt_tokens, output.first.cached_tokens, output.first.stored_tokens) == (9, 8, 0)
+    counts = twin.new_prefix_counts()
+    assert (counts.requests, counts.queries, counts.hits) == (2, 18, 8)
+    assert twin.new_prefix_counts().requests == 0
+
+
+def test_the_last_token_of_a_prompt_is_always_computed() -> None:
+    assert found(caching(), ask("a", 8), ask("b", 8), ask("c", 9)) == [0, 4, 8]
+
+
+def test_the_next_turn_of_a_chat_finds_the_answer_too() -> None:
+    """6 tokens asked and 7 answered: the last one was never computed, so 12 are in the cache."""
+    twin = caching()
+    chat = [*range(6), *answer(range(6), 7, LIMITS)]
+    twin.add(ask("a", 6, max_tokens=7))
+    run(twin)
+    more = TwinRequest(id="b", client=0, prompt=[*chat, 1, 2, 3], max_tokens=1, ignore_eos=True)
+    assert found(twin, more) == [12]
+
+
+def test_what_was_unused_for_longest_is_given_up_first_from_its_end() -> None:
+    """16 blocks of 4: `a` and `b` leave 5 each; `c` takes the 6 empty ones and the last 3 of `a`, whose second request
+    then takes the last 3 of `b`."""
+    twin = caching(max_num_batched_tokens=40, max_model_len=40)
+
+    def request(name: str, first: int, length: int) -> TwinRequest:
+        return TwinRequest(id=name, client=0, prompt=range(first, first + length), max_tokens=1, ignore_eos=True)
+
+    assert found(twin, request("a", 100, 20)) == [0]
+    assert found(twin, request("b", 200, 20)) == [0]
+    assert found(twin, request("c", 300, 36)) == [0]
+    assert found(twin, request("a2", 100, 20)) == [8]
+    assert found(twin, request("b2", 200, 20)) == [8]
+
+
+@pytest.mark.parametrize(
+    "other", [{"scope": "other"}, {"media": (Media("cat", 1, 2),)}, {"reads_cache": False}], ids=lambda o: next(iter(o))
+)
+def test_what_differs_in_more_than_tokens_is_not_shared(other: dict[str, Any]) -> None:
+    twin = caching()
+    assert found(twin, ask("a", 9)) == [0]
+    assert found(twin, ask("b", 9, **other)) == [0]
+    if "reads_cache" in other:
+        counts = twin.new_prefix_counts()
+        assert (counts.requests, counts.queries) == (1, 9)
+    else:
+        assert found(twin, ask("c", 9, **other)) == [8]
+
+
+def test_equal_media_are_shared_where_they_stand_alike() -> None:
+    twin = caching()
+    cat, dog = (Media("cat", 5, 2),), (Media("dog", 5, 2),)
+    assert found(twin, ask("a", 13, media=cat)) == [0]
+    assert found(twin, ask("b", 13, media=dog)) == [4]
+    assert found(twin, ask("c", 13, media=cat)) == [12]
+
+
+def test_a_reset_forgets_all_unless_blocks_are_in_use() -> None:
+    twin = caching()
+    found(twin, ask("a", 9))
+    assert twin.reset_prefix_cache()
+    assert found(twin, ask("b", 9)) == [0]
+    twin.add(ask("c", 9))
+    run(twin, 1)
+    assert not twin.reset_prefix_cache()
+    assert twin.reset_prefix_cache(preempts=True)
+    assert (twin.num_running, twin.num_waiting, twin.num_preempted) == (0, 1, 1)
+    assert [output.token for output in run(twin)["c"]] == answer(range(9), 3, LIMITS)[1:]
+
+
+def test_without_a_cache_nothing_is_found() -> None:
+    twin = engine(num_blocks=16)
+    assert found(twin, ask("a", 9)) == found(twin, ask("b", 9)) == [0]
+    assert twin.new_prefix_counts().queries == 0
+    assert twin.reset_prefix_cache()
