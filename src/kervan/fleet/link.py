@@ -16,6 +16,7 @@ from kervan.facts.markets import SPOT
 from kervan.fleet import auth, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.histogram import TTFT_BOUNDS_S, Histogram
+from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.stream import Stream
 from kervan.policy import routing, stall
 
@@ -66,12 +67,16 @@ def _risky_for_s(replica: ReplicaEntry, called_likely: set[str]) -> float:
 class ReplicaTally:
     """Streams of one replica so far: those that ended there, and those that went on elsewhere. It outlives its link.
 
-    `ttft`: from placing one there to its first token from there.
+    `ttft`: from placing one there to its first token from there. Tokens of prompts in the prefix cache, of streams that
+    gave a first token there: predicted, possible where the most of each was, and found.
     """
 
     num_served: int = 0
     num_moved: int = 0
     unlinked_s: float = 0.0
+    predicted_cached_tokens: int = 0
+    possible_cached_tokens: int = 0
+    cached_tokens: int = 0
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_BOUNDS_S))
 
 
@@ -97,6 +102,7 @@ class ReplicaLink:
     pong_s: float = 0.0
     tally: ReplicaTally = field(default_factory=ReplicaTally)
     num_tokens: int = 0
+    prefill: PrefillSpeed = field(default_factory=PrefillSpeed)
     ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
     num_outputs: int = 0  # received
     output_s: float = 0.0  # when the last one was received, or nothing was missing
