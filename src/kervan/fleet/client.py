@@ -21,7 +21,7 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kervan.errors import EngineError
@@ -30,8 +30,7 @@ from kervan.fleet.calls import Calls
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
-from kervan.fleet.histogram import Histogram
-from kervan.fleet.link import Member, ReplicaLink
+from kervan.fleet.link import Member, ReplicaLink, ReplicaTally
 from kervan.fleet.links import Links
 from kervan.fleet.losses import Losses
 from kervan.fleet.placement import Placements
@@ -153,9 +152,10 @@ class FleetClient:
         """What came from each replica since the last call, by its id; of those that are gone, their last counts."""
         return self._meter.look(self._links.live)
 
-    def ttfts(self) -> dict[str, Histogram]:
-        """Replica id -> the times from placing a stream there to its first token from there."""
-        return self._meter.ttfts()
+    @property
+    def tallies(self) -> Mapping[str, ReplicaTally]:
+        """Replica id -> counts of its streams, over its earlier links too."""
+        return self._meter.tallies
 
     async def wait_for_link(self) -> ReplicaLink:
         """The first live link, as soon as there is one."""
