@@ -136,12 +136,15 @@ class Match:
         """Tokens of the prompt that the replica with the most of it need not compute."""
         return self.level_tokens(self.levels[-1][0]) if self.levels else 0
 
-    def ids(self, members: int) -> Iterator[str]:
-        """The replicas of a level."""
-        while members:
-            bit = members & -members
-            yield self.replica_ids[bit.bit_length() - 1]
-            members ^= bit
+    def ids(self, members: int, after: int = 0) -> Iterator[str]:
+        """The replicas of a level, those first that come after the bit `after`."""
+        later = members & ~((after << 1) - 1)
+        for part in (later, members ^ later):
+            rest = part
+            while rest:
+                bit = rest & -rest
+                yield self.replica_ids[bit.bit_length() - 1]
+                rest ^= bit
 
 
 class PrefixTable:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter
 
 from kervan.policy.prefix import Match
@@ -22,10 +23,11 @@ ROOM_TOKENS = 2 * OUTPUT_CAP_TOKENS
 
 # A replica with more outstanding tokens than so many times the mean, and so many requests like the one in question, is
 # not chosen for a prefix: else one that all prompts share would bring them all to the first replica that had it. Nor is
-# any while another has as much less than the mean, as a replica that has just started. What is queued is not counted:
-# it is over soon, and in the time to the first token already.
+# any while another has as much less than the mean, as a replica that has just started. What is queued there is not
+# counted: it is over soon, and in the time to the first token already.
 PREFIX_BOUND = 1.25
 PREFIX_ROOM_REQUESTS = 3
+PREFIX_CANDIDATES = 16  # looked at, of those with the most of the prompt: more would take longer and find little better
 # Of what a prompt computes elsewhere, in addition: it takes time from the others there. So equal prompts that come at
 # once go to one replica, where all but the first wait for what the first computes, instead of each computing it.
 WORK_SHARE = 0.25
@@ -66,11 +68,6 @@ class ReplicaLoad:
     queued_tokens: int = 0
     prefill_tokens_per_s: float = 0.0
     prefix_trust: float = 1.0
-
-    @property
-    def running_tokens(self) -> int:
-        """Outstanding tokens less those of queued prompts."""
-        return self.outstanding_tokens - self.queued_tokens * self.num_gateways
 
     @property
     def is_doubtful(self) -> bool:
@@ -158,44 +155,48 @@ def for_prefix(
     """
     if not match.levels:
         return None
-    bit = match.bits.get(chosen.replica_id, 0)
-    best, best_tokens, best_key = chosen, 0, (math.inf, 0)
-    mean_tokens = -1.0
+    rate, bit = prefill_tokens_per_s, match.bits.get(chosen.replica_id, 0)
+    best, best_tokens = chosen, 0
+    best_key = _key(chosen, match.tokens(chosen.replica_id), prompt_tokens, rate)
+    total_tokens = all_queued_tokens = -1
+    num_left = PREFIX_CANDIDATES
     for num_spans, members in reversed(match.levels):
+        if members & bit or not num_left:  # of those that have as much as `chosen` or less, none has less to do
+            break
+        if total_tokens < 0:
+            total_tokens = sum(map(_tokens, replicas))
         cached_tokens = match.level_tokens(num_spans)
-        if members & bit:  # of those that have as much or less, none has less to do
-            key = _key(chosen, cached_tokens, prompt_tokens, prefill_tokens_per_s)
-            return _placement(best, best_tokens, prompt_tokens) if best_key < key else None
-        if mean_tokens < 0:
-            queued_tokens = sum(map(_queued, replicas)) * chosen.num_gateways
-            mean_tokens = max(0, sum(map(_tokens, replicas)) - queued_tokens) / len(replicas)
         room = PREFIX_ROOM_REQUESTS * cost_tokens(prompt_tokens - cached_tokens, output_tokens)
-        if chosen.running_tokens < mean_tokens / PREFIX_BOUND - room:
-            continue
-        for replica_id in match.ids(members):
+        for replica_id in islice(match.ids(members, bit), num_left):
+            num_left -= 1
             load = by_id.get(replica_id)
             if load is None or load.is_draining or load.is_doubtful or (avoids_risky and load.is_risky):
                 continue
-            if load.running_tokens <= PREFIX_BOUND * mean_tokens + room:
-                key = _key(load, cached_tokens, prompt_tokens, prefill_tokens_per_s)
-                if key < best_key:
-                    best, best_tokens, best_key = load, cached_tokens, key
-    if best_key < _key(chosen, 0, prompt_tokens, prefill_tokens_per_s):
-        return _placement(best, best_tokens, prompt_tokens)
-    return None
+            queued_tokens = load.queued_tokens * load.num_gateways
+            mean_tokens = (total_tokens - queued_tokens) / len(replicas)
+            if chosen.outstanding_tokens < mean_tokens / PREFIX_BOUND - room:
+                if all_queued_tokens < 0:  # of the others too: seldom needed, and takes as long as the rest
+                    all_queued_tokens = sum(map(_queued, replicas)) * chosen.num_gateways
+                least_tokens = (total_tokens - all_queued_tokens) / len(replicas) / PREFIX_BOUND - room
+                if chosen.outstanding_tokens < least_tokens:
+                    continue
+            if load.outstanding_tokens - queued_tokens > PREFIX_BOUND * mean_tokens + room:
+                continue
+            key = _key(load, cached_tokens, prompt_tokens, rate)
+            if key < best_key:
+                best, best_tokens, best_key = load, cached_tokens, key
+    if best is chosen:
+        return None
+    return Placement(
+        best.replica_id,
+        f"its prefix cache has {best_tokens} of {prompt_tokens} prompt tokens, "
+        f"and {best.outstanding_tokens} tokens are outstanding",
+    )
 
 
 def _key(load: ReplicaLoad, cached_tokens: int, prompt_tokens: int, prefill_tokens_per_s: float) -> tuple[float, int]:
     uncached = prompt_tokens - load.prefix_trust * cached_tokens
     return round(ttft_s(load, uncached, prefill_tokens_per_s=prefill_tokens_per_s), 3), load.outstanding_tokens
-
-
-def _placement(load: ReplicaLoad, cached_tokens: int, prompt_tokens: int) -> Placement:
-    return Placement(
-        load.replica_id,
-        f"its prefix cache has {cached_tokens} of {prompt_tokens} prompt tokens, "
-        f"and {load.outstanding_tokens} tokens are outstanding",
-    )
 
 
 def risky_for_s(*, is_spot: bool, age_s: float, is_called_likely: bool = False) -> float:
