@@ -144,6 +144,9 @@ class ToyReplica:
         self.clock_ahead_s = clock_ahead_s
         self.block_size = block_size
         self.cached_tokens: int | None = None  # told with each output
+        self.num_gateways = 1
+        self.prefixes_heard = bytearray()
+        self.prefixes_to_tell = b""
         self.running: dict[str, Request] = {}
         self.aborted: list[str] = []
         self.added: list[Request] = []
@@ -187,6 +190,7 @@ class ToyReplica:
                 continue
             elif kind == wire.PING:
                 self.last_ping = msgspec.msgpack.decode(payload[0], type=wire.Ping)
+                self.prefixes_heard += self.last_ping.prefixes
                 await self._input.send_multipart([identity, wire.PONG, self._pong()])
             elif kind == ADD:
                 request = msgspec.msgpack.decode(payload[0], type=Request)
@@ -238,7 +242,10 @@ class ToyReplica:
             self.num_outputs,
             stalled_s=self.stalled_s,
             step_tokens=self.step_tokens,
+            num_gateways=self.num_gateways,
+            prefixes=self.prefixes_to_tell,
         )
+        self.prefixes_to_tell = b""
         return msgspec.msgpack.encode(load)
 
     async def _call(self, call_id: int, method: str, args: list[Any]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +85,10 @@ class ReplicaTally:
 class ReplicaLink:
     """A live connection to one replica.
 
-    `streams`, by wire id, and their part of `load` are kept by `placement.Placements`; `calls`, by number, by
-    `calls.Calls`. The listener keeps what the replica says (`pong`, `num_outputs`, `output_s`), `follow` what the
-    directory says. `drain_deadline_s` and all other moments are of this process's monotonic clock.
+    `told` gets what other gateways tell of prefixes there, `news` is what they are told next; both are kept by
+    `prefixes.Prefixes`. `streams`, by wire id, and their part of `load` are kept by `placement.Placements`; `calls`,
+    by number, by `calls.Calls`. The listener keeps what the replica says (`pong`, `num_outputs`, `output_s`), `follow`
+    what the directory says. `drain_deadline_s` and all other moments are of this process's monotonic clock.
     """
 
     member: Member
@@ -96,6 +98,9 @@ class ReplicaLink:
     facts: wire.EngineFacts
     clock_skew_s: float
     load: routing.ReplicaLoad
+    news: bytearray = field(default_factory=bytearray)  # of prefixes, for the other gateways
+    num_told: int = 1  # gateways when `news` was last added to
+    told: Callable[[bytes], None] = lambda _: None
     streams: dict[str, Stream] = field(default_factory=dict)
     calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
     pong: wire.Pong = NO_LOAD
@@ -125,6 +130,8 @@ class ReplicaLink:
         """Take a PONG: what the replica reports of its load, and a sign of life."""
         self.load.hear(pong.other_tokens, pong.num_gateways)
         self.pong, self.pong_s = pong, time.monotonic()
+        if pong.prefixes:
+            self.told(pong.prefixes)
         self.load.is_draining = self.is_draining
         self.load.is_risky = self.pong_s < self.risky_until_s
 

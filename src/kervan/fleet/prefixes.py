@@ -3,10 +3,17 @@
 placed        the replica will have the prompt, and what was generated elsewhere before
 first token   vLLM tells how much of it the cache had: with less than expected, it keeps less than was thought
 ended         it has the answer too, up to the last token, which was never computed
+
+Gateways tell each other, over the replica and with the signs of life that they send it: the hashes that are new to one
+are in its next PING, and in the next PONGs to the others. A gateway that comes is told what was used last.
 """
 
+import functools
 import struct
+from array import array
+from collections.abc import Sequence
 
+from kervan.fleet import wire
 from kervan.fleet.codec import Codec
 from kervan.fleet.link import ReplicaLink
 from kervan.fleet.stream import Stream
@@ -39,6 +46,7 @@ class Prefixes:
             self._num_replicas += link.replica_id not in self._table
             max_spans = num_blocks * block_size // prefix.span_tokens(block_size)
             self._table.add(link.replica_id, max_spans=max_spans)
+            link.told = functools.partial(self._told, link)
 
     def lost(self, link: ReplicaLink) -> None:
         """A replica is gone; if it comes back, its cache is unknown."""
@@ -78,7 +86,23 @@ class Prefixes:
         stream.expected_cached_tokens = match.tokens(link.replica_id)
         stream.possible_cached_tokens = match.most_tokens
         assert stream.spans is not None
-        self._table.learn(link.replica_id, stream.spans.hashes)
+        self._learn(link, stream.spans.hashes)
+
+    def _learn(self, link: ReplicaLink, hashes: Sequence[int]) -> None:
+        new = self._table.learn(link.replica_id, hashes)
+        num_gateways = link.load.num_gateways
+        if num_gateways > link.num_told:
+            new = self._table.newest(link.replica_id, wire.MAX_NEWS_BYTES // prefix.HASH_BYTES)
+        link.num_told = num_gateways
+        if new and num_gateways > 1:
+            link.news += array("Q", new).tobytes()
+            del link.news[: -wire.MAX_NEWS_BYTES]
+
+    def _told(self, link: ReplicaLink, prefixes: bytes) -> None:
+        """Other gateways have sent these spans to a replica."""
+        hashes = array("Q")
+        hashes.frombytes(prefixes[: len(prefixes) // prefix.HASH_BYTES * prefix.HASH_BYTES])
+        self._table.use(link.replica_id, hashes)
 
     def first_token(self, stream: Stream, link: ReplicaLink, cached_tokens: int | None) -> None:
         """A stream gave its first token there. `cached_tokens`: what the cache had of it, None if that is not told."""
@@ -98,4 +122,4 @@ class Prefixes:
         if spans is None or not self.is_on or link.replica_id not in self._table:
             return
         spans.extend(stream.generated[spans.num_tokens - stream.prompt_tokens : -1])
-        self._table.learn(link.replica_id, spans.hashes)
+        self._learn(link, spans.hashes)

@@ -9,7 +9,7 @@ two prompts share are their first ones.
 import hashlib
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -189,21 +189,36 @@ class PrefixTable:
         """Spans that a replica is taken to have."""
         return len(self._held[replica_id].spans)
 
-    def learn(self, replica_id: str, hashes: Sequence[int]) -> None:
-        """A replica has, or will have next, these first spans of a prompt; unknown replicas are passed over."""
+    def learn(self, replica_id: str, hashes: Sequence[int]) -> list[int]:
+        """A replica has, or will have next, these first spans of a prompt; which of them are new, the last one first.
+
+        The last one counts as used first, as vLLM frees a prompt's blocks: the beginning, which others may share, is
+        kept longest. Unknown replicas are passed over.
+        """
+        return self.use(replica_id, reversed(hashes))
+
+    def use(self, replica_id: str, hashes: Iterable[int]) -> list[int]:
+        """A replica has these spans, and used them in this order; which of them are new, in this order."""
         held = self._held.get(replica_id)
         if held is None:
-            return
+            return []
         spans, bit, owners = held.spans, held.bit, self._owners
-        # The last one first, as vLLM frees a prompt's blocks: the beginning, which others may share, goes last.
-        for span in reversed(hashes):
+        new = []
+        for span in hashes:
             if span in spans:
                 del spans[span]
             else:
                 others = owners.get(span)
                 owners[span] = bit if others is None else others | bit
+                new.append(span)
             spans[span] = None
         self._trim(held)
+        return new
+
+    def newest(self, replica_id: str, num_spans: int) -> list[int]:
+        """The spans that a replica used last, at most so many, the last one at the end."""
+        held = self._held.get(replica_id)
+        return [] if held is None else [*islice(reversed(held.spans), num_spans)][::-1]
 
     def correct(self, replica_id: str, *, had_all: bool) -> None:
         """Take whether a replica had what it was expected to have of a prompt; unknown replicas are passed over.

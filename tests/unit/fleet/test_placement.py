@@ -241,3 +241,55 @@ async def test_ids_that_no_vocabulary_has_are_placed_by_load(bench: Bench) -> No
     await bench.add("s", prompt=[1 << 40] * 100)
     await bench.placed(a, "s")
     await bench.finished("s")
+
+
+async def with_two_gateways(bench: Bench, replica: ToyReplica) -> None:
+    replica.num_gateways = 2
+    await until(lambda: bench.link(replica).load.num_gateways == 2)
+
+
+async def test_gateways_find_the_prefix_of_a_chat_whose_turns_meet_both_of_them() -> None:
+    async with make_bench() as one, make_bench() as two:
+        b = await one.start("b")
+        await whole(one, "alone", chat(1, 200))
+        await until(lambda: b.last_ping is not None)
+        assert not b.prefixes_heard, "there is nobody to tell"
+        await with_two_gateways(one, b)
+        said = await whole(one, "turn1", chat(2, 200))
+        await until(
+            lambda: len(b.prefixes_heard) >= 6 * 8, "what it knew before, for the one that has come, and 3 spans more"
+        )
+        a2, b2 = await two.start("a"), await two.start("b")
+        b2.prefixes_to_tell = bytes(b.prefixes_heard)
+        await until(lambda: bool(two.link(b2).pong.prefixes))
+        await two.add("turn2", prompt=[*said, *chat(3, 100)])
+        await two.placed(b2, "turn2")
+        assert two.link(b2).load.queued_tokens == 302 - 192
+        await two.finished("turn2")
+        await two.add("other", prompt=[*chat(1, 200), 7])  # since before the second gateway came
+        await two.placed(b2, "other")
+        await two.finished("other")
+        assert not a2.added
+
+
+async def test_what_is_told_of_prefixes_is_bounded_and_told_once(bench: Bench) -> None:
+    a = await bench.start("a")
+    await with_two_gateways(bench, a)
+    bench.client.prefixes.opened(bench.link(a))
+    for n in range(4):
+        await bench.add(f"s{n}", prompt=chat(n, 64 * 800), max_tokens=1)
+    assert len(bench.link(a).news) <= wire.MAX_NEWS_BYTES
+    await bench.finished(*(f"s{n}" for n in range(4)))
+    await until(lambda: not bench.link(a).news)
+    heard = len(a.prefixes_heard)
+    await whole(bench, "again", chat(3, 640))
+    before_s = bench.link(a).pong_s
+    await until(lambda: bench.link(a).pong_s > before_s)
+    assert len(a.prefixes_heard) - heard <= 10 * 8
+
+
+async def test_what_is_told_may_be_cut_off(bench: Bench) -> None:
+    a = await bench.start("a")
+    a.prefixes_to_tell = b"\x01" * 13
+    await until(lambda: bool(bench.link(a).pong.prefixes))
+    await whole(bench, "s", chat(1, 100))
