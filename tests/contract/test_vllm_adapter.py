@@ -238,10 +238,15 @@ def probe(model: str) -> dict[str, Any]:
     """Runs in a process of its own, over one vLLM; its source is sent there. Returns what the tests look at."""
     from types import SimpleNamespace
 
+    import msgspec
+    import torch
     from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+    from vllm.v1.metrics.stats import PrefillStats
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     from kervan.config.fleet import FleetConfig
@@ -304,6 +309,24 @@ def probe(model: str) -> dict[str, Any]:
     seen["moved_after_6"] = moved([7, 8, 9, 7, 8, 9], **base)
     seen["moved_before_a_token"] = moved([], **base)
     seen["moved_pooling"] = moved([])
+
+    def prompt(sampling: Any = None, **changes: Any) -> Any:
+        wanted = msgspec.structs.replace(request(sampling or SamplingParams(**base)), **changes)
+        content = codec.prompt(codec.describe(wanted))
+        return content and [list(content.token_ids), content.scope, content.items]
+
+    lora = LoRARequest(lora_name="poet", lora_int_id=1, lora_path="/poet")
+    cat = MultiModalFeatureSpec(None, "image", "cat", PlaceholderRange(offset=1, length=2))
+    seen["prompts"] = [prompt(), prompt(lora_request=lora, cache_salt=None), prompt(mm_features=[cat])]
+    seen["no prompts"] = [
+        prompt(prompt_token_ids=None, prompt_embeds=torch.zeros(3, 8)),
+        prompt(resumable=True),
+        prompt(SamplingParams(prompt_logprobs=1)),
+    ]
+    stats = PrefillStats()
+    stats.set(num_prompt_tokens=100, num_local_cached_tokens=32, num_external_cached_tokens=16)
+    begun = EngineCoreOutput(request_id="r", new_token_ids=[4], prefill_stats=stats)
+    seen["cached"] = [codec.cached_tokens(begun), codec.cached_tokens(EngineCoreOutput("r", [4]))]
 
     kind, *frames = codec.encode_abort(["r", "r~1"])
     seen["abort"] = [kind == EngineCoreRequestType.ABORT.value, MsgpackDecoder().decode([bytes(f) for f in frames])]
@@ -513,6 +536,16 @@ def test_a_prompt_that_is_longer_than_the_context_is_told(seen: dict[str, Any]) 
 
 def test_a_streaming_input_is_not_movable(seen: dict[str, Any]) -> None:
     assert seen["resumable_is_movable"] is False
+
+
+def test_what_the_prefix_cache_tells_prompts_apart_by_is_read(seen: dict[str, Any]) -> None:
+    assert seen["prompts"] == [
+        [[1, 2, 3], ("", "", "salt"), ()],
+        [[1, 2, 3], ("poet", "/poet", ""), ()],
+        [[1, 2, 3], ("", "", "salt"), ((1, "cat"),)],
+    ]
+    assert seen["no prompts"] == [None, None, None]
+    assert seen["cached"] == [32, None]
 
 
 def test_aborts_and_utility_calls_arrive(seen: dict[str, Any]) -> None:

@@ -175,6 +175,7 @@ def test_kervans_engine_overrides_what_it_means_to_and_nothing_else(tree: Path) 
                 "lora_request",
                 "cache_salt",
                 "data_parallel_rank",
+                "prompt_embeds",
                 "client_index",
                 "resumable",
             ],
@@ -219,6 +220,19 @@ def test_the_scheduler_reports_the_load_that_kervan_shows(tree: Path) -> None:
 
 
 # ---- resume (kervan.fleet.vllm.resume, .runner_v1)
+
+
+def test_what_a_prefix_depends_on_is_where_kervan_reads_it(tree: Path) -> None:
+    assert "num_local_cached_tokens" in fields(definition(tree, "v1/metrics/stats.py", "PrefillStats"))
+    assert {"identifier", "mm_position"} <= set(
+        fields(definition(tree, "multimodal/inputs.py", "MultiModalFeatureSpec"))
+    )
+    assert {"lora_name", "lora_path"} <= set(fields(definition(tree, "lora/request.py", "LoRARequest")))
+    for file, params in (("sampling_params.py", "SamplingParams"), ("pooling_params.py", "PoolingParams")):
+        assert "skip_reading_prefix_cache" in fields(definition(tree, file, params))
+    hashing = (tree / "vllm/v1/core/kv_cache_utils.py").read_text()
+    extra = set(re.findall(r"def (_gen_\w+_extra_hash_keys)", hashing))
+    assert extra == {"_gen_mm_extra_hash_keys", "_gen_lora_extra_hash_keys", "_gen_prompt_embeds_extra_hash_keys"}
 
 
 def test_requests_take_generated_tokens_in_the_way_that_resume_gives_them(tree: Path) -> None:

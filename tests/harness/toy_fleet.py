@@ -21,6 +21,7 @@ from kervan.fleet.client import FleetClient
 from kervan.fleet.link import Member, ReplicaLink
 from kervan.fleet.stream import Stream
 from kervan.policy import quarantine
+from kervan.policy.prefix import PromptContent
 
 SECRET = "s3cret"
 VERSION = "toy-1"
@@ -65,6 +66,7 @@ class Output(msgspec.Struct):
     new_token_ids: list[int]
     finish_reason: str | None = None
     is_restored: bool = False
+    cached_tokens: int | None = None
 
 
 class Outputs(msgspec.Struct):
@@ -89,6 +91,12 @@ class ToyCodec:
             max_output_tokens=request.max_tokens,
             is_movable=not request.is_resumable,
         )
+
+    def prompt(self, stream: Stream) -> PromptContent | None:
+        return PromptContent(stream.request.prompt)
+
+    def cached_tokens(self, output: Output) -> int | None:
+        return output.cached_tokens
 
     def encode_add(self, stream: Stream) -> list[bytes]:
         prompt = [*stream.request.prompt, *stream.generated]
@@ -122,12 +130,23 @@ class ToyReplica:
     """Binds the two sockets and speaks the wire; one token per stream and step."""
 
     def __init__(
-        self, replica_id: str, *, secret: str = SECRET, engine_version: str = VERSION, clock_ahead_s: float = 0
+        self,
+        replica_id: str,
+        *,
+        secret: str = SECRET,
+        engine_version: str = VERSION,
+        clock_ahead_s: float = 0,
+        block_size: int = 16,
     ):
         self.replica_id = replica_id
         self.secret = secret
         self.engine_version = engine_version
         self.clock_ahead_s = clock_ahead_s
+        self.block_size = block_size
+        self.cached_tokens: int | None = None  # told with each output
+        self.num_gateways = 1
+        self.prefixes_heard = bytearray()
+        self.prefixes_to_tell = b""
         self.running: dict[str, Request] = {}
         self.aborted: list[str] = []
         self.added: list[Request] = []
@@ -171,6 +190,7 @@ class ToyReplica:
                 await self._input.send_multipart([identity, wire.REFUSED, b"the replica has no such session"])
             elif kind == wire.PING:
                 self.last_ping = msgspec.msgpack.decode(payload[0], type=wire.Ping)
+                self.prefixes_heard += self.last_ping.prefixes
                 await self._input.send_multipart([identity, wire.PONG, self._pong()])
             elif kind == ADD:
                 request = msgspec.msgpack.decode(payload[0], type=Request)
@@ -199,7 +219,7 @@ class ToyReplica:
         self._subscribed.clear()
         self.running.clear()
         self.num_outputs = 0
-        facts = wire.EngineFacts(max_model_len=4096, num_gpu_blocks=100, block_size=16, max_num_seqs=8)
+        facts = wire.EngineFacts(max_model_len=4096, num_gpu_blocks=100, block_size=self.block_size, max_num_seqs=8)
         welcome = wire.Welcome(
             self.replica_id, self.engine_version, self._output_address, time.monotonic() + self.clock_ahead_s, facts
         )
@@ -222,7 +242,10 @@ class ToyReplica:
             self.num_outputs,
             stalled_s=self.stalled_s,
             step_tokens=self.step_tokens,
+            num_gateways=self.num_gateways,
+            prefixes=self.prefixes_to_tell,
         )
+        self.prefixes_to_tell = b""
         return msgspec.msgpack.encode(load)
 
     async def _call(self, call_id: int, method: str, args: list[Any]) -> None:
@@ -277,7 +300,9 @@ class ToyReplica:
                 request.prompt.append(token)
                 request.max_tokens -= 1
                 is_last = request.max_tokens <= 0
-                outputs.append(Output(wire_id, [token], "length" if is_last else None))
+                outputs.append(
+                    Output(wire_id, [token], "length" if is_last else None, cached_tokens=self.cached_tokens)
+                )
                 if is_last:
                     del self.running[wire_id]
             if outputs:

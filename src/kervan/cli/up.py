@@ -13,7 +13,7 @@ from kervan.config import fleet as fleets
 from kervan.errors import ConfigError
 
 SECTIONS = {
-    "Layout": "--auto --tp --pp --ep --replicas --pool --gateways --nodes-per-replica --gpus-per-replica",
+    "Layout": "--auto --tp --pp --ep --replicas --pool --gateways --routing --nodes-per-replica --gpus-per-replica",
     "Engine": "--engine-arg --env --engine --gpu --twin",
     "Clients": "--host --port --shared-port --api-key --ingress",
     "Fleet": "--config --name --address --yes --detach --json --help",
@@ -38,6 +38,7 @@ SECTIONS = {
 @options.setting("--replicas")
 @options.pools
 @options.setting("--gateways", type=options.Count())
+@options.setting("--routing")
 @options.setting("--host")
 @options.setting("--port")
 @options.setting("--shared-port/--own-port", "shared_port")

@@ -23,6 +23,7 @@ from kervan.vendor.vllm_names import GPU_MEMORY_UTILIZATION
 Ingress = Literal["direct", "serve"]
 Engine = Literal["vllm", "twin"]
 Device = Literal["GPU", "CPU"]
+Routing = Literal["prefix", "least-load"]
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 MAX_REPLICAS = 4096
@@ -131,6 +132,10 @@ class FleetConfig:
         "direct", "direct: clients connect to the gateways; serve: through HAProxy"
     )
     api_keys: tuple[str, ...] = _setting((), "Clients must send one of these keys; none: open to all")
+    routing: Routing = _setting(  # noqa: RUF009
+        "prefix",
+        "prefix: to the replica that has most of the prompt in its cache, within bounds of load; or least-load",
+    )
     # The engines.
     engine: Engine = _setting("vllm", "vllm, or twin for simulated replicas, without a GPU")  # noqa: RUF009
     gpu: str = _setting("", "The GPU that a twin simulates, such as H200")

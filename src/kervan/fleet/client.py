@@ -21,7 +21,7 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kervan.errors import EngineError
@@ -30,12 +30,12 @@ from kervan.fleet.calls import Calls
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.directory import Traffic
 from kervan.fleet.evacuation import Evacuations
-from kervan.fleet.histogram import Histogram
-from kervan.fleet.link import Member, ReplicaLink
+from kervan.fleet.link import Member, ReplicaLink, ReplicaTally
 from kervan.fleet.links import Links
 from kervan.fleet.losses import Losses
 from kervan.fleet.placement import Placements
 from kervan.fleet.prefill_speed import PrefillSpeed
+from kervan.fleet.prefixes import EMPTYING, Prefixes
 from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Attempt, current_attempt
 from kervan.fleet.reconnect.replay import replay
@@ -55,7 +55,15 @@ class FleetClient:
     the journals; what an engine gave comes out when that one has it.
     """
 
-    def __init__(self, codec: Codec, *, secret: str, hold_timeout_s: float = 300.0, gateway_id: str | None = None):
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        secret: str,
+        hold_timeout_s: float = 300.0,
+        gateway_id: str | None = None,
+        routes_by_prefix: bool = True,
+    ):
         self.codec = codec
         self.gateway_id = gateway_id or uuid.uuid4().hex[:8]
         self.outputs: asyncio.Queue[Outputs] = asyncio.Queue()
@@ -65,6 +73,7 @@ class FleetClient:
         self._meter = TrafficMeter()
         self._lengths = LengthEstimate()
         self._prefill = PrefillSpeed()
+        self.prefixes = Prefixes(codec, secret, is_on=routes_by_prefix)
         self._links = Links(
             codec,
             gateway_id=self.gateway_id,
@@ -78,6 +87,8 @@ class FleetClient:
             codec,
             self._links,
             self._lengths,
+            self._prefill,
+            self.prefixes,
             self.counts,
             hold_timeout_s=hold_timeout_s,
             give_up=functools.partial(self._give_up, is_transient=True),
@@ -141,9 +152,10 @@ class FleetClient:
         """What came from each replica since the last call, by its id; of those that are gone, their last counts."""
         return self._meter.look(self._links.live)
 
-    def ttfts(self) -> dict[str, Histogram]:
-        """Replica id -> the times from placing a stream there to its first token from there."""
-        return self._meter.ttfts()
+    @property
+    def tallies(self) -> Mapping[str, ReplicaTally]:
+        """Replica id -> counts of its streams, over its earlier links too."""
+        return self._meter.tallies
 
     async def wait_for_link(self) -> ReplicaLink:
         """The first live link, as soon as there is one."""
@@ -161,7 +173,10 @@ class FleetClient:
         Waits for a first replica, also when all were lost. Raises: EngineError when a replica reports a failure, or the
         client closes before one has answered.
         """
-        return await self._calls.call(method, args)
+        answers = await self._calls.call(method, args)
+        if method in EMPTYING:
+            self.prefixes.emptied()
+        return answers
 
     async def close(self) -> None:
         """End all links; streams are not finished."""
@@ -269,6 +284,7 @@ class FleetClient:
 
     async def _link_opened(self, link: ReplicaLink) -> None:
         link.tally = self._meter.tally(link.replica_id)
+        self.prefixes.opened(link)
         await self._losses.replica_returned(link)
         await self._placements.place_held()
         self._place_next_soon()
@@ -276,6 +292,8 @@ class FleetClient:
 
     async def _link_lost(self, link: ReplicaLink, reason: str) -> None:
         link.tally.unlinked_s = time.monotonic()
+        if link.replica_id not in self._links.live:  # else it has been linked to again, at another address
+            self.prefixes.lost(link)
         self._calls.fail(link, reason)
         await self._losses.replica_lost(link, reason)
 
@@ -296,7 +314,7 @@ class FleetClient:
             num_new = len(output.new_token_ids)
             if num_new:
                 if not stream.gave_token:
-                    self._first_token(link, stream)
+                    self._first_token(link, stream, self.codec.cached_tokens(output))
                 stream.generated += output.new_token_ids
                 link.num_tokens += num_new
                 # At least 1 stays charged while the stream runs: it still holds a place in the batch.
@@ -310,6 +328,7 @@ class FleetClient:
             if output.finish_reason is not None:
                 self._lengths.observe(len(stream.generated))
                 link.tally.num_served += 1
+                self.prefixes.ended(stream, link)
                 self._placements.forget(stream)
                 self._meter.count_completed()
             kept.append(output)
@@ -318,18 +337,24 @@ class FleetClient:
             outputs.timestamp += link.clock_skew_s
             self._put(outputs)
 
-    def _first_token(self, link: ReplicaLink, stream: Stream) -> None:
+    def _first_token(self, link: ReplicaLink, stream: Stream, cached_tokens: int | None) -> None:
         stream.gave_token = True
         ttft_s = time.monotonic() - stream.placed_s
         prefilled_tokens = stream.prompt_tokens + len(stream.generated)
+        prefilled_tokens -= stream.expected_cached_tokens if cached_tokens is None else cached_tokens
         self._prefill.observe(prefilled_tokens, ttft_s)
+        link.prefill.observe(prefilled_tokens, ttft_s)
+        link.load.prefill_tokens_per_s = link.prefill.known_tokens_per_s or 0.0
+        self.prefixes.first_token(stream, link, cached_tokens)
         link.note_ttft(ttft_s)
         if stream.paused_since_s is not None:
             self.counts.move_pause_s.observe(time.monotonic() - stream.paused_since_s)
             stream.paused_since_s = None
-        queued = min(stream.cost_tokens - 1, prefilled_tokens)
+        queued = min(stream.cost_tokens - 1, stream.queued_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)
+        link.load.queued_tokens -= stream.queued_tokens
+        stream.queued_tokens = 0
         if stream.is_suspect:
             self._losses.clear(stream, link)
 

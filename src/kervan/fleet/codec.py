@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kervan.fleet.stream import Stream
+from kervan.policy.prefix import PromptContent
 
 
 class StreamOutput(Protocol):
@@ -31,6 +32,13 @@ class Codec(Protocol):
 
     def describe(self, request: Any) -> Stream:
         """A new stream for `request`, placed nowhere yet."""
+
+    def prompt(self, stream: Stream) -> PromptContent | None:
+        """What decides which blocks of the prefix cache are its prompt's; None for a prompt that is not all tokens, or
+        that is computed in full whatever the cache has."""
+
+    def cached_tokens(self, output: Any) -> int | None:
+        """By a stream's first output from a replica, what the prefix cache there had, in tokens; None if not told."""
 
     def encode_add(self, stream: Stream) -> Sequence[Any]:
         """Frames that place `stream` under its wire id, resuming after its generated tokens."""

@@ -58,6 +58,17 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
         return bool(self.address) and self.state in ("ready", "draining")
 
 
+class PrefixTokens(msgspec.Struct, frozen=True):
+    """Prompt tokens in prefix caches, of the streams that a gateway sent to one replica.
+
+    `possible`: expected where the most of each prompt was; `predicted`: expected at the replica; `hits`: were there.
+    """
+
+    possible: int = 0
+    predicted: int = 0
+    hits: int = 0
+
+
 class Traffic(msgspec.Struct, frozen=True):
     """What a gateway saw of a replica in the last second. `ttft_s`: median from placing to the first token, or None.
 
@@ -68,6 +79,7 @@ class Traffic(msgspec.Struct, frozen=True):
     ttft_s: float | None
     num_served: int = 0
     num_moved: int = 0
+    prefix: PrefixTokens = PrefixTokens()
 
 
 class GatewayEntry(msgspec.Struct, frozen=True):

@@ -147,7 +147,7 @@ def _target(link: ReplicaLink, prefill_tokens_per_s: float, now_s: float) -> Tar
         free_streams=int(share * max(0, facts.max_num_seqs - running)),
         free_kv_tokens=int(share * free_kv_tokens) - queued,
         prefill_tokens_per_s=share * prefill_tokens_per_s,
-        queued_prefill_tokens=queued,
+        queued_prefill_tokens=link.load.queued_tokens,
         step_s=link.pace_s(now_s) or 0.0,
         max_step_tokens=facts.max_num_batched_tokens or None,
     )

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from kervan.facts.markets import SPOT
 from kervan.fleet import auth, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.histogram import TTFT_BOUNDS_S, Histogram
+from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.stream import Stream
 from kervan.policy import routing, stall
 
@@ -66,12 +68,16 @@ def _risky_for_s(replica: ReplicaEntry, called_likely: set[str]) -> float:
 class ReplicaTally:
     """Streams of one replica so far: those that ended there, and those that went on elsewhere. It outlives its link.
 
-    `ttft`: from placing one there to its first token from there.
+    `ttft`: from placing one there to its first token from there. Tokens of prompts in the prefix cache, of streams that
+    gave a first token there: predicted, possible where the most of each was, and found.
     """
 
     num_served: int = 0
     num_moved: int = 0
     unlinked_s: float = 0.0
+    predicted_cached_tokens: int = 0
+    possible_cached_tokens: int = 0
+    cached_tokens: int = 0
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_BOUNDS_S))
 
 
@@ -79,9 +85,10 @@ class ReplicaTally:
 class ReplicaLink:
     """A live connection to one replica.
 
-    `streams`, by wire id, and their part of `load` are kept by `placement.Placements`; `calls`, by number, by
-    `calls.Calls`. The listener keeps what the replica says (`pong`, `num_outputs`, `output_s`), `follow` what the
-    directory says. `drain_deadline_s` and all other moments are of this process's monotonic clock.
+    `told` gets what other gateways tell of prefixes there, `news` is what they are told next; both are kept by
+    `prefixes.Prefixes`. `streams`, by wire id, and their part of `load` are kept by `placement.Placements`; `calls`,
+    by number, by `calls.Calls`. The listener keeps what the replica says (`pong`, `num_outputs`, `output_s`), `follow`
+    what the directory says. `drain_deadline_s` and all other moments are of this process's monotonic clock.
     """
 
     member: Member
@@ -91,12 +98,16 @@ class ReplicaLink:
     facts: wire.EngineFacts
     clock_skew_s: float
     load: routing.ReplicaLoad
+    news: bytearray = field(default_factory=bytearray)  # of prefixes, for the other gateways
+    num_told: int = 1  # gateways when `news` was last added to
+    told: Callable[[bytes], None] = lambda _: None
     streams: dict[str, Stream] = field(default_factory=dict)
     calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
     pong: wire.Pong = NO_LOAD
     pong_s: float = 0.0
     tally: ReplicaTally = field(default_factory=ReplicaTally)
     num_tokens: int = 0
+    prefill: PrefillSpeed = field(default_factory=PrefillSpeed)
     ttfts_s: list[float] = field(default_factory=list)  # since traffic was last asked for
     num_outputs: int = 0  # received
     output_s: float = 0.0  # when the last one was received, or nothing was missing
@@ -119,6 +130,8 @@ class ReplicaLink:
         """Take a PONG: what the replica reports of its load, and a sign of life."""
         self.load.hear(pong.other_tokens, pong.num_gateways)
         self.pong, self.pong_s = pong, time.monotonic()
+        if pong.prefixes:
+            self.told(pong.prefixes)
         self.load.is_draining = self.is_draining
         self.load.is_risky = self.pong_s < self.risky_until_s
 

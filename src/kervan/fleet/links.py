@@ -26,8 +26,8 @@ class Links:
     A link is in `live`, by its replica's id, from when requests may be sent over it until it is lost. `opened` is
     called with each that has come into it, and `lost` with each that has left it and why; before that, `deliver` has
     got all outputs that came. `drain_changed` is called when a replica says that it drains. `loads`: those of the live
-    ones, in the order of the ids, so that ties in routing go the same way everywhere. `refusals`: why, by id, for each
-    member that refuses this gateway.
+    ones, in the order of the ids, so that ties in routing go the same way everywhere; `loads_by_id`: the same.
+    `refusals`: why, by id, for each member that refuses this gateway.
 
     A member that is no longer listed keeps its link as long as that lives: the directory is soft state, and its loss
     must not cut streams.
@@ -46,6 +46,7 @@ class Links:
     ) -> None:
         self.live: dict[str, ReplicaLink] = {}
         self.loads: list[ReplicaLoad] = []
+        self.loads_by_id: dict[str, ReplicaLoad] = {}
         self.refusals: dict[str, str] = {}
         self._codec = codec
         self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, gateway_id, layouts=codec.layouts)
@@ -143,3 +144,4 @@ class Links:
 
     def _sort_loads(self) -> None:
         self.loads = sorted((link.load for link in self.live.values()), key=lambda load: load.replica_id)
+        self.loads_by_id = {load.replica_id: load for load in self.loads}

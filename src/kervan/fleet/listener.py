@@ -24,7 +24,8 @@ ENGINE_DIED = "the engine died"
 
 async def send_ping(link: ReplicaLink) -> None:
     """Renew the lease; the replica answers with PONG."""
-    ping = wire.Ping(link.load.own_tokens, link.load.num_suspects)
+    ping = wire.Ping(link.load.own_tokens, link.load.num_suspects, bytes(link.news))
+    link.news.clear()
     await link.input.send_multipart([wire.PING, msgspec.msgpack.encode(ping)])
 
 

@@ -8,10 +8,13 @@ from kervan.fleet.codec import Codec
 from kervan.fleet.link import ReplicaLink
 from kervan.fleet.links import Links
 from kervan.fleet.listener import send_ping
+from kervan.fleet.prefill_speed import PrefillSpeed
+from kervan.fleet.prefixes import Prefixes
 from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import ClientCounts, MoveReason
 from kervan.policy import routing
 from kervan.policy.output_length import LengthEstimate
+from kervan.policy.prefix import Match
 
 EXPIRY_PERIOD_S = 1.0
 
@@ -30,6 +33,8 @@ class Placements:
         codec: Codec,
         links: Links,
         lengths: LengthEstimate,
+        prefill: PrefillSpeed,
+        prefixes: Prefixes,
         counts: ClientCounts,
         *,
         hold_timeout_s: float,
@@ -40,6 +45,8 @@ class Placements:
         self._codec = codec
         self._links = links
         self._lengths = lengths
+        self._prefill = prefill
+        self._prefixes = prefixes
         self._counts = counts
         self._hold_timeout_s = hold_timeout_s
         self._give_up = give_up
@@ -54,7 +61,8 @@ class Placements:
 
     async def place(self, stream: Stream, target: str | None = None) -> None:
         """On replica `target` if it can take it, else where routing says; held if none can."""
-        placement = self._choose(stream, target)
+        match = self._prefixes.match(stream)
+        placement = self._choose(stream, target, match)
         if placement.replica_id is None:
             if stream.held_since_s is None:
                 stream.held_since_s = time.monotonic()
@@ -66,10 +74,13 @@ class Placements:
         stream.gave_token = False
         if stream.epoch:
             stream.wire_id = f"{stream.request_id}~{stream.epoch}"
-        stream.cost_tokens = routing.cost_tokens(
-            stream.prompt_tokens + len(stream.generated), stream.remaining_output_tokens
-        )
+        stream.queued_tokens = stream.prompt_tokens + len(stream.generated)
+        if match is not None:
+            self._prefixes.placed(stream, link, match)
+            stream.queued_tokens -= int(link.load.prefix_trust * stream.expected_cached_tokens)
+        stream.cost_tokens = routing.cost_tokens(stream.queued_tokens, stream.remaining_output_tokens)
         link.load.add(stream.cost_tokens)
+        link.load.queued_tokens += stream.queued_tokens
         link.load.num_suspects += stream.is_suspect
         link.streams[stream.wire_id] = stream
         stream.placed_s = time.monotonic()
@@ -77,15 +88,34 @@ class Placements:
         if stream.is_suspect:  # should the replica die, its answer tells that it was alive until then
             await send_ping(link)
 
-    def _choose(self, stream: Stream, target: str | None) -> routing.Placement:
+    def _choose(self, stream: Stream, target: str | None, match: Match | None) -> routing.Placement:
         live = self._links.live
         if target in live and not live[target].is_draining and not stream.is_suspect:
             return routing.Placement(target, "evacuated to it")
         placement = routing.decide(self._links.loads, is_suspect=stream.is_suspect)
-        chosen = live.get(placement.replica_id or "")
-        if chosen is not None and chosen.load.is_risky and self._is_long(stream):
-            return routing.safer(self._links.loads, chosen.load, is_suspect=stream.is_suspect) or placement
-        return placement
+        chosen = self._links.loads_by_id.get(placement.replica_id or "")
+        if chosen is None:
+            return placement
+        has_prefix = match is not None and bool(match.levels)
+        is_long = (chosen.is_risky or has_prefix) and self._is_long(stream)
+        if chosen.is_risky and is_long:
+            placement = routing.safer(self._links.loads, chosen, is_suspect=stream.is_suspect) or placement
+            chosen = self._links.loads_by_id[placement.replica_id or ""]
+        if match is None or not has_prefix or stream.is_suspect:
+            return placement
+        return (
+            routing.for_prefix(
+                self._links.loads,
+                self._links.loads_by_id,
+                chosen,
+                match,
+                prompt_tokens=stream.prompt_tokens + len(stream.generated),
+                output_tokens=stream.remaining_output_tokens,
+                prefill_tokens_per_s=self._prefill.tokens_per_s,
+                avoids_risky=is_long,
+            )
+            or placement
+        )
 
     def _is_long(self, stream: Stream) -> bool:
         """Whether much is still to come: as much as may, or where that says little, as usually does."""
@@ -113,6 +143,8 @@ class Placements:
         """Take it off `link`, if it is there."""
         if link is not None and link.streams.pop(stream.wire_id, None) is not None:
             link.load.add(-stream.cost_tokens)
+            link.load.queued_tokens -= stream.queued_tokens
+            stream.queued_tokens = 0
             link.load.num_suspects -= stream.is_suspect
             if not link.streams:
                 link.emptied_s = time.monotonic()

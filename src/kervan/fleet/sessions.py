@@ -30,6 +30,7 @@ class Session:
     num_outputs: int = 0
     is_over: bool = False
     why_over: str = ""
+    news: bytes = b""  # what other gateways have told of prefixes, and this one has not heard
 
 
 class Sessions:
@@ -112,6 +113,10 @@ class Sessions:
         ping = msgspec.msgpack.decode(payload, type=wire.Ping)
         session = self.all[index]
         session.outstanding_tokens, session.num_suspects = ping.outstanding_tokens, ping.num_suspects
+        if ping.prefixes:
+            for other in self.live:
+                if other is not session:
+                    other.news = (other.news + ping.prefixes)[-wire.MAX_NEWS_BYTES :]
 
     @property
     def num_suspects(self) -> int:
@@ -139,7 +144,9 @@ class Sessions:
             stalled_s=round(clock.stalled_s(has_work=has_work), 3),
             step_tokens=clock.step_tokens,
             expected_step_s=round(clock.expected_s(), 3),
+            prefixes=session.news,
         )
+        session.news = b""
         return msgspec.msgpack.encode(pong)
 
     def end_expired(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kervan.fleet.reconnect.journal import Attempt
+from kervan.policy.prefix import Spans
 
 if TYPE_CHECKING:
     from kervan.fleet.admitted import Ticket
@@ -19,6 +20,10 @@ class Stream:
     an earlier placement (even on the same replica, A -> B -> A) match nothing. `attempt`: to give a client the answer,
     if that can be given again (`kervan.fleet.reconnect`); `replaying`: gives it what was generated before. `ticket`: of
     the request that opened it, as long as its end matters there.
+
+    `spans`: hashes of its prompt and of what it has generated, once they were asked for. Of its prompt at its present
+    replica: `queued_tokens` are still to be computed, `expected_cached_tokens` are expected to be in the prefix cache,
+    and `possible_cached_tokens` would be where the most of it is.
     """
 
     request_id: str
@@ -31,6 +36,10 @@ class Stream:
     wire_id: str = ""
     replica_id: str | None = None
     cost_tokens: int = 0
+    spans: Spans | None = None
+    queued_tokens: int = 0
+    expected_cached_tokens: int = 0
+    possible_cached_tokens: int = 0
     gave_token: bool = False
     losses: list[str] = field(default_factory=list)  # replicas lost before it gave a token, once each was proven alive
     unproven_losses: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from kervan.fleet.directory import Traffic
+from kervan.fleet.directory import PrefixTokens, Traffic
 from kervan.fleet.histogram import PAUSE_BOUNDS_S, Histogram
 from kervan.fleet.link import ReplicaLink, ReplicaTally
 
@@ -69,18 +69,19 @@ class TrafficMeter:
             if replica_id not in links and now_s - tally.unlinked_s > KEEP_TALLY_S:
                 del self._tallies[replica_id]
             else:
-                traffic[replica_id] = Traffic(0.0, None, tally.num_served, tally.num_moved)
+                traffic[replica_id] = _told(tally)
         for link in links.values():
             ttft_s = statistics.median(link.ttfts_s) if link.ttfts_s else None
             rate = round(link.num_tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0
-            traffic[link.replica_id] = Traffic(rate, ttft_s, link.tally.num_served, link.tally.num_moved)
+            traffic[link.replica_id] = _told(link.tally, rate, ttft_s)
             link.num_tokens = 0
             link.ttfts_s.clear()
         return traffic
 
-    def ttfts(self) -> dict[str, Histogram]:
-        """Replica id -> the times from placing a stream there to its first token from there."""
-        return {replica_id: tally.ttft for replica_id, tally in self._tallies.items()}
+    @property
+    def tallies(self) -> Mapping[str, ReplicaTally]:
+        """Replica id -> its counts; of those that are gone, for a while."""
+        return self._tallies
 
     @property
     def completed_per_s(self) -> float:
@@ -95,3 +96,8 @@ class TrafficMeter:
 
     def _decay(self, now_s: float) -> float:
         return math.exp((self._rate_at_s - now_s) / RATE_WINDOW_S)
+
+
+def _told(tally: ReplicaTally, tokens_per_s: float = 0.0, ttft_s: float | None = None) -> Traffic:
+    prefix = PrefixTokens(tally.possible_cached_tokens, tally.predicted_cached_tokens, tally.cached_tokens)
+    return Traffic(tokens_per_s, ttft_s, tally.num_served, tally.num_moved, prefix)

@@ -43,6 +43,8 @@ LEASE_S = 10.0
 # Outputs that the replica has sent and that have not come for this long are lost.
 OUTPUT_TIMEOUT_S = 3.0
 HEARTBEAT_PERIOD_MS = 500
+# Of prefixes in one PING or PONG: 2,048 hashes, 131,072 tokens. So a replica tells each gateway 32 KiB/s at most.
+MAX_NEWS_BYTES = 1 << 14
 HEARTBEAT_TIMEOUT_MS = 2000
 
 
@@ -87,11 +89,14 @@ class Welcome(msgspec.Struct, frozen=True):
 class Ping(msgspec.Struct, frozen=True):
     """Keeps the session's lease; tells what this gateway has outstanding here.
 
-    `num_suspects`: streams that are tried here since another replica was lost, or stood still, with them.
+    `num_suspects`: streams that are tried here since another replica was lost, or stood still, with them. `prefixes`:
+    for the other gateways, hashes of what this one has sent here lately (`policy.prefix`), 8 bytes each, at most
+    `MAX_NEWS_BYTES`.
     """
 
     outstanding_tokens: int
     num_suspects: int = 0
+    prefixes: bytes = b""
 
 
 class Pong(msgspec.Struct, frozen=True):
@@ -100,6 +105,7 @@ class Pong(msgspec.Struct, frozen=True):
     `num_gateways`: those with a live session here, at least 1. `num_outputs`: output messages sent to this session so
     far. `stalled_s`: seconds for which the engine has had work and made no step. `step_tokens`: what its present step
     computes, 0 when it is in none; `expected_step_s`: what that should take, by its speed so far, 0 if it knows none.
+    `prefixes`: as in the PINGs of the other gateways since the last PONG, the newest `MAX_NEWS_BYTES`.
     """
 
     running: int
@@ -112,6 +118,7 @@ class Pong(msgspec.Struct, frozen=True):
     stalled_s: float = 0.0
     step_tokens: int = 0
     expected_step_s: float = 0.0
+    prefixes: bytes = b""
 
 
 def encode_number(number: int) -> bytes:

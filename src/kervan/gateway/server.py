@@ -80,6 +80,7 @@ class GatewayConfig:
     """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
     replay_s: float
     replay_max_bytes: int
+    routes_by_prefix: bool = True
     about: Mapping[str, Any] = field(default_factory=dict)
     """Of the fleet, for the status page; JSON types only."""
 
@@ -148,6 +149,7 @@ class Gateway:
             secret=self.config.secret,
             hold_timeout_s=self.config.hold_timeout_s,
             gateway_id=self.config.gateway_id,
+            routes_by_prefix=self.config.routes_by_prefix,
         )
         try:
             # Before the port is open: no answer goes without the headers that the fleet's arguments ask for.
@@ -442,11 +444,32 @@ class Gateway:
         if self.streams.store is not None:
             rows += self.streams.store.metrics()
         pools = {replica.id: replica.pool for replica in self._snapshot.replicas}
-        ttfts: dict[page.Labels, Histogram] = {
-            (("replica", replica_id), ("pool", pools[replica_id])): histogram
-            for replica_id, histogram in self.fleet.ttfts().items()
+        tallies = {
+            (("replica", replica_id), ("pool", pools[replica_id])): tally
+            for replica_id, tally in self.fleet.tallies.items()
             if replica_id in pools
         }
+        ttfts: dict[page.Labels, Histogram] = {labels: tally.ttft for labels, tally in tallies.items()}
+        rows += [
+            (
+                "kervan_prefix_predicted_tokens_total",
+                "counter",
+                "Prompt tokens that were expected in the prefix cache of their replica.",
+                {labels: tally.predicted_cached_tokens for labels, tally in tallies.items()},
+            ),
+            (
+                "kervan_prefix_possible_tokens_total",
+                "counter",
+                "Prompt tokens that were expected in the prefix cache of some replica.",
+                {labels: tally.possible_cached_tokens for labels, tally in tallies.items()},
+            ),
+            (
+                "kervan_prefix_hit_tokens_total",
+                "counter",
+                "Prompt tokens that were in the prefix cache of their replica.",
+                {labels: tally.cached_tokens for labels, tally in tallies.items()},
+            ),
+        ]
         has_vllm = self.frontend is not None
         return page.write(
             rows,

@@ -68,6 +68,7 @@ def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: S
         api_keys=config.api_keys,
         max_queued_streams=config.max_queued_streams,
         hold_timeout_s=config.hold_timeout_s,
+        routes_by_prefix=config.routing == "prefix",
         stop_timeout_s=config.drain_timeout_s,
         is_twin=config.engine == "twin",
         # Gateways share the port: clients must not meet this one before it can answer, if others can.

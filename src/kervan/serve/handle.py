@@ -68,7 +68,13 @@ class FleetHandle:
             from kervan.fleet.vllm.frontend import OpenAIFrontend, VllmCodec
 
         name = f"py-{uuid.uuid4().hex[:6]}"
-        self._fleet = FleetClient(VllmCodec(), secret=secret, hold_timeout_s=config.hold_timeout_s, gateway_id=name)
+        self._fleet = FleetClient(
+            VllmCodec(),
+            secret=secret,
+            hold_timeout_s=config.hold_timeout_s,
+            gateway_id=name,
+            routes_by_prefix=config.routing == "prefix",
+        )
         self._following = asyncio.create_task(self._follow(self._fleet))
         is_twin = config.engine == "twin"
         self._frontend = await OpenAIFrontend.start(self._fleet, config.engine_argv, is_twin=is_twin)

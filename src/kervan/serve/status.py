@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kervan.config.fleet import FleetConfig
-from kervan.fleet.directory import GatewayEntry, NodeEntry, ReplicaEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, NodeEntry, PrefixTokens, ReplicaEntry, Snapshot
 from kervan.serve import cluster, pools
 from kervan.serve.attach import attach
 from kervan.serve.why import explain, notice_lines
@@ -45,7 +45,10 @@ class FleetStatus:
                 }
                 for pool, bounds in self.config.bounds.items()
             },
-            "replicas": [replica_to_dict(entry) for entry in self.snapshot.replicas],
+            "replicas": [
+                {**replica_to_dict(entry), "prefix_tokens": _prefix_tokens(self.snapshot, entry.id)}
+                for entry in self.snapshot.replicas
+            ],
             "gateways": [gateway_to_dict(entry) for entry in self.snapshot.gateways],
             "nodes": [_node(entry) for entry in self.snapshot.nodes],
             "failed_starts": [
@@ -73,6 +76,12 @@ def replica_to_dict(entry: ReplicaEntry) -> dict[str, Any]:
         "late": bool(entry.lateness),
         "last_heartbeat_s": entry.beat_age_s,
     }
+
+
+def _prefix_tokens(snapshot: Snapshot, replica_id: str) -> dict[str, int]:
+    """Of prompts sent to one replica by the gateways that are there, as they know it."""
+    told = [gateway.traffic[replica_id].prefix for gateway in snapshot.gateways if replica_id in gateway.traffic]
+    return {name: sum(getattr(prefix, name) for prefix in told) for name in PrefixTokens.__struct_fields__}
 
 
 def gateway_to_dict(entry: GatewayEntry) -> dict[str, Any]:

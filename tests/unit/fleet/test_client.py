@@ -11,7 +11,6 @@ from harness.toy_fleet import SECRET, Bench, Request, ToyCodec, ToyReplica, make
 from kervan.errors import EngineError
 from kervan.fleet import traffic
 from kervan.fleet.client import FleetClient
-from kervan.fleet.prefill_speed import PrefillSpeed
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -43,7 +42,7 @@ async def test_at_its_first_token_a_moved_stream_was_prefilled_with_what_it_had_
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefilled: list[int] = []
-    monkeypatch.setattr(PrefillSpeed, "observe", lambda _, tokens, ttft_s: prefilled.append(tokens))
+    monkeypatch.setattr(bench.client._prefill, "observe", lambda tokens, ttft_s: prefilled.append(tokens))
     a, b = await bench.start("a"), await bench.start("b")
     await bench.add("s", prompt=[1] * 100, max_tokens=10)
     await bench.placed(a, "s")

@@ -42,6 +42,7 @@ def test_streams_and_targets_as_a_gateway_knows_them() -> None:
     draining.draining_since_s = time.monotonic() - 2
     # 10 run and 2 wait there, a quarter of the KV cache is full, and another gateway evacuates too.
     busy = link("b", stream("u", 400, 8, gave_token=False), pong=wire.Pong(10, 2, 0.25, 0, False, num_gateways=2))
+    busy.load.queued_tokens = 300  # the prefix cache has the rest, which needs room all the same
     state = evacuation_state(draining, [busy], lengths=lengths, prefill_tokens_per_s=10_000)
     assert state.deadline_s == pytest.approx(30, abs=1)
     assert state.elapsed_s == pytest.approx(2, abs=1)
@@ -50,7 +51,7 @@ def test_streams_and_targets_as_a_gateway_knows_them() -> None:
     assert (s.stream_id, s.context_tokens, s.max_remaining_tokens, s.gave_token) == ("s", 1100, 200, True)
     assert s.expected_remaining_tokens == pytest.approx(100, rel=0.15)  # answers get about 200 tokens long
     assert t == LeavingStream("t", 50, 300, t.expected_remaining_tokens, gave_token=False)
-    assert state.targets == [TargetReplica("b", 26, 5592, 5_000, 408, 0.0, 2048)]  # 52/2; 16,000*0.75/2 - 408
+    assert state.targets == [TargetReplica("b", 26, 5592, 5_000, 300, 0.0, 2048)]  # 52/2; 16,000*0.75/2 - 408
 
 
 def test_a_replica_that_stands_still_has_no_pace() -> None:

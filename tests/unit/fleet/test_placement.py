@@ -5,7 +5,7 @@ import math
 
 import pytest
 from harness.live import until
-from harness.toy_fleet import Bench, make_bench
+from harness.toy_fleet import Bench, ToyReplica, make_bench
 
 from kervan.fleet import wire
 from kervan.fleet.link import Member
@@ -108,3 +108,188 @@ async def test_a_held_stream_can_be_aborted(bench: Bench) -> None:
     await bench.placed(a, "t")
     await bench.finished("t")
     assert [request.request_id for request in a.added] == ["t"]
+
+
+# ---- by prefix: a toy replica's blocks have 16 tokens, so that a span has 64
+
+
+def chat(seed: int, num_tokens: int) -> list[int]:
+    return [1 + (seed * 7919 + i * i) % 500 for i in range(num_tokens)]
+
+
+async def whole(bench: Bench, request_id: str, prompt: list[int], max_tokens: int = 2) -> list[int]:
+    """Prompt and answer of a stream that nothing else runs beside."""
+    await bench.add(request_id, prompt=prompt, max_tokens=max_tokens)
+    await bench.finished(request_id)
+    return [*prompt, *bench.tokens[request_id]]
+
+
+def ran(replica: ToyReplica) -> list[str]:
+    return [request.request_id for request in replica.added]
+
+
+async def test_a_chat_comes_back_to_the_replica_that_has_what_it_said_before(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("long", prompt=chat(1, 10), max_tokens=500)
+    await bench.placed(a, "long")  # so that b has less to do
+    said = await whole(bench, "turn1", chat(2, 100))
+    b.other_tokens = 600
+    await until(lambda: bench.link(b).load.outstanding_tokens == 600)
+    assert ran(b) == ["turn1"]
+    await whole(bench, "other", chat(3, 100))
+    await bench.add("turn2", prompt=[*said, *chat(4, 50)])
+    await bench.placed(b, "turn2")
+    assert ran(a) == ["long", "other"]
+    assert bench.link(b).load.own_tokens == 102 + 50 + 6 - 64, "what the cache has is not to be done"
+    assert bench.link(b).load.queued_tokens == 102 + 50 - 64
+    await bench.finished("turn2", "long")
+    assert (bench.link(b).load.queued_tokens, bench.link(a).load.queued_tokens) == (0, 0)
+    tally = bench.link(b).tally
+    assert (tally.predicted_cached_tokens, tally.possible_cached_tokens, tally.cached_tokens) == (64, 64, 0)
+
+
+async def test_answers_are_part_of_the_prefix_but_for_their_last_token(bench: Bench) -> None:
+    a = await bench.start("a")
+    said = await whole(bench, "turn1", chat(2, 100), max_tokens=29)
+    assert len(said) == 129
+    await whole(bench, "turn2", [*said, *chat(3, 20)])
+    assert bench.link(a).tally.predicted_cached_tokens == 128
+    await whole(bench, "turn1b", chat(5, 100), max_tokens=28)  # its last token would have ended the span
+    await whole(bench, "turn2b", [*chat(5, 100), *bench.tokens["turn1b"], *chat(6, 20)])
+    assert bench.link(a).tally.predicted_cached_tokens == 128 + 64
+
+
+async def test_equal_prompts_that_come_at_once_are_computed_once(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    for name in ("s", "t", "u"):
+        await bench.add(name, prompt=chat(1, 1000))
+    await bench.placed(a, "s", "t", "u")
+    assert bench.link(a).load.queued_tokens == 1000 + 2 * 40  # 15 spans of 64 are there, or will be
+    assert not b.added
+    await bench.finished("s", "t", "u")
+
+
+async def test_a_move_takes_the_prefix_along_and_a_lost_replica_begins_empty(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("s", prompt=chat(1, 120), max_tokens=50)
+    await bench.placed(a, "s")
+    await bench.steps(a, 10)
+    await bench.kill(a)
+    await bench.placed(b, "s~1")
+    assert bench.link(b).load.queued_tokens == 130
+    a = await bench.start("a")
+    said = [*chat(1, 120), *bench.tokens["s"][:10]]
+    await bench.add("t", prompt=[*said, 7], max_tokens=20)  # b has 128 of its 131 tokens
+    await bench.placed(b, "s~1", "t")
+    assert bench.link(b).load.queued_tokens == 130 + 3
+    assert not a.added
+    await bench.finished("s", "t")
+
+
+async def test_emptied_caches_are_known_to_be_empty(bench: Bench) -> None:
+    a = await bench.start("a")
+    await whole(bench, "s", chat(1, 100))
+    await bench.client.call("reset_prefix_cache", ())
+    await whole(bench, "t", chat(1, 100))
+    assert bench.link(a).tally.predicted_cached_tokens == 0
+    await whole(bench, "u", chat(1, 100))
+    assert bench.link(a).tally.predicted_cached_tokens == 64
+
+
+async def test_what_the_engine_had_of_a_prompt_corrects_what_is_expected(bench: Bench) -> None:
+    a = await bench.start("a")
+    a.cached_tokens = 32
+    for n in range(3):
+        await whole(bench, f"s{n}", chat(1, 100))
+    tally = bench.link(a).tally
+    assert (tally.predicted_cached_tokens, tally.cached_tokens) == (128, 96)
+    assert bench.link(a).load.prefix_trust == pytest.approx(1 - 0.5 * (1 - (15 / 16) ** 2))
+
+
+@pytest.mark.parametrize("why", ["least-load", "no cache", "block size unknown"])
+async def test_without_a_cache_or_a_wish_for_it_prefixes_do_not_count(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_bench(routes_by_prefix=why != "least-load") as bench:
+        block_size = 0 if why == "block size unknown" else 16
+        a, b = await bench.start("a", block_size=block_size), await bench.start("b", block_size=block_size)
+        if why == "no cache":
+            bench.client.prefixes.is_on = False
+        for name in ("s", "t"):
+            await bench.add(name, prompt=chat(1, 1000))
+        await bench.placed(a, "s")
+        await bench.placed(b, "t")
+        await bench.finished("s", "t")
+
+
+async def test_replicas_of_another_block_size_are_no_part_of_it(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b", block_size=32)
+    await whole(bench, "s", chat(1, 200))
+    a.kill()
+    await bench.lost(a)
+    await whole(bench, "t", chat(1, 200))
+    assert bench.link(b).tally.possible_cached_tokens == 0
+    await bench.start("c", block_size=32)  # the first one of a new table, as a has left
+    for name in ("u", "v"):
+        await bench.add(name, prompt=chat(3, 200))
+    await bench.finished("u", "v")
+    assert sum(bench.link(replica).tally.predicted_cached_tokens for replica in (b, bench.replicas["c"])) in (0, 192)
+
+
+async def test_ids_that_no_vocabulary_has_are_placed_by_load(bench: Bench) -> None:
+    a = await bench.start("a")
+    await bench.add("s", prompt=[1 << 40] * 100)
+    await bench.placed(a, "s")
+    await bench.finished("s")
+
+
+async def with_two_gateways(bench: Bench, replica: ToyReplica) -> None:
+    replica.num_gateways = 2
+    await until(lambda: bench.link(replica).load.num_gateways == 2)
+
+
+async def test_gateways_find_the_prefix_of_a_chat_whose_turns_meet_both_of_them() -> None:
+    async with make_bench() as one, make_bench() as two:
+        b = await one.start("b")
+        await whole(one, "alone", chat(1, 200))
+        await until(lambda: b.last_ping is not None)
+        assert not b.prefixes_heard, "there is nobody to tell"
+        await with_two_gateways(one, b)
+        said = await whole(one, "turn1", chat(2, 200))
+        await until(
+            lambda: len(b.prefixes_heard) >= 6 * 8, "what it knew before, for the one that has come, and 3 spans more"
+        )
+        a2, b2 = await two.start("a"), await two.start("b")
+        b2.prefixes_to_tell = bytes(b.prefixes_heard)
+        await until(lambda: bool(two.link(b2).pong.prefixes))
+        await two.add("turn2", prompt=[*said, *chat(3, 100)])
+        await two.placed(b2, "turn2")
+        assert two.link(b2).load.queued_tokens == 302 - 192
+        await two.finished("turn2")
+        await two.add("other", prompt=[*chat(1, 200), 7])  # since before the second gateway came
+        await two.placed(b2, "other")
+        await two.finished("other")
+        assert not a2.added
+
+
+async def test_what_is_told_of_prefixes_is_bounded_and_told_once(bench: Bench) -> None:
+    a = await bench.start("a")
+    await with_two_gateways(bench, a)
+    bench.client.prefixes.opened(bench.link(a))
+    for n in range(4):
+        await bench.add(f"s{n}", prompt=chat(n, 64 * 800), max_tokens=1)
+    assert len(bench.link(a).news) <= wire.MAX_NEWS_BYTES
+    await bench.finished(*(f"s{n}" for n in range(4)))
+    await until(lambda: not bench.link(a).news)
+    heard = len(a.prefixes_heard)
+    await whole(bench, "again", chat(3, 640))
+    before_s = bench.link(a).pong_s
+    await until(lambda: bench.link(a).pong_s > before_s)
+    assert len(a.prefixes_heard) - heard <= 10 * 8
+
+
+async def test_what_is_told_may_be_cut_off(bench: Bench) -> None:
+    a = await bench.start("a")
+    a.prefixes_to_tell = b"\x01" * 13
+    await until(lambda: bool(bench.link(a).pong.prefixes))
+    await whole(bench, "s", chat(1, 100))

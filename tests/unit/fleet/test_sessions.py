@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from kervan.fleet import auth, wire
-from kervan.fleet.sessions import Sessions
+from kervan.fleet.sessions import Session, Sessions
+from kervan.fleet.step_clock import StepClock
 
 SECRET = "s3cret"
 FACTS = wire.EngineFacts(max_model_len=4096, num_gpu_blocks=100, block_size=16, max_num_seqs=64)
@@ -66,3 +67,22 @@ def test_one_whose_lease_has_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert (identity, kind) == (b"one", wire.REFUSED)
     assert b"no heartbeat for" in why
     assert b"no HELLO" in ours.refuse(b"two")[2]
+
+
+def test_what_a_gateway_tells_of_prefixes_goes_to_the_others_once() -> None:
+    ours = sessions()
+    for identity in (b"one", b"two", b"three"):
+        ours.greet(identity, hello(identity, f"gateway {identity!r}"))
+    one, two, three = ours.live
+
+    def pong(session: Session) -> bytes:
+        told = ours.pong(session, (0, 0, 0.0), is_draining=False, has_work=False, clock=StepClock())
+        return msgspec.msgpack.decode(told, type=wire.Pong).prefixes
+
+    ours.ping(0, msgspec.msgpack.encode(wire.Ping(0, prefixes=b"12345678")))
+    ours.ping(1, msgspec.msgpack.encode(wire.Ping(0, prefixes=b"abcdefgh")))
+    assert [pong(one), pong(two), pong(three)] == [b"abcdefgh", b"12345678", b"12345678abcdefgh"]
+    assert [pong(one), pong(two), pong(three)] == [b"", b"", b""]
+    for n in range(3):
+        ours.ping(0, msgspec.msgpack.encode(wire.Ping(0, prefixes=bytes([n]) * (wire.MAX_NEWS_BYTES // 2))))
+    assert pong(two) == bytes([1]) * (wire.MAX_NEWS_BYTES // 2) + bytes([2]) * (wire.MAX_NEWS_BYTES // 2)

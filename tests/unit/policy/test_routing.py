@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kervan.policy import routing
-from kervan.policy.routing import OUTPUT_CAP_TOKENS, ROOM_TOKENS, SIMILAR, YOUNG_S, ReplicaLoad
+from kervan.policy.prefix import Match
+from kervan.policy.routing import (
+    OUTPUT_CAP_TOKENS,
+    PREFIX_BOUND,
+    PREFIX_ROOM_REQUESTS,
+    ROOM_TOKENS,
+    SIMILAR,
+    YOUNG_S,
+    ReplicaLoad,
+)
 
 LOADS = st.lists(
     st.builds(
@@ -202,3 +211,166 @@ def test_for_how_long_a_replica_is_risky(
     is_spot: bool, age_s: float, is_called_likely: bool, expected_s: float
 ) -> None:
     assert routing.risky_for_s(is_spot=is_spot, age_s=age_s, is_called_likely=is_called_likely) == expected_s
+
+
+def having(loads: list[ReplicaLoad], cached_tokens: dict[str, int], max_tokens: int = 10**6) -> Match:
+    """A match in which the replicas have so many tokens of the prompt, in spans of one token."""
+    bits = {load.replica_id: 1 << n for n, load in enumerate(loads)}
+    levels: dict[int, int] = {}
+    for name, tokens in sorted(cached_tokens.items(), key=lambda item: item[1]):
+        if tokens:
+            levels[tokens] = levels.get(tokens, 0) | bits[name]
+    return Match([*levels.items()], 1, max_tokens, bits, [load.replica_id for load in loads])
+
+
+def prefix_choice(
+    loads: list[ReplicaLoad], cached_tokens: dict[str, int], prompt_tokens: int = 1000, output_tokens: int = 100
+) -> str:
+    chosen = next(r for r in loads if r.replica_id == routing.decide(loads).replica_id)
+    placement = routing.for_prefix(
+        loads,
+        {load.replica_id: load for load in loads},
+        chosen,
+        having(loads, cached_tokens),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        prefill_tokens_per_s=10_000,
+    )
+    if placement is None:
+        return chosen.replica_id
+    assert f"has {cached_tokens[str(placement.replica_id)]} of {prompt_tokens} prompt tokens" in placement.reason
+    return str(placement.replica_id)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "cached_tokens", "expected"),
+    [
+        # name, outstanding and, of them, queued tokens; a prompt of 1,000 costs 1.25 times what is not cached of it
+        pytest.param([("a", 0, 0), ("b", 500, 0)], {}, "a", id="nobody has any of it: the fewest tokens"),
+        pytest.param([("a", 0, 0), ("b", 500, 0)], {"b": 800}, "b", id="250 against 1,250 tokens to compute"),
+        pytest.param([("a", 0, 0), ("b", 900, 900)], {"b": 800}, "b", id="900 + 250 against 1,250"),
+        pytest.param([("a", 0, 0), ("b", 1100, 1100)], {"b": 800}, "a", id="1,100 + 250 against 1,250"),
+        pytest.param([("a", 0, 0), ("b", 500, 0)], {"a": 800, "b": 800}, "a", id="both: the fewest tokens"),
+        pytest.param([("a", 0, 0), ("b", 500, 0)], {"a": 900, "b": 800}, "a", id="the better one is the emptier one"),
+        pytest.param([("a", 0, 0), ("b", 500, 0)], {"a": 700, "b": 800}, "b", id="the fuller one has more"),
+        pytest.param([("a", 0, 0), ("b", 500, 0), ("c", 400, 0)], {"b": 800, "c": 800}, "c", id="a tie: less to do"),
+        pytest.param([("a", 0, 0), ("b", 500, 0), ("c", 600, 0)], {"b": 800, "c": 900}, "c", id="the most of it"),
+        pytest.param([("a", 0, 0), ("b", 9, 0), ("c", 500, 500)], {"b": 700, "c": 900}, "b", id="375 against 625"),
+        # at most 3 requests of 200 + 100 tokens above 1.25 times the mean, or below the mean / 1.25
+        pytest.param([("a", 0, 0), ("b", 2200, 0)], {"b": 800}, "b", id="within the bound"),
+        pytest.param([("a", 1000, 0), ("c", 1000, 0), ("b", 2971, 0)], {"b": 800}, "b", id="< 900 + 1.25 * 1,657"),
+        pytest.param([("a", 1000, 0), ("c", 1000, 0), ("b", 2972, 0)], {"b": 800}, "a", id="> 900 + 1.25 * 1,657.3"),
+        pytest.param([("a", 0, 0), *((n, 1500, 0) for n in "bcd")], {"b": 800}, "b", id="0 = 1,125 / 1.25 - 900"),
+        pytest.param([("a", 0, 0), *((n, 1510, 0) for n in "bcd")], {"b": 800}, "a", id="a new replica takes work"),
+        pytest.param([("a", 0, 0), ("b", 1000, 0, "d")], {"b": 800}, "a", id="it drains"),
+        pytest.param([("a", 0, 0), ("b", 1000, 0, "x")], {"b": 800}, "a", id="it stands still"),
+    ],
+)
+def test_a_prefix_draws_a_prompt_to_where_it_is_computed_soonest(
+    replicas: list[tuple], cached_tokens: dict[str, int], expected: str
+) -> None:
+    loads = []
+    for name, tokens, queued, *flags in replicas:
+        loads.append(load(name, tokens, *flags))
+        loads[-1].queued_tokens = queued
+    assert prefix_choice(loads, cached_tokens) == expected
+
+
+def test_a_prefix_counts_less_where_the_cache_had_less_than_expected() -> None:
+    loads = [load("a", 0), load("b", 100)]
+    loads[1].queued_tokens = 100
+    assert prefix_choice(loads, {"b": 500}) == "b"
+    for _ in range(100):
+        loads[1].see_cached(0, 500)
+    assert loads[1].prefix_trust < 0.01
+    assert prefix_choice(loads, {"b": 500}) == "a"
+    for _ in range(20):
+        loads[1].see_cached(500, 500)
+    assert prefix_choice(loads, {"b": 500}) == "b"
+
+
+def test_a_faster_replica_needs_less_of_the_prefix() -> None:
+    loads = [load("a", 0), load("b", 10)]
+    assert prefix_choice(loads, {"a": 100, "b": 90}) == "a"
+    loads[0].prefill_tokens_per_s, loads[1].prefill_tokens_per_s = 5_000, 20_000
+    loads[
+        0
+    ].outstanding_tokens = 20  # so that `decide` takes b, and a has more of it: 900 at 5,000 beside 910 at 20,000
+    assert prefix_choice(loads, {"a": 100, "b": 90}) == "b"
+
+
+def test_a_long_answer_does_not_go_to_a_risky_replica_for_a_prefix() -> None:
+    loads = [load("a", 0), load("b", 0, "r")]
+    by_id = {r.replica_id: r for r in loads}
+    choices = [
+        routing.for_prefix(
+            loads,
+            by_id,
+            loads[0],
+            having(loads, {"b": 900}),
+            prompt_tokens=1000,
+            output_tokens=5000,
+            prefill_tokens_per_s=10_000,
+            avoids_risky=avoids_risky,
+        )
+        for avoids_risky in (True, False)
+    ]
+    assert choices[0] is None
+    assert choices[1] is not None
+
+
+def test_equal_prompts_of_a_burst_go_together_as_far_as_the_bound_allows() -> None:
+    loads = [load(name, 0) for name in "abcd"]
+    cached: dict[str, int] = {}
+    went = []
+    for _ in range(12):
+        name = prefix_choice(loads, cached, prompt_tokens=5000, output_tokens=256)
+        uncached = 5000 - cached.get(name, 0)
+        chosen = next(r for r in loads if r.replica_id == name)
+        chosen.add(uncached + 256)
+        chosen.queued_tokens += uncached
+        cached[name] = 4992
+        went.append(name)
+    assert went[:2] == ["a", "a"]
+    assert len(set(went)) == 2  # each computes the prompt once; two do, and not four
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30_000), st.integers(0, 4000)), min_size=1, max_size=6),
+    st.lists(st.integers(0, 4000), min_size=6, max_size=6),
+)
+def test_no_replica_is_loaded_beyond_the_bound_for_a_prefix(replicas: list[tuple[int, int]], cached: list[int]) -> None:
+    loads = [load(f"r{n}", tokens) for n, (tokens, _) in enumerate(replicas)]
+    for made, (tokens, queued) in zip(loads, replicas, strict=True):
+        made.queued_tokens = min(tokens, queued)
+    least = str(routing.decide(loads).replica_id)
+    has = {made.replica_id: tokens for made, tokens in zip(loads, cached, strict=False)}
+    name = prefix_choice(loads, has, prompt_tokens=4001)
+    if name != least:
+        chosen = next(r for r in loads if r.replica_id == name)
+        mean = (sum(r.outstanding_tokens for r in loads) - chosen.queued_tokens) / len(loads)
+        cost = routing.cost_tokens(4001 - has[name], 100)
+        assert has[name] > has[least]
+        assert chosen.outstanding_tokens - chosen.queued_tokens <= PREFIX_BOUND * mean + PREFIX_ROOM_REQUESTS * cost
+
+
+def test_one_prompt_that_all_begin_with_loads_no_replica_beyond_the_mean() -> None:
+    rng = random.Random(3)
+    loads = [load(f"r{n}", 0) for n in range(8)]
+    cached: dict[str, int] = {}
+    running: list[tuple[str, int]] = []
+    worst = 0.0
+    for number in range(2000):
+        name = prefix_choice(loads, cached, prompt_tokens=3100, output_tokens=300)
+        by_name = {r.replica_id: r for r in loads}
+        by_name[name].add(3100 - cached.get(name, 0) + 300)
+        running.append((name, 3100 - cached.get(name, 0) + 300))
+        cached[name] = 3000
+        if len(running) > 128:
+            ended, tokens = running.pop(rng.randrange(len(running)))
+            by_name[ended].add(-tokens)
+        if number > 200:
+            mean = sum(r.outstanding_tokens for r in loads) / len(loads)  # nothing is queued
+            worst = max(worst, max(r.outstanding_tokens for r in loads) / mean)
+    assert len(cached) == 8
+    assert worst < PREFIX_BOUND

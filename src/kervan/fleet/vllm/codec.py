@@ -18,6 +18,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kervan.fleet.stream import Stream
 from kervan.fleet.vllm import resume, versions
+from kervan.policy.prefix import PromptContent
 
 
 class VllmCodec:
@@ -48,6 +49,21 @@ class VllmCodec:
             max_output_tokens=(sampling.max_tokens or 0) if sampling is not None else 0,
             is_movable=not request.resumable,  # a streaming input lives in its replica
         )
+
+    def prompt(self, stream: Stream) -> PromptContent | None:
+        request: EngineCoreRequest = stream.request
+        params = request.sampling_params or request.pooling_params
+        if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
+            return None
+        if params is not None and params.skip_reading_prefix_cache:  # its prompt's logprobs are wanted
+            return None
+        lora = request.lora_request
+        scope = ("", "") if lora is None else (lora.lora_name, lora.lora_path)
+        items = [(item.mm_position.offset, item.identifier) for item in request.mm_features or ()]
+        return PromptContent(request.prompt_token_ids, (*scope, request.cache_salt or ""), tuple(sorted(items)))
+
+    def cached_tokens(self, output: EngineCoreOutput) -> int | None:
+        return None if output.prefill_stats is None else int(output.prefill_stats.num_local_cached_tokens)
 
     def encode_add(self, stream: Stream) -> Sequence[Any]:
         request = stream.request if stream.epoch == 0 else self._moved(stream)

@@ -26,6 +26,8 @@ class FleetEngineClient:
         vllm_config.model_config.max_model_len = min(vllm_config.model_config.max_model_len, facts.max_model_len)
         vllm_config.cache_config.num_gpu_blocks = facts.num_gpu_blocks
         vllm_config.cache_config.block_size = facts.block_size
+        if not vllm_config.cache_config.enable_prefix_caching:
+            fleet.prefixes.is_on = False
         start_warmup = getattr(renderer, "start_mm_warmup_in_background", None)
         if start_warmup is not None:
             start_warmup()
