@@ -540,9 +540,9 @@ def test_a_streaming_input_is_not_movable(seen: dict[str, Any]) -> None:
 
 def test_what_the_prefix_cache_tells_prompts_apart_by_is_read(seen: dict[str, Any]) -> None:
     assert seen["prompts"] == [
-        [[1, 2, 3], ("", "", "salt"), ()],
-        [[1, 2, 3], ("poet", "/poet", ""), ()],
-        [[1, 2, 3], ("", "", "salt"), ((1, "cat"),)],
+        [[1, 2, 3], ["", "", "salt"], []],
+        [[1, 2, 3], ["poet", "/poet", ""], []],
+        [[1, 2, 3], ["", "", "salt"], [[1, "cat"]]],
     ]
     assert seen["no prompts"] == [None, None, None]
     assert seen["cached"] == [32, None]

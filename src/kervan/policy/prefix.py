@@ -251,19 +251,27 @@ class PrefixTable:
                 del owners[span]
 
     def match(self, spans: Spans, *, max_tokens: int) -> Match:
-        """What each replica has of a prompt: its first spans, up to the first one that is missing."""
+        """What each replica has of a prompt: its first spans, up to the first one that is missing.
+
+        A replica that has a span has those before it, as they are used after it: so the end of what it has is searched
+        by halves.
+        """
         levels = []
-        members, owners = -1, self._owners.get
-        number = 0
-        for number, span in enumerate(spans.hashes):
-            left = owners(span, 0) & members
-            if left != members:
-                if number:
-                    levels.append((number, members & ~left))
-                members = left
-                if not left:
-                    break
-        else:
-            if members > 0:
-                levels.append((number + 1, members))
+        hashes, owners = spans.hashes, self._owners.get
+        begin, end = 0, len(hashes) - 1
+        members = owners(hashes[0], 0) if hashes else 0
+        while members:
+            if owners(hashes[end], 0) & members == members:
+                levels.append((end + 1, members))
+                break
+            low, high = begin, end  # all of `members` have `low`, and not all have `high`
+            while high - low > 1:
+                middle = (low + high) // 2
+                if owners(hashes[middle], 0) & members == members:
+                    low = middle
+                else:
+                    high = middle
+            left = owners(hashes[high], 0) & members
+            levels.append((high, members & ~left))
+            members, begin = left, high
         return Match(levels, spans.span_tokens, max_tokens, self._bits, self._ids)

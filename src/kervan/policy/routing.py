@@ -153,9 +153,9 @@ def for_prefix(
     (`ttft_s`, to the millisecond), then the one with the fewest outstanding tokens. `by_id`: `replicas` by their ids.
     `output_tokens`: as for `cost_tokens`. `avoids_risky`: it is a long answer.
     """
-    if not match.levels:
-        return None
     rate, bit = prefill_tokens_per_s, match.bits.get(chosen.replica_id, 0)
+    if not match.levels or match.levels[-1][1] & bit:
+        return None
     best, best_tokens = chosen, 0
     best_key = _key(chosen, match.tokens(chosen.replica_id), prompt_tokens, rate)
     total_tokens = all_queued_tokens = -1

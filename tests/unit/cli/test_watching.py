@@ -10,9 +10,18 @@ from rich.console import Console
 
 from kervan.cli import render, top
 from kervan.config.fleet import FleetConfig
-from kervan.fleet.directory import GatewayEntry, NodeEntry, NodeNotice, ReplicaEntry, Snapshot, StartFailure, Traffic
+from kervan.fleet.directory import (
+    GatewayEntry,
+    NodeEntry,
+    NodeNotice,
+    PrefixTokens,
+    ReplicaEntry,
+    Snapshot,
+    StartFailure,
+    Traffic,
+)
 from kervan.serve.placement import NodeDevices
-from kervan.serve.status import FleetStatus
+from kervan.serve.status import FleetStatus, fleet_status
 from kervan.serve.why import explain, notice_lines
 
 CONFIG = FleetConfig(model="org/model", replicas=2, gateways=1, tp=4)
@@ -125,6 +134,16 @@ BUSY = (
     gateway("g1", streams=3, moved=2, traffic={"a": Traffic(100.0, 0.2), "b": Traffic(5.0, None)}),
     gateway("g2", streams=1, held=1, traffic={"a": Traffic(50.0, 0.4)}),
 )
+
+
+def test_status_sums_what_gateways_tell_of_prefix_caches() -> None:
+    traffic = [Traffic(0.0, None, prefix=PrefixTokens(*told)) for told in ((300, 200, 150), (64, 64, 80))]
+    gateways = [gateway(f"g{n}", traffic={"a": told}) for n, told in enumerate(traffic)]
+    status = fleet_status(CONFIG, snapshot(replica("a"), replica("b"), *gateways)).to_dict()
+    assert [shown["prefix_tokens"] for shown in status["replicas"]] == [
+        {"possible": 364, "predicted": 264, "hits": 230},
+        {"possible": 0, "predicted": 0, "hits": 0},
+    ]
 
 
 def test_traffic_is_summed_over_gateways() -> None:
