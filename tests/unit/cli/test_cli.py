@@ -347,7 +347,7 @@ def misused(name: str) -> Iterator[tuple[list[str], str]]:
             continue
         yield [*required, option], f"'{option}' requires an argument"
         if isinstance(one.type, click.Choice):
-            yield [*required, option, "x"], f"{option} 'x' is not one of "
+            yield [*required, option, "x"], f"{option} 'x' is not "
         elif isinstance(one.type, click.types.IntParamType | click.types.FloatParamType):
             yield [*required, option, "x"], f"{option} 'x' is not a"
 
