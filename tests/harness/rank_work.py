@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from kervan.calibrate.ranks import Rank
+from kervan.comm.ranks import Rank
 
 
 def fail(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
