@@ -234,7 +234,9 @@ def _row(timing: Timing | str) -> Collective | str:
     if isinstance(timing, str):
         return timing
     if not timing.is_correct:
-        raise EngineError(f"{timing.op} of {timing.bytes} bytes over {timing.ranks} ranks has {timing.num_wrong} wrong entries")
+        raise EngineError(
+            f"{timing.op} of {timing.bytes} bytes over {timing.ranks} ranks has {timing.num_wrong} wrong entries"
+        )
     op: Literal["all_reduce", "send_recv"] = "send_recv" if timing.op == "one_way" else "all_reduce"
     return Collective(op, timing.ranks, timing.bytes, timing.mode == "graph", timing.backend, timing.seconds)
 

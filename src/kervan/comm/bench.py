@@ -34,7 +34,7 @@ class BenchSettings:
     dtype: Dtype = "bfloat16"
     device: str | None = None
     ranks: int | None = None
-    nodes: Nodes = Nodes()
+    nodes: Nodes = Nodes()  # noqa: RUF009 - frozen
     for_s: float = 300.0
 
 

@@ -107,7 +107,7 @@ def bus_factor(op: Op, ranks: int) -> float:
 
 
 def num_items(op: Op, size: int, ranks: int, dtype: Dtype) -> int:
-    """Entries of the larger buffer: as many as `size` bytes hold, at least one, a multiple of `ranks` where it is cut."""
+    """Entries of the larger buffer: as many as `size` bytes hold, a multiple of `ranks` where it is cut."""
     items = max(1, size // ITEM_BYTES[dtype])
     if op in ("all_gather", "reduce_scatter", "all_to_all"):
         return max(1, items // ranks) * ranks
@@ -162,11 +162,9 @@ def work(rank: Rank, plan: CollectivesPlan, keep: Callable[[Any], None]) -> None
         dist.destroy_process_group()
 
 
-def measure(
-    rank: Rank, plan: CollectivesPlan, device: Any, keep: Callable[[Any], None]
-) -> Iterator[Timing | str]:
+def measure(rank: Rank, plan: CollectivesPlan, device: Any, keep: Callable[[Any], None]) -> Iterator[Timing | str]:
     """Each operation and size of a plan; all ranks call it, and all have the rows."""
-    hosts = _everybodys(rank, socket.gethostname())
+    hosts = everybodys(rank, socket.gethostname())
     for op in plan.ops:
         if op == "one_way" and rank.of != 2:
             continue
@@ -187,7 +185,7 @@ def _hang(rank: Rank, sleeping: int, device: Any, keep: Callable[[Any], None]) -
     if rank.number == sleeping:
         time.sleep(3600)
     dist.all_reduce(torch.zeros(8, device=device))
-    _end_of_calls(device)
+    end_of_calls(device)
 
 
 def _rows(
@@ -198,10 +196,10 @@ def _rows(
     items = num_items(op, size, rank.of, plan.dtype)
     call, result = _call(op, items, rank, plan.dtype, device)
     call()
-    _end_of_calls(device)
+    end_of_calls(device)
     if plan.planted_rank == rank.number:
         result[0] += 1
-    wrong = sum(_everybodys(rank, _num_wrong(op, items, rank, result)))
+    wrong = sum(everybodys(rank, _num_wrong(op, items, rank, result)))
     if op == "all_reduce":
         result.zero_()  # it is added to itself at each call
     count = _agreed_count(call, device)
@@ -229,9 +227,9 @@ def _timing(
     hosts: Sequence[str],
 ) -> Timing:  # fmt: skip
     """The same on all ranks: of each repeat the slowest rank counts."""
-    everybodys: list[Sequence[float]] = _everybodys(rank, took_s)
-    slowest_s = [max(repeat) for repeat in zip(*everybodys, strict=True)]
-    medians = [statistics.median(one) for one in everybodys]
+    all_s: list[Sequence[float]] = everybodys(rank, took_s)
+    slowest_s = [max(repeat) for repeat in zip(*all_s, strict=True)]
+    medians = [statistics.median(one) for one in all_s]
     slowest = max(range(rank.of), key=lambda number: medians[number])
     return Timing(
         op=op, ranks=rank.of, bytes=size, mode=mode, backend=backend, dtype=dtype,
@@ -240,7 +238,7 @@ def _timing(
     )  # fmt: skip
 
 
-def _everybodys(rank: Rank, value: Any) -> list[Any]:
+def everybodys(rank: Rank, value: Any) -> list[Any]:
     """The value of each rank, on all ranks."""
     import torch.distributed as dist
 
@@ -323,11 +321,11 @@ def _num_wrong(op: Op, items: int, rank: Rank, result: Any) -> int:
 def _eager_seconds(call: Call, count: int, device: Any) -> list[float]:
     took_s = []
     for _ in range(REPEATS):
-        _barrier(device)
+        barrier(device)
         begin_s = time.perf_counter()
         for _ in range(count):
             call()
-        _end_of_calls(device)
+        end_of_calls(device)
         took_s.append((time.perf_counter() - begin_s) / count)
     return took_s
 
@@ -336,7 +334,7 @@ def _graph_seconds(call: Call, count: int, device: Any) -> list[float]:
     graph, _ = capture([call], count)
     took_s = []
     for _ in range(1 + REPEATS):
-        _barrier(device)
+        barrier(device)
         took_s.append(elapsed_s(graph.replay) / count)
     del graph
     return took_s[1:]
@@ -352,31 +350,31 @@ def _agreed_count(call: Call, device: Any) -> int:
     import torch.distributed as dist
 
     call()
-    _barrier(device)
+    barrier(device)
     begin_s = time.perf_counter()
     call()
-    _end_of_calls(device)
+    end_of_calls(device)
     count = max(3, min(MAX_CALLS, round(TARGET_S / (time.perf_counter() - begin_s))))
     agreed = torch.tensor([count], device=device)
     dist.broadcast(agreed, 0)
     return int(agreed.item())
 
 
-def _end_of_calls(device: Any) -> None:
+def end_of_calls(device: Any) -> None:
     import torch
 
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _barrier(device: Any) -> None:
+def barrier(device: Any) -> None:
     import torch.distributed as dist
 
     if device.type == "cuda":
         dist.barrier(device_ids=[device.index])
     else:
         dist.barrier()
-    _end_of_calls(device)
+    end_of_calls(device)
 
 
 def _symm_mem(rank: Rank, plan: CollectivesPlan, device: Any, hosts: Sequence[str]) -> Iterator[Timing | str]:
@@ -403,7 +401,7 @@ def _symm_mem(rank: Rank, plan: CollectivesPlan, device: Any, hosts: Sequence[st
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         yield f"symm_mem all-reduce: not measured ({_first_line(error)})"
         return
-    if wrong := sum(_everybodys(rank, wrong)):
+    if wrong := sum(everybodys(rank, wrong)):
         yield f"symm_mem all-reduce: not measured, {wrong} entries of its sum are wrong"
         return
     memory.zero_()

@@ -47,7 +47,9 @@ def parse(text: str) -> list[NcclTestsRow]:
         time_us, algbw, busbw, wrong = cells[9:13]
         try:
             rows.append(
-                NcclTestsRow(int(cells[0]), float(time_us), float(algbw), float(busbw), None if wrong == "N/A" else int(wrong))
+                NcclTestsRow(
+                    int(cells[0]), float(time_us), float(algbw), float(busbw), None if wrong == "N/A" else int(wrong)
+                )
             )
         except ValueError:
             continue

@@ -96,7 +96,7 @@ def run(
     *,
     ranks: int = 1,
     for_s: float,
-    nodes: Nodes = Nodes(),  # noqa: B008 - frozen
+    nodes: Nodes = Nodes(),
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Any]:
     """The rows of all ranks of this node, `ranks` of them. `work` is a function of a module; all is picklable.
@@ -165,9 +165,13 @@ class _Group:
         with (self.folder / f"log-{len(self.processes)}").open("wb") as log:
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", *module], env={**self.env, **who}, start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                )  # fmt: skip
+                    [sys.executable, "-m", *module],
+                    env={**self.env, **who},
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
             )
 
     def rows(self, for_s: float) -> Iterator[Any]:
@@ -180,7 +184,7 @@ class _Group:
                 self._join()
             for link in ready:
                 if link in self.members:
-                    yield from self._row(link)  # type: ignore[arg-type]
+                    yield from self._row(link)
             if not ready:
                 self._check_processes()
 
@@ -256,5 +260,3 @@ class _Group:
         for link in self.members:
             link.close()
         self.server.close()
-
-

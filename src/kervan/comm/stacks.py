@@ -20,7 +20,9 @@ Kind = Literal["collective", "step", "unknown"]
 THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$", re.M)
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$', re.M)
 # Frames that only hand a call on: of these the next one outwards tells where a rank is.
-HANDS_ON = re.compile(r"/torch/(_ops|_library/\w+|_dynamo/\w+|utils/_contextlib|nn/modules/module)\.py$|/contextlib\.py$")
+HANDS_ON = re.compile(
+    r"/torch/(_ops|_library/\w+|_dynamo/\w+|utils/_contextlib|nn/modules/module)\.py$|/contextlib\.py$"
+)
 IDLE = re.compile(r"/shm_broadcast\.py$")  # vLLM's workers wait there for the next step
 COLLECTIVE = re.compile(r"/torch/distributed/|/vllm/distributed/|/torch/_C/_distributed")
 ON_GPU = re.compile(r"/torch/cuda/")
@@ -83,7 +85,9 @@ def judge(ranks: Sequence[Activity]) -> Verdict:
         reason = "a collective hangs: " + ", ".join(map(str, named)) + told + place
         return Verdict("collective", reason, tuple(r.rank for r in named))
     if waiting and len(waiting) == len(ranks):
-        return Verdict("collective", f"a collective hangs: all ranks are in {waiting[0].where}, so a link or a GPU does")
+        return Verdict(
+            "collective", f"a collective hangs: all ranks are in {waiting[0].where}, so a link or a GPU does"
+        )
     if not ranks or all(r.state == "unknown" for r in ranks):
         return Verdict("unknown", "what its ranks do is not known")
     return Verdict("step", "a step is still computed: " + ", ".join(map(str, ranks)))
@@ -101,7 +105,7 @@ def look(processes: Iterable[tuple[int, int, Path]], *, wait_s: float) -> list[A
     for rank, pid, path in processes:
         state = _process_state(pid)
         if state in ("stopped", "gone"):
-            found.append(Activity(rank, pid, state))  # type: ignore[arg-type]
+            found.append(Activity(rank, pid, state))
         elif not path.exists():  # it has no handler, and the signal would end it
             found.append(Activity(rank, pid, "unknown"))
         else:

@@ -17,11 +17,11 @@ from harness.rank_work import die, fail, hang
 
 from kervan.calibrate import choose, kernels, measure_host, measurements, serving, shapes
 from kervan.calibrate.choose import GIB, Shape
-from kervan.comm import ranks
-from kervan.comm.clock import num_calls
 from kervan.calibrate.measurements import Attention, Collective, Copy, Floor, Matmul, Measurements, Memory, Serving
 from kervan.calibrate.serving import Point, Server, ServingRuns
 from kervan.cli import calibrate as command
+from kervan.comm import ranks
+from kervan.comm.clock import num_calls
 from kervan.config import engine_arguments
 from kervan.errors import ConfigError, EngineError
 from kervan.plan import calibration
