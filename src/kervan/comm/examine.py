@@ -5,7 +5,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,21 +63,27 @@ class _Log:
 
 
 def run(
-    plan: ExaminePlan, *, num_ranks: int, for_s: float, nodes: Nodes = Nodes(), say: Callable[[str], None]  # noqa: B008
-) -> Measured:  # fmt: skip
+    plan: ExaminePlan,
+    *,
+    num_ranks: int,
+    for_s: float,
+    say: Callable[[str], None],
+    nodes: Nodes = Nodes(),  # noqa: B008 - frozen
+    env: Mapping[str, str] | None = None,
+) -> Measured:
     """Measure. A measurement that fails or hangs is `Measured` too, with its problem."""
     found: dict[type[Any], list[Any]] = {RankFacts: [], Reduced: [], PairSpeed: [], _Log: []}
     loaded: tuple[GpuState, ...] = ()
     report: ras.RasReport | None = None
     problem = ""
     with tempfile.TemporaryDirectory(prefix="kervan-nccl-", ignore_cleanup_errors=True) as folder:
-        env = {
+        logs = {
             "NCCL_DEBUG": "INFO",
             "NCCL_DEBUG_SUBSYS": "INIT,NET,ENV",
             "NCCL_DEBUG_FILE": f"{folder}/%h.%p",
             "NCCL_RUN_DIAGNOSTICS": "1",
         }
-        env = env if plan.on_gpu else {}
+        env = {**(env or {}), **(logs if plan.on_gpu else {})}
         try:
             for row in ranks.run(work, plan, ranks=num_ranks, for_s=for_s, nodes=nodes, env=env):
                 if isinstance(row, _Loaded):

@@ -3,7 +3,8 @@
 Ranks of its own, in the replica's reservation, for about five seconds; they are gone before the engine takes memory.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 
 from kervan.comm import examine, gather, gpu_checks, host_checks, measured_checks, settings_checks
 from kervan.comm.check import Check
@@ -14,17 +15,7 @@ from kervan.errors import EngineError
 
 FOR_S = 90.0  # importing torch alone may take half a minute on a busy host
 # A host is refused for what was measured, and for what ends the engine later; the rest only explains.
-REFUSED_FOR = (
-    "measurement",
-    "results",
-    "bandwidth",
-    "transport",
-    "slow-rank",
-    "versions",
-    "shm",
-    "mig",
-    "visible-devices",
-)
+REFUSED_FOR = ("measurement", "results", "bandwidth", "transport", "slow-rank", "versions", "shm")
 MIN_SHARE = 0.5  # of the figure of a link: what is slower is broken, what is between is the doctor's
 
 
@@ -55,10 +46,15 @@ def _line(host: str, check: Check, cause: Check | None) -> str:
 
 def run(
     *, num_ranks: int, on_gpu: bool, nodes: Nodes = Nodes(), plan: ExaminePlan | None = None, for_s: float = FOR_S,  # noqa: B008
+    env: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Measured:  # fmt: skip
-    """Measure between the ranks of a replica. Raises: EngineError, in one line, for a host that is refused."""
-    measured = examine.run(plan or examine.brief(on_gpu=on_gpu), num_ranks=num_ranks, for_s=for_s, nodes=nodes, say=say)
-    if why := refusal(gather.host(), measured, nodes=nodes.count):
+    """Measure between the ranks of a replica. `env`: of its engine, beside this process's.
+
+    Raises: EngineError, in one line, for a host that is refused.
+    """
+    plan = plan or examine.brief(on_gpu=on_gpu)
+    measured = examine.run(plan, num_ranks=num_ranks, for_s=for_s, nodes=nodes, env=env, say=say)
+    if why := refusal(gather.host({**os.environ, **(env or {})}), measured, nodes=nodes.count):
         raise EngineError(why)
     return measured

@@ -119,7 +119,7 @@ def _socket_threads(facts: HostFacts) -> Check:
     if threads > MAX_SOCKET_THREADS or threads * sockets > MAX_SOCKETS:
         return warned(
             "socket-threads",
-            f"{said}: {threads} x {sockets} = {threads * sockets} is over {MAX_SOCKETS} or {MAX_SOCKET_THREADS} threads",
+            f"{said}: {threads} x {sockets} = {threads * sockets} above {MAX_SOCKETS}, or {MAX_SOCKET_THREADS} threads",
             _remove(pair),
         )
     if active_ports(facts):

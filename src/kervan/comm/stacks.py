@@ -72,8 +72,10 @@ def activity(rank: int, pid: int, dump: str) -> Activity:
 
 def judge(ranks: Sequence[Activity]) -> Verdict:
     """Whether a group that makes no step hangs in a collective, and which of its ranks the others wait for."""
-    waiting = [r for r in ranks if r.state == "in collective"]
     away = [r for r in ranks if r.state in ("elsewhere", "stopped", "gone")]
+    # A rank that waits for its GPU may compute, or wait for a rank that has not launched its part.
+    waits = ("in collective", "on GPU") if away else ("in collective",)
+    waiting = [r for r in ranks if r.state in waits]
     lost = [r for r in away if r.state in ("stopped", "gone")]
     idle = [r for r in ranks if r.state == "idle"]
     late = away or (idle if waiting else [])

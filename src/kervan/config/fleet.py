@@ -161,6 +161,9 @@ class FleetConfig:
         0.0, "Above 0: clients can reconnect to a stream for this long after it ended or broke", 0, 86_400
     )
     replay_max_mib: int = _setting(256, "Memory that each gateway may use for replay_s, in MiB", 1, 1 << 20)
+    preflight: bool = _setting(
+        True, "Before a replica on several GPUs starts, check that they reach each other, and refuse a host that fails"
+    )
     warm_start: bool = _setting(
         True, "Fork engines and gateways from a process on the node that has already imported vLLM"
     )
