@@ -43,7 +43,7 @@ class CollectivesPlan:
 
     `symm_mem`: also torch's own all-reduce over memory that all GPUs of a node map, as vLLM's of small messages is.
     `planted_rank`: makes this rank's result wrong, to see that it is found. `sleeping_rank`: it stays away from the
-    last collective, to see that it is named.
+    last collective, to see that it is named. `limit_s`: for each operation and size; None: `timeout_s` of torch.
     """
 
     on_gpu: bool
@@ -53,6 +53,7 @@ class CollectivesPlan:
     dtype: Dtype = "bfloat16"
     symm_mem: bool = True
     timeout_s: float = TIMEOUT_S
+    limit_s: float | None = None
     planted_rank: int | None = None
     sleeping_rank: int | None = None
 
@@ -156,8 +157,6 @@ def work(rank: Rank, plan: CollectivesPlan, keep: Callable[[Any], None]) -> None
             for row in measure(rank, plan, device, keep):
                 if rank.local == 0:
                     keep(row)
-            if plan.sleeping_rank is not None:
-                _hang(rank, plan.sleeping_rank, device, keep)
     finally:
         dist.destroy_process_group()
 
@@ -169,20 +168,22 @@ def measure(rank: Rank, plan: CollectivesPlan, device: Any, keep: Callable[[Any]
         if op == "one_way" and rank.of != 2:
             continue
         for size in plan.bytes:
-            keep(Doing(f"{op} of {size} bytes"))
+            keep(Doing(f"{op} of {size} bytes", plan.limit_s))
             yield from _rows(op, size, rank, plan, device, hosts)
+    if plan.sleeping_rank is not None:
+        _hang(rank, plan, device, keep)
     if plan.symm_mem and plan.on_gpu and "graph" in plan.modes and len(set(hosts)) == 1:
         keep(Doing("symm_mem all_reduce"))
         yield from _symm_mem(rank, plan, device, hosts)
 
 
-def _hang(rank: Rank, sleeping: int, device: Any, keep: Callable[[Any], None]) -> None:
+def _hang(rank: Rank, plan: CollectivesPlan, device: Any, keep: Callable[[Any], None]) -> None:
     """One rank stays away from an all-reduce, as a broken one would."""
     import torch
     import torch.distributed as dist
 
-    keep(Doing("all_reduce that one rank sleeps in"))
-    if rank.number == sleeping:
+    keep(Doing("all_reduce that one rank sleeps in", plan.limit_s))
+    if rank.number == plan.sleeping_rank:
         time.sleep(3600)
     dist.all_reduce(torch.zeros(8, device=device))
     end_of_calls(device)

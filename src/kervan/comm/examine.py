@@ -22,6 +22,7 @@ from kervan.observe.gpu_state import GpuState
 
 MIB = 1 << 20
 MAX_PAIRS = 64
+PHASE_S = 25.0  # one step of the measurement; less than the timeout of a collective, which names nobody
 REPEATS = 5
 LOG_VARIABLES = ("NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS", "NCCL_RUN_DIAGNOSTICS")
 
@@ -36,6 +37,7 @@ class ExaminePlan:
     load_s: float = 0.0
     timeout_s: float = 60.0
     planted_rank: int | None = None
+    sleeping_rank: int | None = None
 
 
 def full(*, on_gpu: bool) -> ExaminePlan:
@@ -135,10 +137,16 @@ def _rows(rank: Rank, plan: ExaminePlan, device: Any, begin_s: float, keep: Call
     collectives.barrier(device)
     init_s = time.monotonic() - begin_s
     clocks = collectives.everybodys(rank, time.time())
-    keep(Doing("telling its versions"))
+    keep(Doing("telling its versions", PHASE_S))
     yield from collectives.everybodys(rank, _facts(rank, device, init_s, clocks[rank.number] - clocks[0]))
     sums = CollectivesPlan(
-        on_gpu=plan.on_gpu, ops=("all_reduce",), bytes=plan.bytes, symm_mem=False, planted_rank=plan.planted_rank
+        on_gpu=plan.on_gpu,
+        ops=("all_reduce",),
+        bytes=plan.bytes,
+        symm_mem=False,
+        limit_s=PHASE_S,
+        planted_rank=plan.planted_rank,
+        sleeping_rank=plan.sleeping_rank,
     )
     call_s = 1e-3
     for row in collectives.measure(rank, sums, device, keep):
@@ -154,7 +162,7 @@ def _rows(rank: Rank, plan: ExaminePlan, device: Any, begin_s: float, keep: Call
     if plan.pair_bytes:
         yield from _pairs(rank, plan.pair_bytes, device, keep)
     if plan.load_s:
-        keep(Doing("keeping the GPUs busy"))
+        keep(Doing("keeping the GPUs busy", PHASE_S + plan.load_s))
         yield _Loaded()
         _load(rank, plan, device, call_s)
 
@@ -223,7 +231,7 @@ def _pairs(rank: Rank, size: int, device: Any, keep: Callable[[Any], None]) -> I
         pairs = [(a, (a + 1) % rank.of) for a in range(rank.of)]
     items = size // 2
     for a, b in pairs:
-        keep(Doing(f"exchange between ranks {a} and {b}"))
+        keep(Doing(f"exchange between ranks {a} and {b}", PHASE_S))
         collectives.barrier(device)
         speed: tuple[float, int] | None = None
         if rank.number in (a, b):

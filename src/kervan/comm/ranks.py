@@ -5,6 +5,7 @@ are started here; those of several by torchrun on each node, whose rendezvous th
 """
 
 import contextlib
+import math
 import os
 import pickle
 import signal
@@ -73,9 +74,13 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Doing:
-    """What a rank does from now on, for the message when it does not end; it is no row."""
+    """What a rank does from now on, for the message when it does not end; it is no row.
+
+    `limit_s`: how long it may take; None: until the time of all is over.
+    """
 
     what: str
+    limit_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,7 @@ class _Member:
     joined: Joined
     link: Connection
     what: str = "starting"
+    end_s: float = math.inf
 
 
 @dataclass
@@ -140,6 +146,7 @@ class _Group:
     job: Job
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     members: dict[Connection, _Member] = field(default_factory=dict)
+    failed_pids: list[int] = field(default_factory=list)
     num_ended: int = 0
 
     def start(self) -> None:
@@ -177,8 +184,10 @@ class _Group:
     def rows(self, for_s: float) -> Iterator[Any]:
         end_s = time.monotonic() + for_s
         while self.num_ended < self.ranks:
-            if time.monotonic() > end_s:
-                raise EngineError(self._not_ended(for_s))
+            if (now_s := time.monotonic()) > end_s:
+                raise EngineError(self._not_ended(f"had not ended after {for_s:.0f} s"))
+            if late := [m for m in self.members.values() if now_s > m.end_s]:
+                raise EngineError(self._not_ended(f"made no progress: {late[0].what} takes too long"))
             ready = wait([self.server, *self.members], timeout=POLL_S)
             if self.server in ready:
                 self._join()
@@ -209,9 +218,10 @@ class _Group:
                     raise EngineError(self._early_end(member.joined.number, status)) from None
             return
         if isinstance(row, Failed):
-            raise EngineError(row.message)
+            raise EngineError(row.message + self._others(self.members.pop(link)))
         if isinstance(row, Doing):
-            self.members[link].what = row.what
+            member = self.members[link]
+            member.what, member.end_s = row.what, time.monotonic() + (row.limit_s or math.inf)
         else:
             yield row
 
@@ -233,25 +243,36 @@ class _Group:
         """What a process has printed."""
         return (self.folder / f"log-{number}").read_text(errors="replace")
 
-    def _not_ended(self, for_s: float) -> str:
-        """Who has not ended, by what the stacks of the ranks say."""
-        missing = self.ranks - self.num_ended
-        text = f"{missing} of {self.ranks} ranks had not ended after {for_s:.0f} s"
-        if self.num_ended + len(self.members) < self.ranks:
-            return f"{text}, and {missing - len(self.members)} had not joined"
+    def _others(self, failed: _Member) -> str:
+        """What the ranks do that wait for nobody, when one has failed: a rank that gives up has waited for such a one.
+
+        The one that failed may still be there, and is ended with the others.
+        """
+        self.failed_pids.append(failed.joined.pid)
+        away = [a for a in self._look() if a.state in ("elsewhere", "stopped", "gone")]
+        return f"; meanwhile {', '.join(map(str, away[:3]))}" if away else ""
+
+    def _look(self) -> list[stacks.Activity]:
         members = sorted(self.members.values(), key=lambda member: member.joined.number)
         address = str(self.folder / "rows")
-        seen = stacks.look(
+        return stacks.look(
             [(m.joined.number, m.joined.pid, stack_path(address, m.joined.number)) for m in members], wait_s=STACKS_S
         )
-        verdict = stacks.judge(seen)
-        doing = "; ".join(sorted({f"{m.what}" for m in members}))
+
+    def _not_ended(self, how: str) -> str:
+        """Who has not ended, by what the stacks of the ranks say."""
+        missing = self.ranks - self.num_ended
+        text = f"{missing} of {self.ranks} ranks {how}"
+        if self.num_ended + len(self.members) < self.ranks:
+            return f"{text}, and {missing - len(self.members)} had not joined"
+        verdict = stacks.judge(self._look())
+        doing = "; ".join(sorted({m.what for m in self.members.values()}))
         return f"{text} ({doing}): {verdict.reason}"
 
     def end(self) -> None:
-        for member in self.members.values():
+        for pid in [*self.failed_pids, *(member.joined.pid for member in self.members.values())]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(member.joined.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         for process in self.processes:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
