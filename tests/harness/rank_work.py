@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kervan.comm import collectives
-from kervan.comm.ranks import Rank
+from kervan.comm.ranks import Doing, Rank
 
 
 def fail(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
@@ -19,6 +19,7 @@ def die(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
 
 
 def hang(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
+    keep(Doing("a wait", 0.2))
     threading.Event().wait()
 
 

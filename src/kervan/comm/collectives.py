@@ -152,27 +152,25 @@ def work(rank: Rank, plan: CollectivesPlan, keep: Callable[[Any], None]) -> None
 
     keep(Doing("joining the process group"))
     device = join(rank, on_gpu=plan.on_gpu, timeout_s=plan.timeout_s)
-    try:
-        with torch.inference_mode():
-            for row in measure(rank, plan, device, keep):
-                if rank.local == 0:
-                    keep(row)
-    finally:
-        dist.destroy_process_group()
+    with torch.inference_mode():
+        for row in measure(rank, plan, device, keep):
+            if rank.local == 0:
+                keep(row)
+    dist.destroy_process_group()  # not after an error: it may wait for the ranks that go on
 
 
 def measure(rank: Rank, plan: CollectivesPlan, device: Any, keep: Callable[[Any], None]) -> Iterator[Timing | str]:
     """Each operation and size of a plan; all ranks call it, and all have the rows."""
     hosts = everybodys(rank, socket.gethostname())
     for op in plan.ops:
-        if op == "one_way" and rank.of != 2:
+        if (op == "one_way" and rank.of != 2) or (op == "send_recv" and rank.of == 1):
             continue
         for size in plan.bytes:
             keep(Doing(f"{op} of {size} bytes", plan.limit_s))
             yield from _rows(op, size, rank, plan, device, hosts)
     if plan.sleeping_rank is not None:
         _hang(rank, plan, device, keep)
-    if plan.symm_mem and plan.on_gpu and "graph" in plan.modes and len(set(hosts)) == 1:
+    if plan.symm_mem and plan.on_gpu and rank.of > 1 and "graph" in plan.modes and len(set(hosts)) == 1:
         keep(Doing("symm_mem all_reduce"))
         yield from _symm_mem(rank, plan, device, hosts)
 

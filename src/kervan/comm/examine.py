@@ -122,15 +122,13 @@ def work(rank: Rank, plan: ExaminePlan, keep: Callable[[Any], None]) -> None:
     keep(Doing("joining the process group"))
     begin_s = time.monotonic()
     device = collectives.join(rank, on_gpu=plan.on_gpu, timeout_s=plan.timeout_s)
-    try:
-        with torch.inference_mode():
-            for row in _rows(rank, plan, device, begin_s, keep):
-                if rank.local == 0:
-                    keep(row)
-            if plan.on_gpu:
-                keep(_Log(_own_log()))
-    finally:
-        dist.destroy_process_group()
+    with torch.inference_mode():
+        for row in _rows(rank, plan, device, begin_s, keep):
+            if rank.local == 0:
+                keep(row)
+        if plan.on_gpu:
+            keep(_Log(_own_log()))
+    dist.destroy_process_group()
 
 
 def _rows(rank: Rank, plan: ExaminePlan, device: Any, begin_s: float, keep: Callable[[Any], None]) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from kervan.errors import EngineError
 
 POLL_S = 0.2
 STACKS_S = 1.0
+LEAVE_S = 20.0
 MAX_SOCKET_PATH = 100  # bytes; the kernel takes 107
 PROGRAM = "kervan.comm.rank_process"
 
@@ -196,6 +197,9 @@ class _Group:
                     yield from self._row(link)
             if not ready:
                 self._check_processes()
+        if self.nodes.count > 1:  # torchrun waits for the other nodes, whose ranks may still need its store
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.processes[0].wait(LEAVE_S)
 
     def _join(self) -> None:
         sock, _ = self.server.accept()
@@ -249,6 +253,7 @@ class _Group:
         The one that failed may still be there, and is ended with the others.
         """
         self.failed_pids.append(failed.joined.pid)
+        failed.link.close()
         away = [a for a in self._look() if a.state in ("elsewhere", "stopped", "gone")]
         return f"; meanwhile {', '.join(map(str, away[:3]))}" if away else ""
 

@@ -88,7 +88,7 @@ def judge(ranks: Sequence[Activity]) -> Verdict:
         return Verdict("collective", reason, tuple(r.rank for r in named))
     if waiting and len(waiting) == len(ranks):
         return Verdict(
-            "collective", f"a collective hangs: all ranks are in {waiting[0].where}, so a link or a GPU does"
+            "collective", f"a collective hangs: all ranks here are in {waiting[0].where}, so a link or a GPU does"
         )
     if not ranks or all(r.state == "unknown" for r in ranks):
         return Verdict("unknown", "what its ranks do is not known")
