@@ -19,9 +19,10 @@ Kind = Literal["collective", "step", "unknown"]
 
 THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$", re.M)
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$', re.M)
-# Frames that only hand a call on: of these the next one outwards tells where a rank is.
+# Frames that only hand a call on, of torch or of Python's own library: the next one outwards tells where a rank is.
 HANDS_ON = re.compile(
-    r"/torch/(_ops|_library/\w+|_dynamo/\w+|utils/_contextlib|nn/modules/module)\.py$|/contextlib\.py$"
+    r"/torch/(_ops|_library/\w+|_dynamo/\w+|utils/_contextlib|nn/modules/module)\.py$"
+    r"|/lib/python3\.\d+/(?!site-packages/|dist-packages/)[^/]+\.py$"
 )
 IDLE = re.compile(r"/shm_broadcast\.py$")  # vLLM's workers wait there for the next step
 COLLECTIVE = re.compile(r"/torch/distributed/|/vllm/distributed/|/torch/_C/_distributed")

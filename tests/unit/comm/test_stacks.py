@@ -39,6 +39,9 @@ STEP = (f"{VLLM}/v1/worker/cpu_worker.py", 300, "execute_model")
          "acquire_read (shm_broadcast.py:500)"),
         ([("/app/plugin.py", 7, "sleep"), (f"{VLLM}/distributed/parallel_state.py", 512, "all_reduce"), STEP],
          "elsewhere", "sleep (plugin.py:7)"),
+        ([("/usr/lib/python3.11/threading.py", 327, "wait"), ("/app/plugin.py", 7, "load")], "elsewhere",
+         "load (plugin.py:7)"),
+        ([("/usr/lib/python3.11/threading.py", 327, "wait")], "elsewhere", "wait (threading.py:327)"),
         ([], "unknown", ""),
     ],
 )  # fmt: skip
