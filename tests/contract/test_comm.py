@@ -22,7 +22,7 @@ from kervan.ports import free_port
 SIZES = (8, 1000, 1 << 18)
 RIGHT = CollectivesPlan(on_gpu=False, ops=OPS, bytes=SIZES)
 PLANTED = CollectivesPlan(on_gpu=False, ops=OPS, bytes=(1000,), planted_rank=1)
-HANGS = CollectivesPlan(on_gpu=False, ops=(), sleeping_rank=1, limit_s=3.0)
+HANGS = CollectivesPlan(on_gpu=False, ops=(), sleeping_rank=1, limit_s=8.0)
 
 
 class Group:

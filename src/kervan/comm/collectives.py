@@ -32,6 +32,7 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 KIB, MIB = 1 << 10, 1 << 20
 SYMM_MEM_MAX_BYTES = 32 * MIB
 TIMEOUT_S = 60.0
+START_S = 300.0
 MAX_CALLS = 50
 REPEATS = 7
 CHECK_ITEMS = 16 * MIB
@@ -115,11 +116,15 @@ def num_items(op: Op, size: int, ranks: int, dtype: Dtype) -> int:
     return items
 
 
-def join(rank: Rank, *, on_gpu: bool, timeout_s: float = TIMEOUT_S) -> Any:
+def join(
+    rank: Rank, *, on_gpu: bool, timeout_s: float = TIMEOUT_S, keep: Callable[[Any], None] = lambda _: None
+) -> Any:
     """Join the process group of all ranks, on the GPU of this one's number on its node; returns the device.
 
-    The device is given to torch before anything else, so that NCCL connects now and not at the first collective.
+    The device is given to torch before anything else, so that NCCL connects now and not at the first collective. Ranks
+    first wait until all have imported torch, which takes long on a busy host and is no fault of its links.
     """
+    keep(Doing("importing torch"))
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read when torch first uses such memory
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     import torch
@@ -131,16 +136,24 @@ def join(rank: Rank, *, on_gpu: bool, timeout_s: float = TIMEOUT_S) -> Any:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    found: dict[str, Any] = {"init_method": "env://"}
+    start = timedelta(seconds=START_S)
     if rank.store:
-        found = {"store": dist.FileStore(rank.store, rank.of)}
+        store = dist.FileStore(rank.store, rank.of)
+    else:
+        met, _, _ = next(dist.rendezvous("env://", rank.number, rank.of, timeout=start))
+        store = dist.PrefixStore("kervan", met)
+    store.set_timeout(start)
+    store.set(f"here-{rank.number}", "")
+    keep(Doing("waiting for the other ranks to import torch"))
+    store.wait([f"here-{number}" for number in range(rank.of)], start)
+    keep(Doing("joining the process group", timeout_s))
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
+        store=store,
         rank=rank.number,
         world_size=rank.of,
         timeout=timedelta(seconds=timeout_s),
         device_id=device if on_gpu else None,
-        **found,
     )
     return device
 
@@ -150,8 +163,7 @@ def work(rank: Rank, plan: CollectivesPlan, keep: Callable[[Any], None]) -> None
     import torch
     import torch.distributed as dist
 
-    keep(Doing("joining the process group"))
-    device = join(rank, on_gpu=plan.on_gpu, timeout_s=plan.timeout_s)
+    device = join(rank, on_gpu=plan.on_gpu, timeout_s=plan.timeout_s, keep=keep)
     with torch.inference_mode():
         for row in measure(rank, plan, device, keep):
             if rank.local == 0:

@@ -22,8 +22,9 @@ from kervan.observe.gpu_state import GpuState
 
 MIB = 1 << 20
 MAX_PAIRS = 64
-PHASE_S = 25.0  # one step of the measurement; less than the timeout of a collective, which names nobody
+PHASE_S = 60.0  # one step of the measurement; less than the timeout of a collective, which names nobody
 REPEATS = 5
+COPY_BYTES = 128 * MIB
 LOG_VARIABLES = ("NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS", "NCCL_RUN_DIAGNOSTICS")
 
 
@@ -35,7 +36,7 @@ class ExaminePlan:
     bytes: tuple[int, ...]
     pair_bytes: int = 0
     load_s: float = 0.0
-    timeout_s: float = 60.0
+    timeout_s: float = 90.0
     planted_rank: int | None = None
     sleeping_rank: int | None = None
 
@@ -49,7 +50,7 @@ def full(*, on_gpu: bool) -> ExaminePlan:
 
 def brief(*, on_gpu: bool) -> ExaminePlan:
     """What the preflight measures."""
-    return ExaminePlan(on_gpu=on_gpu, bytes=(8192, 64 * MIB) if on_gpu else (8192,), timeout_s=30.0)
+    return ExaminePlan(on_gpu=on_gpu, bytes=(8192, 64 * MIB) if on_gpu else (8192,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +120,15 @@ def work(rank: Rank, plan: ExaminePlan, keep: Callable[[Any], None]) -> None:
     import torch
     import torch.distributed as dist
 
-    keep(Doing("joining the process group"))
-    begin_s = time.monotonic()
-    device = collectives.join(rank, on_gpu=plan.on_gpu, timeout_s=plan.timeout_s)
+    began_s = [0.0]
+
+    def note(row: Any) -> None:
+        began_s[0] = time.monotonic()  # of the last step of joining
+        keep(row)
+
+    device = collectives.join(rank, on_gpu=plan.on_gpu, timeout_s=plan.timeout_s, keep=note)
     with torch.inference_mode():
-        for row in _rows(rank, plan, device, begin_s, keep):
+        for row in _rows(rank, plan, device, began_s[0], keep):
             if rank.local == 0:
                 keep(row)
         if plan.on_gpu:
@@ -212,11 +217,11 @@ def _copy_gb_s(device: Any) -> float:
     """Read and written, of a copy within the GPU."""
     import torch
 
-    source = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     into = torch.empty_like(source)
     into.copy_(source)
     took_s = min(elapsed_s(lambda: into.copy_(source)) for _ in range(REPEATS))
-    return 2 * 256 * MIB / took_s / 1e9
+    return 2 * COPY_BYTES / took_s / 1e9
 
 
 def _pairs(rank: Rank, size: int, device: Any, keep: Callable[[Any], None]) -> Iterator[PairSpeed]:

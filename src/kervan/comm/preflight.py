@@ -4,6 +4,7 @@ Ranks of its own, in the replica's reservation, for about five seconds; they are
 """
 
 import os
+import time
 from collections.abc import Callable, Mapping
 
 from kervan.comm import examine, gather, gpu_checks, host_checks, measured_checks, settings_checks
@@ -13,22 +14,31 @@ from kervan.comm.facts import HostFacts, Measured
 from kervan.comm.ranks import Nodes
 from kervan.errors import EngineError
 
-FOR_S = 90.0  # importing torch alone may take half a minute on a busy host
+FOR_S = 300.0  # importing torch alone may take minutes on a busy host; each later step has a limit of its own
+MEMORY_WAIT_S = 60.0  # the worker of an engine that was killed holds its GPU's memory for seconds more
+MEMORY_PERIOD_S = 2.0
 # A host is refused for what was measured, and for what ends the engine later; the rest only explains.
 REFUSED_FOR = ("measurement", "results", "bandwidth", "transport", "slow-rank", "versions", "shm")
-MIN_SHARE = 0.5  # of the figure of a link: what is slower is broken, what is between is the doctor's
+# Of the figure of a link: what is slower is broken, what is between is the doctor's. Over PCIe, replicas that start
+# beside each other share the host's bridges.
+MIN_SHARE, MIN_PCIE_SHARE = 0.5, 0.1
+MIN_SHM_BYTES = 256 << 20  # what vLLM's workers of one replica share
 
 
 def refusal(host: HostFacts, measured: Measured, *, nodes: int = 1) -> str:
     """Why this host is not used, in one line; empty if it may be."""
+    is_nvlink = bool(host.gpus) and gpu_checks.hardware_kind(host.gpus[0]).startswith("nvlink")
+    min_share = MIN_SHARE if is_nvlink else MIN_PCIE_SHARE
     checks = [
         *gpu_checks.checks(host, measured),
         *host_checks.checks(host, nodes=nodes),
         *settings_checks.checks(host, nodes=nodes),
-        *measured_checks.checks(host, measured, min_share=MIN_SHARE),
+        *measured_checks.checks(host, measured, min_share=min_share),
     ]
     failed = [check for check in checks if check.verdict == "fail"]
     refused = [check for check in failed if check.name in REFUSED_FOR]
+    if (host.shm_bytes or 0) >= MIN_SHM_BYTES:
+        refused = [check for check in refused if check.name != "shm"]
     if not refused:
         return ""
     causes = [check for check in failed if check not in refused]
@@ -54,7 +64,12 @@ def run(
     Raises: EngineError, in one line, for a host that is refused.
     """
     plan = plan or examine.brief(on_gpu=on_gpu)
-    measured = examine.run(plan, num_ranks=num_ranks, for_s=for_s, nodes=nodes, env=env, say=say)
+    end_s = time.monotonic() + MEMORY_WAIT_S
+    while True:
+        measured = examine.run(plan, num_ranks=num_ranks, for_s=for_s, nodes=nodes, env=env, say=say)
+        if "out of memory" not in measured.problem or nodes.count > 1 or time.monotonic() > end_s:
+            break
+        time.sleep(MEMORY_PERIOD_S)
     if why := refusal(gather.host({**os.environ, **(env or {})}), measured, nodes=nodes.count):
         raise EngineError(why)
     return measured

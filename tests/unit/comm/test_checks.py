@@ -228,6 +228,22 @@ def test_a_host_in_order_is_not_refused_and_neither_is_one_that_only_warns() -> 
     assert preflight.refusal(host(), slow) == ""  # the doctor fails below 80%, the preflight refuses below half
 
 
+def test_replicas_that_start_beside_each_other_over_pcie_are_not_refused_for_sharing_it() -> None:
+    gpus = tuple(gpu(i, name="NVIDIA L40S", nvlinks_active=None, nvlinks_inactive=None) for i in range(4))
+    shared = host(gpus=gpus, pairs=pairs("PIX", num=4))
+    # 32 GB/s x 0.76 = 24 GB/s is the figure; replicas that start beside each other may leave a quarter of it
+    slow = measured(
+        ranks=tuple(rank(i) for i in range(4)), reduced=(Reduced(bytes=LARGE, mode="graph", time_us=1, busbw_gb_s=6.0),)
+    )
+    assert verdicts(shared, slow)["bandwidth"] == "fail"
+    assert preflight.refusal(shared, slow) == ""
+
+
+def test_shared_memory_that_is_enough_for_one_replica_is_not_refused() -> None:
+    assert preflight.refusal(host(shm_bytes=512 << 20), measured()) == ""
+    assert "shm: /dev/shm has" in preflight.refusal(host(shm_bytes=64 << 20, shm_free_bytes=0), measured())
+
+
 def test_a_refusal_is_one_line_with_the_host_the_cause_and_the_way_out() -> None:
     slow = measured(reduced=(Reduced(bytes=LARGE, mode="graph", time_us=1, busbw_gb_s=20.0),))
     line = preflight.refusal(with_settings("NCCL_P2P_DISABLE=1"), slow)
