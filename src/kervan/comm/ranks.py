@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from kervan.comm import stacks
+from kervan.comm import ras, stacks
 from kervan.errors import EngineError
 
 POLL_S = 0.2
@@ -271,8 +271,10 @@ class _Group:
         if self.num_ended + len(self.members) < self.ranks:
             return f"{text}, and {missing - len(self.members)} had not joined"
         verdict = stacks.judge(self._look())
+        report = None if verdict.ranks else ras.ask(self.env, timeout_s=2 * STACKS_S)
+        told = "; NCCL reports " + "; ".join(map(str, report.problems[:2])) if report and report.problems else ""
         doing = "; ".join(sorted({m.what for m in self.members.values()}))
-        return f"{text} ({doing}): {verdict.reason}"
+        return f"{text} ({doing}): {verdict.reason}{told}"
 
     def end(self) -> None:
         for pid in [*self.failed_pids, *(member.joined.pid for member in self.members.values())]:

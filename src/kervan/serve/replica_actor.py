@@ -49,12 +49,19 @@ class _Engine:
         self.since_s = time.monotonic()
         self.is_over = False
         self.why_stalled = self.logged_hang = ""
+        self.preflight_s = 0.0
         self._ready_s: float | None = None
 
     @property
     def has_started(self) -> bool:
         """Whether it is ready, or will never be."""
         return self.process.ready is not None or self.process.failure is not None
+
+    @property
+    def start_s(self) -> dict[str, float]:
+        """Seconds of the parts of its start, with what came before its process; empty until it is known."""
+        parts = self.process.start_s
+        return {"preflight": round(self.preflight_s, 2), **parts} if parts and self.preflight_s else parts
 
     @property
     def ready_for_s(self) -> float:
@@ -99,8 +106,9 @@ class EngineReplica:
         node_ids = here if self._placement is None else _node_ids(self._placement)
         self._nodes = [] if self._placement is None else _addresses(node_ids)
         await self._check_model()
-        await self._check_links()
+        preflight_s = await self._check_links()
         self._engine = engine = self._start()
+        engine.preflight_s = preflight_s
         threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
         watchers.keep(self._config.env, node_ids)
         while not engine.has_started:  # noqa: ASYNC110 - told by another thread
@@ -126,17 +134,20 @@ class EngineReplica:
             await self._directory.report_failure(StartFailure(f"{self._pool} on {self._node}", "ConfigError", missing))
             raise ConfigError(missing)
 
-    async def _check_links(self) -> None:
-        """Raises: EngineError when this replica's GPUs do not reach each other, which the directory is told."""
+    async def _check_links(self) -> float:
+        """Seconds that the preflight took, 0 without one.
+
+        Raises: EngineError when this replica's GPUs do not reach each other, which the directory is told.
+        """
         if not preflights.is_needed(self._config):
-            return
+            return 0.0
         begin_s = time.monotonic()
         problem = await preflights.problem(self._config, self._placement, is_on_cpu=self._is_on_cpu)
         if problem:
             who = f"{self._pool} on {self._node}"
             await self._directory.report_failure(StartFailure(who, "EngineError", problem))
             raise EngineError(problem)
-        logger.info("preflight of %d ranks: passed in %.1f s", self._config.world_size, time.monotonic() - begin_s)
+        return time.monotonic() - begin_s
 
     def _start(self) -> "_Engine":
         engine_id = f"{self._pool}-{uuid.uuid4().hex[:6]}"
@@ -217,7 +228,7 @@ class EngineReplica:
             log_path=str(engine.process.log_path),
             version=self._version,
             nodes=self._nodes,
-            start_s=engine.process.start_s,
+            start_s=engine.start_s,
             ready_for_s=engine.ready_for_s,
             leaves_in_s=None if self._drain_deadline_s is None else max(0.0, self._drain_deadline_s - time.monotonic()),
         )

@@ -185,6 +185,14 @@ async def test_a_host_that_fails_the_preflight_is_told_and_gets_no_engine(
     assert failure.message == "host n fails the preflight: results: data arrives wrong"
 
 
+def test_a_preflight_is_the_first_part_of_a_start(bench: Bench) -> None:
+    assert bench.engine.start_s == {}
+    bench.engine.process.start_s = {"imports": 2.0}
+    assert bench.engine.start_s == {"imports": 2.0}
+    bench.engine.preflight_s = 6.123
+    assert bench.engine.start_s == {"preflight": 6.12, "imports": 2.0}
+
+
 @pytest.fixture
 def has_lived(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica_actor, "MIN_LIFE_S", 0.0)
