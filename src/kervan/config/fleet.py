@@ -288,8 +288,8 @@ class FleetConfig:
             args["enable_expert_parallel"] = True
         if self.world_size > 1:
             args["distributed_executor_backend"] = "mp"
-        if self.gpu_share < 1 and not args.keys() & engine_arguments.MEMORY_ARGUMENTS:
-            args["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
+        if self.gpu_share < 1:  # with kv_cache_memory_bytes too: vLLM starts only if so much is free
+            args.setdefault("gpu_memory_utilization", round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3))
         return tuple(engine_arguments.to_argv(args))
 
     @property

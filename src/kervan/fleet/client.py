@@ -353,8 +353,7 @@ class FleetClient:
         queued = min(stream.cost_tokens - 1, stream.queued_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)
-        link.load.queued_tokens -= stream.queued_tokens
-        stream.queued_tokens = 0
+        self._placements.prefilled(stream, link)
         if stream.is_suspect:
             self._losses.clear(stream, link)
 

@@ -81,6 +81,9 @@ class Placements:
         stream.cost_tokens = routing.cost_tokens(stream.queued_tokens, stream.remaining_output_tokens)
         link.load.add(stream.cost_tokens)
         link.load.queued_tokens += stream.queued_tokens
+        link.load.num_queued += 1
+        stream.is_queued = True
+        link.load.num_streams += 1
         link.load.num_suspects += stream.is_suspect
         link.streams[stream.wire_id] = stream
         stream.placed_s = time.monotonic()
@@ -143,14 +146,23 @@ class Placements:
         """Take it off `link`, if it is there."""
         if link is not None and link.streams.pop(stream.wire_id, None) is not None:
             link.load.add(-stream.cost_tokens)
-            link.load.queued_tokens -= stream.queued_tokens
-            stream.queued_tokens = 0
+            self.prefilled(stream, link)
+            link.load.num_streams -= 1
             link.load.num_suspects -= stream.is_suspect
             if not link.streams:
                 link.emptied_s = time.monotonic()
             if stream.generated and stream.paused_since_s is None:
                 stream.paused_since_s = max(link.stepped_s, stream.placed_s) if stream.gave_token else stream.placed_s
         stream.replica_id = None
+
+    def prefilled(self, stream: Stream, link: ReplicaLink) -> None:
+        """Its prompt is computed there."""
+        if not stream.is_queued:
+            return
+        stream.is_queued = False
+        link.load.num_queued -= 1
+        link.load.queued_tokens -= stream.queued_tokens
+        stream.queued_tokens = 0
 
     def forget(self, stream: Stream) -> None:
         """The stream is over: remove it."""

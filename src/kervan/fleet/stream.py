@@ -37,6 +37,7 @@ class Stream:
     replica_id: str | None = None
     cost_tokens: int = 0
     spans: Spans | None = None
+    is_queued: bool = False
     queued_tokens: int = 0
     expected_cached_tokens: int = 0
     possible_cached_tokens: int = 0

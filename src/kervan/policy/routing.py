@@ -66,6 +66,8 @@ class ReplicaLoad:
     is_risky: bool = False
     is_on_trial: bool = False
     queued_tokens: int = 0
+    num_queued: int = 0
+    num_streams: int = 0
     prefill_tokens_per_s: float = 0.0
     prefix_trust: float = 1.0
 
