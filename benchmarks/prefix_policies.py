@@ -2,11 +2,10 @@
 
     python benchmarks/prefix_policies.py --record DIR                       # all loads, all ways, about 20 minutes
     python benchmarks/prefix_policies.py --loads chats,hot --ways prefix,least-load
-    python benchmarks/prefix_policies.py --trace conversation_trace.jsonl --loads mooncake
 
-No process, no clock, no network: replicas are `kervan.twin`'s engines (vLLM's scheduler and prefix cache on paper, steps
-as long as the planner expects of an 8B on an H200), gateways are kervan's own `Placements` and `Prefixes`, which
-hear of each other every half second. Each load is the same requests at the same times for each way (closed loops: the
+No process, no clock, no network: replicas are `kervan.twin`'s engines (vLLM's scheduler and prefix cache on paper,
+steps as long as the planner expects of an 8B on half an H200), gateways are kervan's own `Placements` and `Prefixes`, which
+hear of each other every half second. Each load is the same requests at the same times for each way (in closed loops the
 same conversations), so what differs is where they go.
 
 Ways: `prefix` and `least-load` are kervan's. `hash` is a consistent hash of a prompt's first 256 tokens with bounded
@@ -51,7 +50,7 @@ BLOCK_TOKENS = 16
 NEWS_PERIOD_S = 0.5
 CLIENT_S = 0.002  # from the end of an answer to the next request of a conversation that does not think
 TOKENISE_S = 0.0005  # between requests that come at once
-WARM_SHARE = 0.2  # of a load's requests, which are not counted: caches are empty and queues short
+WARM_SHARE = 0.25  # of a load's first requests, and of its last, that are not counted
 HASHED_TOKENS = 256
 HASH_BOUND = 1.25
 HASH_POINTS = 64  # of each replica on the ring
@@ -99,9 +98,7 @@ class Replica:
 
     def add(self, gateway: int, stream: Stream) -> None:
         ask: Ask = stream.request
-        request = TwinRequest(
-            id=stream.wire_id, client=gateway, prompt=ask.tokens, max_tokens=ask.osl, ignore_eos=True
-        )
+        request = TwinRequest(id=stream.wire_id, client=gateway, prompt=ask.tokens, max_tokens=ask.osl, ignore_eos=True)
         self.engine.add(request, self.sim.now_s)
         self.num_here += 1
         if not self.is_stepping:
@@ -195,11 +192,9 @@ class Gateway:
         self.prefill = PrefillSpeed()
         self.prefixes = prefixes.Prefixes(codec, "secret", is_on=sim.way.routes_by_prefix)
         links = [Link(self, replica) for replica in sim.replicas]
-        loads = [link.load for link in links]
         known: Any = SimpleNamespace(
-            live={link.replica_id: link for link in links}, loads=loads,
-            loads_by_id={load.replica_id: load for load in loads},
-        )  # fmt: skip
+            live={link.replica_id: link for link in links}, fleet=routing.FleetLoad(link.load for link in links)
+        )
         self.links: dict[str, Any] = known.live
         counts: Any = SimpleNamespace(moves={})
         self.placements = Places(
@@ -247,7 +242,7 @@ class Simulation:
                 if link.news:
                     other.told(bytes(link.news))
             link.news.clear()
-            link.load.hear(sum(other.told_tokens for other in others), len(self.gateways))
+            link.load.hear(sum(other.told_tokens for other in others), len(self.gateways), link.replica.num_here)
             link.told_tokens = link.load.own_tokens
         if len(self._events) or any(replica.is_stepping for replica in self.replicas):
             self.later(NEWS_PERIOD_S, lambda: self._tell(gateway))
@@ -294,7 +289,9 @@ class Simulation:
 
     def figures(self) -> dict[str, float]:
         asks = sorted(self.done, key=lambda ask: ask.number)
-        warm = asks[int(WARM_SHARE * len(asks)) :]
+        cut = int(WARM_SHARE * len(asks))
+        warm = asks[cut : len(asks) - cut]
+        over_s = warm[-1].sent_s - warm[0].sent_s
         ttfts = sorted(ask.ttft_s for ask in warm)
         possible = sum(ask.possible_tokens for ask in warm)
         computed = [replica.computed_tokens for replica in self.replicas]
@@ -310,7 +307,7 @@ class Simulation:
             "ttft_p99_s": ttfts[int(0.99 * (len(ttfts) - 1))],
             "ttft_mean_s": statistics.mean(ttfts),
             "reused_ttft_p50_s": statistics.median(reused) if reused else 0.0,
-            "out_tok_s": sum(len(ask.answer) for ask in asks) / self.now_s,
+            "out_tok_s": sum(len(ask.answer) for ask in warm) / over_s if over_s else 0.0,
             "max_over_mean": self._max_load / self._mean_load,
             "prefill_max_over_mean": max(computed) * len(computed) / max(1, sum(computed)),
             "found_of_predicted": found / predicted if predicted else 1.0,
@@ -347,7 +344,9 @@ class BoundedHash(Way):
     def begin(self, sim: Simulation) -> None:
         super().begin(sim)
         self._ring = sorted(
-            (self._point(f"{replica.name} {n}"), replica.name, replica) for replica in sim.replicas for n in range(HASH_POINTS)
+            (self._point(f"{replica.name} {n}"), replica.name, replica)
+            for replica in sim.replicas
+            for n in range(HASH_POINTS)
         )
 
     def _point(self, text: str) -> int:
@@ -483,7 +482,9 @@ class Talker:
         prompt = self._said + talk.prompts[turn]
         for call in range(talk.calls):
             tokens = prompt if not call else [*prompt, *talk.prompts[turn][: 16 * call]]
-            self.sim.ask(tokens, talk.osls[turn], talk.session, lambda answer, call=call: self._answered(prompt, answer, call))
+            self.sim.ask(
+                tokens, talk.osls[turn], talk.session, lambda answer, call=call: self._answered(prompt, answer, call)
+            )
 
     def _answered(self, prompt: list[int], answer: list[int], call: int) -> None:
         if not call:
@@ -522,12 +523,15 @@ def opened(sim: Simulation, talks: list[Talk], rate_s: float) -> None:
         sim.later(at_s, Talker(sim, one, lambda: None).begin)
 
 
+TALK_S, THINK_S, ARRIVALS_S = 20.0, 2.0, 25.0  # of a conversation with its thinking; for how long new ones come
 Begin = Callable[[Simulation, int, random.Random], None]
 
 
 def burst_chats(sim: Simulation, replicas: int, rng: random.Random) -> None:
     """As `prefix_chats.py`: 24 chats for each replica, all at once, five turns of 512 new tokens and 64 answered."""
-    closed(sim, [talk(rng, f"{n}", turns=5, isl=512, osl=64, varies=False) for n in range(24 * replicas)], 24 * replicas)
+    closed(
+        sim, [talk(rng, f"{n}", turns=5, isl=512, osl=64, varies=False) for n in range(24 * replicas)], 24 * replicas
+    )
 
 
 def steady_chats(sim: Simulation, replicas: int, rng: random.Random) -> None:
@@ -539,18 +543,22 @@ def open_chats(chats_s: float) -> Begin:
     """`chats_s`: chats that begin in a second for each replica. Eight turns, 2 s of thought in between."""
 
     def begin(sim: Simulation, replicas: int, rng: random.Random) -> None:
-        count = int(min(80, 40 * chats_s)) * replicas
-        talks = [talk(rng, f"{n}", turns=8, isl=512, osl=96, think_s=2.0) for n in range(count)]
-        opened(sim, talks, chats_s * replicas)
+        rate_s = chats_s * replicas
+        for n in range(int(TALK_S * rate_s)):  # as many are under way, and no cache has what they said before
+            said = words(rng, int(rng.uniform(0, 4000)))
+            one = talk(rng, f"early {n}", turns=rng.randint(1, 8), isl=512, osl=96, think_s=THINK_S, system=said)
+            sim.later(rng.uniform(0, 2), Talker(sim, one, lambda: None).begin)
+        count = int(ARRIVALS_S * rate_s)
+        opened(sim, [talk(rng, f"{n}", turns=8, isl=512, osl=96, think_s=THINK_S) for n in range(count)], rate_s)
 
     return begin
 
 
 def hot(sim: Simulation, replicas: int, rng: random.Random) -> None:
-    """One system prompt of 3,000 tokens for all, and one question of 256 each; half of the requests that saturate."""
+    """One system prompt of 3,000 tokens for all, and one question of 256 each; three quarters of what saturates."""
     system = words(rng, 3000)
     talks = [talk(rng, f"{n}", turns=1, isl=256, osl=128, system=system) for n in range(400 * replicas)]
-    opened(sim, talks, 20 * replicas)
+    opened(sim, talks, 30 * replicas)
 
 
 def hot_closed(sim: Simulation, replicas: int, rng: random.Random) -> None:
@@ -599,9 +607,9 @@ def mooncake(path: Path, speed: float, rows: int) -> Begin:
 LOADS: dict[str, Begin] = {
     "burst-chats": burst_chats,
     "chats": steady_chats,
-    "open-50": open_chats(0.75),
-    "open-80": open_chats(1.2),
-    "open-95": open_chats(1.42),
+    "open-50": open_chats(1.25),
+    "open-80": open_chats(2.0),
+    "open-95": open_chats(2.4),
     "hot": hot,
     "hot-closed": hot_closed,
     "agents": agents,
@@ -609,7 +617,9 @@ LOADS: dict[str, Begin] = {
 }
 
 
-def run_one(load: str, way: str, begin: Begin, args: argparse.Namespace, twin: TwinSettings, seed: int) -> dict[str, float]:
+def run_one(
+    load: str, way: str, begin: Begin, args: argparse.Namespace, twin: TwinSettings, seed: int
+) -> dict[str, float]:
     sim = Simulation(WAYS[way](), replicas=args.replicas, gateways=args.gateways, twin=twin, seed=seed)
     begin(sim, args.replicas, random.Random(f"{load} {seed}"))
     sim.run()
@@ -634,15 +644,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--loads", help=f"with commas [default: all of {','.join(LOADS)}, and mooncake with --trace]")
+    made.add_argument("--loads", help=f"with commas [default: {','.join(LOADS)},mooncake]")
     made.add_argument("--ways", default=",".join(WAYS), help="with commas [default: %(default)s]")
     made.add_argument("--replicas", type=int, default=4)
     made.add_argument("--gateways", type=int, default=2)
     made.add_argument("--speed", type=float, default=0.5, help="of an H200 that each replica has [default: half]")
     made.add_argument("--rounds", type=int, default=1)
-    made.add_argument("--trace", type=Path, default=HERE / "traces" / "mooncake_conversation_first_1000.jsonl")
-    made.add_argument("--trace-speed", type=float, default=0.25, help="for each replica")
-    made.add_argument("--trace-rows", type=int, default=600)
+    made.add_argument("--trace", type=Path, default=HERE / "traces" / "mooncake_conversation_first_1500.jsonl")
+    made.add_argument("--trace-speed", type=float, default=0.4, help="for each replica")
+    made.add_argument("--trace-rows", type=int, default=1500)
     made.add_argument("--record", type=Path, help="a file or directory")
     return made
 
@@ -653,7 +663,10 @@ def main() -> None:
     if args.trace.is_file():
         loads["mooncake"] = mooncake(args.trace, args.trace_speed, args.trace_rows)
     config = FleetConfig(
-        model=str(HERE / "models" / "llama3-8b"), engine="twin", gpu="H200", twin={"speed": args.speed, "max_model_len": 131_072}
+        model=str(HERE / "models" / "llama3-8b"),
+        engine="twin",
+        gpu="H200",
+        twin={"speed": args.speed, "max_model_len": 131_072},
     )
     twin = settings(config)
     rows = []
@@ -662,7 +675,9 @@ def main() -> None:
             begin_s = time.process_time()
             rounds = [run_one(load, way, loads[load], args, twin, seed) for seed in range(args.rounds)]
             rows.append({"load": load, "way": way, "rounds": rounds})
-            print(table(rows[-1:]).splitlines()[-1], f"{time.process_time() - begin_s:.0f} s", file=sys.stderr, flush=True)
+            print(
+                table(rows[-1:]).splitlines()[-1], f"{time.process_time() - begin_s:.0f} s", file=sys.stderr, flush=True
+            )
     print(table(rows))
     if args.record is not None:
         asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

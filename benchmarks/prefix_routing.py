@@ -40,21 +40,21 @@ class Fleet:
     def __init__(self, num_replicas: int, num_blocks: int) -> None:
         rng = random.Random(0)
         self.loads = [routing.ReplicaLoad(f"r{n:04}", rng.randrange(9_000, 10_000)) for n in range(num_replicas)]
-        self.by_id = {load.replica_id: load for load in self.loads}
+        for load in self.loads:
+            load.own_streams = load.num_streams = rng.randrange(20, 40)
+        self.fleet = routing.FleetLoad(self.loads)
         self.table = PrefixTable()
         for load in self.loads:
             self.table.add(load.replica_id, max_spans=num_blocks * BLOCK_TOKENS // prefix.span_tokens(BLOCK_TOKENS))
 
     def decide(self, spans: Spans, prompt_tokens: int) -> str:
-        placement = routing.decide(self.loads)
+        placement = routing.decide(self.fleet.replicas)
         match = self.table.match(spans, max_tokens=prompt_tokens - 1)
         better = routing.for_prefix(
-            self.loads,
-            self.by_id,
-            self.by_id[placement.replica_id or ""],
+            self.fleet,
+            self.fleet.by_id[placement.replica_id or ""],
             match,
             prompt_tokens=prompt_tokens,
-            output_tokens=ANSWER_TOKENS,
             prefill_tokens_per_s=20_000,
         )
         return (better or placement).replica_id or ""

@@ -80,10 +80,8 @@ class Placements:
             stream.queued_tokens -= int(link.load.prefix_trust * stream.expected_cached_tokens)
         stream.cost_tokens = routing.cost_tokens(stream.queued_tokens, stream.remaining_output_tokens)
         link.load.add(stream.cost_tokens)
-        link.load.queued_tokens += stream.queued_tokens
-        link.load.num_queued += 1
+        link.load.take(stream.queued_tokens)
         stream.is_queued = True
-        link.load.num_streams += 1
         link.load.num_suspects += stream.is_suspect
         link.streams[stream.wire_id] = stream
         stream.placed_s = time.monotonic()
@@ -92,28 +90,26 @@ class Placements:
             await send_ping(link)
 
     def _choose(self, stream: Stream, target: str | None, match: Match | None) -> routing.Placement:
-        live = self._links.live
+        live, fleet = self._links.live, self._links.fleet
         if target in live and not live[target].is_draining and not stream.is_suspect:
             return routing.Placement(target, "evacuated to it")
-        placement = routing.decide(self._links.loads, is_suspect=stream.is_suspect)
-        chosen = self._links.loads_by_id.get(placement.replica_id or "")
+        placement = routing.decide(fleet.replicas, is_suspect=stream.is_suspect)
+        chosen = fleet.by_id.get(placement.replica_id or "")
         if chosen is None:
             return placement
-        has_prefix = match is not None and bool(match.levels)
+        has_prefix = match is not None and match.num_spans > 0
         is_long = (chosen.is_risky or has_prefix) and self._is_long(stream)
         if chosen.is_risky and is_long:
-            placement = routing.safer(self._links.loads, chosen, is_suspect=stream.is_suspect) or placement
-            chosen = self._links.loads_by_id[placement.replica_id or ""]
+            placement = routing.safer(fleet.replicas, chosen, is_suspect=stream.is_suspect) or placement
+            chosen = fleet.by_id[placement.replica_id or ""]
         if match is None or not has_prefix or stream.is_suspect:
             return placement
         return (
             routing.for_prefix(
-                self._links.loads,
-                self._links.loads_by_id,
+                fleet,
                 chosen,
                 match,
                 prompt_tokens=stream.prompt_tokens + len(stream.generated),
-                output_tokens=stream.remaining_output_tokens,
                 prefill_tokens_per_s=self._prefill.tokens_per_s,
                 avoids_risky=is_long,
             )
@@ -147,7 +143,7 @@ class Placements:
         if link is not None and link.streams.pop(stream.wire_id, None) is not None:
             link.load.add(-stream.cost_tokens)
             self.prefilled(stream, link)
-            link.load.num_streams -= 1
+            link.load.release()
             link.load.num_suspects -= stream.is_suspect
             if not link.streams:
                 link.emptied_s = time.monotonic()
@@ -157,12 +153,9 @@ class Placements:
 
     def prefilled(self, stream: Stream, link: ReplicaLink) -> None:
         """Its prompt is computed there."""
-        if not stream.is_queued:
-            return
-        stream.is_queued = False
-        link.load.num_queued -= 1
-        link.load.queued_tokens -= stream.queued_tokens
-        stream.queued_tokens = 0
+        if stream.is_queued:
+            link.load.prefilled(stream.queued_tokens)
+            stream.is_queued, stream.queued_tokens = False, 0
 
     def forget(self, stream: Stream) -> None:
         """The stream is over: remove it."""
