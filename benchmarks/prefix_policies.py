@@ -4,9 +4,9 @@
     python benchmarks/prefix_policies.py --loads chats,hot --ways prefix,least-load
 
 No process, no clock, no network: replicas are `kervan.twin`'s engines (vLLM's scheduler and prefix cache on paper,
-steps as long as the planner expects of an 8B on half an H200), gateways are kervan's own `Placements` and `Prefixes`, which
-hear of each other every half second. Each load is the same requests at the same times for each way (in closed loops the
-same conversations), so what differs is where they go.
+steps as long as the planner expects of an 8B on half an H200), gateways are kervan's own `Placements` and `Prefixes`,
+which hear of each other every half second. Each load is the same requests at the same times for each way (in closed
+loops the same conversations), so what differs is where they go.
 
 Ways: `prefix` and `least-load` are kervan's. `hash` is a consistent hash of a prompt's first 256 tokens with bounded
 loads (Mirrokni et al., arXiv 1608.01350; 1.25 times the mean of requests in flight), `hash-session` one of the
@@ -18,6 +18,7 @@ Possible are the tokens of whole blocks that any replica was sent before; max/me
 
 import argparse
 import bisect
+import functools
 import hashlib
 import heapq
 import json
@@ -131,6 +132,7 @@ class Link:
         self.tally, self.prefill, self.input = ReplicaTally(), PrefillSpeed(), self
         self.is_draining = False
         self.emptied_s = self.stepped_s = 0.0
+        self.as_real: Any = self
         self.told_tokens = 0  # the last time that the others heard of this gateway
         replica.links[gateway.number] = self
 
@@ -147,7 +149,7 @@ class Link:
         stream.cost_tokens -= paid
         self.load.add(-paid)
         if output.finish is not None:
-            self.gateway.prefixes.ended(stream, self)
+            self.gateway.prefixes.ended(stream, self.as_real)
             self.gateway.placements.forget(stream)
             self.gateway.sim.ended(stream.request, stream.generated)
 
@@ -158,11 +160,11 @@ class Link:
         self.gateway.prefill.observe(stream.prompt_tokens - cached_tokens, ask.ttft_s)
         self.prefill.observe(stream.prompt_tokens - cached_tokens, ask.ttft_s)
         self.load.prefill_tokens_per_s = self.prefill.known_tokens_per_s or 0.0
-        self.gateway.prefixes.first_token(stream, self, cached_tokens)
+        self.gateway.prefixes.first_token(stream, self.as_real, cached_tokens)
         queued = min(stream.cost_tokens - 1, stream.queued_tokens)
         stream.cost_tokens -= queued
         self.load.add(-queued)
-        self.gateway.placements.prefilled(stream, self)
+        self.gateway.placements.prefilled(stream, self.as_real)
 
 
 class Asks:
@@ -228,7 +230,7 @@ class Simulation:
         self._load_s = self._looked_s = self._max_load = self._mean_load = 0.0
         if gateways > 1:
             for n in range(gateways):
-                self.later(NEWS_PERIOD_S * n / gateways, lambda gateway=self.gateways[n]: self._tell(gateway))
+                self.later(NEWS_PERIOD_S * n / gateways, functools.partial(self._tell, self.gateways[n]))
 
     def later(self, delay_s: float, what: Callable[[], None]) -> None:
         self._num_events += 1
@@ -482,11 +484,9 @@ class Talker:
         prompt = self._said + talk.prompts[turn]
         for call in range(talk.calls):
             tokens = prompt if not call else [*prompt, *talk.prompts[turn][: 16 * call]]
-            self.sim.ask(
-                tokens, talk.osls[turn], talk.session, lambda answer, call=call: self._answered(prompt, answer, call)
-            )
+            self.sim.ask(tokens, talk.osls[turn], talk.session, functools.partial(self._answered, prompt, call))
 
-    def _answered(self, prompt: list[int], answer: list[int], call: int) -> None:
+    def _answered(self, prompt: list[int], call: int, answer: list[int]) -> None:
         if not call:
             self._said = prompt + answer
         self._open -= 1

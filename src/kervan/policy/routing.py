@@ -54,10 +54,10 @@ class ReplicaLoad:
     `is_risky`: it is likelier to go soon than others (`risky_for_s`). `is_on_trial`: it stood still, and has made no
     step since its streams left it: it may have gone on, or be about to be ended.
 
-    `num_streams`: there, estimated like the tokens; `own_streams` of this gateway. `num_queued`: of these, those without
-    a first token, and `queued_tokens`: of their prompts, less what the prefix cache has of them.
-    `prefill_tokens_per_s`: 0 while that is not known. `prefix_trust`: the share, 0 to 1, of tokens that were expected in
-    its prefix cache and were there, lately.
+    `num_streams`: there, estimated like the tokens; `own_streams` of this gateway. `num_queued`: of these, those
+    without a first token, and `queued_tokens`: of their prompts, less what the prefix cache has of them.
+    `prefill_tokens_per_s`: 0 while that is not known. `prefix_trust`: the share, 0 to 1, of tokens that were expected
+    in its prefix cache and were there, lately.
 
     Kept up to date in place by its owner: making one for each replica at each placement would cost more than deciding.
     """
@@ -252,8 +252,8 @@ def _score_s(
     The other gateways are taken to have as much queued there as this one. `prefill_tokens_per_s`: where the replica's
     own speed is not known.
     """
-    tokens = load.queued_tokens * load.num_gateways
-    tokens += work_weight * (prompt_tokens - load.prefix_trust * cached_tokens)
+    queued_tokens = load.queued_tokens * load.num_gateways
+    tokens = queued_tokens + work_weight * (prompt_tokens - load.prefix_trust * cached_tokens)
     return round(tokens / (load.prefill_tokens_per_s or prefill_tokens_per_s), 3)
 
 
