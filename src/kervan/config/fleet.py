@@ -133,8 +133,8 @@ class FleetConfig:
     )
     api_keys: tuple[str, ...] = _setting((), "Clients must send one of these keys; none: open to all")
     routing: Routing = _setting(  # noqa: RUF009
-        "least-load",
-        "least-load, or prefix: to the replica that has most of the prompt in its cache, within bounds of load",
+        "prefix",
+        "prefix: to a replica that has the prompt in its cache, within bounds of load; or least-load",
     )
     # The engines.
     engine: Engine = _setting("vllm", "vllm, or twin for simulated replicas, without a GPU")  # noqa: RUF009

@@ -32,6 +32,7 @@ class Admitted:
         ticket = stream.ticket = current_ticket.get()
         if ticket is None:
             return True
+        stream.session = ticket.session
         if ticket.num_unopened:
             ticket.give_back(1)
         if not ticket.is_bulk:
@@ -84,13 +85,15 @@ class StreamFailure:
 class Ticket:
     """The room of one request, which its streams take; use it around the work of the request.
 
-    `failure`: why one of its streams ended with an error.
+    `failure`: why one of its streams ended with an error. `session`: the name of what the request belongs to, as far as
+    it says so.
     """
 
     def __init__(self, admitted: Admitted, num_streams: int, *, is_bulk: bool) -> None:
         self.num_unopened = 0
         self.is_bulk = is_bulk
         self.failure: StreamFailure | None = None
+        self.session = ""
         self._admitted = admitted
         self._token: Token[Ticket | None] | None = None
         self.give_back(-num_streams)

@@ -97,24 +97,28 @@ class Placements:
         chosen = fleet.by_id.get(placement.replica_id or "")
         if chosen is None:
             return placement
-        has_prefix = match is not None and match.num_spans > 0
-        is_long = (chosen.is_risky or has_prefix) and self._is_long(stream)
+        has_hint = match is not None and (match.num_spans > 0 or stream.session != "")
+        is_long = (chosen.is_risky or has_hint) and self._is_long(stream)
         if chosen.is_risky and is_long:
             placement = routing.safer(fleet.replicas, chosen, is_suspect=stream.is_suspect) or placement
             chosen = fleet.by_id[placement.replica_id or ""]
-        if match is None or not has_prefix or stream.is_suspect:
+        if match is None or not has_hint or stream.is_suspect:
             return placement
-        return (
-            routing.for_prefix(
+        prompt_tokens = stream.prompt_tokens + len(stream.generated)
+        if match.num_spans:
+            better = routing.for_prefix(
                 fleet,
                 chosen,
                 match,
-                prompt_tokens=stream.prompt_tokens + len(stream.generated),
+                prompt_tokens=prompt_tokens,
                 prefill_tokens_per_s=self._prefill.tokens_per_s,
                 avoids_risky=is_long,
             )
-            or placement
-        )
+        else:
+            better = routing.for_session(
+                fleet, chosen, stream.session, prompt_tokens=prompt_tokens, avoids_risky=is_long
+            )
+        return better or placement
 
     def _is_long(self, stream: Stream) -> bool:
         """Whether much is still to come: as much as may, or where that says little, as usually does."""

@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from kervan.errors import ConfigError
-from kervan.gateway import request_size, simple
+from kervan.gateway import request_size, session_hint, simple
 from kervan.gateway.answers import BODY_METHODS, Answers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, header, replay
 from kervan.gateway.peers import Peers
@@ -185,6 +185,7 @@ class GatewayShell:
         if isinstance(room, Shed):
             await self._refuse_shed(scope, send, room, size)
             return
+        room.session = session_hint.read(scope, body)
         with room:
             await self._work(inner, scope, receive, send, body, client)
 

@@ -7,6 +7,7 @@ from itertools import islice
 from operator import attrgetter
 
 from kervan.policy.prefix import Match
+from kervan.policy.session_ring import SessionRing
 
 # A request without `max_tokens` may run to the end of the context. Charging all of it would let one such
 # request outweigh hundreds of short ones, so the remaining output is capped for routing (only).
@@ -37,6 +38,8 @@ QUEUE_WEIGHT = 2.0
 # Beside that, so that equal prompts that come at once to an idle fleet go to one replica, where all but the first wait
 # for what the first computes, instead of each computing it.
 WORK_SHARE = 0.25
+# Of a prompt of which nobody is known to have any, and whose session has a home: how much may be there all the same.
+SESSION_SHARE = 0.5
 TRUST_WEIGHT = 1 / 16  # of the newest prompt, in how much of what a cache was expected to have it had
 
 _tokens = attrgetter("outstanding_tokens")
@@ -135,7 +138,7 @@ class FleetLoad:
     `num_streams`, `num_queued`: sums over them, which they keep up to date, so that a decision need not add them up.
     """
 
-    __slots__ = ("by_id", "num_queued", "num_streams", "replicas")
+    __slots__ = ("_ring", "by_id", "num_queued", "num_streams", "replicas")
 
     def __init__(self, replicas: Iterable[ReplicaLoad] = ()) -> None:
         """They belong to this one from now on."""
@@ -143,8 +146,16 @@ class FleetLoad:
         self.by_id = {load.replica_id: load for load in self.replicas}
         self.num_streams = sum(load.num_streams for load in self.replicas)
         self.num_queued = sum(load.num_queued for load in self.replicas)
+        self._ring: SessionRing | None = None
         for load in self.replicas:
             load.fleet = self
+
+    @property
+    def ring(self) -> SessionRing:
+        """Where sessions belong; made when it is first asked for."""
+        if self._ring is None:
+            self._ring = SessionRing(self.by_id)
+        return self._ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +253,26 @@ def for_prefix(
         best.replica_id,
         f"its prefix cache has {best_tokens} of {prompt_tokens} prompt tokens, and it has {best.num_streams} streams",
     )
+
+
+def for_session(
+    fleet: FleetLoad, chosen: ReplicaLoad, session: str, *, prompt_tokens: int, avoids_risky: bool = False
+) -> Placement | None:
+    """The home of a stream's session in place of `chosen`, for a prompt of which no cache is known to have any.
+
+    What is there is not known, so it is worth little: the streams there must be within `stream_bounds`, as for a
+    prefix, and what is queued no more than `SESSION_SHARE` of the prompt above what is queued at `chosen`.
+    """
+    home = fleet.by_id.get(fleet.ring.home(session) or "")
+    if home is None or home is chosen or home.is_draining or home.is_doubtful or (avoids_risky and home.is_risky):
+        return None
+    least_streams, most_streams = stream_bounds(fleet.num_streams / len(fleet.replicas))
+    if chosen.num_streams < least_streams or home.num_streams > most_streams:
+        return None
+    queued_tokens = (home.queued_tokens - chosen.queued_tokens) * home.num_gateways
+    if queued_tokens > SESSION_SHARE * prompt_tokens:
+        return None
+    return Placement(home.replica_id, f"the home of its session, with {home.num_streams} streams")
 
 
 def _score_s(

@@ -432,3 +432,34 @@ def test_one_prompt_that_all_begin_with_loads_no_replica_beyond_the_mean(seed: i
             worst = max(worst, max(r.num_streams for r in loads) / mean)
     assert len(cached) == 8
     assert worst < PREFIX_BOUND
+
+
+@pytest.mark.parametrize(
+    ("home", "chosen", "goes_home"),
+    [
+        # (streams, queued tokens, flags) of the session's home and of the replica with the fewest tokens; 1,000 tokens
+        pytest.param((0, 0), (0, 0), True, id="both idle"),
+        pytest.param((8, 500), (8, 0), True, id="half of the prompt waits there"),
+        pytest.param((8, 501), (8, 0), False, id="more waits there"),
+        pytest.param((8, 900), (8, 400), True, id="more than elsewhere is what counts"),
+        pytest.param((17, 0), (1, 0), True, id="mean 9: up to 17.75"),
+        pytest.param((18, 0), (1, 0), False, id="mean 9.5: up to 18.5, but the other one is below 1"),
+        pytest.param((8, 0, "d"), (8, 0), False, id="it drains"),
+        pytest.param((8, 0, "x"), (8, 0), False, id="it stands still"),
+        pytest.param((100, 0), (20, 0), False, id="the other one is new, and is filled"),
+    ],
+)
+def test_a_session_goes_home_where_nothing_else_is_known_and_load_allows(
+    home: tuple, chosen: tuple, goes_home: bool
+) -> None:
+    names = {True: "a", False: "b"}
+    ring = FleetLoad([load("a", 0), load("b", 0)]).ring
+    session = next(f"s{n}" for n in range(99) if ring.home(f"s{n}") == "a")
+    loads = [
+        busy(names[is_home], 0, queued, streams, *flags)
+        for is_home, (streams, queued, *flags) in ((True, home), (False, chosen))
+    ]
+    placement = routing.for_session(FleetLoad(loads), loads[1], session, prompt_tokens=1000)
+    assert (placement is not None) == goes_home
+    if placement is not None:
+        assert placement.replica_id == "a"
