@@ -178,7 +178,7 @@ class _OpenView:
     def readiness(self) -> str | None:
         return None
 
-    def admit(self, size: Any) -> Any:
+    def admit(self, size: Any, session: str = "") -> Any:
         from kervan.policy import admission
 
         state = admission.AdmissionState(

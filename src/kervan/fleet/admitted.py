@@ -23,9 +23,9 @@ class Admitted:
         self._bulk_placed: set[Stream] = set()
         self._bulk_waiting: dict[Ticket, deque[Stream]] = {}  # whose turn is next comes first
 
-    def take(self, num_streams: int, *, is_bulk: bool) -> "Ticket":
+    def take(self, num_streams: int, *, is_bulk: bool, session: str = "") -> "Ticket":
         """Room for a request, given back when its ticket is closed."""
-        return Ticket(self, num_streams, is_bulk=is_bulk)
+        return Ticket(self, num_streams, is_bulk=is_bulk, session=session)
 
     def open(self, stream: Stream) -> bool:
         """A stream has come, maybe of an admitted request; whether it may be placed now."""
@@ -89,11 +89,11 @@ class Ticket:
     it says so.
     """
 
-    def __init__(self, admitted: Admitted, num_streams: int, *, is_bulk: bool) -> None:
+    def __init__(self, admitted: Admitted, num_streams: int, *, is_bulk: bool, session: str) -> None:
         self.num_unopened = 0
         self.is_bulk = is_bulk
         self.failure: StreamFailure | None = None
-        self.session = ""
+        self.session = session
         self._admitted = admitted
         self._token: Token[Ticket | None] | None = None
         self.give_back(-num_streams)

@@ -59,8 +59,8 @@ class GatewayView(Protocol):
     def readiness(self) -> str | None:
         """None when a replica can answer, else the reason."""
 
-    def admit(self, size: RequestSize) -> Shed | AbstractContextManager[None]:
-        """Room in the fleet for one more request, to be held while it is worked on."""
+    def admit(self, size: RequestSize, session: str = "") -> Shed | AbstractContextManager[None]:
+        """Room in the fleet for one more request, to be held while it is worked on; `session`: that it names."""
 
     def model_name(self) -> str:
         """The first served model name."""
@@ -181,11 +181,10 @@ class GatewayShell:
             await self._work(inner, scope, receive, send, body, client)
             return
         size = request_size.read(path, body)
-        room = self.view.admit(size)
+        room = self.view.admit(size, session_hint.read(scope, body))
         if isinstance(room, Shed):
             await self._refuse_shed(scope, send, room, size)
             return
-        room.session = session_hint.read(scope, body)
         with room:
             await self._work(inner, scope, receive, send, body, client)
 
