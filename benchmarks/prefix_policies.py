@@ -437,6 +437,9 @@ WAYS: dict[str, Callable[[], Way]] = {
 }
 
 
+DEFAULT_WAYS = [way for way in WAYS if way != "ray-bounded"]
+
+
 # ---- loads
 
 
@@ -523,7 +526,7 @@ def opened(sim: Simulation, talks: list[Talk], rate_s: float) -> None:
         sim.later(at_s, Talker(sim, one, lambda: None).begin)
 
 
-TALK_S, THINK_S, ARRIVALS_S = 20.0, 2.0, 25.0  # of a conversation with its thinking; for how long new ones come
+TALK_S, THINK_S, ARRIVALS_S = 20.0, 2.0, 15.0  # of a conversation with its thinking; for how long new ones come
 Begin = Callable[[Simulation, int, random.Random], None]
 
 
@@ -557,7 +560,7 @@ def open_chats(chats_s: float) -> Begin:
 def hot(sim: Simulation, replicas: int, rng: random.Random) -> None:
     """One system prompt of 3,000 tokens for all, and one question of 256 each; three quarters of what saturates."""
     system = words(rng, 3000)
-    talks = [talk(rng, f"{n}", turns=1, isl=256, osl=128, system=system) for n in range(400 * replicas)]
+    talks = [talk(rng, f"{n}", turns=1, isl=256, osl=128, system=system) for n in range(200 * replicas)]
     opened(sim, talks, 30 * replicas)
 
 
@@ -579,7 +582,7 @@ def agents(sim: Simulation, replicas: int, rng: random.Random) -> None:
 
 def distinct(sim: Simulation, replicas: int, rng: random.Random) -> None:
     """Prompts that have nothing in common, 64 for each replica at any time."""
-    closed(sim, [talk(rng, f"{n}", turns=1, isl=768, osl=96) for n in range(300 * replicas)], 64 * replicas)
+    closed(sim, [talk(rng, f"{n}", turns=1, isl=768, osl=96) for n in range(200 * replicas)], 64 * replicas)
 
 
 def mooncake(path: Path, speed: float, rows: int) -> Begin:
@@ -645,14 +648,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--loads", help=f"with commas [default: {','.join(LOADS)},mooncake]")
-    made.add_argument("--ways", default=",".join(WAYS), help="with commas [default: %(default)s]")
+    made.add_argument(
+        "--ways", default=",".join(DEFAULT_WAYS), help=f"with commas, of {','.join(WAYS)} [default: %(default)s]"
+    )
     made.add_argument("--replicas", type=int, default=4)
     made.add_argument("--gateways", type=int, default=2)
     made.add_argument("--speed", type=float, default=0.5, help="of an H200 that each replica has [default: half]")
     made.add_argument("--rounds", type=int, default=1)
     made.add_argument("--trace", type=Path, default=HERE / "traces" / "mooncake_conversation_first_1500.jsonl")
     made.add_argument("--trace-speed", type=float, default=0.4, help="for each replica")
-    made.add_argument("--trace-rows", type=int, default=1500)
+    made.add_argument("--trace-rows", type=int, default=500)
     made.add_argument("--record", type=Path, help="a file or directory")
     return made
 
@@ -669,21 +674,25 @@ def main() -> None:
         twin={"speed": args.speed, "max_model_len": 131_072},
     )
     twin = settings(config)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     for load in args.loads.split(",") if args.loads else loads:
         for way in args.ways.split(","):
             begin_s = time.process_time()
             rounds = [run_one(load, way, loads[load], args, twin, seed) for seed in range(args.rounds)]
             rows.append({"load": load, "way": way, "rounds": rounds})
             print(
-                table(rows[-1:]).splitlines()[-1], f"{time.process_time() - begin_s:.0f} s", file=sys.stderr, flush=True
+                f"{table(rows[-1:]).splitlines()[-1]} {time.process_time() - begin_s:.0f} s",
+                file=sys.stderr,
+                flush=True,
             )
+        if args.record is not None:  # again after each load, so that what is done is kept
+            record = records.record("prefix-policies", {"asked": asked, "rows": rows})
+            record["command"] = shlex.join(["python", *sys.argv])
+            args.record = records.write(args.record, record)
     print(table(rows))
     if args.record is not None:
-        asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        record = records.record("prefix-policies", {"asked": asked, "rows": rows})
-        record["command"] = shlex.join(["python", *sys.argv])
-        print(f"record: {records.write(args.record, record)}")
+        print(f"record: {args.record}")
 
 
 if __name__ == "__main__":
