@@ -645,6 +645,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def by_load(rows: list[dict[str, Any]]) -> str:
+    """As Markdown, a row for each load and a column for each way; medians of the rounds."""
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        f = {name: statistics.median(one[name] for one in row["rounds"]) for name in row["rounds"][0]}
+        found = f"{f['of_possible']:.0%}, " if f["possible_share"] else ""
+        cells.setdefault(row["load"], {})[row["way"]] = (
+            f"{found}{1e3 * f['ttft_p50_s']:,.0f} / {1e3 * f['ttft_p99_s']:,.0f} ms, "
+            f"{f['out_tok_s']:,.0f} tok/s, {f['max_over_mean']:.2f}"
+        )
+    lines = [f"| load | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {load} | {' | '.join(of[way] for way in ways)} |" for load, of in cells.items())])
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--loads", help=f"with commas [default: {','.join(LOADS)},mooncake]")
