@@ -1,6 +1,6 @@
 """Ways of routing beside each other on a simulated fleet: who finds the prefix cache, and what that costs the others.
 
-    python benchmarks/prefix_policies.py --record DIR                       # all loads, all ways, about 20 minutes
+    python benchmarks/prefix_policies.py --record DIR         # all loads: four minutes of CPU
     python benchmarks/prefix_policies.py --loads chats,hot --ways prefix,least-load
 
 No process, no clock, no network: replicas are `kervan.twin`'s engines (vLLM's scheduler and prefix cache on paper,

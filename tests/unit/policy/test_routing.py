@@ -443,7 +443,7 @@ def test_one_prompt_that_all_begin_with_loads_no_replica_beyond_the_mean(seed: i
         pytest.param((8, 501), (8, 0), False, id="more waits there"),
         pytest.param((8, 900), (8, 400), True, id="more than elsewhere is what counts"),
         pytest.param((17, 0), (1, 0), True, id="mean 9: up to 17.75"),
-        pytest.param((18, 0), (1, 0), False, id="mean 9.5: up to 18.5, but the other one is below 1"),
+        pytest.param((19, 0), (1, 0), False, id="mean 10: up to 19.2, but the other one is below 1.26"),
         pytest.param((8, 0, "d"), (8, 0), False, id="it drains"),
         pytest.param((8, 0, "x"), (8, 0), False, id="it stands still"),
         pytest.param((100, 0), (20, 0), False, id="the other one is new, and is filled"),
