@@ -204,10 +204,9 @@ def test_ways_of_routing_are_those_of_the_records() -> None:
     assert match[2].strip() == prefix_policies.by_load(rows)
 
 
-@pytest.mark.parametrize("marker", ["chats", "chats-twins"])
-def test_chats_on_a_fleet_are_those_of_the_record(marker: str) -> None:
+def test_chats_on_a_fleet_are_those_of_the_record() -> None:
     page = (REPOSITORY / "docs/performance.md").read_text()
-    match = re.search(rf"^<!-- {marker}: (.+?) -->\n((?:\|.*\n)+)", page, re.M)
+    match = re.search(r"^<!-- chats: (.+?) -->\n((?:\|.*\n)+)", page, re.M)
     assert match is not None
     rows = json.loads((REPOSITORY / f"benchmarks/records/{match[1]}.json").read_text())["rows"]
     assert match[2].strip() == prefix_chats.table(rows)

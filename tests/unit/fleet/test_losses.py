@@ -6,7 +6,7 @@ import pytest
 from harness.live import until
 from harness.toy_fleet import FATAL, Bench, Request, ToyReplica
 
-from kervan.fleet import stalls, wire
+from kervan.fleet import stalls
 from kervan.fleet.admitted import StreamFailure
 from kervan.policy import quarantine
 
