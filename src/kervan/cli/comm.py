@@ -41,7 +41,7 @@ def comm() -> None:
     """Measure how GPUs reach each other, and find what slows or breaks it."""
 
 
-@comm.command()
+@comm.command(short_help="Time collectives, and check their results.")
 @click.option("--op", type=option_types.choices(OPS), help=f"Of {', '.join(OPS)}. [default: all but one_way]")
 @click.option("--bytes", "sizes", type=option_types.SIZES,
               help="8..1GiB (doubling) or 8,1MiB. [default: 8 B to 1 GiB by eights; to 2 MiB on CPU]")  # fmt: skip
@@ -88,7 +88,7 @@ def bench(**given: Any) -> None:
         sys.exit(1)
 
 
-@comm.command()
+@comm.command(short_help="Find what is wrong with a host, and its fix.")
 @DEVICE
 @click.option("--ranks", type=click.IntRange(1, 4096), help="On this node. [default: one a GPU; 2 on CPU]")
 @click.option("--no-bench", is_flag=True, help="Look only; start no ranks.")

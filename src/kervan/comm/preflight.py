@@ -1,6 +1,6 @@
 """The check before a replica on several GPUs joins: whether they reach each other, rightly and fast enough.
 
-Ranks of its own, in the replica's reservation, for about five seconds; they are gone before the engine takes memory.
+Ranks of its own, in the replica's reservation, for some seconds; they are gone before the engine takes memory.
 """
 
 import os
