@@ -1,6 +1,6 @@
 """Variables and nccl.conf lines that hurt, or do nothing. NCCL's defaults are right on nearly every host.
 
-Sources: NCCL's user guide, "Environment variables"; for sockets net_socket.cc; for NVLS nccl-tests issue 212: eight H100
+Sources: NCCL's user guide, "Environment variables"; for sockets net_socket.cc; for NVLS nccl-tests issue 212: 8 H100
 reach 370 GB/s by rings and 475 to 480 with it.
 """
 
