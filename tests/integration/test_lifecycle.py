@@ -61,7 +61,9 @@ def test_missing_model(home: Home, tmp_path: Path) -> None:
     assert_refused(home.kervan("up", str(tmp_path), "--port", str(free_port())), "config.json")
 
 
-def test_too_little_memory_for_the_cache(fleet: Fleet, home: Home, models: Any) -> None:
+def test_too_little_memory_for_the_cache(
+    fleet: Fleet, home: Home, models: Any, strays: Callable[[], list[str]]
+) -> None:
     """Known only after the engine has loaded the model; the attempt is undone, and the fleet beside it lives."""
     done = home.kervan(
         *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach"),
@@ -71,7 +73,7 @@ def test_too_little_memory_for_the_cache(fleet: Fleet, home: Home, models: Any) 
     assert_refused(done, "max_model_len")
     assert home.fleets() == [fleet.name]
     assert_refused(home.kervan("status", "--name", "poor"), "no fleet 'poor'")
-    eventually(lambda: not processes_of("poor"), "no process of the fleet is left", 20)
+    eventually(lambda: not any("kervan-poor:" in left for left in strays()), "no process of the fleet is left", 20)
     assert fleet.get("/health/ready").status_code == 200
 
 
@@ -83,17 +85,6 @@ def test_a_gateway_that_vllm_refuses(fleet: Fleet, home: Home, models: Any) -> N
     )
     assert_refused(done, "Fix: a max_model_len within the model's own context length")
     assert home.fleets() == [fleet.name]
-
-
-def processes_of(fleet_name: str) -> list[str]:
-    import psutil
-
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = " ".join(process.info["cmdline"] or ())
-        if f"kervan-{fleet_name}:" in command:
-            found.append(command)
-    return found
 
 
 def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], list[str]]) -> None:
