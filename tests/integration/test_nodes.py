@@ -70,7 +70,7 @@ async def test_a_lost_node(nodes: Nodes, models: Models) -> None:
             nodes.cluster.kill_node(lost)
             # A beat is missed after 3 s. Until then all may seem well, though the change may be done.
             # The directory was on that node: while it starts again, `status` shows what is known, and exits with 1.
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(START_S):
                 told = ""
                 while f"node {lost} is dead; its replicas and gateways are started elsewhere" not in told:
                     told = (await asyncio.to_thread(fleet.home.kervan, "status", "--why", "--name", fleet.name)).stdout
