@@ -54,7 +54,7 @@ def _problem_on_nodes(config: FleetConfig, placement: WorkerPlacement, on_gpu: b
         for task in late:
             ray.cancel(task, force=True)
         return (
-            f"the preflight did not end on {len(late)} of {len(tasks)} nodes of the replica within "
-            f"{preflight.FOR_S + PLACE_S:.0f} s; look at their load, and at ray status; --no-preflight starts all the same"
+            f"the preflight did not end on {len(late)} of {len(tasks)} nodes of the replica in "
+            f"{preflight.FOR_S + PLACE_S:.0f} s; look at their load and ray status; --no-preflight goes without"
         )
     return next(filter(None, ray.get(done)), "")
