@@ -101,7 +101,7 @@ def test_options_and_variables_are_known(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ray_internals.PRESTART_VARIABLE.encode() in raylet.read_bytes()
     source = inspect.getsource(constants)
     haproxy = (ray_internals.HAPROXY_VARIABLE, *ray_internals.HAPROXY_PORT_VARIABLES)
-    for variable in (ray_internals.CONTROL_LOOP_VARIABLE, *haproxy):
+    for variable in (ray_internals.CONTROL_LOOP_VARIABLE, ray_internals.DRAINING_VARIABLE, *haproxy):
         assert f'"{variable}"' in source
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     for value, is_on in (("0", False), ("true", True), ("1", True), ("", False)):

@@ -22,8 +22,8 @@ NUM_STREAMS = 4
 
 
 @pytest.fixture
-def pair(home: Home, models: Models) -> Iterator[Fleet]:
-    """One replica of two workers that share each layer; what they shared is gone with the fleet."""
+def pair(home: Home, models: Models, fleet: Fleet) -> Iterator[Fleet]:
+    """One replica of two workers that share each layer; what they shared is gone with it. Beside `fleet`: on its Ray."""
     sockets_before = sockets_in(home)
     running = home.up(
         models.demo, "tensor", (*SMALL, "max_model_len=1024", "served_model_name=tiny"), "--tp", "2", "--gateways", "1"

@@ -274,8 +274,8 @@ def test_no_rate_above_the_servers_capacity_keeps_the_slo(tmp_path: Path) -> Non
     """A server that takes 15 ms for each request, one after the other: at 100 requests/s, 33 a second pile up."""
     path = tmp_path / "server.py"
     path.write_text(ONE_AT_A_TIME)
-    words = ("--find-rate", "--rate", "25", "--slo", "ttft=150ms", "--isl", "8", "--osl", "1", "--model", "m")
-    done = bench(f"{sys.executable} {path} {{port}}", *words, "--trial-time", "1500ms", "--json", timeout_s=150)
+    words = ("--find-rate", "--rate", "50", "--slo", "ttft=150ms", "--isl", "8", "--osl", "1", "--model", "m")
+    done = bench(f"{sys.executable} {path} {{port}}", *words, "--trial-time", "1s", "--json", timeout_s=150)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert 0 < found["keeps_up_to"] < 100
