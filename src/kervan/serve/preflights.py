@@ -14,6 +14,8 @@ from kervan.errors import EngineError
 from kervan.fleet.control import WorkerPlacement
 from kervan.ports import free_port
 
+PLACE_S = 60.0  # until Ray has a process for a task
+
 
 def is_needed(config: FleetConfig) -> bool:
     """Whether a replica has several ranks that must reach each other; those of twins do not exist."""
@@ -47,4 +49,12 @@ def _problem_on_nodes(config: FleetConfig, placement: WorkerPlacement, on_gpu: b
         start = ray.remote(_problem_here).options(scheduling_strategy=where, max_retries=0, **resources)
         nodes = Nodes(len(placement.bundles), number, rendezvous)
         tasks.append(start.remote(each, on_gpu, dict(config.env), nodes))
-    return next(filter(None, ray.get(tasks)), "")
+    done, late = ray.wait(tasks, num_returns=len(tasks), timeout=preflight.FOR_S + PLACE_S)
+    if late:
+        for task in late:
+            ray.cancel(task, force=True)
+        return (
+            f"the preflight did not end on {len(late)} of {len(tasks)} nodes of the replica in "
+            f"{preflight.FOR_S + PLACE_S:.0f} s; look at their load and ray status; --no-preflight goes without"
+        )
+    return next(filter(None, ray.get(done)), "")
