@@ -30,8 +30,8 @@ MOST_TURNS = 5
 
 
 @pytest.fixture(scope="module")
-def twins(home: Home, models: Models, scratch: Path) -> Iterator[Fleet]:
-    """Three twins and two gateways with routing as it is by default."""
+def twins(home: Home, models: Models, scratch: Path, twins: Fleet) -> Iterator[Fleet]:
+    """Three twins and two gateways with routing as it is by default, on the Ray of the shared fleet."""
     config = scratch / "prefix.yaml"
     config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.02}}))
     arguments = (
