@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kervan.bench.load import Load
+from kervan.chaos import schedule
 from kervan.chaos.schedule import DisruptionKind, Moment
-from kervan.config import node_trace, schedule
+from kervan.config import node_trace
 from kervan.config.node_trace import NodeTrace
 from kervan.errors import ConfigError
 

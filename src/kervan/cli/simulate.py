@@ -262,9 +262,7 @@ def _engine(
     fixed = dict(given["layout"] or {})
     for size in ("pp", "dp", "attention_dp"):
         if fixed.get(size, 1) > 1:
-            why = (
-                "--max says how many replicas there are" if size == "dp" else "only replicas of one stage are simulated"
-            )
+            why = "--max says how many replicas there are" if size == "dp" else "one stage and one rank are simulated"
             raise ConfigError(
                 f"--layout {size}={fixed[size]}: {why}; write for example --layout tp={fixed.get('tp', 2)}"
             )
@@ -318,9 +316,7 @@ def _pools(
         named = {ON_DEMAND: f"{least}..{most}"}
         if nodes is not None:
             named = {ON_DEMAND: f"{least}..{most}", SPOT: f"0..{most}"}
-            notes.append(
-                f"with --spot there are two pools, on-demand:{least}..{most} and spot:0..{most}; --pool gives others"
-            )
+            notes.append(f"--spot makes two pools, on-demand:{least}..{most} and spot:0..{most}; --pool gives others")
     for name in named:
         if name not in MARKETS:
             raise ConfigError(f"pool {name!r} is not one of {', '.join(MARKETS)}; write for example --pool spot:0..6")
@@ -343,7 +339,7 @@ def _pools(
                 usd_per_hour=dollars,
                 start=given["start_time"],
                 nodes=nodes if name == SPOT else None,
-            )  # fmt: skip
+            )
         )
     if usd is None:
         notes.append("no price is known for this GPU: there are no dollars; give --price 3.40/h")

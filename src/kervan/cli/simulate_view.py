@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kervan.cli.plan import console_is_wide
-from kervan.units import format_duration
+from kervan.units import format_duration, plural
 
 if TYPE_CHECKING:
     from kervan.simulate.compare import Compared
@@ -44,7 +44,9 @@ def print_compared(
             f"{one.mean(lambda o: sum(o.replica_hours.values())) or 0:,.2f}",
             "" if usd is None else f"{usd:,.2f}",
             "" if per_mtok is None else f"{per_mtok:.2f}",
-            *(_duration(one.mean(lambda o, q=q: o.ttft_s[q])) for q in ("p50", "p95", "p99")),  # type: ignore[misc]
+            _duration(one.mean(lambda o: o.ttft_s["p50"])),
+            _duration(one.mean(lambda o: o.ttft_s["p95"])),
+            _duration(one.mean(lambda o: o.ttft_s["p99"])),
             _duration(one.mean(lambda o: o.tpot_s["p95"])),
             f"{one.mean(lambda o: o.shed):,.0f}",
             f"{one.mean(lambda o: o.moves):,.0f}",
@@ -52,11 +54,10 @@ def print_compared(
         )
     console.print(table)
     outcomes = [outcome for one in compared for outcome in one.outcomes]
-    computed_s = sum(outcome.computed_s for outcome in outcomes)
+    speed = sum(o.requests for o in outcomes) / max(1e-9, sum(o.computed_s for o in outcomes))
     console.print(
         f"replicas are counted from the decision to start them, until the pools are back at their least; "
-        f"{len(outcomes)} run{'s' * (len(outcomes) > 1)}, {sum(o.requests for o in outcomes) / max(1e-9, computed_s):,.0f} "
-        "requests per second of computing",
+        f"{plural(len(outcomes), 'run')}, {speed:,.0f} requests per second of computing",
         style="dim", soft_wrap=True,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from kervan.simulate.setup import FleetSetup
 from kervan.simulate.tally import Outcome
 from kervan.stats import bootstrap_interval
 
+QUANTILES = ("p50", "p95", "p99")
 FEW_SEEDS = 2  # from here on there is an interval
 
 
@@ -46,7 +47,10 @@ class Compared:
             "mean_replicas": lambda o: o.mean_replicas,
             "usd": lambda o: o.usd,
         }
-        markets = self.outcomes[0].replica_hours
+
+        def of_key(name: str, key: str) -> float | None:
+            return self.mean(lambda outcome: getattr(outcome, name)[key])
+
         result: dict[str, Any] = {
             "name": self.name,
             "slo_attainment": self.mean(figures["slo_attainment"]),
@@ -55,17 +59,14 @@ class Compared:
             "replica_hours": self.mean(lambda o: sum(o.replica_hours.values())),
             "usd": self.mean(figures["usd"]),
             "usd_per_mtok": self.mean(lambda o: o.usd_per_mtok),
-            "ttft_s": {q: self.mean(lambda o, q=q: o.ttft_s[q]) for q in ("p50", "p95", "p99")},  # type: ignore[misc]
-            "tpot_s": {q: self.mean(lambda o, q=q: o.tpot_s[q]) for q in ("p50", "p95", "p99")},  # type: ignore[misc]
+            "ttft_s": {q: of_key("ttft_s", q) for q in QUANTILES},
+            "tpot_s": {q: of_key("tpot_s", q) for q in QUANTILES},
             "goodput_per_s": self.mean(lambda o: o.goodput_per_s),
             "finished": self.mean(lambda o: o.finished),
             "shed": self.mean(lambda o: o.shed),
             "moves": self.mean(lambda o: o.moves),
             "broken": self.mean(lambda o: o.broken),
-            "replica_hours_by_pool": {
-                name: self.mean(lambda o, name=name: o.replica_hours[name])
-                for name in markets  # type: ignore[misc]
-            },
+            "replica_hours_by_pool": {name: of_key("replica_hours", name) for name in self.outcomes[0].replica_hours},
             "mean_ready_replicas": self.mean(lambda o: o.mean_ready),
             "max_replicas": max(outcome.max_replicas for outcome in self.outcomes),
             "started_replicas": self.mean(lambda o: o.started_replicas),

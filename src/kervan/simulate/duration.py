@@ -11,6 +11,7 @@ from kervan.units import parse_duration_s
 
 EXAMPLES = "100s, 60s..140s, lognormal:median=90s,sigma=0.3 or 80s@0.7,200s@0.3"
 MAX_S = 30 * 86_400.0
+POINTS = 200  # that a distribution is kept as
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +82,11 @@ def _lognormal(text: str, subject: str) -> tuple[float, ...]:
     except ValueError:
         sigma = math.nan
     if not 0 <= sigma <= 3:
-        raise ConfigError(
-            f"{subject} sigma={values['sigma']!r} is not a number from 0 to 3; write for example sigma=0.3"
-        )
+        raise ConfigError(f"{subject} sigma={values['sigma']!r} is not a number from 0 to 3; write sigma=0.3")
     from statistics import NormalDist
 
     normal = NormalDist()
-    return tuple(median_s * math.exp(sigma * normal.inv_cdf((i + 0.5) / 200)) for i in range(200))
+    return tuple(median_s * math.exp(sigma * normal.inv_cdf((i + 0.5) / POINTS)) for i in range(POINTS))
 
 
 def _weighted(text: str, subject: str) -> tuple[float, ...]:

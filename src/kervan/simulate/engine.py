@@ -1,12 +1,13 @@
 """One engine replica on a virtual clock: vLLM's scheduler on paper, and the step times of the planner.
 
-Async scheduling is followed as the planner follows it: a step is composed while the one before it runs, so a request that
-comes in meanwhile waits for two.
+Async scheduling is followed as the planner follows it: a step is composed while the one before it runs, so a request
+that comes in meanwhile waits for two.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from kervan.facts.architecture import ModelSpec
 from kervan.facts.hardware import Gpu
@@ -59,12 +60,25 @@ class EngineFacts:
         return dataclasses.replace(self, scale=scale)
 
 
-class EngineTimes:
-    """Seconds of steps, of all replicas of one kind: what was computed once is remembered."""
+class EngineTimes(Protocol):
+    """How long the steps of a replica take, and its limits. `context_token_s`: longer for each token of context."""
+
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    context_token_s: float
+
+    def step_s(self, batch: Batch) -> float:
+        """Seconds of one step."""
+        ...
+
+
+class PlannedTimes:
+    """The planner's, of all replicas of one kind: what was computed once is remembered."""
 
     def __init__(self, facts: EngineFacts) -> None:
-        self.facts = facts
         times = facts.step_time()
+        self.num_blocks = facts.kv_tokens // BLOCK_TOKENS
         self.max_num_seqs, self.max_num_batched_tokens = times.max_num_seqs, times.max_num_batched_tokens
         self.context_token_s = facts.scale * sum(times.context_token_s(index) for index in range(facts.layout.pp))
         self._scale = facts.scale
@@ -102,7 +116,7 @@ class SimulatedEngine:
         self.scheduler: RunScheduler[SimulatedStream] = RunScheduler(
             max_num_seqs=times.max_num_seqs,
             max_num_batched_tokens=times.max_num_batched_tokens,
-            num_blocks=times.facts.kv_tokens // BLOCK_TOKENS,
+            num_blocks=times.num_blocks,
         )
         self.run: ScheduledStep[SimulatedStream] | None = None
         self.begin_s = 0.0
@@ -129,7 +143,7 @@ class SimulatedEngine:
             self.cut(self.steps_done(now_s) + 2)
 
     def remove(self, stream: SimulatedStream, now_s: float) -> bool:
-        """A stream leaves; False for one that gets its last token in the step under way, which it is too late to stop."""
+        """A stream leaves; False for one that gets its last token in the step under way, which comes all the same."""
         for place, (_, waiting) in enumerate(self._inbox):
             if waiting is stream:
                 del self._inbox[place]

@@ -1,4 +1,4 @@
-"""The fleet on a virtual clock: requests come, gateways place them, replicas answer, and once a second a policy decides.
+"""The fleet on a virtual clock: requests come, gateways place them, replicas answer, and each second a policy decides.
 
 Events are kept in a heap by time: an arrival, its placement, the end of a step or of a run of equal steps, and what
 happens to replicas. There is no event per token.
@@ -15,7 +15,7 @@ from typing import Any
 from kervan.policy import evacuation, routing
 from kervan.policy.autoscale.state import Decision, FleetState, Policy, PoolState, ReplicaState
 from kervan.sim.scheduler import ScheduledStep
-from kervan.simulate.engine import EngineTimes
+from kervan.simulate.engine import EngineTimes, PlannedTimes
 from kervan.simulate.gateway import Link, SimulatedGateway
 from kervan.simulate.nodes import SpotNodes
 from kervan.simulate.replica import SimulatedReplica
@@ -33,8 +33,18 @@ IDLE_EVACUATION_S = 1.0
 class Simulation:
     """One run; `run` may be called once."""
 
-    def __init__(self, setup: FleetSetup, policy: Policy, seed: int = 0, *, gives_up_below: float = 0.0) -> None:
-        """`gives_up_below`: the run ends when the share of counted requests that keep the SLO can only be less."""
+    def __init__(
+        self,
+        setup: FleetSetup,
+        policy: Policy,
+        seed: int = 0,
+        *,
+        times: EngineTimes | None = None,
+        gives_up_below: float = 0.0,
+    ) -> None:
+        """`times`: of a step, in place of the planner's. `gives_up_below`: the run ends when the share of counted
+        requests that keep the SLO can only be less.
+        """
         self.setup = setup
         self.policy = policy
         self.seed = seed
@@ -45,7 +55,7 @@ class Simulation:
         self._gone: list[SimulatedReplica] = []
         self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._num_events = self._num_pushed = 0
-        self._times = EngineTimes(setup.engine)
+        self._times: EngineTimes = PlannedTimes(setup.engine) if times is None else times
         self._constants = setup.engine.constants
         self._rng_start = random.Random(f"starts {seed}")
         self._rng_gateway = random.Random(f"gateways {seed}")

@@ -1,7 +1,7 @@
 """One gateway of the simulated fleet: what it knows of the replicas, where it places streams, and which it holds.
 
-It decides by the live gateway's own rules (`policy/routing.py`, `policy/admission.py`, `policy/evacuation.py`), and knows
-what that would: its own streams exactly, those of other gateways from news that come every half second.
+It decides by the live gateway's own rules (`policy/routing.py`, `policy/admission.py`, `policy/evacuation.py`), and
+knows what that would: its own streams exactly, those of other gateways from news that come every half second.
 """
 
 import random

@@ -39,15 +39,13 @@ def scaled_to(setup: FleetSetup, rate_per_s: float) -> ReplicaRate:
     """
     slo = setup.slo
     if slo.ttft_s is None and slo.tpot_s is None and slo.e2e_s is None:
-        raise ConfigError(
-            "a replica's rate is the highest within the SLO, and none is given; add --slo ttft=2s,tpot=50ms"
-        )
+        raise ConfigError("a replica's rate is the highest within the SLO; add one, like --slo ttft=2s,tpot=50ms")
     unscaled = highest_rate(setup)
     low, high = MIN_SCALE, MAX_SCALE
     if not _keeps(setup, low, rate_per_s):
         raise ConfigError(
-            f"--replica-rate {rate_per_s:g}/s: a replica keeps the SLO ({slo}) up to {unscaled:.3g} requests/s, and not "
-            f"up to {rate_per_s:g} with steps {1 / low:g} times as fast: its KV cache or its frontend is full; give a "
+            f"--replica-rate {rate_per_s:g}/s: a replica keeps the SLO ({slo}) up to {unscaled:.3g} requests/s, and "
+            f"not up to {rate_per_s:g} with steps {1 / low:g} times as fast: its KV cache or frontend is full; give a "
             "lower rate"
         )
     guess = 1.0
@@ -71,7 +69,7 @@ def scaled_to(setup: FleetSetup, rate_per_s: float) -> ReplicaRate:
 
 
 def highest_rate(setup: FleetSetup) -> float:
-    """Requests per second that one replica takes while `KEPT_SHARE` of them keep the SLO, within 1%; 0: not even few."""
+    """Requests per second that one replica takes while `KEPT_SHARE` of them keep the SLO, within 1%; 0: not a few."""
     low, high = 0.0, 0.5
     while high < MAX_RATE and _keeps(setup, setup.engine.scale, high):
         low, high = high, 2 * high

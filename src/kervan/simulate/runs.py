@@ -1,7 +1,7 @@
 """Steps in a row that are one event of the simulation: they end with the first answer that ends, or are cut short.
 
-`Scheduler.compose` may compose equal steps as one while it is known when the next request comes. Here a request may come
-at any time, since routing decides at its arrival; so a run goes as far as it can, and `cut` ends it earlier.
+`Scheduler.compose` may compose equal steps as one while it is known when the next request comes. Here a request may
+come at any time, since routing decides at its arrival; so a run goes as far as it can, and `cut` ends it earlier.
 """
 
 import heapq

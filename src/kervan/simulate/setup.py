@@ -89,7 +89,7 @@ class LoadSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSetup:
-    """The fleet. Times are seconds. `stop_s`: from being empty to gone. `notice_s`: before a spot node goes; 0 for none.
+    """The fleet. `stop_s`: from being empty to gone. `notice_s`: before a spot node goes; 0 for none.
 
     `losses_per_hour`: of one on-demand replica, without notice. `local_minute`: of the week, at the start.
     """

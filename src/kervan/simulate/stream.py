@@ -7,8 +7,8 @@ from kervan.sim.scheduler import ScheduledRequest
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class SimulatedStream(ScheduledRequest):
-    """A stream; `id` is its place in the load. `generated`: tokens that it had when it was placed where it is now; `end_step`: the group's step there
-    with its last token, 0 while it has no token from there.
+    """A stream; `id` is its place in the load. `generated`: tokens that it had when it was placed where it is now.
+    `end_step`: the group's step there with its last token, 0 while it has no token from there.
 
     `cost_tokens`, `queued_tokens`: what it was charged at its replica. `paid_from_step`: from there on it pays a token
     of its cost with each.
