@@ -25,6 +25,7 @@ DEFAULT_START = "90s"
 DEFAULT_POLICY = "fixed"
 DURATION_S = 600.0
 MAX_SEEDS = 1000
+REPLICAS_PER_GATEWAY = 4
 TP_SIZES = (1, 2, 4, 8, 16)
 SECTIONS = {
     "Replicas": "--model --gpu --layout --engine-arg --calibration --replica-rate --start-time --min --max --pool",
@@ -79,7 +80,10 @@ DISTRIBUTION = option_types.DURATIONS
 @option("--losses", type=option_types.RATE, help="Of one on-demand replica, without notice: 0.01/h. [default: none]")
 @option("--price", help="US dollars per GPU and hour, like 3.40/h. [default: kervan's price file]")
 @option("--prices", type=option_types.FILE, help="Your own price file (docs/hardware.md).")
-@option("--gateways", type=click.IntRange(1, MAX_GATEWAYS), default=1, show_default=True, help="HTTP gateways.")
+@option(
+    "--gateways", type=click.IntRange(1, MAX_GATEWAYS),
+    help=f"HTTP gateways. [default: one for each {REPLICAS_PER_GATEWAY} replicas of the most]",
+)  # fmt: skip
 @option(
     "--max-queued-streams", type=click.IntRange(0, 10**9), default=SETTINGS["max_queued_streams"].default,
     show_default=True, help="Streams that may queue beyond what the replicas run at once.",
@@ -186,12 +190,14 @@ def fleet_setup(
     notes: list[str] = []
     load = _load(given)
     engine, usd, spot_usd = _engine(model, given, load, notes)
+    pools = _pools(given, usd, spot_usd, notes)
+    most = sum(pool.maximum for pool in pools)
     setup = FleetSetup(
         engine=engine,
-        pools=_pools(given, usd, spot_usd, notes),
+        pools=pools,
         load=load,
         slo=given["slo"] or parse_slo(DEFAULT_SLO),
-        gateways=given["gateways"],
+        gateways=given["gateways"] or min(MAX_GATEWAYS, -(-most // REPLICAS_PER_GATEWAY)),
         max_queued_streams=given["max_queued_streams"],
         hold_timeout_s=given["hold_timeout"],
         notice_s=given["notice"],

@@ -109,6 +109,7 @@ class SimulatedEngine:
         "run",
         "scheduler",
         "seen_preempted",
+        "steps_per_s",
     )  # fmt: skip
 
     def __init__(self, times: EngineTimes) -> None:
@@ -122,6 +123,7 @@ class SimulatedEngine:
         self.begin_s = 0.0
         self.end_s = math.inf
         self.first_step_s = self.grows_s = 0.0  # of the run: its first step, and how much longer each next one is
+        self.steps_per_s = 0.0  # of the run, on average
         self.num_tokens = 0  # generated in steps that are over
         self.num_steps = 0  # that are over
         self._last_begin_s = 0.0
@@ -220,7 +222,6 @@ class SimulatedEngine:
         """The run under way is over: what it gave. To be followed by `begin`."""
         run = self.run
         assert run is not None
-        self.scheduler.end(run)
         self.num_steps += run.repeats
         self.num_tokens += run.repeats * run.batch.samples
         self.run = None
@@ -236,7 +237,7 @@ class SimulatedEngine:
             run = self.scheduler.next_run()
         self.run = run
         if run is None:
-            self.end_s = math.inf
+            self.end_s, self.steps_per_s = math.inf, 0.0
             return
         self.begin_s = now_s
         batch = run.batch
@@ -269,3 +270,4 @@ class SimulatedEngine:
         before = run.repeats - 1
         self._last_begin_s = self.begin_s + before * self.first_step_s + self.grows_s * before * (before - 1) / 2
         self.end_s = self._last_begin_s + self.first_step_s + before * self.grows_s
+        self.steps_per_s = before / (self._last_begin_s - self.begin_s) if before else 0.0

@@ -18,8 +18,15 @@ class RunScheduler(Scheduler[R]):
     """Composes runs. One is under way at a time, and all sequences are in one batch (no pipeline stages)."""
 
     def next_run(self) -> ScheduledStep[R] | None:
-        """The next step, or as many equal ones as there are until an answer ends or the pool is full."""
-        return self.compose(_any_number)
+        """The next step, or as many equal ones as there are until an answer ends or the pool is full; None without
+        work that can run. One is over when the next is asked for.
+        """
+        return self._fill(_any_number)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with blocks."""
+        return len(self._ready.ends) + (self._partial is not None)
 
     @property
     def num_group_steps(self) -> int:

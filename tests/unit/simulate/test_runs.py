@@ -23,12 +23,10 @@ def test_a_run_goes_to_the_end_of_the_first_answer_and_holds_its_last_token() ->
     prefill = scheduler.next_run()
     assert prefill is not None
     assert prefill.firsts == [first, second]
-    scheduler.end(prefill)
     run = scheduler.next_run()
     assert run is not None
     assert run.repeats == 4
     assert run.lasts == [first]
-    scheduler.end(run)
     rest = scheduler.next_run()
     assert rest is not None
     assert (rest.repeats, rest.lasts, rest.batch.sequences) == (4, [second], 1)
@@ -40,7 +38,6 @@ def test_a_run_that_is_cut_gives_back_what_it_has_not_done() -> None:
     scheduler.add(only)
     prefill = scheduler.next_run()
     assert prefill is not None
-    scheduler.end(prefill)
     free = scheduler.free_blocks
     run = scheduler.next_run()
     assert run is not None
@@ -49,7 +46,6 @@ def test_a_run_that_is_cut_gives_back_what_it_has_not_done() -> None:
     assert (run.repeats, run.lasts) == (3, [])
     assert free - scheduler.free_blocks == 1  # tokens 5 to 7 begin one block of 4
     scheduler.check_integrity()
-    scheduler.end(run)
     rest = scheduler.next_run()
     assert rest is not None
     assert (rest.repeats, rest.lasts) == (16, [only])
@@ -92,7 +88,6 @@ def test_runs_cut_at_random_end_each_answer_at_the_step_at_which_single_steps_en
         if rng.random() < 0.5:
             runs.cut(run, rng.randint(1, run.repeats))
         step += run.repeats
-        runs.end(run)
         runs.check_integrity()
         ended_in_runs |= {one.number: step for one in run.lasts}
     assert ended_in_runs == ended
