@@ -12,17 +12,18 @@ from kervan.bench.arrivals import Process
 from kervan.cli import option_types, options, outputs
 from kervan.cli.plan import DEFAULT_ISL, DEFAULT_OSL, engine_arguments
 from kervan.config.fleet import MAX_GATEWAYS, MAX_REPLICAS, SETTINGS
+from kervan.config.workload import DEFAULT_SLO
 from kervan.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
+    from kervan.config.autoscale import Autoscaling
     from kervan.simulate.compare import Compared
     from kervan.simulate.engine import EngineFacts
     from kervan.simulate.replica_rate import ReplicaRate
     from kervan.simulate.setup import FleetSetup, LoadSetup, PoolSetup
 
-DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_START = "90s"
-DEFAULT_POLICY = "fixed"
+DEFAULT_POLICY = "slo"
 DURATION_S = 600.0
 MAX_SEEDS = 1000
 REPLICAS_PER_GATEWAY = 4
@@ -30,7 +31,7 @@ TP_SIZES = (1, 2, 4, 8, 16)
 SECTIONS = {
     "Replicas": "--model --gpu --layout --engine-arg --calibration --replica-rate --start-time --min --max --pool",
     "Load": "--ramp --rate --duration --trace --trace-speed --arrivals --burstiness --isl --osl",
-    "Policy": "--policy --slo",
+    "Policy": "--policy --slo --schedule --time-zone --autoscaling",
     "What happens": "--spot --notice --losses --price --prices --gateways --max-queued-streams --hold-timeout",
     "Runs": "--seed --seeds --processes",
     "Output": "--json --html --help",
@@ -70,8 +71,14 @@ DISTRIBUTION = option_types.DURATIONS
 @option("--burstiness", type=float, default=1.0, help="Shape of gamma arrivals: 1 is Poisson, less is burstier.")
 @option("--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]")
 @option("--osl", type=option_types.LENGTHS, help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
-@option("--policy", "policy", default=DEFAULT_POLICY, show_default=True, help="One, or several to compare: a,b,oracle.")
+@option(
+    "--policy", default=DEFAULT_POLICY, show_default=True,
+    help="One, or several to compare, like slo,ray:16,fixed:8 (docs/simulator.md has all).",
+)  # fmt: skip
 @option("--slo", type=option_types.SLO, help=f"What a good request keeps. [default: {DEFAULT_SLO}]")
+@option("--schedule", multiple=True, help="Minimum by the hour, like 'mon-fri 08:00 min=4'; repeatable.")
+@option("--time-zone", default="UTC", show_default=True, help="Of --schedule; the simulation begins on Monday, 0:00.")
+@option("--autoscaling", multiple=True, metavar="KEY=VALUE", help="A parameter of Ray Serve's autoscaling; repeatable.")
 @option("--spot", type=option_types.FILE, help="When spot nodes come and go: a node trace (docs/simulator.md).")
 @option(
     "--notice", type=option_types.DURATION, default="120s", show_default=True,
@@ -197,6 +204,7 @@ def fleet_setup(
         pools=pools,
         load=load,
         slo=given["slo"] or parse_slo(DEFAULT_SLO),
+        autoscaling=_autoscaling(given, most, notes),
         gateways=given["gateways"] or min(MAX_GATEWAYS, -(-most // REPLICAS_PER_GATEWAY)),
         max_queued_streams=given["max_queued_streams"],
         hold_timeout_s=given["hold_timeout"],
@@ -212,6 +220,21 @@ def fleet_setup(
         setup = dataclasses.replace(setup, engine=engine.scaled(rate.scale))
         notes.append(replica_rate.words(rate, setup.slo))
     return setup, rate, notes
+
+
+def _autoscaling(given: dict[str, Any], most: int, notes: list[str]) -> "Autoscaling":
+    from kervan.config import autoscale
+
+    parameters = [options.parse_assignment(text, "--autoscaling") for text in given["autoscaling"]]
+    names = [name for name, _ in parameters]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--autoscaling gives {twice[0]} twice; give it once")
+    asked = autoscale.resolve(
+        policy="", slo="", schedule=given["schedule"], time_zone=given["time_zone"], autoscaling=dict(parameters),
+        maximum=most,
+    )  # fmt: skip
+    notes += asked.warnings if "ray" in given["policy"] else ()
+    return asked
 
 
 def _load(given: dict[str, Any]) -> "LoadSetup":

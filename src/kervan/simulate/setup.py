@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kervan.bench.arrivals import Process, Stage, offsets_s
+from kervan.config.autoscale import Autoscaling
 from kervan.config.node_trace import NodeTrace
 from kervan.config.workload import Lengths, Slo, TraceRow
 from kervan.simulate.duration import DurationDistribution
@@ -107,5 +108,7 @@ class FleetSetup:
     notice_s: float = 120.0
     losses_per_hour: float = 0.0
     local_minute: int = 0
+    autoscaling: Autoscaling | None = None
+    """What the user asks of the policies; None: nothing but `slo`."""
     initial: int | None = None
     """Replicas at the start, of a fleet with one pool; None: the least of each pool."""
