@@ -129,7 +129,7 @@ def simulate(as_json: bool, html: Path | None, **given: Any) -> None:
     if html is not None:
         from kervan.simulate import html_report
 
-        html_report.write(html, setup, compared)
+        html_report.write(html, setup, compared, notes)
         if not as_json:
             click.echo(f"report: {html}", err=True)
     if as_json:
