@@ -17,8 +17,10 @@ from kervan.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
     from kervan.config.autoscale import Autoscaling
+    from kervan.config.node_trace import NodeTrace
     from kervan.simulate.compare import Compared
     from kervan.simulate.engine import EngineFacts
+    from kervan.simulate.market import MarketModel
     from kervan.simulate.replica_rate import ReplicaRate
     from kervan.simulate.setup import FleetSetup, LoadSetup, PoolSetup
 
@@ -79,7 +81,9 @@ DISTRIBUTION = option_types.DURATIONS
 @option("--schedule", multiple=True, help="Minimum by the hour, like 'mon-fri 08:00 min=4'; repeatable.")
 @option("--time-zone", default="UTC", show_default=True, help="Of --schedule; the simulation begins on Monday, 0:00.")
 @option("--autoscaling", multiple=True, metavar="KEY=VALUE", help="A parameter of Ray Serve's autoscaling; repeatable.")
-@option("--spot", type=option_types.FILE, help="When spot nodes come and go: a node trace (docs/simulator.md).")
+@option(
+    "--spot", help="When spot nodes come and go: a node trace, or a market like zones=3,nodes=4 (docs/simulator.md)."
+)
 @option(
     "--notice", type=option_types.DURATION, default="120s", show_default=True,
     help="From a cloud's notice until its spot node goes; 0: none.",
@@ -331,12 +335,16 @@ def _pools(
     from kervan.config import node_trace
     from kervan.config.fleet import parse_bounds
     from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT
+    from kervan.simulate.market import parse_market
     from kervan.simulate.setup import PoolSetup
 
     named = options.pool_settings(given["pools"]).get("pools", {})
     if named and (given["minimum"] is not None or given["maximum"] is not None):
         raise ConfigError("--min and --max are of a fleet without --pool; give the bounds there, like --pool spot:0..6")
-    nodes = None if given["spot"] is None else node_trace.read(given["spot"])
+    nodes: NodeTrace | MarketModel | None = None
+    if given["spot"] is not None:
+        is_market = "=" in given["spot"] and not Path(given["spot"]).exists()
+        nodes = parse_market(given["spot"]) if is_market else node_trace.read(Path(given["spot"]))
     if not named:
         least = 1 if given["minimum"] is None else given["minimum"]
         most = max(8, least) if given["maximum"] is None else given["maximum"]

@@ -61,8 +61,12 @@ class EngineFacts:
 
 
 class EngineTimes(Protocol):
-    """How long the steps of a replica take, and its limits. `context_token_s`: longer for each token of context."""
+    """How long the steps of a replica take, and its limits. `context_token_s`: longer for each token of context.
 
+    `composes_ahead`: a step is composed while the one before it runs (vLLM's async scheduling; a twin has none).
+    """
+
+    composes_ahead: bool
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -75,6 +79,8 @@ class EngineTimes(Protocol):
 
 class PlannedTimes:
     """The planner's, of all replicas of one kind: what was computed once is remembered."""
+
+    composes_ahead = True
 
     def __init__(self, facts: EngineFacts) -> None:
         times = facts.step_time()
@@ -141,8 +147,8 @@ class SimulatedEngine:
             return
         self._inbox.append((now_s, stream))
         if run.repeats > 1 and now_s < self._last_begin_s and not self.scheduler.waiting:
-            # The step under way and the one that is composed already come first.
-            self.cut(self.steps_done(now_s) + 2)
+            # The step under way and, if one is composed already, that come first.
+            self.cut(self.steps_done(now_s) + 1 + self._times.composes_ahead)
 
     def remove(self, stream: SimulatedStream, now_s: float) -> bool:
         """A stream leaves; False for one that gets its last token in the step under way, which comes all the same."""
@@ -230,7 +236,7 @@ class SimulatedEngine:
     def begin(self, now_s: float) -> None:
         """Compose what comes next, if anything can."""
         if self._inbox:
-            self._take_in(self._last_begin_s)
+            self._take_in(self._last_begin_s if self._times.composes_ahead else now_s)
         run = self.scheduler.next_run()
         if run is None and self._inbox:
             self._take_in(now_s)

@@ -12,11 +12,13 @@ from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kervan.config.node_trace import NodeTrace
 from kervan.policy import evacuation, routing
 from kervan.policy.autoscale.state import Decision, FleetState, Policy, PoolState, ReplicaState
 from kervan.sim.scheduler import ScheduledStep
 from kervan.simulate.engine import EngineTimes, PlannedTimes
 from kervan.simulate.gateway import Link, SimulatedGateway
+from kervan.simulate.market import MarketModel, generate, zone_of
 from kervan.simulate.nodes import SpotNodes
 from kervan.simulate.replica import SimulatedReplica
 from kervan.simulate.setup import FleetSetup, PoolSetup
@@ -62,7 +64,7 @@ class Simulation:
         self._rng_loss = random.Random(f"losses {seed}")
         self._gateways = [SimulatedGateway(n, self._constants, setup.gateways, seed) for n in range(setup.gateways)]
         self._pools = {pool.name: pool for pool in setup.pools}
-        self._nodes = {pool.name: SpotNodes(pool.nodes) for pool in setup.pools if pool.nodes is not None}
+        self._nodes = {pool.name: SpotNodes(self._trace(pool.nodes)) for pool in setup.pools if pool.nodes is not None}
         self._targets = {pool.name: self._first_target(pool) for pool in setup.pools}
         self._memory: Mapping[str, Any] = {}
         self._load = setup.load.requests(seed)
@@ -82,6 +84,11 @@ class Simulation:
         }
         self._is_given_up = False
 
+    def _trace(self, nodes: NodeTrace | MarketModel) -> NodeTrace:
+        if isinstance(nodes, NodeTrace):
+            return nodes
+        return generate(nodes, self.setup.load.duration_s + MAX_SETTLE_S, self.seed)
+
     def _first_target(self, pool: PoolSetup) -> int:
         if self.setup.initial is not None and len(self.setup.pools) == 1:
             return self.setup.initial
@@ -95,7 +102,7 @@ class Simulation:
         for pool in self.setup.pools:
             for at_s, word, nodes in self._nodes[pool.name].changes() if pool.name in self._nodes else ():
                 if word == "add" and at_s <= 0:
-                    self._nodes[pool.name].came(nodes)
+                    self._nodes[pool.name].came(nodes, 0.0)
                 elif word == "add":
                     self._at(at_s, self._nodes_came, (pool.name, nodes))
                 else:
@@ -415,7 +422,7 @@ class Simulation:
 
     def _begin(self, replica: SimulatedReplica, node: str, *, is_there: bool = False) -> None:
         """It has a node."""
-        replica.node, replica.paid_from_s = node, self.now_s
+        replica.node, replica.zone, replica.paid_from_s = node, zone_of(node), self.now_s
         start_s = 0.0 if is_there else self._pools[replica.pool].start.sample(self._rng_start)
         replica.ready_s = self.now_s + start_s
         if is_there:
@@ -486,7 +493,7 @@ class Simulation:
 
     def _nodes_came(self, change: tuple[str, tuple[str, ...]]) -> None:
         pool, names = change
-        self._nodes[pool].came(names)
+        self._nodes[pool].came(names, self.now_s)
         self._hand_out(pool)
 
     def _noticed(self, change: tuple[str, tuple[str, ...], float]) -> None:
@@ -498,7 +505,7 @@ class Simulation:
 
     def _nodes_went(self, change: tuple[str, tuple[str, ...]]) -> None:
         pool, names = change
-        self._nodes[pool].went(names)
+        self._nodes[pool].went(names, self.now_s)
         for replica in list(self.replicas):
             if replica.pool == pool and replica.node in names:
                 self._num_lost += 1
@@ -608,7 +615,7 @@ class Simulation:
             room=None if nodes is None else nodes.num_there,
             start_s=pool.start.quantile_s(0.9),
             usd_per_hour=pool.usd_per_hour,
-            losses_per_hour=self.setup.losses_per_hour if nodes is None else nodes.losses_per_hour,
+            losses_per_hour=self.setup.losses_per_hour if nodes is None else nodes.losses_per_hour(self.now_s),
         )
 
     def _see(self, state: FleetState) -> None:

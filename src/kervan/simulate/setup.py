@@ -12,13 +12,15 @@ from kervan.config.node_trace import NodeTrace
 from kervan.config.workload import Lengths, Slo, TraceRow
 from kervan.simulate.duration import DurationDistribution
 from kervan.simulate.engine import EngineFacts
+from kervan.simulate.market import MarketModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSetup:
     """One pool. `usd_per_hour`: of a replica, None if no price is known. `start`: seconds from the decision to ready.
 
-    `nodes`: of a spot market, when nodes come and go, one replica each; None: as many as are asked for.
+    `nodes`: of a spot market, when nodes come and go, one replica each; a model makes a market for each seed. None: as
+    many as are asked for.
     """
 
     name: str
@@ -26,8 +28,7 @@ class PoolSetup:
     maximum: int
     usd_per_hour: float | None = None
     start: DurationDistribution
-    nodes: NodeTrace | None = None
-    zones: int = 1
+    nodes: NodeTrace | MarketModel | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
