@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FAST_S, MIDDLE_S, SLOW_S = TIMES_S = (4.0, 16.0, 64.0)
-ERRORS = 1.0  # standard errors beyond which a faster average counts
+ERRORS = 2.0  # standard errors beyond which a faster average counts
 MIN_VARIANCE = 0.25  # of arrivals at even distances a little is left: they come in whole numbers
+GOOD_JUDGED = 200.0  # answers and first tokens: fewer say little about one in a hundred
 LENGTHS_S = 300.0  # over which lengths and the variance of arrivals are averaged
 REMEMBERED_S, REMEMBERED_BLOCKS = 7200.0, 64.0  # what is longer: after so long a rise counts 1/e
 STEP_S = 10.0  # more between two decisions counts as so much
@@ -34,6 +35,7 @@ PRIOR_S = 600.0
 PRIOR_BLOCKS = 4.0
 # A block sees a rise from its middle on, on average, and replicas that are asked for at a rise come a block later.
 SEEN_HALF = 2.0
+BLOCK_STEPS = 50.0
 HEADROOMS = (
     0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0, 4.0, 6.0, 9.0, 14.0, 20.0, 32.0,
 )  # fmt: skip
@@ -55,12 +57,20 @@ class Load:
     requests: float = 0.0
     """In about `LENGTHS_S`: for mean lengths."""
     prompt_tokens: float = 0.0
+    prompts_variance: float = 0.0
+    """Of the tokens of a prompt; learned from how much the sums of seconds vary."""
+    prompts_seen_s: float = 0.0
     answers: float = 0.0
     output_tokens: float = 0.0
     finish_rate: float = 0.0
     """Answers that ended per second, over the middle time."""
     good: float = 1.0
-    """Share of answers and first tokens within the SLO, over the slow time."""
+    """Share of answers and first tokens within the SLO, over `LENGTHS_S`."""
+    judged: float = 0.0
+    peak: float = 0.0
+    """Request equivalents per second, over the fast time: the most of late."""
+    pending_s: float = 0.0
+    pending_came: float = 0.0
     block_left_s: float = 0.0
     block_start: float = 0.0
     block_base: float = 0.0
@@ -98,6 +108,11 @@ class Load:
         most = min(fast + self._error(fast, FAST_S), middle + self._error(middle, MIDDLE_S))
         return max(0.0, min(max(slow, least), max(most, least)))
 
+    @property
+    def slow_rate(self) -> float:
+        """Request equivalents per second, over the slow time."""
+        return self.rates[2] / max(1e-9, 1 - math.exp(-self.observed_s / SLOW_S))
+
     def _error(self, rate: float, time_s: float) -> float:
         return ERRORS * math.sqrt(max(rate, 1 / SLOW_S) * max(self.variance, MIN_VARIANCE) / (2 * time_s))
 
@@ -105,6 +120,18 @@ class Load:
     def mean_prompt_tokens(self) -> float:
         """Of a request; 0 before there was one."""
         return self.prompt_tokens / self.requests if self.requests else 0.0
+
+    @property
+    def prompts_cv2(self) -> float:
+        """Squared coefficient of variation of the prompts' lengths."""
+        mean = self.mean_prompt_tokens
+        return self.prompts_variance / mean**2 if mean else 0.0
+
+    @property
+    def arrivals_cv2(self) -> float:
+        """About that of the distances between requests: variance over mean of the arrivals of a second."""
+        known = min(1.0, self.observed_s / SLOW_S)
+        return known * self.variance + (1 - known)
 
     @property
     def mean_output_tokens(self) -> float:
@@ -172,15 +199,22 @@ class Load:
         keep = math.exp(-dt / LENGTHS_S)
         if before > 0:
             deviation = (rate - before) ** 2 * window_s / before
-            self.variance += (min(deviation, 100.0) - self.variance) * (1 - keep)
+            known_s = LENGTHS_S * (1 - math.exp(-self.observed_s / LENGTHS_S))
+            self.variance += (min(deviation, 100.0) - self.variance) * dt / max(known_s + dt, 10.0)
         self.observed_s += dt
         self.requests = keep * self.requests + arrived
         self.prompt_tokens = keep * self.prompt_tokens + prompt_tokens
+        if arrived and mean_prompt:
+            deviation = (prompt_tokens - arrived * mean_prompt) ** 2 / arrived
+            self.prompts_seen_s = keep * self.prompts_seen_s + dt
+            self.prompts_variance += (deviation - self.prompts_variance) * dt / max(self.prompts_seen_s, 20.0)
+        fast = self.rates[0] / max(1e-9, 1 - math.exp(-self.observed_s / FAST_S))
+        self.peak = max(fast, self.peak * math.exp(-dt / SLOW_S))
         self.answers = keep * self.answers + finished
         self.output_tokens = keep * self.output_tokens + output_tokens
         if judged:
-            weight = 1 - math.exp(-dt / SLOW_S)
-            self.good += (good / judged - self.good) * weight
+            self.judged = keep * self.judged + judged
+            self.good += (good / judged - self.good) * judged / max(self.judged, GOOD_JUDGED)
         self._count_block(dt, rate * dt, block_s, stay_s, wait_s, replica_rate)
 
     def _count_block(
@@ -194,6 +228,10 @@ class Load:
             self.block_base = max(level, replica_rate)
             self.buckets = (round(level * stay_s, 4),) * len(HEADROOMS)
             self.block_late = (0.0,) * len(HEADROOMS)
+        self.pending_s, self.pending_came = self.pending_s + dt, self.pending_came + came
+        if self.pending_s < block_s / BLOCK_STEPS - 1e-9 and self.pending_s < self.block_left_s:
+            return
+        dt, came, self.pending_s, self.pending_came = self.pending_s, self.pending_came, 0.0, 0.0
         ends = 1 - math.exp(-dt / max(1e-3, stay_s))  # of those in flight, if none has to wait
         buckets, late = [], []
         for headroom, bucket, before in zip(HEADROOMS, self.buckets, self.block_late, strict=True):

@@ -16,13 +16,14 @@ does not change the number for ever.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kervan.config.autoscale import ScheduledMinimum
 from kervan.config.workload import Slo
 from kervan.policy.autoscale import decisions, to_zero
+from kervan.policy.autoscale.correction import Correction, pressure
 from kervan.policy.autoscale.learned_rate import LearnedRate
 from kervan.policy.autoscale.load import Load
 from kervan.policy.autoscale.replica_rate import ModelledRates, ReplicaRate
@@ -38,10 +39,9 @@ RECOVERY = 0.25  # of a start: how long requests are late after the replicas tha
 LONGEST_DECISION_S, SHORTEST_DECISION_S = 5.0, 1.0
 DECISIONS_PER_START = 20.0
 LEAST_HOLD_S = 15.0
+WATCHED_S = 600.0  # a load is watched for so long before a replica leaves
 MOST_REGRETS = 5.0
 FORGIVEN_HOLDS = 10.0  # after so many times `hold_s` without one, a regret is forgotten
-CORRECTION = (0.5, 1.5)
-CORRECTION_S = 300.0
 NEWS_S = 15.0  # older news of the gateways are none
 
 
@@ -124,8 +124,10 @@ class SloPolicy:
             rate = LearnedRate.from_memory(memory.get("learned", {})).rate(self._settings.slo)
             correction = 1.0
         else:
-            rate = self._rates.at(load.mean_prompt_tokens, load.mean_output_tokens)
-            correction = memory.get("correction", 1.0)
+            rate = self._rates.at(
+                load.mean_prompt_tokens, load.mean_output_tokens, load.arrivals_cv2, load.prompts_cv2
+            )
+            correction = Correction.from_memory(memory.get("correcting", {})).factor
         self._learn(state, demand, load, memory, rate, ready, in_flight, level)
         memory["prompt_share"] = rate.prompt_share
         each = rate.requests_per_s * correction
@@ -222,20 +224,16 @@ class SloPolicy:
             )  # fmt: skip
             memory["learned"] = learned.to_memory()
             return
-        assert self._model is not None
-        seen = demand.tpot_p50_s
-        if seen is None or demand.running < 2 * ready or waiting > ready:
-            return
-        share = min(1.0, load.rates[1] / ready / max(1e-9, rate.requests_per_s))
-        predicted = self._model.predict(
-            requests_per_s=share * rate.requests_per_s, prompt_tokens=load.mean_prompt_tokens,
-            output_tokens=load.mean_output_tokens,
+        correction = Correction.from_memory(memory.get("correcting", {}))
+        if ready != memory.get("ready"):
+            memory["ready"], memory["ready_since_s"] = ready, state.now_s
+        correction.observe(
+            now_s=state.now_s, dt=dt, per_replica=load.slow_rate / ready, peak=load.peak / ready, in_flight=in_flight / ready,
+            waiting=waiting / ready, good=load.good, prompt_tokens=load.mean_prompt_tokens,
+            output_tokens=load.mean_output_tokens, rate=rate, model=self._model,
+            pressure=pressure(demand, self._settings.slo), steady_s=state.now_s - memory["ready_since_s"],
         )  # fmt: skip
-        if not 0 < predicted.tpot_s < math.inf:
-            return
-        ratio = min(CORRECTION[1], max(CORRECTION[0], predicted.tpot_s / seen))
-        before = memory.get("correction", 1.0)
-        memory["correction"] = round(before + (ratio - before) * (1 - math.exp(-dt / CORRECTION_S)), 5)
+        memory["correcting"] = correction.to_memory()
 
     # ---- when it changes
 
@@ -247,6 +245,8 @@ class SloPolicy:
         hold_s = max(LEAST_HOLD_S, start_s / 2) if base_s is None else base_s
         regrets = memory.get("regrets", 0.0)
         hold_s *= 2.0 ** math.floor(regrets)
+        if base_s is None:  # nothing is known yet of how the load comes back
+            hold_s = max(hold_s, WATCHED_S - memory["load"]["observed_s"])
         wanted = min(max(needed, within.minimum), within.maximum)
         if wanted > current:
             memory["lows"], memory["lows_since_s"] = (), now_s
