@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kervan.config.node_trace import NodeTrace
+from kervan.config.workload import BLOCK_TOKENS as TRACE_BLOCK_TOKENS
 from kervan.policy import evacuation, routing
 from kervan.policy.autoscale.state import Decision, FleetState, Policy, PoolState, ReplicaState
 from kervan.sim.scheduler import ScheduledStep
@@ -21,6 +22,7 @@ from kervan.simulate.gateway import Link, SimulatedGateway
 from kervan.simulate.market import MarketModel, generate, zone_of
 from kervan.simulate.nodes import SpotNodes
 from kervan.simulate.replica import SimulatedReplica
+from kervan.simulate.runs import block_hashes
 from kervan.simulate.setup import FleetSetup, PoolSetup
 from kervan.simulate.stream import SimulatedStream
 from kervan.simulate.tally import Outcome, Tally, quantiles
@@ -66,6 +68,7 @@ class Simulation:
         self._pools = {pool.name: pool for pool in setup.pools}
         self._nodes = {pool.name: SpotNodes(self._trace(pool.nodes)) for pool in setup.pools if pool.nodes is not None}
         self._targets = {pool.name: self._first_target(pool) for pool in setup.pools}
+        self._caches_prefixes = setup.caches_prefixes and setup.load.has_hashes
         self._memory: Mapping[str, Any] = {}
         self._load = setup.load.requests(seed)
         self._load_ended = False
@@ -161,6 +164,8 @@ class Simulation:
                 sent_s=sent_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens, gateway=gateway.number,
                 hash_ids=hash_ids,
             )  # fmt: skip
+            if self._caches_prefixes:
+                stream.hashes = block_hashes(hash_ids, TRACE_BLOCK_TOKENS, prompt_tokens, output_tokens, stream.id)
             self._at(gateway.ready_s(prompt_tokens, sent_s), self._place, stream)
         self._next_arrival()
 
@@ -190,7 +195,7 @@ class Simulation:
         replica.num_placed += 1
         stream.gave_token, stream.end_step = False, 0
         stream.context_tokens, stream.remaining_tokens = tokens, stream.output_tokens - stream.generated
-        stream.computed_tokens = stream.joined = 0
+        stream.computed_tokens = stream.joined = stream.cached_tokens = 0
         gateway.placed(stream, link, now_s)
         replica.streams[stream] = None
         tally.num_queued += 1
@@ -211,8 +216,7 @@ class Simulation:
         engine = replica.engine
         if engine.scheduler.num_preempted == engine.seen_preempted:
             return
-        run = engine.run
-        steps = engine.scheduler.num_group_steps - (0 if run is None else run.repeats)
+        steps = engine.begin_steps
         for stream in engine.newly_preempted():
             self._preemptions += 1
             stream.end_step = 0
@@ -410,7 +414,7 @@ class Simulation:
         number = self._num_started
         replica = SimulatedReplica(
             number=number, id=f"{pool.name}-{number:04d}", pool=pool.name, times=self._times, decided_s=self.now_s,
-            paid_from_s=self.now_s,
+            paid_from_s=self.now_s, caches_prefixes=self._caches_prefixes,
         )  # fmt: skip
         self.replicas.append(replica)
         nodes = self._nodes.get(pool.name)

@@ -5,6 +5,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kervan.bench.arrivals import Process, Stage, offsets_s
 from kervan.config.autoscale import Autoscaling
@@ -64,6 +65,11 @@ class LoadSetup:
         assert self.osl is not None
         return self.osl.mean
 
+    @property
+    def has_hashes(self) -> bool:
+        """Whether it says what prompts share."""
+        return not self.stages and any(row.hash_ids for row in self.trace)
+
     def requests(self, seed: int) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
         """(seconds, prompt tokens, output tokens, hashes of the prompt's blocks) in order of time."""
         if self.trace and self.stages:
@@ -104,8 +110,10 @@ class FleetSetup:
     max_queued_streams: int = 1024
     hold_timeout_s: float = 300.0
     drain_timeout_s: float = 60.0
+    caches_prefixes: bool = True
+    """As vLLM does unless told otherwise; it matters where a trace says what prompts share."""
+    routing: Literal["least-load", "prefix"] = "least-load"
     stop_s: float = 1.0
-    serve_s: float = 1.0
     notice_s: float = 120.0
     losses_per_hour: float = 0.0
     local_minute: int = 0
