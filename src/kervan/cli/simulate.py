@@ -34,7 +34,8 @@ SECTIONS = {
     "Replicas": "--model --gpu --layout --engine-arg --calibration --replica-rate --start-time --min --max --pool",
     "Load": "--ramp --rate --duration --trace --trace-speed --arrivals --burstiness --isl --osl",
     "Policy": "--policy --slo --schedule --time-zone --autoscaling",
-    "What happens": "--spot --notice --losses --price --prices --gateways --max-queued-streams --hold-timeout",
+    "What happens": "--spot --notice --losses --price --prices --gateways --routing --max-queued-streams "
+    "--hold-timeout",
     "Runs": "--seed --seeds --processes",
     "Output": "--json --html --help",
 }
@@ -78,6 +79,10 @@ DISTRIBUTION = option_types.DURATIONS
     help="One, or several to compare, like slo,ray:16,fixed:8 (docs/simulator.md has all).",
 )  # fmt: skip
 @option("--slo", type=option_types.SLO, help=f"What a good request keeps. [default: {DEFAULT_SLO}]")
+@option(
+    "--routing", type=click.Choice(["least-load", "prefix"]), default="least-load", show_default=True,
+    help="As of kervan up; prefix where a trace says what prompts share (Mooncake's).",
+)  # fmt: skip
 @option("--schedule", multiple=True, help="Minimum by the hour, like 'mon-fri 08:00 min=4'; repeatable.")
 @option("--time-zone", default="UTC", show_default=True, help="Of --schedule; the simulation begins on Monday, 0:00.")
 @option("--autoscaling", multiple=True, metavar="KEY=VALUE", help="A parameter of Ray Serve's autoscaling; repeatable.")
@@ -200,13 +205,16 @@ def fleet_setup(
         raise ConfigError("--gpu local reads this machine, and a simulation is of other ones; name a GPU like H200")
     notes: list[str] = []
     load = _load(given)
-    engine, usd, spot_usd = _engine(model, given, load, notes)
+    arguments = engine_arguments(given["engine_args"])
+    engine, usd, spot_usd = _engine(model, given, load, arguments, notes)
     pools = _pools(given, usd, spot_usd, notes)
     most = sum(pool.maximum for pool in pools)
     setup = FleetSetup(
         engine=engine,
         pools=pools,
         load=load,
+        routing=given["routing"],
+        caches_prefixes=str(arguments.get("enable_prefix_caching")).lower() not in ("false", "0"),
         slo=given["slo"] or parse_slo(DEFAULT_SLO),
         autoscaling=_autoscaling(given, most, notes),
         gateways=given["gateways"] or min(MAX_GATEWAYS, -(-most // REPLICAS_PER_GATEWAY)),
@@ -284,7 +292,7 @@ def _load(given: dict[str, Any]) -> "LoadSetup":
 
 
 def _engine(
-    model: str, given: dict[str, Any], load: "LoadSetup", notes: list[str]
+    model: str, given: dict[str, Any], load: "LoadSetup", arguments: dict[str, Any], notes: list[str]
 ) -> "tuple[EngineFacts, float | None, float | None]":
     """What a replica is, and its dollars per hour, on demand and spot."""
     from kervan.cli.plan import plan_request
@@ -299,7 +307,6 @@ def _engine(
             raise ConfigError(
                 f"--layout {size}={fixed[size]}: {why}; write for example --layout tp={fixed.get('tp', 2)}"
             )
-    arguments = engine_arguments(given["engine_args"])
     reason = ""
     for tp in (fixed["tp"],) if "tp" in fixed else TP_SIZES:
         sizes = {**fixed, "tp": tp}

@@ -14,15 +14,17 @@ from typing import Any
 
 from kervan.config.node_trace import NodeTrace
 from kervan.config.workload import BLOCK_TOKENS as TRACE_BLOCK_TOKENS
-from kervan.policy import evacuation, routing
+from kervan.policy import evacuation, prefix, routing
 from kervan.policy.autoscale.state import Decision, FleetState, Policy, PoolState, ReplicaState
+from kervan.policy.prefix import PrefixTable
+from kervan.sim.limits import BLOCK_TOKENS
 from kervan.sim.scheduler import ScheduledStep
 from kervan.simulate.engine import EngineTimes, PlannedTimes
 from kervan.simulate.gateway import Link, SimulatedGateway
 from kervan.simulate.market import MarketModel, generate, zone_of
 from kervan.simulate.nodes import SpotNodes
 from kervan.simulate.replica import SimulatedReplica
-from kervan.simulate.runs import block_hashes
+from kervan.simulate.runs import block_hashes, prompt_spans
 from kervan.simulate.setup import FleetSetup, PoolSetup
 from kervan.simulate.stream import SimulatedStream
 from kervan.simulate.tally import Outcome, Tally, quantiles
@@ -64,11 +66,15 @@ class Simulation:
         self._rng_start = random.Random(f"starts {seed}")
         self._rng_gateway = random.Random(f"gateways {seed}")
         self._rng_loss = random.Random(f"losses {seed}")
-        self._gateways = [SimulatedGateway(n, self._constants, setup.gateways, seed) for n in range(setup.gateways)]
+        self._caches_prefixes = setup.caches_prefixes and setup.load.has_hashes
+        self._prefixes = PrefixTable() if self._caches_prefixes and setup.routing == "prefix" else None
+        self._gateways = [
+            SimulatedGateway(number, self._constants, setup.gateways, seed, self._prefixes)
+            for number in range(setup.gateways)
+        ]
         self._pools = {pool.name: pool for pool in setup.pools}
         self._nodes = {pool.name: SpotNodes(self._trace(pool.nodes)) for pool in setup.pools if pool.nodes is not None}
         self._targets = {pool.name: self._first_target(pool) for pool in setup.pools}
-        self._caches_prefixes = setup.caches_prefixes and setup.load.has_hashes
         self._memory: Mapping[str, Any] = {}
         self._load = setup.load.requests(seed)
         self._load_ended = False
@@ -162,10 +168,11 @@ class Simulation:
             stream = SimulatedStream(
                 number=0, context_tokens=prompt_tokens, remaining_tokens=output_tokens, id=tally.requests,
                 sent_s=sent_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens, gateway=gateway.number,
-                hash_ids=hash_ids,
             )  # fmt: skip
             if self._caches_prefixes:
                 stream.hashes = block_hashes(hash_ids, TRACE_BLOCK_TOKENS, prompt_tokens, output_tokens, stream.id)
+                if self._prefixes is not None:
+                    stream.spans = prompt_spans(hash_ids, TRACE_BLOCK_TOKENS, prompt_tokens)
             self._at(gateway.ready_s(prompt_tokens, sent_s), self._place, stream)
         self._next_arrival()
 
@@ -199,7 +206,7 @@ class Simulation:
         gateway.placed(stream, link, now_s)
         replica.streams[stream] = None
         tally.num_queued += 1
-        tally.queued_tokens += tokens
+        tally.queued_tokens += stream.queued_tokens
         before_s = replica.engine.end_s
         replica.engine.add(stream, now_s)
         self._follow(replica, before_s)
@@ -268,7 +275,7 @@ class Simulation:
         if not stream.gave_token:
             stream.gave_token = True
             tally.num_queued -= 1
-            tally.queued_tokens -= stream.prompt_tokens + stream.generated
+            tally.queued_tokens -= stream.queued_tokens
             tally.num_running += 1
             if stream.first_s < 0:
                 stream.first_s = seen_s
@@ -315,13 +322,13 @@ class Simulation:
         """A stream is on no replica any more."""
         tally, engine = self.tally, replica.engine
         gateway = self._gateways[stream.gateway]
-        gateway.unplaced(stream, replica.links[stream.gateway], engine.group_steps(self.now_s), run_steps)
-        del replica.streams[stream]
         if stream.gave_token:
             tally.num_running -= 1
         else:
             tally.num_queued -= 1
-            tally.queued_tokens -= stream.context_tokens
+            tally.queued_tokens -= stream.queued_tokens
+        gateway.unplaced(stream, replica.links[stream.gateway], engine.group_steps(self.now_s), run_steps)
+        del replica.streams[stream]
         stream.generated = generated
         stream.replica = -1
         stream.moves += 1
@@ -449,6 +456,9 @@ class Simulation:
         replica.phase = "ready"
         age_s = 0.0 if replica.decided_s >= 0 else 3600.0
         risky_s = routing.risky_for_s(is_spot=replica.pool == SPOT, age_s=age_s)
+        if self._prefixes is not None:
+            spans = self._times.num_blocks * BLOCK_TOKENS // prefix.span_tokens(BLOCK_TOKENS)
+            self._prefixes.add(replica.id, max_spans=spans)
         for gateway in self._gateways:
             replica.links.append(gateway.link(replica, risky_until_s=self.now_s + risky_s))
         self._count_capacity()
@@ -477,6 +487,8 @@ class Simulation:
         replica.engine.end_s = math.inf
         for gateway, link in zip(self._gateways, replica.links, strict=False):
             gateway.unlink(link)
+        if self._prefixes is not None:
+            self._prefixes.remove(replica.id)
         self.replicas.remove(replica)
         self._gone.append(replica)
         nodes = self._nodes.get(replica.pool)

@@ -13,8 +13,10 @@ from kervan.policy.admission import AdmissionState
 from kervan.policy.evacuation import EvacuationState, LeavingStream, TargetReplica
 from kervan.policy.output_length import LengthEstimate
 from kervan.policy.prefill_speed import PrefillSpeed
+from kervan.policy.prefix import Match, PrefixTable
 from kervan.policy.routing import ReplicaLoad
 from kervan.sim.constants import Constants
+from kervan.sim.limits import BLOCK_TOKENS
 from kervan.simulate.stream import SimulatedStream
 
 if TYPE_CHECKING:
@@ -53,15 +55,20 @@ class Link:
 class SimulatedGateway:
     """One gateway. `streams`: in flight, held ones too."""
 
-    def __init__(self, number: int, constants: Constants, num_gateways: int, seed: int) -> None:
+    def __init__(
+        self, number: int, constants: Constants, num_gateways: int, seed: int, prefixes: PrefixTable | None = None
+    ) -> None:
+        """`prefixes`: what replicas have of prompts, for routing by it; the gateways tell each other at once."""
         self.number = number
         self.links: list[Link] = []
         self.loads: list[ReplicaLoad] = []
         self.by_id: dict[str, Link] = {}
+        self._loads_by_id: dict[str, ReplicaLoad] = {}
         self.held: dict[SimulatedStream, None] = {}
         self.lengths = LengthEstimate()
         self.prefill = PrefillSpeed()
         self.num_streams = 0
+        self._prefixes = prefixes
         self._num_gateways = num_gateways
         self._constants = constants
         self._rng = random.Random(f"prompts {seed} {number}")
@@ -106,6 +113,7 @@ class SimulatedGateway:
         self._news_at = -1
         self.loads.append(link.load)
         self.by_id[replica.id] = link
+        self._loads_by_id[replica.id] = link.load
         return link
 
     def unlink(self, link: Link) -> None:
@@ -113,6 +121,7 @@ class SimulatedGateway:
         self.links.remove(link)
         self.loads.remove(link.load)
         del self.by_id[link.replica.id]
+        del self._loads_by_id[link.replica.id]
 
     # ---- placing
 
@@ -127,11 +136,26 @@ class SimulatedGateway:
         if placement.replica_id is None:
             return None
         link = self.by_id[placement.replica_id]
-        if link.load.is_risky and self._is_long(stream):
+        match = self._match(stream)
+        is_long = (link.load.is_risky or match is not None) and self._is_long(stream)
+        if link.load.is_risky and is_long:
             safer = routing.safer(self.loads, link.load)
             if safer is not None and safer.replica_id is not None:
                 link = self.by_id[safer.replica_id]
-        return link
+        if match is None or not match.levels:
+            return link
+        better = routing.for_prefix(
+            self.loads, self._loads_by_id, link.load, match, prompt_tokens=stream.prompt_tokens + stream.generated,
+            output_tokens=stream.output_tokens - stream.generated, prefill_tokens_per_s=self.prefill.tokens_per_s,
+            avoids_risky=is_long,
+        )  # fmt: skip
+        return link if better is None or better.replica_id is None else self.by_id[better.replica_id]
+
+    def _match(self, stream: SimulatedStream) -> Match | None:
+        if self._prefixes is None or stream.spans is None:
+            return None
+        tokens = stream.prompt_tokens + stream.generated
+        return self._prefixes.match(stream.spans, max_tokens=max(0, tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
 
     def _is_long(self, stream: SimulatedStream) -> bool:
         rest = stream.output_tokens - stream.generated
@@ -165,6 +189,10 @@ class SimulatedGateway:
     def placed(self, stream: SimulatedStream, link: Link, now_s: float) -> None:
         """A stream goes to a replica: charge it."""
         stream.queued_tokens = stream.prompt_tokens + stream.generated
+        match = self._match(stream)
+        if match is not None and self._prefixes is not None and stream.spans is not None:
+            stream.queued_tokens -= int(link.load.prefix_trust * match.tokens(link.replica.id))
+            self._prefixes.learn(link.replica.id, stream.spans.hashes)
         stream.cost_tokens = routing.cost_tokens(stream.queued_tokens, stream.output_tokens - stream.generated)
         stream.paid_from_step = -1
         stream.placed_s = now_s

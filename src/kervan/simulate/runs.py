@@ -6,8 +6,11 @@ over, `extend` tells the scheduler how many they were.
 """
 
 import itertools
+from array import array
 from typing import TypeVar
 
+from kervan.policy import prefix
+from kervan.policy.prefix import PromptContent, Spans
 from kervan.sim.limits import BLOCK_TOKENS
 from kervan.sim.prefix_cache import BlockHashes, CachedRequest, CachingScheduler
 from kervan.sim.scheduler import DecodeGroup, ScheduledRequest, ScheduledStep, Scheduler
@@ -91,3 +94,13 @@ def block_hashes(
     answer = (prompt_tokens + output_tokens) // BLOCK_TOKENS - len(hashes.values)
     hashes.values += [-((stream << 22) + part + 1) for part in range(answer)]
     return hashes
+
+
+def prompt_spans(prompt: tuple[int, ...], trace_tokens: int, prompt_tokens: int) -> Spans:
+    """The same of its prompt, in the spans that gateways know."""
+    span_tokens = prefix.span_tokens(BLOCK_TOKENS)
+    spans = Spans(PromptContent(()), span_tokens, b"")
+    each = trace_tokens // span_tokens
+    values = (number * each + part for number in prompt for part in range(each))
+    spans.hashes = array("Q", itertools.islice(values, prompt_tokens // span_tokens))
+    return spans

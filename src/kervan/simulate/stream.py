@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kervan.policy.prefix import Spans
 from kervan.sim.limits import BLOCK_TOKENS
 from kervan.sim.prefix_cache import BlockHashes, CachedRequest
 
@@ -10,8 +11,9 @@ NO_HASHES = BlockHashes((), BLOCK_TOKENS)
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class SimulatedStream(CachedRequest):
-    """A stream; `id` is its place in the load. `generated`: tokens that it had when it was placed where it is now.
-    `end_step`: the group's step there with its last token, 0 while it has no token from there.
+    """A stream; `id` is its place in the load, `spans`: its prompt's, where routing looks at them. `generated`: tokens
+    that it had when it was placed where it is now. `end_step`: the group's step there with its last token, 0 while it
+    has no token from there.
 
     `cost_tokens`, `queued_tokens`: what it was charged at its replica. `paid_from_step`: from there on it pays a token
     of its cost with each.
@@ -23,7 +25,7 @@ class SimulatedStream(CachedRequest):
     prompt_tokens: int
     output_tokens: int
     gateway: int = 0
-    hash_ids: tuple[int, ...] = ()
+    spans: Spans | None = None
     replica: int = -1
     generated: int = 0
     end_step: int = 0
@@ -34,7 +36,6 @@ class SimulatedStream(CachedRequest):
     moves: int = 0
     cost_tokens: int = 0
     queued_tokens: int = 0
-    expected_cached_tokens: int = 0
     paid_from_step: int = -1
 
     def cost_at(self, group_steps: int) -> int:

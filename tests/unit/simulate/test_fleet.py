@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kervan.bench.arrivals import parse_stages
 from kervan.config.node_trace import NodeChange, NodeTrace
-from kervan.config.workload import parse_lengths
+from kervan.config.workload import TraceRow, parse_lengths
 from kervan.plan import serving
 from kervan.plan.serving import LoadRequest
 from kervan.policy.autoscale.state import Decision, FleetState
@@ -265,3 +265,21 @@ def test_states_count_what_clients_asked_and_got() -> None:
         "arrived": 2, "arrived_prompt_tokens": 100, "first_tokens": 2, "finished": 2, "finished_output_tokens": 6,
     }  # fmt: skip
     assert sum(demand.generated_tokens for demand in demands if demand) == 6
+
+
+def test_prompts_that_share_their_beginning_compute_it_once_where_they_meet() -> None:
+    # 16 conversations of ten turns, each of 512 tokens more than the one before it.
+    rows = []
+    for turn in range(10):
+        for chat in range(16):
+            ids = tuple(1000 * chat + part for part in range(turn + 1))
+            rows.append(TraceRow(20.0 * turn + chat, 512 * (turn + 1), 5, ids))
+    load = LoadSetup(trace=tuple(rows))
+    times = EvenTimes(num_blocks=20_000, max_num_batched_tokens=600, max_num_seqs=16, step_s=0.2)
+    attained = {}
+    for routing in ("least-load", "prefix"):
+        fleet = setup(load, [pool(4)], slo="ttft=1s", routing=routing)
+        attained[routing] = Simulation(fleet, FixedNumber(), times=times).run().attained
+    without = Simulation(setup(load, [pool(4)], slo="ttft=1s", caches_prefixes=False), FixedNumber(), times=times).run()
+    assert attained["prefix"] > attained["least-load"] > without.attained
+    assert attained["prefix"] > 0.9
