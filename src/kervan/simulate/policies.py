@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from kervan.config.autoscale import Autoscaling, resolve
 from kervan.errors import ConfigError
-from kervan.policy.autoscale import choose
+from kervan.policy.autoscale import choose, oracle
+from kervan.policy.autoscale.replica_rate import ModelledRates
 from kervan.policy.autoscale.state import Policy
 from kervan.sim.capacity import ReplicaCapacity
 from kervan.simulate.engine import EngineFacts
@@ -64,11 +65,27 @@ def _fill(setup: FleetSetup, seed: int, number: str) -> Policy:
     return choose.policy(_asked(setup), name="fill")
 
 
+def _oracle(setup: FleetSetup, seed: int, number: str) -> Policy:
+    """It is told of all requests of this run beforehand, and of how long a start takes."""
+    requests = list(setup.load.requests(seed))
+    count = max(1, len(requests))
+    prompt = sum(one[1] for one in requests) / count
+    output = sum(one[2] for one in requests) / count
+    rate = ModelledRates(capacity(setup.engine), setup.slo).at(prompt, output)
+    schedule = oracle.plan(
+        [one[0] for one in requests], rate, minimum=sum(pool.minimum for pool in setup.pools),
+        maximum=sum(pool.maximum for pool in setup.pools), start_s=setup.pools[0].start.quantile_s(0.9),
+        end_s=setup.load.duration_s,
+    )  # fmt: skip
+    return oracle.Oracle(schedule)
+
+
 MAKERS: Mapping[str, Callable[[FleetSetup, int, str], Policy]] = {
     "slo": _slo,
     "ray": _ray,
     "fill": _fill,
     "fixed": _fixed,
+    "oracle": _oracle,
 }
 """Each is given the fleet, the seed of the run (the oracle looks at its arrivals), and what follows the colon."""
 
