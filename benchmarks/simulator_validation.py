@@ -12,6 +12,7 @@ plot.
 import argparse
 import contextlib
 import csv
+import dataclasses
 import datetime
 import json
 import os
@@ -34,12 +35,15 @@ from kervan.config.workload import TraceRow, parse_lengths, parse_slo
 from kervan.facts import architecture, hardware
 from kervan.facts import model as models
 from kervan.facts.layout import Layout
+from kervan.plan import screen
+from kervan.plan.calibration import PRIOR
 from kervan.sim import limits as engine_limits
+from kervan.sim import memory
 from kervan.sim.constants import Constants
 from kervan.sim.step_time import Batch
 from kervan.simulate import loads, policies
 from kervan.simulate.duration import fixed
-from kervan.simulate.engine import EngineFacts
+from kervan.simulate.engine import EngineFacts, EngineTimes
 from kervan.simulate.fleet import Simulation
 from kervan.simulate.setup import FleetSetup, LoadSetup, PoolSetup
 from kervan.simulate.tally import Outcome
@@ -123,75 +127,89 @@ def counted(metrics: str) -> dict[str, int]:
     return found
 
 
-def run_live(
-    args: argparse.Namespace, trace: Path, record: Path
-) -> tuple[dict[str, Any], list[tuple[float, dict[str, int]]]]:
-    """The trace through a fleet of twins: what the client saw, and the replicas over time."""
-    words = ["up", args.model, "--name", NAME, "--engine", "twin", "--gpu", "H200", "--replicas", args.replicas]
-    words += ["--gateways", str(args.gateways), "--port", str(args.port), "--detach"]
-    words += [word for text in args.twin for word in ("--twin", text)]
+Seen = list[tuple[float, dict[str, int]]]
+
+
+def run_live(args: argparse.Namespace, traces: Sequence[Path], record: Path) -> list[tuple[dict[str, Any], Seen]]:
+    """Each trace through one fleet: what the client saw, and the replicas over time."""
+    words = ["up", args.model, "--name", NAME, "--replicas", args.replicas, "--gateways", str(args.gateways)]
+    words += ["--port", str(args.port), "--detach"]
+    if args.engine == "twin":
+        words += ["--engine", "twin", "--gpu", args.gpu, *(word for text in args.twin for word in ("--twin", text))]
     words += [word for text in engine_args(args) for word in ("--engine-arg", text)]
     if args.policy:
-        words += ["--slo", args.slo, *args.up]
+        words += ["--slo", args.slo]
+    words += args.up
     print("kervan", *words, flush=True)
     kervan(*words)
+    found = []
     try:
         url = json.loads(kervan("status", "--name", NAME, "--json"))["url"]
-        log = ReplicaLog(url)
-        log.start()
-        log.begun_s = time.monotonic()
-        bench = ["bench", url, "--trace", str(trace), "--slo", args.slo, "--timeout", "600s", "--no-calibration"]
-        out = kervan(*bench, "--seed", str(args.seed), "--record", str(record), "--json", timeout_s=3600)
-        ended_s = time.monotonic()
-        if args.policy:
-            time.sleep(args.settle)
-        log.is_over = True
-        log.join()
-        print(f"live: {ended_s - log.begun_s:.0f} s", flush=True)
-        return json.loads(out), log.seen
+        for trace in traces:
+            log = ReplicaLog(url)
+            log.start()
+            bench = ["bench", url, "--trace", str(trace), "--slo", args.slo, "--timeout", "600s", "--no-calibration"]
+            out = kervan(*bench, "--seed", str(args.seed), "--record", str(record), "--json", timeout_s=3600)
+            if args.policy:
+                time.sleep(args.settle)
+            log.is_over = True
+            log.join()
+            found.append((json.loads(out), log.seen))
     finally:
         kervan("down", "--name", NAME)
+    return found
 
 
 def engine_args(args: argparse.Namespace) -> list[str]:
-    return ["max_model_len=4096", f"max_num_batched_tokens={args.budget}", "enable_prefix_caching=false"]
+    found = ["max_model_len=4096", "enable_prefix_caching=false"]
+    if args.budget:
+        found.append(f"max_num_batched_tokens={args.budget}")
+    return [*found, "load_format=dummy"] if args.engine == "vllm" else found
 
 
 def run_simulated(args: argparse.Namespace, rows: Sequence[TraceRow], seed: int) -> Outcome:
     """The same in the simulator."""
     least, _, most = args.replicas.partition("..")
     arguments = dict(text.split("=") for text in engine_args(args))
-    config = FleetConfig(
-        model=args.model, engine="twin", gpu="H200", twin=dict(text.split("=") for text in args.twin),
-        engine_args=arguments,
-    )  # fmt: skip
-    twin = settings(config)
     described = models.read_config(args.model)
     assert described is not None
-    spec, gpu = architecture.parse(described, args.model), hardware.gpu("H200")
+    spec, gpu = architecture.parse(described, args.model), hardware.gpu(args.gpu)
+    limits = engine_limits.limits(spec, gpu, arguments)
+    times: EngineTimes | None = None
+    if args.engine == "twin":
+        config = FleetConfig(
+            model=args.model, engine="twin", gpu=args.gpu, twin=dict(text.split("=") for text in args.twin),
+            engine_args=arguments,
+        )  # fmt: skip
+        twin = settings(config)
+        times, constants = TwinTimes(twin), GATEWAY
+        kv_tokens = twin.limits.num_blocks * twin.limits.block_size
+    else:
+        constants = dataclasses.replace(
+            PRIOR.constants, kv_bandwidth_share=screen.UNEVEN_KV_SHARE * PRIOR.constants.kv_bandwidth_share
+        )
+        kv_tokens = memory.estimate(spec, Layout(1, 1), gpu, limits).kv_tokens
     facts = EngineFacts(
-        spec=spec, layout=Layout(1, 1), gpu=gpu, limits=engine_limits.limits(spec, gpu, arguments), constants=GATEWAY,
-        kv_tokens=twin.limits.num_blocks * twin.limits.block_size,
-    )  # fmt: skip
+        spec=spec, layout=Layout(1, 1), gpu=gpu, limits=limits, constants=constants, kv_tokens=kv_tokens
+    )
     pool = PoolSetup(name="on-demand", minimum=int(least), maximum=int(most or least), start=fixed(args.start_time))
     setup = FleetSetup(
         engine=facts, pools=(pool,), load=LoadSetup(trace=tuple(rows)), slo=parse_slo(args.slo), gateways=args.gateways
     )
     name = args.policy or f"fixed:{least}"
     policies.check(name)
-    return Simulation(setup, policies.make(name, setup, seed), seed, times=TwinTimes(twin)).run()
+    return Simulation(setup, policies.make(name, setup, seed), seed, times=times).run()
 
 
-def figures_live(live: dict[str, Any], duration_s: float) -> dict[str, float | None]:
-    result = live
+def figures_live(live: dict[str, Any]) -> dict[str, float | None]:
     return {
-        "ttft_p50_s": result["ttft_from_arrival_s"]["p50"],
-        "ttft_p95_s": result["ttft_from_arrival_s"]["p95"],
-        "tpot_p50_s": result["tpot_s"]["p50"],
-        "tpot_p95_s": result["tpot_s"]["p95"],
-        "goodput_per_s": result["goodput_req_s"],
-        "requests": result["requests"]["ok"],
-        "failed": result["requests"]["errors"],
+        "ttft_p50_s": live["ttft_from_arrival_s"]["p50"],
+        "ttft_p95_s": live["ttft_from_arrival_s"]["p95"],
+        "tpot_p50_s": live["tpot_s"]["p50"],
+        "tpot_p95_s": live["tpot_s"]["p95"],
+        "goodput_per_s": live["goodput_req_s"],
+        "requests": live["requests"]["ok"],
+        "failed": live["requests"]["errors"],
     }
 
 
@@ -212,46 +230,20 @@ def mean_replicas(seen: Sequence[tuple[float, dict[str, int]]], until_s: float) 
     return statistics.fmean(counts) if counts else 0.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(__file__).parent / "models" / "llama3-8b"))
-    parser.add_argument("--replicas", default="2", help="N, or MIN..MAX with --policy")
-    parser.add_argument("--gateways", type=int, default=1)
-    parser.add_argument("--policy", default="", help="slo or ray; without it a fixed number")
-    parser.add_argument("--up", action="append", default=[], help="more words for kervan up")
-    parser.add_argument("--ramp", default="4:180s")
-    parser.add_argument("--isl", default="256..1024")
-    parser.add_argument("--osl", default="32..256")
-    parser.add_argument("--slo", default="ttft=1s,tpot=150ms")
-    parser.add_argument("--twin", action="append", default=None, help=f"settings of twins [{', '.join(TWIN)}]")
-    parser.add_argument("--budget", type=int, default=2048, help="max_num_batched_tokens")
-    parser.add_argument("--start-time", type=float, default=10.0, help="simulated seconds from a decision to ready")
-    parser.add_argument("--settle", type=float, default=60.0, help="seconds to watch the replicas after the load")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--port", type=int, default=18_640)
-    parser.add_argument("--only-simulated", action="store_true")
-    parser.add_argument("--record", type=Path)
-    parser.add_argument("--html", type=Path)
-    args = parser.parse_args()
-    args.twin = args.twin or list(TWIN)
+def drawn(args: argparse.Namespace, ramp: str) -> list[TraceRow]:
+    """The requests of a load, the first at 0."""
     load = LoadSetup(
-        stages=loads.parse_ramp(args.ramp), process="poisson", isl=parse_lengths(args.isl), osl=parse_lengths(args.osl)
+        stages=loads.parse_ramp(ramp), process="poisson", isl=parse_lengths(args.isl), osl=parse_lengths(args.osl)
     )
-    rows = [TraceRow(at_s, isl, osl) for at_s, isl, osl, _ in load.requests(args.seed)]
-    rows = [TraceRow(row.at_s - rows[0].at_s, row.input_tokens, row.output_tokens) for row in rows]
-    outcome = run_simulated(args, rows, args.seed)
-    simulated = figures_simulated(outcome)
-    if args.only_simulated:
-        print(json.dumps(simulated, indent=2))
-        return
-    home = Path(tempfile.mkdtemp(prefix="kv-"))
-    os.environ["KERVAN_HOME"] = str(home)
-    try:
-        write_trace(home / "trace.csv", rows)
-        live, seen = run_live(args, home / "trace.csv", home / "bench.json")
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-    measured = figures_live(live, rows[-1].at_s)
+    found = list(load.requests(args.seed))
+    return [TraceRow(at_s - found[0][0], isl, osl) for at_s, isl, osl, _ in found]
+
+
+def compared(
+    args: argparse.Namespace, rows: Sequence[TraceRow], outcome: Outcome, live: dict[str, Any], seen: Seen
+) -> dict[str, dict[str, float | None]]:
+    """Each figure, live and simulated."""
+    simulated, measured = figures_simulated(outcome), figures_live(live)
     measured["goodput_per_s"] = (measured["goodput_per_s"] or 0.0) * live["duration_s"] / max(1e-9, rows[-1].at_s)
     if args.policy:
         length = len(outcome.timeline["ready"])
@@ -259,29 +251,84 @@ def main() -> None:
         until_s = min(rows[-1].at_s, length)
         simulated["mean_replicas"] = statistics.fmean(there[: int(until_s)])
         measured["mean_replicas"] = mean_replicas(seen, until_s)
-    rows_out = {}
+    table: dict[str, dict[str, float | None]] = {}
     print(f"{'':16}{'live':>12}{'simulated':>12}{'apart':>9}")
     for name, value in simulated.items():
         other = measured.get(name)
         apart = None if not other or value is None else value / other - 1
-        rows_out[name] = {"live": other, "simulated": value, "apart": apart}
+        table[name] = {"live": other, "simulated": value, "apart": apart}
         words = "" if apart is None else f"{apart:+8.1%}"
-        print(f"{name:16}{other if other is not None else float('nan'):12.4f}{value or 0.0:12.4f} {words}")
+        print(f"{name:16}{other if other is not None else float('nan'):12.4f}{value or 0.0:12.4f} {words}", flush=True)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(Path(__file__).parent / "models" / "llama3-8b"))
+    parser.add_argument("--engine", choices=("twin", "vllm"), default="twin", help="vllm: on this machine's GPU")
+    parser.add_argument("--gpu", default="H200")
+    parser.add_argument("--replicas", default="2", help="N, or MIN..MAX with --policy")
+    parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--policy", default="", help="slo or ray; without it a fixed number")
+    parser.add_argument("--up", action="append", default=[], help="one more word for kervan up; repeatable")
+    parser.add_argument("--ramp", action="append", default=None, help="a load; repeatable, on the same fleet [4:180s]")
+    parser.add_argument("--isl", default="256..1024")
+    parser.add_argument("--osl", default="32..256")
+    parser.add_argument("--slo", default="ttft=1s,tpot=150ms")
+    parser.add_argument("--twin", action="append", default=None, help=f"settings of twins [{', '.join(TWIN)}]")
+    parser.add_argument("--budget", type=int, default=2048, help="max_num_batched_tokens; 0: vLLM's default")
+    parser.add_argument("--start-time", type=float, default=10.0, help="simulated seconds from a decision to ready")
+    parser.add_argument("--settle", type=float, default=60.0, help="seconds to watch the replicas after the load")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--port", type=int, default=18_640)
+    parser.add_argument("--accepted", type=float, default=ACCEPTED_SHARE, help="how far apart figures may be")
+    parser.add_argument("--only-simulated", action="store_true")
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--html", type=Path)
+    args = parser.parse_args()
+    args.twin = args.twin or list(TWIN)
+    args.ramp = args.ramp or ["4:180s"]
+    rows = [drawn(args, ramp) for ramp in args.ramp]
+    outcomes = [run_simulated(args, each, args.seed) for each in rows]
+    if args.only_simulated:
+        for ramp, outcome in zip(args.ramp, outcomes, strict=True):
+            print(ramp, json.dumps(figures_simulated(outcome)))
+        return
+    home = Path(tempfile.mkdtemp(prefix="kv-"))
+    os.environ["KERVAN_HOME"] = str(home)
+    try:
+        traces = [home / f"trace-{place}.csv" for place in range(len(rows))]
+        for trace, each in zip(traces, rows, strict=True):
+            write_trace(trace, each)
+        live = run_live(args, traces, home / "bench.json")
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    parts = []
+    for ramp, each, outcome, (told, seen) in zip(args.ramp, rows, outcomes, live, strict=True):
+        print(f"load {ramp}")
+        table = compared(args, each, outcome, told, seen)
+        part: dict[str, Any] = {"load": ramp, "compared": table, "decisions_simulated": outcome.decisions}
+        if args.policy:
+            part["replicas_live"] = [[round(at_s, 1), states] for at_s, states in seen]
+            part["replicas_simulated"] = {name: outcome.timeline[name] for name in ("ready", "starting", "draining")}
+        parts.append(part)
+    off = [
+        f"{part['load']} {name} {value['apart']:+.1%}"
+        for part in parts
+        for name, value in part["compared"].items()
+        if value["apart"] is not None and abs(value["apart"]) > args.accepted
+    ]
+    print("within" if not off else f"not within {args.accepted:.0%}: {', '.join(off)}")
     record = {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "compared": rows_out,
-        "accepted_share": ACCEPTED_SHARE,
-        "replicas_live": [[round(at_s, 1), states] for at_s, states in seen] if args.policy else [],
-        "replicas_simulated": {name: outcome.timeline[name] for name in ("ready", "starting", "draining")}
-        if args.policy
-        else {},
-        "decisions_simulated": outcome.decisions,
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "loads": parts,
         "load_average": os.getloadavg(),
     }
     if args.record is not None:
         print("record:", records.write(args.record, records.record("simulator-validation", record)))
-    if args.html is not None:
-        write_plot(args.html, record)
+    if args.html is not None and args.policy:
+        write_plot(args.html, parts[0])
+    sys.exit(bool(off))
 
 
 def write_plot(path: Path, record: dict[str, Any]) -> None:

@@ -63,6 +63,11 @@ FORBIDDEN += [
     ("plan", ("policy", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("plan",)) for part in (*BOTTOM, "facts", "config", "policy", "sim", "observe")),
 ]
+# The simulator runs the policies over the engine on paper; nothing below the command line knows it.
+FORBIDDEN += [
+    ("simulate", ("observe", "fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    *((part, ("simulate",)) for part in dict(FORBIDDEN)),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -122,7 +127,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "bench", "notices", "observe"):
+    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "simulate", "bench", "notices", "observe"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -157,7 +162,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.cli.bench_view",
         "kervan.cli.render",
     ]
-    for part in ("facts", "config", "policy", "sim", "plan", "bench", "notices", "observe", "calibrate"):
+    for part in ("facts", "config", "policy", "sim", "plan", "simulate", "bench", "notices", "observe", "calibrate"):
         names = (path.relative_to(PACKAGE).with_suffix("").parts for path in source_files(part))
         modules += [".".join(("kervan", *name)) for name in names if name[-1] != "__init__"]
     assert len(modules) > 6
@@ -166,7 +171,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "plan"))],
+    [["--help"], ["--version"], *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "plan", "simulate"))],
     ids=" ".join,
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
