@@ -24,7 +24,7 @@ LOWERED_S = 200.0  # twice as many late as there may be lower the rate by 1/e in
 VAIN_SHARE, HELPED_SHARE = 0.7, 0.8  # a rate so much lower should leave no more than this of what was late
 VAIN_S = 3600.0  # if it does not, it is not tried again for so long
 AT_EASE = 0.8  # of the bounds, at p95: more than this is no proof that all is well
-CALM_S = 150.0  # after a queue, what ends late was late before
+CALM_S = 60.0  # after a queue, and what was in it
 STEADY_S = 64.0
 FEW = 2.0  # requests in flight in a replica: of fewer the pace is not known
 ASK_S = 30.0  # between two questions to the model
@@ -78,15 +78,14 @@ class Correction:
         changed. `peak`: the most requests/s of late.
         """
         self.proven += (1.0 - self.proven) * (1 - math.exp(-dt / FORGOTTEN_S))
-        takes = rate.requests_per_s * self.factor
-        if peak > takes or waiting > 1 + 0.2 * in_flight:
+        if peak > rate.requests_per_s * self.pace or waiting > 1 + 0.2 * in_flight:
             self.calm_since_s = now_s
         bad, allowed = 1 - good, LATE_SHARE
         if steady_s >= STEADY_S and per_replica > 0:
             shown = per_replica / (rate.requests_per_s * self.pace)
             if bad < allowed / 2 and pressure < AT_EASE and shown > self.proven:
                 self.proven += (min(MOST, shown) - self.proven) * (1 - math.exp(-dt / PROVEN_S))
-            elif bad > allowed and now_s - self.calm_since_s > CALM_S + rate.stay_s and now_s >= self.vain_until_s:
+            elif bad > allowed and self.is_calm(now_s, rate) and now_s >= self.vain_until_s:
                 self._lower(min(1.0, bad / allowed - 1) * dt / LOWERED_S, bad, now_s)
         if model is None or in_flight < FEW or waiting > 1 or steady_s < STEADY_S or now_s - self.asked_s < ASK_S:
             return
@@ -98,6 +97,10 @@ class Correction:
         if there > 0 and math.isfinite(predicted):
             seen = min(MOST, max(LEAST, predicted / in_flight * per_replica / there))
             self.pace += (seen - self.pace) * (1 - math.exp(-passed_s / PACE_S))
+
+    def is_calm(self, now_s: float, rate: ReplicaRate) -> bool:
+        """Whether what ends now has come when there was no queue."""
+        return now_s - self.calm_since_s > CALM_S + rate.stay_s
 
     def _lower(self, by: float, bad: float, now_s: float) -> None:
         """Less per replica; if that has not helped so far, what was late is late for another reason."""
