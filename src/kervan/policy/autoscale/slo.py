@@ -241,7 +241,7 @@ class SloPolicy:
     def _held(self, state: FleetState, memory: dict[str, Any], within: decisions.Bounds, start_s: float) -> int:
         """The target, changed at once upwards, and downwards after `hold_s`; `why` says so."""
         now_s, current = state.now_s, decisions.asked(state)
-        needed, less, why = memory["needed"], memory["less"], memory["need_why"]
+        needed, less, why = int(memory["needed"]), int(memory["less"]), memory["need_why"]
         base_s = self._settings.downscale_delay_s
         hold_s = max(LEAST_HOLD_S, start_s / 2) if base_s is None else base_s
         regrets = memory.get("regrets", 0.0)
@@ -270,12 +270,12 @@ class SloPolicy:
         while lows[0][0] <= now_s - hold_s:
             del lows[0]
         memory["lows"] = tuple(lows)
-        most = lows[0][1]
+        most = int(lows[0][1])
         if needed == 0:  # idleness has waited already
             most, begun_s = 0, -math.inf
         is_new = base_s is None and memory["load"]["observed_s"] < WATCHED_S  # nothing is known of how it comes back
         if lower >= current or most >= current or now_s - begun_s < hold_s or (is_new and needed):
-            more = f", {lower} since {now_s - lows[-1][0]:.0f} of {hold_s:.0f} s" if lower < current else ""
+            more = f", {lower} would be if that stays so for {hold_s:.0f} s" if lower < current else ""
             memory["why"] = f"{current} are enough{more}: {why}"
             return current
         memory["down_s"] = now_s
