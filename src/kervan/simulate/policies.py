@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import math
+import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from kervan.config.autoscale import Autoscaling, resolve
@@ -66,17 +68,28 @@ def _fill(setup: FleetSetup, seed: int, number: str) -> Policy:
 
 
 def _oracle(setup: FleetSetup, seed: int, number: str) -> Policy:
-    """It is told of all requests of this run beforehand, and of how long a start takes."""
-    requests = list(setup.load.requests(seed))
-    count = max(1, len(requests))
-    prompt = sum(one[1] for one in requests) / count
-    output = sum(one[2] for one in requests) / count
-    rate = ModelledRates(capacity(setup.engine), setup.slo).at(prompt, output)
+    """It is given the arrivals of the run, and the rate of a replica at their mean lengths and variances."""
+    rows = list(setup.load.requests(seed))
+    prompts, outputs = [row[1] for row in rows], [row[2] for row in rows]
+    counts = Counter(int(row[0]) for row in rows)
+    end_s = rows[-1][0] if rows else 1.0
+    mean = len(rows) / max(1.0, end_s)
+    variance = sum((counts[second] - mean) ** 2 for second in range(int(end_s) + 1)) / max(1.0, end_s)
+    mean_prompt = statistics.fmean(prompts or [1])
+    rate = ModelledRates(capacity(setup.engine), setup.slo).at(
+        mean_prompt,
+        statistics.fmean(outputs or [1]),
+        arrivals_cv2=variance / max(mean, 1e-9),
+        prompts_cv2=statistics.pvariance(prompts or [1], mean_prompt) / mean_prompt**2,
+    )
     schedule = oracle.plan(
-        [one[0] for one in requests], rate, minimum=sum(pool.minimum for pool in setup.pools),
-        maximum=sum(pool.maximum for pool in setup.pools), start_s=setup.pools[0].start.quantile_s(0.9),
-        end_s=setup.load.duration_s,
-    )  # fmt: skip
+        [row[0] for row in rows],
+        rate,
+        minimum=sum(pool.minimum for pool in setup.pools),
+        maximum=sum(pool.maximum for pool in setup.pools),
+        start_s=max(pool.start.quantile_s(0.9) for pool in setup.pools),
+        end_s=end_s,
+    )
     return oracle.Oracle(schedule)
 
 

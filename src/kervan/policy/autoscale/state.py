@@ -107,6 +107,9 @@ class FleetState:
     replicas: tuple[ReplicaState, ...]
     demand: Demand | None
     demand_age_s: float = 0.0
+    cover_after_s: float = 15.0
+    """On-demand starts for spot that is missing for so long, and stops when none was missing for `cover_hold_s`."""
+    cover_hold_s: float = 300.0
 
     def pool(self, name: str) -> PoolState:
         """Raises: KeyError."""
