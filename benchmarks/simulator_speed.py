@@ -39,6 +39,7 @@ def fleet(model: str, gpu: str, tp: int, *, isl: str, osl: str, stages: tuple[St
         load=LoadSetup(stages=stages, isl=prompt, osl=output),
         slo=parse_slo("ttft=3s,tpot=100ms"),
         gateways=-(-replicas // 4),
+        decides_every_s=5.0 if sum(stage.duration_s for stage in stages) > 6 * 3600 else 1.0,  # as the command does
     )
 
 

@@ -29,11 +29,12 @@ DEFAULT_POLICY = "slo"
 DURATION_S = 600.0
 MAX_SEEDS = 1000
 REPLICAS_PER_GATEWAY = 4
+LONG_LOAD_S, LONG_EVERY_S = 6 * 3600.0, 5.0
 TP_SIZES = (1, 2, 4, 8, 16)
 SECTIONS = {
     "Replicas": "--model --gpu --layout --engine-arg --calibration --replica-rate --start-time --min --max --pool",
     "Load": "--ramp --rate --duration --trace --trace-speed --arrivals --burstiness --isl --osl",
-    "Policy": "--policy --slo --schedule --time-zone --autoscaling",
+    "Policy": "--policy --slo --schedule --time-zone --autoscaling --decide-every",
     "What happens": "--spot --notice --losses --price --prices --gateways --routing --max-queued-streams "
     "--hold-timeout",
     "Runs": "--seed --seeds --processes",
@@ -82,6 +83,10 @@ DISTRIBUTION = option_types.DURATIONS
 @option(
     "--routing", type=click.Choice(["least-load", "prefix"]), default="least-load", show_default=True,
     help="As of kervan up; prefix where a trace says what prompts share (Mooncake's).",
+)  # fmt: skip
+@option(
+    "--decide-every", type=option_types.DURATION,
+    help=f"Between two decisions. [default: 1s; {LONG_EVERY_S:g}s in loads of more than {LONG_LOAD_S / 3600:g} h]",
 )  # fmt: skip
 @option("--schedule", multiple=True, help="Minimum by the hour, like 'mon-fri 08:00 min=4'; repeatable.")
 @option("--time-zone", default="UTC", show_default=True, help="Of --schedule; the simulation begins on Monday, 0:00.")
@@ -217,12 +222,15 @@ def fleet_setup(
         caches_prefixes=str(arguments.get("enable_prefix_caching")).lower() not in ("false", "0"),
         slo=given["slo"] or parse_slo(DEFAULT_SLO),
         autoscaling=_autoscaling(given, most, notes),
+        decides_every_s=given["decide_every"] or (LONG_EVERY_S if load.duration_s > LONG_LOAD_S else 1.0),
         gateways=given["gateways"] or min(MAX_GATEWAYS, -(-most // REPLICAS_PER_GATEWAY)),
         max_queued_streams=given["max_queued_streams"],
         hold_timeout_s=given["hold_timeout"],
         notice_s=given["notice"],
         losses_per_hour=3600 * (given["losses"] or 0.0),
     )
+    if not 0.1 <= setup.decides_every_s <= 600:
+        raise ConfigError(f"--decide-every {setup.decides_every_s:g}s is not from 0.1 s to 10 min; write 1s, as live")
     rate = None
     if given["replica_rate"] is not None:
         say(f"scaling step times to {given['replica_rate']:g} requests/s per replica")

@@ -30,7 +30,6 @@ from kervan.simulate.stream import SimulatedStream
 from kervan.simulate.tally import Outcome, Tally, quantiles
 
 SPOT = "spot"
-BEAT_S = 1.0  # between two decisions
 LOSS_SEEN_S = 2.0  # from the loss of a node until gateways know (docs/architecture.md)
 MAX_SETTLE_S = 1800.0  # how long after the last request the pools may take to come back to their floor
 IDLE_EVACUATION_S = 1.0
@@ -121,7 +120,7 @@ class Simulation:
             for _ in range(self._targets[pool.name]):
                 self._start(pool, is_there=True)
         self._next_arrival()
-        self._at(BEAT_S, self._beat, None)
+        self._at(self.setup.decides_every_s, self._beat, None)
         heap = self._heap
         while heap and not self._is_over():
             at_s, _, act, argument = heapq.heappop(heap)
@@ -539,7 +538,7 @@ class Simulation:
 
     def _beat(self, _: None) -> None:
         now_s = self.now_s
-        self._at(now_s + BEAT_S, self._beat, None)
+        self._at(now_s + self.setup.decides_every_s, self._beat, None)
         self._expire()
         if self._gives_up_below and self._has_failed():
             self._is_given_up = True
@@ -578,7 +577,7 @@ class Simulation:
                 self._over()
 
     def _state(self) -> FleetState:
-        now_s = self.now_s
+        now_s, window_s = self.now_s, self.setup.decides_every_s
         generated, context = self._gone_tokens, 0
         paces: list[tuple[float, int]] = []
         states = []
@@ -594,7 +593,7 @@ class Simulation:
                 made, replica.steps_seen = steps - replica.steps_seen, steps
                 size = engine.scheduler.decoding[0]
                 if size and made > 0:
-                    replica.step_s = BEAT_S / made
+                    replica.step_s = window_s / made
                     paces.append((replica.step_s, size))
             states.append(
                 ReplicaState(
@@ -607,12 +606,12 @@ class Simulation:
                     ready_for_s=now_s - replica.ready_s if replica.phase != "starting" else 0.0,
                     streams=num_streams,
                     context_tokens=replica_context,
-                    queued_tokens=sum(link.load.queued_tokens for link in replica.links),
+                    queued_tokens=sum([link.load.queued_tokens for link in replica.links]),
                     step_s=replica.step_s if replica.phase == "ready" else None,
                 )
             )
         told, self._tokens_told = generated - self._tokens_told, generated
-        demand = self.tally.demand(BEAT_S, generated_tokens=told, running_context_tokens=context, paces=paces)
+        demand = self.tally.demand(window_s, generated_tokens=told, running_context_tokens=context, paces=paces)
         return FleetState(
             now_s=now_s,
             local_minute=(self.setup.local_minute + int(now_s // 60)) % (7 * 24 * 60),
@@ -638,7 +637,7 @@ class Simulation:
         demand, seen = state.demand, self._seen
         assert demand is not None
         ready = state.count("ready")
-        seen["arrived"].append(demand.arrived)
+        seen["arrived"].append(demand.arrived / demand.window_s)
         seen["ready"].append(ready)
         seen["starting"].append(state.count("starting"))
         seen["draining"].append(state.count("draining"))
@@ -716,6 +715,7 @@ class Simulation:
             counted=tally.counted,
             counted_good=tally.counted_good,
             timeline={name: list(values) for name, values in self._seen.items()},
+            every_s=setup.decides_every_s,
             decisions=self._decisions,
         )
 

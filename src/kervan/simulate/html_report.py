@@ -97,16 +97,28 @@ def timeline(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     length = max(len(outcome.timeline["arrived"]) for outcome in outcomes)
     width = max(1, -(-length // MAX_POINTS))
     longest = max(outcomes, key=lambda outcome: len(outcome.timeline["arrived"]))
+    every_s = outcomes[0].every_s
     smooth = max(width, min(30, max(1, length // 60)))
-    data.append(_line(_means(longest.timeline["arrived"], smooth), smooth, "requests/s", "y", "#5b6472", "load"))
+    data.append(
+        _line(_means(longest.timeline["arrived"], smooth), smooth * every_s, "requests/s", "y", "#5b6472", "load")
+    )
     for number, outcome in enumerate(outcomes):
         colour, lines = COLOURS[number % len(COLOURS)], outcome.timeline
         there = [sum(column) for column in zip(lines["ready"], lines["starting"], lines["draining"], strict=True)]
         name = outcome.policy
         data += [
-            _line(_lasts(there, width), width, f"{name}: all", "y2", colour, name, shape="hv"),
-            _line(_lasts(lines["ready"], width), width, f"{name}: ready", "y2", colour, name, shape="hv", dash="dot"),
-            _line(_worst(lines["ttft_p95_s"], width), width, f"{name}: TTFT p95", "y3", colour, name),
+            _line(_lasts(there, width), width * every_s, f"{name}: all", "y2", colour, name, shape="hv"),
+            _line(
+                _lasts(lines["ready"], width),
+                width * every_s,
+                f"{name}: ready",
+                "y2",
+                colour,
+                name,
+                shape="hv",
+                dash="dot",
+            ),
+            _line(_worst(lines["ttft_p95_s"], width), width * every_s, f"{name}: TTFT p95", "y3", colour, name),
         ]
     axis = {"gridcolor": "#e9ecf0", "linecolor": "#c5ccd4", "zeroline": False, "rangemode": "tozero"}
     layout = {
@@ -125,11 +137,11 @@ def timeline(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _line(
-    values: list[float | None], width: int, name: str, axis: str, colour: str, group: str, *, shape: str = "linear",
+    values: list[float | None], width_s: float, name: str, axis: str, colour: str, group: str, *, shape: str = "linear",
     dash: str = "solid",
 ) -> dict[str, Any]:  # fmt: skip
     return {
-        "x": [width * (place + 1) for place in range(len(values))],
+        "x": [width_s * (place + 1) for place in range(len(values))],
         "y": values,
         "name": name,
         "yaxis": axis,

@@ -117,6 +117,8 @@ class FleetSetup:
     notice_s: float = 120.0
     losses_per_hour: float = 0.0
     local_minute: int = 0
+    decides_every_s: float = 1.0
+    """As live; in loads of days, seldom enough that a day takes seconds to compute."""
     autoscaling: Autoscaling | None = None
     """What the user asks of the policies; None: nothing but `slo`."""
     initial: int | None = None

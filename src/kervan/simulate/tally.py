@@ -49,6 +49,7 @@ class Outcome:
     events: int
     computed_s: float
     timeline: Mapping[str, list[Any]]
+    every_s: float = 1.0
     counted: int = 0
     counted_good: int = 0
     decisions: list[tuple[float, str]] = field(default_factory=list)

@@ -168,6 +168,7 @@ def test_people_get_a_table(kervan: Kervan) -> None:
         ([*BASE, *LOAD, "--losses", "often"], "--losses"),
         ([*BASE, *LOAD, "--html", "no/such/dir/x.html"], "does not exist"),
         ([*BASE, *LOAD, "--arrivals", "gamma", "--burstiness", "0"], "--burstiness"),
+        ([*BASE, *LOAD, "--decide-every", "1h"], "--decide-every"),
         ([*BASE, *LOAD, "--nothing"], "--nothing"),
     ],
     ids=lambda value: " ".join(value)[-60:] if isinstance(value, list) else "",
