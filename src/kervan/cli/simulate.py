@@ -81,8 +81,8 @@ DISTRIBUTION = option_types.DURATIONS
 )  # fmt: skip
 @option("--slo", type=option_types.SLO, help=f"What a good request keeps. [default: {DEFAULT_SLO}]")
 @option(
-    "--routing", type=click.Choice(["least-load", "prefix"]), default="least-load", show_default=True,
-    help="As of kervan up; prefix where a trace says what prompts share (Mooncake's).",
+    "--routing", type=click.Choice(["prefix", "least-load"]), default="prefix", show_default=True,
+    help="As of kervan up; they differ where a trace says what prompts share (Mooncake's).",
 )  # fmt: skip
 @option(
     "--decide-every", type=option_types.DURATION,

@@ -285,7 +285,7 @@ class Simulation:
             queued = min(stream.cost_tokens - 1, stream.queued_tokens)
             stream.cost_tokens -= queued
             link.own_tokens -= queued
-            link.load.queued_tokens -= stream.queued_tokens
+            link.load.prefilled(stream.queued_tokens)
             stream.queued_tokens = 0
         if stream.cost_tokens > 1:
             stream.cost_tokens -= 1

@@ -14,7 +14,7 @@ from kervan.policy.evacuation import EvacuationState, LeavingStream, TargetRepli
 from kervan.policy.output_length import LengthEstimate
 from kervan.policy.prefill_speed import PrefillSpeed
 from kervan.policy.prefix import Match, PrefixTable
-from kervan.policy.routing import ReplicaLoad
+from kervan.policy.routing import FleetLoad, ReplicaLoad
 from kervan.sim.constants import Constants
 from kervan.sim.limits import BLOCK_TOKENS
 from kervan.simulate.stream import SimulatedStream
@@ -61,9 +61,8 @@ class SimulatedGateway:
         """`prefixes`: what replicas have of prompts, for routing by it; the gateways tell each other at once."""
         self.number = number
         self.links: list[Link] = []
-        self.loads: list[ReplicaLoad] = []
+        self.fleet = FleetLoad()
         self.by_id: dict[str, Link] = {}
-        self._loads_by_id: dict[str, ReplicaLoad] = {}
         self.held: dict[SimulatedStream, None] = {}
         self.lengths = LengthEstimate()
         self.prefill = PrefillSpeed()
@@ -111,17 +110,15 @@ class SimulatedGateway:
         link = Link(replica, ReplicaLoad(replica.id, 0, num_gateways=self._num_gateways), risky_until_s=risky_until_s)
         self.links.append(link)
         self._news_at = -1
-        self.loads.append(link.load)
         self.by_id[replica.id] = link
-        self._loads_by_id[replica.id] = link.load
+        self.fleet = FleetLoad(one.load for one in self.links)
         return link
 
     def unlink(self, link: Link) -> None:
         """A replica is gone."""
         self.links.remove(link)
-        self.loads.remove(link.load)
         del self.by_id[link.replica.id]
-        del self._loads_by_id[link.replica.id]
+        self.fleet = FleetLoad(one.load for one in self.links)
 
     # ---- placing
 
@@ -132,22 +129,21 @@ class SimulatedGateway:
             if link is not None and not link.load.is_draining:
                 return link
         self._look(now_s)
-        placement = routing.decide(self.loads)
+        placement = routing.decide(self.fleet.replicas)
         if placement.replica_id is None:
             return None
         link = self.by_id[placement.replica_id]
         match = self._match(stream)
         is_long = (link.load.is_risky or match is not None) and self._is_long(stream)
         if link.load.is_risky and is_long:
-            safer = routing.safer(self.loads, link.load)
+            safer = routing.safer(self.fleet.replicas, link.load)
             if safer is not None and safer.replica_id is not None:
                 link = self.by_id[safer.replica_id]
-        if match is None or not match.levels:
+        if match is None or not match.num_spans:
             return link
         better = routing.for_prefix(
-            self.loads, self._loads_by_id, link.load, match, prompt_tokens=stream.prompt_tokens + stream.generated,
-            output_tokens=stream.output_tokens - stream.generated, prefill_tokens_per_s=self.prefill.tokens_per_s,
-            avoids_risky=is_long,
+            self.fleet, link.load, match, prompt_tokens=stream.prompt_tokens + stream.generated,
+            prefill_tokens_per_s=self.prefill.tokens_per_s, avoids_risky=is_long,
         )  # fmt: skip
         return link if better is None or better.replica_id is None else self.by_id[better.replica_id]
 
@@ -184,7 +180,7 @@ class SimulatedGateway:
             link.load.is_risky = now_s < link.risky_until_s
             if self._num_gateways > 1:
                 others = sum(other.tokens_at(now_s) for other in link.replica.links if other is not link)
-                link.load.hear(others, self._num_gateways)
+                link.load.hear(others, self._num_gateways, len(link.replica.streams))
 
     def placed(self, stream: SimulatedStream, link: Link, now_s: float) -> None:
         """A stream goes to a replica: charge it."""
@@ -198,7 +194,7 @@ class SimulatedGateway:
         stream.placed_s = now_s
         link.own_tokens += stream.cost_tokens
         link.load.add(stream.cost_tokens)
-        link.load.queued_tokens += stream.queued_tokens
+        link.load.take(stream.queued_tokens)
         link.streams[stream] = None
 
     def unplaced(self, stream: SimulatedStream, link: Link, group_steps: int, run_steps: int) -> None:
@@ -207,7 +203,9 @@ class SimulatedGateway:
         if stream.paid_from_step >= 0:
             link.num_paying -= 1
         link.own_tokens -= cost
-        link.load.queued_tokens -= stream.queued_tokens
+        if not stream.gave_token:
+            link.load.prefilled(stream.queued_tokens)
+        link.load.release()
         stream.queued_tokens = 0
         stream.paid_from_step = -1
         link.streams.pop(stream, None)

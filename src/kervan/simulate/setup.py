@@ -112,7 +112,7 @@ class FleetSetup:
     drain_timeout_s: float = 60.0
     caches_prefixes: bool = True
     """As vLLM does unless told otherwise; it matters where a trace says what prompts share."""
-    routing: Literal["least-load", "prefix"] = "least-load"
+    routing: Literal["least-load", "prefix"] = "prefix"
     stop_s: float = 1.0
     notice_s: float = 120.0
     losses_per_hour: float = 0.0
