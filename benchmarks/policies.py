@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, default=HERE / "traces",
-        help="folder with azure2023/, mooncake/ and servegen/: the files as their authors publish them (record: sources)",
+        help="folder with azure2023/, mooncake/ and servegen/, as their authors publish them (record: sources)",
     )  # fmt: skip
     parser.add_argument("--loads", help="joined by commas; without it, all")
     parser.add_argument("--seed", type=int, default=0)

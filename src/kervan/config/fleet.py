@@ -383,21 +383,23 @@ def load_file(path: Path) -> dict[str, Any]:
         if name in settings:
             raise ConfigError(f"config file {path} gives {name} twice, with - and with _; give it once")
         settings[name] = value
-    return _range(_range(settings, "gateways", "2 or 1..4", path), "replicas", "2 or 1..8", path)
+    return _ranges(settings, f"config file {path}")
 
 
-def _range(settings: dict[str, Any], name: str, example: str, path: Path) -> dict[str, Any]:
+def _ranges(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    return _range(_range(settings, "gateways", "2 or 1..4", source), "replicas", "2 or 1..8", source)
+
+
+def _range(settings: dict[str, Any], name: str, example: str, source: str) -> dict[str, Any]:
     """MIN..MAX of `gateways` or `replicas` as the two settings that they are."""
     value, most = settings.get(name), f"max_{name}"
     if not isinstance(value, str):
         return settings
     match = COUNT_PATTERN.fullmatch(value.strip())
     if match is None or (match[2] and int(match[2]) < max(1, int(match[1]))):
-        raise ConfigError(
-            f"config file {path}: {name}={value!r} is neither a number nor a range MIN..MAX; write {example}"
-        )
+        raise ConfigError(f"{source}: {name}={value!r} is neither a number nor a range MIN..MAX; write {example}")
     if match[2] and most in settings:
-        raise ConfigError(f"config file {path} gives {most} twice, with {name}={value}; give it once")
+        raise ConfigError(f"{source} gives {most} twice, with {name}={value}; give it once")
     return {**settings, name: int(match[1]), **({most: int(match[2])} if match[2] else {})}
 
 
@@ -407,7 +409,7 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
     Raises: ConfigError for unknown keys, wrong types and values out of range.
     """
     values: dict[str, Any] = {}
-    for key, value in settings.items():
+    for key, value in _ranges(dict(settings), source).items():
         if key not in SETTINGS:
             near = difflib.get_close_matches(key, SETTINGS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(SETTINGS))}"

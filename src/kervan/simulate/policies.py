@@ -74,7 +74,9 @@ def _oracle(setup: FleetSetup, seed: int, number: str) -> Policy:
     counts = Counter(int(row[0]) for row in rows)
     end_s = rows[-1][0] if rows else 1.0
     mean = len(rows) / max(1.0, end_s)
-    variance = sum((counts[second] - mean) ** 2 for second in range(int(end_s) + 1)) / max(1.0, end_s)
+    # From second to second: a load that rises in an hour is no burst.
+    jumps = [(counts[second + 1] - counts[second]) ** 2 for second in range(int(end_s))]
+    variance = statistics.fmean(jumps or [0]) / 2
     mean_prompt = statistics.fmean(prompts or [1])
     rate = ModelledRates(capacity(setup.engine), setup.slo).at(
         mean_prompt,

@@ -142,7 +142,7 @@ def test_people_get_a_table(kervan: Kervan) -> None:
         ([*BASE, *LOAD, "--osl", "0"], "--osl"),
         ([*BASE, *LOAD, "--isl", "9000000"], "longer than"),
         ([*BASE, *LOAD, "--slo", "ttft=2"], "unit"),
-        ([*BASE, *LOAD, "--policy", "slooo"], "known"),
+        ([*BASE, *LOAD, "--policy", "slooo"], "did you mean"),
         ([*BASE, *LOAD, "--policy", "fixed,fixed"], "twice"),
         ([*BASE, *LOAD, "--policy", "fixed:many"], "fixed:8"),
         ([*BASE, *LOAD, "--policy", ""], "known"),

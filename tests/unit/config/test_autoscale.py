@@ -148,8 +148,9 @@ def made(**settings: Any) -> FleetConfig:
     return fleet.from_mapping({"model": "m", **settings}, "f.yaml")
 
 
-def test_a_range_of_replicas_scales_by_the_slo() -> None:
-    config = made(replicas=1, max_replicas=8)
+@pytest.mark.parametrize("settings", [{"replicas": 1, "max_replicas": 8}, {"replicas": "1..8"}])
+def test_a_range_of_replicas_scales_by_the_slo(settings: dict[str, Any]) -> None:
+    config = made(**settings)
     assert config.bounds == {"on-demand": PoolBounds(1, 8)}
     assert config.autoscaler is not None
     assert (config.autoscaler.policy, config.autoscaler.slo) == ("slo", Slo(ttft_s=2.0, tpot_s=0.05))

@@ -52,6 +52,7 @@ class Load:
     """Seconds that were seen, in all."""
     rates: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Request equivalents per second, over `TIMES_S`, still to be divided by what the weights sum to."""
+    last_rate: float = 0.0
     variance: float = 0.0
     """Of the arrivals of a second, over their mean."""
     requests: float = 0.0
@@ -201,9 +202,10 @@ class Load:
         self.finish_rate += (finished / window_s - self.finish_rate) * (1 - math.exp(-dt / MIDDLE_S))
         keep = math.exp(-dt / LENGTHS_S)
         if before > 0:
-            deviation = (rate - before) ** 2 * window_s / before
+            deviation = (rate - self.last_rate) ** 2 * window_s / (2 * before)
             known_s = LENGTHS_S * (1 - math.exp(-self.observed_s / LENGTHS_S))
             self.variance += (min(deviation, 100.0) - self.variance) * dt / max(known_s + dt, 10.0)
+        self.last_rate = rate
         self.observed_s += dt
         self.requests = keep * self.requests + arrived
         self.prompt_tokens = keep * self.prompt_tokens + prompt_tokens
