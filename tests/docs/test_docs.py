@@ -320,3 +320,20 @@ def test_the_plan_shown_is_what_the_command_prints(page: str) -> None:
         printed = iter([line.rstrip() for line in done.stdout.splitlines()])
         for line in shown.splitlines():
             assert line == "..." or line in printed, line  # in this order
+
+
+SIMULATIONS = re.compile(r"^```text\n\$ (kervan simulate [^\n]*)\n(.*?)^```", re.M | re.S)
+
+
+def test_the_simulation_shown_is_what_the_command_prints() -> None:
+    """Its load, notes and policies; figures of policies change whenever one of them learns something."""
+    ((command, shown),) = SIMULATIONS.findall((REPOSITORY / "docs/simulator.md").read_text())
+    words = [sys.executable, "-m", "kervan", *shlex.split(command)[1:], "--processes", "1"]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=True)
+    printed = done.stdout.splitlines()
+    lines = shown.splitlines()
+    assert lines[:2] == printed[:2]
+    assert lines[-1] == "..."
+    for line, real in zip(lines[2:-1], printed[2:], strict=False):
+        assert line.split(" ")[0] == real.split(" ")[0]
+        assert len(re.findall(r"\S+", line)) == len(re.findall(r"\S+", real)), real

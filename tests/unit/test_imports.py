@@ -25,7 +25,7 @@ FORBIDDEN = [
     *((part, ("facts", "config", "policy", *ABOVE)) for part in BOTTOM),
     ("facts", ("config", "policy", *ABOVE)),
     ("config", ("policy", *ABOVE)),
-    ("policy", ("facts", "config", *ABOVE)),
+    ("policy", ("facts", *ABOVE)),
     ("sim", ("policy", *(part for part in ABOVE if part != "sim"))),
     ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
@@ -68,6 +68,11 @@ FORBIDDEN += [
     ("plan", ("policy", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("plan",)) for part in (*BOTTOM, "facts", "config", "policy", "sim", "observe")),
 ]
+# The simulator runs the policies over the engine on paper; nothing below the command line knows it.
+FORBIDDEN += [
+    ("simulate", ("observe", "fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    *((part, ("simulate",)) for part in dict(FORBIDDEN)),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -76,8 +81,8 @@ CONFINED = [
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("calibrate/", "comm/", "demo/", "fleet/vllm/runner_v1.py")),
-    ("jinja2", ("bench/html_report.py",)),
-    ("plotly", ("bench/html_report.py",)),
+    ("jinja2", ("bench/html_report.py", "simulate/html_report.py")),
+    ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("pynvml", ("observe/nvml.py", "observe/gpu_state.py")),
 ]
@@ -127,7 +132,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "bench", "notices", "observe"):
+    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "simulate", "bench", "notices", "observe"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -162,7 +167,19 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.cli.bench_view",
         "kervan.cli.render",
     ]
-    for part in ("facts", "config", "policy", "sim", "plan", "bench", "notices", "observe", "comm", "calibrate"):
+    for part in (
+        "facts",
+        "config",
+        "policy",
+        "sim",
+        "plan",
+        "simulate",
+        "bench",
+        "notices",
+        "observe",
+        "comm",
+        "calibrate",
+    ):
         names = (path.relative_to(PACKAGE).with_suffix("").parts for path in source_files(part))
         modules += [".".join(("kervan", *name)) for name in names if name[-1] != "__init__"]
     assert len(modules) > 6
@@ -174,7 +191,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
     [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "comm", "plan")),
+        *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "comm", "plan", "simulate")),
     ],
     ids=" ".join,
 )
