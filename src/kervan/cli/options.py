@@ -108,6 +108,11 @@ def pool_settings(given: Sequence[str]) -> dict[str, dict[str, str]]:
     return {"pools": pools} if pools else {}
 
 
+def replica_settings(count: tuple[int, int] | None) -> dict[str, int]:
+    """The settings that `--replicas` stands for: a plain number is the least and the most."""
+    return {} if count is None else {"replicas": count[0], "max_replicas": count[1]}
+
+
 def gateway_settings(count: tuple[int, int] | None) -> dict[str, int]:
     """The settings that `--gateways` stands for."""
     return {} if count is None else {"gateways": count[0], "max_gateways": count[1]}

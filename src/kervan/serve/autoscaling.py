@@ -1,18 +1,29 @@
-"""Policies behind Ray Serve's autoscaling: each reads Serve's context, and lets a pure one decide."""
+"""What Serve's controller asks when it scales: gateways by their load, replicas as the scaler wants them.
 
+The functions run in the controller's loop, which does nothing else meanwhile: they read what a thread has brought, and
+raise nothing, since a policy that does stops its application, and all after it, from being updated (Ray 2.60).
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
 from kervan.config.fleet import FleetConfig
-from kervan.facts.markets import SPOT
 from kervan.policy import gateway_count
-from kervan.policy import pools as pool_sizes
-from kervan.serve import pools
+from kervan.serve import ray_internals
+from kervan.serve.scaler import wanted
+from kervan.serve.scaler.wanted import Wanted
+
+logger = logging.getLogger(__name__)
 
 APP_PREFIX = "kervan-"  # of a fleet's application in Serve
 BUSY = "busy"  # a gateway's metric: the share of the time in which its loop ran, or waited for a core
-READ_PERIOD_S = 0.5  # Serve asks ten times a second
+READ_PERIOD_S = 0.25
+FORGET_S = 60.0  # after Serve has asked of a fleet for the last time
 
 
 def gateways(config: FleetConfig) -> dict[str, Any]:
@@ -45,57 +56,64 @@ def count_gateways(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 
 
 def pool(config: FleetConfig, name: str) -> dict[str, Any]:
-    """Serve's autoscaling of one of a fleet's pools. What to wait for is the policy's to know, so Serve waits for none.
+    """Serve's autoscaling of one of a fleet's pools. What to wait for is the scaler's to know, so Serve waits for none.
 
-    Without `initial_replicas`, a change of other settings leaves the number as it is. Spot may always go to none: what
-    Serve cannot place would hold up changes of the rest.
+    Without `initial_replicas`, a change of other settings leaves the number as it is. A pool with a choice may always
+    go to none, as far as Serve is concerned: what it cannot place would hold up changes of the rest.
     """
     bounds = config.bounds[name]
-    function = "count_spot" if name == SPOT else "count_on_demand"
     return {
-        "min_replicas": 0 if name == SPOT else bounds.minimum,
+        "min_replicas": bounds.minimum if bounds.minimum == bounds.maximum else 0,
         "max_replicas": bounds.maximum,
         "upscale_delay_s": 0.0,
         "downscale_delay_s": 0.0,
-        "policy": {"policy_function": f"{__name__}:{function}"},
+        "policy": {"policy_function": f"{__name__}:count_replicas"},
     }
 
 
-def count_on_demand(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """The floor, and cover for missing spot replicas."""
-    facts, state = _spot_facts(context)
-    minimum, maximum = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-    if facts is None:
-        return max(context.target_num_replicas, minimum), state
-    decision = pool_sizes.on_demand(
-        pool_sizes.SpotState(facts.wanted, facts.ready, facts.starting, facts.outdated),
-        context.target_num_replicas,
-        minimum,
-        maximum,
-        state.get("history", ()),
-        now_s=context.current_time,
-        after_s=facts.fallback_after_s,
-        hold_s=facts.fallback_hold_s,
-    )
-    return decision.count, {**state, "history": decision.history, "reason": decision.reason}
+def count_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """As many as the scaler wants; as many as there are to be while it has said nothing."""
+    ray_internals.let_choose_who_stops(leaving)
+    found = _news.of(context.app_name)
+    targets = {} if found is None else found.targets
+    return targets.get(context.deployment_name, context.target_num_replicas), {}
 
 
-def count_spot(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """All that are wanted, or as many as a change of settings can go on with."""
-    facts, state = _spot_facts(context)
-    if facts is None:
-        return context.target_num_replicas, state
-    decision = pool_sizes.spot(
-        pool_sizes.SpotState(facts.wanted, facts.ready, facts.starting, facts.outdated),
-        state.get("rollout"),
-        now_s=context.current_time,
-    )
-    return decision.count, {**state, "rollout": decision.rollout, "reason": decision.reason}
+def leaving(app_name: str) -> Sequence[str]:
+    """Serve's ids of the replicas of an application, those first that are to go first."""
+    found = _news.of(app_name)
+    return () if found is None else found.leaving
 
 
-def _spot_facts(context: AutoscalingContext) -> tuple[pools.SpotFacts | None, dict[str, Any]]:
-    """What the directory told last, and this policy's state."""
-    state = dict(context.policy_state)
-    if context.current_time - state.get("read_s", 0.0) >= READ_PERIOD_S:
-        state |= {"read_s": context.current_time, "facts": pools.published(context.app_name.removeprefix(APP_PREFIX))}
-    return state["facts"], state
+class _News:
+    """What the scalers of all fleets want, as a thread reads it; what was read last stays when reading fails."""
+
+    def __init__(self) -> None:
+        self._asked_s: dict[str, float] = {}
+        self._wanted: dict[str, Wanted | None] = {}
+        self._thread: threading.Thread | None = None
+
+    def of(self, app_name: str) -> Wanted | None:
+        self._asked_s[app_name] = time.monotonic()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._read_forever, daemon=True, name="wanted")
+            self._thread.start()
+        return self._wanted.get(app_name)
+
+    def _read_forever(self) -> None:
+        while True:
+            for app_name, asked_s in list(self._asked_s.items()):
+                if time.monotonic() - asked_s > FORGET_S:
+                    self._asked_s.pop(app_name, None)
+                    self._wanted.pop(app_name, None)
+                    continue
+                try:
+                    found = wanted.published(app_name.removeprefix(APP_PREFIX))
+                except Exception as error:  # noqa: BLE001 - the store is away, or has what another version wrote
+                    logger.warning("what fleet %s wants cannot be read: %s", app_name, error)
+                else:
+                    self._wanted[app_name] = found or self._wanted.get(app_name)
+            time.sleep(READ_PERIOD_S)
+
+
+_news = _News()

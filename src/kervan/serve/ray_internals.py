@@ -4,11 +4,14 @@ They are of Ray 2.60; `tests/contract/test_ray_surface.py` checks each in the in
 functions, not with this module: `cluster.connect` must set Ray's environment first.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 KV_NAMESPACE = b"kervan"
 
@@ -150,6 +153,45 @@ def serve_proxies() -> ServeProxies | None:
         return None
     location = ray.get(client._controller.get_proxy_location.remote())
     return ServeProxies(location not in (None, ProxyLocation.Disabled), client.http_config.port)
+
+
+def let_choose_who_stops(leaving: Callable[[str], Sequence[str]]) -> None:
+    """In the process of Serve's controller: when fewer replicas are wanted, stop those that `leaving` says.
+
+    Serve itself stops the newest (Ray 2.60), and has no way to say otherwise. `leaving`: application -> Serve's ids of
+    its replicas, those first that go first. Replicas on their way that it does not name go before all others: nobody
+    has heard of them. Where it says nothing, Serve chooses.
+    """
+    from ray.serve._private.deployment_scheduler import DeploymentScheduler
+
+    if hasattr(DeploymentScheduler._get_replicas_to_stop, "kervan_leaving"):
+        DeploymentScheduler._get_replicas_to_stop.kervan_leaving = leaving
+        return
+    serves_own = DeploymentScheduler._get_replicas_to_stop
+
+    def replicas_to_stop(scheduler: Any, deployment_id: Any, max_num_to_stop: int, **gangs: Any) -> Any:
+        try:
+            order = replicas_to_stop.kervan_leaving(deployment_id.app_name)  # type: ignore[attr-defined]
+            coming = [*scheduler._pending_replicas[deployment_id], *scheduler._launching_replicas[deployment_id]]
+            there = [*scheduler._recovering_replicas[deployment_id], *scheduler._running_replicas[deployment_id]]
+            by_id = {replica_id.unique_id: replica_id for replica_id in (*coming, *there)}
+            unheard = [replica_id for replica_id in coming if replica_id.unique_id not in order]
+            chosen = [*unheard, *(by_id[name] for name in order if name in by_id)] if order else []
+        except Exception:
+            logger.exception("Serve chooses which replicas stop")
+            chosen = []
+        if not chosen or gangs.get("gang_id_by_replica") is not None:
+            return serves_own(scheduler, deployment_id, max_num_to_stop, **gangs)
+        stopped = set(chosen[:max_num_to_stop])
+        for count in range(1, len(by_id) + 1):  # those that the scaler has not heard of yet
+            if len(stopped) >= max_num_to_stop:
+                break
+            more = serves_own(scheduler, deployment_id, count, **gangs) - stopped
+            stopped |= set(list(more)[: max_num_to_stop - len(stopped)])
+        return stopped
+
+    replicas_to_stop.kervan_leaving = leaving  # type: ignore[attr-defined]
+    DeploymentScheduler._get_replicas_to_stop = replicas_to_stop
 
 
 # ---- a cluster whose nodes are all processes of this one (`serve/local_nodes.py`)
