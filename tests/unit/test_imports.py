@@ -24,7 +24,7 @@ FORBIDDEN = [
     *((part, ("facts", "config", "policy", *ABOVE)) for part in BOTTOM),
     ("facts", ("config", "policy", *ABOVE)),
     ("config", ("policy", *ABOVE)),
-    ("policy", ("facts", "config", *ABOVE)),
+    ("policy", ("facts", *ABOVE)),
     ("sim", ("policy", *(part for part in ABOVE if part != "sim"))),
     ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
