@@ -10,7 +10,7 @@ from kervan.fleet.link import ReplicaLink
 from kervan.fleet.stream import Stream
 from kervan.policy.autoscale.state import Demand
 
-# Durations are told as counts of bins, so that those of several gateways add up: each bin is so many times the one below.
+# Durations are told as counts of bins, so that those of several gateways add up; each bin is so many times the last.
 BIN_RATIO = 1.05
 LEAST_S = 1e-4
 COUNTS = (

@@ -266,7 +266,8 @@ class Scaling(msgspec.Struct, frozen=True):
 class Snapshot(msgspec.Struct, frozen=True):
     """The directory at one version. `is_closing`: the fleet ends when its streams have ended, and takes no more.
 
-    `targets`: replicas that each pool is to have. `slo`: what counts as good. `may_sleep`: the fleet may have no replica while nobody asks anything; the first request starts one.
+    `targets`: replicas that each pool is to have. `slo`: what counts as good. `may_sleep`: the fleet may have no
+    replica while nobody asks anything; the first request starts one.
     """
 
     version: int

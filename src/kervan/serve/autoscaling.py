@@ -1,13 +1,10 @@
 """What Serve's controller asks when it scales: gateways by their load, replicas as the scaler wants them.
 
 The functions run in the controller's loop, which does nothing else meanwhile: they read what a thread has brought, and
-raise nothing, since a policy that does stops its application, and all after it, from being updated (Ray 2.60).
+raise nothing, since a policy that does stops its application, and all after it, from being updated (Ray 2.60). Serve
+pickles this module by value, so nothing of it may keep anything.
 """
 
-import logging
-import threading
-import time
-from collections.abc import Sequence
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
@@ -16,14 +13,9 @@ from kervan.config.fleet import FleetConfig
 from kervan.policy import gateway_count
 from kervan.serve import ray_internals
 from kervan.serve.scaler import wanted
-from kervan.serve.scaler.wanted import Wanted
 
-logger = logging.getLogger(__name__)
-
-APP_PREFIX = "kervan-"  # of a fleet's application in Serve
+APP_PREFIX = wanted.APP_PREFIX
 BUSY = "busy"  # a gateway's metric: the share of the time in which its loop ran, or waited for a core
-READ_PERIOD_S = 0.25
-FORGET_S = 60.0  # after Serve has asked of a fleet for the last time
 
 
 def gateways(config: FleetConfig) -> dict[str, Any]:
@@ -73,47 +65,6 @@ def pool(config: FleetConfig, name: str) -> dict[str, Any]:
 
 def count_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """As many as the scaler wants; as many as there are to be while it has said nothing."""
-    ray_internals.let_choose_who_stops(leaving)
-    found = _news.of(context.app_name)
-    targets = {} if found is None else found.targets
-    return targets.get(context.deployment_name, context.target_num_replicas), {}
-
-
-def leaving(app_name: str) -> Sequence[str]:
-    """Serve's ids of the replicas of an application, those first that are to go first."""
-    found = _news.of(app_name)
-    return () if found is None else found.leaving
-
-
-class _News:
-    """What the scalers of all fleets want, as a thread reads it; what was read last stays when reading fails."""
-
-    def __init__(self) -> None:
-        self._asked_s: dict[str, float] = {}
-        self._wanted: dict[str, Wanted | None] = {}
-        self._thread: threading.Thread | None = None
-
-    def of(self, app_name: str) -> Wanted | None:
-        self._asked_s[app_name] = time.monotonic()
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._read_forever, daemon=True, name="wanted")
-            self._thread.start()
-        return self._wanted.get(app_name)
-
-    def _read_forever(self) -> None:
-        while True:
-            for app_name, asked_s in list(self._asked_s.items()):
-                if time.monotonic() - asked_s > FORGET_S:
-                    self._asked_s.pop(app_name, None)
-                    self._wanted.pop(app_name, None)
-                    continue
-                try:
-                    found = wanted.published(app_name.removeprefix(APP_PREFIX))
-                except Exception as error:  # noqa: BLE001 - the store is away, or has what another version wrote
-                    logger.warning("what fleet %s wants cannot be read: %s", app_name, error)
-                else:
-                    self._wanted[app_name] = found or self._wanted.get(app_name)
-            time.sleep(READ_PERIOD_S)
-
-
-_news = _News()
+    ray_internals.let_choose_who_stops(wanted.leaving)
+    found = wanted.latest(context.app_name.removeprefix(APP_PREFIX))
+    return found.targets.get(context.deployment_name, context.target_num_replicas), {}
