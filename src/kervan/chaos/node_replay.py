@@ -15,12 +15,12 @@ from kervan.chaos.checked_load import RepeatedTrace
 from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, known_prompts_of_twins, probe
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
-from kervan.chaos.node_trace import NodeChange, NodeTrace
 from kervan.chaos.plans import ReplayPlan
 from kervan.chaos.report import ChaosReport, NodeHistory
 from kervan.chaos.schedule import DisruptionKind
 from kervan.config import fleet as facts
 from kervan.config.fleet import FleetConfig
+from kervan.config.node_trace import NodeChange, NodeTrace
 from kervan.config.workload import Slo, read_trace
 from kervan.errors import FleetError, KervanError
 from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT

@@ -11,6 +11,7 @@ from kervan.errors import ConfigError, KervanError
 
 COMMANDS = {
     "plan": "Recommend a parallelism layout, with its predicted performance and cost.",
+    "simulate": "Run a fleet and its policies on a virtual clock under a load.",
     "up": "Serve a model.",
     "down": "Stop a fleet.",
     "status": "Show the state of a fleet.",

@@ -49,8 +49,16 @@ def _gpu(text: str, option: str) -> str:
     return "local" if text.strip().lower() == "local" else hardware.gpu(text.strip()).name
 
 
+def _durations(text: str, option: str) -> Any:
+    from kervan.simulate.duration import parse_durations
+
+    return parse_durations(text, option)
+
+
 DURATION = Parsed("duration", parse_duration_s)
 """Seconds of 250ms, 1.5s, 2min, 3h or, in seconds, 90."""
+DURATIONS = Parsed("durations", _durations)
+"""A `DurationDistribution`."""
 RATE = Parsed("rate", parse_rate_per_s)
 """Requests per second of 5/s, 300/min or, per second, 5."""
 LENGTHS = Parsed("tokens", parse_lengths)

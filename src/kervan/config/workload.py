@@ -106,6 +106,10 @@ class Lengths:
     """The most that is drawn."""
     _draw: Callable[[random.Random], float] = dataclasses.field(compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[Callable[[str], "Lengths"], tuple[str]]:
+        """Pickled as its text: what draws is a function of this module's own."""
+        return parse_lengths, (self.text,)
+
     def sample(self, rng: random.Random) -> int:
         """One length."""
         return min(self.maximum, max(self.minimum, round(self._draw(rng))))

@@ -35,7 +35,6 @@ from kervan.fleet.link import Member, ReplicaLink, ReplicaTally
 from kervan.fleet.links import Links
 from kervan.fleet.losses import Losses
 from kervan.fleet.placement import Placements
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.prefixes import EMPTYING, Prefixes
 from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Attempt, current_attempt
@@ -44,6 +43,7 @@ from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import ClientCounts, TrafficMeter
 from kervan.policy import admission
 from kervan.policy.output_length import LengthEstimate
+from kervan.policy.prefill_speed import PrefillSpeed
 
 logger = logging.getLogger(__name__)
 

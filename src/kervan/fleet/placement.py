@@ -9,12 +9,12 @@ from kervan.fleet.demand import DemandMeter
 from kervan.fleet.link import ReplicaLink
 from kervan.fleet.links import Links
 from kervan.fleet.listener import send_ping
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.prefixes import Prefixes
 from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import ClientCounts, MoveReason
 from kervan.policy import routing
 from kervan.policy.output_length import LengthEstimate
+from kervan.policy.prefill_speed import PrefillSpeed
 from kervan.policy.prefix import Match
 
 EXPIRY_PERIOD_S = 1.0

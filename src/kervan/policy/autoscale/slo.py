@@ -1,0 +1,326 @@
+"""The default policy: as few replicas as keep the SLO, also while the load rises as it has risen before.
+
+Every few seconds:
+
+1. `load.py` tells the level of the load, in requests per second of mean lengths, and by how much it rose before within
+   the time from a decision to a ready replica.
+2. `replica_rate.py` tells what one replica takes within the SLO, corrected by what is seen.
+3. A number of replicas is enough when it takes the level, and when of all requests that come while the load rises no
+   more than `EXPECTED_LOSS` would miss the SLO (`expected_loss`): a rise first fills places that are free, then a queue
+   that is as long as the bound on TTFT allows, and only then are requests late.
+4. What waits already is to be gone soon after the replicas that are starting are ready.
+
+More are asked for at once. Fewer only when fewer were enough, with margin, for as long as `hold_s`: half of a start,
+and twice as long each time that a replica was missed within two starts after it had gone. So a load between two numbers
+does not change the number for ever.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kervan.config.autoscale import ScheduledMinimum
+from kervan.config.workload import Slo
+from kervan.policy.autoscale import decisions, to_zero
+from kervan.policy.autoscale.learned_rate import LearnedRate
+from kervan.policy.autoscale.load import Load
+from kervan.policy.autoscale.replica_rate import ModelledRates, ReplicaRate
+from kervan.policy.autoscale.state import Decision, Demand, FleetState, ReplicaModel
+
+KEPT_SHARE = 0.99  # of the requests are to keep the SLO
+EXPECTED_LOSS = (1 - KEPT_SHARE) / 2  # by rises; the other half is for everything else
+MARGIN = 0.5  # of EXPECTED_LOSS is allowed in a smaller fleet
+FULL = 0.97  # of what replicas take may be in use; before one leaves, of what those that stay take, LESS
+LESS = 0.90
+SEEN_S = 5.0  # from a rise to the decision, and from the decision to Serve's start
+RECOVERY = 0.25  # of a start: how long requests are late after the replicas that were missing are ready
+LONGEST_DECISION_S, SHORTEST_DECISION_S = 5.0, 1.0
+DECISIONS_PER_START = 20.0
+LEAST_HOLD_S = 15.0
+MOST_REGRETS = 5.0
+FORGIVEN_HOLDS = 10.0  # after so many times `hold_s` without one, a regret is forgotten
+CORRECTION = (0.5, 1.5)
+CORRECTION_S = 300.0
+NEWS_S = 15.0  # older news of the gateways are none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloSettings:
+    """What the user asks for. Delays: None leaves them to the policy."""
+
+    slo: Slo
+    schedule: tuple[ScheduledMinimum, ...] = ()
+    upscale_delay_s: float = 0.0
+    downscale_delay_s: float | None = None
+    to_zero_s: float = to_zero.IDLE_S
+
+
+class SloPolicy:
+    """See the module. `model`: None where nothing is known of the replicas: their rate is learned then."""
+
+    name = "slo"
+
+    def __init__(self, settings: SloSettings, model: ReplicaModel | None = None) -> None:
+        self._settings = settings
+        self._model = model
+        self._rates = None if model is None else ModelledRates(model, settings.slo)
+
+    def decide(self, state: FleetState, memory: Mapping[str, Any]) -> Decision:
+        """See `Policy`."""
+        demand = state.demand
+        if demand is None or state.demand_age_s > NEWS_S:
+            age = f" for {state.demand_age_s:.0f} s" if state.demand_age_s else ""
+            return decisions.kept(state, memory, f"no news from the gateways{age}")
+        remembered: dict[str, Any] = dict(memory)
+        start_s = max((pool.start_s for pool in state.pools if pool.maximum), default=0.0)
+        block_s = start_s + SEEN_S
+        load = Load.from_memory(memory.get("load", {}))
+        dt = state.now_s - memory.get("now_s", state.now_s - demand.window_s)
+        remembered["now_s"] = state.now_s
+        load.observe(
+            window_s=demand.window_s if dt > 0 else 0.0,
+            arrived=demand.arrived,
+            prompt_tokens=demand.arrived_prompt_tokens,
+            finished=demand.finished,
+            output_tokens=demand.finished_output_tokens,
+            judged=demand.finished + demand.first_tokens,
+            good=demand.finished_good + demand.first_tokens_good,
+            prompt_share=memory.get("prompt_share", 0.5),
+            block_s=block_s,
+        )
+        remembered["load"] = load.to_memory()
+        within = decisions.bounds(state, self._settings.schedule)
+        every_s = min(LONGEST_DECISION_S, max(SHORTEST_DECISION_S, start_s / DECISIONS_PER_START))
+        is_due = state.now_s - memory.get("sized_s", -math.inf) >= every_s or demand.held > 0
+        if is_due:
+            self._size(state, demand, load, remembered, start_s, block_s, within)
+            remembered["sized_s"] = state.now_s
+        total = self._held(state, remembered, within, start_s)
+        return decisions.decision(
+            state, total, within, remembered["why"], numbers=remembered["numbers"], memory=remembered
+        )
+
+    # ---- how many are needed
+
+    def _size(
+        self,
+        state: FleetState,
+        demand: Demand,
+        load: Load,
+        memory: dict[str, Any],
+        start_s: float,
+        block_s: float,
+        within: decisions.Bounds,
+    ) -> None:
+        """Writes `needed`, `less` (enough with margin), `why` and `numbers` into the memory."""
+        ready = state.count("ready")
+        in_flight = demand.held + demand.queued + demand.running
+        level = load.level
+        if self._rates is None:
+            rate = LearnedRate.from_memory(memory.get("learned", {})).rate(self._settings.slo)
+            correction = 1.0
+        else:
+            rate = self._rates.at(load.mean_prompt_tokens, load.mean_output_tokens)
+            correction = memory.get("correction", 1.0)
+        self._learn(state, demand, load, memory, rate, ready, in_flight, level)
+        memory["prompt_share"] = rate.prompt_share
+        each = rate.requests_per_s * correction
+        rises, blocks = load.rises(level, block_s)
+        most = max(within.maximum, 1)
+        needed = enough(level, each, rate, rises, blocks, block_s, most, full=FULL, loss=EXPECTED_LOSS)
+        less = enough(level, each, rate, rises, blocks, block_s, most, full=LESS, loss=MARGIN * EXPECTED_LOSS)
+        cleared, waiting_s = self._for_backlog(state, demand, level, each, rate, start_s)
+        if memory.get("idle_least") is not None:
+            del memory["idle_least"]
+        least = 1
+        if sum(pool.minimum for pool in state.pools) == 0:
+            idle = to_zero.decide(
+                demand, decisions.asked(state), memory.get("idle_since_s"),
+                now_s=state.now_s, idle_s=self._settings.to_zero_s,
+            )  # fmt: skip
+            memory["idle_since_s"], least = idle.idle_since_s, idle.at_least
+            if not least:
+                needed = less = 0
+        need = max(needed, cleared, least)
+        memory["needed"], memory["less"] = need, max(less, need)
+        usual = rises[min(len(rises) - 1, int(0.05 * blocks))] if rises else 0.0
+        memory["numbers"] = {
+            "load_requests_per_s": round(level, 3),
+            "rise_requests_per_s": round(usual, 3),
+            "replica_requests_per_s": round(each, 4),
+            "prompt_tokens": round(load.mean_prompt_tokens),
+            "output_tokens": round(load.mean_output_tokens),
+            "correction": round(correction, 3),
+            "queue_s": round(waiting_s, 2),
+            "ready": float(ready),
+            "starting": float(state.count("starting")),
+            "start_s": round(start_s, 1),
+            "needed": float(need),
+        }
+        why = (
+            f"{level:.3g} requests/s, {usual:.2g} more within a start of {start_s:.0f} s; a replica takes {each:.3g}/s"
+        )
+        if not least:
+            why = f"idle for {self._settings.to_zero_s:g} s"
+        elif cleared > needed:
+            why = f"{demand.held + demand.queued} requests wait {waiting_s:.1f} s; " + why
+        if rate.relaxed and least:
+            why += f"; {rate.relaxed}: that is kept instead which a replica can"
+        memory["need_why"] = why
+
+    def _for_backlog(
+        self, state: FleetState, demand: Demand, level: float, each: float, rate: ReplicaRate, start_s: float
+    ) -> tuple[int, float]:
+        """(replicas that clear what waits soon after a start, seconds that what waits takes now)."""
+        waiting = demand.held + demand.queued
+        ready = state.count("ready")
+        prompts_s = 0.0
+        if self._model is not None and self._model.prefill_tokens_per_s:
+            prompts_s = (demand.held_tokens + demand.queued_tokens) / self._model.prefill_tokens_per_s
+        requests_s = waiting / each
+        # The least that the queue costs: its prompts; if places are what is missing, whole requests.
+        full = demand.running >= 0.9 * ready * rate.places
+        work_s = max(prompts_s, requests_s) if full or not ready or not prompts_s else prompts_s
+        wait_s = work_s / max(1, ready)
+        if wait_s <= rate.wait_s and not demand.held:
+            return 0, wait_s
+        ready_at = sorted(max(0.0, start_s - r.age_s) for r in state.replicas if r.phase == "starting")
+        left = work_s * each
+        for here, upto_s in zip(range(ready, ready + len(ready_at) + 1), [*ready_at, start_s], strict=True):
+            before_s = ready_at[here - ready - 1] if here > ready else 0.0
+            left = max(0.0, left + (level - here * each) * max(0.0, upto_s - before_s))
+        clear_s = max(10.0, start_s / 2)
+        return math.ceil((level + left / clear_s) / each - 1e-9), wait_s
+
+    # ---- what is seen
+
+    def _learn(
+        self,
+        state: FleetState,
+        demand: Demand,
+        load: Load,
+        memory: dict[str, Any],
+        rate: ReplicaRate,
+        ready: int,
+        in_flight: int,
+        level: float,
+    ) -> None:
+        dt = min(10.0, state.now_s - memory.get("sized_s", state.now_s))
+        if not ready or dt <= 0:
+            return
+        waiting = demand.held + demand.queued
+        if self._rates is None:
+            learned = LearnedRate.from_memory(memory.get("learned", {}))
+            learned.observe(
+                per_replica=level / ready, in_flight=in_flight / ready, waiting=waiting / ready, good=load.good,
+                ttft_s=demand.ttft_p95_s, tpot_s=demand.tpot_p95_s, slo=self._settings.slo, dt=dt,
+                is_steady=state.count("starting") == 0,
+            )  # fmt: skip
+            memory["learned"] = learned.to_memory()
+            return
+        assert self._model is not None
+        seen = demand.tpot_p50_s
+        if seen is None or demand.running < 2 * ready or waiting > ready:
+            return
+        share = min(1.0, load.rates[1] / ready / max(1e-9, rate.requests_per_s))
+        predicted = self._model.predict(
+            requests_per_s=share * rate.requests_per_s, prompt_tokens=load.mean_prompt_tokens,
+            output_tokens=load.mean_output_tokens,
+        )  # fmt: skip
+        if not 0 < predicted.tpot_s < math.inf:
+            return
+        ratio = min(CORRECTION[1], max(CORRECTION[0], predicted.tpot_s / seen))
+        before = memory.get("correction", 1.0)
+        memory["correction"] = round(before + (ratio - before) * (1 - math.exp(-dt / CORRECTION_S)), 5)
+
+    # ---- when it changes
+
+    def _held(self, state: FleetState, memory: dict[str, Any], within: decisions.Bounds, start_s: float) -> int:
+        """The target, changed at once upwards, and downwards after `hold_s`; `why` says so."""
+        now_s, current = state.now_s, decisions.asked(state)
+        needed, less, why = memory["needed"], memory["less"], memory["need_why"]
+        base_s = self._settings.downscale_delay_s
+        hold_s = max(LEAST_HOLD_S, start_s / 2) if base_s is None else base_s
+        regrets = memory.get("regrets", 0.0)
+        hold_s *= 2.0 ** math.floor(regrets)
+        wanted = min(max(needed, within.minimum), within.maximum)
+        if wanted > current:
+            memory.pop("low_since_s", None)
+            since_s = memory.setdefault("high_since_s", now_s)
+            if now_s - since_s < self._settings.upscale_delay_s:
+                memory["why"] = f"keeps {current}: {wanted} are needed since {now_s - since_s:.0f} s; {why}"
+                return current
+            if now_s - memory.get("down_s", -math.inf) < 2 * max(start_s, hold_s):
+                memory["regrets"] = min(MOST_REGRETS, regrets + 1)
+                memory["regret_s"] = now_s
+                memory.pop("down_s", None)
+            memory["why"] = f"{wanted} are needed: {why}"
+            return wanted
+        memory.pop("high_since_s", None)
+        if regrets and now_s - memory.get("regret_s", now_s) > FORGIVEN_HOLDS * hold_s:
+            memory["regrets"], memory["regret_s"] = max(0.0, regrets - 1), now_s
+        lower = min(max(less, within.minimum), within.maximum)
+        if lower >= current:
+            memory.pop("low_since_s", None)
+            memory["why"] = f"{current} are enough: {why}"
+            return current
+        since_s = memory.setdefault("low_since_s", now_s)
+        memory["low_most"] = max(lower, memory.get("low_most", 0)) if since_s < now_s else lower
+        if needed == 0 or now_s - since_s >= hold_s:  # idleness has waited already
+            lower = lower if needed == 0 else memory["low_most"]
+            memory.pop("low_since_s", None)
+            memory["down_s"] = now_s
+            memory["why"] = f"{lower} are enough: {why}"
+            return lower
+        memory["why"] = f"keeps {current}: {lower} are enough since {now_s - since_s:.0f} of {hold_s:.0f} s; {why}"
+        return current
+
+
+def enough(
+    level: float,
+    each: float,
+    rate: ReplicaRate,
+    rises: Sequence[float],
+    blocks: float,
+    block_s: float,
+    most: int,
+    *,
+    full: float,
+    loss: float,
+) -> int:
+    """The fewest replicas, up to `most`, that take `level` requests/s and of rises lose no more than `loss`."""
+    low = max(1, math.ceil(level / (full * each) - 1e-9))
+    high = max(low, min(most, math.ceil((level + (rises[0] if rises else 0.0)) / each)))
+    low = min(low, most)
+    high = min(high, most)
+    while low < high:
+        middle = (low + high) // 2
+        if expected_loss(middle, level, each, rate, rises, blocks, block_s) <= loss:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def expected_loss(
+    count: int, level: float, each: float, rate: ReplicaRate, rises: Sequence[float], blocks: float, block_s: float
+) -> float:
+    """The share of requests that would miss the SLO in a block of `block_s`, if the load rose at its start by one of
+    `rises` (the largest first; of all `blocks` blocks, the others had none).
+    """
+    takes = count * each
+    stay_s = rate.stays_s(level / takes)
+    free = max(0.0, count * rate.places - level * stay_s)
+    total = 0.0
+    for rise in rises:
+        excess = level + rise - takes
+        if excess <= 0:
+            break
+        # Until a stay is over nothing more ends than before; then what is more than the replicas take adds up.
+        filled_s = free / rise
+        if filled_s > stay_s:
+            filled_s = stay_s + (free - rise * stay_s) / excess
+        late_s = filled_s + rate.wait_s * takes / excess
+        total += min(1.0, max(0.0, 1 + RECOVERY - late_s / block_s))
+    return total / max(1.0, blocks)
