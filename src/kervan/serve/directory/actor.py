@@ -15,6 +15,7 @@ from kervan.serve import cluster, pools, ray_internals
 from kervan.serve.directory.client import ACTOR_PREFIX, NAMESPACE, DirectoryClient
 from kervan.serve.ray_errors import bounded
 from kervan.serve.scaler import wanted
+from kervan.serve.scaler.observed import Observed
 from kervan.serve.scaler.scaler import Scaler
 
 logger = logging.getLogger(__name__)
@@ -161,9 +162,10 @@ class DirectoryActor:
             may_sleep=not any(bounds.minimum for bounds in self._config.bounds.values()),
         )
 
-    async def fleet_state(self) -> bytes | None:
-        """What the autoscaling policy was told last, as JSON."""
-        return None if self._scaler.state is None else msgspec.json.encode(self._scaler.state)
+    async def observed(self) -> bytes:
+        """What the autoscaling policy was told last, and has kept: an `Observed` as JSON."""
+        scaler = self._scaler
+        return msgspec.json.encode(Observed(scaler.state, scaler.scaling, dict(scaler.memory), scaler.kinds))
 
     async def changed(self, version: int, timeout_s: float) -> bytes:
         """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""

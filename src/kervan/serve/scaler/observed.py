@@ -1,17 +1,29 @@
 """The fleet as an autoscaling policy sees it, from what the directory has and the gateways tell. Pure."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
 
 from kervan.config import autoscale
 from kervan.config.fleet import FleetConfig
 from kervan.fleet import demand
-from kervan.fleet.directory import LATE_S, DemandCounts, GatewayEntry, ReplicaEntry, ReplicaShare, Snapshot
+from kervan.fleet.directory import LATE_S, DemandCounts, GatewayEntry, ReplicaEntry, ReplicaShare, Scaling, Snapshot
 from kervan.policy.autoscale.state import Demand, FleetState, PoolState, ReplicaState
 from kervan.serve.scaler.rooms import Rooms
 from kervan.serve.scaler.starts import Starts
 from kervan.serve.versions import versions
 
 LEAST_WINDOW_S = 0.1
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """What a policy was told and has decided last, and kept; `kinds`: of the nodes. `state`: None before the first."""
+
+    state: FleetState | None
+    scaling: Scaling
+    memory: dict[str, Any]
+    kinds: list[str]
 
 
 class DemandWindow:

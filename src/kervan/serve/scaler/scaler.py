@@ -25,6 +25,7 @@ PERIOD_S = 1.0
 LATEST_S = 1.5  # after the last decision, if some gateway has not told
 MAX_HISTORY = 20
 STORE_PERIOD_S = 5.0
+NEWS_S = 5.0  # without any for so long, it is told
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -52,7 +53,7 @@ class Scaler:
         *,
         clock: Callable[[], float] = time.monotonic,
         unix: Callable[[], float] = time.time,
-        make: Callable[[FleetConfig], Policy | None] = policies.of_fleet,
+        make: Callable[[FleetConfig, Sequence[str]], Policy | None] = policies.of_fleet,
     ) -> None:
         self._clock, self._unix, self._make = clock, unix, make
         before = _read(stored)
@@ -78,7 +79,7 @@ class Scaler:
     def set_config(self, config: FleetConfig) -> None:
         """Follow new settings; the number of replicas stays where they allow it."""
         self._config = config
-        self._policy = self._make(config)
+        self._make_policy()
         name = "fixed" if self._policy is None else self._policy.name
         if name != self._policy_name:
             self._memory = {}
@@ -87,6 +88,10 @@ class Scaler:
             pool: min(max(self._targets.get(pool, bounds.minimum), bounds.minimum), bounds.maximum)
             for pool, bounds in config.bounds.items()
         }
+
+    def _make_policy(self) -> None:
+        self._policy_kinds = sorted({kind for kinds in self._kinds.values() for kind in kinds})
+        self._policy = self._make(self._config, self._policy_kinds)
 
     @property
     def now_s(self) -> float:
@@ -109,6 +114,8 @@ class Scaler:
                 listed[replica.pool] += 1
         self._rooms.look(placeable, listed, self._targets, self._clock())
         self._kinds, self._kind_of = kinds, kind_of
+        if sorted({kind for own in kinds.values() for kind in own}) != self._policy_kinds:
+            self._make_policy()  # what a replica can do depends on it
 
     def is_due(self, gateways: Sequence[GatewayEntry]) -> bool:
         """Whether to decide now: all gateways have told, or it is late."""
@@ -137,7 +144,8 @@ class Scaler:
         decision = self._decision(state)
         self._follow(decision, state)
         listed = {replica.id: replica.serve_id for replica in snapshot.replicas}
-        order = [*decision.leaving, *(name for name in policies.leaving(state) if name not in decision.leaving)]
+        others = policies.leaving(state)
+        order = [*decision.leaving, *(name for name in others if name not in decision.leaving)]
         self.wanted = Wanted(dict(self._targets), [listed[name] for name in order if listed.get(name)])
 
     def _decision(self, state: FleetState) -> Decision:
@@ -162,7 +170,7 @@ class Scaler:
             f"pool {name}: {targets[name]} replicas are wanted, and the cluster has room for {bounded[name]}"
             for name in lacking
         )
-        if state.demand is None and snapshot_has_gateways(state):
+        if state.demand is None and state.demand_age_s > NEWS_S:
             problem = f"no gateway has told anything for {state.demand_age_s:.0f} s; the numbers stay"
         if problem and _kind(problem) != _kind(self._problem):
             logger.warning("%s", problem)
@@ -206,6 +214,16 @@ class Scaler:
         self._history = [*self._history, entry][-MAX_HISTORY:]
 
     @property
+    def memory(self) -> Mapping[str, Any]:
+        """What the policy has kept for its next decision."""
+        return self._memory
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of the nodes on which replicas may be."""
+        return self._policy_kinds
+
+    @property
     def scaling(self) -> Scaling:
         """What is told of it."""
         return Scaling(
@@ -235,11 +253,6 @@ class Scaler:
                 self._since_s,
             )
         )
-
-
-def snapshot_has_gateways(state: FleetState) -> bool:
-    """Whether silence means something: right after a start nobody has told anything yet."""
-    return state.demand_age_s > 0
 
 
 def _kind(problem: str) -> str:
