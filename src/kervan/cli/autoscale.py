@@ -59,7 +59,7 @@ def autoscale(
 def _dry_run(directory: Any, policy_name: str, duration_s: float) -> Iterator[dict[str, Any]]:
     """What a policy decides for each state of the fleet that is new, until `duration_s` are over.
 
-    Raises: ConfigError for a fleet of a fixed number; FleetError when the directory does not answer, or has seen nothing.
+    Raises: ConfigError for a fleet of a fixed number; FleetError when the directory is away, or has seen nothing.
     """
     from kervan.serve.scaler import policies
 

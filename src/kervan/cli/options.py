@@ -57,6 +57,8 @@ class Count(click.ParamType):  # type: ignore[type-arg]
             counts = int(least), int(most) if dots else 0
         except ValueError:
             self.fail(f"{value!r} is neither a number nor a range; write for example 2 or 1..4", param, ctx)
+        if counts[0] < 0:
+            self.fail(f"{value!r} is below 0; write for example 2 or 1..4", param, ctx)
         if dots and counts[1] < max(1, counts[0]):
             self.fail(f"{value!r} goes from {counts[0]} down to {counts[1]}; write for example 1..4", param, ctx)
         return counts

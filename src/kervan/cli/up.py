@@ -42,7 +42,7 @@ SECTIONS = {
 @options.pools
 @options.setting("--gateways", type=options.Count())
 @options.setting("--policy", type=click.Choice(POLICIES))
-@options.setting("--slo")
+@options.setting("--slo", type=option_types.SLO)
 @click.option(
     "--schedule",
     "schedule",
@@ -188,6 +188,8 @@ def _settings(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         settings["pools"] = {**before, **pools["pools"]} if isinstance(before, dict) else before
     settings |= options.gateway_settings(given.pop("gateways"))
     settings |= options.replica_settings(given.pop("replicas"))
+    if (slo := given.pop("slo")) is not None:
+        settings["slo"] = str(slo)
     if schedule := given.pop("schedule"):
         settings["schedule"] = list(schedule)
     settings |= {key: value for key, value in given.items() if value is not None}

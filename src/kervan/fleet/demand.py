@@ -3,12 +3,15 @@
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from kervan.config.workload import Slo
 from kervan.fleet.directory import DemandCounts, ReplicaShare
-from kervan.fleet.link import ReplicaLink
-from kervan.fleet.stream import Stream
 from kervan.policy.autoscale.state import Demand
+
+if TYPE_CHECKING:
+    from kervan.fleet.link import ReplicaLink
+    from kervan.fleet.stream import Stream
 
 # Durations are told as counts of bins, so that those of several gateways add up; each bin is so many times the last.
 BIN_RATIO = 1.05
@@ -44,13 +47,13 @@ class DemandMeter:
         self._ttfts: dict[int, int] = {}
         self._taken_s = time.monotonic()
 
-    def arrived(self, stream: Stream) -> None:
+    def arrived(self, stream: "Stream") -> None:
         """A request has opened a stream."""
         stream.arrived_s = time.monotonic()
         self._counts["arrived"] += 1
         self._counts["arrived_prompt_tokens"] += stream.prompt_tokens
 
-    def placed(self, stream: Stream) -> None:
+    def placed(self, stream: "Stream") -> None:
         """A stream is on a replica for the first time; what the prefix cache there has of its prompt is not work."""
         self._counts["arrived_prompt_tokens"] -= stream.prompt_tokens - stream.queued_tokens
 
@@ -59,7 +62,7 @@ class DemandMeter:
         self._counts["arrived"] += num_streams
         self._counts["shed"] += num_streams
 
-    def first_token(self, stream: Stream) -> None:
+    def first_token(self, stream: "Stream") -> None:
         """A stream has got its first token; its wait for a replica counts."""
         stream.first_token_s = now_s = time.monotonic()
         ttft_s = now_s - stream.arrived_s
@@ -72,7 +75,7 @@ class DemandMeter:
         """A step has given so many tokens."""
         self._counts["generated_tokens"] += num_tokens
 
-    def finished(self, stream: Stream) -> None:
+    def finished(self, stream: "Stream") -> None:
         """A stream has ended as it should."""
         now_s, num_tokens = time.monotonic(), len(stream.generated)
         self._counts["finished"] += 1
@@ -84,7 +87,7 @@ class DemandMeter:
         e2e_s = now_s - stream.arrived_s
         self._counts["finished_good"] += self.slo.is_met(ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=e2e_s)
 
-    def take(self, streams: Iterable[Stream], links: Mapping[str, ReplicaLink]) -> DemandCounts:
+    def take(self, streams: "Iterable[Stream]", links: "Mapping[str, ReplicaLink]") -> DemandCounts:
         """What was counted since the last call, and what is there now. Takes about a microsecond per stream."""
         now_s = time.monotonic()
         window_s, self._taken_s = now_s - self._taken_s, now_s

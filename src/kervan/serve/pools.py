@@ -77,7 +77,7 @@ def check(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, 
                 f"{bounds.minimum} replicas of pool {pool} at least, and {len(own)} spot nodes take {most} each "
                 f"(twin setting spot_per_node), {room} in all; use --pool {pool}:{room}..{bounds.maximum}"
             )
-        part = dataclasses.replace(config, pools={}, replicas=bounds.minimum)
+        part = dataclasses.replace(config, pools={}, replicas=bounds.minimum, policy="", schedule=())
         placement.check(part, own, held=held.get(pool, 0), pool=pool)
 
 

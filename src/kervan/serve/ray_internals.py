@@ -155,6 +155,15 @@ def serve_proxies() -> ServeProxies | None:
     return ServeProxies(location not in (None, ProxyLocation.Disabled), client.http_config.port)
 
 
+def serves_own_choice() -> Callable[..., Any]:
+    """The method by which Serve's scheduler chooses who stops, as Ray has it."""
+    from ray.serve._private.deployment_scheduler import DeploymentScheduler
+
+    method = DeploymentScheduler._get_replicas_to_stop
+    own: Callable[..., Any] = getattr(method, "serves_own", method)
+    return own
+
+
 def let_choose_who_stops(leaving: Callable[[str], Sequence[str]]) -> None:
     """In the process of Serve's controller: when fewer replicas are wanted, stop those that `leaving` says.
 
@@ -164,33 +173,30 @@ def let_choose_who_stops(leaving: Callable[[str], Sequence[str]]) -> None:
     """
     from ray.serve._private.deployment_scheduler import DeploymentScheduler
 
-    if hasattr(DeploymentScheduler._get_replicas_to_stop, "kervan_leaving"):
-        DeploymentScheduler._get_replicas_to_stop.kervan_leaving = leaving
-        return
-    serves_own = DeploymentScheduler._get_replicas_to_stop
+    serves_own = serves_own_choice()
 
-    def replicas_to_stop(scheduler: Any, deployment_id: Any, max_num_to_stop: int, **gangs: Any) -> Any:
+    def replicas_to_stop(scheduler: Any, deployment_id: Any, max_num_to_stop: int, **gangs: Any) -> set[Any]:
+        chosen: list[Any] = []
         try:
-            order = replicas_to_stop.kervan_leaving(deployment_id.app_name)  # type: ignore[attr-defined]
+            order = leaving(deployment_id.app_name)
             coming = [*scheduler._pending_replicas[deployment_id], *scheduler._launching_replicas[deployment_id]]
             there = [*scheduler._recovering_replicas[deployment_id], *scheduler._running_replicas[deployment_id]]
             by_id = {replica_id.unique_id: replica_id for replica_id in (*coming, *there)}
-            unheard = [replica_id for replica_id in coming if replica_id.unique_id not in order]
-            chosen = [*unheard, *(by_id[name] for name in order if name in by_id)] if order else []
-        except Exception:
+            if order and gangs.get("gang_id_by_replica") is None:
+                unheard = [replica_id for replica_id in coming if replica_id.unique_id not in order]
+                chosen = [*unheard, *(by_id[name] for name in order if name in by_id)]
+        except Exception:  # supervised: in Serve's loop, which would update nothing any more
             logger.exception("Serve chooses which replicas stop")
-            chosen = []
-        if not chosen or gangs.get("gang_id_by_replica") is not None:
-            return serves_own(scheduler, deployment_id, max_num_to_stop, **gangs)
+        if not chosen:
+            own: set[Any] = serves_own(scheduler, deployment_id, max_num_to_stop, **gangs)
+            return own
         stopped = set(chosen[:max_num_to_stop])
-        for count in range(1, len(by_id) + 1):  # those that the scaler has not heard of yet
-            if len(stopped) >= max_num_to_stop:
-                break
-            more = serves_own(scheduler, deployment_id, count, **gangs) - stopped
-            stopped |= set(list(more)[: max_num_to_stop - len(stopped)])
+        for count in range(1, len(by_id) + 1):  # those of which the fleet has not heard yet, as Serve would
+            if len(stopped) < max_num_to_stop:
+                stopped |= serves_own(scheduler, deployment_id, count, **gangs)
         return stopped
 
-    replicas_to_stop.kervan_leaving = leaving  # type: ignore[attr-defined]
+    replicas_to_stop.serves_own = serves_own  # type: ignore[attr-defined]
     DeploymentScheduler._get_replicas_to_stop = replicas_to_stop
 
 

@@ -45,7 +45,7 @@ def validate(config: FleetConfig, *, is_here: bool = True) -> FleetConfig:
     if not config.pools and not (
         config.replicas or config.max_replicas
     ):  # Serve would refuse it; a part of a fleet with pools may have none
-        raise ConfigError("replicas=0 would leave nothing to serve requests; give at least 1, 0..1, or kervan down")
+        raise ConfigError("replicas=0 would leave nothing to serve requests; give at least 1, or kervan down")
     return config
 
 

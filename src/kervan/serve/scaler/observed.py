@@ -37,13 +37,19 @@ class DemandWindow:
         self._told: list[DemandCounts] = []
         self._by_gateway: dict[str, float] = {}  # seconds that each has told of
         self._heard_s: float | None = None
+        self._has_heard = False
 
     def beat(self, entry: GatewayEntry, now_s: float) -> None:
         """A gateway has told."""
         if entry.demand is not None:
             self._told.append(entry.demand)
             self._by_gateway[entry.id] = self._by_gateway.get(entry.id, 0.0) + entry.demand.window_s
-            self._heard_s = now_s
+            self._heard_s, self._has_heard = now_s, True
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether a gateway has ever told: a fleet that starts has none yet."""
+        return self._has_heard
 
     def is_complete(self, gateways: Sequence[GatewayEntry]) -> bool:
         """Whether all that are not late have told."""

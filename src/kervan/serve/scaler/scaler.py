@@ -91,7 +91,11 @@ class Scaler:
 
     def _make_policy(self) -> None:
         self._policy_kinds = sorted({kind for kinds in self._kinds.values() for kind in kinds})
-        self._policy = self._make(self._config, self._policy_kinds)
+        try:
+            self._policy, self._unmade = self._make(self._config, self._policy_kinds), ""
+        except Exception as error:  # supervised: the directory must start, and the fleet goes on with what it has
+            logger.exception("the policy of fleet %s cannot be made", self._config.name)
+            self._policy, self._unmade = None, f"there is no policy ({type(error).__name__}: {error}); the numbers stay"
 
     @property
     def now_s(self) -> float:
@@ -150,11 +154,14 @@ class Scaler:
 
     def _decision(self, state: FleetState) -> Decision:
         if self._policy is None:
-            self._problem = ""
+            self._problem = self._unmade
+            if self._unmade:
+                return Decision(targets=self._targets, reason="there is no policy")
             return Decision(targets={pool.name: pool.maximum for pool in state.pools}, reason="fixed by the settings")
         try:
             decision = self._policy.decide(state, self._memory)
             targets = {pool.name: int(decision.targets[pool.name]) for pool in state.pools}
+            numbers = {name: round(float(value), 4) for name, value in decision.numbers.items()}
             memory = msgspec.json.decode(msgspec.json.encode(decision.memory))
         except Exception as error:  # supervised: the fleet goes on with what it has, and says so
             problem = f"policy {self._policy.name} failed ({type(error).__name__}: {error}); the numbers stay"
@@ -170,7 +177,7 @@ class Scaler:
             f"pool {name}: {targets[name]} replicas are wanted, and the cluster has room for {bounded[name]}"
             for name in lacking
         )
-        if state.demand is None and state.demand_age_s > NEWS_S:
+        if state.demand is None and state.demand_age_s > NEWS_S and self._window.has_heard:
             problem = f"no gateway has told anything for {state.demand_age_s:.0f} s; the numbers stay"
         if problem and _kind(problem) != _kind(self._problem):
             logger.warning("%s", problem)
@@ -178,7 +185,7 @@ class Scaler:
         return Decision(
             targets=bounded,
             reason=decision.reason,
-            numbers=decision.numbers,
+            numbers=numbers,
             leaving=decision.leaving,
             memory=memory,
         )
@@ -197,8 +204,7 @@ class Scaler:
         return pool.room is not None and pool.room <= bounded[name] < pool.maximum
 
     def _follow(self, decision: Decision, state: FleetState) -> None:
-        self._reason = decision.reason
-        self._numbers = {name: round(float(value), 4) for name, value in decision.numbers.items()}
+        self._reason, self._numbers = decision.reason, dict(decision.numbers)
         if dict(decision.targets) == self._targets:
             return
         for name, target in decision.targets.items():
