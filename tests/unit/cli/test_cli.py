@@ -159,7 +159,7 @@ def test_files_that_vllm_could_not_load_are_told_before_anything_starts(kervan: 
         pytest.param(["--api-key", ""], "--api-key is empty", id="empty key"),
         pytest.param(["--api-key", "good", "--api-key", " "], "--api-key: key 2 of 2 is empty", id="blank key"),
         pytest.param(["--api-key", "secret "], "which clients cannot send", id="key with a space at its end"),
-        pytest.param(["--replicas", "-1"], "replicas=-1 is outside 0..4096", id="negative replicas"),
+        pytest.param(["--replicas", "-1"], "'-1' is below 0; write for example 2 or 1..4", id="negative replicas"),
         pytest.param(["--port", "99999"], "port=99999 is outside 1..65535", id="port too large"),
         pytest.param(["--name", "My Fleet"], "use 1 to 40 lower-case letters, digits and hyphens", id="name"),
         pytest.param(["--host", "203.0.113.7"], "use 127.0.0.1, or 0.0.0.0 for all (--host)", id="host elsewhere"),
