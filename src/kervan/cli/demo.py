@@ -84,7 +84,7 @@ def _autoscale() -> None:
             _until_small(port, say)
             told = json.loads(result.read_text())
             requests = told["requests"]
-            say(f"{requests['ok']} requests whole, {requests['failed']} failed; the last changes and their reasons:")
+            say(f"{requests['ok']} requests whole, {requests['errors']} failed; the last changes and their reasons:")
             _kervan("autoscale", "--name", name)
         finally:
             say("stopping the fleet")

@@ -364,7 +364,10 @@ def test_every_command_tells_wrong_usage_in_one_line(kervan: Kervan, name: str) 
     ("arguments", "told"),
     [
         (["plna"], "no command 'plna' (did you mean plan?); see kervan --help"),
-        (["scale", "two"], "REPLICAS 'two' is neither a number nor a range; write for example 2 or 1..4; see kervan scale --help"),
+        (
+            ["scale", "two"],
+            "REPLICAS 'two' is neither a number nor a range; write for example 2 or 1..4; see kervan scale --help",
+        ),
         (["plan", "m", "--gpus", "0"], "--gpus 0 is not a whole number from 1 to 65,536; see kervan plan --help"),
         (["plan", "a", "b"], "got unexpected extra argument (b); see kervan plan --help"),
         (["fault", "x"], "argument KIND is missing: one of slow, hang, crash, kv-pressure, none; see"),
