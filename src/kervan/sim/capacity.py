@@ -80,8 +80,18 @@ class ReplicaCapacity:
         between_s = (p - 1) * st.pass_s(alone)[1] if here else 0.0
         return self._scale * (max(whole_s, busy_s + between_s) if here else busy_s)
 
-    def predict(self, *, requests_per_s: float, prompt_tokens: float, output_tokens: float) -> LoadPrediction:
-        """The replica under Poisson arrivals of requests of these lengths."""
+    def predict(
+        self,
+        *,
+        requests_per_s: float,
+        prompt_tokens: float,
+        output_tokens: float,
+        arrivals_cv2: float = 1.0,
+        prompts_cv2: float = 0.0,
+    ) -> LoadPrediction:
+        """The replica under requests of these mean lengths. `arrivals_cv2`: squared coefficient of variation of the
+        distances between requests, 1 for Poisson arrivals. `prompts_cv2`: of the lengths of prompts.
+        """
         rate, prompt, output = requests_per_s, max(1.0, prompt_tokens), max(1.0, output_tokens)
         mean_context = prompt + output / 2
         places = min(float(self.max_num_seqs), self.kv_tokens / mean_context)
@@ -98,7 +108,7 @@ class ReplicaCapacity:
                 high = batch
         if tpot_s == math.inf:
             return LoadPrediction(math.inf, math.inf, rate * adds_s, 1.0, math.inf)
-        return self._with_tails(rate, prompt, output, tpot_s, adds_s, places)
+        return self._with_tails(rate, prompt, output, tpot_s, adds_s, places, arrivals_cv2, prompts_cv2)
 
     def _tpot(self, rate: float, batch: float, mean_context: float, prompt: float) -> tuple[float, float]:
         """(seconds per token with such a batch and so many prompts beside it, what each of them adds)."""
@@ -137,7 +147,15 @@ class ReplicaCapacity:
         return decode_s, max(1e-9, min(packed_s, single_s)), max(1e-9, single_s)
 
     def _with_tails(
-        self, rate: float, prompt: float, output: float, tpot_s: float, adds_s: float, places: float
+        self,
+        rate: float,
+        prompt: float,
+        output: float,
+        tpot_s: float,
+        adds_s: float,
+        places: float,
+        arrivals_cv2: float,
+        prompts_cv2: float,
     ) -> LoadPrediction:
         c = self._step_time.constants
         mean_context = prompt + output / 2
@@ -145,8 +163,8 @@ class ReplicaCapacity:
         steps = max(1.0, prompt / self.max_num_batched_tokens)
         decode_s = tpot_s * (1 - share)
         own_s = c.prompt_s + prompt * c.prompt_token_s + c.delivery_s + adds_s + (LATE_STEPS + steps) * decode_s
-        # M/D/1: the mean wait of those that wait, and how many do.
-        prefill_wait_s = adds_s / (2 * (1 - share))
+        # Kingman: the mean wait of those that wait for the budget.
+        prefill_wait_s = adds_s * (arrivals_cv2 + prompts_cv2) / (2 * (1 - share))
         tail_s = prefill_wait_s * max(0.0, math.log(max(1e-9, share) / (1 - TAIL)))
         stay_s = own_s + (output - 1) * tpot_s
         offered = rate * stay_s
@@ -155,12 +173,13 @@ class ReplicaCapacity:
             return LoadPrediction(math.inf, tpot_s, fill, offered * mean_context / self.kv_tokens, math.inf)
         whole = max(1.0, math.floor(places))
         waiting = fill ** (math.sqrt(2 * (whole + 1)) - 1)  # Sakasegawa: the share that finds all places taken, about
-        place_wait_s = stay_s / (2 * whole * (1 - fill))
+        place_wait_s = arrivals_cv2 * stay_s / (2 * whole * (1 - fill))
         place_tail_s = place_wait_s * max(0.0, math.log(max(1e-12, waiting) / (1 - TAIL)))
         mean_wait_s = share * prefill_wait_s + waiting * place_wait_s
         tail_tpot_s = 0.0
         if output > 1:
-            tail_tpot_s = self._tail_tpot_s(rate, output, tpot_s, adds_s, mean_context, prompt, places)
+            variance = arrivals_cv2 + prompts_cv2
+            tail_tpot_s = self._tail_tpot_s(rate, output, tpot_s, adds_s, mean_context, prompt, places, variance)
         return LoadPrediction(
             ttft_s=own_s + tail_s + place_tail_s,
             tpot_s=tail_tpot_s,
@@ -178,12 +197,15 @@ class ReplicaCapacity:
         mean_context: float,
         prompt: float,
         places: float,
+        variance: float,
     ) -> float:
-        """Of a request that has more prompts beside it than others, and a batch that is larger by its fluctuation."""
+        """Of a request that has more and longer prompts beside it than others, and a batch that is larger by its
+        fluctuation. `variance`: of the prompts' tokens that come in a time, over that of equal prompts at random times.
+        """
         batch = rate * (output - 1) * tpot_s
         decode_s = self._times_s(min(places, batch + math.sqrt(batch)), mean_context, prompt)[0]
         stay_s = (output - 1) * tpot_s
         for _ in range(4):
             prompts = rate * stay_s
-            stay_s = (output - 1) * decode_s + adds_s * (prompts + SIGMAS * math.sqrt(prompts))
+            stay_s = (output - 1) * decode_s + adds_s * (prompts + SIGMAS * math.sqrt(prompts * variance))
         return max(tpot_s, stay_s / (output - 1))

@@ -125,10 +125,10 @@ class Tally:
             and last_s - stream.sent_s <= self._e2e_bound_s
         ):
             self.good += 1
+            self.window_good += 1
             self.counted_good += stream.sent_s >= self._counts_from_s
         else:
             self.counted_bad += stream.sent_s >= self._counts_from_s
-            self.window_good += 1
 
     def demand(
         self, window_s: float, *, generated_tokens: int, running_context_tokens: int, paces: list[tuple[float, int]]

@@ -7,13 +7,14 @@ it, and what was seen to break it.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kervan.config.workload import Slo
-from kervan.policy.autoscale.state import ReplicaModel
+from kervan.policy.autoscale.state import Prediction, ReplicaModel
 
 GRID = 12  # lengths are rounded to so many per e-fold, 8% apart: a rate is searched for once
-HALVINGS = 14
+CLOSE = 1.005
 MAX_RATE = 1000.0  # requests/s of a replica
 RELAXED = 1.25  # of what an empty replica needs, where that is above the SLO
 LONGER = 1.3  # a prompt so many times as long shows what prompts cost
@@ -47,12 +48,23 @@ class ModelledRates:
         self._slo = slo
         self._rate_on_grid = functools.lru_cache(maxsize=4096)(self._rate)
 
-    def at(self, prompt_tokens: float, output_tokens: float) -> ReplicaRate:
-        """For requests of about these mean lengths."""
-        return self._rate_on_grid(_on_grid(prompt_tokens), _on_grid(output_tokens))
+    def at(
+        self, prompt_tokens: float, output_tokens: float, arrivals_cv2: float = 1.0, prompts_cv2: float = 0.0
+    ) -> ReplicaRate:
+        """For requests of about these mean lengths, and variances. Arrivals in bursts count as Poisson: what a burst
+        needs is a question of headroom.
+        """
+        variances = round(4 * min(1.0, arrivals_cv2)) / 4, round(2 * min(8.0, prompts_cv2)) / 2
+        return self._rate_on_grid(_on_grid(prompt_tokens), _on_grid(output_tokens), *variances)
 
-    def _rate(self, prompt_tokens: float, output_tokens: float) -> ReplicaRate:
-        quiet = self._model.predict(requests_per_s=1e-6, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    def _rate(self, prompt_tokens: float, output_tokens: float, arrivals_cv2: float, prompts_cv2: float) -> ReplicaRate:
+        def predict(rate: float, prompt_tokens: float = prompt_tokens) -> Prediction:
+            return self._model.predict(
+                requests_per_s=rate, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+                arrivals_cv2=arrivals_cv2, prompts_cv2=prompts_cv2,
+            )  # fmt: skip
+
+        quiet = predict(1e-6)
         ttft_s = _bound(self._slo.ttft_s)
         tpot_s = _bound(self._slo.tpot_s)
         e2e_s = _bound(self._slo.e2e_s)
@@ -66,10 +78,12 @@ class ModelledRates:
         ]  # fmt: skip
         ttft_s, tpot_s = max(ttft_s, RELAXED * quiet.ttft_s), max(tpot_s, RELAXED * quiet.tpot_s)
         e2e_s = max(e2e_s, RELAXED * quiet_e2e_s)
-        low = self._highest(prompt_tokens, output_tokens, ttft_s, tpot_s, e2e_s)
-        full = self._model.predict(requests_per_s=low, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-        half = self._model.predict(requests_per_s=low / 2, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-        longer = self._highest(LONGER * prompt_tokens, output_tokens, ttft_s, tpot_s, e2e_s)
+        low = _highest(predict, output_tokens, ttft_s, tpot_s, e2e_s)
+        full = predict(low)
+        half = predict(low / 2)
+        longer = _highest(
+            lambda rate: predict(rate, LONGER * prompt_tokens), output_tokens, ttft_s, tpot_s, e2e_s
+        )
         prompt_share = min(1.0, max(0.0, (low / max(longer, 1e-9) - 1) / (LONGER - 1)))
         bound_s = min(ttft_s, e2e_s)
         return ReplicaRate(
@@ -83,21 +97,22 @@ class ModelledRates:
             relaxed=" and ".join(relaxed),
         )
 
-    def _highest(self, prompt_tokens: float, output_tokens: float, ttft_s: float, tpot_s: float, e2e_s: float) -> float:
-        low, high = 1e-6, MAX_RATE
-        for halving in range(2 * HALVINGS):
-            middle = math.sqrt(low * high)
-            seen = self._model.predict(requests_per_s=middle, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-            keeps = (
-                math.isfinite(seen.ttft_s)
-                and seen.ttft_s <= ttft_s
-                and seen.tpot_s <= tpot_s
-                and seen.ttft_s + seen.tpot_s * output_tokens <= e2e_s
-            )
-            low, high = (middle, high) if keeps else (low, middle)
-            if halving >= HALVINGS and high / low < 1.005:
-                break
-        return low
+
+def _highest(
+    predict: Callable[[float], Prediction], output_tokens: float, ttft_s: float, tpot_s: float, e2e_s: float
+) -> float:
+    low, high = 1e-6, MAX_RATE
+    while high / low > CLOSE:
+        middle = math.sqrt(low * high)
+        seen = predict(middle)
+        keeps = (
+            math.isfinite(seen.ttft_s)
+            and seen.ttft_s <= ttft_s
+            and seen.tpot_s <= tpot_s
+            and seen.ttft_s + seen.tpot_s * output_tokens <= e2e_s
+        )
+        low, high = (middle, high) if keeps else (low, middle)
+    return low
 
 
 def _bound(value: float | None) -> float:

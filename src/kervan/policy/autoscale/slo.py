@@ -16,13 +16,14 @@ does not change the number for ever.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kervan.config.autoscale import ScheduledMinimum
 from kervan.config.workload import Slo
 from kervan.policy.autoscale import decisions, to_zero
+from kervan.policy.autoscale.correction import Correction, pressure
 from kervan.policy.autoscale.learned_rate import LearnedRate
 from kervan.policy.autoscale.load import Load
 from kervan.policy.autoscale.replica_rate import ModelledRates, ReplicaRate
@@ -38,10 +39,9 @@ RECOVERY = 0.25  # of a start: how long requests are late after the replicas tha
 LONGEST_DECISION_S, SHORTEST_DECISION_S = 5.0, 1.0
 DECISIONS_PER_START = 20.0
 LEAST_HOLD_S = 15.0
+WATCHED_S = 600.0  # a load is watched for so long before a replica leaves
 MOST_REGRETS = 5.0
 FORGIVEN_HOLDS = 10.0  # after so many times `hold_s` without one, a regret is forgotten
-CORRECTION = (0.5, 1.5)
-CORRECTION_S = 300.0
 NEWS_S = 15.0  # older news of the gateways are none
 
 
@@ -88,6 +88,9 @@ class SloPolicy:
             good=demand.finished_good + demand.first_tokens_good,
             prompt_share=memory.get("prompt_share", 0.5),
             block_s=block_s,
+            stay_s=memory.get("stay_s", 1.0),
+            wait_s=memory.get("wait_s", 0.0),
+            replica_rate=memory.get("replica_rate", 1.0),
         )
         remembered["load"] = load.to_memory()
         within = decisions.bounds(state, self._settings.schedule)
@@ -121,15 +124,17 @@ class SloPolicy:
             rate = LearnedRate.from_memory(memory.get("learned", {})).rate(self._settings.slo)
             correction = 1.0
         else:
-            rate = self._rates.at(load.mean_prompt_tokens, load.mean_output_tokens)
-            correction = memory.get("correction", 1.0)
+            rate = self._rates.at(
+                load.mean_prompt_tokens, load.mean_output_tokens, load.arrivals_cv2, load.prompts_cv2
+            )
+            correction = Correction.from_memory(memory.get("correcting", {})).factor
         self._learn(state, demand, load, memory, rate, ready, in_flight, level)
         memory["prompt_share"] = rate.prompt_share
         each = rate.requests_per_s * correction
-        rises, blocks = load.rises(level, block_s)
+        memory["stay_s"], memory["wait_s"], memory["replica_rate"] = rate.stay_s, rate.wait_s, each
         most = max(within.maximum, 1)
-        needed = enough(level, each, rate, rises, blocks, block_s, most, full=FULL, loss=EXPECTED_LOSS)
-        less = enough(level, each, rate, rises, blocks, block_s, most, full=LESS, loss=MARGIN * EXPECTED_LOSS)
+        needed = enough(load, level, each, block_s, most, full=FULL, loss=EXPECTED_LOSS)
+        less = max(needed, enough(load, level, each, block_s, most, full=LESS, loss=MARGIN * EXPECTED_LOSS))
         cleared, waiting_s = self._for_backlog(state, demand, level, each, rate, start_s)
         if memory.get("idle_least") is not None:
             del memory["idle_least"]
@@ -144,7 +149,7 @@ class SloPolicy:
                 needed = less = 0
         need = max(needed, cleared, least)
         memory["needed"], memory["less"] = need, max(less, need)
-        usual = rises[min(len(rises) - 1, int(0.05 * blocks))] if rises else 0.0
+        usual = load.usual_rise(level, block_s, EXPECTED_LOSS)
         memory["numbers"] = {
             "load_requests_per_s": round(level, 3),
             "rise_requests_per_s": round(usual, 3),
@@ -219,20 +224,16 @@ class SloPolicy:
             )  # fmt: skip
             memory["learned"] = learned.to_memory()
             return
-        assert self._model is not None
-        seen = demand.tpot_p50_s
-        if seen is None or demand.running < 2 * ready or waiting > ready:
-            return
-        share = min(1.0, load.rates[1] / ready / max(1e-9, rate.requests_per_s))
-        predicted = self._model.predict(
-            requests_per_s=share * rate.requests_per_s, prompt_tokens=load.mean_prompt_tokens,
-            output_tokens=load.mean_output_tokens,
+        correction = Correction.from_memory(memory.get("correcting", {}))
+        if ready != memory.get("ready"):
+            memory["ready"], memory["ready_since_s"] = ready, state.now_s
+        correction.observe(
+            now_s=state.now_s, dt=dt, per_replica=load.slow_rate / ready, peak=load.peak / ready, in_flight=in_flight / ready,
+            waiting=waiting / ready, good=load.good, prompt_tokens=load.mean_prompt_tokens,
+            output_tokens=load.mean_output_tokens, rate=rate, model=self._model,
+            pressure=pressure(demand, self._settings.slo), steady_s=state.now_s - memory["ready_since_s"],
         )  # fmt: skip
-        if not 0 < predicted.tpot_s < math.inf:
-            return
-        ratio = min(CORRECTION[1], max(CORRECTION[0], predicted.tpot_s / seen))
-        before = memory.get("correction", 1.0)
-        memory["correction"] = round(before + (ratio - before) * (1 - math.exp(-dt / CORRECTION_S)), 5)
+        memory["correcting"] = correction.to_memory()
 
     # ---- when it changes
 
@@ -244,9 +245,11 @@ class SloPolicy:
         hold_s = max(LEAST_HOLD_S, start_s / 2) if base_s is None else base_s
         regrets = memory.get("regrets", 0.0)
         hold_s *= 2.0 ** math.floor(regrets)
+        if base_s is None:  # nothing is known yet of how the load comes back
+            hold_s = max(hold_s, WATCHED_S - memory["load"]["observed_s"])
         wanted = min(max(needed, within.minimum), within.maximum)
         if wanted > current:
-            memory.pop("low_since_s", None)
+            memory["lows"], memory["lows_since_s"] = (), now_s
             since_s = memory.setdefault("high_since_s", now_s)
             if now_s - since_s < self._settings.upscale_delay_s:
                 memory["why"] = f"keeps {current}: {wanted} are needed since {now_s - since_s:.0f} s; {why}"
@@ -261,66 +264,35 @@ class SloPolicy:
         if regrets and now_s - memory.get("regret_s", now_s) > FORGIVEN_HOLDS * hold_s:
             memory["regrets"], memory["regret_s"] = max(0.0, regrets - 1), now_s
         lower = min(max(less, within.minimum), within.maximum)
-        if lower >= current:
-            memory.pop("low_since_s", None)
-            memory["why"] = f"{current} are enough: {why}"
+        # The most that was enough at any time of the last `hold_s`: (when, number), later ones only if they are less.
+        lows = [(at_s, low) for at_s, low in memory.get("lows", ()) if low > lower]
+        begun_s = memory.setdefault("lows_since_s", now_s)
+        lows.append((now_s, lower))
+        while lows[0][0] <= now_s - hold_s:
+            del lows[0]
+        memory["lows"] = tuple(lows)
+        most = lows[0][1]
+        if needed == 0:  # idleness has waited already
+            most, begun_s = 0, -math.inf
+        if lower >= current or most >= current or now_s - begun_s < hold_s:
+            more = f", {lower} since {now_s - lows[-1][0]:.0f} of {hold_s:.0f} s" if lower < current else ""
+            memory["why"] = f"{current} are enough{more}: {why}"
             return current
-        since_s = memory.setdefault("low_since_s", now_s)
-        memory["low_most"] = max(lower, memory.get("low_most", 0)) if since_s < now_s else lower
-        if needed == 0 or now_s - since_s >= hold_s:  # idleness has waited already
-            lower = lower if needed == 0 else memory["low_most"]
-            memory.pop("low_since_s", None)
-            memory["down_s"] = now_s
-            memory["why"] = f"{lower} are enough: {why}"
-            return lower
-        memory["why"] = f"keeps {current}: {lower} are enough since {now_s - since_s:.0f} of {hold_s:.0f} s; {why}"
-        return current
+        memory["down_s"] = now_s
+        memory["why"] = f"{most} are enough: {why}"
+        return most
 
 
-def enough(
-    level: float,
-    each: float,
-    rate: ReplicaRate,
-    rises: Sequence[float],
-    blocks: float,
-    block_s: float,
-    most: int,
-    *,
-    full: float,
-    loss: float,
-) -> int:
-    """The fewest replicas, up to `most`, that take `level` requests/s and of rises lose no more than `loss`."""
-    low = max(1, math.ceil(level / (full * each) - 1e-9))
-    high = max(low, min(most, math.ceil((level + (rises[0] if rises else 0.0)) / each)))
-    low = min(low, most)
-    high = min(high, most)
+def enough(load: Load, level: float, each: float, block_s: float, most: int, *, full: float, loss: float) -> int:
+    """The fewest replicas, up to `most`, that take `level` requests/s, and with which no more than `loss` of them would
+    be late while the load rises.
+    """
+    low = min(most, max(1, math.ceil(level / (full * each) - 1e-9)))
+    high = most
     while low < high:
         middle = (low + high) // 2
-        if expected_loss(middle, level, each, rate, rises, blocks, block_s) <= loss:
+        if load.late_share(middle * each - level, level, block_s) <= loss:
             high = middle
         else:
             low = middle + 1
     return low
-
-
-def expected_loss(
-    count: int, level: float, each: float, rate: ReplicaRate, rises: Sequence[float], blocks: float, block_s: float
-) -> float:
-    """The share of requests that would miss the SLO in a block of `block_s`, if the load rose at its start by one of
-    `rises` (the largest first; of all `blocks` blocks, the others had none).
-    """
-    takes = count * each
-    stay_s = rate.stays_s(level / takes)
-    free = max(0.0, count * rate.places - level * stay_s)
-    total = 0.0
-    for rise in rises:
-        excess = level + rise - takes
-        if excess <= 0:
-            break
-        # Until a stay is over nothing more ends than before; then what is more than the replicas take adds up.
-        filled_s = free / rise
-        if filled_s > stay_s:
-            filled_s = stay_s + (free - rise * stay_s) / excess
-        late_s = filled_s + rate.wait_s * takes / excess
-        total += min(1.0, max(0.0, 1 + RECOVERY - late_s / block_s))
-    return total / max(1.0, blocks)

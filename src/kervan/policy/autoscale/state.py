@@ -192,8 +192,20 @@ class ReplicaModel(Protocol):
         """Sequences that run at once."""
         ...
 
-    def predict(self, *, requests_per_s: float, prompt_tokens: float, output_tokens: float) -> Prediction:
-        """One replica under so many requests per second, of mean lengths. Takes well under a millisecond."""
+    def predict(
+        self,
+        *,
+        requests_per_s: float,
+        prompt_tokens: float,
+        output_tokens: float,
+        arrivals_cv2: float = 1.0,
+        prompts_cv2: float = 0.0,
+    ) -> Prediction:
+        """One replica under so many requests per second, of mean lengths. Takes well under a millisecond.
+
+        `arrivals_cv2`, `prompts_cv2`: squared coefficients of variation, of the distances between requests (1: Poisson)
+        and of the lengths of prompts.
+        """
         ...
 
     def step_s(self, *, sequences: int, context_tokens: float, prefill_tokens: int = 0) -> float:
