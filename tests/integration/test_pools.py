@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.live import START_S, Fleet, eventually_async
@@ -38,7 +39,8 @@ def sizes(fleet: Fleet) -> tuple[int, int]:
 
 async def test_spot_goes_and_comes_back(cluster: RayCluster, models: Models, scratch: Path) -> None:
     config = scratch / "pools.yaml"
-    settings = {"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}, "pools": {"on-demand": "1..3"}}
+    settings: dict[str, Any] = {"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}, "policy": "fill"}
+    settings["pools"] = {"on-demand": "1..3"}
     config.write_text(json.dumps({**settings, "fallback_after_s": 1.0, "fallback_hold_s": HOLD_S}))
     cluster.start_node(SPOT_NODE, SPOT_LABEL)
     arguments = ("max_model_len=2048", "served_model_name=twin")

@@ -99,7 +99,6 @@ class Correction:
             seen = min(MOST, max(LEAST, predicted / in_flight * per_replica / there))
             self.pace += (seen - self.pace) * (1 - math.exp(-passed_s / PACE_S))
 
-
     def _lower(self, by: float, bad: float, now_s: float) -> None:
         """Less per replica; if that has not helped so far, what was late is late for another reason."""
         if not self.lowered_from or self.proven > self.lowered_from:

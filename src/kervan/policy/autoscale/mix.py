@@ -47,8 +47,8 @@ def split(
     state: FleetState,
     memory: Mapping[str, Any],
     *,
-    after_s: float = AFTER_S,
-    hold_s: float = HOLD_S,
+    after_s: float | None = None,
+    hold_s: float | None = None,
 ) -> Split:
     """`total` replicas over the pools of a fleet, within their bounds.
 
@@ -84,7 +84,9 @@ def split(
     extra = max(0, on_demand.target - floor)
     covered = pools.on_demand(
         seen, floor + min(extra, wanted_spot), floor, on_demand.maximum, history,
-        now_s=state.now_s, after_s=after_s, hold_s=hold_s,
+        now_s=state.now_s,
+        after_s=state.cover_after_s if after_s is None else after_s,
+        hold_s=state.cover_hold_s if hold_s is None else hold_s,
     )  # fmt: skip
     count = covered.count
     kept = [(one.at_s, one.absent, one.unready) for one in covered.history[-MAX_SHORTAGES:]]

@@ -81,9 +81,7 @@ class ModelledRates:
         low = _highest(predict, output_tokens, ttft_s, tpot_s, e2e_s)
         full = predict(low)
         half = predict(low / 2)
-        longer = _highest(
-            lambda rate: predict(rate, LONGER * prompt_tokens), output_tokens, ttft_s, tpot_s, e2e_s
-        )
+        longer = _highest(lambda rate: predict(rate, LONGER * prompt_tokens), output_tokens, ttft_s, tpot_s, e2e_s)
         prompt_share = min(1.0, max(0.0, (low / max(longer, 1e-9) - 1) / (LONGER - 1)))
         bound_s = min(ttft_s, e2e_s)
         return ReplicaRate(

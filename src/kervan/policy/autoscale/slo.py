@@ -124,9 +124,7 @@ class SloPolicy:
             rate = LearnedRate.from_memory(memory.get("learned", {})).rate(self._settings.slo)
             correction = 1.0
         else:
-            rate = self._rates.at(
-                load.mean_prompt_tokens, load.mean_output_tokens, load.arrivals_cv2, load.prompts_cv2
-            )
+            rate = self._rates.at(load.mean_prompt_tokens, load.mean_output_tokens, load.arrivals_cv2, load.prompts_cv2)
             correction = Correction.from_memory(memory.get("correcting", {})).factor
         self._learn(state, demand, load, memory, rate, ready, in_flight, level)
         memory["prompt_share"] = rate.prompt_share

@@ -132,4 +132,6 @@ def fleet_state(
         replicas=tuple(replica_state(entry, shares.get(entry.id, ()), version) for entry in snapshot.replicas),
         demand=demand,
         demand_age_s=demand_age_s,
+        cover_after_s=config.fallback_after_s,
+        cover_hold_s=config.fallback_hold_s,
     )

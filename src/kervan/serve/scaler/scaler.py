@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from kervan.config.fleet import FleetConfig
+from kervan.facts.markets import SPOT
 from kervan.fleet.directory import Decided, GatewayEntry, Scaling, Snapshot
 from kervan.policy.autoscale.state import Decision, FleetState, Policy
 from kervan.serve.scaler import policies
@@ -193,7 +194,10 @@ class Scaler:
     def _bounded(self, name: str, target: int, state: FleetState) -> int:
         """Within the settings, and no more than can be placed beyond those that are to be there now."""
         pool = state.pool(name)
-        if pool.room is not None:
+        # All spot that gets a node is asked for even without one: the cluster's autoscaler sees it. While replicas are
+        # replaced, what waits for a node would hold that up.
+        waits = name == SPOT and self._policy_name == "fill" and not any(r.is_outdated for r in state.replicas)
+        if pool.room is not None and not waits:
             there = sum(r.pool == name and r.phase in ("starting", "ready") for r in state.replicas)
             target = min(target, max(pool.room, there))
         return min(max(target, pool.minimum), pool.maximum)
