@@ -49,7 +49,7 @@ def line(status: dict[str, Any]) -> str:
     scaling = status["directory"]["scaling"] or {"targets": {}, "numbers": {}}
     states = [replica["state"] for replica in status["directory"]["replicas"]]
     bar = "#" * states.count("ready") + "+" * states.count("starting") + "-" * states.count("draining")
-    load = scaling["numbers"].get("load_requests_per_s", 0.0)
+    load = scaling["numbers"].get("load_requests_per_s", 0.0)  # the policy's, of about the last minute
     target = sum(scaling["targets"].values())
     return (
         f"{load:5.1f} requests/s  {status['streams']:3} streams, {status['held']:3} held  "

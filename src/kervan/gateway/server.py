@@ -292,9 +292,9 @@ class Gateway:
         )
 
     def _demand(self) -> DemandCounts:
-        """What clients ask of it; without a replica it cannot even begin to answer, so it asks for one itself."""
+        """What clients ask of it. In a fleet that may have no replica, one that has just started asks for one itself."""
         demand = self.fleet.take_demand()
-        if self.fleet.links or self._attached.is_set():
+        if self._attached.is_set() or not self._snapshot.may_sleep:
             return demand
         return msgspec.structs.replace(demand, held=max(1, demand.held))
 

@@ -58,6 +58,8 @@ class DirectoryActor:
                 await asyncio.sleep(LOOK_PERIOD_S)
 
     async def _scale(self) -> None:
+        if self._scaler.has_just_decided:
+            return
         snapshot = self._directory.snapshot()
         if not self._scaler.is_due(snapshot.gateways):
             return

@@ -122,10 +122,15 @@ class Scaler:
         if sorted({kind for own in kinds.values() for kind in own}) != self._policy_kinds:
             self._make_policy()  # what a replica can do depends on it
 
+    @property
+    def has_just_decided(self) -> bool:
+        """Whether it is too soon to decide again, whoever has told."""
+        return self._clock() - self._decided_s < 0.5 * PERIOD_S
+
     def is_due(self, gateways: Sequence[GatewayEntry]) -> bool:
         """Whether to decide now: all gateways have told, or it is late."""
-        waited_s = self._clock() - self._decided_s
-        return waited_s >= LATEST_S or (waited_s >= 0.5 * PERIOD_S and self._window.is_complete(gateways))
+        is_late = self._clock() - self._decided_s >= LATEST_S
+        return is_late or (not self.has_just_decided and self._window.is_complete(gateways))
 
     # ---- what it wants
 
