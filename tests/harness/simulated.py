@@ -25,6 +25,8 @@ AT_ONCE = Constants(prompt_s=0.0, prompt_token_s=0.0, output_s=0.0, delivery_s=0
 class EvenTimes:
     """Each step takes a second, whatever is in it."""
 
+    composes_ahead = True
+
     def __init__(
         self, *, num_blocks: int = 1000, max_num_seqs: int = 8, max_num_batched_tokens: int = 100, step_s: float = 1.0
     ) -> None:

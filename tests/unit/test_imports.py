@@ -71,8 +71,8 @@ CONFINED = [
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
     ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
-    ("jinja2", ("bench/html_report.py",)),
-    ("plotly", ("bench/html_report.py",)),
+    ("jinja2", ("bench/html_report.py", "simulate/html_report.py")),
+    ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("pynvml", ("observe/nvml.py",)),
 ]

@@ -64,7 +64,12 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         return counts
 
 
-EXAMPLES = {"--engine-arg": "max_model_len=4096", "--env": "HF_HUB_OFFLINE=1", "--twin": "speed=2"}
+EXAMPLES = {
+    "--engine-arg": "max_model_len=4096",
+    "--env": "HF_HUB_OFFLINE=1",
+    "--twin": "speed=2",
+    "--autoscaling": "target_ongoing_requests=16",
+}
 
 
 def parse_assignment(text: str, option: str) -> tuple[str, str]:

@@ -12,24 +12,28 @@ from kervan.bench.arrivals import Process
 from kervan.cli import option_types, options, outputs
 from kervan.cli.plan import DEFAULT_ISL, DEFAULT_OSL, engine_arguments
 from kervan.config.fleet import MAX_GATEWAYS, MAX_REPLICAS, SETTINGS
+from kervan.config.workload import DEFAULT_SLO
 from kervan.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
+    from kervan.config.autoscale import Autoscaling
+    from kervan.config.node_trace import NodeTrace
     from kervan.simulate.compare import Compared
     from kervan.simulate.engine import EngineFacts
+    from kervan.simulate.market import MarketModel
     from kervan.simulate.replica_rate import ReplicaRate
     from kervan.simulate.setup import FleetSetup, LoadSetup, PoolSetup
 
-DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_START = "90s"
-DEFAULT_POLICY = "fixed"
+DEFAULT_POLICY = "slo"
 DURATION_S = 600.0
 MAX_SEEDS = 1000
+REPLICAS_PER_GATEWAY = 4
 TP_SIZES = (1, 2, 4, 8, 16)
 SECTIONS = {
     "Replicas": "--model --gpu --layout --engine-arg --calibration --replica-rate --start-time --min --max --pool",
     "Load": "--ramp --rate --duration --trace --trace-speed --arrivals --burstiness --isl --osl",
-    "Policy": "--policy --slo",
+    "Policy": "--policy --slo --schedule --time-zone --autoscaling",
     "What happens": "--spot --notice --losses --price --prices --gateways --max-queued-streams --hold-timeout",
     "Runs": "--seed --seeds --processes",
     "Output": "--json --html --help",
@@ -69,9 +73,17 @@ DISTRIBUTION = option_types.DURATIONS
 @option("--burstiness", type=float, default=1.0, help="Shape of gamma arrivals: 1 is Poisson, less is burstier.")
 @option("--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]")
 @option("--osl", type=option_types.LENGTHS, help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
-@option("--policy", "policy", default=DEFAULT_POLICY, show_default=True, help="One, or several to compare: a,b,oracle.")
+@option(
+    "--policy", default=DEFAULT_POLICY, show_default=True,
+    help="One, or several to compare, like slo,ray:16,fixed:8 (docs/simulator.md has all).",
+)  # fmt: skip
 @option("--slo", type=option_types.SLO, help=f"What a good request keeps. [default: {DEFAULT_SLO}]")
-@option("--spot", type=option_types.FILE, help="When spot nodes come and go: a node trace (docs/simulator.md).")
+@option("--schedule", multiple=True, help="Minimum by the hour, like 'mon-fri 08:00 min=4'; repeatable.")
+@option("--time-zone", default="UTC", show_default=True, help="Of --schedule; the simulation begins on Monday, 0:00.")
+@option("--autoscaling", multiple=True, metavar="KEY=VALUE", help="A parameter of Ray Serve's autoscaling; repeatable.")
+@option(
+    "--spot", help="When spot nodes come and go: a node trace, or a market like zones=3,nodes=4 (docs/simulator.md)."
+)
 @option(
     "--notice", type=option_types.DURATION, default="120s", show_default=True,
     help="From a cloud's notice until its spot node goes; 0: none.",
@@ -79,7 +91,10 @@ DISTRIBUTION = option_types.DURATIONS
 @option("--losses", type=option_types.RATE, help="Of one on-demand replica, without notice: 0.01/h. [default: none]")
 @option("--price", help="US dollars per GPU and hour, like 3.40/h. [default: kervan's price file]")
 @option("--prices", type=option_types.FILE, help="Your own price file (docs/hardware.md).")
-@option("--gateways", type=click.IntRange(1, MAX_GATEWAYS), default=1, show_default=True, help="HTTP gateways.")
+@option(
+    "--gateways", type=click.IntRange(1, MAX_GATEWAYS),
+    help=f"HTTP gateways. [default: one for each {REPLICAS_PER_GATEWAY} replicas of the most]",
+)  # fmt: skip
 @option(
     "--max-queued-streams", type=click.IntRange(0, 10**9), default=SETTINGS["max_queued_streams"].default,
     show_default=True, help="Streams that may queue beyond what the replicas run at once.",
@@ -118,7 +133,7 @@ def simulate(as_json: bool, html: Path | None, **given: Any) -> None:
     if html is not None:
         from kervan.simulate import html_report
 
-        html_report.write(html, setup, compared)
+        html_report.write(html, setup, compared, notes)
         if not as_json:
             click.echo(f"report: {html}", err=True)
     if as_json:
@@ -186,12 +201,15 @@ def fleet_setup(
     notes: list[str] = []
     load = _load(given)
     engine, usd, spot_usd = _engine(model, given, load, notes)
+    pools = _pools(given, usd, spot_usd, notes)
+    most = sum(pool.maximum for pool in pools)
     setup = FleetSetup(
         engine=engine,
-        pools=_pools(given, usd, spot_usd, notes),
+        pools=pools,
         load=load,
         slo=given["slo"] or parse_slo(DEFAULT_SLO),
-        gateways=given["gateways"],
+        autoscaling=_autoscaling(given, most, notes),
+        gateways=given["gateways"] or min(MAX_GATEWAYS, -(-most // REPLICAS_PER_GATEWAY)),
         max_queued_streams=given["max_queued_streams"],
         hold_timeout_s=given["hold_timeout"],
         notice_s=given["notice"],
@@ -206,6 +224,21 @@ def fleet_setup(
         setup = dataclasses.replace(setup, engine=engine.scaled(rate.scale))
         notes.append(replica_rate.words(rate, setup.slo))
     return setup, rate, notes
+
+
+def _autoscaling(given: dict[str, Any], most: int, notes: list[str]) -> "Autoscaling":
+    from kervan.config import autoscale
+
+    parameters = [options.parse_assignment(text, "--autoscaling") for text in given["autoscaling"]]
+    names = [name for name, _ in parameters]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--autoscaling gives {twice[0]} twice; give it once")
+    asked = autoscale.resolve(
+        policy="", slo="", schedule=given["schedule"], time_zone=given["time_zone"], autoscaling=dict(parameters),
+        maximum=most,
+    )  # fmt: skip
+    notes += asked.warnings if "ray" in given["policy"] else ()
+    return asked
 
 
 def _load(given: dict[str, Any]) -> "LoadSetup":
@@ -302,12 +335,16 @@ def _pools(
     from kervan.config import node_trace
     from kervan.config.fleet import parse_bounds
     from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT
+    from kervan.simulate.market import parse_market
     from kervan.simulate.setup import PoolSetup
 
     named = options.pool_settings(given["pools"]).get("pools", {})
     if named and (given["minimum"] is not None or given["maximum"] is not None):
         raise ConfigError("--min and --max are of a fleet without --pool; give the bounds there, like --pool spot:0..6")
-    nodes = None if given["spot"] is None else node_trace.read(given["spot"])
+    nodes: NodeTrace | MarketModel | None = None
+    if given["spot"] is not None:
+        is_market = "=" in given["spot"] and not Path(given["spot"]).exists()
+        nodes = parse_market(given["spot"]) if is_market else node_trace.read(Path(given["spot"]))
     if not named:
         least = 1 if given["minimum"] is None else given["minimum"]
         most = max(8, least) if given["maximum"] is None else given["maximum"]

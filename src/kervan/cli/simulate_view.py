@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kervan.cli.plan import console_is_wide
+from kervan.simulate import html_report
 from kervan.units import format_duration, plural
 
 if TYPE_CHECKING:
@@ -36,22 +37,7 @@ def print_compared(
     for name in names:
         table.add_column(name, justify="left" if name == "policy" else "right")
     for one in compared:
-        usd, per_mtok = one.mean(lambda o: o.usd), one.mean(lambda o: o.usd_per_mtok)
-        table.add_row(
-            one.name,
-            _share(one),
-            _replicas(one),
-            f"{one.mean(lambda o: sum(o.replica_hours.values())) or 0:,.2f}",
-            "" if usd is None else f"{usd:,.2f}",
-            "" if per_mtok is None else f"{per_mtok:.2f}",
-            _duration(one.mean(lambda o: o.ttft_s["p50"])),
-            _duration(one.mean(lambda o: o.ttft_s["p95"])),
-            _duration(one.mean(lambda o: o.ttft_s["p99"])),
-            _duration(one.mean(lambda o: o.tpot_s["p95"])),
-            f"{one.mean(lambda o: o.shed):,.0f}",
-            f"{one.mean(lambda o: o.moves):,.0f}",
-            f"{one.mean(lambda o: o.broken):,.0f}",
-        )
+        table.add_row(*html_report.table_row(one))
     console.print(table)
     outcomes = [outcome for one in compared for outcome in one.outcomes]
     speed = sum(o.requests for o in outcomes) / max(1e-9, sum(o.computed_s for o in outcomes))
@@ -60,19 +46,3 @@ def print_compared(
         f"{plural(len(outcomes), 'run')}, {speed:,.0f} requests per second of computing",
         style="dim", soft_wrap=True,
     )  # fmt: skip
-
-
-def _share(one: "Compared") -> str:
-    interval = one.interval(lambda o: o.attained)
-    share = one.mean(lambda o: o.attained) or 0.0
-    return f"{share:.2%}" + (f" ({interval[0]:.1%}..{interval[1]:.1%})" if interval else "")
-
-
-def _replicas(one: "Compared") -> str:
-    interval = one.interval(lambda o: o.mean_replicas)
-    mean = one.mean(lambda o: o.mean_replicas) or 0.0
-    return f"{mean:.2f}" + (f" ({interval[0]:.2f}..{interval[1]:.2f})" if interval else "")
-
-
-def _duration(seconds: float | None) -> str:
-    return "-" if seconds is None else format_duration(seconds)

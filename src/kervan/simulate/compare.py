@@ -32,6 +32,10 @@ class Compared:
         known = [value for value in values if value is not None]
         return statistics.fmean(known) if len(known) == len(values) else None
 
+    def entry(self, figure: str, key: str) -> float | None:
+        """The mean over the seeds of one entry of a figure: "p95" of `ttft_s`, a pool of `replica_hours`."""
+        return self.mean(lambda outcome: getattr(outcome, figure)[key])
+
     def interval(self, figure: Callable[[Outcome], float | None]) -> tuple[float, float] | None:
         """95% of the mean, by bootstrap over the seeds; None with one seed."""
         known = [value for outcome in self.outcomes if (value := figure(outcome)) is not None]
@@ -47,10 +51,6 @@ class Compared:
             "mean_replicas": lambda o: o.mean_replicas,
             "usd": lambda o: o.usd,
         }
-
-        def of_key(name: str, key: str) -> float | None:
-            return self.mean(lambda outcome: getattr(outcome, name)[key])
-
         result: dict[str, Any] = {
             "name": self.name,
             "slo_attainment": self.mean(figures["slo_attainment"]),
@@ -59,14 +59,16 @@ class Compared:
             "replica_hours": self.mean(lambda o: sum(o.replica_hours.values())),
             "usd": self.mean(figures["usd"]),
             "usd_per_mtok": self.mean(lambda o: o.usd_per_mtok),
-            "ttft_s": {q: of_key("ttft_s", q) for q in QUANTILES},
-            "tpot_s": {q: of_key("tpot_s", q) for q in QUANTILES},
+            "ttft_s": {q: self.entry("ttft_s", q) for q in QUANTILES},
+            "tpot_s": {q: self.entry("tpot_s", q) for q in QUANTILES},
             "goodput_per_s": self.mean(lambda o: o.goodput_per_s),
             "finished": self.mean(lambda o: o.finished),
             "shed": self.mean(lambda o: o.shed),
             "moves": self.mean(lambda o: o.moves),
             "broken": self.mean(lambda o: o.broken),
-            "replica_hours_by_pool": {name: of_key("replica_hours", name) for name in self.outcomes[0].replica_hours},
+            "replica_hours_by_pool": {
+                name: self.entry("replica_hours", name) for name in self.outcomes[0].replica_hours
+            },
             "mean_ready_replicas": self.mean(lambda o: o.mean_ready),
             "max_replicas": max(outcome.max_replicas for outcome in self.outcomes),
             "started_replicas": self.mean(lambda o: o.started_replicas),

@@ -12,13 +12,17 @@ from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kervan.config.node_trace import NodeTrace
+from kervan.config.workload import BLOCK_TOKENS as TRACE_BLOCK_TOKENS
 from kervan.policy import evacuation, routing
 from kervan.policy.autoscale.state import Decision, FleetState, Policy, PoolState, ReplicaState
 from kervan.sim.scheduler import ScheduledStep
 from kervan.simulate.engine import EngineTimes, PlannedTimes
 from kervan.simulate.gateway import Link, SimulatedGateway
+from kervan.simulate.market import MarketModel, generate, zone_of
 from kervan.simulate.nodes import SpotNodes
 from kervan.simulate.replica import SimulatedReplica
+from kervan.simulate.runs import block_hashes
 from kervan.simulate.setup import FleetSetup, PoolSetup
 from kervan.simulate.stream import SimulatedStream
 from kervan.simulate.tally import Outcome, Tally, quantiles
@@ -62,8 +66,9 @@ class Simulation:
         self._rng_loss = random.Random(f"losses {seed}")
         self._gateways = [SimulatedGateway(n, self._constants, setup.gateways, seed) for n in range(setup.gateways)]
         self._pools = {pool.name: pool for pool in setup.pools}
-        self._nodes = {pool.name: SpotNodes(pool.nodes) for pool in setup.pools if pool.nodes is not None}
+        self._nodes = {pool.name: SpotNodes(self._trace(pool.nodes)) for pool in setup.pools if pool.nodes is not None}
         self._targets = {pool.name: self._first_target(pool) for pool in setup.pools}
+        self._caches_prefixes = setup.caches_prefixes and setup.load.has_hashes
         self._memory: Mapping[str, Any] = {}
         self._load = setup.load.requests(seed)
         self._load_ended = False
@@ -82,6 +87,11 @@ class Simulation:
         }
         self._is_given_up = False
 
+    def _trace(self, nodes: NodeTrace | MarketModel) -> NodeTrace:
+        if isinstance(nodes, NodeTrace):
+            return nodes
+        return generate(nodes, self.setup.load.duration_s + MAX_SETTLE_S, self.seed)
+
     def _first_target(self, pool: PoolSetup) -> int:
         if self.setup.initial is not None and len(self.setup.pools) == 1:
             return self.setup.initial
@@ -95,7 +105,7 @@ class Simulation:
         for pool in self.setup.pools:
             for at_s, word, nodes in self._nodes[pool.name].changes() if pool.name in self._nodes else ():
                 if word == "add" and at_s <= 0:
-                    self._nodes[pool.name].came(nodes)
+                    self._nodes[pool.name].came(nodes, 0.0)
                 elif word == "add":
                     self._at(at_s, self._nodes_came, (pool.name, nodes))
                 else:
@@ -154,6 +164,8 @@ class Simulation:
                 sent_s=sent_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens, gateway=gateway.number,
                 hash_ids=hash_ids,
             )  # fmt: skip
+            if self._caches_prefixes:
+                stream.hashes = block_hashes(hash_ids, TRACE_BLOCK_TOKENS, prompt_tokens, output_tokens, stream.id)
             self._at(gateway.ready_s(prompt_tokens, sent_s), self._place, stream)
         self._next_arrival()
 
@@ -183,7 +195,7 @@ class Simulation:
         replica.num_placed += 1
         stream.gave_token, stream.end_step = False, 0
         stream.context_tokens, stream.remaining_tokens = tokens, stream.output_tokens - stream.generated
-        stream.computed_tokens = stream.joined = 0
+        stream.computed_tokens = stream.joined = stream.cached_tokens = 0
         gateway.placed(stream, link, now_s)
         replica.streams[stream] = None
         tally.num_queued += 1
@@ -204,8 +216,7 @@ class Simulation:
         engine = replica.engine
         if engine.scheduler.num_preempted == engine.seen_preempted:
             return
-        run = engine.run
-        steps = engine.scheduler.num_group_steps - (0 if run is None else run.repeats)
+        steps = engine.begin_steps
         for stream in engine.newly_preempted():
             self._preemptions += 1
             stream.end_step = 0
@@ -403,7 +414,7 @@ class Simulation:
         number = self._num_started
         replica = SimulatedReplica(
             number=number, id=f"{pool.name}-{number:04d}", pool=pool.name, times=self._times, decided_s=self.now_s,
-            paid_from_s=self.now_s,
+            paid_from_s=self.now_s, caches_prefixes=self._caches_prefixes,
         )  # fmt: skip
         self.replicas.append(replica)
         nodes = self._nodes.get(pool.name)
@@ -415,7 +426,7 @@ class Simulation:
 
     def _begin(self, replica: SimulatedReplica, node: str, *, is_there: bool = False) -> None:
         """It has a node."""
-        replica.node, replica.paid_from_s = node, self.now_s
+        replica.node, replica.zone, replica.paid_from_s = node, zone_of(node), self.now_s
         start_s = 0.0 if is_there else self._pools[replica.pool].start.sample(self._rng_start)
         replica.ready_s = self.now_s + start_s
         if is_there:
@@ -486,7 +497,7 @@ class Simulation:
 
     def _nodes_came(self, change: tuple[str, tuple[str, ...]]) -> None:
         pool, names = change
-        self._nodes[pool].came(names)
+        self._nodes[pool].came(names, self.now_s)
         self._hand_out(pool)
 
     def _noticed(self, change: tuple[str, tuple[str, ...], float]) -> None:
@@ -498,7 +509,7 @@ class Simulation:
 
     def _nodes_went(self, change: tuple[str, tuple[str, ...]]) -> None:
         pool, names = change
-        self._nodes[pool].went(names)
+        self._nodes[pool].went(names, self.now_s)
         for replica in list(self.replicas):
             if replica.pool == pool and replica.node in names:
                 self._num_lost += 1
@@ -608,7 +619,7 @@ class Simulation:
             room=None if nodes is None else nodes.num_there,
             start_s=pool.start.quantile_s(0.9),
             usd_per_hour=pool.usd_per_hour,
-            losses_per_hour=self.setup.losses_per_hour if nodes is None else nodes.losses_per_hour,
+            losses_per_hour=self.setup.losses_per_hour if nodes is None else nodes.losses_per_hour(self.now_s),
         )
 
     def _see(self, state: FleetState) -> None:

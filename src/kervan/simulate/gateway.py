@@ -18,6 +18,7 @@ from kervan.sim.constants import Constants
 from kervan.simulate.stream import SimulatedStream
 
 if TYPE_CHECKING:
+    from kervan.simulate.engine import SimulatedEngine
     from kervan.simulate.replica import SimulatedReplica
 
 NEWS_S = 0.5  # between two signs of life of a gateway at a replica, as live
@@ -33,19 +34,20 @@ class Link:
     load: ReplicaLoad
     own_tokens: int = 0
     num_paying: int = 0
-    news_at: int = -1
     risky_until_s: float = 0.0
     asks_again_s: float = 0.0
     streams: dict[SimulatedStream, None] = field(default_factory=dict)
+    engine: "SimulatedEngine" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.engine = self.replica.engine
 
     def tokens_at(self, now_s: float) -> int:
         """What its streams cost now."""
         if not self.num_paying:
             return self.own_tokens
         engine = self.replica.engine
-        if engine.run is None:
-            return self.own_tokens
-        return self.own_tokens - self.num_paying * engine.steps_done(now_s)
+        return self.own_tokens - self.num_paying * int((now_s - engine.begin_s) * engine.steps_per_s)
 
 
 class SimulatedGateway:
@@ -64,6 +66,7 @@ class SimulatedGateway:
         self._constants = constants
         self._rng = random.Random(f"prompts {seed} {number}")
         self._free_s = 0.0
+        self._news_at = -1
         self._admitted: tuple[int, int, int] = (-1, -1, -1)  # capacity, full capacity, and the most that was admitted
 
     # ---- what comes in
@@ -100,6 +103,7 @@ class SimulatedGateway:
         """A replica is ready."""
         link = Link(replica, ReplicaLoad(replica.id, 0, num_gateways=self._num_gateways), risky_until_s=risky_until_s)
         self.links.append(link)
+        self._news_at = -1
         self.loads.append(link.load)
         self.by_id[replica.id] = link
         return link
@@ -138,19 +142,25 @@ class SimulatedGateway:
 
     def _look(self, now_s: float) -> None:
         """Bring up to date what is known of the replicas."""
-        news_at = int(now_s / NEWS_S)
-        has_others = self._num_gateways > 1
         for link in self.links:
-            load = link.load
-            own = link.tokens_at(now_s)
+            load, own = link.load, link.own_tokens
+            if link.num_paying:  # as `tokens_at`
+                engine = link.engine
+                own -= link.num_paying * int((now_s - engine.begin_s) * engine.steps_per_s)
             if own != load.own_tokens:
                 load.add(own - load.own_tokens)
-            if link.news_at != news_at:
-                link.news_at = news_at
-                load.is_risky = now_s < link.risky_until_s
-                if has_others:
-                    others = sum(other.tokens_at(now_s) for other in link.replica.links if other is not link)
-                    load.hear(others, self._num_gateways)
+        news_at = int(now_s / NEWS_S)
+        if self._news_at != news_at:
+            self._news_at = news_at
+            self._hear(now_s)
+
+    def _hear(self, now_s: float) -> None:
+        """News of what the other gateways have at each replica."""
+        for link in self.links:
+            link.load.is_risky = now_s < link.risky_until_s
+            if self._num_gateways > 1:
+                others = sum(other.tokens_at(now_s) for other in link.replica.links if other is not link)
+                link.load.hear(others, self._num_gateways)
 
     def placed(self, stream: SimulatedStream, link: Link, now_s: float) -> None:
         """A stream goes to a replica: charge it."""

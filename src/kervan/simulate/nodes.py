@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 from kervan.config.node_trace import NodeTrace, Word
 
+# As if a node had been watched for so long already, and was lost so often; chosen, so that a new fleet is careful.
+PRIOR_LOSSES, PRIOR_HOURS = 1.0, 4.0
+
 
 class SpotNodes:
     """Those of one pool, each for one replica."""
@@ -13,6 +16,8 @@ class SpotNodes:
         self._free: dict[str, None] = {}
         self._there: dict[str, None] = {}
         self._doomed: dict[str, None] = {}
+        self._num_lost = 0
+        self._node_s = self._counted_s = 0.0
 
     def changes(self) -> Iterator[tuple[float, Word, tuple[str, ...]]]:
         """All that will happen, in order."""
@@ -24,17 +29,14 @@ class SpotNodes:
         """Nodes that a replica can be on, with one or without."""
         return len(self._there) - len(self._doomed)
 
-    @property
-    def losses_per_hour(self) -> float:
-        """Of one node, over the whole trace."""
-        count, node_s, there, last_s = 0, 0.0, 0, 0.0
-        for change in self._trace.changes:
-            node_s += there * (change.at_s - last_s)
-            last_s = change.at_s
-            there += len(change.nodes) if change.word == "add" else -len(change.nodes)
-            count += len(change.nodes) if change.word == "remove" else 0
-        node_s += there * max(0.0, self._trace.end_s - last_s)
-        return count / max(node_s / 3600, 1e-9) if count else 0.0
+    def losses_per_hour(self, now_s: float) -> float:
+        """Of one node, as seen so far: what has not happened yet nobody knows. A fleet begins with `PRIOR_LOSSES`."""
+        node_s = self._node_s + len(self._there) * (now_s - self._counted_s)
+        return (self._num_lost + PRIOR_LOSSES) / (node_s / 3600 + PRIOR_HOURS)
+
+    def _count(self, now_s: float) -> None:
+        self._node_s += len(self._there) * (now_s - self._counted_s)
+        self._counted_s = now_s
 
     def take(self) -> str | None:
         """A free node for a replica, the one that is there for longest; None without one."""
@@ -48,8 +50,9 @@ class SpotNodes:
         if node in self._there and node not in self._doomed:
             self._free[node] = None
 
-    def came(self, names: tuple[str, ...]) -> None:
+    def came(self, names: tuple[str, ...], now_s: float) -> None:
         """Nodes came."""
+        self._count(now_s)
         for name in names:
             self._there[name] = self._free[name] = None
 
@@ -60,8 +63,10 @@ class SpotNodes:
                 self._doomed[name] = None
                 self._free.pop(name, None)
 
-    def went(self, names: tuple[str, ...]) -> None:
+    def went(self, names: tuple[str, ...], now_s: float) -> None:
         """Nodes went."""
+        self._count(now_s)
+        self._num_lost += len(names)
         for name in names:
             self._there.pop(name, None)
             self._free.pop(name, None)

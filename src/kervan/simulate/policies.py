@@ -1,39 +1,87 @@
-"""The policies of `--policy`, by name, for a fleet that is to be simulated."""
+"""The policies of `--policy`, by name, for a fleet that is to be simulated: the live fleet's own."""
 
+import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 
+from kervan.config.autoscale import Autoscaling, resolve
 from kervan.errors import ConfigError
+from kervan.policy.autoscale import choose
 from kervan.policy.autoscale.state import Policy
+from kervan.sim.capacity import ReplicaCapacity
+from kervan.simulate.engine import EngineFacts
 from kervan.simulate.fixed import FixedNumber
 from kervan.simulate.setup import FleetSetup
 
-Maker = Callable[[FleetSetup, int], Policy]
-
-
-def _fixed(setup: FleetSetup, seed: int) -> Policy:
-    return FixedNumber()
-
-
-MAKERS: Mapping[str, Maker] = {"fixed": _fixed}
-"""Each is given the fleet and the seed of the run: the oracle looks at its arrivals."""
+MAX_TARGET = 10_000
+EXAMPLES = {"fixed": "fixed:8, that many replicas", "ray": "ray:16, that many streams for each"}
 
 
 def check(name: str) -> None:
     """Raises: ConfigError for a name that is no policy."""
-    kind, colon, count = name.partition(":")
-    if kind == "fixed" and colon:
-        if not (count.isascii() and count.isdecimal() and len(count) <= 4):
-            raise ConfigError(f"--policy {name!r}: {count!r} is not a number of replicas; write for example fixed:8")
+    kind, colon, number = name.partition(":")
+    if kind in EXAMPLES and colon:
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        is_count = kind == "fixed"
+        if not (0 if is_count else 1e-3) <= value <= MAX_TARGET or (is_count and value != int(value)):
+            raise ConfigError(f"--policy {name!r}: {number!r} is no such number; write for example {EXAMPLES[kind]}")
         return
     if name not in MAKERS:
         near = difflib.get_close_matches(name, MAKERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MAKERS)} and fixed:N"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MAKERS)}, fixed:N, ray:TARGET"
         raise ConfigError(f"--policy {name!r} is no policy; {hint}")
 
 
 def make(name: str, setup: FleetSetup, seed: int) -> Policy:
-    """The policy of a name that `check` has let pass."""
-    if name.startswith("fixed:"):
-        return FixedNumber(int(name.removeprefix("fixed:")))
-    return MAKERS[name](setup, seed)
+    """The policy of a name that `check` has let pass, for the run with this seed."""
+    kind, _, number = name.partition(":")
+    return MAKERS[kind](setup, seed, number)
+
+
+def _fixed(setup: FleetSetup, seed: int, number: str) -> Policy:
+    return FixedNumber(int(number) if number else None)
+
+
+def _slo(setup: FleetSetup, seed: int, number: str) -> Policy:
+    return choose.policy(_asked(setup), capacity(setup.engine), name="slo")
+
+
+def _ray(setup: FleetSetup, seed: int, number: str) -> Policy:
+    asked = _asked(setup)
+    if number:
+        asked = dataclasses.replace(
+            asked, ray=dataclasses.replace(asked.ray, target_ongoing_requests=float(number)),
+            given=asked.given | {"target_ongoing_requests"},
+        )  # fmt: skip
+    return choose.policy(asked, name="ray")
+
+
+def _fill(setup: FleetSetup, seed: int, number: str) -> Policy:
+    return choose.policy(_asked(setup), name="fill")
+
+
+MAKERS: Mapping[str, Callable[[FleetSetup, int, str], Policy]] = {
+    "slo": _slo,
+    "ray": _ray,
+    "fill": _fill,
+    "fixed": _fixed,
+}
+"""Each is given the fleet, the seed of the run (the oracle looks at its arrivals), and what follows the colon."""
+
+
+def _asked(setup: FleetSetup) -> Autoscaling:
+    """The settings with the fleet's SLO."""
+    asked = setup.autoscaling
+    if asked is None:
+        most = sum(pool.maximum for pool in setup.pools)
+        asked = resolve(policy="", slo="", schedule=(), time_zone="UTC", autoscaling={}, maximum=most)
+    return dataclasses.replace(asked, slo=setup.slo)
+
+
+def capacity(engine: EngineFacts) -> ReplicaCapacity:
+    """What the policy knows of a replica: the planner's model, with the scale that the simulated ones have."""
+    return ReplicaCapacity(engine.step_time(), engine.kv_tokens, time_scale=engine.scale)

@@ -21,6 +21,7 @@ class SimulatedReplica:
     id: str
     pool: str
     times: EngineTimes
+    caches_prefixes: bool = False
     decided_s: float
     paid_from_s: float
     node: str = ""
@@ -41,4 +42,4 @@ class SimulatedReplica:
     step_s: float | None = None  # between two tokens of a stream, of late
 
     def __post_init__(self) -> None:
-        self.engine = SimulatedEngine(self.times)
+        self.engine = SimulatedEngine(self.times, caches_prefixes=self.caches_prefixes)

@@ -5,19 +5,23 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kervan.bench.arrivals import Process, Stage, offsets_s
+from kervan.config.autoscale import Autoscaling
 from kervan.config.node_trace import NodeTrace
 from kervan.config.workload import Lengths, Slo, TraceRow
 from kervan.simulate.duration import DurationDistribution
 from kervan.simulate.engine import EngineFacts
+from kervan.simulate.market import MarketModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSetup:
     """One pool. `usd_per_hour`: of a replica, None if no price is known. `start`: seconds from the decision to ready.
 
-    `nodes`: of a spot market, when nodes come and go, one replica each; None: as many as are asked for.
+    `nodes`: of a spot market, when nodes come and go, one replica each; a model makes a market for each seed. None: as
+    many as are asked for.
     """
 
     name: str
@@ -25,8 +29,7 @@ class PoolSetup:
     maximum: int
     usd_per_hour: float | None = None
     start: DurationDistribution
-    nodes: NodeTrace | None = None
-    zones: int = 1
+    nodes: NodeTrace | MarketModel | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,11 @@ class LoadSetup:
             return sum(max(1, row.output_tokens) for row in self.trace) / len(self.trace)
         assert self.osl is not None
         return self.osl.mean
+
+    @property
+    def has_hashes(self) -> bool:
+        """Whether it says what prompts share."""
+        return not self.stages and any(row.hash_ids for row in self.trace)
 
     def requests(self, seed: int) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
         """(seconds, prompt tokens, output tokens, hashes of the prompt's blocks) in order of time."""
@@ -102,10 +110,14 @@ class FleetSetup:
     max_queued_streams: int = 1024
     hold_timeout_s: float = 300.0
     drain_timeout_s: float = 60.0
+    caches_prefixes: bool = True
+    """As vLLM does unless told otherwise; it matters where a trace says what prompts share."""
+    routing: Literal["least-load", "prefix"] = "least-load"
     stop_s: float = 1.0
-    serve_s: float = 1.0
     notice_s: float = 120.0
     losses_per_hour: float = 0.0
     local_minute: int = 0
+    autoscaling: Autoscaling | None = None
+    """What the user asks of the policies; None: nothing but `slo`."""
     initial: int | None = None
     """Replicas at the start, of a fleet with one pool; None: the least of each pool."""

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
-from kervan.sim.scheduler import ScheduledRequest
+from kervan.sim.limits import BLOCK_TOKENS
+from kervan.sim.prefix_cache import BlockHashes, CachedRequest
+
+NO_HASHES = BlockHashes((), BLOCK_TOKENS)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class SimulatedStream(ScheduledRequest):
+class SimulatedStream(CachedRequest):
     """A stream; `id` is its place in the load. `generated`: tokens that it had when it was placed where it is now.
     `end_step`: the group's step there with its last token, 0 while it has no token from there.
 
@@ -14,6 +17,7 @@ class SimulatedStream(ScheduledRequest):
     of its cost with each.
     """
 
+    hashes: BlockHashes = NO_HASHES
     id: int
     sent_s: float
     prompt_tokens: int

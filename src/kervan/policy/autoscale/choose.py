@@ -33,7 +33,7 @@ def policy(asked: Autoscaling, model: ReplicaModel | None = None, *, name: str =
 
 
 class Fill:
-    """The least on-demand, all spot that gets a node; on-demand covers what is missing. It does not look at the load."""
+    """The least on-demand, all spot that gets a node; on-demand covers what is missing. Not by load."""
 
     name = "fill"
 

@@ -19,8 +19,8 @@ LEAST, MOST = 0.4, 1.5
 PACE_S = 300.0
 PROVEN_S = 60.0
 FORGOTTEN_S = 7200.0  # so long until what was proven counts 1/e
-KEPT_SHARE = 0.99  # of requests within the SLO is what is wanted; with half of the others late all is well
-LOWERED_S = 300.0  # twice as many late as there may be lower the rate by 1/e in so long
+LATE_SHARE = 0.007  # of 1% of the requests that may be late; with half of that all is well
+LOWERED_S = 200.0  # twice as many late as there may be lower the rate by 1/e in so long
 VAIN_SHARE, HELPED_SHARE = 0.7, 0.8  # a rate so much lower should leave no more than this of what was late
 VAIN_S = 3600.0  # if it does not, it is not tried again for so long
 AT_EASE = 0.8  # of the bounds, at p95: more than this is no proof that all is well
@@ -81,7 +81,7 @@ class Correction:
         takes = rate.requests_per_s * self.factor
         if peak > takes or waiting > 1 + 0.2 * in_flight:
             self.calm_since_s = now_s
-        bad, allowed = 1 - good, 1 - KEPT_SHARE
+        bad, allowed = 1 - good, LATE_SHARE
         if steady_s >= STEADY_S and per_replica > 0:
             shown = per_replica / (rate.requests_per_s * self.pace)
             if bad < allowed / 2 and pressure < AT_EASE and shown > self.proven:

@@ -23,7 +23,7 @@ from typing import Any
 FAST_S, MIDDLE_S, SLOW_S = TIMES_S = (4.0, 16.0, 64.0)
 ERRORS = 2.0  # standard errors beyond which a faster average counts
 MIN_VARIANCE = 0.25  # of arrivals at even distances a little is left: they come in whole numbers
-GOOD_JUDGED = 200.0  # answers and first tokens: fewer say little about one in a hundred
+FEW_ANSWERS = 200.0  # they say little about one in a hundred
 LENGTHS_S = 300.0  # over which lengths and the variance of arrivals are averaged
 REMEMBERED_S, REMEMBERED_BLOCKS = 7200.0, 64.0  # what is longer: after so long a rise counts 1/e
 STEP_S = 10.0  # more between two decisions counts as so much
@@ -65,8 +65,7 @@ class Load:
     finish_rate: float = 0.0
     """Answers that ended per second, over the middle time."""
     good: float = 1.0
-    """Share of answers and first tokens within the SLO, over `LENGTHS_S`."""
-    judged: float = 0.0
+    """Share of answers within the SLO, over `LENGTHS_S`."""
     peak: float = 0.0
     """Request equivalents per second, over the fast time: the most of late."""
     pending_s: float = 0.0
@@ -171,7 +170,6 @@ class Load:
         prompt_tokens: int,
         finished: int,
         output_tokens: int,
-        judged: int,
         good: int,
         prompt_share: float,
         block_s: float,
@@ -180,8 +178,8 @@ class Load:
         replica_rate: float,
     ) -> None:
         """One window. `prompt_share`: of a mean request's work that grows with its prompt; a long prompt counts as more
-        than one request. `judged`: answers and first tokens, of which `good` kept the SLO. `stay_s`, `wait_s`,
-        `replica_rate`: how long a request is in a replica, how much longer it may wait, and what a replica takes.
+        than one request. `good`: of those that finished, how many kept the SLO. `stay_s`, `wait_s`, `replica_rate`: how
+        long a request is in a replica, how much longer it may wait, and what a replica takes.
         """
         dt = min(window_s, STEP_S)
         if dt <= 0:
@@ -212,9 +210,8 @@ class Load:
         self.peak = max(fast, self.peak * math.exp(-dt / SLOW_S))
         self.answers = keep * self.answers + finished
         self.output_tokens = keep * self.output_tokens + output_tokens
-        if judged:
-            self.judged = keep * self.judged + judged
-            self.good += (good / judged - self.good) * judged / max(self.judged, GOOD_JUDGED)
+        if finished:
+            self.good += (good / finished - self.good) * finished / max(self.answers, FEW_ANSWERS)
         self._count_block(dt, rate * dt, block_s, stay_s, wait_s, replica_rate)
 
     def _count_block(

@@ -7,7 +7,6 @@ would leave, and on-demand keeps the floor; `policy/pools.py` covers what is mis
 Young nodes are lost most: of a pool whose replicas are younger than `YOUNG_S`, `YOUNG_SHARE` more count as missing.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,4 +118,4 @@ def _count(replicas: Sequence[ReplicaState], phase: str) -> int:
 
 def _bounded(count: int, pool: PoolState) -> int:
     most = pool.maximum if pool.room is None else min(pool.maximum, max(pool.room, pool.minimum))
-    return int(math.floor(min(max(count, pool.minimum), most)))
+    return min(max(count, pool.minimum), most)

@@ -1,5 +1,6 @@
-"""Ray Serve's target policy, as Ray 2.60 computes it, over requests that kervan counts: as a baseline, and for those who
-give its parameters.
+"""Ray Serve's target policy, as Ray 2.60 computes it, over requests that kervan counts.
+
+It is there as a baseline, and for those who give its parameters.
 
     desired = ongoing requests / target_ongoing_requests
     scaled  = ceil(running + factor * (desired - running))

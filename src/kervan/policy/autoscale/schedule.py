@@ -28,9 +28,12 @@ def _at(schedule: Sequence[ScheduledMinimum], minute: int) -> tuple[int, str]:
             since_yesterday = (day - 1) % 7 in one.days and of_day + DAY_MINUTES < one.end_minute
             if (today or since_yesterday) and one.minimum > most:
                 most, source = one.minimum, one.text
-        elif day in one.days and one.start_minute <= of_day:
-            if latest is None or one.start_minute > latest.start_minute:
-                latest = one
+        elif (
+            day in one.days
+            and one.start_minute <= of_day
+            and (latest is None or one.start_minute > latest.start_minute)
+        ):
+            latest = one
     if latest is not None and latest.minimum > most:
         most, source = latest.minimum, latest.text
     return most, source

@@ -84,8 +84,7 @@ class SloPolicy:
             prompt_tokens=demand.arrived_prompt_tokens,
             finished=demand.finished,
             output_tokens=demand.finished_output_tokens,
-            judged=demand.finished + demand.first_tokens,
-            good=demand.finished_good + demand.first_tokens_good,
+            good=demand.finished_good,
             prompt_share=memory.get("prompt_share", 0.5),
             block_s=block_s,
             stay_s=memory.get("stay_s", 1.0),
@@ -122,10 +121,9 @@ class SloPolicy:
         level = load.level
         if self._rates is None:
             rate = LearnedRate.from_memory(memory.get("learned", {})).rate(self._settings.slo)
-            correction = 1.0
         else:
             rate = self._rates.at(load.mean_prompt_tokens, load.mean_output_tokens, load.arrivals_cv2, load.prompts_cv2)
-            correction = Correction.from_memory(memory.get("correcting", {})).factor
+        correction = Correction.from_memory(memory.get("correcting", {})).factor
         self._learn(state, demand, load, memory, rate, ready, in_flight, level)
         memory["prompt_share"] = rate.prompt_share
         each = rate.requests_per_s * correction
@@ -178,14 +176,15 @@ class SloPolicy:
         """(replicas that clear what waits soon after a start, seconds that what waits takes now)."""
         waiting = demand.held + demand.queued
         ready = state.count("ready")
-        prompts_s = 0.0
-        if self._model is not None and self._model.prefill_tokens_per_s:
-            prompts_s = (demand.held_tokens + demand.queued_tokens) / self._model.prefill_tokens_per_s
-        requests_s = waiting / each
-        # The least that the queue costs: its prompts; if places are what is missing, whole requests.
-        full = demand.running >= 0.9 * ready * rate.places
-        work_s = max(prompts_s, requests_s) if full or not ready or not prompts_s else prompts_s
-        wait_s = work_s / max(1, ready)
+        if self._model is None:  # a queue of so many, which moves on at what comes in (Little's law)
+            work_s = waiting / each if waiting > 2 * ready else 0.0
+            wait_s = waiting / max(level, each) if waiting > 2 * ready else 0.0
+        else:
+            # The least that the queue costs: its prompts; if places are what is missing, whole requests.
+            work_s = (demand.held_tokens + demand.queued_tokens) / self._model.prefill_tokens_per_s
+            if demand.running >= 0.9 * ready * rate.places:
+                work_s = max(work_s, waiting / each)
+            wait_s = work_s / max(1, ready)
         if wait_s <= rate.wait_s and not demand.held:
             return 0, wait_s
         ready_at = sorted(max(0.0, start_s - r.age_s) for r in state.replicas if r.phase == "starting")
@@ -213,23 +212,23 @@ class SloPolicy:
         if not ready or dt <= 0:
             return
         waiting = demand.held + demand.queued
+        pressed = pressure(demand, self._settings.slo)
         if self._rates is None:
             learned = LearnedRate.from_memory(memory.get("learned", {}))
             learned.observe(
-                per_replica=level / ready, in_flight=in_flight / ready, waiting=waiting / ready, good=load.good,
-                ttft_s=demand.ttft_p95_s, tpot_s=demand.tpot_p95_s, slo=self._settings.slo, dt=dt,
-                is_steady=state.count("starting") == 0,
+                per_replica=level / ready, finished=load.finish_rate / ready, in_flight=in_flight / ready,
+                waiting=waiting / ready, good=load.good, pressure=pressed, dt=dt,
             )  # fmt: skip
             memory["learned"] = learned.to_memory()
-            return
         correction = Correction.from_memory(memory.get("correcting", {}))
         if ready != memory.get("ready"):
             memory["ready"], memory["ready_since_s"] = ready, state.now_s
         correction.observe(
-            now_s=state.now_s, dt=dt, per_replica=load.slow_rate / ready, peak=load.peak / ready, in_flight=in_flight / ready,
+            now_s=state.now_s, dt=dt, per_replica=load.slow_rate / ready, peak=load.peak / ready,
+            in_flight=in_flight / ready,
             waiting=waiting / ready, good=load.good, prompt_tokens=load.mean_prompt_tokens,
             output_tokens=load.mean_output_tokens, rate=rate, model=self._model,
-            pressure=pressure(demand, self._settings.slo), steady_s=state.now_s - memory["ready_since_s"],
+            pressure=pressed, steady_s=state.now_s - memory["ready_since_s"],
         )  # fmt: skip
         memory["correcting"] = correction.to_memory()
 
