@@ -275,7 +275,8 @@ def test_what_is_neither_a_url_nor_a_command_is_refused(kervan: Kervan, command:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status"], ["status", "--json"], ["down"], ["scale", "2"], ["status", "--name", "chat"], ["down", "--name", "chat"]],
+    [["status"], ["status", "--json"], ["down"], ["scale", "2"], ["scale", "1..4"], ["status", "--name", "chat"],
+     ["autoscale"], ["autoscale", "--dry-run", "--policy", "ray"], ["down", "--name", "chat"]],
     ids=" ".join,
 )  # fmt: skip
 def test_an_unknown_fleet(kervan: Kervan, arguments: list[str]) -> None:
@@ -321,6 +322,10 @@ def test_a_drain_needs_a_deadline_that_can_be(kervan: Kervan, deadline: str, tol
         ["scale"],
         ["scale", "two"],
         ["scale", "--", "-1"],
+        ["scale", "3..1"],
+        ["autoscale", "--policy", "slo"],
+        ["autoscale", "--dry-run", "--policy", "magic"],
+        ["up", "m", "--replicas", "8..1"],
     ],
     ids=" ".join,
 )
