@@ -192,7 +192,7 @@ class Fleet:
 
     def __init__(self, args: argparse.Namespace, model: str, place: Path):
         self.args, self.port = args, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = args.url or f"http://127.0.0.1:{self.port}"
         self._model = model
         self._config = place / "scaling.yaml"
         each = max(1, args.streams // args.most)
@@ -316,6 +316,7 @@ def main() -> None:
     parser.add_argument("--slo", default="")
     parser.add_argument("--wait-s", type=float, default=3.0, help="before fewer: downscale_delay_s")
     parser.add_argument("--engine-arg", action="append", default=[])
+    parser.add_argument("--url", default="", help="a fleet that runs, with these settings, and serves the name shape")
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()
     args.lengths = [int(length) for length in args.output_tokens.split(",")]
@@ -323,7 +324,7 @@ def main() -> None:
         os.environ["KERVAN_HOME"] = f"{place}/home"
         model = args.model or f"{place}/llama3-8b"
         longest = max(args.lengths) + 512
-        if args.model is None and args.engine == "vllm":
+        if args.model is None and args.engine == "vllm" and not args.url:
             subprocess.run(
                 [sys.executable, HERE / "shape_model.py", HERE / "models/llama3-8b/config.json", model], check=True
             )
@@ -340,11 +341,13 @@ def main() -> None:
         record["command"] = " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]])
         fleet = Fleet(args, model, Path(place))
         try:
-            record["up_s"] = fleet.up()
-            print(f"up: {record['up_s']} s", flush=True)
+            if not args.url:
+                record["up_s"] = fleet.up()
+                print(f"up: {record['up_s']} s", flush=True)
             asyncio.run(fleet.measure(rows))
         finally:
-            fleet.kervan("down", "--name", "scaling")
+            if not args.url:
+                fleet.kervan("down", "--name", "scaling")
             if args.record and rows:
                 records.write(args.record, record)
     print(table(rows))

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 LATEST_S = 1.5  # after the last decision, if some gateway has not told
+SETTLE_S = 2.5  # two beats
 MAX_HISTORY = 20
+WANTED_NUMBERS = ("needed", "wanted")  # of the policies: replicas that the load needs, room or not
 STORE_PERIOD_S = 5.0
 NEWS_S = 5.0  # without any for so long, it is told
 
@@ -69,7 +71,8 @@ class Scaler:
         self._kinds: Mapping[str, Sequence[str]] = {}
         self._kind_of: Mapping[str, str] = {}
         self._window = DemandWindow()
-        self._decided_s = clock()
+        # One that goes on waits until all replicas have told that they are there: a fleet without any needs some.
+        self._decided_s = clock() + (SETTLE_S if before else 0.0)
         self._stored_s = clock()
         self._reason, self._numbers, self._problem = "", dict[str, float](), ""
         self._policy_name = before.policy if before else ""
@@ -171,18 +174,14 @@ class Scaler:
             memory = msgspec.json.decode(msgspec.json.encode(decision.memory))
         except Exception as error:  # supervised: the fleet goes on with what it has, and says so
             problem = f"policy {self._policy.name} failed ({type(error).__name__}: {error}); the numbers stay"
-            if problem != self._problem:
+            if _kind(problem) != _kind(self._problem):
                 logger.exception("%s", problem)
                 self._note(self._targets, problem, {})
             self._problem = problem
             return Decision(targets=self._targets, reason=self._reason, numbers=self._numbers)
         self._memory = memory
         bounded = {pool.name: self._bounded(pool.name, targets[pool.name], state) for pool in state.pools}
-        lacking = [name for name in bounded if bounded[name] < targets[name] and self._is_full(name, bounded, state)]
-        problem = "; ".join(
-            f"pool {name}: {targets[name]} replicas are wanted, and the cluster has room for {bounded[name]}"
-            for name in lacking
-        )
+        problem = self._lack_of_room(targets, bounded, numbers, state)
         if state.demand is None and state.demand_age_s > NEWS_S and self._window.has_heard:
             problem = f"no gateway has told anything for {state.demand_age_s:.0f} s; the numbers stay"
         if problem and _kind(problem) != _kind(self._problem):
@@ -208,9 +207,17 @@ class Scaler:
         return min(max(target, pool.minimum), pool.maximum)
 
     @staticmethod
-    def _is_full(name: str, bounded: Mapping[str, int], state: FleetState) -> bool:
-        pool = state.pool(name)
-        return pool.room is not None and pool.room <= bounded[name] < pool.maximum
+    def _lack_of_room(
+        targets: Mapping[str, int], bounded: Mapping[str, int], numbers: Mapping[str, float], state: FleetState
+    ) -> str:
+        """In words; empty while all that is wanted can be placed, or nothing is known of the room."""
+        wanted = max([sum(targets.values()), *(int(numbers.get(name, 0)) for name in WANTED_NUMBERS)])
+        wanted = min(wanted, sum(pool.maximum for pool in state.pools))
+        placed = sum(bounded.values())
+        rooms = [pool.maximum if pool.room is None else min(pool.room, pool.maximum) for pool in state.pools]
+        if wanted <= placed or sum(rooms) > placed:
+            return ""
+        return f"{wanted} replicas are wanted, and the cluster has room for {placed}"
 
     def _follow(self, decision: Decision, state: FleetState) -> None:
         self._reason, self._numbers = decision.reason, dict(decision.numbers)

@@ -162,8 +162,24 @@ def test_more_than_there_is_room_for_is_told_and_not_asked_for() -> None:
     bench = Bench(Wants(lambda _: 6))
     bench.scaler.look({"on-demand": 3}, {"on-demand": ["H200"]}, {"n0": "H200"})
     assert bench.decide() == 3
-    assert bench.scaler.scaling.problem == "pool on-demand: 6 replicas are wanted, and the cluster has room for 3"
+    assert bench.scaler.scaling.problem == "6 replicas are wanted, and the cluster has room for 3"
     assert bench.scaler.scaling.room == {"on-demand": 3}
+    bench.scaler.look({"on-demand": 8}, {"on-demand": ["H200"]}, {"n0": "H200"})
+    assert bench.decide() == 6
+    assert bench.scaler.scaling.problem == ""
+
+
+@pytest.mark.parametrize("name", ["needed", "wanted"])
+def test_a_policy_that_knows_the_room_is_told_for_too(name: str) -> None:
+    """It asks for no more than can be placed, and its numbers say what the load needs."""
+    policy = Wants(lambda _: 3)
+    bench = Bench(policy)
+    policy.decide = lambda state, memory: Decision(  # type: ignore[method-assign]
+        targets={"on-demand": 3}, reason="", numbers={name: 5.0}
+    )
+    bench.scaler.look({"on-demand": 3}, {}, {})
+    bench.decide()
+    assert bench.scaler.scaling.problem == "5 replicas are wanted, and the cluster has room for 3"
 
 
 def test_replicas_that_are_there_do_not_leave_for_want_of_room() -> None:
@@ -208,7 +224,8 @@ def test_another_process_goes_on_where_one_ended() -> None:
     again.unix_s = bench.unix_s
     assert again.scaler.scaling.targets == {"on-demand": 5}
     assert [entry.targets for entry in again.scaler.scaling.history] == [{"on-demand": 5}]
-    assert again.decide() == 5
+    assert again.scaler.has_just_decided  # until all replicas have told that they are there
+    assert again.decide(5.0) == 5
     assert again.policy.memories == [{"asked": 1}]  # type: ignore[union-attr]
     assert again.scaler.now_s >= before_s
 
