@@ -4,6 +4,7 @@ Each ready replica takes `rate` requests per second; what comes above that waits
 later. `PaperReplica` is the model that belongs to it.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -76,13 +77,13 @@ class PaperFleet:
     @property
     def changes(self) -> int:
         """How often the target changed."""
-        return sum(after != before for before, after in zip(self.targets, self.targets[1:], strict=False))
+        return sum(after != before for before, after in itertools.pairwise(self.targets))
 
     @property
     def reversals(self) -> int:
         """How often it went the other way."""
-        steps = [b - a for a, b in zip(self.targets, self.targets[1:], strict=False) if a != b]
-        return sum((one > 0) != (other > 0) for one, other in zip(steps, steps[1:], strict=False))
+        steps = [b - a for a, b in itertools.pairwise(self.targets) if a != b]
+        return sum((one > 0) != (other > 0) for one, other in itertools.pairwise(steps))
 
     def _second(self, rate: float) -> Demand:
         self._fraction += rate

@@ -3,11 +3,14 @@
 import dataclasses
 import difflib
 import math
+import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from kervan.config.autoscale import Autoscaling, resolve
 from kervan.errors import ConfigError
-from kervan.policy.autoscale import choose
+from kervan.policy.autoscale import choose, oracle
+from kervan.policy.autoscale.replica_rate import ModelledRates
 from kervan.policy.autoscale.state import Policy
 from kervan.sim.capacity import ReplicaCapacity
 from kervan.simulate.engine import EngineFacts
@@ -64,11 +67,38 @@ def _fill(setup: FleetSetup, seed: int, number: str) -> Policy:
     return choose.policy(_asked(setup), name="fill")
 
 
+def _oracle(setup: FleetSetup, seed: int, number: str) -> Policy:
+    """It is given the arrivals of the run, and the rate of a replica at their mean lengths and variances."""
+    rows = list(setup.load.requests(seed))
+    prompts, outputs = [row[1] for row in rows], [row[2] for row in rows]
+    counts = Counter(int(row[0]) for row in rows)
+    end_s = rows[-1][0] if rows else 1.0
+    mean = len(rows) / max(1.0, end_s)
+    variance = sum((counts[second] - mean) ** 2 for second in range(int(end_s) + 1)) / max(1.0, end_s)
+    mean_prompt = statistics.fmean(prompts or [1])
+    rate = ModelledRates(capacity(setup.engine), setup.slo).at(
+        mean_prompt,
+        statistics.fmean(outputs or [1]),
+        arrivals_cv2=variance / max(mean, 1e-9),
+        prompts_cv2=statistics.pvariance(prompts or [1], mean_prompt) / mean_prompt**2,
+    )
+    schedule = oracle.plan(
+        [row[0] for row in rows],
+        rate,
+        minimum=sum(pool.minimum for pool in setup.pools),
+        maximum=sum(pool.maximum for pool in setup.pools),
+        start_s=max(pool.start.quantile_s(0.9) for pool in setup.pools),
+        end_s=end_s,
+    )
+    return oracle.Oracle(schedule)
+
+
 MAKERS: Mapping[str, Callable[[FleetSetup, int, str], Policy]] = {
     "slo": _slo,
     "ray": _ray,
     "fill": _fill,
     "fixed": _fixed,
+    "oracle": _oracle,
 }
 """Each is given the fleet, the seed of the run (the oracle looks at its arrivals), and what follows the colon."""
 

@@ -37,9 +37,8 @@ class Fill:
 
     name = "fill"
 
-    def __init__(self, asked: Autoscaling, *, after_s: float = mix.AFTER_S, hold_s: float = mix.HOLD_S) -> None:
+    def __init__(self, asked: Autoscaling) -> None:
         self._schedule = asked.schedule
-        self._after_s, self._hold_s = after_s, hold_s
 
     def decide(self, state: FleetState, memory: Mapping[str, Any]) -> Decision:
         """See `Policy`."""

@@ -20,11 +20,11 @@ PACE_S = 300.0
 PROVEN_S = 60.0
 FORGOTTEN_S = 7200.0  # so long until what was proven counts 1/e
 LATE_SHARE = 0.007  # of 1% of the requests that may be late; with half of that all is well
-LOWERED_S = 200.0  # twice as many late as there may be lower the rate by 1/e in so long
-VAIN_SHARE, HELPED_SHARE = 0.7, 0.8  # a rate so much lower should leave no more than this of what was late
+LOWERED_S = 300.0  # twice as many late as there may be lower the rate by 1/e in so long
+VAIN_SHARE, HELPED_SHARE = 0.7, 0.8  # with so much less to do, no more than this of what was late should be left
 VAIN_S = 3600.0  # if it does not, it is not tried again for so long
 AT_EASE = 0.8  # of the bounds, at p95: more than this is no proof that all is well
-CALM_S = 150.0  # after a queue, what ends late was late before
+CALM_S = 60.0  # after a queue, and what was in it
 STEADY_S = 64.0
 FEW = 2.0  # requests in flight in a replica: of fewer the pace is not known
 ASK_S = 30.0  # between two questions to the model
@@ -40,6 +40,7 @@ class Correction:
     asked_s: float = -math.inf
     lowered_from: float = 0.0
     bad_before: float = 0.0
+    load_before: float = 0.0
     vain_until_s: float = -math.inf
 
     @classmethod
@@ -78,16 +79,15 @@ class Correction:
         changed. `peak`: the most requests/s of late.
         """
         self.proven += (1.0 - self.proven) * (1 - math.exp(-dt / FORGOTTEN_S))
-        takes = rate.requests_per_s * self.factor
-        if peak > takes or waiting > 1 + 0.2 * in_flight:
+        if peak > rate.requests_per_s * self.pace or waiting > 1 + 0.2 * in_flight:
             self.calm_since_s = now_s
         bad, allowed = 1 - good, LATE_SHARE
         if steady_s >= STEADY_S and per_replica > 0:
             shown = per_replica / (rate.requests_per_s * self.pace)
             if bad < allowed / 2 and pressure < AT_EASE and shown > self.proven:
                 self.proven += (min(MOST, shown) - self.proven) * (1 - math.exp(-dt / PROVEN_S))
-            elif bad > allowed and now_s - self.calm_since_s > CALM_S + rate.stay_s and now_s >= self.vain_until_s:
-                self._lower(min(1.0, bad / allowed - 1) * dt / LOWERED_S, bad, now_s)
+            elif bad > allowed and self.is_calm(now_s, rate) and now_s >= self.vain_until_s:
+                self._lower(min(1.0, bad / allowed - 1) * dt / LOWERED_S, bad, per_replica, now_s)
         if model is None or in_flight < FEW or waiting > 1 or steady_s < STEADY_S or now_s - self.asked_s < ASK_S:
             return
         passed_s, self.asked_s = min(2 * ASK_S, now_s - self.asked_s), now_s
@@ -99,12 +99,16 @@ class Correction:
             seen = min(MOST, max(LEAST, predicted / in_flight * per_replica / there))
             self.pace += (seen - self.pace) * (1 - math.exp(-passed_s / PACE_S))
 
-    def _lower(self, by: float, bad: float, now_s: float) -> None:
-        """Less per replica; if that has not helped so far, what was late is late for another reason."""
-        if not self.lowered_from or self.proven > self.lowered_from:
-            self.lowered_from, self.bad_before = self.proven, bad
+    def is_calm(self, now_s: float, rate: ReplicaRate) -> bool:
+        """Whether what ends now has come when there was no queue."""
+        return now_s - self.calm_since_s > CALM_S + rate.stay_s
+
+    def _lower(self, by: float, bad: float, per_replica: float, now_s: float) -> None:
+        """Less per replica; if replicas that had that much less to do were not better, it is in vain."""
+        if not self.lowered_from:
+            self.lowered_from, self.bad_before, self.load_before = self.proven, bad, per_replica
         self.proven = max(LEAST, self.proven * (1 - by))
-        if self.proven < VAIN_SHARE * self.lowered_from:
+        if per_replica < VAIN_SHARE * self.load_before:
             if bad > HELPED_SHARE * self.bad_before:
                 self.proven, self.vain_until_s = self.lowered_from, now_s + VAIN_S
             self.lowered_from = 0.0

@@ -65,7 +65,8 @@ class Load:
     finish_rate: float = 0.0
     """Answers that ended per second, over the middle time."""
     good: float = 1.0
-    """Share of answers within the SLO, over `LENGTHS_S`."""
+    """Share of answers within the SLO, over `LENGTHS_S`; after a queue it begins anew."""
+    judged: float = 0.0
     peak: float = 0.0
     """Request equivalents per second, over the fast time: the most of late."""
     pending_s: float = 0.0
@@ -87,7 +88,9 @@ class Load:
         """What `to_memory` wrote; of an empty mapping a load that nothing is known of."""
         if not memory:
             return cls()
-        known = {name: tuple(value) if isinstance(value, list) else value for name, value in memory.items()}
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in memory.items()
+        }
         return cls(**known)
 
     def to_memory(self) -> dict[str, Any]:
@@ -171,6 +174,7 @@ class Load:
         finished: int,
         output_tokens: int,
         good: int,
+        is_calm: bool,
         prompt_share: float,
         block_s: float,
         stay_s: float,
@@ -178,7 +182,8 @@ class Load:
         replica_rate: float,
     ) -> None:
         """One window. `prompt_share`: of a mean request's work that grows with its prompt; a long prompt counts as more
-        than one request. `good`: of those that finished, how many kept the SLO. `stay_s`, `wait_s`, `replica_rate`: how
+        than one request. `good`: of those that finished, how many kept the SLO; it counts
+        only if `is_calm`, when no queue is to blame. `stay_s`, `wait_s`, `replica_rate`: how
         long a request is in a replica, how much longer it may wait, and what a replica takes.
         """
         dt = min(window_s, STEP_S)
@@ -210,8 +215,11 @@ class Load:
         self.peak = max(fast, self.peak * math.exp(-dt / SLOW_S))
         self.answers = keep * self.answers + finished
         self.output_tokens = keep * self.output_tokens + output_tokens
-        if finished:
-            self.good += (good / finished - self.good) * finished / max(self.answers, FEW_ANSWERS)
+        if not is_calm:
+            self.good, self.judged = 1.0, 0.0
+        elif finished:
+            self.judged = keep * self.judged + finished
+            self.good += (good / finished - self.good) * finished / max(self.judged, FEW_ANSWERS)
         self._count_block(dt, rate * dt, block_s, stay_s, wait_s, replica_rate)
 
     def _count_block(

@@ -1,10 +1,9 @@
 """How many replicas of each market: on-demand as the floor and as cover, spot where it is cheaper in the end.
 
-What a spot replica costs is its price, and what its losses cost: a start that serves nobody, and streams that are
-computed again. Losses come together: a zone that loses one node often loses all. So spot is spread by what the zones
-would leave, and on-demand keeps the floor; `policy/pools.py` covers what is missing.
-
-Young nodes are lost most: of a pool whose replicas are younger than `YOUNG_S`, `YOUNG_SHARE` more count as missing.
+What a spot replica costs is its price, and what its losses cost: replicas that start again serve nobody meanwhile, and
+something else must. What is missing of spot is covered by on-demand as `policy/pools.py` decides for fixed pools too:
+losses come together, since a zone that loses one node often loses all, so what counts is how many are missing and not
+how likely each was to go. Young nodes are lost most, and are the first to leave (`leaving.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,7 @@ from kervan.policy import pools
 from kervan.policy.autoscale.state import FleetState, PoolState, ReplicaState
 
 ON_DEMAND, SPOT = "on-demand", "spot"
-AFTER_S = 15.0
-HOLD_S = 300.0
-# Of 45 days of nine zones (SpotServe's and SkyPilot's traces): median life 0.3 to 1.4 hours, mean 0.7 to 10; a node
-# that has lived longer is the less likely to go.
-PRIOR_LOSSES_PER_HOUR = 0.5
+MAX_SHORTAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +40,11 @@ def split(
     total: int,
     state: FleetState,
     memory: Mapping[str, Any],
-    *,
-    after_s: float | None = None,
-    hold_s: float | None = None,
 ) -> Split:
     """`total` replicas over the pools of a fleet, within their bounds.
 
-    The cheaper pool by `hourly_cost` takes what is above the minimums of all. What is missing of spot for `after_s` is
-    covered by on-demand, until spot has been whole for `hold_s` (`pools.on_demand`).
+    The cheaper pool by `hourly_cost` takes what is above the minimums of all. What is missing of spot for
+    `cover_after_s` is covered by on-demand, until spot has been whole for `cover_hold_s` (`pools.on_demand`).
     """
     if len(state.pools) == 1:
         (only,) = state.pools
@@ -84,8 +76,8 @@ def split(
     covered = pools.on_demand(
         seen, floor + min(extra, wanted_spot), floor, on_demand.maximum, history,
         now_s=state.now_s,
-        after_s=state.cover_after_s if after_s is None else after_s,
-        hold_s=state.cover_hold_s if hold_s is None else hold_s,
+        after_s=state.cover_after_s,
+        hold_s=state.cover_hold_s,
     )  # fmt: skip
     count = covered.count
     kept = [(one.at_s, one.absent, one.unready) for one in covered.history[-MAX_SHORTAGES:]]
@@ -95,15 +87,6 @@ def split(
         f"{wanted_spot} spot, {count} on-demand ({price}; {covered.reason})",
         {"shortages": kept},
     )
-
-
-MAX_SHORTAGES = 64
-
-
-def fill(state: FleetState, memory: Mapping[str, Any], *, after_s: float, hold_s: float) -> Split:
-    """The least on-demand, and all spot that gets a node; on-demand covers what is missing."""
-    most = sum(pool.maximum if pool.losses_per_hour or pool.name == SPOT else pool.minimum for pool in state.pools)
-    return split(most, state, memory, after_s=after_s, hold_s=hold_s)
 
 
 def _pools(state: FleetState) -> tuple[PoolState, PoolState]:

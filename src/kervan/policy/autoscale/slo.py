@@ -39,7 +39,7 @@ RECOVERY = 0.25  # of a start: how long requests are late after the replicas tha
 LONGEST_DECISION_S, SHORTEST_DECISION_S = 5.0, 1.0
 DECISIONS_PER_START = 20.0
 LEAST_HOLD_S = 15.0
-WATCHED_S = 600.0  # a load is watched for so long before a replica leaves
+WATCHED_S = 300.0  # a load is watched for so long before a replica leaves
 MOST_REGRETS = 5.0
 FORGIVEN_HOLDS = 10.0  # after so many times `hold_s` without one, a regret is forgotten
 NEWS_S = 15.0  # older news of the gateways are none
@@ -85,6 +85,7 @@ class SloPolicy:
             finished=demand.finished,
             output_tokens=demand.finished_output_tokens,
             good=demand.finished_good,
+            is_calm=memory.get("is_calm", False),
             prompt_share=memory.get("prompt_share", 0.5),
             block_s=block_s,
             stay_s=memory.get("stay_s", 1.0),
@@ -99,6 +100,8 @@ class SloPolicy:
             self._size(state, demand, load, remembered, start_s, block_s, within)
             remembered["sized_s"] = state.now_s
         total = self._held(state, remembered, within, start_s)
+        if within.scheduled and remembered["needed"] < within.minimum == total:
+            remembered["why"] += f"; {total} by the schedule {within.scheduled!r}"
         return decisions.decision(
             state, total, within, remembered["why"], numbers=remembered["numbers"], memory=remembered
         )
@@ -231,19 +234,18 @@ class SloPolicy:
             pressure=pressed, steady_s=state.now_s - memory["ready_since_s"],
         )  # fmt: skip
         memory["correcting"] = correction.to_memory()
+        memory["is_calm"] = correction.is_calm(state.now_s, rate)
 
     # ---- when it changes
 
     def _held(self, state: FleetState, memory: dict[str, Any], within: decisions.Bounds, start_s: float) -> int:
         """The target, changed at once upwards, and downwards after `hold_s`; `why` says so."""
         now_s, current = state.now_s, decisions.asked(state)
-        needed, less, why = memory["needed"], memory["less"], memory["need_why"]
+        needed, less, why = int(memory["needed"]), int(memory["less"]), memory["need_why"]
         base_s = self._settings.downscale_delay_s
         hold_s = max(LEAST_HOLD_S, start_s / 2) if base_s is None else base_s
         regrets = memory.get("regrets", 0.0)
         hold_s *= 2.0 ** math.floor(regrets)
-        if base_s is None:  # nothing is known yet of how the load comes back
-            hold_s = max(hold_s, WATCHED_S - memory["load"]["observed_s"])
         wanted = min(max(needed, within.minimum), within.maximum)
         if wanted > current:
             memory["lows"], memory["lows_since_s"] = (), now_s
@@ -268,11 +270,12 @@ class SloPolicy:
         while lows[0][0] <= now_s - hold_s:
             del lows[0]
         memory["lows"] = tuple(lows)
-        most = lows[0][1]
+        most = int(lows[0][1])
         if needed == 0:  # idleness has waited already
             most, begun_s = 0, -math.inf
-        if lower >= current or most >= current or now_s - begun_s < hold_s:
-            more = f", {lower} since {now_s - lows[-1][0]:.0f} of {hold_s:.0f} s" if lower < current else ""
+        is_new = base_s is None and memory["load"]["observed_s"] < WATCHED_S  # nothing is known of how it comes back
+        if lower >= current or most >= current or now_s - begun_s < hold_s or (is_new and needed):
+            more = f", {lower} would be if that stays so for {hold_s:.0f} s" if lower < current else ""
             memory["why"] = f"{current} are enough{more}: {why}"
             return current
         memory["down_s"] = now_s

@@ -108,7 +108,7 @@ class FleetState:
     demand: Demand | None
     demand_age_s: float = 0.0
     cover_after_s: float = 15.0
-    """On-demand replicas start for spot ones that are missing for so long, and stop when none was for `cover_hold_s`."""
+    """On-demand starts for spot that is missing for so long, and stops when none was missing for `cover_hold_s`."""
     cover_hold_s: float = 300.0
 
     def pool(self, name: str) -> PoolState:
