@@ -23,6 +23,7 @@ COMMANDS = {
     "chaos": "Inject faults into a fleet under load and check every token.",
     "bench": "Load-test an OpenAI-compatible server.",
     "calibrate": "Measure this host's GPUs for the planner.",
+    "comm": "Measure how GPUs reach each other, and find what slows or breaks it.",
     "demo": "Run a small fleet on this machine, without a GPU, and kill a replica.",
 }
 

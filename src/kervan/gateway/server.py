@@ -292,7 +292,7 @@ class Gateway:
         )
 
     def _demand(self) -> DemandCounts:
-        """What clients ask of it. In a fleet that may have no replica, one that has just started asks for one itself."""
+        """What clients ask of it. Where there may be no replica, a gateway that has just started asks for one itself."""
         demand = self.fleet.take_demand()
         if self._attached.is_set() or not self._snapshot.may_sleep:
             return demand
@@ -322,7 +322,7 @@ class Gateway:
         ]
         return "no replica is ready: " + ("; ".join(states) or "none has started yet")
 
-    def admit(self, size: RequestSize) -> Shed | Ticket:
+    def admit(self, size: RequestSize, session: str = "") -> Shed | Ticket:
         """Room for a request; else why there is none, and when to try again (`policy/admission.py`)."""
         if self._snapshot.is_closing:
             return Shed(CLOSING_RETRY_S, CLOSING)
@@ -342,7 +342,7 @@ class Gateway:
             size.num_streams,
         )
         if decision.admitted:
-            return self.fleet.take_room(size.num_streams, is_bulk=decision.is_bulk)
+            return self.fleet.take_room(size.num_streams, is_bulk=decision.is_bulk, session=session)
         if decision.retry_after_s is not None:  # else none ever has room for it
             self.fleet.demand.shed(size.num_streams)
         return Shed(decision.retry_after_s, decision.reason)

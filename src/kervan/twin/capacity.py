@@ -10,13 +10,15 @@ from kervan.sim.constants import Constants
 from kervan.sim.step_time import Batch, StepTime
 from kervan.twin.token_engine import TwinSettings
 
+ONE_GPU = Layout()
+
 
 @dataclass(frozen=True, slots=True)
 class _TwinSteps:
     """Answers what `ReplicaCapacity` asks of a `StepTime`."""
 
     settings: TwinSettings
-    layout: Layout = Layout(1, 1, 1, 1)
+    layout: Layout = ONE_GPU
     constants: Constants = PRIOR.constants
     is_pipelined: bool = False
 
