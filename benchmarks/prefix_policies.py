@@ -37,10 +37,10 @@ from kervan.bench import records
 from kervan.config.fleet import FleetConfig
 from kervan.fleet import placement, prefixes
 from kervan.fleet.link import ReplicaTally
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.stream import Stream
 from kervan.policy import routing
 from kervan.policy.output_length import LengthEstimate
+from kervan.policy.prefill_speed import PrefillSpeed
 from kervan.policy.prefix import Match, PromptContent
 from kervan.sim.prefix_cache import BlockHashes
 from kervan.twin.settings import settings

@@ -292,7 +292,7 @@ class Gateway:
         )
 
     def _demand(self) -> DemandCounts:
-        """What clients ask of it. Where there may be no replica, a gateway that has just started asks for one itself."""
+        """What clients ask of it. Where there may be no replica, a gateway that is new asks for one itself."""
         demand = self.fleet.take_demand()
         if self._attached.is_set() or not self._snapshot.may_sleep:
             return demand
