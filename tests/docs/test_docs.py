@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from typing import Any
 
 import click
 import pytest
-import yaml
 from harness.live import Fleet
 from harness.places import REPOSITORY
 from harness.toy_fleet import ToyCodec
@@ -31,7 +29,7 @@ import kervan
 from kervan.cli import COMMANDS, cli
 from kervan.config import fleet as fleets
 from kervan.fleet.client import FleetClient
-from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Scaling, Snapshot
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.gateway import server
 
@@ -208,9 +206,10 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.parametrize("block", [b for b in blocks() if b.language in ("yaml", "toml")], ids=str)
-def test_config_files_are_valid(block: Block) -> None:
-    settings = tomllib.loads(block.text) if block.language == "toml" else yaml.safe_load(block.text)
-    assert fleets.from_mapping(settings, str(block)).model == README_MODEL
+def test_config_files_are_valid(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / f"fleet.{block.language}"
+    path.write_text(block.text)
+    assert fleets.from_mapping(fleets.load_file(path), str(block)).model == README_MODEL
 
 
 async def test_the_table_of_metrics_is_the_page() -> None:
@@ -227,7 +226,9 @@ async def test_the_table_of_metrics_is_the_page() -> None:
     )
     gateway.fleet._meter.tally("r").ttft.observe(0.1)
     replica = ReplicaEntry("r", "spot", "n", 1, "ready", "a:1")
-    gateway._snapshot = Snapshot(1, [replica], [GatewayEntry("gw-1", "n", 2, "", "", True)], [], targets={"spot": 1})
+    entry = GatewayEntry("gw-1", "n", 2, "", "", True)
+    scaling = Scaling("slo", {"spot": 1}, "why", {"load_requests_per_s": 1.0}, room={"spot": 2})
+    gateway._snapshot = Snapshot(1, [replica], [entry], [], targets={"spot": 1}, scaling=scaling)
     found = set()
     for family in text_string_to_metric_families(gateway._local_page()):
         if family.name.startswith("kervan_"):

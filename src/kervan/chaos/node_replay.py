@@ -66,6 +66,7 @@ def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetCon
         "gpu": GPU,
         "twin": {"base_s": STEP_S, "kv_tokens": KV_TOKENS, "spot_per_node": 1},
         "pools": {ON_DEMAND: ON_DEMAND_BOUNDS, SPOT: f"0..{plan.max_nodes}"},
+        "policy": "fill",
         "gateways": 1,
         "fallback_after_s": max(MIN_FALLBACK_AFTER_S, FALLBACK_AFTER_S / plan.speed),
         "fallback_hold_s": FALLBACK_HOLD_S / plan.speed,

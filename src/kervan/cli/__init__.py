@@ -17,6 +17,7 @@ COMMANDS = {
     "status": "Show the state of a fleet.",
     "top": "Watch a fleet live in the terminal.",
     "scale": "Change the number of replicas or gateways.",
+    "autoscale": "Show how the number of replicas is decided, or what another policy would do.",
     "drain": "Take a replica or a node out of service; its streams move to other replicas.",
     "fault": "Inject a fault into a simulated replica.",
     "chaos": "Inject faults into a fleet under load and check every token.",

@@ -10,6 +10,7 @@ import uuid
 
 import msgspec
 import ray
+from ray import serve
 from ray.util import placement_group_table
 
 from kervan.config.fleet import FleetConfig
@@ -94,6 +95,7 @@ class EngineReplica:
         self._pool = pool
         self._version = version
         self._node = ray.util.get_node_ip_address()
+        self._serve_id = serve.get_replica_context().replica_id.unique_id
         self._is_draining = False
         self._lock = threading.Lock()
         self._drained = threading.Event()
@@ -230,6 +232,8 @@ class EngineReplica:
             nodes=self._nodes,
             start_s=engine.start_s,
             ready_for_s=engine.ready_for_s,
+            serve_id=self._serve_id,
+            age_s=time.monotonic() - engine.since_s,
             leaves_in_s=None if self._drain_deadline_s is None else max(0.0, self._drain_deadline_s - time.monotonic()),
         )
 

@@ -76,6 +76,7 @@ class Bench:
         self.told: list[tuple[str, str]] = []
         self.coming: list[Process] = []
         self.replica: Any = Replica.__new__(Replica)
+        self.replica._serve_id = "s1"
         self.replica._config, self.replica._pool, self.replica._version = FleetConfig(model="m"), "pool", "v"
         self.replica._node, self.replica._nodes, self.replica._placement = "n", [], None
         self.replica._is_draining, self.replica._drain_deadline_s = False, None
