@@ -138,8 +138,8 @@ class Streams:
             self._tasks[self._numbers] = asyncio.create_task(self._ask(self._numbers))
 
     async def leave(self, rest: int) -> None:
-        """All but `rest` go, in the middle of what they get."""
-        for number in list(self._tasks)[rest:]:
+        """All but the `rest` that came last go, in the middle of what they get."""
+        for number in list(self._tasks)[: len(self._tasks) - rest]:
             self._tasks.pop(number).cancel()
             self.cut += 1
 
@@ -235,11 +235,13 @@ class Fleet:
         changes = len(watch.targets)
         streams = Streams(self.url, output_tokens)
         streams.start(args.streams)
+        coming = asyncio.create_task(self._more_come(watch, streams))
         await watch.until(
             f"tokens of {args.most} replicas",
             lambda: sum(s.first_token_s is not None and s.gone_s is None for s in watch.replicas.values()) >= args.most,
             UP_S,
         )
+        coming.cancel()
         up = [seen for name, seen in watch.replicas.items() if name not in before]
         decided_s = next((at_s for at_s, _ in watch.targets[changes:] if at_s >= need_s), need_s)
         await asyncio.sleep(1.0)
@@ -265,6 +267,16 @@ class Fleet:
         }
         print(json.dumps(row), flush=True)
         return row
+
+    async def _more_come(self, watch: Watch, streams: Streams) -> None:
+        """Two streams for each replica that has none: those that are there stay where they are."""
+        given: set[str] = set()
+        while True:
+            for name, count in watch.linked.items():
+                if not count and name not in given:
+                    given.add(name)
+                    streams.start(2)
+            await asyncio.sleep(POLL_S)
 
     async def measure(self, rows: list[Row]) -> None:
         timeout = aiohttp.ClientTimeout(total=30)
