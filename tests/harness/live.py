@@ -25,7 +25,7 @@ from kervan.serve.environment import WARM_OWNER
 # Starts take a minute on two idle cores; several minutes mean that the machine is shared, not that it hangs.
 START_S = 600.0
 REQUEST_S = 60.0
-UNTIL_S = 120.0
+UNTIL_S = 300.0
 SMALL = ("dtype=float32", "enforce_eager=true")
 # Of all fleets, as those that differ are forked from another warm process. Left alone, vLLM binds every engine of a small
 # machine to core 0, and the tests run up to three.

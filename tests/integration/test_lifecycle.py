@@ -68,7 +68,6 @@ def test_too_little_memory_for_the_cache(
     done = home.kervan(
         *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach"),
         *arguments("max_model_len=2048", "kv_cache_memory_bytes=1000000"),
-        *ENVIRONMENT,
     )
     assert_refused(done, "max_model_len")
     assert home.fleets() == [fleet.name]
