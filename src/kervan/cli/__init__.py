@@ -21,6 +21,8 @@ COMMANDS = {
     "chaos": "Inject faults into a fleet under load and check every token.",
     "bench": "Load-test an OpenAI-compatible server.",
     "calibrate": "Measure this host's GPUs for the planner.",
+    "memory": "Estimate and measure what training and serving take of a GPU's memory.",
+    "pipeline": "Cut a decoder into pipeline stages, and measure schedules and their bubble.",
     "demo": "Run a small fleet on this machine, without a GPU, and kill a replica.",
 }
 
