@@ -283,7 +283,7 @@ class _Step:
         chunk = LOSS_CHUNKS if self.recipe.is_loss_chunked else 1
         logits = 4.0 * t * s.vocab / chunk
         normed = self.c * t * s.hidden
-        for _ in range(chunk):
+        for index in range(chunk):
             if chunk > 1:  # recomputed: the log-softmax is there again
                 ledger.take("activations:logits", logits)
             elif self.offloads:
@@ -295,13 +295,18 @@ class _Step:
             if self.c == 2:
                 ledger.take("other:logits", logits / 2)
                 ledger.free("other:logits", logits)
-            self._gradient(s.table_parameters if chunk == 1 else 0)
+            if chunk == 1:
+                self._gradient(s.table_parameters)
+            else:
+                ledger.pulse("other:gradients", self.each_weight() * s.table_parameters)
+                if index == 0:  # the chunks' sum
+                    ledger.take("other:gradients", self.each_weight() * s.table_parameters)
             ledger.take("other:gradients of activations", normed / chunk)
             ledger.free("other:logits", logits / 2 if self.c == 2 else logits)
         if chunk > 1:
+            ledger.free("other:gradients", self.each_weight() * s.table_parameters)
             self._gradient(s.table_parameters)
-            ledger.pulse("other:gradients", self.each_weight() * s.table_parameters)  # a chunk's beside their sum
-        if self.recipe.sharding in {"zero1", "zero2"}:  # made when the first gradient is there
+        if self._has_reduce_bucket():  # made when the first gradient is there
             ledger.take("other:buckets", self.each_weight() * REDUCE_BUCKET)
         # the last norm
         ledger.take("other:gradients of activations", self.stream)
@@ -440,9 +445,13 @@ class _Step:
         if self.recipe.sharding == "zero3":
             self.ledger.take("other:gathered", self.each_weight() * min(s.parameters, MAX_LIVE + PREFETCH_BUCKET))
 
+    def _has_reduce_bucket(self) -> bool:
+        """ZeRO-1 reduces accumulated gradients where they are."""
+        return self.recipe.sharding == "zero2" or (self.recipe.sharding == "zero1" and not self.is_accumulating)
+
     def _close_backward(self) -> None:
         self.ledger.free("other:gathered", self.ledger.now.get("other:gathered", 0.0))
-        if self.recipe.sharding in {"zero1", "zero2"}:
+        if self._has_reduce_bucket():
             self.ledger.free("other:buckets", self.each_weight() * REDUCE_BUCKET)
 
     def _optimizer_step(self) -> None:

@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO over the ranks, with torch's AdamW: no operator of DeepSpeed's own has to be built."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -138,9 +139,8 @@ def _deepspeed(*, on_gpu: bool) -> Any:
             f"end; delete it: rm {' '.join(str(lock) for lock in locks)}"
         )
     import deepspeed
-    import deepspeed.comm.torch as comm
 
-    if not on_gpu:
-        comm.build_shm_op = lambda: None  # it compiles for minutes, to save microseconds of gloo's
+    if not on_gpu:  # it compiles for minutes, to save microseconds of gloo's
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

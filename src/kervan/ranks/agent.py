@@ -76,6 +76,8 @@ def _rank(work: Work, arguments: Any, address: str, key: bytes) -> None:
 def _failed(rank: Rank, error: Exception) -> Failed:
     if isinstance(error, ConfigError):
         return Failed(str(error), is_config=True)
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):  # what went wrong first
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     where = traceback.extract_tb(error.__traceback__)[-1]
     problem = f"{type(error).__name__}: {lines[0][:300] if lines else ''} ({where.name}, line {where.lineno})"
