@@ -1,4 +1,4 @@
-"""What ranks of `kervan calibrate` do that fail; their processes import it by name."""
+"""What ranks of `kervan calibrate`, `memory` and `pipeline` do that fail; their processes import it by name."""
 
 import os
 import threading
@@ -19,3 +19,14 @@ def die(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
 
 def hang(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
     threading.Event().wait()
+
+
+def fail_second(rank: Any, arguments: Any, keep: Callable[[Any], None]) -> None:
+    if rank.number == 1:
+        raise ValueError(f"no {arguments}\nand more")
+    threading.Event().wait(60)
+
+
+def die_second(rank: Any, arguments: Any, keep: Callable[[Any], None]) -> None:
+    if rank.number == 1:
+        os._exit(9)

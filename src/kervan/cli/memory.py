@@ -12,10 +12,11 @@ from kervan.units import format_duration
 
 if TYPE_CHECKING:
     from kervan.memory.estimate import Estimate
+    from kervan.memory.finetune import FinetunePlan
     from kervan.memory.measure import Measured
 
 MAX_SEQ, MAX_BATCH = 1 << 22, 1 << 16
-MODEL_HELP = "MODEL is a directory with a config.json (no weights needed), or one of tiny, 1b, 3b, 8b."
+MODEL_HELP = "MODEL is a directory with a config.json (no weights needed), or one of tiny, small, 1b, 3b, 8b."
 
 
 @click.group()
@@ -228,3 +229,137 @@ def snapshot(file: Path, most: int, as_json: bool) -> None:
         return
     for holder in found:
         print(f"{holder.size_bytes / 2**30:8.3f} GiB in {holder.count:5} blocks  {holder.where}")
+
+
+@memory.command()
+@click.argument("model", default="tiny")
+@click.option("--technique", "techniques", multiple=True, default=("fp32",), show_default=True, metavar="NAME,...",
+              help="As for estimate; several are trained one after the other, and their losses compared.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1, 10_000_000), default=100, show_default=True)
+@click.option("--batch", type=click.IntRange(1, MAX_BATCH), default=8, show_default=True,
+              help="Sequences of a step, shared by all ranks.")  # fmt: skip
+@click.option("--seq", type=click.IntRange(1, MAX_SEQ), default=256, show_default=True, help="Bytes of a sequence.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--text", "files", multiple=True, type=click.Path(path_type=Path),
+              help="File to train on; repeatable. [default: Python's language reference]")  # fmt: skip
+@click.option("--checkpoint", type=click.Path(path_type=Path),
+              help="Directory to save in, and to resume from, on any number of ranks.")  # fmt: skip
+@click.option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints; the last is always.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@rank_options.ranks
+@rank_options.device
+@click.option("--for", "duration", type=option_types.DURATION, default="1h", show_default=True, help="At most.")
+@click.option("--record", type=click.Path(path_type=Path), help="File or directory for the record.")
+@rank_options.nodes
+@options.as_json
+def finetune(**given: Any) -> None:
+    """Train a small model on text with these techniques, and compare their losses.
+
+    SIGTERM, Ctrl-C and a cloud's preemption notice end it after the present step, with a checkpoint if --checkpoint is
+    given; the same command goes on from there, also with another --ranks.
+    """
+    from kervan.bench import records
+    from kervan.cli import render
+    from kervan.memory import finetune as tuning
+    from kervan.memory import shape
+    from kervan.memory.techniques import check, parse
+    from kervan.ranks import start
+
+    device = rank_options.chosen_device(given["device"])
+    rank_options.check_torch("memory finetune")
+    outputs.check_record("--record", given["record"])
+    outputs.check_directory("--checkpoint", given["checkpoint"])
+    nodes = start.Nodes(given["nodes"], given["node_rank"], given["rendezvous"])
+    if given["checkpoint"] is not None and len(given["techniques"]) > 1:
+        raise ConfigError(
+            f"--checkpoint is for one run, and {len(given['techniques'])} techniques are given; give one --technique"
+        )
+    sizes = shape.read(given["model"])
+    plans = []
+    for text in given["techniques"]:
+        recipe = parse(text)
+        check(recipe, num_layers=sizes.num_layers, ranks=given["ranks"] * nodes.count, on_gpu=device == "cuda")
+        plans.append(
+            tuning.FinetunePlan(
+                shape=sizes, recipe=recipe, steps=given["steps"], batch=given["batch"], seq=given["seq"],
+                lr=given["lr"], device=device, files=given["files"], checkpoint=given["checkpoint"],
+                save_every=given["save_every"], seed=given["seed"],
+            )  # fmt: skip
+        )
+        tuning.check(plans[-1], given["ranks"] * nodes.count)
+    say = render.progress_lines(is_quiet=given["as_json"] and not sys.stderr.isatty())
+    runs = _train(tuple(plans), given["ranks"], nodes, given["duration"], say)
+    first = runs[0]["losses"]
+    for run in runs:
+        run["furthest_from_first"] = round(tuning.furthest(run["losses"], first), 5)
+    content = {"model": sizes.name, "ranks": given["ranks"] * nodes.count, "device": device, "runs": runs}
+    if given["record"] is not None:
+        say(f"record: {records.write(given['record'], records.record('finetune', content))}")
+    if given["as_json"]:
+        render.print_json(content)
+        return
+    for run in runs:
+        early = " (told to end)" if run["stopped_early"] else ""
+        print(
+            f"{run['technique']}: {run['steps']} steps{early}, loss {run['losses'][0]:.3f} to {run['loss']:.3f} nats a byte, "
+            f"at most {run['furthest_from_first']:.3f} from {runs[0]['technique']}"
+        )
+
+
+def _train(plans: "tuple[FinetunePlan, ...]", ranks: int, nodes: Any, for_s: float, say: Any) -> list[dict[str, Any]]:
+    """Run the plans, until all have ended or they are told to end."""
+    import time
+
+    from kervan.errors import EngineError
+    from kervan.memory import finetune as tuning
+    from kervan.ranks import start
+
+    runs: list[dict[str, Any]] = []
+    checkpoint, told_s = "", time.monotonic()
+    with start.Ranks(tuning.work, plans, ranks=ranks, nodes=nodes, for_s=for_s) as started, _told_to_end(started, say):
+        for row in started:
+            if isinstance(row, tuning.StepDone):
+                plan = plans[len(runs)]
+                if time.monotonic() - told_s > 2 or row.step in {1, plan.steps}:
+                    told_s = time.monotonic()
+                    say(f"{plan.recipe.text} step {row.step}: loss {row.loss:.3f}, {row.tokens_s:,.0f} bytes/s")
+            elif isinstance(row, tuning.Saved):
+                checkpoint = row.where
+                say(f"saved {row.where} in {row.took_s:.1f} s, of which training waited {row.blocked_s:.1f} s")
+            elif isinstance(row, tuning.Ended):
+                runs.append({
+                    "technique": plans[len(runs)].recipe.text, "steps": row.steps, "resumed_from": row.resumed_from,
+                    "stopped_early": row.is_told, "checkpoint": checkpoint, "loss": tuning.smoothed(row.losses),
+                    "losses": list(row.losses),
+                })  # fmt: skip
+    if not runs:
+        raise EngineError("the ranks ended before a step was done; with several nodes, node 0 has the losses")
+    return runs
+
+
+def _told_to_end(started: Any, say: Any) -> Any:
+    """Inside, SIGTERM, Ctrl-C and a notice of this node's end reach the ranks, which save and end."""
+    import signal
+    from collections.abc import Iterator
+    from contextlib import contextmanager
+
+    from kervan.cli.node_notice import watching_notices
+
+    @contextmanager
+    def telling() -> Iterator[None]:
+        def tell(why: str) -> None:
+            say(f"{why}: ending after this step")
+            started.terminate()
+
+        before = {
+            number: signal.signal(number, lambda number, _: tell(signal.Signals(number).name))
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            with watching_notices(lambda notice: tell(f"{notice.kind} notice of {notice.source}")):
+                yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    return telling()

@@ -32,7 +32,7 @@ COUNTS = option_types.Sweep(option_types.Parsed("count", _micro_batches))
 
 
 @pipeline.command()
-@click.argument("model", default="tiny")
+@click.argument("model", default="small")
 @click.option("--stages", type=click.IntRange(1, rank_options.MAX_RANKS), default=2, show_default=True,
               help="Ranks of the pipeline on this host, one GPU each; more than its GPUs share them.")  # fmt: skip
 @click.option("--schedule", default="1f1b", show_default=True,
@@ -41,7 +41,7 @@ COUNTS = option_types.Sweep(option_types.Parsed("count", _micro_batches))
 @click.option("--chunks", type=int, help="Stages of each rank. [default: 1, or 2 where the schedule has several]")
 @click.option("--batch", type=click.IntRange(1, 1 << 20),
               help="Sequences of a step. [default: the largest number of micro-batches]")  # fmt: skip
-@click.option("--seq", type=click.IntRange(1, 1 << 20), default=128, show_default=True, help="Tokens of a sequence.")
+@click.option("--seq", type=click.IntRange(1, 1 << 20), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on GPUs, fp32 on a CPU]")
 @click.option("--cut", help="Layers of each stage, like 7,8,8,5; or modelled, or measured. [default: modelled]")
 @click.option("--forward-only", is_flag=True, help="As in inference: no backward passes.")
@@ -57,7 +57,7 @@ COUNTS = option_types.Sweep(option_types.Parsed("count", _micro_batches))
 def bench(**given: Any) -> None:
     """Run a schedule: outputs and gradients against the unsplit model, and the bubble against theory.
 
-    MODEL is a directory with a config.json (no weights needed), or one of tiny, 1b, 3b, 8b; weights are random.
+    MODEL is a directory with a config.json (no weights needed), or one of tiny, small, 1b, 3b, 8b; weights are random.
     """
     from kervan.bench import records
     from kervan.cli import render
@@ -71,7 +71,7 @@ def bench(**given: Any) -> None:
     rank_options.check_torch("pipeline bench")
     say = render.progress_lines(is_quiet=given["as_json"] and not sys.stderr.isatty())
     say(f"starting {given['stages']} rank(s), {plan.schedule.name}, {plan.batch} x {plan.seq} tokens")
-    result = benching.bench(plan, ranks=given["stages"], nodes=nodes, for_s=given["duration"], say=say)
+    result = next(benching.bench((plan,), ranks=given["stages"], nodes=nodes, for_s=given["duration"], say=say))
     ranks = given["stages"] * nodes.count
     content = _content(plan, result, ranks)
     if given["timeline"] is not None:
@@ -105,7 +105,7 @@ def _plan(given: dict[str, Any], ranks: int) -> "PipelinePlan":
     sizes = shape.read(given["model"])
     numbers = tuple(sorted(set(given["micro_batches"])))
     for number in numbers:
-        schedules.check(schedule, ranks=ranks, chunks=chunks, micro_batches=number)
+        schedules.check(schedule, ranks=ranks, chunks=chunks, micro_batches=number, is_forward_only=given["forward_only"])
     batch = given["batch"] or numbers[-1]
     for number in numbers:
         if batch % number:
@@ -186,5 +186,5 @@ def _print(plan: "PipelinePlan", result: "Result", content: dict[str, Any]) -> N
         print(f"fastest: {result.best} micro-batches{more}")
     if result.prepared.is_gpu_shared:
         print("ranks share a GPU: this shows that the results are right, and nothing about speed")
-    if plan.is_forward_only and plan.schedule.name in {"zero-bubble", "zbv", "dualpipev"}:
-        print(f"{plan.schedule.name} fills the bubble with gradients of weights: without backward passes it gives nothing")
+    if plan.is_forward_only and plan.schedule.name == "zero-bubble":
+        print("zero-bubble fills the bubble with gradients of weights: forward only, it is the interleaved schedule")

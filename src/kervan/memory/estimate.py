@@ -306,6 +306,9 @@ class _Step:
         if chunk > 1:
             ledger.free("other:gradients", self.each_weight() * s.table_parameters)
             self._gradient(s.table_parameters)
+        if self.recipe.precision == "autocast":
+            ledger.free("activations:weight copies", 2.0 * s.table_parameters)
+        self._gradient(s.hidden)
         if self._has_reduce_bucket():  # made when the first gradient is there
             ledger.take("other:buckets", self.each_weight() * REDUCE_BUCKET)
         # the last norm

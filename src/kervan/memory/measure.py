@@ -132,7 +132,7 @@ def join(rank: Rank, device: str) -> Any:
         torch.cuda.set_device(mine)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S), device_id=mine)
         return mine
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_of))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_of // 2))
     dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     return torch.device("cpu")
 

@@ -28,6 +28,9 @@ class Optimizer(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Its states by name, to be saved."""
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the states of `state_dict`."""
+
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next steps."""
 
@@ -68,6 +71,9 @@ class TorchAdamW:
         states: dict[str, Any] = self._inner.state_dict()
         return states
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._inner.load_state_dict(state)
+
     @property
     def inner(self) -> Any:
         """The torch optimizer, for torch.distributed.checkpoint."""
@@ -104,10 +110,26 @@ class MasterAdamW:
                 yield from (value for value in state.values() if torch.is_tensor(value))
 
     def state_dict(self) -> dict[str, Any]:
+        """States that do not exist before the first step are made, zero, so that they can be loaded into."""
+        for master, inner in zip(self._masters, self._inner, strict=True):
+            if not inner.state:
+                zero = torch.zeros_like(master, requires_grad=False)
+                inner.state[master] = {
+                    "step": torch.zeros((), device=master.device), "exp_avg": zero, "exp_avg_sq": zero.clone(),
+                }  # fmt: skip
         return {
-            f"{index}": {"master": master.detach(), **next(iter(inner.state.values()), {})}
+            f"{index}": {"master": master.detach(), **inner.state[master]}
             for index, (master, inner) in enumerate(zip(self._masters, self._inner, strict=True))
         }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The tensors of `state_dict`, loaded in place; the weights follow the masters."""
+        for index, (parameter, master) in enumerate(zip(self._parameters, self._masters, strict=True)):
+            mine = state[f"{index}"]
+            master.copy_(mine["master"])
+            self._inner[index].state[master] = {name: mine[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+            parameter.copy_(master)
 
     def set_lr(self, lr: float) -> None:
         for inner in self._inner:
@@ -219,13 +241,19 @@ class SmallAdamW:
             yield from (*first, *second)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self._steps,
-            "states": [
-                {"master": master, "first": first, "second": second}
-                for master, (first, second) in zip(self._masters, self._moments, strict=True)
-            ],
-        }
+        states: dict[str, Any] = {"steps": torch.tensor(self._steps)}
+        for index, (master, (first, second)) in enumerate(zip(self._masters, self._moments, strict=True)):
+            parts = [*first, *second] + ([master] if master is not None else [])
+            states |= {f"{index}.{part}": tensor for part, tensor in enumerate(parts)}
+        return states
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The tensors of `state_dict`, loaded in place; the weights follow the masters where there are some."""
+        self._steps = int(state["steps"])
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if master is not None:
+                parameter.copy_(master)
 
     def set_lr(self, lr: float) -> None:
         self._lr = lr

@@ -27,6 +27,9 @@ class Training(Protocol):
     def step(self) -> None:
         """Change the weights; gradients are dropped."""
 
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next steps."""
+
     def weights(self) -> Iterator[Any]:
         """Tensors of weights that this rank keeps."""
 
@@ -55,6 +58,9 @@ class Plain:
 
     def step(self) -> None:
         self.optimizer.step()
+
+    def set_lr(self, lr: float) -> None:
+        self.optimizer.set_lr(lr)
 
     def weights(self) -> Iterator[Any]:
         yield from (_local(parameter) for parameter in self.model.parameters())

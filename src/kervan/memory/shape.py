@@ -57,6 +57,8 @@ NAMED: dict[str, DecoderShape] = {
     for shape in (
         DecoderShape(name="tiny", num_layers=4, hidden=64, num_heads=4, num_kv_heads=2, head_dim=16,
                      intermediate=192, vocab=512, is_tied=False),
+        DecoderShape(name="small", num_layers=8, hidden=192, num_heads=6, num_kv_heads=2, head_dim=32,
+                     intermediate=512, vocab=512, is_tied=False),
         DecoderShape(name="1b", num_layers=16, hidden=2048, num_heads=32, num_kv_heads=8, head_dim=64,
                      intermediate=8192, vocab=128256, is_tied=True),
         DecoderShape(name="3b", num_layers=28, hidden=3072, num_heads=24, num_kv_heads=8, head_dim=128,

@@ -81,6 +81,10 @@ class Zero:
         self._engine.step()
         self._done = 0
 
+    def set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
     def weights(self) -> Iterator[Any]:
         for parameter in self._module.parameters():
             shard = getattr(parameter, "ds_tensor", None)

@@ -1,7 +1,7 @@
 """A pipeline's run: bubble as measured, as the order of work and the measured times give it, and as theory has it."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class Row:
 class Result:
     """All rows. `best`: the fastest number of micro-batches; `best_predicted`: of those that divide the batch."""
 
+    plan: PipelinePlan
     prepared: Prepared
     rows: tuple[Row, ...]
     imbalance: float
@@ -56,33 +57,39 @@ class Result:
 
 
 def bench(
-    plan: PipelinePlan, *, ranks: int, nodes: Nodes, for_s: float, say: Callable[[str], None]
-) -> Result:
-    """Start the ranks, and read them. Raises: EngineError, ConfigError."""
+    plans: tuple[PipelinePlan, ...], *, ranks: int, nodes: Nodes = Nodes(), for_s: float, say: Callable[[str], None]
+) -> Iterator[Result]:
+    """Start the ranks, and give a result for each plan; all are of one device. Raises: EngineError, ConfigError."""
     total = ranks * nodes.count
+    waiting = list(plans)
     prepared: Prepared | None = None
     rows: list[Row] = []
-    for found in run(work, plan, ranks=ranks, nodes=nodes, for_s=for_s):
+    for found in run(work, plans, ranks=ranks, nodes=nodes, for_s=for_s):
+        plan = waiting[0]
         if isinstance(found, Prepared):
-            prepared = found
+            prepared, rows = found, []
             layers = ", ".join(str(len(part)) for part in found.cut)
-            say(f"layers of the stages: {layers}; running {plan.micro_batches[0]} micro-batches")
+            say(f"{plan.schedule.name}, layers of the stages: {layers}")
             continue
         rows.append(_row(plan, found, total))
-        say(f"{found.micro_batches} micro-batches: bubble {100 * rows[-1].bubble:.1f}%")
-    if prepared is None or not rows:
+        say(f"{plan.schedule.name}, {found.micro_batches} micro-batches: bubble {100 * rows[-1].bubble:.1f}%")
+        if len(rows) == len(plan.micro_batches):
+            assert prepared is not None
+            yield Result(
+                plan=plan, prepared=prepared, rows=tuple(rows), imbalance=imbalance(prepared.costs, prepared.cut),
+                best=min(rows, key=lambda row: row.step_s).micro_batches,
+                best_predicted=_best_predicted(plan, rows, total),
+            )  # fmt: skip
+            waiting.pop(0)
+    if len(waiting) == len(plans):
         raise EngineError("node 0 has the result; this node's ranks have ended")
-    return Result(
-        prepared=prepared, rows=tuple(rows), imbalance=imbalance(prepared.costs, prepared.cut),
-        best=min(rows, key=lambda row: row.step_s).micro_batches, best_predicted=_best_predicted(plan, rows, total),
-    )  # fmt: skip
 
 
-def work(rank: Rank, plan: PipelinePlan, keep: Keep) -> None:
+def work(rank: Rank, plans: tuple[PipelinePlan, ...], keep: Keep) -> None:
     """Work of one rank; imports torch there."""
     from kervan.pipeline import stage_work
 
-    stage_work.work(rank, plan, keep)
+    stage_work.work(rank, plans, keep)
 
 
 def _row(plan: PipelinePlan, ran: Ran, ranks: int) -> Row:

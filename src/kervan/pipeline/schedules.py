@@ -49,8 +49,13 @@ def find(name: str) -> Schedule:
     return SCHEDULES[name]
 
 
-def check(schedule: Schedule, *, ranks: int, chunks: int, micro_batches: int) -> None:
+def check(schedule: Schedule, *, ranks: int, chunks: int, micro_batches: int, is_forward_only: bool = False) -> None:
     """Raises: ConfigError for numbers that a schedule cannot work with."""
+    if schedule.is_v and is_forward_only:
+        raise ConfigError(
+            f"--forward-only with {schedule.name}: it fills the bubble with gradients of weights, which forward only has "
+            "none of, and torch does not run it so; take --schedule gpipe or interleaved"
+        )
     least, _, most = schedule.chunks
     if not least <= chunks <= most:
         rule = f"exactly {least}" if least == most else f"{least} to {most}"

@@ -64,17 +64,18 @@ def loss_of(logits: Any, targets: Any) -> Any:
     return F.cross_entropy(logits.float().flatten(0, -2), targets.to(logits.device).flatten())
 
 
-def work(rank: Rank, plan: PipelinePlan, keep: Keep) -> None:
-    """Work of one rank; rank 0 keeps a `Prepared`, then a `Ran` for each number of micro-batches."""
-    device, boundary = _join(rank, plan)
+def work(rank: Rank, plans: tuple[PipelinePlan, ...], keep: Keep) -> None:
+    """Work of one rank; rank 0 keeps for each plan a `Prepared`, then a `Ran` for each number of micro-batches."""
+    device, boundary = _join(rank, plans[0])
     try:
-        prepared = _prepare(rank, plan, device, boundary)
-        if rank.number == 0:
-            keep(prepared)
-        for micro_batches in plan.micro_batches:
-            ran = _run(rank, plan, prepared, micro_batches, device, boundary)
+        for plan in plans:
+            prepared = _prepare(rank, plan, device, boundary)
             if rank.number == 0:
-                keep(ran)
+                keep(prepared)
+            for micro_batches in plan.micro_batches:
+                ran = _run(rank, plan, prepared, micro_batches, device, boundary)
+                if rank.number == 0:
+                    keep(ran)
     finally:
         dist.destroy_process_group()
 
@@ -83,7 +84,7 @@ def _join(rank: Rank, plan: PipelinePlan) -> tuple[Any, Any]:
     """This rank's device, and where tensors are handed over."""
     timeout = timedelta(seconds=TIMEOUT_S)
     if plan.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_of))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_of // 2))
         dist.init_process_group("gloo", timeout=timeout)
         return torch.device("cpu"), torch.device("cpu")
     gpus = torch.cuda.device_count()
