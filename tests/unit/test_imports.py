@@ -63,6 +63,14 @@ FORBIDDEN += [
     ("plan", ("policy", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("plan",)) for part in (*BOTTOM, "facts", "config", "policy", "sim", "observe")),
 ]
+# Training's rooms: ranks know nothing, memory the facts and the engine on paper, pipeline both; commands use them.
+BESIDE = ("config", "policy", "plan", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos")
+FORBIDDEN += [
+    ("ranks", ("facts", "sim", "calibrate", "cli", "demo", "memory", "pipeline", *BESIDE)),
+    ("memory", ("calibrate", "cli", "demo", "pipeline", *BESIDE)),
+    ("pipeline", ("sim", "calibrate", "cli", "demo", *BESIDE)),
+    *((part, ("ranks", "memory", "pipeline")) for part in dict(FORBIDDEN)),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -70,7 +78,11 @@ CONFINED = [
     ("zmq", ("fleet/", "twin/")),
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
-    ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
+    (
+        "torch",
+        ("calibrate/", "demo/", "fleet/vllm/runner_v1.py", "memory/", "pipeline/stage_work.py", "ranks/agent.py"),
+    ),
+    ("deepspeed", ("memory/zero.py",)),
     ("jinja2", ("bench/html_report.py",)),
     ("plotly", ("bench/html_report.py",)),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
@@ -166,7 +178,11 @@ def test_pure_packages_load_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "plan"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "plan", "memory", "pipeline")),
+    ],
     ids=" ".join,
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:

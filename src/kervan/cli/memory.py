@@ -86,16 +86,23 @@ def estimate(
         rows.append((recipe, on_paper(sizes, recipe, seq=seq, batch=batch, ranks=ranks, micro_batches=micro_batches)))
     if as_json:
         found = [
-            {"technique": recipe.text, "model": sizes.name, "parameters": sizes.parameters, "seq": seq, "batch": batch,
-             "micro_batches": micro_batches}  # fmt: skip
+            {
+                "technique": recipe.text,
+                "model": sizes.name,
+                "parameters": sizes.parameters,
+                "seq": seq,
+                "batch": batch,
+                "micro_batches": micro_batches,
+            }
             | row.to_dict(ranks=ranks)
             for recipe, row in rows
         ]
         render.print_json(found[0] if len(found) == 1 else {"rows": found})
         return
     print(
-        f"{sizes.name}: {sizes.parameters / 1e9:.2f}B parameters, {batch} x {seq} tokens on each of {ranks} GPU(s); GiB on "
-        "a GPU when the step holds most"
+        f"{sizes.name}: {sizes.parameters / 1e9:.2f}B parameters, {batch} x {seq} tokens on each of {ranks} "
+        "GPU(s); GiB "
+        "on a GPU when the step holds most"
     )
     _print_estimates([(recipe.text, row) for recipe, row in rows])
 
@@ -155,6 +162,8 @@ def measure(**given: Any) -> None:
     for text in given["techniques"]:
         recipe = parse(text)
         check(recipe, num_layers=sizes.num_layers, ranks=given["ranks"] * nodes.count, on_gpu=device == "cuda")
+        if recipe.sharding.startswith("zero"):
+            rank_options.check_deepspeed(recipe.sharding)
         cases.append(measuring.Case(shape=sizes, recipe=recipe, seq=given["seq"], batch=given["batch"],
                                     micro_batches=given["micro_batches"]))  # fmt: skip
     plan = measuring.MeasurePlan(
@@ -279,12 +288,22 @@ def finetune(**given: Any) -> None:
     for text in given["techniques"]:
         recipe = parse(text)
         check(recipe, num_layers=sizes.num_layers, ranks=given["ranks"] * nodes.count, on_gpu=device == "cuda")
+        if recipe.sharding.startswith("zero"):
+            rank_options.check_deepspeed(recipe.sharding)
         plans.append(
             tuning.FinetunePlan(
-                shape=sizes, recipe=recipe, steps=given["steps"], batch=given["batch"], seq=given["seq"],
-                lr=given["lr"], device=device, files=given["files"], checkpoint=given["checkpoint"],
-                save_every=given["save_every"], seed=given["seed"],
-            )  # fmt: skip
+                shape=sizes,
+                recipe=recipe,
+                steps=given["steps"],
+                batch=given["batch"],
+                seq=given["seq"],
+                lr=given["lr"],
+                device=device,
+                files=given["files"],
+                checkpoint=given["checkpoint"],
+                save_every=given["save_every"],
+                seed=given["seed"],
+            )
         )
         tuning.check(plans[-1], given["ranks"] * nodes.count)
     say = render.progress_lines(is_quiet=given["as_json"] and not sys.stderr.isatty())
@@ -301,7 +320,8 @@ def finetune(**given: Any) -> None:
     for run in runs:
         early = " (told to end)" if run["stopped_early"] else ""
         print(
-            f"{run['technique']}: {run['steps']} steps{early}, loss {run['losses'][0]:.3f} to {run['loss']:.3f} nats a byte, "
+            f"{run['technique']}: {run['steps']} steps{early}, loss {run['losses'][0]:.3f} to "
+            f"{run['loss']:.3f} nats a byte, "
             f"at most {run['furthest_from_first']:.3f} from {runs[0]['technique']}"
         )
 
@@ -363,3 +383,57 @@ def _told_to_end(started: Any, say: Any) -> Any:
                 signal.signal(number, handler)
 
     return telling()
+
+
+@memory.command()
+@click.argument("model")
+@click.option("--gpu", type=option_types.GPU, default="H200", show_default=True, help="By its name; see kervan plan.")
+@click.option("--tp", type=click.IntRange(1, 1024), default=1, show_default=True)
+@click.option("--pp", type=click.IntRange(1, 1024), default=1, show_default=True)
+@click.option("--engine-arg", "arguments", multiple=True, metavar="KEY=VALUE",
+              help="vLLM's, like gpu_memory_utilization=0.95; repeatable.")  # fmt: skip
+@click.option("--log", type=click.Path(path_type=Path), help="A vLLM log of this model, to compare with.")
+@options.as_json
+def serving(
+    model: str, gpu: str, tp: int, pp: int, arguments: tuple[str, ...], log: Path | None, as_json: bool
+) -> None:
+    """How vLLM divides a GPU: weights, workspace, KV cache, and what gpu_memory_utilization leaves."""
+    from kervan.cli import render
+    from kervan.facts import hardware
+    from kervan.facts.architecture import parse
+    from kervan.facts.layout import Layout
+    from kervan.facts.model import read_config
+    from kervan.memory import serving as serving_memory
+    from kervan.sim import limits as engine_limits
+    from kervan.sim import memory as memory_model
+
+    if gpu == "local":
+        raise ConfigError("--gpu local: name the GPU, like --gpu H200; kervan memory serving looks at none")
+    given = options.engine_arguments(arguments)
+    config = read_config(model)
+    if config is None:
+        raise ConfigError(f"{model} has no config.json here; give a directory that has one")
+    spec = parse(config, model)
+    engine_limits.check_counted(spec, given)
+    chip = hardware.gpu(gpu)
+    limits = engine_limits.limits(spec, chip, given)
+    spec = engine_limits.as_served(spec, given)
+    found = serving_memory.share(
+        memory_model.estimate(spec, Layout(tp=tp, pp=pp), chip, limits), chip, limits
+    )  # fmt: skip
+    reported = serving_memory.read_log(log) if log is not None else None
+    errors = serving_memory.off_by(found, reported) if reported is not None else {}
+    if as_json:
+        render.print_json(found.to_dict() | {"off_by": {name: round(error, 4) for name, error in errors.items()}})
+        return
+    print(f"{chip.name}, {found.total_gib:.1f} GiB; gpu_memory_utilization {limits.gpu_memory_utilization:g}")
+    rows = [
+        ("weights", found.weights_gib, errors.get("weights")), ("workspace", found.workspace_gib, None),
+        ("context, graphs", found.context_gib, None), ("KV cache", found.kv_gib, errors.get("kv_cache")),
+        ("left", found.left_gib, None),
+    ]  # fmt: skip
+    for name, size, error in rows:
+        print(
+            f"{name:16} {size:8.2f} GiB" + (f"  {100 * error:+.1f}% of what vLLM reported" if error is not None else "")
+        )
+    print(f"{found.kv_tokens:,} tokens fit the KV cache; {found.verdict}")

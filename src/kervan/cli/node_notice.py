@@ -19,7 +19,7 @@ def watching_notices(on_end: Callable[["Notice"], object]) -> Iterator[None]:
     KERVAN_NOTICES_WATCH and the like say what is watched; without a cloud, nothing happens. Needs aiohttp (the extra
     `serve`); where it is missing, signals alone end the command.
     """
-    stop = threading.Event()
+    stop = threading.Event()  # set by the command's thread; the watching loop is in another
     thread = threading.Thread(target=_watch, args=(on_end, stop), name="kervan-notices", daemon=True)
     thread.start()
     try:
@@ -48,5 +48,4 @@ async def _watching(on_end: Callable[["Notice"], object], stop: threading.Event)
             on_end(notice)
 
     async with watching(settings, on_notice, node=socket.gethostname()):
-        while not stop.is_set():
-            await asyncio.sleep(0.1)
+        await asyncio.to_thread(stop.wait)

@@ -49,7 +49,7 @@ COUNTS = option_types.Sweep(option_types.Parsed("count", _micro_batches))
 @rank_options.device
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Measured steps.")
 @click.option("--timeline", type=click.Path(path_type=Path),
-              help="Directory for a timeline of each number of micro-batches, as SVG and for ui.perfetto.dev.")  # fmt: skip
+              help="Directory for timelines, as SVG and for ui.perfetto.dev.")  # fmt: skip
 @click.option("--for", "duration", type=option_types.DURATION, default="10min", show_default=True, help="At most.")
 @click.option("--record", type=click.Path(path_type=Path), help="File or directory for the record.")
 @rank_options.nodes
@@ -73,21 +73,22 @@ def bench(**given: Any) -> None:
     say(f"starting {given['stages']} rank(s), {plan.schedule.name}, {plan.batch} x {plan.seq} tokens")
     result = next(benching.bench((plan,), ranks=given["stages"], nodes=nodes, for_s=given["duration"], say=say))
     ranks = given["stages"] * nodes.count
-    content = _content(plan, result, ranks)
+    content = content_of(result, ranks)
     if given["timeline"] is not None:
-        content["timelines"] = _write_timelines(given["timeline"], plan, result, ranks)
+        content["timelines"] = write_timelines(given["timeline"], result, ranks)
     if given["record"] is not None:
         say(f"record: {records.write(given['record'], records.record('pipeline', content))}")
     if given["as_json"]:
         render.print_json(content)
     else:
-        _print(plan, result, content)
+        print_result(result, ranks)
     if any(row.equal_to_unsplit is False for row in result.rows):
         from kervan.errors import EngineError
 
         worst = max(result.rows, key=lambda row: max(row.output_error, row.gradient_error))
         raise EngineError(
-            f"the pipeline's results are not the unsplit model's: outputs differ by {worst.output_error:.1e} and gradients "
+            f"the pipeline's results are not the unsplit model's: outputs differ by {worst.output_error:.1e} "
+            "and gradients "
             f"by {worst.gradient_error:.1e} of the largest; {benching.TOLERANCES[plan.dtype]:g} is rounding"
         )
 
@@ -105,7 +106,9 @@ def _plan(given: dict[str, Any], ranks: int) -> "PipelinePlan":
     sizes = shape.read(given["model"])
     numbers = tuple(sorted(set(given["micro_batches"])))
     for number in numbers:
-        schedules.check(schedule, ranks=ranks, chunks=chunks, micro_batches=number, is_forward_only=given["forward_only"])
+        schedules.check(
+            schedule, ranks=ranks, chunks=chunks, micro_batches=number, is_forward_only=given["forward_only"]
+        )
     batch = given["batch"] or numbers[-1]
     for number in numbers:
         if batch % number:
@@ -128,8 +131,9 @@ def _plan(given: dict[str, Any], ranks: int) -> "PipelinePlan":
     )  # fmt: skip
 
 
-def _content(plan: "PipelinePlan", result: "Result", ranks: int) -> dict[str, Any]:
-    """As --json and records have it; with one number of micro-batches, its figures at the top as well."""
+def content_of(result: "Result", ranks: int) -> dict[str, Any]:
+    """As --json and records have it; the figures of the fastest number of micro-batches at the top as well."""
+    plan = result.plan
     rows = [row.to_dict() for row in result.rows]
     top = rows[[row.micro_batches for row in result.rows].index(result.best)]
     return {
@@ -148,13 +152,17 @@ def _all_equal(result: "Result") -> bool | None:
     return None if None in each else all(each)
 
 
-def _write_timelines(directory: Path, plan: "PipelinePlan", result: "Result", ranks: int) -> list[str]:
+def write_timelines(directory: Path, result: "Result", ranks: int) -> list[str]:
+    """Two files for each number of micro-batches; their paths."""
     from kervan.pipeline import timeline
 
-    written = []
+    plan, written = result.plan, []
     for row in result.rows:
-        stem = f"{plan.schedule.name}-{ranks}x{plan.chunks}-{row.micro_batches}{'-forward' if plan.is_forward_only else ''}"
-        title = f"{plan.schedule.name}, {ranks} ranks, {row.micro_batches} micro-batches, {plan.shape.name} {plan.dtype}"
+        stem = f"{plan.schedule.name}-{ranks}x{plan.chunks}-{row.micro_batches}"
+        stem += "-forward" if plan.is_forward_only else ""
+        title = (
+            f"{plan.schedule.name}, {ranks} ranks, {row.micro_batches} micro-batches, {plan.shape.name} {plan.dtype}"
+        )
         drawing, trace = directory / f"{stem}.svg", directory / f"{stem}.perfetto.json"
         drawing.write_text(timeline.svg(row.spans, ranks, title))
         trace.write_text(json.dumps(timeline.perfetto(row.spans, ranks)))
@@ -162,14 +170,17 @@ def _write_timelines(directory: Path, plan: "PipelinePlan", result: "Result", ra
     return written
 
 
-def _print(plan: "PipelinePlan", result: "Result", content: dict[str, Any]) -> None:
+def print_result(result: "Result", ranks: int) -> None:
+    """A table, and what is to be said of it."""
     from rich.console import Console
     from rich.table import Table
 
     from kervan.units import format_duration
 
+    plan = result.plan
+    layers = ", ".join(str(len(part)) for part in result.prepared.cut)
     print(
-        f"{plan.shape.name} on {content['stages']} ranks, {plan.schedule.name}, layers {content['layers']}, "
+        f"{plan.shape.name} on {ranks} ranks, {plan.schedule.name}, layers of stages {layers}, "
         f"{plan.batch} x {plan.seq} tokens, {plan.dtype}{', forward only' if plan.is_forward_only else ''}"
     )
     table = Table("micro-batches", box=None, pad_edge=False, header_style="dim")
@@ -182,7 +193,11 @@ def _print(plan: "PipelinePlan", result: "Result", content: dict[str, Any]) -> N
                       f"{row.tokens_s:,.0f}", equal)  # fmt: skip
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
     if len(result.rows) > 1:
-        more = f"; of all that divide {plan.batch}, {result.best_predicted} by the fitted times" if result.best_predicted else ""
+        more = (
+            f"; of all that divide {plan.batch}, {result.best_predicted} by the fitted times"
+            if result.best_predicted
+            else ""
+        )
         print(f"fastest: {result.best} micro-batches{more}")
     if result.prepared.is_gpu_shared:
         print("ranks share a GPU: this shows that the results are right, and nothing about speed")

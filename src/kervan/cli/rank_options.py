@@ -52,3 +52,14 @@ def check_torch(command: str) -> None:
             f"kervan {command} needs torch, and it is not installed; run pip install 'kervan[gpu]', or on a CPU "
             "pip install 'kervan[cpu]'"
         )
+
+
+def check_deepspeed(sharding: str) -> None:
+    """Raises: ConfigError where DeepSpeed is not installed. Does not load it."""
+    import importlib.util
+
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"{sharding} is DeepSpeed's, and it is not installed; run DS_BUILD_OPS=0 pip install --no-build-isolation "
+            "deepspeed==0.19.8"
+        )

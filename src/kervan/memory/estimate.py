@@ -167,7 +167,9 @@ class _Step:
         s = self.shape
         if s.num_heads == s.num_kv_heads:
             return True
-        return self.on_gpu and self.c == 2 and self.recipe.attention in {"sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn"}
+        return (
+            self.on_gpu and self.c == 2 and self.recipe.attention in {"sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn"}
+        )
 
     def selective_kept(self) -> dict[str, float]:
         """What selective checkpointing keeps of a layer: its input, products 1, 3, 5, 7 and attention's output."""
@@ -248,7 +250,9 @@ class _Step:
         if self.recipe.checkpointing in {"full", "sequential"} and kept.keys() != whole.keys():
             # Nothing is kept inside: only what operations hold at once, in the MLP or in attention.
             transient = max(
-                self.stream + 3.0 * self.c * self.tokens * self.shape.intermediate + self.c * self.tokens * self.shape.hidden,
+                self.stream
+                + 3.0 * self.c * self.tokens * self.shape.intermediate
+                + self.c * self.tokens * self.shape.hidden,
                 self.stream + self._attention_forward_bytes(),
             )
         self.ledger.pulse("other:forward", transient + self.stream)
@@ -284,9 +288,7 @@ class _Step:
         logits = 4.0 * t * s.vocab / chunk
         normed = self.c * t * s.hidden
         for index in range(chunk):
-            if chunk > 1:  # recomputed: the log-softmax is there again
-                ledger.take("activations:logits", logits)
-            elif self.offloads:
+            if chunk > 1 or self.offloads:  # recomputed: the log-softmax is there again
                 ledger.take("activations:logits", logits)
             ledger.take("other:logits", logits)  # gradient of the picked log-probabilities
             ledger.take("other:logits", logits)  # gradient of the logits
@@ -392,10 +394,9 @@ class _Step:
         """Saved tensors that an operation has used."""
         if kind not in kept:
             return
-        if self.offloads and self.recipe.checkpointing == "none":
-            if kind != "weight copies":
-                self.ledger.pulse("other:from host", size)
-                return
+        if self.offloads and self.recipe.checkpointing == "none" and kind != "weight copies":
+            self.ledger.pulse("other:from host", size)
+            return
         self.ledger.free(f"activations:{kind}", size)
 
     def _attention_backward_bytes(self) -> float:

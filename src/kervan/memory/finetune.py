@@ -82,7 +82,8 @@ def check(plan: FinetunePlan, ranks: int) -> None:
         raise ConfigError(f"the model has {plan.shape.vocab} words, and bytes need {texts.VOCAB}; take another model")
     if plan.checkpoint is not None and plan.recipe.sharding.startswith("zero"):
         raise ConfigError(
-            f"--checkpoint with {plan.recipe.sharding}: DeepSpeed's checkpoints load on as many ranks as they were saved "
+            f"--checkpoint with {plan.recipe.sharding}: DeepSpeed's checkpoints load on as many ranks as they "
+            "were saved "
             "with; take fsdp, or leave --checkpoint out"
         )
     texts.check(texts.read(plan.files), plan.seq)
@@ -230,7 +231,8 @@ class _Checkpoints:
         for key, value in wanted.items():
             if facts.get(key) != value:
                 raise ConfigError(
-                    f"checkpoint {where} is of {key} {facts.get(key)}, and this run has {value}; give the same, or another "
+                    f"checkpoint {where} is of {key} {facts.get(key)}, and this run has {value}; give the "
+                    "same, or another "
                     "--checkpoint"
                 )
         state = self._state()
@@ -280,4 +282,3 @@ def furthest(curve: list[float], other: list[float], window: int = 5) -> float:
         return [sum(values[i : i + size]) / size for i in range(len(values) - size + 1)]
 
     return max((abs(a - b) for a, b in zip(means(curve), means(other), strict=False)), default=0.0)
-

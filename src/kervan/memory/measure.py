@@ -144,7 +144,8 @@ def _blank(case: Case, rank: Rank, device: str) -> Measured:
     )  # fmt: skip
     return Measured(
         technique=case.recipe.text, model=case.shape.name, parameters=case.shape.parameters, seq=case.seq,
-        batch=case.batch, micro_batches=case.micro_batches, ranks=rank.of, device=device, estimate_bytes=paper.total_bytes,
+        batch=case.batch, micro_batches=case.micro_batches, ranks=rank.of, device=device,
+        estimate_bytes=paper.total_bytes,
         estimated_kept_bytes=paper.kept_bytes,
     )  # fmt: skip
 

@@ -40,7 +40,9 @@ def make(recipe: Recipe, parameters: Sequence[Any], lr: float) -> Optimizer:
     if recipe.has_optimizer_offloaded:
         return HostAdamW(parameters, lr)
     if recipe.states != "auto":
-        return SmallAdamW(parameters, lr, bits=8 if recipe.states == "8bit" else 16, has_master=recipe.precision == "bf16")
+        return SmallAdamW(
+            parameters, lr, bits=8 if recipe.states == "8bit" else 16, has_master=recipe.precision == "bf16"
+        )
     if recipe.precision == "bf16" and recipe.sharding == "none":
         return MasterAdamW(parameters, lr)
     return TorchAdamW(parameters, lr)
@@ -222,7 +224,9 @@ class SmallAdamW:
             gradient = parameter.grad.float()
             parameter.grad = None
             mean = _read(first, gradient, is_root=False).lerp_(gradient, 1 - BETAS[0])
-            square = _read(second, gradient, is_root=True).mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+            square = (
+                _read(second, gradient, is_root=True).mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+            )
             del gradient
             _write(first, mean, is_root=False)
             _write(second, square, is_root=True)

@@ -98,7 +98,8 @@ def of_spec(spec: ModelSpec, name: str) -> DecoderShape:
     strange = [block for block in blocks if not isinstance(block, Attention | Mlp)]
     if strange:
         raise ConfigError(
-            f"{spec.source}: {spec.architecture} has layers of kind {type(strange[0]).__name__}, and training memory is "
+            f"{spec.source}: {spec.architecture} has layers of kind {type(strange[0]).__name__}, and training "
+            "memory is "
             f"known for dense attention and MLP alone; take a dense model, or a named shape ({', '.join(NAMED)})"
         )
     widths = {block.width for block in blocks if isinstance(block, Mlp)}

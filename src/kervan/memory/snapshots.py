@@ -1,7 +1,7 @@
 """Who holds the peak, of a memory history that torch's GPU allocator has recorded.
 
-The file is what `torch.cuda.memory._dump_snapshot` writes: a pickle of a dict with "device_traces", a list of events for
-each device with action, addr, size and frames. It is read without torch, and loads nothing but plain values.
+The file is what `torch.cuda.memory._dump_snapshot` writes: a pickle of a dict with "device_traces", a list of events
+for each device with action, addr, size and frames. It is read without torch, and loads nothing but plain values.
 """
 
 import io
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
         found = _Plain(io.BytesIO(path.read_bytes())).load()
     except OSError as error:
         raise ConfigError(f"snapshot {path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # noqa: BLE001 - a broken pickle raises nearly anything
+    except Exception as error:
         raise ConfigError(
             f"{path} is no memory snapshot ({error}); make one with torch.cuda.memory._dump_snapshot or "
             "kervan memory measure --snapshots DIR"

@@ -70,13 +70,12 @@ class Recipe:
             )
         if self.sharding != "none" and self.states != "auto":
             raise ConfigError(
-                f"{self.states}-states with {self.sharding}: these moments are kervan's own optimizer's, which does not "
+                f"{self.states}-states with {self.sharding}: these moments are kervan's own optimizer's, which "
+                "does not "
                 "shard; leave one of the two out"
             )
         if self.has_params_offloaded and self.sharding not in {"fsdp", "zero3"}:
-            raise ConfigError(
-                "offload-params needs weights that are gathered when they are used; add fsdp or zero3"
-            )
+            raise ConfigError("offload-params needs weights that are gathered when they are used; add fsdp or zero3")
         if self.has_optimizer_offloaded and self.sharding == "fsdp":
             raise ConfigError(
                 "offload-optimizer with fsdp: FSDP2 offloads weights, gradients and states together; write "
@@ -84,7 +83,8 @@ class Recipe:
             )
         if self.has_optimizer_offloaded and self.states != "auto":
             raise ConfigError(
-                f"offload-optimizer with {self.states}-states: in host memory the states are FP32; leave one of the two "
+                f"offload-optimizer with {self.states}-states: in host memory the states are FP32; leave one "
+                "of the two "
                 "out"
             )
         if self.has_optimizer_offloaded and self.sharding == "none" and self.precision == "bf16-only":
@@ -95,7 +95,8 @@ class Recipe:
             )
         if self.has_activations_offloaded and self.sharding in {"fsdp", "zero3"}:
             raise ConfigError(
-                f"offload-activations with {self.sharding}: gathered weights would be copied to the host as well; leave "
+                f"offload-activations with {self.sharding}: gathered weights would be copied to the host as "
+                "well; leave "
                 "one of the two out"
             )
         if self.attention in {"sdpa-flash", "sdpa-cudnn", "flash-attn"} and self.precision in {"fp32", "tf32"}:
@@ -173,12 +174,14 @@ def check(recipe: Recipe, *, num_layers: int, ranks: int, on_gpu: bool) -> None:
     """Whether a recipe can run so. Raises: ConfigError."""
     if recipe.checkpointing == "sequential" and recipe.segments > num_layers:
         raise ConfigError(
-            f"checkpoint-sequential={recipe.segments} is more segments than the model's {num_layers} layers; give at most "
+            f"checkpoint-sequential={recipe.segments} is more segments than the model's {num_layers} layers; "
+            "give at most "
             f"{num_layers}"
         )
     if ranks > 1 and recipe.sharding == "none":
         raise ConfigError(
-            f"{recipe.text} over {ranks} ranks: nothing would be shared between them; add fsdp, zero1, zero2 or zero3, or "
+            f"{recipe.text} over {ranks} ranks: nothing would be shared between them; add fsdp, zero1, zero2 "
+            "or zero3, or "
             "give --ranks 1"
         )
     only_gpu = {"sdpa-efficient", "sdpa-cudnn", "flash-attn"}

@@ -34,6 +34,7 @@ def check(text: bytes, seq: int) -> None:
     """Raises: ConfigError for a text with no whole sequence."""
     if len(text) < 2 * (seq + 1):
         raise ConfigError(
-            f"the text has {len(text):,} bytes, and a step reads sequences of {seq + 1} from it; give more with --text, or "
+            f"the text has {len(text):,} bytes, and a step reads sequences of {seq + 1} from it; give more "
+            "with --text, or "
             f"--seq {max(1, len(text) // 2 - 1)}"
         )

@@ -139,7 +139,8 @@ def _deepspeed(*, on_gpu: bool) -> Any:
 
     if locks := stale_locks(extensions_dir()):
         raise ConfigError(
-            f"{locks[0]} was left by a build of a torch extension that was ended, and DeepSpeed would wait for it without "
+            f"{locks[0]} was left by a build of a torch extension that was ended, and DeepSpeed would wait for "
+            "it without "
             f"end; delete it: rm {' '.join(str(lock) for lock in locks)}"
         )
     import deepspeed

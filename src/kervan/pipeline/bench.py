@@ -13,6 +13,7 @@ from kervan.pipeline.cut import imbalance
 from kervan.pipeline.plan import PipelinePlan, Prepared, Ran
 from kervan.ranks.start import Keep, Nodes, Rank, run
 
+ONE_NODE = Nodes()
 # Equal up to the order of sums: of the largest number, FP32's and BF16's rounding a few times over.
 TOLERANCES = {"fp32": 1e-4, "bf16": 4e-2}
 
@@ -57,7 +58,7 @@ class Result:
 
 
 def bench(
-    plans: tuple[PipelinePlan, ...], *, ranks: int, nodes: Nodes = Nodes(), for_s: float, say: Callable[[str], None]
+    plans: tuple[PipelinePlan, ...], *, ranks: int, nodes: Nodes = ONE_NODE, for_s: float, say: Callable[[str], None]
 ) -> Iterator[Result]:
     """Start the ranks, and give a result for each plan; all are of one device. Raises: EngineError, ConfigError."""
     total = ranks * nodes.count

@@ -61,9 +61,7 @@ def simulate(
     return spans
 
 
-def _ready(
-    work: Work, rank: int, last: int, done: dict[Work, tuple[int, float]], hand_over_s: float
-) -> float | None:
+def _ready(work: Work, rank: int, last: int, done: dict[Work, tuple[int, float]], hand_over_s: float) -> float | None:
     """When all that `work` needs is there; None if some of it is not done."""
     kind, stage, m = work
     needs: list[tuple[Work, ...]] = []

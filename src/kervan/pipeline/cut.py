@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from kervan.errors import ConfigError
 from kervan.memory.shape import DecoderShape
@@ -41,7 +41,7 @@ def balanced(costs: Costs, stages: int) -> tuple[range, ...]:
     count = len(costs.layers)
     check_stages(stages, count)
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
         """(dearest stage, sum of squares, ends) of layers from `first` in `left` stages."""
         if left == 1:
@@ -71,7 +71,9 @@ def given(text: str, layers: int, stages: int) -> tuple[range, ...]:
     """The cut of layer counts like `7,8,8,5`. Raises: ConfigError where they do not add up."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
-        raise ConfigError(f"--cut {text!r} is no list of layer counts above 0; write for example --cut {_even(layers, stages)}")
+        raise ConfigError(
+            f"--cut {text!r} is no list of layer counts above 0; write for example --cut {_even(layers, stages)}"
+        )
     counts = [int(word) for word in words]
     if len(counts) != stages or sum(counts) != layers:
         raise ConfigError(

@@ -53,14 +53,16 @@ def check(schedule: Schedule, *, ranks: int, chunks: int, micro_batches: int, is
     """Raises: ConfigError for numbers that a schedule cannot work with."""
     if schedule.is_v and is_forward_only:
         raise ConfigError(
-            f"--forward-only with {schedule.name}: it fills the bubble with gradients of weights, which forward only has "
+            f"--forward-only with {schedule.name}: it fills the bubble with gradients of weights, which "
+            "forward only has "
             "none of, and torch does not run it so; take --schedule gpipe or interleaved"
         )
     least, _, most = schedule.chunks
     if not least <= chunks <= most:
         rule = f"exactly {least}" if least == most else f"{least} to {most}"
         raise ConfigError(
-            f"--chunks {chunks}: {schedule.name} has {rule} stage(s) on each rank; give --chunks {min(max(chunks, least), most)}"
+            f"--chunks {chunks}: {schedule.name} has {rule} stage(s) on each rank; give --chunks "
+            f"{min(max(chunks, least), most)}"
         )
     if schedule.name == "1f1b" and micro_batches < ranks:
         raise ConfigError(
@@ -69,7 +71,8 @@ def check(schedule: Schedule, *, ranks: int, chunks: int, micro_batches: int, is
         )
     if schedule.name == "dualpipev" and micro_batches < 2 * ranks:
         raise ConfigError(
-            f"--micro-batches {micro_batches} is below the {2 * ranks} stages (2 on each of {ranks} ranks) that dualpipev "
+            f"--micro-batches {micro_batches} is below the {2 * ranks} stages (2 on each of {ranks} ranks) "
+            "that dualpipev "
             f"fills first; give --micro-batches {2 * ranks} or more"
         )
     if schedule.name in {"interleaved", "zero-bubble"}:
@@ -78,7 +81,8 @@ def check(schedule: Schedule, *, ranks: int, chunks: int, micro_batches: int, is
             near = [m for m in range(1, 4 * micro_batches + ranks) if m % max(1, m // ranks) == 0]
             nearest = min(near, key=lambda m: abs(m - micro_batches))
             raise ConfigError(
-                f"--micro-batches {micro_batches}: {schedule.name} works in rounds of {ranks} stages, here {rounds} rounds, "
+                f"--micro-batches {micro_batches}: {schedule.name} works in rounds of {ranks} stages, here "
+                f"{rounds} rounds, "
                 f"and {micro_batches} is no multiple of {rounds}; give --micro-batches {nearest}"
             )
 

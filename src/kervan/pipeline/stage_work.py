@@ -192,6 +192,8 @@ class _Recorder:
             return self._timed(Work("F", index, chunk), lambda: forward(chunk, *args, **kwargs))
 
         def timed_backward(chunk: int, *args: Any, **kwargs: Any) -> Any:
+            if not stage.has_backward:  # forward only: torch calls it all the same, and it does nothing
+                return backward(chunk, *args, **kwargs)
             kind: Kind = "B" if kwargs.get("full_backward", True) else "I"
             return self._timed(Work(kind, index, chunk), lambda: backward(chunk, *args, **kwargs))
 
@@ -226,9 +228,7 @@ class _Recorder:
         return tuple(Span(self._rank, work, at(begin), at(end)) for work, begin, end in self._marks)
 
 
-def _run(
-    rank: Rank, plan: PipelinePlan, prepared: Prepared, micro_batches: int, device: Any, boundary: Any
-) -> Ran:
+def _run(rank: Rank, plan: PipelinePlan, prepared: Prepared, micro_batches: int, device: Any, boundary: Any) -> Ran:
     rows = plan.batch // micro_batches
     total = rank.of * plan.chunks
     kind = _type(plan)
@@ -249,9 +249,13 @@ def _run(
         # Both are given: torch would ask the other ranks for the shapes in the first step.
         stages.append(
             pipelining.PipelineStage(
-                module, index, total, boundary, input_args=(tokens if is_first else hidden,),
+                module,
+                index,
+                total,
+                boundary,
+                input_args=(tokens if is_first else hidden,),
                 output_args=(logits if is_last else hidden,),
-            )  # fmt: skip
+            )
         )
         modules.append(module)
     recorder = _Recorder(rank.number, device)
@@ -259,7 +263,9 @@ def _run(
         recorder.wrap(stage)
     chosen = getattr(pipelining, plan.schedule.torch_name)
     is_single = plan.schedule.chunks[2] == 1
-    schedule = chosen(stages[0] if is_single else stages, micro_batches, loss_fn=None if plan.is_forward_only else loss_of)
+    schedule = chosen(
+        stages[0] if is_single else stages, micro_batches, loss_fn=None if plan.is_forward_only else loss_of
+    )
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(plan.shape.vocab, (plan.batch, plan.seq + 1), generator=generator)
     inputs, targets = ids[:, :-1].contiguous().to(boundary), ids[:, 1:].contiguous().to(boundary)
@@ -363,7 +369,9 @@ def _errors(
         if plan.shape.is_tied:
             expected["head.weight"] = expected["embed.weight"]
         gradient_error = max(
-            _difference(parameter.grad, expected[name]) for module in modules for name, parameter in module.named_parameters()
+            _difference(parameter.grad, expected[name])
+            for module in modules
+            for name, parameter in module.named_parameters()
         )
     del whole
     if device.type == "cuda":
@@ -395,5 +403,3 @@ def _add_tied(rank: Rank, plan: PipelinePlan, modules: list[Any]) -> None:
 def _difference(found: Any, wanted: Any) -> float:
     scale = float(wanted.float().abs().max())
     return float((found.float() - wanted.float()).abs().max()) / scale if scale else float(found.float().abs().max())
-
-

@@ -35,11 +35,12 @@ def svg(spans: Sequence[Span], ranks: int, title: str) -> str:
         shade = 0.65 + 0.35 * (1 - span.work.stage // max(1, ranks) / max(1, -(-most_stages // max(1, ranks))))
         said = f"{NAMES[span.work.kind]} of micro-batch {span.work.micro_batch}, stage {span.work.stage}: "
         said += f"{1e3 * (span.end_s - span.begin_s):.3g} ms"
+        label = f'<text x="{x + width / 2:.2f}" y="{y + 17}" text-anchor="middle" fill="#fff">'
+        label += f"{span.work.micro_batch}</text>"
         parts.append(
             f'<g><title>{said}</title><rect x="{x:.2f}" y="{y}" width="{max(width, 0.5):.2f}" height="{ROW}" '
             f'fill="{COLOURS[span.work.kind]}" fill-opacity="{shade:.2f}" stroke="#fff" stroke-width="0.5"/>'
-            + (f'<text x="{x + width / 2:.2f}" y="{y + 17}" text-anchor="middle" fill="#fff">{span.work.micro_batch}</text>'
-               if width > 14 else "")
+            + (label if width > 14 else "")
             + "</g>"
         )  # fmt: skip
     for index, kind in enumerate(kinds):

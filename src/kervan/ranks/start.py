@@ -81,7 +81,7 @@ class Ranks:
     they are made.
     """
 
-    def __init__(self, work: Work, arguments: Any, *, ranks: int, nodes: Nodes = Nodes(), for_s: float) -> None:  # noqa: B008 - frozen
+    def __init__(self, work: Work, arguments: Any, *, ranks: int, nodes: Nodes = Nodes(), for_s: float) -> None:
         self._ranks, self._for_s = ranks, for_s
         self._end_s = time.monotonic() + for_s
         self._folder = tempfile.TemporaryDirectory(prefix="kervan-ranks-")
@@ -132,7 +132,8 @@ class Ranks:
         while ended < self._ranks:
             if time.monotonic() > self._end_s:
                 raise EngineError(
-                    f"{self._ranks - ended} of {self._ranks} ranks had not ended after {self._for_s:.0f} s; a rank that "
+                    f"{self._ranks - ended} of {self._ranks} ranks had not ended after {self._for_s:.0f} s; a "
+                    "rank that "
                     "waits for another one shows so: look whether one was ended by something else"
                 )
             ready = wait([waiting, *links], timeout=0.5)
@@ -167,7 +168,7 @@ class Ranks:
         return " | ".join(lines[-LOG_LINES:])[-600:] or "it printed nothing"
 
 
-def run(work: Work, arguments: Any, *, ranks: int = 1, nodes: Nodes = Nodes(), for_s: float) -> Iterator[Any]:  # noqa: B008
+def run(work: Work, arguments: Any, *, ranks: int = 1, nodes: Nodes = Nodes(), for_s: float) -> Iterator[Any]:
     """The rows of all ranks of this node. Raises: as iterating `Ranks`."""
     with Ranks(work, arguments, ranks=ranks, nodes=nodes, for_s=for_s) as started:
         yield from started

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kervan.errors import ConfigError
 from kervan.memory.estimate import GROUPS, Estimate, estimate, state_bytes
 from kervan.memory.ledger import Ledger, grouped
 from kervan.memory.shape import NAMED, DecoderShape
 from kervan.memory.techniques import NAMES, parse
-from kervan.errors import ConfigError
 
 TINY = NAMED["tiny"]
 

@@ -134,13 +134,14 @@ def test_an_order_that_waits_for_itself_is_an_error() -> None:
 
 def test_the_planners_pipeline_has_the_bubble_of_a_forward_pass() -> None:
     """The planner: a batch through all stages, then one for each time of the slowest stage."""
+    from harness.places import REPOSITORY
+
     from kervan.facts import hardware
     from kervan.facts.architecture import parse
     from kervan.facts.layout import Layout
     from kervan.sim.constants import Constants
     from kervan.sim.limits import EngineLimits
     from kervan.sim.step_time import Batch, StepTime
-    from harness.places import REPOSITORY
 
     config = json.loads((REPOSITORY / "benchmarks/models/llama3-70b/config.json").read_text())
     limits = EngineLimits(max_num_batched_tokens=8192, max_num_seqs=256, max_model_len=8192)
