@@ -75,7 +75,7 @@ def test_the_estimated_peak_is_that_of_the_allocator_for_sharded_training() -> N
 
 def test_deepspeed_is_measured_where_it_is_installed() -> None:
     pytest.importorskip("deepspeed")
-    names = ("bf16,zero2", "bf16,zero3,offload-optimizer,offload-params")
+    names = ("bf16,zero2", "bf16,zero3")
     check(measured(names, ranks=2), names, 0.10)
 
 
@@ -160,5 +160,5 @@ def test_a_rank_that_ends_or_raises_is_told_in_a_line() -> None:
 
     with pytest.raises(EngineError, match=r"^rank 1 of 2: ValueError: no luck \(fail_second, line \d+\)$"):
         list(start.run(rank_work.fail_second, "luck", ranks=2, for_s=100))
-    with pytest.raises(EngineError, match="ended with no message"):
+    with pytest.raises(EngineError, match="^rank 1 of 2 ended with no message"):
         list(start.run(rank_work.die_second, None, ranks=2, for_s=100))

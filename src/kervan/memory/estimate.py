@@ -177,8 +177,8 @@ class _Step:
         kept_products = (s.num_heads + s.num_kv_heads) * s.head_dim + s.intermediate + s.hidden
         attention = s.num_heads * s.head_dim * c * t + 4 * t * s.num_heads
         if self.recipe.attention in {"eager", "sdpa-math", "flash-attn"}:
-            attention = 0.0
-        return {"residual": float(self.stream), "products": float(c * t * kept_products), "attention": attention}
+            attention = 0
+        return {"residual": float(self.stream), "products": float(c * t * kept_products), "attention": float(attention)}
 
     # ---- the walk
 

@@ -94,7 +94,7 @@ class MasterAdamW:
         self._masters = [parameter.detach().float().requires_grad_() for parameter in self._parameters]
         self._inner = [_adamw([master], lr) for master in self._masters]
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self) -> None:
         for parameter, master, inner in zip(self._parameters, self._masters, self._inner, strict=True):
             if parameter.grad is None:
@@ -124,7 +124,7 @@ class MasterAdamW:
             for index, (master, inner) in enumerate(zip(self._masters, self._inner, strict=True))
         }
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The tensors of `state_dict`, loaded in place; the weights follow the masters."""
         for index, (parameter, master) in enumerate(zip(self._parameters, self._masters, strict=True)):
@@ -166,7 +166,7 @@ class HostAdamW(MasterAdamW):
 
         return take
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -214,7 +214,7 @@ class SmallAdamW:
             torch.zeros(blocks, 1, device=parameter.device),
         )
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self) -> None:
         self._steps += 1
         correct_1, correct_2 = 1 - BETAS[0] ** self._steps, 1 - BETAS[1] ** self._steps
@@ -251,7 +251,7 @@ class SmallAdamW:
             states |= {f"{index}.{part}": tensor for part, tensor in enumerate(parts)}
         return states
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The tensors of `state_dict`, loaded in place; the weights follow the masters where there are some."""
         self._steps = int(state["steps"])

@@ -96,8 +96,9 @@ def _peak(trace: list[dict[str, Any]]) -> tuple[dict[int, tuple[int, str]], int]
 
 def _where(frames: list[dict[str, Any]]) -> str:
     """The innermost line of ours; else of anybody's but torch's; else what there is."""
-    for wanted in (lambda file: OURS in file, lambda file: not any(part in file for part in NOT_INTERESTING)):
-        for frame in frames:
-            if frame["filename"].endswith(".py") and wanted(frame["filename"]):
-                return f"{Path(frame['filename']).name}:{frame['line']} {frame['name']}"
+    lines = [frame for frame in frames if frame["filename"].endswith(".py")]
+    ours = [frame for frame in lines if OURS in frame["filename"]]
+    theirs = [frame for frame in lines if not any(part in frame["filename"] for part in NOT_INTERESTING)]
+    if found := (ours or theirs)[:1]:
+        return f"{Path(found[0]['filename']).name}:{found[0]['line']} {found[0]['name']}"
     return f"{frames[0]['name']}" if frames else "(autograd, or no Python frame)"

@@ -113,7 +113,7 @@ class Recipe:
     @property
     def text(self) -> str:
         """The names, in the order of NAMES."""
-        words = [self.precision]
+        words: list[str] = [self.precision]
         if self.checkpointing != "none":
             tail = {"full": "", "selective": "-selective", "sequential": f"-sequential={self.segments}"}
             words.append("checkpoint" + tail[self.checkpointing])

@@ -96,10 +96,7 @@ def place(schedule: Schedule, *, ranks: int, chunks: int) -> list[tuple[int, ...
 
 def gpipe_orders(ranks: int, micro_batches: int) -> list[list[Work]]:
     """Work of each rank."""
-    return [
-        [Work(kind, rank, m) for kind in ("F", "B") for m in range(micro_batches)]  # type: ignore[arg-type]
-        for rank in range(ranks)
-    ]
+    return [[Work(kind, rank, m) for kind in ("F", "B") for m in range(micro_batches)] for rank in range(ranks)]
 
 
 def one_f_one_b_orders(ranks: int, micro_batches: int) -> list[list[Work]]:

@@ -54,7 +54,7 @@ class Stage(nn.Module):  # type: ignore[misc]
             x = self.embed(x)
         for layer in self.layers.values():
             x = layer(x)
-        if self.head is not None:
+        if self.head is not None and self.norm is not None:
             x = self.head(self.norm(x))
         return x.to(self.boundary)
 
@@ -309,7 +309,7 @@ def _run(rank: Rank, plan: PipelinePlan, prepared: Prepared, micro_batches: int,
 
 
 def _no_grad(plan: PipelinePlan) -> AbstractContextManager[Any]:
-    return torch.no_grad() if plan.is_forward_only else nullcontext()  # type: ignore[no-any-return]
+    return torch.no_grad() if plan.is_forward_only else nullcontext()
 
 
 def _all_spans(rank: Rank, mine: tuple[Span, ...]) -> tuple[Span, ...]:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Client
 from typing import Any
 
 from kervan.errors import ConfigError
-from kervan.ranks.start import Failed, Nodes, Rank, Work
+from kervan.ranks.start import Ended, Failed, Hello, Nodes, Rank, Work
 
 
 def main() -> None:
@@ -66,7 +66,9 @@ def _rank(work: Work, arguments: Any, address: str, key: bytes) -> None:
     )  # fmt: skip
     with Client(address, family="AF_UNIX", authkey=key) as link:
         try:
+            link.send(Hello(rank.number, rank.of))
             work(rank, arguments, link.send)
+            link.send(Ended())
         except Exception as error:  # noqa: BLE001 - told to the command, which raises
             traceback.print_exc()
             with suppress(OSError):

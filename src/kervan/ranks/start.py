@@ -6,6 +6,7 @@ here. Each rank connects to a Unix socket of ours. A rank that hangs is ended, a
 
 import os
 import pickle
+import re
 import secrets
 import signal
 import subprocess
@@ -21,7 +22,6 @@ from typing import Any
 
 from kervan.errors import ConfigError, EngineError
 
-CLOSE_S = 40.0  # the agent gives ranks 30 s to end after SIGTERM
 LOG_LINES = 3
 
 
@@ -74,6 +74,42 @@ class Failed:
     is_config: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first row of a rank."""
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"rank {self.number} of {self.of}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last row of a rank whose work is done; made here for one that is gone without."""
+
+    has_finished: bool = True
+
+
+def _received(link: Connection) -> Any:
+    try:
+        return link.recv()
+    except (EOFError, OSError):
+        return Ended(has_finished=False)
+
+
+# What a rank says when another one is gone: that one's words are the cause.
+CONSEQUENCES = re.compile(r"Connection (reset|closed|refused)|Broken pipe|remote process exited|Socket closed", re.I)
+CAUSES_S = 3.0
+
+
+def _error(failures: list[Failed]) -> EngineError | ConfigError:
+    """Of the failure that is no consequence of another one, if one is not."""
+    cause = next((one for one in failures if not CONSEQUENCES.search(one.message)), failures[0])
+    return (ConfigError if cause.is_config else EngineError)(cause.message)
+
+
 class Ranks:
     """The ranks of one command on this node; a context that ends them. Iterate for their rows.
 
@@ -82,7 +118,7 @@ class Ranks:
     """
 
     def __init__(self, work: Work, arguments: Any, *, ranks: int, nodes: Nodes = Nodes(), for_s: float) -> None:
-        self._ranks, self._for_s = ranks, for_s
+        self._ranks, self._for_s, self._is_told = ranks, for_s, False
         self._end_s = time.monotonic() + for_s
         self._folder = tempfile.TemporaryDirectory(prefix="kervan-ranks-")
         place = Path(self._folder.name)
@@ -109,6 +145,7 @@ class Ranks:
 
     def terminate(self) -> None:
         """SIGTERM for all ranks, which may save what they have; their rows go on. Safe in a signal handler."""
+        self._is_told = True
         with suppress(ProcessLookupError):
             self._agent.terminate()
 
@@ -127,41 +164,39 @@ class Ranks:
     def __iter__(self) -> Iterator[Any]:
         """Rows. Raises: EngineError when a rank fails, ends early or has not ended in time; ConfigError as a rank."""
         waiting = self._listener._listener._socket  # type: ignore[attr-defined]  # a listener cannot be waited for
-        links: list[Connection] = []
-        ended = 0
-        while ended < self._ranks:
-            if time.monotonic() > self._end_s:
+        links: dict[Connection, Hello | None] = {}
+        done, failures, first_failure_s = 0, list[Failed](), 0.0
+        while done < self._ranks:
+            now_s = time.monotonic()
+            if failures and (now_s > first_failure_s + CAUSES_S or not links):
+                raise _error(failures)
+            if now_s > self._end_s:
                 raise EngineError(
-                    f"{self._ranks - ended} of {self._ranks} ranks had not ended after {self._for_s:.0f} s; a "
-                    "rank that "
+                    f"{self._ranks - done} of {self._ranks} ranks had not ended after {self._for_s:.0f} s; a rank that "
                     "waits for another one shows so: look whether one was ended by something else"
                 )
-            ready = wait([waiting, *links], timeout=0.5)
-            if not ready and self._agent.poll() is not None:
-                break
+            ready = wait([waiting, *links], timeout=0.2)
+            if not ready and not links and self._agent.poll() is not None:
+                raise EngineError(f"the launcher ended with status {self._agent.returncode}: {self._said()}")
             for link in ready:
                 if link is waiting:
-                    links.append(self._listener.accept())
+                    links[self._listener.accept()] = None
                     continue
                 assert isinstance(link, Connection)
-                try:
-                    row = link.recv()
-                except EOFError:
-                    links.remove(link)
-                    ended += 1
-                    continue
-                if isinstance(row, Failed):
-                    raise (ConfigError if row.is_config else EngineError)(row.message)
-                yield row
-        try:
-            status = self._agent.wait(timeout=CLOSE_S)
-        except subprocess.TimeoutExpired:
-            raise EngineError(f"the launcher of the ranks had not ended {CLOSE_S:.0f} s after them") from None
-        if status and not self._was_terminated(status):
-            raise EngineError(f"a rank ended with no message, and the launcher with status {status}: {self._said()}")
-
-    def _was_terminated(self, status: int) -> bool:
-        return status in (-signal.SIGTERM, 128 + signal.SIGTERM)
+                row = _received(link)
+                if isinstance(row, Hello):
+                    links[link] = row
+                elif isinstance(row, Failed | Ended):
+                    who = links.pop(link)
+                    if isinstance(row, Failed):
+                        failures.append(row)
+                    elif row.has_finished or self._is_told:
+                        done += 1
+                    else:
+                        failures.append(Failed(f"{who or 'a rank'} ended with no message: {self._said()}"))
+                    first_failure_s = first_failure_s or (now_s if failures else 0.0)
+                else:
+                    yield row
 
     def _said(self) -> str:
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
