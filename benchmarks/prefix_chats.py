@@ -17,6 +17,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import re
 import shlex
 import statistics
 import sys
@@ -146,6 +147,16 @@ def counters(server: Server) -> Counters:
     return read_counters(get_text(Endpoint(url=server.url), "/metrics")) or Counters()
 
 
+def predicted_and_hit(server: Server) -> tuple[float, float]:
+    """Prompt tokens that the gateways expected in the caches of the replicas, and that were there, so far."""
+    page = get_text(Endpoint(url=server.url), "/metrics")
+    predicted, hit = (
+        sum(map(float, re.findall(rf"^kervan_prefix_{name}_tokens_total\S* (\S+)$", page, re.M)))
+        for name in ("predicted", "hit")
+    )
+    return predicted, hit
+
+
 def distinct_tok_s(server: Server, shape: ChatShape, count: int, seed: int) -> float:
     """Output tokens/s of `count` prompts at once that have nothing in common.
 
@@ -183,8 +194,10 @@ def measure(args: argparse.Namespace, model: str, routing: str, place: Path) -> 
         server = starting.wait()
         asyncio.run(all_chats(server, dataclasses.replace(shape, turns=2), -1))  # what starts up, starts up here
         for number in range(args.rounds):
-            before = counters(server)
+            before, expected = counters(server), predicted_and_hit(server)
             figures = chat_figures(asyncio.run(all_chats(server, shape, number)), before, counters(server))
+            predicted, hit = (now - then for now, then in zip(predicted_and_hit(server), expected, strict=True))
+            figures["hit_of_predicted"] = hit / predicted if predicted else None
             if args.distinct:
                 figures["distinct_tok_s"] = distinct_tok_s(server, shape, args.distinct, 1000 + number)
             print(routing, number + 1, json.dumps(figures), file=sys.stderr, flush=True)

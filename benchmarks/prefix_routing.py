@@ -1,6 +1,6 @@
 """What routing by prefix costs a gateway: hashing a prompt, finding who has it, deciding, learning, and memory.
 
-    python benchmarks/prefix_routing.py [--replicas 256] [--prompt 4096] [--blocks 31250]
+    python benchmarks/prefix_routing.py [--replicas 256] [--prompt 4096] [--blocks 31250] [--record DIR]
 
 Prints one JSON object: the least of many times of each part, and the bytes of each replica's table. Nothing here is
 done per token: a prompt is hashed when it is placed, its answer when it ends.
@@ -10,12 +10,16 @@ import argparse
 import functools
 import json
 import random
+import shlex
+import sys
 import time
 import tracemalloc
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from kervan.bench import records
 from kervan.policy import prefix, routing
 from kervan.policy.prefix import PrefixTable, PromptContent, Spans
 
@@ -40,21 +44,21 @@ class Fleet:
     def __init__(self, num_replicas: int, num_blocks: int) -> None:
         rng = random.Random(0)
         self.loads = [routing.ReplicaLoad(f"r{n:04}", rng.randrange(9_000, 10_000)) for n in range(num_replicas)]
-        self.by_id = {load.replica_id: load for load in self.loads}
+        for load in self.loads:
+            load.own_streams = load.num_streams = rng.randrange(20, 40)
+        self.fleet = routing.FleetLoad(self.loads)
         self.table = PrefixTable()
         for load in self.loads:
             self.table.add(load.replica_id, max_spans=num_blocks * BLOCK_TOKENS // prefix.span_tokens(BLOCK_TOKENS))
 
     def decide(self, spans: Spans, prompt_tokens: int) -> str:
-        placement = routing.decide(self.loads)
+        placement = routing.decide(self.fleet.replicas)
         match = self.table.match(spans, max_tokens=prompt_tokens - 1)
         better = routing.for_prefix(
-            self.loads,
-            self.by_id,
-            self.by_id[placement.replica_id or ""],
+            self.fleet,
+            self.fleet.by_id[placement.replica_id or ""],
             match,
             prompt_tokens=prompt_tokens,
-            output_tokens=ANSWER_TOKENS,
             prefill_tokens_per_s=20_000,
         )
         return (better or placement).replica_id or ""
@@ -102,6 +106,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=4096, help="tokens")
     parser.add_argument("--blocks", type=int, default=31_250, help="of a replica's KV cache")
+    parser.add_argument("--record", type=Path, help="a file or directory")
     args = parser.parse_args()
     rng = random.Random(2)
     key = prefix.fleet_key("secret")
@@ -121,6 +126,10 @@ def main() -> None:
         "bytes_per_replica": round(table_bytes(min(4, args.replicas), args.blocks, args.prompt // span_tokens)),
     }
     print(json.dumps(result, indent=1))
+    if args.record is not None:
+        record = records.record("prefix-routing", {"result": result})
+        record["command"] = shlex.join(["python", *sys.argv])
+        print(f"record: {records.write(args.record, record)}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,13 @@ Save = Callable[[dict[str, Any]], None]
 
 
 async def client_alone(
-    num_twins: int, streams: list[int], step_s: float, warm_s: float, measured_s: float, repeat: int
+    num_twins: int,
+    streams: list[int],
+    step_s: float,
+    warm_s: float,
+    measured_s: float,
+    repeat: int,
+    routings: list[str],
 ) -> list[dict[str, Any]]:
     """Streams on twins through a `FleetClient` with vLLM's codec in this process; more and more of them."""
     from kervan.fleet.client import FleetClient
@@ -80,10 +86,12 @@ async def client_alone(
                 while asking.num_streams < count:
                     asking.num_streams += 1
                     await asking.ask()
-                for _ in range(repeat):
+                for routing in repeat * routings:
+                    client.prefixes.is_on = routing == "prefix"
                     await asyncio.sleep(warm_s)
                     one = await _measure(asking, pids, measured_s)
-                    found.append({"twins": num_twins, "streams": count, "step_s": step_s, **one})
+                    row = {"twins": num_twins, "streams": count, "step_s": step_s, "routing": routing}
+                    found.append({**row, **one})
                     show(found[-1])
             consumer.cancel()
         finally:
@@ -178,7 +186,7 @@ class _OpenView:
     def readiness(self) -> str | None:
         return None
 
-    def admit(self, size: Any) -> Any:
+    def admit(self, size: Any, session: str = "") -> Any:
         from kervan.policy import admission
 
         state = admission.AdmissionState(
@@ -288,7 +296,7 @@ def scaling(args: argparse.Namespace, save: Save) -> dict[str, Any]:
     planned = list(loads(args.gateways, streams))
     found: dict[str, Any] = {"planned": planned, "client": [], "runs": [], "skipped": []}
     each = sorted({count // gateways for gateways, count in planned})
-    alone = client_alone(args.twins, each, args.step, args.warm, args.measured / 2, 1)
+    alone = client_alone(args.twins, each, args.step, args.warm, args.measured / 2, 1, ["prefix"])
     try:
         found["client"] = on_a_gateways_loop(asyncio.wait_for(alone, args.deadline / 3))
     except Exception as error:  # noqa: BLE001 - the fleet is measured all the same
@@ -388,6 +396,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=18431)
     parser.add_argument("--logs", type=Path, help="Copy the logs of gateways and twins there.")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--routing", default="prefix", help="Of the client; prefix,least-load alternates.")
     parser.add_argument("--part", help="The part's name in the record [default: the command].")
     args = parser.parse_args()
     if args.what in ("fleet", "scaling") and args.model is None:
@@ -417,7 +426,7 @@ def main() -> None:
         found = asyncio.run(shell_cost())
         show(found)
     elif args.what == "client":
-        words = (args.twins, args.streams, args.step, args.warm, args.measured, args.repeat)
+        words = (args.twins, args.streams, args.step, args.warm, args.measured, args.repeat, args.routing.split(","))
         found = {"runs": on_a_gateways_loop(client_alone(*words))}
     elif args.what == "fleet":
         found = fleet(args)

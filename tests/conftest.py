@@ -15,7 +15,10 @@ from harness import commands, groups, warm_owner
 
 from kervan import autogroups
 
-pytest_plugins = ["harness.groups", "harness.sweeps", "harness.shared_fleet", "harness.toy_fleet"]
+pytest_plugins = [
+    *("harness.groups", "harness.sweeps", "harness.toy_fleet"),
+    *("harness.shared_fleet", "harness.shared_twins", "harness.shared_nodes"),
+]
 
 MARK = "KERVAN_TEST_SESSION"
 LEAVE_S = 20.0

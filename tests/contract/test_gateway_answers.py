@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -10,7 +9,6 @@ import httpx
 import psutil
 import pytest
 from harness.gateway_trio import FLEET_NAME, KEY, ORIGIN, GatewayTrio
-from harness.shared_fleet import Models
 
 import kervan
 
@@ -19,13 +17,6 @@ pytestmark = pytest.mark.timeout(600)
 WITH_KEY = {"authorization": f"Bearer {KEY}"}
 READABLE = ([ORIGIN], ["true"], ["Origin"], ["named"], ["yes"])
 PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-request-id"}
-
-
-@pytest.fixture(scope="module")
-def trio(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayTrio]:
-    running = GatewayTrio(models.demo, tmp_path_factory.mktemp("trio"))
-    yield running
-    running.close()
 
 
 def browser(url: str) -> httpx.Client:

@@ -32,12 +32,13 @@ pytestmark = pytest.mark.timeout(600)
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """For a fork server of this test's own, which is gone afterwards."""
+@pytest.fixture(scope="module")
+def place() -> Iterator[str]:
+    """For a fork server of this module's own, which imports vLLM once and is gone afterwards."""
     place = tempfile.mkdtemp(prefix="kt-")
-    monkeypatch.setattr(tempfile, "tempdir", place)
-    yield place
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", place)
+        yield place
     for process in psutil.process_iter(["cmdline"]):
         if any(place in word for word in process.info["cmdline"] or ()):
             process.kill()

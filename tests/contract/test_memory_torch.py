@@ -160,5 +160,5 @@ def test_a_rank_that_ends_or_raises_is_told_in_a_line() -> None:
 
     with pytest.raises(EngineError, match=r"^rank 1 of 2: ValueError: no luck \(fail_second, line \d+\)$"):
         list(start.run(rank_work.fail_second, "luck", ranks=2, for_s=100))
-    with pytest.raises(EngineError, match="^rank 1 of 2 ended with no message"):
+    with pytest.raises(EngineError, match=r"^rank 1 of 2 ended with no message"):
         list(start.run(rank_work.die_second, None, ranks=2, for_s=100))

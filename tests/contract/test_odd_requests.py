@@ -10,7 +10,6 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -20,7 +19,6 @@ from harness import sweeps
 from harness.gateway_trio import KEY, GatewayTrio
 from harness.live import until
 from harness.odd_bodies import OddBodies
-from harness.shared_fleet import Models
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -72,13 +70,6 @@ class Door:
         now = {**self.trio.ask("left"), "files": self.process.num_fds()}
         allowed = {**self.before, "files": self.num_files + 2}  # of pools
         return {name: count for name, count in now.items() if count > allowed[name]}
-
-
-@pytest.fixture(scope="module")
-def trio(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayTrio]:
-    running = GatewayTrio(models.demo, tmp_path_factory.mktemp("trio"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

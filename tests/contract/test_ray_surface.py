@@ -6,6 +6,7 @@ Each name is looked up in the installed release, with the parameters it is calle
 import ast
 import inspect
 import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from ray.serve.deployment import Deployment
 import kervan
 from kervan.serve import ray_auth, ray_internals
 from kervan.serve.gateway_actor import IngressGatewayReplica
+from kervan.twin.token_engine import StepTiming, TwinLimits, TwinSettings
 
 PACKAGE = Path(kervan.__file__).parent
 
@@ -99,7 +101,7 @@ def test_options_and_variables_are_known(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ray_internals.PRESTART_VARIABLE.encode() in raylet.read_bytes()
     source = inspect.getsource(constants)
     haproxy = (ray_internals.HAPROXY_VARIABLE, *ray_internals.HAPROXY_PORT_VARIABLES)
-    for variable in (ray_internals.CONTROL_LOOP_VARIABLE, *haproxy):
+    for variable in (ray_internals.CONTROL_LOOP_VARIABLE, ray_internals.DRAINING_VARIABLE, *haproxy):
         assert f'"{variable}"' in source
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     for value, is_on in (("0", False), ("true", True), ("1", True), ("", False)):
@@ -178,3 +180,19 @@ def private_uses(path: Path) -> list[str]:
 def test_no_other_module_uses_them() -> None:
     users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if private_uses(path)}
     assert users == {"serve/ray_internals.py"}
+
+
+def test_the_code_of_rays_router_by_prefix_decides_in_a_simulation() -> None:
+    """`benchmarks/prefix_policies.py` calls it without actors."""
+    import prefix_policies
+
+    twin = TwinSettings(
+        StepTiming(base_s=0.01, prefill_token_s=1e-4, sequence_s=0.0, context_token_s=0.0), TwinLimits(num_blocks=9000)
+    )
+    sim = prefix_policies.Simulation(prefix_policies.WAYS["ray"](), replicas=2, gateways=1, twin=twin, seed=1)
+    rng = random.Random(3)
+    talks = [prefix_policies.talk(rng, f"{n}", turns=3, isl=320, osl=32, varies=False) for n in range(6)]
+    prefix_policies.closed(sim, talks, 3)
+    sim.run()
+    assert len(sim.done) == 18
+    assert sim.figures()["of_possible"] == 1  # it never leaves the replica that has most

@@ -1,5 +1,6 @@
 """Forked vLLM engines: the tokens of one that was started anew, one process from which they come, and its end."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,11 +36,37 @@ REQUESTS: dict[str, dict[str, Any]] = {
 Start = Callable[..., EngineProcess]
 
 
-@pytest.fixture
-def start(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Engines of the demo model, forked for this process or not, from a server of this test's own."""
+@contextlib.contextmanager
+def place_of_servers() -> Iterator[str]:
+    """A directory for fork servers, which end with the block."""
     place = tempfile.mkdtemp(prefix="kt-")
-    monkeypatch.setattr(tempfile, "tempdir", place)
+    yield place
+    for process in psutil.process_iter(["cmdline"]):
+        if any(place in word for word in process.info["cmdline"] or ()):
+            process.kill()
+
+
+@pytest.fixture
+def place() -> Iterator[str]:
+    """Of this test's own: there is no server yet."""
+    with place_of_servers() as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def shared_place() -> Iterator[str]:
+    """Of the module: whichever test is the first has the server import vLLM."""
+    with place_of_servers() as place:
+        yield place
+
+
+@pytest.fixture
+def start(
+    request: pytest.FixtureRequest, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Start]:
+    """Engines of the demo model, forked for this process or not, from a server in `place`, or `shared_place`."""
+    shared = "shared_place" in request.fixturenames
+    monkeypatch.setattr(tempfile, "tempdir", request.getfixturevalue("shared_place" if shared else "place"))
     engines: list[EngineProcess] = []
     environment = {**os.environ, **ENVIRONMENT}  # vLLM, once imported here, changes it
     argv = list(FleetConfig(model=str(models.demo), engine_args=ARGUMENTS).engine_argv)
@@ -57,9 +84,6 @@ def start(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     yield start
     for engine in engines:
         engine.kill()
-    for process in psutil.process_iter(["cmdline"]):
-        if any(place in word for word in process.info["cmdline"] or ()):
-            process.kill()
 
 
 def stack_of(pid: int) -> str:
@@ -79,7 +103,7 @@ async def answers(engine: EngineProcess) -> dict[str, list[int]]:
     return {name: bench.tokens(name) for name in REQUESTS}
 
 
-async def test_forked_engines(start: Start) -> None:
+async def test_forked_engines(start: Start, shared_place: str) -> None:
     engines = {"anew": start("anew", is_forked=False), "one": start("one", is_forked=True)}
     engines["two"] = start("two", is_forked=True)
     told = {name: await answers(engine) for name, engine in engines.items()}
@@ -135,7 +159,7 @@ async def test_an_engine_that_cannot_be_started_is_told(start: Start, monkeypatc
     assert engine.failure.message == "the engine process could not be started: no more processes"
 
 
-async def test_an_engine_that_is_told_to_end_before_it_is_there(start: Start) -> None:
+async def test_an_engine_that_is_told_to_end_before_it_is_there(start: Start, shared_place: str) -> None:
     engine = start("never", is_forked=True)
     assert engine.pid == 0
     engine.kill()

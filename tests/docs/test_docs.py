@@ -22,6 +22,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from harness.live import Fleet
 from harness.places import REPOSITORY
 from harness.toy_fleet import ToyCodec
 from prometheus_client.parser import text_string_to_metric_families
@@ -274,12 +275,9 @@ def runnable(language: str) -> list[Any]:
 
 
 @pytest.fixture
-def adapted(request: pytest.FixtureRequest) -> Callable[[str], str]:
+def adapted(fleet: Fleet) -> Callable[[str], str]:
     """A snippet with the shared fleet's URL and model in place of the README's."""
-    try:
-        url = request.getfixturevalue("fleet").url
-    except pytest.FixtureLookupError:
-        pytest.skip("no fixture 'fleet' for tests/docs: snippets are compiled, not run")
+    url = fleet.url
     with urllib.request.urlopen(f"{url}/v1/models", timeout=BLOCK_TIMEOUT_S) as response:
         model = json.load(response)["data"][0]["id"]
     return lambda text: text.replace(README_URL, url).replace(README_MODEL, model)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prefix_chats
+import prefix_policies
 import pytest
 from harness.places import REPOSITORY
 
@@ -188,6 +190,26 @@ def test_the_gateways_on_a_large_host_are_those_of_the_record() -> None:
             f"{run['tok_s_per_gateway_core']:,.0f}",
             f"{run['gateway_us_per_token']:.0f}, {alone[run['streams'] // run['gateways']]:.1f}",
         ], (gateways, streams)
+
+
+def test_ways_of_routing_are_those_of_the_records() -> None:
+    page = (REPOSITORY / "docs/performance.md").read_text()
+    match = re.search(r"^<!-- policies: (.+?) -->\n((?:\|.*\n)+)", page, re.M)
+    assert match is not None
+    rows = [
+        row
+        for name in match[1].split()
+        for row in json.loads((REPOSITORY / f"benchmarks/records/{name}.json").read_text())["rows"]
+    ]
+    assert match[2].strip() == prefix_policies.by_load(rows)
+
+
+def test_chats_on_a_fleet_are_those_of_the_record() -> None:
+    page = (REPOSITORY / "docs/performance.md").read_text()
+    match = re.search(r"^<!-- chats: (.+?) -->\n((?:\|.*\n)+)", page, re.M)
+    assert match is not None
+    rows = json.loads((REPOSITORY / f"benchmarks/records/{match[1]}.json").read_text())["rows"]
+    assert match[2].strip() == prefix_chats.table(rows)
 
 
 def test_moves_on_gpus_are_those_of_the_records() -> None:

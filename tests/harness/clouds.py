@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -104,6 +105,22 @@ async def serving(cloud: Any) -> AsyncIterator[Server]:
         yield server
     finally:
         await server.stop()
+
+
+@contextlib.contextmanager
+def serving_beside(cloud: Any) -> Iterator[Server]:
+    """As `serving`, in a thread: for what outlives the loop of a test."""
+    loop, server = asyncio.new_event_loop(), Server(cloud.answer)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 async def forever() -> None:

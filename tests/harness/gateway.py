@@ -20,6 +20,7 @@ class View:
         self.shed: Shed | None = None
         self.admitted = 0
         self.sizes: list[RequestSize] = []
+        self.sessions: list[str] = []
         self.open = 0
         self.opened = 0
         self.is_open = asyncio.Event()
@@ -28,9 +29,10 @@ class View:
     def readiness(self) -> str | None:
         return self.reason
 
-    def admit(self, size: RequestSize) -> Shed | AbstractContextManager[None]:
+    def admit(self, size: RequestSize, session: str = "") -> Shed | AbstractContextManager[None]:
         self.admitted += 1
         self.sizes.append(size)
+        self.sessions.append(session)
         return self.shed or nullcontext()
 
     def model_name(self) -> str:

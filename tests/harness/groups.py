@@ -1,33 +1,50 @@
 """Two halves of the suite beside each other: `pytest -n 2 --dist loadscope --no-loadscope-reorder`.
 
-Tests that use the shared fleet of vLLM replicas are one group, and the other tests of a module are one: a group runs in
-one process, so that what its tests share is started once. Groups that start fleets come first, short ones fill the end.
+Tests that use the same shared fleet are one group, and the other tests of a module are one: a group runs in one process,
+so that what its tests share is started once. Long groups come first, short ones fill the end. A shared fleet ends with
+its group, as it would cost a tenth of a core for the rest of the run.
 """
 
+import contextlib
 import functools
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-SHARED = "fleet"
+# Fixtures of the whole session (harness/shared_*.py); what uses two of them is of the first's group.
+SHARED = ("fleet", "twins", "nodes", "trio")
+# Modules of a minute or more: were one of them last, a core would be idle meanwhile.
+LONG = ("test_clusters", "test_lifecycle", "test_ray_auth", "test_resume", "test_moves", "test_warm_start",
+        "test_gateway_process")  # fmt: skip
 PLACE = "KERVAN_TEST_GROUPS"  # the file in which the first process tells the group of each test
+
+
+ENDS = pytest.StashKey[contextlib.ExitStack]()
+T = TypeVar("T")
+
+
+def until_group_ends(config: pytest.Config, context: contextlib.AbstractContextManager[T]) -> T:
+    """Enter a context; it is left after the last test of the group that runs now. For fixtures of the session."""
+    return config.stash.setdefault(ENDS, contextlib.ExitStack()).enter_context(context)
 
 
 def group(item: pytest.Item) -> str:
     """The name of its group."""
-    return SHARED if SHARED in getattr(item, "fixturenames", ()) else Path(item.path).stem
+    wanted = getattr(item, "fixturenames", ())
+    return next((fixture for fixture in SHARED if fixture in wanted), Path(item.path).stem)
 
 
 def rank(item: pytest.Item) -> int:
     """Groups of a lower rank begin first."""
-    if group(item) == SHARED:
-        return 0
-    return 1 if item.get_closest_marker("fleet") else 2
+    order = (*SHARED, *LONG)
+    if (name := group(item)) in order:
+        return order.index(name)
+    return len(order) + (0 if item.get_closest_marker("fleet") else 1)
 
 
 def is_parallel(config: pytest.Config) -> bool:
@@ -72,3 +89,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput") and (place := os.environ.pop(PLACE, None)):
         Path(place).unlink(missing_ok=True)
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures that use a shared fleet
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or (is_parallel(item.config) and group(nextitem) != group(item)):
+        item.config.stash.setdefault(ENDS, contextlib.ExitStack()).close()

@@ -55,7 +55,11 @@ class RayCluster:
         return f"127.0.0.1:{self.port}"
 
     def start_head(self, *options: str, env: Mapping[str, str] | None = None) -> None:
-        words = ("--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self.place}")
+        ports = (
+            f"--port={self.port}",
+            f"--ray-client-server-port={free_port()}",
+        )  # that of Ray Client is fixed otherwise
+        words = ("--head", *ports, "--include-dashboard=false", f"--temp-dir={self.place}")
         self._start("head", *words, *options, env=env)
 
     def start_node(self, ip: str, *options: str, env: Mapping[str, str] | None = None) -> None:
@@ -93,6 +97,15 @@ class RayCluster:
         parts = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
         assert any("raylet" in part.name() for part in parts)
         for part in parts:
+            with contextlib.suppress(psutil.Error):
+                part.kill()
+        node.wait(10)
+
+    def end_node(self, ip: str) -> None:
+        """As `kill_node`, of a node that may have ended, or is gone."""
+        if (node := self._nodes.pop(ip, None)) is None:
+            return
+        for part in (*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)):
             with contextlib.suppress(psutil.Error):
                 part.kill()
         node.wait(10)
@@ -140,11 +153,15 @@ def ray_cluster(
     *head: str,
     second: Sequence[str] | None = None,
     more: Mapping[str, str] | None = None,
+    head_env: Mapping[str, str] | None = None,
 ) -> Iterator[RayCluster]:
-    """A cluster within the block: a head with these options of `ray start`, and with `second` another node, SECOND."""
+    """A cluster within the block: a head with these options of `ray start`, and with `second` another node, SECOND.
+
+    `more`: in the environment of all nodes and commands; `head_env`: in that of the head alone.
+    """
     cluster = RayCluster(scratch, name, more)
     try:
-        cluster.start_head(*head)
+        cluster.start_head(*head, env=head_env)
         if second is not None:
             cluster.start_node(SECOND, *second)
         yield cluster

@@ -1,11 +1,13 @@
-"""One fleet of two replicas and two gateways, shared by all tests that want one; models are made once and kept."""
+"""One fleet of vLLM replicas, shared by all tests that want one; models are made once and kept."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from harness.groups import until_group_ends
 from harness.live import SMALL, Fleet, Home, eventually, is_alive
 from harness.places import REPOSITORY
 from kervan.demo import make_demo_model, make_embedding_model, make_lora_adapter
@@ -45,7 +47,13 @@ def home(scratch: Path) -> Home:
 
 
 @pytest.fixture(scope="session")
-def fleet(home: Home, models: Models) -> Iterator[Fleet]:
+def fleet(request: pytest.FixtureRequest, home: Home, models: Models) -> Fleet:
+    """Two replicas and two gateways of the demo model, named "main"."""
+    return until_group_ends(request.config, vllm_replicas(home, models))
+
+
+@contextlib.contextmanager
+def vllm_replicas(home: Home, models: Models) -> Iterator[Fleet]:
     """Two replicas and two gateways of the demo model, named "main"; nothing is left after `kervan down`."""
     arguments = (*FLEET_ARGS, f'lora_modules=["adapter={models.adapter}"]')
     running = home.up(models.demo, "main", arguments, "--replicas", "2", "--gateways", "2")

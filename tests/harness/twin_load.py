@@ -19,9 +19,9 @@ from kervan.twin.settings import settings
 from kervan.twin.token_engine import answer
 
 NUM_STREAMS = 16
-# Seconds of a twin's step. Steps cost the test and the gateway CPU, not the twin: at 50 ms, 16 streams take a third of a
+# Seconds of a twin's step. Steps cost the test and the gateway CPU, not the twin: at 100 ms, 16 streams take a sixth of a
 # core, and more of them would show no more.
-STEP_S = 0.05
+STEP_S = 0.1
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Load:
                 prompt = [
                     rng.randint(self.limits.first_token, self.limits.last_token) for _ in range(rng.randint(4, 60))
                 ]
-                num_tokens = rng.randint(20, 120)
+                num_tokens = rng.randint(10, 60)  # 1 to 6 s
                 try:
                     tokens, finish = await self.stream(client, prompt, num_tokens)
                 except httpx.HTTPError as error:
@@ -123,6 +123,11 @@ async def knocks(fleet: Fleet) -> AsyncIterator[None]:
     finally:
         knocking.cancel()
         await asyncio.gather(knocking, return_exceptions=True)
+
+
+def streams_of(fleet: Fleet) -> dict[str, int]:
+    """Open streams by replica, as a gateway tells."""
+    return dict(httpx.get(f"{fleet.url}/kervan/status").json()["replicas"])
 
 
 async def kervan(fleet: Fleet, *words: str) -> str:

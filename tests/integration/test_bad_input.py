@@ -152,7 +152,16 @@ CHAT_ONLY: dict[str, list[Any]] = {
 
 
 @pytest.fixture(scope="module")
-def same_replicas(fleet: Fleet) -> Iterator[None]:
+def slow(fleet: Fleet) -> Iterator[socket.socket]:
+    """A request whose body never ends; the gateway waits for it for 30 s, and serves others meanwhile."""
+    with socket.create_connection(("127.0.0.1", fleet.port), timeout=REQUEST_S) as slow:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+        slow.sendall(head + b'{"model"')
+        yield slow
+
+
+@pytest.fixture(scope="module")
+def same_replicas(fleet: Fleet, slow: socket.socket) -> Iterator[None]:
     """All of this leaves every process alive and the fleet in its right mind."""
     before = (fleet.pids(), fleet.gateway_pids())
     yield
@@ -311,19 +320,16 @@ def test_ten_megabytes(fleet: Fleet) -> None:
     assert "8388608" in response.json()["error"]["message"]
 
 
-def test_slow_body(fleet: Fleet) -> None:
+def test_slow_body(fleet: Fleet, slow: socket.socket) -> None:
     """A body that never ends is given up by the gateway; others are served meanwhile."""
-    with socket.create_connection(("127.0.0.1", fleet.port), timeout=REQUEST_S) as slow:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
-        slow.sendall(head + b'{"model"')
-        with fleet.client() as client:
-            body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 200}
-            assert client.post("/chat", json=body).json()["content"] == ANSWER
-        answer = b""
-        deadline_s = time.monotonic() + REQUEST_S
-        while chunk := slow.recv(65536):
-            answer += chunk
-            assert time.monotonic() < deadline_s
+    with fleet.client() as client:
+        body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 200}
+        assert client.post("/chat", json=body).json()["content"] == ANSWER
+    answer = b""
+    deadline_s = time.monotonic() + REQUEST_S
+    while chunk := slow.recv(65536):
+        answer += chunk
+        assert time.monotonic() < deadline_s
     assert answer.startswith(b"HTTP/1.1 408")
     assert b'"error"' in answer
 

@@ -14,7 +14,7 @@ from harness.ray_cluster import RayCluster, ray_cluster
 
 from kervan.demo import PAIRS
 from kervan.ports import free_port
-from kervan.serve.ray_internals import HAPROXY_PORT_VARIABLES, HAPROXY_VARIABLE
+from kervan.serve.ray_internals import DRAINING_VARIABLE, HAPROXY_PORT_VARIABLES, HAPROXY_VARIABLE
 
 QUESTION, ANSWER = next(iter(PAIRS.items()))
 
@@ -23,7 +23,9 @@ QUESTION, ANSWER = next(iter(PAIRS.items()))
 def cluster(scratch: Path) -> Iterator[RayCluster]:
     """A Ray cluster of one node as its owner starts it, with HAProxy."""
     ports = {name: str(free_port()) for name in HAPROXY_PORT_VARIABLES}
-    with ray_cluster(scratch, "guest", more={HAPROXY_VARIABLE: "1", **ports}) as owned:
+    # An owner without balancers of his own; else each `kervan down` waits for them for 30 s.
+    more = {HAPROXY_VARIABLE: "1", DRAINING_VARIABLE: "3", **ports}
+    with ray_cluster(scratch, "guest", more=more) as owned:
         yield owned
 
 

@@ -22,21 +22,31 @@ NUM_STREAMS = 4
 
 
 @pytest.fixture
-def pair(home: Home, models: Models) -> Iterator[Fleet]:
-    """One replica of two workers that share each layer; what they shared is gone with the fleet."""
-    before = shared_by_workers(home)
+def pair(home: Home, models: Models, fleet: Fleet) -> Iterator[Fleet]:
+    """One replica of two workers that share each layer; what they shared is gone with it. Beside `fleet`: on its Ray."""
+    sockets_before = sockets_in(home)
     running = home.up(
         models.demo, "tensor", (*SMALL, "max_model_len=1024", "served_model_name=tiny"), "--tp", "2", "--gateways", "1"
     )
-    assert shared_by_workers(home) > before
+    shared = shared_by_workers(running)
+    assert shared
     yield running
+    shared |= shared_by_workers(running)
     assert home.kervan("down", "--name", "tensor").returncode == 0
-    eventually(lambda: shared_by_workers(home) <= before, "nothing that the workers shared is left", 10)
+    eventually(lambda: not any(path.exists() for path in shared), f"{shared} are gone", 30)
+    eventually(lambda: sockets_in(home) <= sockets_before, "no socket of the fleet is left", 10)
 
 
-def shared_by_workers(home: Home) -> set[Path]:
-    """Shared memory of Python's making, on this machine, and sockets directly in the directory for such things."""
-    return {*Path("/dev/shm").glob("psm_*"), *(path for path in home.scratch.iterdir() if path.is_socket())}
+def sockets_in(home: Home) -> set[Path]:
+    """Sockets directly in the directory for such things."""
+    return {path for path in home.scratch.iterdir() if path.is_socket()}
+
+
+def shared_by_workers(fleet: Fleet) -> set[Path]:
+    """Shared memory of Python's making that the fleet's engines and their workers have open; other tests have theirs."""
+    pids = [pid for engine in fleet.pids() for pid in (engine, *workers(engine))]
+    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
+    return {Path(name) for text in maps for name in re.findall(r"/dev/shm/psm_\w+", text)}
 
 
 def workers(engine_pid: int) -> list[int]:

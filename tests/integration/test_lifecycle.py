@@ -1,16 +1,17 @@
 """Fleets that start, cannot start, or are stopped on the way; and what they leave, which is nothing."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.live import ENVIRONMENT, SMALL, START_S, Fleet, Home, eventually
+from harness.live import ENVIRONMENT, SMALL, START_S, Fleet, Home, eventually, is_alive
 from prometheus_client.parser import text_string_to_metric_families
 
 from kervan.demo import PAIRS
@@ -60,16 +61,19 @@ def test_missing_model(home: Home, tmp_path: Path) -> None:
     assert_refused(home.kervan("up", str(tmp_path), "--port", str(free_port())), "config.json")
 
 
-def test_too_little_memory_for_the_cache(fleet: Fleet, home: Home, models: Any) -> None:
+def test_too_little_memory_for_the_cache(
+    fleet: Fleet, home: Home, models: Any, strays: Callable[[], list[str]]
+) -> None:
     """Known only after the engine has loaded the model; the attempt is undone, and the fleet beside it lives."""
     done = home.kervan(
         *("up", str(models.demo), "--name", "poor", "--port", str(free_port()), "--detach"),
         *arguments("max_model_len=2048", "kv_cache_memory_bytes=1000000"),
+        *ENVIRONMENT,
     )
     assert_refused(done, "max_model_len")
     assert home.fleets() == [fleet.name]
     assert_refused(home.kervan("status", "--name", "poor"), "no fleet 'poor'")
-    eventually(lambda: not processes_of("poor"), "no process of the fleet is left", 20)
+    eventually(lambda: not any("kervan-poor:" in left for left in strays()), "no process of the fleet is left", 20)
     assert fleet.get("/health/ready").status_code == 200
 
 
@@ -81,17 +85,6 @@ def test_a_gateway_that_vllm_refuses(fleet: Fleet, home: Home, models: Any) -> N
     )
     assert_refused(done, "Fix: a max_model_len within the model's own context length")
     assert home.fleets() == [fleet.name]
-
-
-def processes_of(fleet_name: str) -> list[str]:
-    import psutil
-
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = " ".join(process.info["cmdline"] or ())
-        if f"kervan-{fleet_name}:" in command:
-            found.append(command)
-    return found
 
 
 def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], list[str]]) -> None:
@@ -122,26 +115,49 @@ def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], li
     assert_refused(home.kervan("status"), "kervan up")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_fleet_in_the_foreground_ends_with_its_command(
-    scratch: Path, models: Any, strays: Callable[[], list[str]], number: signal.Signals
-) -> None:
-    """Systemd and Kubernetes send SIGTERM, for which Ray brings a handler of its own."""
-    home = Home(scratch, f"fore{number}", keeps_warm=False)
-    known, alive_before = home.ray_directories(), set(strays())
-    words = home.command("up", str(models.demo), "--port", str(free_port()), "--engine", "twin", "--gpu", "H200")
-    with subprocess.Popen(**words, stdout=subprocess.PIPE, start_new_session=True) as process:
+@contextlib.contextmanager
+def in_the_foreground(home: Home, models: Any, name: str) -> Iterator["subprocess.Popen[str]"]:
+    """`kervan up` of a twin, once it says what stops it."""
+    words = ("up", str(models.demo), "--name", name, "--port", str(free_port()), "--engine", "twin", "--gpu", "H200")
+    with subprocess.Popen(
+        **home.command(*words, *ENVIRONMENT), stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         lines = []
         while "Ctrl-C stops it" not in lines:
             line = process.stdout.readline()
             assert line, lines
             lines.append(line.strip())
-        process.send_signal(number)
+        yield process
+
+
+def test_a_fleet_in_the_foreground_ends_with_its_command(
+    scratch: Path, models: Any, strays: Callable[[], list[str]]
+) -> None:
+    """Systemd and Kubernetes send SIGTERM, for which Ray brings a handler of its own."""
+    home = Home(scratch, "fore", keeps_warm=False)
+    known, alive_before = home.ray_directories(), set(strays())
+    with in_the_foreground(home, models, "fore") as process:
+        process.send_signal(signal.SIGTERM)
         rest, said = process.communicate(timeout=120)
     assert (process.returncode, rest) == (0, "stopping\n"), said
     assert (home.fleets(), home.ray_directories()) == ([], known)
     eventually(lambda: set(strays()) <= alive_before, "no process is left", 20)
+
+
+def test_ctrl_c_ends_the_fleet_in_the_foreground_alone(fleet: Fleet, home: Home, models: Any) -> None:
+    """And not Ray, where others are."""
+    known = home.ray_directories()
+    with in_the_foreground(home, models, "fore") as process:
+        brief = Fleet(home, "fore", fleet.url, fleet.port)
+        pids = [*brief.pids(), *brief.gateway_pids().values()]
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=120)
+    assert (process.returncode, rest) == (0, "stopping\n"), said
+    assert (home.fleets(), home.ray_directories()) == ([fleet.name], known)
+    assert len(pids) == 2
+    eventually(lambda: not any(map(is_alive, pids)), f"processes {pids} are gone", 20)
+    assert fleet.is_whole()
 
 
 @pytest.mark.parametrize("stream", [False, True])

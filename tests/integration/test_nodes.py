@@ -10,25 +10,13 @@ from harness.live import SMALL, START_S, Fleet, eventually
 from harness.ray_cluster import AS_IF_GPU, RayCluster, ray_cluster
 from harness.ray_cluster import SECOND as LOST
 from harness.shared_fleet import Models
-from harness.twin_load import NUM_STREAMS, STEP_S, kervan, load
+from harness.shared_nodes import Nodes
+from harness.twin_load import NUM_STREAMS, kervan, load
 from harness.undisturbed import answers_undisturbed, under_load
 
 FINE = "no problems found"
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture
-def cluster(scratch: Path) -> Iterator[RayCluster]:
-    with ray_cluster(scratch, "nodes", *AS_IF_GPU, second=AS_IF_GPU) as owned:
-        yield owned
-
-
-def on(fleet: Fleet, node: str) -> tuple[set[str], set[str]]:
-    """Replicas and gateways there."""
-    status = fleet.status()
-    replicas, gateways = ({p["id"] for p in status[kind] if p["node"] == node} for kind in ("replicas", "gateways"))
-    return replicas, gateways
 
 
 @pytest.fixture
@@ -45,12 +33,13 @@ async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, mo
     options = ("--gateways", "1", "--address", one_gpu.address, "--env", "VLLM_CPU_OMP_THREADS_BIND=nobind")
     share = ("--gpus-per-replica", "0.5")
     fleet = await asyncio.to_thread(one_gpu.home.up, models.demo, "last", arguments, *options, *share)
-    assert len(on(fleet, LOST)[0]) == 1
+    on = Nodes(one_gpu, fleet).on
+    assert len(on(LOST)[0]) == 1
     eventually(lambda: "0.5/1.0 GPU" in one_gpu.status(), "Ray counts half a GPU as taken", START_S)
-    while on(fleet, LOST)[1] == set(fleet.gateway_pids()):  # 1 in 2: a gateway takes no resources
+    while on(LOST)[1] == set(fleet.gateway_pids()):  # 1 in 2: a gateway takes no resources
         await kervan(fleet, "scale", "--gateways", str(len(fleet.gateway_pids()) + 1))
     expected = await answers_undisturbed(fleet)
-    lost_gateways = on(fleet, LOST)[1]
+    lost_gateways = on(LOST)[1]
     async with under_load(fleet, expected, NUM_STREAMS) as running:
         one_gpu.kill_node(LOST)
         told = ""
@@ -67,42 +56,36 @@ async def test_placement_is_impossible_after_a_node_left(one_gpu: RayCluster, mo
     await kervan(fleet, "down")
 
 
-async def test_a_lost_node(cluster: RayCluster, models: Models, scratch: Path) -> None:
+async def test_a_lost_node(nodes: Nodes, models: Models) -> None:
     """Streams of its replicas move; its gateway's end, and new requests are taken; all that was there comes again."""
-    config = scratch / "nodes.yaml"
-    config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}}))
-    arguments = ("max_model_len=2048", "served_model_name=twin")
-    options = ("--config", str(config), "--replicas", "4", "--gateways", "2", "--address", cluster.address)
-    fleet = await asyncio.to_thread(cluster.home.up, models.demo, "spread", arguments, *options)
-    replicas, gateways = 4, 2
-    while not on(fleet, LOST)[0]:  # 1 in 16: Ray puts what takes no resources where it likes
-        replicas += 2
-        await kervan(fleet, "scale", str(replicas))
-    while not 0 < len(on(fleet, LOST)[1]) < gateways:
-        gateways += 1
-        await kervan(fleet, "scale", "--gateways", str(gateways))
-    lost_gateways = on(fleet, LOST)[1]
-    kept_gateways = set(fleet.gateway_pids()) - lost_gateways
-    async with load(fleet, models, may_be_cut=True) as running:
-        await asyncio.sleep(3.0)
-        before = running.num_whole
-        scaled = asyncio.create_task(kervan(fleet, "scale", str(replicas + 1), "--json"))
-        cluster.kill_node(LOST)
-        # A beat is missed after 3 s. Until then all may seem well, though the change may be done.
-        # The directory may have been on that node: while it starts again, `status` shows what is known, and exits with 1.
-        async with asyncio.timeout(60):
-            told = ""
-            while f"node {LOST} is dead; its replicas and gateways are started elsewhere" not in told:
-                told = (await asyncio.to_thread(fleet.home.kervan, "status", "--why", "--name", fleet.name)).stdout
-        assert FINE not in told
-        assert len(json.loads(await scaled)["replicas"]) == replicas + 1
-        await asyncio.to_thread(fleet.wait_until_whole, replicas + 1, gateways)
-        assert running.num_whole > before
-    assert on(fleet, LOST) == (set(), set())
-    assert kept_gateways < set(fleet.gateway_pids())
-    # Each client of the lost gateway lost its connection once; none was refused after that, though all asked on.
-    assert 0 < len(running.cut) < NUM_STREAMS
-    assert sum(fleet.total("kervan_streams_moved_total", gateway=gateway) for gateway in kept_gateways) > 0
-    assert fleet.total("kervan_streams_given_up_total") == 0
-    assert (await kervan(fleet, "status", "--why")).splitlines()[-1] == FINE
-    await kervan(fleet, "down")
+    fleet, lost = nodes.fleet, "127.0.0.3"
+    async with nodes.another(lost, *AS_IF_GPU, has_gateway=True, has_directory=True) as (replicas, gateways):
+        lost_gateways = nodes.on(lost)[1]
+        kept_gateways = set(fleet.gateway_pids()) - lost_gateways
+        moved = num_moved(fleet, kept_gateways)
+        async with load(fleet, models, may_be_cut=True) as running:
+            await asyncio.sleep(3.0)
+            before = running.num_whole
+            scaled = asyncio.create_task(kervan(fleet, "scale", str(replicas + 1), "--json"))
+            nodes.cluster.kill_node(lost)
+            # A beat is missed after 3 s. Until then all may seem well, though the change may be done.
+            # The directory was on that node: while it starts again, `status` shows what is known, and exits with 1.
+            async with asyncio.timeout(START_S):
+                told = ""
+                while f"node {lost} is dead; its replicas and gateways are started elsewhere" not in told:
+                    told = (await asyncio.to_thread(fleet.home.kervan, "status", "--why", "--name", fleet.name)).stdout
+            assert FINE not in told
+            assert len(json.loads(await scaled)["replicas"]) == replicas + 1
+            await asyncio.to_thread(fleet.wait_until_whole, replicas + 1, gateways)
+            assert running.num_whole > before
+        assert nodes.on(lost) == (set(), set())
+        assert kept_gateways < set(fleet.gateway_pids())
+        # Each client of the lost gateway lost its connection once; none was refused after that, though all asked on.
+        assert 0 < len(running.cut) < NUM_STREAMS
+        assert num_moved(fleet, kept_gateways) > moved
+        assert fleet.total("kervan_streams_given_up_total") == 0
+        assert (await kervan(fleet, "status", "--why")).splitlines()[-1] == FINE
+
+
+def num_moved(fleet: Fleet, gateways: set[str]) -> float:
+    return sum(fleet.total("kervan_streams_moved_total", gateway=gateway) for gateway in gateways)

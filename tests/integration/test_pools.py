@@ -2,32 +2,19 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness.live import START_S, Fleet, eventually_async
-from harness.ray_cluster import RayCluster
 from harness.shared_fleet import Models
+from harness.shared_nodes import Nodes
 from harness.twin_load import STEP_S, kervan, load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(1800)]
 
-SPOT_NODE = "127.0.0.2"
+SPOT_NODE = "127.0.0.5"
 SPOT_LABEL = "--labels=ray.io/market-type=spot"
-# Gateways are placed where GPUs are, and twins anywhere: what is on the spot node is replicas of the spot pool.
-AS_IF_GPU = ("--num-gpus=1", '--resources={"accelerator_type:H200": 1}')
 HOLD_S = 5.0
-
-
-@pytest.fixture
-def cluster(scratch: Path) -> Iterator[RayCluster]:
-    owned = RayCluster(scratch, "pools")
-    try:
-        owned.start_head(*AS_IF_GPU)
-        yield owned
-    finally:
-        owned.close()
 
 
 def sizes(fleet: Fleet) -> tuple[int, int]:
@@ -36,11 +23,13 @@ def sizes(fleet: Fleet) -> tuple[int, int]:
     return told.count("on-demand"), told.count("spot")
 
 
-async def test_spot_goes_and_comes_back(cluster: RayCluster, models: Models, scratch: Path) -> None:
+async def test_spot_goes_and_comes_back(nodes: Nodes, models: Models, scratch: Path) -> None:
     config = scratch / "pools.yaml"
     settings = {"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}, "pools": {"on-demand": "1..3"}}
     config.write_text(json.dumps({**settings, "fallback_after_s": 1.0, "fallback_hold_s": HOLD_S}))
-    cluster.start_node(SPOT_NODE, SPOT_LABEL)
+    # Gateways are placed where GPUs are, and twins anywhere: what is on the spot node is replicas of the spot pool.
+    cluster = nodes.cluster
+    await asyncio.to_thread(cluster.start_node, SPOT_NODE, SPOT_LABEL)
     arguments = ("max_model_len=2048", "served_model_name=twin")
     options = ("--config", str(config), "--pool", "spot:0..2", "--gateways", "1", "--address", cluster.address)
     fleet = await asyncio.to_thread(cluster.home.up, models.demo, "mixed", arguments, *options)
@@ -68,3 +57,4 @@ async def test_spot_goes_and_comes_back(cluster: RayCluster, models: Models, scr
     assert fleet.total("kervan_streams_given_up_total") == 0
     assert "no problems found" in await kervan(fleet, "status", "--why")
     await kervan(fleet, "down")
+    cluster.end_node(SPOT_NODE)

@@ -37,7 +37,8 @@ def port() -> int:
 
 
 @pytest.fixture(scope="module")
-def alpha(home: Home, models: Models, port: int) -> Iterator[Fleet]:
+def alpha(home: Home, models: Models, port: int, twins: Fleet) -> Iterator[Fleet]:
+    """Beside `twins`, which has a port of its own, and Ray already."""
     yield start(home, models, "alpha", port, "--shared-port")
     assert home.kervan("down", "--name", "alpha").returncode == 0
 
@@ -50,13 +51,6 @@ def start_beta(home: Home, models: Models, port: int) -> Fleet:
 def beta(home: Home, models: Models, alpha: Fleet) -> Iterator[Fleet]:
     yield start_beta(home, models, alpha.port)
     assert home.kervan("down", "--name", "beta").returncode == 0
-
-
-@pytest.fixture(scope="module")
-def alone(home: Home, models: Models) -> Iterator[Fleet]:
-    """On a port of its own."""
-    yield start(home, models, "alone", free_port())
-    assert home.kervan("down", "--name", "alone").returncode == 0
 
 
 def client_of(fleet: Fleet, api_key: str) -> openai.OpenAI:
@@ -164,10 +158,10 @@ async def test_a_client_that_leaves_frees_the_replica_of_the_other_fleet(alpha: 
 
 
 async def test_a_fleet_goes_and_comes_and_the_others_do_not_notice(
-    alpha: Fleet, beta: Fleet, alone: Fleet, home: Home, models: Models
+    alpha: Fleet, beta: Fleet, twins: Fleet, home: Home, models: Models
 ) -> None:
     """Every stream of the others whole, through whichever gateway: beta's own too, while it leaves and when it comes."""
-    async with load(alpha, models, "alpha"), load(alone, models, "alone"):
+    async with load(alpha, models, "alpha"), load(twins, models):
         await asyncio.sleep(2.0)
         await kervan(beta, "down")
         gone = (
@@ -180,8 +174,8 @@ async def test_a_fleet_goes_and_comes_and_the_others_do_not_notice(
         assert [card["id"] for card in listed] == ["alpha"]
         await asyncio.to_thread(start_beta, home, models, alpha.port)
         assert {await asyncio.to_thread(asks_for_beta, alpha) for _ in range(8)} == {200}
-        listed = (await asyncio.to_thread(alone.get, "/v1/models")).json()["data"]
-        assert [card["id"] for card in listed] == ["alone"]
+        listed = (await asyncio.to_thread(twins.get, "/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == ["twin"]
 
 
 def asks_for_beta(fleet: Fleet) -> int:
@@ -194,7 +188,7 @@ async def test_a_fleet_changes_under_load_and_nobody_notices(alpha: Fleet, beta:
     """New gateways and replicas of alpha; its streams through beta's gateway, and beta's through alpha's, go on."""
     (before,) = alpha.gateway_pids()
     async with load(alpha, models, "alpha") as of_alpha, load(alpha, models, "beta", KEY) as of_beta:
-        await kervan(alpha, "up", "--env", "CHANGED=1")
+        await kervan(alpha, "up", "--env", "RAY_CHANGED=1")  # by this name it needs no other warm process
         assert min(of_alpha.num_whole, of_beta.num_whole) > NUM_STREAMS
     (after,) = alpha.gateway_pids()
     assert after != before
@@ -220,11 +214,11 @@ def refusal(home: Home, models: Models, *options: str) -> str:
     return done.stderr.splitlines()[-1]
 
 
-def test_who_may_not_share(home: Home, models: Models, alpha: Fleet, beta: Fleet, alone: Fleet) -> None:
-    there, elsewhere = ("--port", str(alpha.port)), ("--port", str(alone.port))
+def test_who_may_not_share(home: Home, models: Models, alpha: Fleet, beta: Fleet, twins: Fleet) -> None:
+    there, elsewhere = ("--port", str(alpha.port)), ("--port", str(twins.port))
     named = ("--engine-arg", "served_model_name=gamma", "--shared-port")
     assert "is taken by fleet 'alpha'; add --shared-port" in refusal(home, models, *there)
-    assert "kervan up --name alone --shared-port" in refusal(home, models, *elsewhere, *named)
+    assert "kervan up --name twins --shared-port" in refusal(home, models, *elsewhere, *named)
     twice = refusal(home, models, *there, "--engine-arg", "served_model_name=alpha", "--shared-port")
     assert "fleet 'alpha' answers for model 'alpha'" in twice
     assert "served_model_name=NAME" in twice

@@ -14,11 +14,12 @@ import kervan
 
 PACKAGE = Path(kervan.__file__).parent
 BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "plain_tokenizer.py", "autogroups.py", "vendor")
-ABOVE = ("sim", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
+ABOVE = ("sim", "comm", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
 #   errors, units, stats, ports, vendor <- facts <- config, policy <- sim, fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
+#   sim, observe <- comm <- fleet, serve, calibrate <- cli
 #   bench <- calibrate <- cli
 FORBIDDEN = [
     *((part, ("facts", "config", "policy", *ABOVE)) for part in BOTTOM),
@@ -58,6 +59,10 @@ FORBIDDEN += [
     ("observe", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("observe",)) for part in dict(FORBIDDEN)),
 ]
+# What measures GPUs looks at them too, and is used by what starts and watches engines.
+FORBIDDEN += [
+    ("comm", ("policy", "plan", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli")),
+]
 # The planner knows facts and the engine on paper; what is below it does not know the planner.
 FORBIDDEN += [
     ("plan", ("policy", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
@@ -80,13 +85,21 @@ CONFINED = [
     ("rich", ("cli/",)),
     (
         "torch",
-        ("calibrate/", "demo/", "fleet/vllm/runner_v1.py", "memory/", "pipeline/stage_work.py", "ranks/agent.py"),
+        (
+            "calibrate/",
+            "comm/",
+            "demo/",
+            "fleet/vllm/runner_v1.py",
+            "memory/",
+            "pipeline/stage_work.py",
+            "ranks/agent.py",
+        ),
     ),
     ("deepspeed", ("memory/zero.py",)),
     ("jinja2", ("bench/html_report.py",)),
     ("plotly", ("bench/html_report.py",)),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
-    ("pynvml", ("observe/nvml.py",)),
+    ("pynvml", ("observe/nvml.py", "observe/gpu_state.py")),
 ]
 
 
@@ -169,7 +182,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.cli.bench_view",
         "kervan.cli.render",
     ]
-    for part in ("facts", "config", "policy", "sim", "plan", "bench", "notices", "observe", "calibrate"):
+    for part in ("facts", "config", "policy", "sim", "plan", "bench", "notices", "observe", "comm", "calibrate"):
         names = (path.relative_to(PACKAGE).with_suffix("").parts for path in source_files(part))
         modules += [".".join(("kervan", *name)) for name in names if name[-1] != "__init__"]
     assert len(modules) > 6
@@ -181,7 +194,10 @@ def test_pure_packages_load_nothing_heavy() -> None:
     [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "plan", "memory", "pipeline")),
+        *(
+            [command, "--help"]
+            for command in ("up", "bench", "chaos", "calibrate", "comm", "plan", "memory", "pipeline")
+        ),
     ],
     ids=" ".join,
 )

@@ -14,7 +14,7 @@ from kervan.errors import ConfigError
 
 SECTIONS = {
     "Layout": "--auto --tp --pp --ep --replicas --pool --gateways --routing --nodes-per-replica --gpus-per-replica",
-    "Engine": "--engine-arg --env --engine --gpu --twin",
+    "Engine": "--engine-arg --env --engine --gpu --twin --preflight",
     "Clients": "--host --port --shared-port --api-key --ingress",
     "Fleet": "--config --name --address --yes --detach --json --help",
 }
@@ -47,6 +47,7 @@ SECTIONS = {
 @click.option(
     "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment variable of engines and gateways; repeatable."
 )
+@options.setting("--preflight/--no-preflight", "preflight")
 @options.setting("--ingress")
 @click.option(
     "--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same settings."

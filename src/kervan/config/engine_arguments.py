@@ -11,8 +11,6 @@ from kervan.vendor.vllm_names import JSON_LIST_ARGUMENTS, REPEATED_ARGUMENTS, SW
 MAX_SHOWN_CHARS = 200  # of a value, in an error
 QUOTED = re.compile(r'("(?:[^"\\]|\\.)*")')
 HUMAN_NUMBER = re.compile(r"\b\d+(?:\.\d+)?[kKmMgGtT]\b")
-# They decide how much of a GPU's memory an engine takes.
-MEMORY_ARGUMENTS = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})
 
 # Engine arguments that kervan decides, and what to use in their place.
 OWNED = {

@@ -133,8 +133,8 @@ class FleetConfig:
     )
     api_keys: tuple[str, ...] = _setting((), "Clients must send one of these keys; none: open to all")
     routing: Routing = _setting(  # noqa: RUF009
-        "least-load",
-        "least-load, or prefix: to the replica that has most of the prompt in its cache, within bounds of load",
+        "prefix",
+        "prefix: to a replica that has the prompt in its cache, within bounds of load; or least-load",
     )
     # The engines.
     engine: Engine = _setting("vllm", "vllm, or twin for simulated replicas, without a GPU")  # noqa: RUF009
@@ -161,6 +161,9 @@ class FleetConfig:
         0.0, "Above 0: clients can reconnect to a stream for this long after it ended or broke", 0, 86_400
     )
     replay_max_mib: int = _setting(256, "Memory that each gateway may use for replay_s, in MiB", 1, 1 << 20)
+    preflight: bool = _setting(
+        True, "Before a replica on several GPUs starts, check that they reach each other, and refuse a host that fails"
+    )
     warm_start: bool = _setting(
         True, "Fork engines and gateways from a process on the node that has already imported vLLM"
     )
@@ -288,8 +291,8 @@ class FleetConfig:
             args["enable_expert_parallel"] = True
         if self.world_size > 1:
             args["distributed_executor_backend"] = "mp"
-        if self.gpu_share < 1 and not args.keys() & engine_arguments.MEMORY_ARGUMENTS:
-            args["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3)
+        if self.gpu_share < 1:  # with kv_cache_memory_bytes too: vLLM starts only if so much is free
+            args.setdefault("gpu_memory_utilization", round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3))
         return tuple(engine_arguments.to_argv(args))
 
     @property

@@ -23,15 +23,16 @@ class Admitted:
         self._bulk_placed: set[Stream] = set()
         self._bulk_waiting: dict[Ticket, deque[Stream]] = {}  # whose turn is next comes first
 
-    def take(self, num_streams: int, *, is_bulk: bool) -> "Ticket":
+    def take(self, num_streams: int, *, is_bulk: bool, session: str = "") -> "Ticket":
         """Room for a request, given back when its ticket is closed."""
-        return Ticket(self, num_streams, is_bulk=is_bulk)
+        return Ticket(self, num_streams, is_bulk=is_bulk, session=session)
 
     def open(self, stream: Stream) -> bool:
         """A stream has come, maybe of an admitted request; whether it may be placed now."""
         ticket = stream.ticket = current_ticket.get()
         if ticket is None:
             return True
+        stream.session = ticket.session
         if ticket.num_unopened:
             ticket.give_back(1)
         if not ticket.is_bulk:
@@ -84,13 +85,15 @@ class StreamFailure:
 class Ticket:
     """The room of one request, which its streams take; use it around the work of the request.
 
-    `failure`: why one of its streams ended with an error.
+    `failure`: why one of its streams ended with an error. `session`: the name of what the request belongs to, as far as
+    it says so.
     """
 
-    def __init__(self, admitted: Admitted, num_streams: int, *, is_bulk: bool) -> None:
+    def __init__(self, admitted: Admitted, num_streams: int, *, is_bulk: bool, session: str) -> None:
         self.num_unopened = 0
         self.is_bulk = is_bulk
         self.failure: StreamFailure | None = None
+        self.session = session
         self._admitted = admitted
         self._token: Token[Ticket | None] | None = None
         self.give_back(-num_streams)

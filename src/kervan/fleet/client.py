@@ -95,7 +95,13 @@ class FleetClient:
             forgotten=self._forgotten,
         )
         self._evacuations = Evacuations(
-            codec, self._links.live, self._lengths, self._prefill, self._placements.move, self.counts.drain_s
+            codec,
+            self._links.live,
+            self._lengths,
+            self._prefill,
+            self.prefixes,
+            self._placements.move,
+            self.counts.drain_s,
         )
         self._losses = Losses(codec, self._links, self._placements, self._prefill, self.counts, self._reject)
         self._calls = Calls(codec, self._links)
@@ -192,9 +198,9 @@ class FleetClient:
 
     # ---- streams
 
-    def take_room(self, num_streams: int, *, is_bulk: bool) -> Ticket:
+    def take_room(self, num_streams: int, *, is_bulk: bool, session: str = "") -> Ticket:
         """Room for the streams of an admitted request; its work must be done within the ticket."""
-        return self._admitted.take(num_streams, is_bulk=is_bulk)
+        return self._admitted.take(num_streams, is_bulk=is_bulk, session=session)
 
     async def add(self, request: Any) -> None:
         """Take a request: place it now, or hold it until a replica can take it."""
@@ -353,8 +359,7 @@ class FleetClient:
         queued = min(stream.cost_tokens - 1, stream.queued_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)
-        link.load.queued_tokens -= stream.queued_tokens
-        stream.queued_tokens = 0
+        self._placements.prefilled(stream, link)
         if stream.is_suspect:
             self._losses.clear(stream, link)
 

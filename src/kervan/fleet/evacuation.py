@@ -5,12 +5,13 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from kervan.fleet.codec import Codec
 from kervan.fleet.histogram import Histogram
 from kervan.fleet.link import ReplicaLink
 from kervan.fleet.prefill_speed import PrefillSpeed
+from kervan.fleet.prefixes import Prefixes
 from kervan.fleet.stream import Stream
 from kervan.policy import evacuation
 from kervan.policy.evacuation import EvacuationState, LeavingStream, TargetReplica
@@ -35,6 +36,7 @@ class Evacuations:
         links: Mapping[str, ReplicaLink],
         lengths: LengthEstimate,
         prefill: PrefillSpeed,
+        prefixes: Prefixes,
         move: Callable[[Stream, ReplicaLink, str], Awaitable[None]],
         drain_s: Histogram,
     ) -> None:
@@ -42,6 +44,7 @@ class Evacuations:
         self._links = links
         self._lengths = lengths
         self._prefill = prefill
+        self._prefixes = prefixes
         self._move = move
         self._drain_s = drain_s
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
@@ -76,7 +79,11 @@ class Evacuations:
                 others = self._links.values()
                 targets = [other for other in others if not (other.is_draining or other.load.is_doubtful)]
                 state = evacuation_state(
-                    link, targets, lengths=self._lengths, prefill_tokens_per_s=self._prefill.tokens_per_s
+                    link,
+                    targets,
+                    lengths=self._lengths,
+                    prefill_tokens_per_s=self._prefill.tokens_per_s,
+                    cached_tokens=self._prefixes.cached_tokens,
                 )
                 decision = evacuation.decide(state)
                 pause_s = decision.ask_again_s
@@ -107,15 +114,21 @@ class Evacuations:
 
 
 def evacuation_state(
-    link: ReplicaLink, targets: Iterable[ReplicaLink], *, lengths: LengthEstimate, prefill_tokens_per_s: float
+    link: ReplicaLink,
+    targets: Sequence[ReplicaLink],
+    *,
+    lengths: LengthEstimate,
+    prefill_tokens_per_s: float,
+    cached_tokens: Callable[[Stream, Collection[str]], dict[str, int]] = lambda stream, among: {},
 ) -> EvacuationState:
     """What one gateway tells the policy of a replica that drains, and of what its `targets` can take.
 
-    It takes its share of the targets' room and speed; the other gateways take theirs.
+    It takes its share of the targets' room and speed; the other gateways take theirs. `cached_tokens`: what the prefix
+    caches of some replicas have of a stream (`Prefixes.cached_tokens`).
     """
-    now_s = time.monotonic()
+    now_s, names = time.monotonic(), {target.replica_id for target in targets}
     return EvacuationState(
-        streams=[_leaving(stream, lengths) for stream in link.streams.values()],
+        streams=[_leaving(stream, lengths, cached_tokens(stream, names)) for stream in link.streams.values()],
         targets=[_target(target, prefill_tokens_per_s, now_s) for target in targets],
         deadline_s=None if link.drain_deadline_s is None else max(0.0, link.drain_deadline_s - now_s),
         may_linger=link.may_linger,
@@ -124,7 +137,7 @@ def evacuation_state(
     )
 
 
-def _leaving(stream: Stream, lengths: LengthEstimate) -> LeavingStream:
+def _leaving(stream: Stream, lengths: LengthEstimate, cached_tokens: dict[str, int]) -> LeavingStream:
     num_generated, rest = len(stream.generated), stream.remaining_output_tokens
     return LeavingStream(
         stream_id=stream.wire_id,
@@ -133,6 +146,7 @@ def _leaving(stream: Stream, lengths: LengthEstimate) -> LeavingStream:
         expected_remaining_tokens=lengths.remaining_tokens(num_generated, max_remaining_tokens=rest),
         is_movable=stream.is_movable,
         gave_token=stream.gave_token,
+        cached_tokens=cached_tokens,
     )
 
 

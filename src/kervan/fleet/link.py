@@ -128,7 +128,7 @@ class ReplicaLink:
 
     def hear(self, pong: wire.Pong) -> None:
         """Take a PONG: what the replica reports of its load, and a sign of life."""
-        self.load.hear(pong.other_tokens, pong.num_gateways)
+        self.load.hear(pong.other_tokens, pong.num_gateways, pong.running + pong.waiting)
         self.pong, self.pong_s = pong, time.monotonic()
         if pong.prefixes:
             self.told(pong.prefixes)

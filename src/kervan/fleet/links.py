@@ -13,7 +13,7 @@ from kervan.fleet import wire
 from kervan.fleet.codec import Codec, Outputs
 from kervan.fleet.link import LinkRefusedError, Member, ReplicaLink, open_link
 from kervan.fleet.listener import LinkListener
-from kervan.policy.routing import ReplicaLoad
+from kervan.policy.routing import FleetLoad
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ class Links:
 
     A link is in `live`, by its replica's id, from when requests may be sent over it until it is lost. `opened` is
     called with each that has come into it, and `lost` with each that has left it and why; before that, `deliver` has
-    got all outputs that came. `drain_changed` is called when a replica says that it drains. `loads`: those of the live
-    ones, in the order of the ids, so that ties in routing go the same way everywhere; `loads_by_id`: the same.
+    got all outputs that came. `drain_changed` is called when a replica says that it drains. `fleet`: what routing
+    sees of the live ones.
     `refusals`: why, by id, for each member that refuses this gateway.
 
     A member that is no longer listed keeps its link as long as that lives: the directory is soft state, and its loss
@@ -45,8 +45,7 @@ class Links:
         drain_changed: Callable[[], None],
     ) -> None:
         self.live: dict[str, ReplicaLink] = {}
-        self.loads: list[ReplicaLoad] = []
-        self.loads_by_id: dict[str, ReplicaLoad] = {}
+        self.fleet = FleetLoad()
         self.refusals: dict[str, str] = {}
         self._codec = codec
         self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, gateway_id, layouts=codec.layouts)
@@ -131,17 +130,13 @@ class Links:
         self.refusals.pop(link.replica_id, None)
         self._update(link)
         self.live[link.replica_id] = link
-        self._sort_loads()
+        self.fleet = FleetLoad(link.load for link in self.live.values())
         self._has_live.set()
 
     def _remove(self, link: ReplicaLink) -> None:
         if self.live.get(link.replica_id) is link:
             del self.live[link.replica_id]
-            self._sort_loads()
+            self.fleet = FleetLoad(link.load for link in self.live.values())
         if not self.live:
             self._has_live.clear()
         link.close()
-
-    def _sort_loads(self) -> None:
-        self.loads = sorted((link.load for link in self.live.values()), key=lambda load: load.replica_id)
-        self.loads_by_id = {load.replica_id: load for load in self.loads}

@@ -80,7 +80,8 @@ class Placements:
             stream.queued_tokens -= int(link.load.prefix_trust * stream.expected_cached_tokens)
         stream.cost_tokens = routing.cost_tokens(stream.queued_tokens, stream.remaining_output_tokens)
         link.load.add(stream.cost_tokens)
-        link.load.queued_tokens += stream.queued_tokens
+        link.load.take(stream.queued_tokens)
+        stream.is_queued = True
         link.load.num_suspects += stream.is_suspect
         link.streams[stream.wire_id] = stream
         stream.placed_s = time.monotonic()
@@ -89,33 +90,35 @@ class Placements:
             await send_ping(link)
 
     def _choose(self, stream: Stream, target: str | None, match: Match | None) -> routing.Placement:
-        live = self._links.live
+        live, fleet = self._links.live, self._links.fleet
         if target in live and not live[target].is_draining and not stream.is_suspect:
             return routing.Placement(target, "evacuated to it")
-        placement = routing.decide(self._links.loads, is_suspect=stream.is_suspect)
-        chosen = self._links.loads_by_id.get(placement.replica_id or "")
+        placement = routing.decide(fleet.replicas, is_suspect=stream.is_suspect)
+        chosen = fleet.by_id.get(placement.replica_id or "")
         if chosen is None:
             return placement
-        has_prefix = match is not None and bool(match.levels)
-        is_long = (chosen.is_risky or has_prefix) and self._is_long(stream)
+        has_hint = match is not None and (match.num_spans > 0 or stream.session != "")
+        is_long = (chosen.is_risky or has_hint) and self._is_long(stream)
         if chosen.is_risky and is_long:
-            placement = routing.safer(self._links.loads, chosen, is_suspect=stream.is_suspect) or placement
-            chosen = self._links.loads_by_id[placement.replica_id or ""]
-        if match is None or not has_prefix or stream.is_suspect:
+            placement = routing.safer(fleet.replicas, chosen, is_suspect=stream.is_suspect) or placement
+            chosen = fleet.by_id[placement.replica_id or ""]
+        if match is None or not has_hint or stream.is_suspect:
             return placement
-        return (
-            routing.for_prefix(
-                self._links.loads,
-                self._links.loads_by_id,
+        prompt_tokens = stream.prompt_tokens + len(stream.generated)
+        if match.num_spans:
+            better = routing.for_prefix(
+                fleet,
                 chosen,
                 match,
-                prompt_tokens=stream.prompt_tokens + len(stream.generated),
-                output_tokens=stream.remaining_output_tokens,
+                prompt_tokens=prompt_tokens,
                 prefill_tokens_per_s=self._prefill.tokens_per_s,
                 avoids_risky=is_long,
             )
-            or placement
-        )
+        else:
+            better = routing.for_session(
+                fleet, chosen, stream.session, prompt_tokens=prompt_tokens, avoids_risky=is_long
+            )
+        return better or placement
 
     def _is_long(self, stream: Stream) -> bool:
         """Whether much is still to come: as much as may, or where that says little, as usually does."""
@@ -143,14 +146,20 @@ class Placements:
         """Take it off `link`, if it is there."""
         if link is not None and link.streams.pop(stream.wire_id, None) is not None:
             link.load.add(-stream.cost_tokens)
-            link.load.queued_tokens -= stream.queued_tokens
-            stream.queued_tokens = 0
+            self.prefilled(stream, link)
+            link.load.release()
             link.load.num_suspects -= stream.is_suspect
             if not link.streams:
                 link.emptied_s = time.monotonic()
             if stream.generated and stream.paused_since_s is None:
                 stream.paused_since_s = max(link.stepped_s, stream.placed_s) if stream.gave_token else stream.placed_s
         stream.replica_id = None
+
+    def prefilled(self, stream: Stream, link: ReplicaLink) -> None:
+        """Its prompt is computed there."""
+        if stream.is_queued:
+            link.load.prefilled(stream.queued_tokens)
+            stream.is_queued, stream.queued_tokens = False, 0
 
     def forget(self, stream: Stream) -> None:
         """The stream is over: remove it."""

@@ -11,7 +11,7 @@ are in its next PING, and in the next PONGs to the others. A gateway that comes 
 import functools
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kervan.fleet import wire
 from kervan.fleet.codec import Codec
@@ -22,6 +22,7 @@ from kervan.policy.prefix import Match, PrefixTable, Spans
 
 # Engine methods that empty the prefix cache, on all replicas.
 EMPTYING = frozenset({"reset_prefix_cache", "sleep"})
+MOST_TARGETS = 8  # that a moving stream is told of
 
 
 class Prefixes:
@@ -68,6 +69,20 @@ class Prefixes:
         spans.extend(stream.generated[spans.num_tokens - stream.prompt_tokens :])
         num_tokens = stream.prompt_tokens + len(stream.generated)
         return self._table.match(spans, max_tokens=max(0, num_tokens - 1) // self._block_size * self._block_size)
+
+    def cached_tokens(self, stream: Stream, among: Collection[str]) -> dict[str, int]:
+        """Tokens of a stream that some of these replicas have, those with the most of it; empty if none is known to."""
+        match = self.match(stream)
+        found: dict[str, int] = {}
+        if match is None:
+            return found
+        for num_spans, members in match.levels():
+            for replica_id in match.ids(members):
+                if replica_id in among:
+                    found[replica_id] = match.level_tokens(num_spans)
+                if len(found) == MOST_TARGETS:
+                    return found
+        return found
 
     def _spans(self, stream: Stream) -> Spans | None:
         span_tokens = prefix.span_tokens(self._block_size)

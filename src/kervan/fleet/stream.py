@@ -23,7 +23,7 @@ class Stream:
 
     `spans`: hashes of its prompt and of what it has generated, once they were asked for. Of its prompt at its present
     replica: `queued_tokens` are still to be computed, `expected_cached_tokens` are expected to be in the prefix cache,
-    and `possible_cached_tokens` would be where the most of it is.
+    and `possible_cached_tokens` would be where the most of it is. `session`: the name of the one it belongs to, if any.
     """
 
     request_id: str
@@ -37,6 +37,7 @@ class Stream:
     replica_id: str | None = None
     cost_tokens: int = 0
     spans: Spans | None = None
+    is_queued: bool = False
     queued_tokens: int = 0
     expected_cached_tokens: int = 0
     possible_cached_tokens: int = 0
@@ -51,6 +52,7 @@ class Stream:
     attempt: Attempt | None = None
     replaying: asyncio.Task[None] | None = None
     ticket: "Ticket | None" = None
+    session: str = ""
 
     @property
     def is_suspect(self) -> bool:

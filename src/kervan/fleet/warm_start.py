@@ -30,7 +30,7 @@ from kervan.fleet.fork_server import ForkRequest, Reply, locked
 START_TIMEOUT_S = 180.0
 # What may differ between children of one server: they read it after the fork.
 PER_CHILD = frozenset({"CUDA_VISIBLE_DEVICES", "KERVAN_HOME", "VLLM_RPC_BASE_PATH"})
-PER_CHILD_PREFIX = "RAY_"
+PER_CHILD_PREFIXES = ("RAY_", "KERVAN_NOTICES_")
 MAX_SOCKET_PATH = 107  # bytes of a Unix socket's address on Linux, less its end
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 
@@ -100,7 +100,7 @@ def fork(
 def identity(module: str, env: Mapping[str, str]) -> str:
     """Names what a child inherits from its server: environment, limits, priority, cores, namespaces, code."""
     shared = {
-        name: value for name, value in env.items() if name not in PER_CHILD and not name.startswith(PER_CHILD_PREFIX)
+        name: value for name, value in env.items() if name not in PER_CHILD and not name.startswith(PER_CHILD_PREFIXES)
     }
     limits = sorted(name for name in dir(resource) if name.startswith("RLIMIT_"))
     inherited = [

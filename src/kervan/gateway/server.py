@@ -311,7 +311,7 @@ class Gateway:
         ]
         return "no replica is ready: " + ("; ".join(states) or "none has started yet")
 
-    def admit(self, size: RequestSize) -> Shed | Ticket:
+    def admit(self, size: RequestSize, session: str = "") -> Shed | Ticket:
         """Room for a request; else why there is none, and when to try again (`policy/admission.py`)."""
         if self._snapshot.is_closing:
             return Shed(CLOSING_RETRY_S, CLOSING)
@@ -331,7 +331,7 @@ class Gateway:
             size.num_streams,
         )
         if decision.admitted:
-            return self.fleet.take_room(size.num_streams, is_bulk=decision.is_bulk)
+            return self.fleet.take_room(size.num_streams, is_bulk=decision.is_bulk, session=session)
         return Shed(decision.retry_after_s, decision.reason)
 
     def model_name(self) -> str:

@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from kervan.errors import ConfigError
-from kervan.gateway import request_size, simple
+from kervan.gateway import request_size, session_hint, simple
 from kervan.gateway.answers import BODY_METHODS, Answers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, header, replay
 from kervan.gateway.peers import Peers
@@ -59,8 +59,8 @@ class GatewayView(Protocol):
     def readiness(self) -> str | None:
         """None when a replica can answer, else the reason."""
 
-    def admit(self, size: RequestSize) -> Shed | AbstractContextManager[None]:
-        """Room in the fleet for one more request, to be held while it is worked on."""
+    def admit(self, size: RequestSize, session: str = "") -> Shed | AbstractContextManager[None]:
+        """Room in the fleet for one more request, to be held while it is worked on; `session`: that it names."""
 
     def model_name(self) -> str:
         """The first served model name."""
@@ -181,7 +181,7 @@ class GatewayShell:
             await self._work(inner, scope, receive, send, body, client)
             return
         size = request_size.read(path, body)
-        room = self.view.admit(size)
+        room = self.view.admit(size, session_hint.read(scope, body))
         if isinstance(room, Shed):
             await self._refuse_shed(scope, send, room, size)
             return

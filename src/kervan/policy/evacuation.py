@@ -13,7 +13,7 @@ move only makes the next decision more urgent. O(n log n) for n streams.
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +40,7 @@ class LeavingStream:
     `context_tokens`: prompt and generated tokens, which a target must prefill. `max_remaining_tokens`: what it may
     still write at most (max_tokens, or the end of the context). `expected_remaining_tokens`: what it is likely to write
     (`output_length.LengthEstimate`), None if unknown. `gave_token`: False while it waits for its first token here.
+    `cached_tokens`: by target, what its prefix cache has of the context; a stream goes there if it is ready sooner.
     """
 
     stream_id: str
@@ -48,6 +49,7 @@ class LeavingStream:
     expected_remaining_tokens: float | None = None
     is_movable: bool = True
     gave_token: bool = True
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,12 +319,24 @@ def _fill(
     ]
     heapq.heapify(open_places)
     crowded: list[tuple[float, int]] = []
+    numbers = {place.replica_id: number for number, place in enumerate(places)}
     rooms = [_room_tokens(stream) for stream in order]
     least_rooms = list(itertools.accumulate(reversed(rooms), min))[::-1]  # that a stream or a later one needs
     for stream, room, least_room in zip(order, rooms, least_rooms, strict=True):
         tokens = stream.context_tokens
         breaks_bound = is_paced and tokens > longest
-        number = _take(open_places, places, tokens, room, least_room, is_paced=is_paced, breaks_bound=breaks_bound)
+        number = _take(
+            open_places, places, allowed, tokens, room, least_room, is_paced=is_paced, breaks_bound=breaks_bound
+        )
+        is_on_heap = False
+        if stream.cached_tokens:
+            better = _with_prefix(stream, number, places, numbers, allowed, room, is_paced=is_paced)
+            if better is not None:
+                if number is not None and number != better:
+                    heapq.heappush(open_places, (places[number].queued_tokens / places[number].tokens_per_s, number))
+                is_on_heap, number = number != better, better
+                tokens -= stream.cached_tokens[places[better].replica_id]
+                breaks_bound = is_paced and tokens > longest
         if number is None and mode == "at once":
             number = _take_crowded(crowded, places)
             num_over_room += 1
@@ -335,7 +349,7 @@ def _fill(
         place.free_kv_tokens -= room
         num_over_bound += breaks_bound
         moves.append(Move(stream.stream_id, place.replica_id, tokens))
-        if place.free_streams > 0 and place.queued_tokens < allowed[number]:
+        if not is_on_heap and place.free_streams > 0 and place.queued_tokens < allowed[number]:
             heapq.heappush(open_places, (place.queued_tokens / place.tokens_per_s, number))
     return moves, waits, num_over_bound, num_over_room
 
@@ -343,6 +357,7 @@ def _fill(
 def _take(
     open_places: list[tuple[float, int]],
     places: Sequence[_Place],
+    allowed: Sequence[float],
     tokens: int,
     room: int,
     least_room: int,
@@ -353,13 +368,18 @@ def _take(
     """The target with the shortest queue that has room for a stream, taken off the heap.
 
     Targets without room for any stream from here on (`least_room`) leave the heap, so that full ones are not looked at
-    for every stream.
+    for every stream. Those that were given streams for their prefixes since take their place in it again.
     """
     passed: list[tuple[float, int]] = []
     target = None
     while open_places:
         entry = heapq.heappop(open_places)
         place = places[entry[1]]
+        now_s = place.queued_tokens / place.tokens_per_s
+        if now_s != entry[0]:
+            if place.free_streams > 0 and place.queued_tokens < allowed[entry[1]]:
+                heapq.heappush(open_places, (now_s, entry[1]))
+            continue
         fits = room <= place.free_kv_tokens
         if fits and is_paced and place.is_strict:
             # One that breaks the bound does so alone: not behind others, whose wait it would lengthen.
@@ -373,6 +393,35 @@ def _take(
     for entry in passed:
         heapq.heappush(open_places, entry)
     return target
+
+
+def _with_prefix(
+    stream: LeavingStream,
+    found: int | None,
+    places: Sequence[_Place],
+    numbers: Mapping[str, int],
+    allowed: Sequence[float],
+    room: int,
+    *,
+    is_paced: bool,
+) -> int | None:
+    """A target whose prefix cache has some of a stream, that may take it, and where it is ready sooner than at `found`;
+    `found` itself if it is the one."""
+    best, best_s = None, math.inf
+    if found is not None:
+        best_s = (places[found].queued_tokens + stream.context_tokens) / places[found].tokens_per_s
+    for replica_id, cached_tokens in stream.cached_tokens.items():
+        number = numbers.get(replica_id)
+        if number is None:
+            continue
+        place = places[number]
+        queued_tokens = place.queued_tokens + stream.context_tokens - cached_tokens
+        is_open = place.free_streams > 0 and place.queued_tokens < allowed[number] and room <= place.free_kv_tokens
+        if is_paced and place.is_strict and queued_tokens > place.bound_tokens:
+            is_open = False
+        if is_open and queued_tokens / place.tokens_per_s < best_s:
+            best, best_s = number, queued_tokens / place.tokens_per_s
+    return best
 
 
 def _take_crowded(crowded: list[tuple[float, int]], places: Sequence[_Place]) -> int:

@@ -23,6 +23,7 @@ SURPLUS = 1 / 16
 # which it had all; and the least of it, as a share of its KV cache. Chosen, not measured.
 SHRINKING, REGROWTH, LEAST_SHARE = 0.95, 1.02, 1 / 8
 TOKEN_BYTES = 4
+ANYBODY = -1  # the bits of all replicas
 
 
 def span_tokens(block_size: int) -> int:
@@ -109,23 +110,53 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How much of one prompt each replica has.
+    """How much of one prompt each replica has; looked up when asked, so it tells what the table knows then.
 
-    `levels`: numbers of first spans, rising, each with the bits of the replicas that have just so many; replicas that
-    have none are in no level. `max_tokens`: what vLLM takes from the cache at most. `bits`: of each replica;
-    `replica_ids`: by the place of its bit.
+    `hashes`: of the prompt's spans. `num_spans`: of its first spans, those that any replica has; 0 where none has one.
+    `max_tokens`: what vLLM takes from the cache at most. `owners`: the bits of the replicas that have a span; `bits`:
+    of each replica; `replica_ids`: by the place of its bit.
     """
 
-    levels: Sequence[tuple[int, int]]
+    hashes: Sequence[int]
+    num_spans: int
     span_tokens: int
     max_tokens: int
+    owners: Mapping[int, int]
     bits: Mapping[str, int]
     replica_ids: Sequence[str]
+
+    def levels(self) -> Iterator[tuple[int, int]]:
+        """Numbers of first spans, falling, each with the bits of the replicas that have just so many.
+
+        Replicas that have none are in no level. Whoever needs only the first levels pays only for those.
+        """
+        if not self.num_spans:
+            return
+        hashes, owners = self.hashes, self.owners.get
+        everyone, end, seen = owners(hashes[0], 0), self.num_spans, 0
+        while True:
+            members = owners(hashes[end - 1], 0)
+            yield end, members & ~seen
+            seen |= members
+            if everyone & ~seen == 0 or end == 1:
+                return
+            # Back to the last span that others have too: in steps that double, then by halves.
+            low, high, step = end - 2, end - 1, 1  # nobody but `seen` has `high`
+            while low > 0 and owners(hashes[low], 0) & ~seen == 0:
+                high, step = low, 2 * step
+                low = max(0, low - step)
+            while high - low > 1:
+                middle = (low + high) // 2
+                if owners(hashes[middle], 0) & ~seen:
+                    low = middle
+                else:
+                    high = middle
+            end = low + 1
 
     def tokens(self, replica_id: str) -> int:
         """Tokens of the prompt that the replica has, and need not compute."""
         bit = self.bits.get(replica_id, 0)
-        return next((self.level_tokens(spans) for spans, members in self.levels if members & bit), 0)
+        return self.level_tokens(_num_first(self.hashes, self.num_spans, self.owners, bit)) if bit else 0
 
     def level_tokens(self, num_spans: int) -> int:
         """Tokens of the prompt that a replica with so many of its spans need not compute."""
@@ -134,7 +165,7 @@ class Match:
     @property
     def most_tokens(self) -> int:
         """Tokens of the prompt that the replica with the most of it need not compute."""
-        return self.level_tokens(self.levels[-1][0]) if self.levels else 0
+        return self.level_tokens(self.num_spans)
 
     def ids(self, members: int, after: int = 0) -> Iterator[str]:
         """The replicas of a level, those first that come after the bit `after`."""
@@ -145,6 +176,22 @@ class Match:
                 bit = rest & -rest
                 yield self.replica_ids[bit.bit_length() - 1]
                 rest ^= bit
+
+
+def _num_first(hashes: Sequence[int], most: int, owners: Mapping[int, int], bits: int) -> int:
+    """Of `most` first spans, how many any of `bits` has, searched by halves: who has a span has those before it."""
+    if not most or not owners.get(hashes[0], 0) & bits:
+        return 0
+    low, high = 0, most
+    if owners.get(hashes[most - 1], 0) & bits:
+        return most
+    while high - low > 1:
+        middle = (low + high) // 2
+        if owners.get(hashes[middle], 0) & bits:
+            low = middle
+        else:
+            high = middle
+    return low + 1
 
 
 class PrefixTable:
@@ -256,22 +303,5 @@ class PrefixTable:
         A replica that has a span has those before it, as they are used after it: so the end of what it has is searched
         by halves.
         """
-        levels = []
-        hashes, owners = spans.hashes, self._owners.get
-        begin, end = 0, len(hashes) - 1
-        members = owners(hashes[0], 0) if hashes else 0
-        while members:
-            if owners(hashes[end], 0) & members == members:
-                levels.append((end + 1, members))
-                break
-            low, high = begin, end  # all of `members` have `low`, and not all have `high`
-            while high - low > 1:
-                middle = (low + high) // 2
-                if owners(hashes[middle], 0) & members == members:
-                    low = middle
-                else:
-                    high = middle
-            left = owners(hashes[high], 0) & members
-            levels.append((high, members & ~left))
-            members, begin = left, high
-        return Match(levels, spans.span_tokens, max_tokens, self._bits, self._ids)
+        num_spans = _num_first(spans.hashes, len(spans.hashes), self._owners, ANYBODY)
+        return Match(spans.hashes, num_spans, spans.span_tokens, max_tokens, self._owners, self._bits, self._ids)

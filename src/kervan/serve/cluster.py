@@ -39,6 +39,7 @@ JOIN_TIMEOUT_S = 40.0  # it takes about a second
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 HTTP2_SETTINGS = 4
 SET_KERVAN_HOME = "set KERVAN_HOME to a directory that you can write to"
+HAPROXY_DRAINING_S = "5"  # HAProxy hears of what leaves in about a second
 NODES_UNKNOWN = "Ray did not list the nodes of the cluster"
 
 
@@ -216,7 +217,10 @@ def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:
         ray_internals.PRESTART_VARIABLE: "0",
         ray_internals.KUBERNETES_AUTH_VARIABLE: "0",  # in a pod of KubeRay it is set, and would ask for another token
     }
-    return env | ({ray_internals.HAPROXY_VARIABLE: "1"} if has_haproxy else {})
+    if has_haproxy:
+        # Serve's own HAProxy is told of what leaves, and no other balancer knows the replicas of a Ray of one machine.
+        env |= {ray_internals.HAPROXY_VARIABLE: "1", ray_internals.DRAINING_VARIABLE: HAPROXY_DRAINING_S}
+    return env
 
 
 def stop_local_ray(local: LocalRay) -> None:

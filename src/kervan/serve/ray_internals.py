@@ -19,6 +19,8 @@ CONTROL_LOOP_VARIABLE = "RAY_SERVE_CONTROL_LOOP_INTERVAL_S"
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 # HAProxy's own ports, of its metrics and its state; fixed, so two Ray clusters on one machine need others.
 HAPROXY_PORT_VARIABLES = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+# How long, at least, a replica that leaves goes on listening with HAProxy on: by default 30 s, for balancers in front.
+DRAINING_VARIABLE = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 # Ray starts an idle worker per core when its first driver joins; kervan has a few actors, whatever the number of cores.
 PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 # With it, tokens are those of Kubernetes' service accounts, and Kubernetes is asked whether one is good.

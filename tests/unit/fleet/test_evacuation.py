@@ -85,6 +85,21 @@ async def test_a_draining_replicas_streams_move_and_are_aborted_there(bench: Ben
     await until(lambda: counts.drain_s.buckets()[-1][1] == 1)
 
 
+async def test_streams_of_a_draining_replica_go_where_their_prefix_is(bench: Bench) -> None:
+    a, b, c = [await bench.start(name) for name in "abc"]
+    await bench.add("s", prompt=[7 + n % 50 for n in range(500)], max_tokens=8)
+    await bench.placed(a, "s")
+    await bench.steps(a, 3)
+    spans = bench.link(a).streams["s"].spans
+    assert spans is not None
+    bench.link(c).told(spans.hashes[::-1].tobytes())  # another gateway has sent the same prompt there
+    await a.drain()
+    await bench.placed(c, "s~1")
+    assert bench.link(c).load.queued_tokens == 503 - 448
+    assert not b.added
+    await bench.finished("s")
+
+
 async def test_the_directory_may_know_of_a_drain_before_the_replica(bench: Bench) -> None:
     a, b = await bench.start("a"), await bench.start("b")
     await bench.add("s", max_tokens=8)

@@ -10,6 +10,7 @@ from harness.toy_fleet import Bench, ToyReplica, make_bench
 from kervan.fleet import wire
 from kervan.fleet.link import Member
 from kervan.policy.output_length import MIN_ANSWERS
+from kervan.policy.session_ring import SessionRing
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -184,6 +185,17 @@ async def test_a_move_takes_the_prefix_along_and_a_lost_replica_begins_empty(ben
     assert bench.link(b).load.queued_tokens == 130 + 3
     assert not a.added
     await bench.finished("s", "t")
+
+
+async def test_what_names_its_session_goes_to_the_sessions_replica_where_nothing_else_is_known(bench: Bench) -> None:
+    a, b = await bench.start("a"), await bench.start("b")
+    ring = SessionRing(["a", "b"])
+    session = next(name for name in map(str, range(99)) if ring.home(name) == "b")
+    for n in range(3):
+        with bench.client.take_room(1, is_bulk=False, session=session):
+            await whole(bench, f"s{n}", chat(n, 30))
+        await whole(bench, f"t{n}", chat(n, 30))  # without a session: the first of two idle ones
+    assert (ran(b), ran(a)) == (["s0", "s1", "s2"], ["t0", "t1", "t2"])
 
 
 async def test_emptied_caches_are_known_to_be_empty(bench: Bench) -> None:

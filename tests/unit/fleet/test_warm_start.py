@@ -106,6 +106,10 @@ def test_what_is_inherited_makes_another_server(fork: Fork) -> None:
     assert fork(OMP_NUM_THREADS="1").server != fork(OMP_NUM_THREADS="2").server
 
 
+def test_what_only_watchers_of_notices_read_makes_none(fork: Fork) -> None:
+    assert fork(KERVAN_NOTICES_WATCH="aws").server == fork(KERVAN_NOTICES_WATCH="gcp").server
+
+
 def test_an_exit_status_and_a_signal_are_told(fork: Fork) -> None:
     child = fork()
     child.control.sendall(b"os._exit(7)\n")

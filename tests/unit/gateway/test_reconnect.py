@@ -11,7 +11,6 @@ import httpx
 import pytest
 from harness.gateway import View, listening
 from harness.live import until
-from openai._streaming import SSEDecoder
 
 from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry, Snapshot
@@ -217,6 +216,8 @@ async def test_a_client_comes_back_to_its_gateway(sites: list[Site]) -> None:
 
 async def test_openais_client_takes_events_with_ids(sites: list[Site]) -> None:
     """As it takes those without; a comment between them too."""
+    from openai._streaming import SSEDecoder  # here: it takes long to import, and each worker would
+
     sites[0].app.allow(NUM_TOKENS)
     headers = {"Authorization": "Bearer k1"}
     async with httpx.AsyncClient(base_url=sites[0].url, headers=headers, trust_env=False, verify=False) as http:

@@ -569,3 +569,45 @@ def test_a_thousand_streams_are_decided_in_milliseconds() -> None:
         gc.enable()
     assert len(decision.moves) > 900
     assert min(times_s) < 0.02  # 3 ms on an idle core; the bound leaves room for slow test machines
+
+
+@pytest.mark.parametrize(
+    ("cached", "queued", "goes_to", "prefill"),
+    [
+        # t has 1,000 tokens queued and u more; 1,000 tokens of context at 10k tokens/s
+        pytest.param({}, 1100, "t", 1000, id="nothing is cached: the shorter queue"),
+        pytest.param({"u": 800}, 1100, "u", 200, id="1,100 + 200 before 1,000 + 1,000"),
+        pytest.param({"u": 800}, 1801, "t", 1000, id="1,801 + 200 is later"),
+        pytest.param({"t": 400, "u": 800}, 1100, "u", 200, id="the one with more of it"),
+        pytest.param({"t": 800, "u": 800}, 1100, "t", 200, id="both have it: the shorter queue"),
+        pytest.param({"gone": 900}, 1100, "t", 1000, id="one that is no target"),
+    ],
+)
+def test_a_stream_moves_to_where_its_prefix_is_if_it_is_ready_sooner_there(
+    cached: dict[str, int], queued: int, goes_to: str, prefill: int
+) -> None:
+    targets = [target("t", queued=1000), target("u", queued=queued)]
+    leaving = LeavingStream("s", 1000, 100_000, cached_tokens=cached)
+    (move,) = decide([leaving], targets, 60.0, may_linger=False).moves
+    assert (move.replica_id, move.prefill_tokens) == (goes_to, prefill)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 4000), st.integers(0, 4000), st.integers(0, 3)), max_size=40), st.booleans())
+def test_targets_with_prefixes_are_filled_as_far_as_others(
+    streams: list[tuple[int, int, int]], is_strict: bool
+) -> None:
+    targets = [target(f"t{n}", free_streams=5, max_step_tokens=4096 if is_strict else None) for n in range(4)]
+    leaving = [
+        LeavingStream(f"s{n}", context, 100_000, cached_tokens={f"t{at}": min(cached, context - 1)} if cached else {})
+        for n, (context, cached, at) in enumerate(streams)
+    ]
+    made = decide(leaving, targets, 60.0)
+    assert len(made.moves) + len(made.waits) == len(streams)
+    for one in targets:
+        there = [move for move in made.moves if move.replica_id == one.replica_id]
+        assert len(there) <= 5
+        if made.mode == "paced" and made.keeps_bound:
+            before = sum(move.prefill_tokens for move in there[:-1])
+            assert before < (LIMITS.max_inter_token_s - 0.02) * 10_000 if is_strict else before < 0.5 * 10_000
+    assert all(0 < move.prefill_tokens <= 4000 for move in made.moves)

@@ -25,7 +25,7 @@ def hashed(*hashes: int) -> Spans:
 
 
 def held(match: Match) -> dict[str, int]:
-    return {name: spans for spans, members in match.levels for name in match.ids(members)}
+    return {name: spans for spans, members in match.levels() for name in match.ids(members)}
 
 
 @pytest.mark.parametrize(("block_size", "expected"), [(16, 64), (32, 64), (48, 96), (64, 64), (1, 64), (528, 528)])
@@ -95,13 +95,13 @@ def test_every_replica_is_found_with_what_it_has() -> None:
     table.learn("c", [1, 2, 30])
     match = table.match(hashed(1, 2, 3, 4, 6), max_tokens=1000)
     assert held(match) == {"a": 4, "b": 2, "c": 2}
-    assert [spans for spans, _ in match.levels] == [2, 4]
+    assert [spans for spans, _ in match.levels()] == [4, 2]
     assert (match.tokens("a"), match.tokens("b"), match.tokens("d"), match.tokens("gone")) == (16, 8, 0, 0)
     assert match.most_tokens == 16
     assert held(table.match(hashed(1, 2), max_tokens=7)) == {"a": 2, "b": 2, "c": 2}
     assert table.match(hashed(1, 2), max_tokens=7).tokens("a") == 7  # vLLM computes the last token in any case
-    assert table.match(hashed(9, 2), max_tokens=7).levels == []
-    assert table.match(hashed(), max_tokens=7).levels == []
+    assert table.match(hashed(9, 2), max_tokens=7).num_spans == 0
+    assert table.match(hashed(), max_tokens=7).num_spans == 0
 
 
 def test_the_end_of_the_prompt_that_was_used_longest_ago_goes_first() -> None:
@@ -131,7 +131,7 @@ def test_a_replica_that_leaves_leaves_nothing_and_its_bit_is_used_again() -> Non
     assert held(table.match(hashed(1, 2), max_tokens=99)) == {"c": 2}
     assert len(table.match(hashed(1), max_tokens=99).replica_ids) == 3
     table.clear()
-    assert table.match(hashed(1), max_tokens=99).levels == []
+    assert table.match(hashed(1), max_tokens=99).num_spans == 0
     table.learn("c", [1])
     assert held(table.match(hashed(1), max_tokens=99)) == {"c": 1}
 
@@ -143,7 +143,7 @@ def test_a_replica_that_had_less_than_expected_is_taken_to_keep_less() -> None:
     for _ in range(200):
         table.correct("a", had_all=False)
     assert table.num_spans("a") <= 1000 * LEAST_SHARE * (1 + SURPLUS)
-    assert table.match(hashed(0, 1), max_tokens=99).levels != []  # the beginning is kept
+    assert table.match(hashed(0, 1), max_tokens=99).num_spans > 0  # the beginning is kept
     for _ in range(200):
         table.correct("a", had_all=True)
     table.learn("a", [*range(5000, 6000)])

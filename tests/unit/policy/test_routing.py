@@ -11,10 +11,10 @@ from kervan.policy.prefix import Match
 from kervan.policy.routing import (
     OUTPUT_CAP_TOKENS,
     PREFIX_BOUND,
-    PREFIX_ROOM_REQUESTS,
     ROOM_TOKENS,
     SIMILAR,
     YOUNG_S,
+    FleetLoad,
     ReplicaLoad,
 )
 
@@ -213,33 +213,45 @@ def test_for_how_long_a_replica_is_risky(
     assert routing.risky_for_s(is_spot=is_spot, age_s=age_s, is_called_likely=is_called_likely) == expected_s
 
 
+class Owners(dict[int, int]):
+    """Which replicas, by their bits, have a span, where spans are numbers: those that have more than that."""
+
+    def __init__(self, num_spans: dict[int, int]) -> None:
+        super().__init__()
+        self.num_spans = num_spans
+
+    def get(self, span: int, default: int | None = None) -> int:  # type: ignore[override]
+        return sum(bit for bit, most in self.num_spans.items() if most > span)
+
+
 def having(loads: list[ReplicaLoad], cached_tokens: dict[str, int], max_tokens: int = 10**6) -> Match:
     """A match in which the replicas have so many tokens of the prompt, in spans of one token."""
     bits = {load.replica_id: 1 << n for n, load in enumerate(loads)}
-    levels: dict[int, int] = {}
-    for name, tokens in sorted(cached_tokens.items(), key=lambda item: item[1]):
-        if tokens:
-            levels[tokens] = levels.get(tokens, 0) | bits[name]
-    return Match([*levels.items()], 1, max_tokens, bits, [load.replica_id for load in loads])
+    most = max(cached_tokens.values(), default=0)
+    owners = Owners({bits[name]: tokens for name, tokens in cached_tokens.items()})
+    return Match(range(most), most, 1, max_tokens, owners, bits, [load.replica_id for load in loads])
 
 
-def prefix_choice(
-    loads: list[ReplicaLoad], cached_tokens: dict[str, int], prompt_tokens: int = 1000, output_tokens: int = 100
-) -> str:
+def prefix_choice(loads: list[ReplicaLoad], cached_tokens: dict[str, int], prompt_tokens: int = 1000) -> str:
     chosen = next(r for r in loads if r.replica_id == routing.decide(loads).replica_id)
     placement = routing.for_prefix(
-        loads,
-        {load.replica_id: load for load in loads},
+        FleetLoad(loads),
         chosen,
         having(loads, cached_tokens),
         prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
         prefill_tokens_per_s=10_000,
     )
     if placement is None:
         return chosen.replica_id
     assert f"has {cached_tokens[str(placement.replica_id)]} of {prompt_tokens} prompt tokens" in placement.reason
     return str(placement.replica_id)
+
+
+def busy(name: str, tokens: int, queued: int, streams: int = 0, flags: str = "") -> ReplicaLoad:
+    """With so many streams, whose prompts are computed, but `queued` tokens."""
+    made = load(name, tokens, flags)
+    made.queued_tokens, made.own_streams, made.num_streams = queued, streams, streams
+    return made
 
 
 @pytest.mark.parametrize(
@@ -256,24 +268,65 @@ def prefix_choice(
         pytest.param([("a", 0, 0), ("b", 500, 0), ("c", 400, 0)], {"b": 800, "c": 800}, "c", id="a tie: less to do"),
         pytest.param([("a", 0, 0), ("b", 500, 0), ("c", 600, 0)], {"b": 800, "c": 900}, "c", id="the most of it"),
         pytest.param([("a", 0, 0), ("b", 9, 0), ("c", 500, 500)], {"b": 700, "c": 900}, "b", id="375 against 625"),
-        # at most 3 requests of 200 + 100 tokens above 1.25 times the mean, or below the mean / 1.25
-        pytest.param([("a", 0, 0), ("b", 2200, 0)], {"b": 800}, "b", id="within the bound"),
-        pytest.param([("a", 1000, 0), ("c", 1000, 0), ("b", 2971, 0)], {"b": 800}, "b", id="< 900 + 1.25 * 1,657"),
-        pytest.param([("a", 1000, 0), ("c", 1000, 0), ("b", 2972, 0)], {"b": 800}, "a", id="> 900 + 1.25 * 1,657.3"),
-        pytest.param([("a", 0, 0), *((n, 1500, 0) for n in "bcd")], {"b": 800}, "b", id="0 = 1,125 / 1.25 - 900"),
-        pytest.param([("a", 0, 0), *((n, 1510, 0) for n in "bcd")], {"b": 800}, "a", id="a new replica takes work"),
-        pytest.param([("a", 0, 0), ("b", 1000, 0, "d")], {"b": 800}, "a", id="it drains"),
-        pytest.param([("a", 0, 0), ("b", 1000, 0, "x")], {"b": 800}, "a", id="it stands still"),
+        # streams: 2 + 1.5 sqrt(mean) above 1.25 times the mean, or below the mean / 1.25
+        pytest.param([("a", 0, 0, 16), ("b", 9, 0, 28)], {"b": 800}, "b", id="mean 22: up to 36.5"),
+        pytest.param([("a", 0, 0, 5), ("c", 9, 0, 5), ("b", 9, 0, 26)], {"b": 800}, "a", id="mean 12: up to 22.2"),
+        pytest.param([("a", 0, 0, 0), ("b", 9, 0, 5)], {"b": 800}, "b", id="mean 2.5: up to 7.5"),
+        pytest.param([("a", 0, 0, 60), *((n, 9, 0, 102) for n in "bcd")], {"b": 800}, "b", id="mean 91.5: from 56.9"),
+        pytest.param([("a", 0, 0, 50), *((n, 9, 0, 102) for n in "bcd")], {"b": 800}, "a", id="a new one is filled"),
+        pytest.param([("a", 0, 0), ("b", 1000, 0, 0, "d")], {"b": 800}, "a", id="it drains"),
+        pytest.param([("a", 0, 0), ("b", 1000, 0, 0, "x")], {"b": 800}, "a", id="it stands still"),
     ],
 )
 def test_a_prefix_draws_a_prompt_to_where_it_is_computed_soonest(
     replicas: list[tuple], cached_tokens: dict[str, int], expected: str
 ) -> None:
-    loads = []
-    for name, tokens, queued, *flags in replicas:
-        loads.append(load(name, tokens, *flags))
-        loads[-1].queued_tokens = queued
-    assert prefix_choice(loads, cached_tokens) == expected
+    assert prefix_choice([busy(*one) for one in replicas], cached_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("queued_each", "at_home", "expected"),
+    [
+        # 1,000 tokens of which home has 800. Queued requests of 400 tokens: 0, 1 and 2 at each replica on average.
+        # Computed elsewhere, 800 tokens more take time from 0, 2 and 4 others, beside the quarter that always counts.
+        (0, 980, "b"),  # 980 + 1.25 * 200 = 1,230 < 1,250
+        (0, 1020, "a"),
+        (1, 2580, "b"),  # 2,580 + 3.25 * 200 = 3,230 < 3.25 * 1,000
+        (1, 2620, "a"),
+        (2, 4180, "b"),  # 4,180 + 5.25 * 200 = 5,230 < 5.25 * 1,000
+        (2, 4220, "a"),
+    ],
+)
+def test_the_more_requests_wait_in_the_fleet_the_longer_a_prompt_waits_for_its_prefix(
+    queued_each: int, at_home: int, expected: str
+) -> None:
+    loads = [busy("a", 0, 0), busy("b", 10, at_home)]
+    for one in loads:
+        one.num_queued = queued_each
+    assert prefix_choice(loads, {"b": 800}) == expected
+
+
+def test_sums_over_the_fleet_follow_its_replicas() -> None:
+    loads = [ReplicaLoad(name, 0) for name in "ab"]
+    fleet = FleetLoad(loads)
+    rng = random.Random(5)
+    sent: list[tuple[ReplicaLoad, int]] = []
+    for _ in range(300):
+        one = rng.choice(loads)
+        match rng.randrange(3):
+            case 0:
+                one.take(100)
+                sent.append((one, 100))
+            case 1 if sent:
+                gone, tokens = sent.pop(rng.randrange(len(sent)))
+                gone.prefilled(tokens)
+                gone.release()
+            case _:
+                one.hear(0, rng.randint(1, 3), one.own_streams + rng.randrange(4))
+        assert fleet.num_streams == sum(load.num_streams for load in loads)
+        assert fleet.num_queued == len(sent) == sum(load.own_streams for load in loads)
+        assert all(load.num_streams >= load.own_streams for load in loads)
+    assert FleetLoad(loads).num_streams == fleet.num_streams
 
 
 def test_a_prefix_counts_less_where_the_cache_had_less_than_expected() -> None:
@@ -301,15 +354,12 @@ def test_a_faster_replica_needs_less_of_the_prefix() -> None:
 
 def test_a_long_answer_does_not_go_to_a_risky_replica_for_a_prefix() -> None:
     loads = [load("a", 0), load("b", 0, "r")]
-    by_id = {r.replica_id: r for r in loads}
     choices = [
         routing.for_prefix(
-            loads,
-            by_id,
+            FleetLoad(loads),
             loads[0],
             having(loads, {"b": 900}),
             prompt_tokens=1000,
-            output_tokens=5000,
             prefill_tokens_per_s=10_000,
             avoids_risky=avoids_risky,
         )
@@ -323,54 +373,93 @@ def test_equal_prompts_of_a_burst_go_together_as_far_as_the_bound_allows() -> No
     loads = [load(name, 0) for name in "abcd"]
     cached: dict[str, int] = {}
     went = []
-    for _ in range(12):
-        name = prefix_choice(loads, cached, prompt_tokens=5000, output_tokens=256)
+    for _ in range(16):
+        name = prefix_choice(loads, cached, prompt_tokens=5000)
         uncached = 5000 - cached.get(name, 0)
         chosen = next(r for r in loads if r.replica_id == name)
         chosen.add(uncached + 256)
-        chosen.queued_tokens += uncached
+        chosen.take(uncached)
         cached[name] = 4992
         went.append(name)
-    assert went[:2] == ["a", "a"]
+    assert went[:4] == ["a"] * 4
     assert len(set(went)) == 2  # each computes the prompt once; two do, and not four
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 30_000), st.integers(0, 4000)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 30_000), st.integers(0, 4000), st.integers(0, 99)), min_size=1, max_size=6),
     st.lists(st.integers(0, 4000), min_size=6, max_size=6),
 )
-def test_no_replica_is_loaded_beyond_the_bound_for_a_prefix(replicas: list[tuple[int, int]], cached: list[int]) -> None:
-    loads = [load(f"r{n}", tokens) for n, (tokens, _) in enumerate(replicas)]
-    for made, (tokens, queued) in zip(loads, replicas, strict=True):
-        made.queued_tokens = min(tokens, queued)
+def test_no_replica_is_loaded_beyond_the_bound_for_a_prefix(
+    replicas: list[tuple[int, int, int]], cached: list[int]
+) -> None:
+    loads = [busy(f"r{n}", *one) for n, one in enumerate(replicas)]
     least = str(routing.decide(loads).replica_id)
     has = {made.replica_id: tokens for made, tokens in zip(loads, cached, strict=False)}
     name = prefix_choice(loads, has, prompt_tokens=4001)
     if name != least:
         chosen = next(r for r in loads if r.replica_id == name)
-        mean = (sum(r.outstanding_tokens for r in loads) - chosen.queued_tokens) / len(loads)
-        cost = routing.cost_tokens(4001 - has[name], 100)
+        mean = sum(r.num_streams for r in loads) / len(loads)
         assert has[name] > has[least]
-        assert chosen.outstanding_tokens - chosen.queued_tokens <= PREFIX_BOUND * mean + PREFIX_ROOM_REQUESTS * cost
+        assert chosen.num_streams <= routing.stream_bounds(mean)[1]
+        assert routing.stream_bounds(mean)[1] == pytest.approx(PREFIX_BOUND * mean + 1.5 * mean**0.5 + 2)
 
 
-def test_one_prompt_that_all_begin_with_loads_no_replica_beyond_the_mean() -> None:
-    rng = random.Random(3)
+@pytest.mark.parametrize("seed", range(3))
+def test_one_prompt_that_all_begin_with_loads_no_replica_beyond_the_mean(seed: int) -> None:
+    rng = random.Random(seed)
     loads = [load(f"r{n}", 0) for n in range(8)]
     cached: dict[str, int] = {}
-    running: list[tuple[str, int]] = []
+    running: list[tuple[ReplicaLoad, int]] = []
     worst = 0.0
-    for number in range(2000):
-        name = prefix_choice(loads, cached, prompt_tokens=3100, output_tokens=300)
-        by_name = {r.replica_id: r for r in loads}
-        by_name[name].add(3100 - cached.get(name, 0) + 300)
-        running.append((name, 3100 - cached.get(name, 0) + 300))
+    for number in range(1200):
+        name = prefix_choice(loads, cached, prompt_tokens=3100)
+        at = next(r for r in loads if r.replica_id == name)
+        uncached = 3100 - cached.get(name, 0)
+        at.add(uncached + 300)
+        at.take(uncached)
+        running.append((at, uncached + 300))
         cached[name] = 3000
-        if len(running) > 128:
-            ended, tokens = running.pop(rng.randrange(len(running)))
-            by_name[ended].add(-tokens)
-        if number > 200:
-            mean = sum(r.outstanding_tokens for r in loads) / len(loads)  # nothing is queued
-            worst = max(worst, max(r.outstanding_tokens for r in loads) / mean)
+        if len(running) > 4:  # of those before, the prompts are computed
+            done, _ = running[-5]
+            done.prefilled(done.queued_tokens // done.num_queued)
+        if len(running) > 256:
+            at, tokens = running.pop(rng.randrange(len(running) - 5))
+            at.add(-tokens)
+            at.release()
+        mean = sum(r.num_streams for r in loads) / len(loads)
+        assert max(r.num_streams for r in loads) <= routing.stream_bounds(mean)[1] + 1
+        if number > 800:  # all have it since long
+            worst = max(worst, max(r.num_streams for r in loads) / mean)
     assert len(cached) == 8
     assert worst < PREFIX_BOUND
+
+
+@pytest.mark.parametrize(
+    ("home", "chosen", "goes_home"),
+    [
+        # (streams, queued tokens, flags) of the session's home and of the replica with the fewest tokens; 1,000 tokens
+        pytest.param((0, 0), (0, 0), True, id="both idle"),
+        pytest.param((8, 500), (8, 0), True, id="half of the prompt waits there"),
+        pytest.param((8, 501), (8, 0), False, id="more waits there"),
+        pytest.param((8, 900), (8, 400), True, id="more than elsewhere is what counts"),
+        pytest.param((17, 0), (1, 0), True, id="mean 9: up to 17.75"),
+        pytest.param((19, 0), (1, 0), False, id="mean 10: up to 19.2, but the other one is below 1.26"),
+        pytest.param((8, 0, "d"), (8, 0), False, id="it drains"),
+        pytest.param((8, 0, "x"), (8, 0), False, id="it stands still"),
+        pytest.param((100, 0), (20, 0), False, id="the other one is new, and is filled"),
+    ],
+)
+def test_a_session_goes_home_where_nothing_else_is_known_and_load_allows(
+    home: tuple, chosen: tuple, goes_home: bool
+) -> None:
+    names = {True: "a", False: "b"}
+    ring = FleetLoad([load("a", 0), load("b", 0)]).ring
+    session = next(f"s{n}" for n in range(99) if ring.home(f"s{n}") == "a")
+    loads = [
+        busy(names[is_home], 0, queued, streams, *flags)
+        for is_home, (streams, queued, *flags) in ((True, home), (False, chosen))
+    ]
+    placement = routing.for_session(FleetLoad(loads), loads[1], session, prompt_tokens=1000)
+    assert (placement is not None) == goes_home
+    if placement is not None:
+        assert placement.replica_id == "a"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kervan.errors import FleetError
-from kervan.serve import cluster, down, ray_errors
+from kervan.serve import cluster, down, ray_errors, ray_internals
 from kervan.serve.cluster import NoClusterError, Remembered
 from kervan.serve.directory.client import NoFleetError
 
@@ -83,3 +83,10 @@ def test_what_ray_logs_is_kept_back_for_one_error_only(capfd: pytest.CaptureFixt
         os.write(2, b"of something else")
         raise KeyError
     assert capfd.readouterr().err == "of something else"
+
+
+def test_gateways_of_a_ray_of_ours_with_haproxy_leave_in_seconds() -> None:
+    """Serve keeps them for 30 s, which `kervan down` would wait for."""
+    with_haproxy = cluster.ray_environment("token", has_haproxy=True)
+    assert float(with_haproxy[ray_internals.DRAINING_VARIABLE]) < 10
+    assert with_haproxy.items() > cluster.ray_environment("token").items()

@@ -149,6 +149,13 @@ def test_a_shared_gpu_gives_each_its_part_of_the_memory() -> None:
     assert "--gpu-memory-utilization" not in config().engine_argv
 
 
+def test_a_replica_on_a_share_of_a_gpu_with_a_given_cache_asks_for_no_more_than_its_share_at_its_start() -> None:
+    argv = config(gpus_per_replica=0.5, engine_args={"kv_cache_memory_bytes": 2**34}).engine_argv
+    assert (
+        argv[argv.index("--gpu-memory-utilization") + 1] == "0.46"
+    )  # vLLM starts if so much is free, whatever it uses
+
+
 @pytest.mark.parametrize(
     "words", [{"tp": 2, "gpus_per_replica": 0.5}, {"gpus_per_replica": 1.5}, {"gpus_per_replica": -1}]
 )
