@@ -44,7 +44,7 @@ ZERO: dict[tuple[str, int, int], tuple[str, ...]] = {
         "bf16,zero3,offload-optimizer,offload-params", "bf16,zero3,checkpoint",
     ),
 }  # fmt: skip
-SNAPSHOTS = {("1b", 2048, 4): ("bf16", "bf16,checkpoint")}
+SNAPSHOTS: dict[tuple[str, int, int], tuple[str, ...]] = {("1b", 2048, 4): ("bf16", "bf16,checkpoint")}
 # What pages say, the row that is compared, and with which.
 CLAIMS = (
     ("FP16/BF16: -50% memory, +20-50% speed", ("1b", 2048, 4), "bf16", "fp32"),
@@ -105,7 +105,7 @@ def main() -> int:
                     rows.append(row)
         except KervanError as error:
             notes.append(str(error))
-    content = {
+    content: dict[str, Any] = {
         "rows": [row.to_dict() for row in rows],
         "holders": holders,
         "notes": notes,
