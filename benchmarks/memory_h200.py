@@ -140,9 +140,11 @@ def _cases(groups: dict[tuple[str, int, int], tuple[str, ...]], options: argpars
                 continue
             if options.device == "cpu" and any(word in text for word in ("tf32", "efficient", "cudnn")):
                 continue
-            shape = NAMED["tiny" if options.tiny else model]
+            shape, recipe = NAMED["tiny" if options.tiny else model], parse(text)
+            if recipe.segments > shape.num_layers:
+                continue
             shrunk = 16 if options.tiny else 1
-            yield Case(shape=shape, recipe=parse(text), seq=seq // shrunk, batch=batch)
+            yield Case(shape=shape, recipe=recipe, seq=seq // shrunk, batch=batch)
 
 
 def _claims(rows: list[Measured]) -> Iterator[dict[str, Any]]:
