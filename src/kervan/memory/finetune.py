@@ -181,9 +181,13 @@ class _Checkpoints:
     """
 
     def __init__(self, rank: Rank, plan: FinetunePlan, training: Any) -> None:
+        import torch
+
         assert plan.checkpoint is not None
         self.directory = plan.checkpoint
         self._rank, self._plan, self._training = rank, plan, training
+        # Saving talks in a thread of its own: in the training's group its messages would meet those of the next step.
+        self._group = torch.distributed.new_group(backend="gloo")
         self._pending: tuple[Any, Saved] | None = None
         self._done_s = 0.0
 
@@ -203,7 +207,7 @@ class _Checkpoints:
             for path in old[: -KEPT_CHECKPOINTS - 1]:  # the newest may not be complete yet
                 shutil.rmtree(path, ignore_errors=True)
         dist.barrier()
-        future = dcp.async_save(self._state(), checkpoint_id=str(where))
+        future = dcp.async_save(self._state(), checkpoint_id=str(where), process_group=self._group)
         self._begin_s, self._done_s = begin_s, 0.0
         future.add_done_callback(self._note_end)
         self._pending = future, Saved(step, str(where), time.perf_counter() - begin_s, 0.0)
@@ -236,7 +240,7 @@ class _Checkpoints:
                     "--checkpoint"
                 )
         state = self._state()
-        dcp.load(state, checkpoint_id=str(where))
+        dcp.load(state, checkpoint_id=str(where), process_group=self._group)
         self._put(state)
         return int(facts["step"]), list(facts["losses"])
 
