@@ -158,6 +158,12 @@ def test_command_lines_parse(line: str) -> None:
         return
     command = cli.get_command(top, words[0])
     assert command is not None, words[0]
+    if isinstance(command, click.Group):
+        if len(words) == 1:
+            return  # the group is spoken of
+        top, words = click.Context(command, parent=top, info_name=words[0]), words[1:]
+        command = command.get_command(top, words[0])
+        assert command is not None, words[0]
     if len(words) == 1 and any(p.required for p in command.params):
         return  # the command is spoken of, not used
     with contextlib.suppress(click.exceptions.Exit):  # --help

@@ -1,4 +1,4 @@
-"""What ranks of `kervan calibrate` do that fail; their processes import it by name."""
+"""What ranks of `kervan calibrate`, `memory` and `pipeline` do that fail; their processes import it by name."""
 
 import os
 import threading
@@ -33,3 +33,14 @@ def plans(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
             for row in collectives.measure(rank, plan, device, keep):
                 if rank.number == 0:
                     keep((name, row))
+
+
+def fail_second(rank: Any, arguments: Any, keep: Callable[[Any], None]) -> None:
+    if rank.number == 1:
+        raise ValueError(f"no {arguments}\nand more")
+    threading.Event().wait(60)
+
+
+def die_second(rank: Any, arguments: Any, keep: Callable[[Any], None]) -> None:
+    if rank.number == 1:
+        os._exit(9)

@@ -73,6 +73,14 @@ FORBIDDEN += [
     ("simulate", ("observe", "fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     *((part, ("simulate",)) for part in dict(FORBIDDEN)),
 ]
+# Training's rooms: ranks know nothing, memory the facts and the engine on paper, pipeline both; commands use them.
+BESIDE = ("config", "policy", "plan", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos")
+FORBIDDEN += [
+    ("ranks", ("facts", "sim", "calibrate", "cli", "demo", "memory", "pipeline", *BESIDE)),
+    ("memory", ("calibrate", "cli", "demo", "pipeline", *BESIDE)),
+    ("pipeline", ("sim", "calibrate", "cli", "demo", *BESIDE)),
+    *((part, ("ranks", "memory", "pipeline")) for part in dict(FORBIDDEN)),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -80,7 +88,19 @@ CONFINED = [
     ("zmq", ("fleet/", "twin/")),
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
-    ("torch", ("calibrate/", "comm/", "demo/", "fleet/vllm/runner_v1.py")),
+    (
+        "torch",
+        (
+            "calibrate/",
+            "comm/",
+            "demo/",
+            "fleet/vllm/runner_v1.py",
+            "memory/",
+            "pipeline/stage_work.py",
+            "ranks/agent.py",
+        ),
+    ),
+    ("deepspeed", ("memory/zero.py",)),
     ("jinja2", ("bench/html_report.py", "simulate/html_report.py")),
     ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
@@ -191,7 +211,20 @@ def test_pure_packages_load_nothing_heavy() -> None:
     [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "comm", "plan", "simulate")),
+        *(
+            [command, "--help"]
+            for command in (
+                "up",
+                "bench",
+                "chaos",
+                "calibrate",
+                "comm",
+                "plan",
+                "simulate",
+                "memory",
+                "pipeline",
+            )
+        ),
     ],
     ids=" ".join,
 )

@@ -23,6 +23,8 @@ COMMANDS = {
     "chaos": "Inject faults into a fleet under load and check every token.",
     "bench": "Load-test an OpenAI-compatible server.",
     "calibrate": "Measure this host's GPUs for the planner.",
+    "memory": "Estimate and measure what training and serving take of a GPU's memory.",
+    "pipeline": "Cut a decoder into pipeline stages, and measure schedules and their bubble.",
     "comm": "Measure how GPUs reach each other, and find what slows or breaks it.",
     "demo": "Run a small fleet on this machine, without a GPU, and kill a replica.",
 }

@@ -24,11 +24,13 @@ from typing import IO, Any, Final
 import click
 
 from kervan.demo import PAIRS, make_demo_model, surge
+from kervan.demo.model import TRAINED
 from kervan.errors import FleetError
 from kervan.ports import free_port
 
 _MODEL_DIRECTORY: Final = Path(".demo/model")
 _QUESTION: Final = "What happens when a replica dies?"
+_TRAINED_HERE: Final = " (trained here for about half a minute if it is not there yet)"
 _STOP_S: Final = 120.0
 _REPLY_S: Final = 60.0
 _LOOK_S: Final = 2.0
@@ -127,7 +129,8 @@ def _replica_loss() -> None:
     name = f"demo-{os.getpid()}"  # never a fleet that somebody else has started
     say = _clock()
     with _sigterm_unwinds():
-        say(f"model: {_MODEL_DIRECTORY} (trained here for about half a minute if it is not there yet)")
+        trained = "" if (TRAINED / "model.safetensors").is_file() else _TRAINED_HERE
+        say(f"model: {_MODEL_DIRECTORY}{trained}")
         make_demo_model(_MODEL_DIRECTORY, on_progress=say)
         port = free_port()
         try:
