@@ -45,6 +45,21 @@ option = click.option
 DISTRIBUTION = option_types.DURATIONS
 
 
+def policy_names(text: str, option: str = "--policy") -> list[str]:
+    """Raises: ConfigError for one that is unknown, or given twice."""
+    from kervan.simulate import policies
+
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        policies.check(name)
+        if names.count(name) > 1:
+            raise ConfigError(f"{option} {text!r} names {name} twice; give each once")
+    return names
+
+
+POLICY_NAMES = option_types.Parsed("name,...", policy_names)
+
+
 @click.command(cls=options.sectioned(SECTIONS))
 @click.argument("positional", metavar="[MODEL]", required=False)
 @option("--model", help="The model: a directory with config.json, or a Hugging Face id; also as an argument.")
@@ -76,7 +91,7 @@ DISTRIBUTION = option_types.DURATIONS
 @option("--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]")
 @option("--osl", type=option_types.LENGTHS, help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
 @option(
-    "--policy", default=DEFAULT_POLICY, show_default=True,
+    "--policy", type=POLICY_NAMES, default=DEFAULT_POLICY, show_default=True,
     help="One, or several to compare, like slo,ray:16,fixed:8 (docs/simulator.md has all).",
 )  # fmt: skip
 @option("--slo", type=option_types.SLO, help=f"What a good request keeps. [default: {DEFAULT_SLO}]")
@@ -102,8 +117,8 @@ DISTRIBUTION = option_types.DURATIONS
 @option("--price", help="US dollars per GPU and hour, like 3.40/h. [default: kervan's price file]")
 @option("--prices", type=option_types.FILE, help="Your own price file (docs/hardware.md).")
 @option(
-    "--gateways", type=click.IntRange(1, MAX_GATEWAYS),
-    help=f"HTTP gateways. [default: one for each {REPLICAS_PER_GATEWAY} replicas of the most]",
+    "--gateways", type=options.Count(),
+    help=f"HTTP gateways, a fixed number. [default: one for each {REPLICAS_PER_GATEWAY} replicas of the most]",
 )  # fmt: skip
 @option(
     "--max-queued-streams", type=click.IntRange(0, 10**9), default=SETTINGS["max_queued_streams"].default,
@@ -113,12 +128,12 @@ DISTRIBUTION = option_types.DURATIONS
     "--hold-timeout", type=option_types.DURATION, default=f"{SETTINGS['hold_timeout_s'].default:g}s",
     show_default=True, help="How long a stream waits for a replica before it fails.",
 )  # fmt: skip
-@option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Same seed, same result.")
+@option("--seed", type=int, default=0, show_default=True, help="Same seed, same result.")
 @option(
     "--seeds", "num_seeds", type=click.IntRange(1, MAX_SEEDS), default=1, show_default=True,
     help="So many seeds, from --seed on: means, with intervals.",
 )  # fmt: skip
-@option("--processes", type=click.IntRange(1, 256), help="At once. [default: one per core]")
+@option("--processes", type=click.IntRange(1, 1024), help="At once. [default: one per core]")
 @option("--html", type=option_types.FILE, help="Write load, replicas and times to the first token as an HTML file.")
 @options.as_json
 def simulate(as_json: bool, html: Path | None, **given: Any) -> None:
@@ -131,7 +146,7 @@ def simulate(as_json: bool, html: Path | None, **given: Any) -> None:
     from kervan.simulate import compare
 
     outputs.check_file("--html", html)
-    names = policy_names(given["policy"])
+    names = given["policy"]
     with _progress(is_shown=sys.stderr.isatty()) as say:
         setup, rate, notes = fleet_setup(given, say)
         seeds = range(given["seed"], given["seed"] + given["num_seeds"])
@@ -174,16 +189,14 @@ def as_dict(compared: "list[Compared]", seed: int, rate: "ReplicaRate | None", n
     return result
 
 
-def policy_names(text: str) -> list[str]:
-    """Raises: ConfigError for one that is unknown, or given twice."""
-    from kervan.simulate import policies
-
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        policies.check(name)
-        if names.count(name) > 1:
-            raise ConfigError(f"--policy {text!r} names {name} twice; give each once")
-    return names
+def _num_gateways(count: tuple[int, int] | None) -> int:
+    """0 for as many as the replicas need. Raises: ConfigError for a range, and for more than a fleet has."""
+    least, most = count or (0, 0)
+    if most:
+        raise ConfigError(f"--gateways {least}..{most}: a simulated fleet has a fixed number; write --gateways {most}")
+    if least > MAX_GATEWAYS:
+        raise ConfigError(f"--gateways {least} is above {MAX_GATEWAYS}; give at most that many")
+    return least
 
 
 def fleet_setup(
@@ -223,7 +236,7 @@ def fleet_setup(
         slo=given["slo"] or parse_slo(DEFAULT_SLO),
         autoscaling=_autoscaling(given, most, notes),
         decides_every_s=given["decide_every"] or (LONG_EVERY_S if load.duration_s > LONG_LOAD_S else 1.0),
-        gateways=given["gateways"] or min(MAX_GATEWAYS, -(-most // REPLICAS_PER_GATEWAY)),
+        gateways=_num_gateways(given["gateways"]) or min(MAX_GATEWAYS, -(-most // REPLICAS_PER_GATEWAY)),
         max_queued_streams=given["max_queued_streams"],
         hold_timeout_s=given["hold_timeout"],
         notice_s=given["notice"],

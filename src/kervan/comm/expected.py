@@ -15,7 +15,10 @@ CHUNK = PERIOD * 32768  # entries that are compared at once: 16.7 million
 
 
 def table(ranks: int) -> list[int]:
-    """One period, for sums over so many ranks. With more than 128, most entries are 0: each sum has at most 256."""
+    """One period, for sums over so many ranks. With more than 128, most entries are 0: each sum has at most 256.
+
+    Over a whole period of ranks all sums are the same, so that an entry in a wrong place is not seen in them.
+    """
     top = min(MAX_VALUE, MAX_SUM // ranks)
     if top >= 2:
         return [((i * 7919) >> 3) % (top + 1) for i in range(PERIOD)]
