@@ -61,7 +61,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class ChatShape:
-    """`think_s`: between an answer and the next turn."""
+    """`think_s`: between an answer and the next turn, on average, exponentially distributed."""
 
     chats: int
     turns: int
@@ -108,7 +108,7 @@ async def chat(client: httpx.AsyncClient, model: str, shape: ChatShape, seed: st
         answer, cached, ttft_s = await ask(client, model, prompt, shape.osl)
         turns.append(Turn(turn, len(prompt), whole_blocks(len(said) - 1), cached, ttft_s))
         said = prompt + answer
-        await asyncio.sleep(shape.think_s)
+        await asyncio.sleep(rng.expovariate(1 / shape.think_s) if shape.think_s else 0)
     return turns
 
 

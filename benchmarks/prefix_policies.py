@@ -36,11 +36,12 @@ from typing import Any
 from kervan.bench import records
 from kervan.config.fleet import FleetConfig
 from kervan.fleet import placement, prefixes
+from kervan.fleet.demand import DemandMeter
 from kervan.fleet.link import ReplicaTally
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.stream import Stream
 from kervan.policy import routing
 from kervan.policy.output_length import LengthEstimate
+from kervan.policy.prefill_speed import PrefillSpeed
 from kervan.policy.prefix import Match, PromptContent
 from kervan.sim.prefix_cache import BlockHashes
 from kervan.twin.settings import settings
@@ -200,7 +201,7 @@ class Gateway:
         self.links: dict[str, Any] = known.live
         counts: Any = SimpleNamespace(moves={})
         self.placements = Places(
-            codec, known, LengthEstimate(), self.prefill, self.prefixes, counts, hold_timeout_s=1e9,
+            codec, known, LengthEstimate(), self.prefill, self.prefixes, counts, DemandMeter(), hold_timeout_s=1e9,
             give_up=lambda stream, why: None, forgotten=lambda stream: None,
         )  # fmt: skip
         self.placements.way = sim.way

@@ -14,6 +14,11 @@ _DURATION = re.compile(rf"{_NUMBER}\s*({'|'.join(sorted(_SECONDS, key=len, rever
 _RATE = re.compile(rf"{_NUMBER}\s*(?:(?:req|requests?)?\s*/\s*({'|'.join((*_S, *_MIN, *_H))})|rps)?")
 _SHARE = re.compile(rf"{_NUMBER}\s*(%)?")
 _FACTOR = re.compile(rf"{_NUMBER}\s*x?")
+_BYTES = {
+    "": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20, "g": 1 << 30, "gib": 1 << 30,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9,
+}  # fmt: skip
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([a-z]*)")
 MAX_RATE = 1e6  # requests/s
 
 
@@ -86,6 +91,27 @@ def parse_count(text: str, subject: str, *, most: int) -> int:
             f"{subject} {text!r} is not a whole number from 1 to {most:,}; write for example {subject} 16"
         )
     return int(digits)
+
+
+def parse_bytes(text: str, subject: str = "size") -> int:
+    """Bytes of `"8"`, `"64KiB"`, `"1GiB"`, `"1MB"`; K, M and G alone are powers of 1024, as in nccl-tests.
+
+    Raises: ConfigError, which names `subject`.
+    """
+    match = _SIZE.fullmatch(text.strip().lower())
+    factor = None if match is None else _BYTES.get(match[2])
+    if match is None or factor is None or not (size := round(float(match[1]) * factor)):
+        raise ConfigError(f"{subject} {text!r} is not a number of bytes above 0; write for example 8, 64KiB or 1GiB")
+    return size
+
+
+def format_bytes(size: int) -> str:
+    """`1048576` is `"1 MiB"`; what is no whole number of a unit has one digit behind the point."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            value = size / factor
+            return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+    return f"{size} B"
 
 
 def format_duration(seconds: float) -> str:

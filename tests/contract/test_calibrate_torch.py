@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from kervan.calibrate import collectives, kernels, measure_host, measurements, shapes
+from kervan.calibrate import kernels, measure_host, measurements, shapes
 from kervan.calibrate.measurements import Attention, Measurements
+from kervan.comm import collectives
 
 TINY = kernels.Sizes(
     copy_bytes=(4096,),

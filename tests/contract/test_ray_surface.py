@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from ray.core.generated import autoscaler_pb2
 from ray.exceptions import AuthenticationError
 from ray.experimental import internal_kv
 from ray.serve._private import client, constants, controller, replica
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.deployment_scheduler import DeploymentDownscaleRequest, DeploymentScheduler
 from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.deployment import Deployment
@@ -61,6 +64,10 @@ def parameters(function: Callable[..., Any]) -> list[str]:
         (cluster_utils.Cluster.shutdown, []),
         (node.Node.live_processes, []),
         (canonicalize_bootstrap_address, ["addr", "temp_dir"]),
+        (
+            ray_internals.serves_own_choice(),
+            ["deployment_id", "max_num_to_stop", "gang_id_by_replica", "replicas_by_gang_id", "gang_size"],
+        ),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else "",
 )
@@ -161,6 +168,61 @@ def test_serve_awaits_how_a_replica_begins_and_ends(method: str) -> None:
     """An engine replica's are coroutines: the one may take minutes, and the other must be heard meanwhile."""
     pattern = rf"await self\._call_func_or_gen\(\s*self\._callable\.{method},"
     assert re.search(pattern, inspect.getsource(replica))
+
+
+class Scheduler(DeploymentScheduler):  # type: ignore[misc]
+    """Serve's own, with the replicas that the test gives it, on one node: the first ones are the oldest."""
+
+    def __init__(self, running: str, launching: str = "", recovering: str = "") -> None:
+        self.deployment = DeploymentID("on-demand", "kervan-chat")
+        kinds = {"_running_replicas": running, "_launching_replicas": launching, "_recovering_replicas": recovering}
+        for name in ("_pending_replicas", *kinds):
+            ids = [ReplicaID(letter, self.deployment) for letter in kinds.get(name, "")]
+            setattr(self, name, {self.deployment: dict.fromkeys(ids, "node")})
+        self._recovering_replicas = {name: set(ids) for name, ids in self._recovering_replicas.items()}
+        self._deployments = {self.deployment: SimpleNamespace(label_selector={}, bundle_label_selector=[])}
+        self._cluster_node_info_cache = SimpleNamespace(get_node_labels=lambda node: {})
+        self._head_node_id = "head"
+
+    def stops(self, count: int) -> str:
+        """Those that go when so many are to go, as Serve asks for it."""
+        request = DeploymentDownscaleRequest(self.deployment, count)
+        self._use_pack_strategy = lambda: False
+        self._schedule_with_spread_strategy = lambda: None
+        (stopped,) = self.schedule({}, {self.deployment: request}).values()
+        return "".join(sorted(replica_id.unique_id for replica_id in stopped))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "order", "count", "stopped"),
+    [
+        pytest.param(Scheduler("abcd"), [], 1, "d", id="without a word of ours Serve stops the newest"),
+        pytest.param(Scheduler("abcd"), ["b", "d", "a", "c"], 1, "b", id="ours, whatever its age"),
+        pytest.param(Scheduler("abcd"), ["b", "d", "a", "c"], 3, "abd", id="several, in our order"),
+        pytest.param(Scheduler("ab", launching="c"), ["b", "a"], 1, "c", id="one that nobody has heard of goes first"),
+        pytest.param(Scheduler("ab", launching="c"), ["b", "c", "a"], 1, "b", id="one that we know waits for its turn"),
+        pytest.param(Scheduler("a", recovering="bc"), ["a", "c", "b"], 1, "a", id="found again, and not to leave"),
+        pytest.param(Scheduler("abcd"), ["b"], 2, "bd", id="what we do not name is as Serve has it"),
+        pytest.param(Scheduler("ab"), ["gone", "b", "a"], 1, "b", id="one that is gone does not count"),
+    ],
+)
+def test_the_fleet_chooses_who_stops(
+    monkeypatch: pytest.MonkeyPatch, scheduler: Scheduler, order: list[str], count: int, stopped: str
+) -> None:
+    monkeypatch.setattr(DeploymentScheduler, "_get_replicas_to_stop", ray_internals.serves_own_choice())
+    ray_internals.let_choose_who_stops(lambda app_name: {"kervan-chat": order}[app_name])
+    ray_internals.let_choose_who_stops(lambda app_name: {"kervan-chat": order}[app_name])  # Serve asks each second
+    assert scheduler.stops(count) == stopped
+
+
+def test_serve_chooses_when_the_choice_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeploymentScheduler, "_get_replicas_to_stop", ray_internals.serves_own_choice())
+
+    def fail(app_name: str) -> list[str]:
+        raise RuntimeError("nobody knows")
+
+    ray_internals.let_choose_who_stops(fail)
+    assert Scheduler("abcd").stops(1) == "d"
 
 
 def private_uses(path: Path) -> list[str]:

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from typing import Any
 
 import click
 import pytest
-import yaml
 from harness.live import Fleet
 from harness.places import REPOSITORY
 from harness.toy_fleet import ToyCodec
@@ -31,7 +29,7 @@ import kervan
 from kervan.cli import COMMANDS, cli
 from kervan.config import fleet as fleets
 from kervan.fleet.client import FleetClient
-from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Scaling, Snapshot
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.gateway import server
 
@@ -160,6 +158,12 @@ def test_command_lines_parse(line: str) -> None:
         return
     command = cli.get_command(top, words[0])
     assert command is not None, words[0]
+    if isinstance(command, click.Group):
+        if len(words) == 1:
+            return  # the group is spoken of
+        top, words = click.Context(command, parent=top, info_name=words[0]), words[1:]
+        command = command.get_command(top, words[0])
+        assert command is not None, words[0]
     if len(words) == 1 and any(p.required for p in command.params):
         return  # the command is spoken of, not used
     with contextlib.suppress(click.exceptions.Exit):  # --help
@@ -208,9 +212,10 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.parametrize("block", [b for b in blocks() if b.language in ("yaml", "toml")], ids=str)
-def test_config_files_are_valid(block: Block) -> None:
-    settings = tomllib.loads(block.text) if block.language == "toml" else yaml.safe_load(block.text)
-    assert fleets.from_mapping(settings, str(block)).model == README_MODEL
+def test_config_files_are_valid(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / f"fleet.{block.language}"
+    path.write_text(block.text)
+    assert fleets.from_mapping(fleets.load_file(path), str(block)).model == README_MODEL
 
 
 async def test_the_table_of_metrics_is_the_page() -> None:
@@ -227,7 +232,9 @@ async def test_the_table_of_metrics_is_the_page() -> None:
     )
     gateway.fleet._meter.tally("r").ttft.observe(0.1)
     replica = ReplicaEntry("r", "spot", "n", 1, "ready", "a:1")
-    gateway._snapshot = Snapshot(1, [replica], [GatewayEntry("gw-1", "n", 2, "", "", True)], [], targets={"spot": 1})
+    entry = GatewayEntry("gw-1", "n", 2, "", "", True)
+    scaling = Scaling("slo", {"spot": 1}, "why", {"load_requests_per_s": 1.0}, room={"spot": 2})
+    gateway._snapshot = Snapshot(1, [replica], [entry], [], targets={"spot": 1}, scaling=scaling)
     found = set()
     for family in text_string_to_metric_families(gateway._local_page()):
         if family.name.startswith("kervan_"):
@@ -320,3 +327,20 @@ def test_the_plan_shown_is_what_the_command_prints(page: str) -> None:
         printed = iter([line.rstrip() for line in done.stdout.splitlines()])
         for line in shown.splitlines():
             assert line == "..." or line in printed, line  # in this order
+
+
+SIMULATIONS = re.compile(r"^```text\n\$ (kervan simulate [^\n]*)\n(.*?)^```", re.M | re.S)
+
+
+def test_the_simulation_shown_is_what_the_command_prints() -> None:
+    """Its load, notes and policies; figures of policies change whenever one of them learns something."""
+    ((command, shown),) = SIMULATIONS.findall((REPOSITORY / "docs/simulator.md").read_text())
+    words = [sys.executable, "-m", "kervan", *shlex.split(command)[1:], "--processes", "1"]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=True)
+    printed = done.stdout.splitlines()
+    lines = shown.splitlines()
+    assert lines[:2] == printed[:2]
+    assert lines[-1] == "..."
+    for line, real in zip(lines[2:-1], printed[2:], strict=False):
+        assert line.split(" ")[0] == real.split(" ")[0]
+        assert len(re.findall(r"\S+", line)) == len(re.findall(r"\S+", real)), real

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.live import START_S, Fleet, eventually_async
@@ -25,7 +26,8 @@ def sizes(fleet: Fleet) -> tuple[int, int]:
 
 async def test_spot_goes_and_comes_back(nodes: Nodes, models: Models, scratch: Path) -> None:
     config = scratch / "pools.yaml"
-    settings = {"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}, "pools": {"on-demand": "1..3"}}
+    settings: dict[str, Any] = {"engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}, "policy": "fill"}
+    settings["pools"] = {"on-demand": "1..3"}
     config.write_text(json.dumps({**settings, "fallback_after_s": 1.0, "fallback_hold_s": HOLD_S}))
     # Gateways are placed where GPUs are, and twins anywhere: what is on the spot node is replicas of the spot pool.
     cluster = nodes.cluster

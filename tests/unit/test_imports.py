@@ -14,17 +14,18 @@ import kervan
 
 PACKAGE = Path(kervan.__file__).parent
 BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "plain_tokenizer.py", "autogroups.py", "vendor")
-ABOVE = ("sim", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
+ABOVE = ("sim", "comm", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
 # (part, parts of kervan it must not import): arrows point from what is used to what uses it.
 #   errors, units, stats, ports, vendor <- facts <- config, policy <- sim, fleet, bench, notices <- twin, gateway <- serve <- chaos <- cli
+#   sim, observe <- comm <- fleet, serve, calibrate <- cli
 #   bench <- calibrate <- cli
 FORBIDDEN = [
     *((part, ("facts", "config", "policy", *ABOVE)) for part in BOTTOM),
     ("facts", ("config", "policy", *ABOVE)),
     ("config", ("policy", *ABOVE)),
-    ("policy", ("facts", "config", *ABOVE)),
+    ("policy", ("facts", *ABOVE)),
     ("sim", ("policy", *(part for part in ABOVE if part != "sim"))),
     ("fleet", ("twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     ("twin", ("policy", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
@@ -58,10 +59,27 @@ FORBIDDEN += [
     ("observe", ("policy", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("observe",)) for part in dict(FORBIDDEN)),
 ]
+# What measures GPUs looks at them too, and is used by what starts and watches engines.
+FORBIDDEN += [
+    ("comm", ("policy", "plan", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli")),
+]
 # The planner knows facts and the engine on paper; what is below it does not know the planner.
 FORBIDDEN += [
     ("plan", ("policy", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "cli", "demo")),
     *((part, ("plan",)) for part in (*BOTTOM, "facts", "config", "policy", "sim", "observe")),
+]
+# The simulator runs the policies over the engine on paper; nothing below the command line knows it.
+FORBIDDEN += [
+    ("simulate", ("observe", "fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
+    *((part, ("simulate",)) for part in dict(FORBIDDEN)),
+]
+# Training's rooms: ranks know nothing, memory the facts and the engine on paper, pipeline both; commands use them.
+BESIDE = ("config", "policy", "plan", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos")
+FORBIDDEN += [
+    ("ranks", ("facts", "sim", "calibrate", "cli", "demo", "memory", "pipeline", *BESIDE)),
+    ("memory", ("calibrate", "cli", "demo", "pipeline", *BESIDE)),
+    ("pipeline", ("sim", "calibrate", "cli", "demo", *BESIDE)),
+    *((part, ("ranks", "memory", "pipeline")) for part in dict(FORBIDDEN)),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
@@ -70,11 +88,23 @@ CONFINED = [
     ("zmq", ("fleet/", "twin/")),
     ("click", ("cli/",)),
     ("rich", ("cli/",)),
-    ("torch", ("calibrate/", "demo/", "fleet/vllm/runner_v1.py")),
-    ("jinja2", ("bench/html_report.py",)),
-    ("plotly", ("bench/html_report.py",)),
+    (
+        "torch",
+        (
+            "calibrate/",
+            "comm/",
+            "demo/",
+            "fleet/vllm/runner_v1.py",
+            "memory/",
+            "pipeline/stage_work.py",
+            "ranks/agent.py",
+        ),
+    ),
+    ("deepspeed", ("memory/zero.py",)),
+    ("jinja2", ("bench/html_report.py", "simulate/html_report.py")),
+    ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
-    ("pynvml", ("observe/nvml.py",)),
+    ("pynvml", ("observe/nvml.py", "observe/gpu_state.py")),
 ]
 
 
@@ -122,7 +152,7 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "bench", "notices", "observe"):
+    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "simulate", "bench", "notices", "observe"):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -157,7 +187,19 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.cli.bench_view",
         "kervan.cli.render",
     ]
-    for part in ("facts", "config", "policy", "sim", "plan", "bench", "notices", "observe", "calibrate"):
+    for part in (
+        "facts",
+        "config",
+        "policy",
+        "sim",
+        "plan",
+        "simulate",
+        "bench",
+        "notices",
+        "observe",
+        "comm",
+        "calibrate",
+    ):
         names = (path.relative_to(PACKAGE).with_suffix("").parts for path in source_files(part))
         modules += [".".join(("kervan", *name)) for name in names if name[-1] != "__init__"]
     assert len(modules) > 6
@@ -166,7 +208,24 @@ def test_pure_packages_load_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("up", "bench", "chaos", "calibrate", "plan"))],
+    [
+        ["--help"],
+        ["--version"],
+        *(
+            [command, "--help"]
+            for command in (
+                "up",
+                "bench",
+                "chaos",
+                "calibrate",
+                "comm",
+                "plan",
+                "simulate",
+                "memory",
+                "pipeline",
+            )
+        ),
+    ],
     ids=" ".join,
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:

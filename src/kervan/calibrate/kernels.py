@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kervan.calibrate.clock import Call, Clock, CpuClock, CudaClock, capture, elapsed_s
 from kervan.calibrate.measurements import Attention, Copy, Floor, Matmul
-from kervan.calibrate.ranks import Rank
+from kervan.comm.clock import Call, Clock, CpuClock, CudaClock, capture, elapsed_s
+from kervan.comm.ranks import Rank
 
 KernelRow = Copy | Matmul | Attention | Floor
 MIB = 1 << 20

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kervan.bench import records
-from kervan.calibrate import choose, collectives, kernels, ranks
+from kervan.calibrate import choose, kernels
 from kervan.calibrate.choose import Shape
 from kervan.calibrate.kernels import HostGpus
 from kervan.calibrate.measurements import (
@@ -27,6 +27,8 @@ from kervan.calibrate.measurements import (
 )
 from kervan.calibrate.serving import MIN_PHASE_S, ServingRuns
 from kervan.calibrate.shapes import write_model
+from kervan.comm import collectives, ranks
+from kervan.comm.collectives import Timing
 from kervan.errors import ConfigError, EngineError
 
 INSTALL = "pip install 'kervan[gpu]'"
@@ -203,7 +205,8 @@ class Parts:
         what = f"collectives over {num_ranks} ranks"
         self.say(f"measuring {what}")
         for_s = max(1.0, min(COLLECTIVES_S, self._left_s()))
-        self.log.keep_all(ranks.run(collectives.work, plan, ranks=num_ranks, for_s=for_s), what, self.say)
+        rows = ranks.run(collectives.work, plan, ranks=num_ranks, for_s=for_s)
+        self.log.keep_all(map(_row, rows), what, self.say)
 
     def serving(self, gpus: HostGpus, shapes: Sequence[Shape]) -> None:
         """vLLM's server on a few layouts."""
@@ -224,6 +227,18 @@ class Parts:
     def _note(self, text: str) -> None:
         self.say(text)
         self.log.keep(text)
+
+
+def _row(timing: Timing | str) -> Collective | str:
+    """A timing as the file has it, whose `send_recv` is one way. Raises: EngineError for a result that is wrong."""
+    if isinstance(timing, str):
+        return timing
+    if not timing.is_correct:
+        raise EngineError(
+            f"{timing.op} of {timing.bytes} bytes over {timing.ranks} ranks has {timing.num_wrong} wrong entries"
+        )
+    op: Literal["all_reduce", "send_recv"] = "send_recv" if timing.op == "one_way" else "all_reduce"
+    return Collective(op, timing.ranks, timing.bytes, timing.mode == "graph", timing.backend, timing.seconds)
 
 
 def _blank(gpus: HostGpus) -> Measurements:

@@ -15,12 +15,12 @@ from kervan.chaos.checked_load import RepeatedTrace
 from kervan.chaos.checked_run import CheckedRun, KnownPrompts, Say, known_prompts_of_twins, probe
 from kervan.chaos.effects import Disruption
 from kervan.chaos.fleet_under_test import FleetOnRay, FleetUnderTest
-from kervan.chaos.node_trace import NodeChange, NodeTrace
 from kervan.chaos.plans import ReplayPlan
 from kervan.chaos.report import ChaosReport, NodeHistory
 from kervan.chaos.schedule import DisruptionKind
 from kervan.config import fleet as facts
 from kervan.config.fleet import FleetConfig
+from kervan.config.node_trace import NodeChange, NodeTrace
 from kervan.config.workload import Slo, read_trace
 from kervan.errors import FleetError, KervanError
 from kervan.facts.markets import MARKETS, ON_DEMAND, SPOT
@@ -66,6 +66,7 @@ def fleet_config(model: str, plan: ReplayPlan, name: str, port: int) -> FleetCon
         "gpu": GPU,
         "twin": {"base_s": STEP_S, "kv_tokens": KV_TOKENS, "spot_per_node": 1},
         "pools": {ON_DEMAND: ON_DEMAND_BOUNDS, SPOT: f"0..{plan.max_nodes}"},
+        "policy": "fill",
         "gateways": 1,
         "fallback_after_s": max(MIN_FALLBACK_AFTER_S, FALLBACK_AFTER_S / plan.speed),
         "fallback_hold_s": FALLBACK_HOLD_S / plan.speed,

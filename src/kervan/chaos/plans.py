@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kervan.bench.load import Load
-from kervan.chaos import node_trace, schedule
-from kervan.chaos.node_trace import NodeTrace
+from kervan.chaos import schedule
 from kervan.chaos.schedule import DisruptionKind, Moment
+from kervan.config import node_trace
+from kervan.config.node_trace import NodeTrace
 from kervan.errors import ConfigError
 
 MAX_NODES = 32

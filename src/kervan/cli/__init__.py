@@ -11,16 +11,21 @@ from kervan.errors import ConfigError, KervanError
 
 COMMANDS = {
     "plan": "Recommend a parallelism layout, with its predicted performance and cost.",
+    "simulate": "Run a fleet and its policies on a virtual clock under a load.",
     "up": "Serve a model.",
     "down": "Stop a fleet.",
     "status": "Show the state of a fleet.",
     "top": "Watch a fleet live in the terminal.",
     "scale": "Change the number of replicas or gateways.",
+    "autoscale": "Show how the number of replicas is decided, or what another policy would do.",
     "drain": "Take a replica or a node out of service; its streams move to other replicas.",
     "fault": "Inject a fault into a simulated replica.",
     "chaos": "Inject faults into a fleet under load and check every token.",
     "bench": "Load-test an OpenAI-compatible server.",
     "calibrate": "Measure this host's GPUs for the planner.",
+    "memory": "Estimate and measure what training and serving take of a GPU's memory.",
+    "pipeline": "Cut a decoder into pipeline stages, and measure schedules and their bubble.",
+    "comm": "Measure how GPUs reach each other, and find what slows or breaks it.",
     "demo": "Run a small fleet on this machine, without a GPU, and kill a replica.",
 }
 

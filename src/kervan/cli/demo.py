@@ -5,39 +5,132 @@ Only the public command line and HTTP are used here (and a signal), so it proves
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import click
 
-from kervan.demo import PAIRS, make_demo_model
+from kervan.demo import PAIRS, make_demo_model, surge
+from kervan.demo.model import TRAINED
 from kervan.errors import FleetError
 from kervan.ports import free_port
 
 _MODEL_DIRECTORY: Final = Path(".demo/model")
 _QUESTION: Final = "What happens when a replica dies?"
+_TRAINED_HERE: Final = " (trained here for about half a minute if it is not there yet)"
 _STOP_S: Final = 120.0
 _REPLY_S: Final = 60.0
+_LOOK_S: Final = 2.0
+_SMALL_S: Final = 180.0
 
 
 @click.command()
-def demo() -> None:
-    """Serve a tiny model on two CPU replicas, kill the one that is answering, see the answer continue, and stop."""
+@click.argument("what", type=click.Choice(["replica-loss", "autoscale"]), default="replica-loss")
+def demo(what: str) -> None:
+    """Serve a tiny model on two CPU replicas, kill the one that is answering, see the answer continue, and stop.
+
+    autoscale: let simulated replicas follow a load that rises and falls, in about two minutes.
+    """
+    if what == "autoscale":
+        _autoscale()
+    else:
+        _replica_loss()
+
+
+def _autoscale() -> None:
+    """A surge on a fleet of twins: what is asked, how many replicas there are, and why."""
+    name = f"demo-{os.getpid()}"
+    say = _clock()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with _sigterm_unwinds(), tempfile.TemporaryDirectory(prefix="kervan-demo-") as place:
+        model, settings = surge.write(Path(place))
+        result = Path(place) / "bench.json"
+        try:
+            say(f"fleet: Ray and 1 to {surge.MOST} simulated replicas of an 8B model on H200 GPUs")
+            _kervan(
+                *("up", str(model), "--config", str(settings), "--gateways", "1", "--detach"),
+                *("--port", str(port), "--name", name),
+            )
+            say(f"load: {surge.STAGES} (requests/s@time), {surge.OUTPUT_TOKENS} tokens each")
+            load = ["bench", url, "--stages", surge.STAGES, "--isl", str(surge.PROMPT_TOKENS), "--osl",
+                    str(surge.OUTPUT_TOKENS), "--json"]  # fmt: skip
+            with result.open("wb") as written, _running(load, written) as bench:
+                begin_s = time.time()
+                seen = 0
+                while bench.poll() is None:
+                    status = _status("127.0.0.1", port)
+                    told = [text for at_s, text in surge.changes(status) if at_s >= begin_s]
+                    for text in told[seen:]:
+                        say(f"  {text}")
+                    seen = len(told)
+                    say(surge.line(status))
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        bench.wait(_LOOK_S)
+            if bench.returncode != 0:
+                raise _failed(load, bench.returncode)
+            say(f"wait until it is small again: {surge.line(_status('127.0.0.1', port))}")
+            _until_small(port, say)
+            told = json.loads(result.read_text())
+            requests = told["requests"]
+            say(f"{requests['ok']} requests whole, {requests['errors']} failed; the last changes and their reasons:")
+            _kervan("autoscale", "--name", name)
+        finally:
+            say("stopping the fleet")
+            _kervan("down", "--name", name, must=sys.exc_info()[0] is None)
+        say("stopped")
+
+
+def _until_small(port: int, say: Callable[[str], None]) -> None:
+    """Until one replica is left. Raises: FleetError when that takes too long."""
+    deadline_s = time.monotonic() + _SMALL_S
+    while True:
+        status = _status("127.0.0.1", port)
+        if len(status["directory"]["replicas"]) <= 1:
+            return
+        if time.monotonic() > deadline_s:
+            raise FleetError(f"after {_SMALL_S:.0f} s still {surge.line(status)}; see `kervan status --why`")
+        time.sleep(_LOOK_S)
+
+
+def _status(host: str, port: int) -> dict[str, Any]:
+    """What a gateway tells of the fleet. Raises: FleetError when it does not answer."""
+    with _connection(host, port) as connection:
+        told: dict[str, Any] = json.loads(_request(connection, "GET", "/kervan/status").read())
+    return told
+
+
+@contextmanager
+def _running(args: Sequence[str], stdout: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """`kervan args` beside this process; ended with the block."""
+    command = [sys.executable, "-m", "kervan", *args]
+    with subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def _replica_loss() -> None:
     name = f"demo-{os.getpid()}"  # never a fleet that somebody else has started
     say = _clock()
     with _sigterm_unwinds():
-        say(f"model: {_MODEL_DIRECTORY} (trained here for about half a minute if it is not there yet)")
+        trained = "" if (TRAINED / "model.safetensors").is_file() else _TRAINED_HERE
+        say(f"model: {_MODEL_DIRECTORY}{trained}")
         make_demo_model(_MODEL_DIRECTORY, on_progress=say)
         port = free_port()
         try:

@@ -4,15 +4,16 @@ A value that is none is a ConfigError, with the option's name and what to write 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from kervan.config.workload import parse_lengths, parse_slo
+from kervan.errors import ConfigError
 from kervan.facts.layout import parse_layout
-from kervan.units import parse_count, parse_duration_s, parse_factor, parse_rate_per_s, parse_share
+from kervan.units import parse_bytes, parse_count, parse_duration_s, parse_factor, parse_rate_per_s, parse_share
 
 MAX_STREAMS = 65_536
 MAX_GPUS = 65_536
@@ -49,8 +50,55 @@ def _gpu(text: str, option: str) -> str:
     return "local" if text.strip().lower() == "local" else hardware.gpu(text.strip()).name
 
 
+def _durations(text: str, option: str) -> Any:
+    from kervan.simulate.duration import parse_durations
+
+    return parse_durations(text, option)
+
+
+MAX_SIZES = 64
+
+
+def _sizes(text: str, option: str) -> tuple[int, ...]:
+    """Each of 8,1MiB, or the powers of two times the first of 8..1GiB, up to the second."""
+    sizes: list[int] = []
+    for part in text.split(","):
+        least, dots, most = part.partition("..")
+        size, end = parse_bytes(least, option), parse_bytes(most if dots else least, option)
+        if end < size:
+            raise ConfigError(f"{option} {part!r} goes from {size} down to {end} bytes; write {option} {most}..{least}")
+        while size <= end:
+            sizes.append(size)
+            size *= 2
+    if len(sizes) > MAX_SIZES:
+        raise ConfigError(f"{option} {text!r} names {len(sizes)} sizes, more than {MAX_SIZES}; give fewer")
+    return tuple(dict.fromkeys(sizes))
+
+
+def _rendezvous(text: str, option: str) -> str:
+    """HOST:PORT."""
+    host, colon, port = text.strip().rpartition(":")
+    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"{option} {text!r} is not HOST:PORT; write for example {option} 10.0.0.1:29400")
+    return text.strip()
+
+
+def choices(of: Sequence[str]) -> "Parsed":
+    """One or several of these words, joined by commas."""
+
+    def parse(text: str, option: str) -> tuple[str, ...]:
+        words = [word.strip().lower().replace("-", "_") for word in text.split(",")]
+        if wrong := [word for word in words if word not in of]:
+            raise ConfigError(f"{option} {wrong[0]!r} is none of {', '.join(of)}; write for example {option} {of[0]}")
+        return tuple(dict.fromkeys(words))
+
+    return Parsed(f"{of[0]},...", parse)
+
+
 DURATION = Parsed("duration", parse_duration_s)
 """Seconds of 250ms, 1.5s, 2min, 3h or, in seconds, 90."""
+DURATIONS = Parsed("durations", _durations)
+"""A `DurationDistribution`."""
 RATE = Parsed("rate", parse_rate_per_s)
 """Requests per second of 5/s, 300/min or, per second, 5."""
 LENGTHS = Parsed("tokens", parse_lengths)
@@ -66,4 +114,7 @@ FACTOR = Parsed("factor", parse_factor)
 """Of 2 or 2x."""
 STREAMS = Parsed("streams", functools.partial(parse_count, most=MAX_STREAMS))
 GPUS = click.IntRange(1, MAX_GPUS)
+SIZES = Parsed("sizes", _sizes)
+"""Bytes of 8..1GiB (doubled from one to the next), or of 8,1MiB."""
+RENDEZVOUS = Parsed("host:port", _rendezvous)
 FILE = click.Path(path_type=Path)

@@ -57,12 +57,19 @@ class Count(click.ParamType):  # type: ignore[type-arg]
             counts = int(least), int(most) if dots else 0
         except ValueError:
             self.fail(f"{value!r} is neither a number nor a range; write for example 2 or 1..4", param, ctx)
+        if counts[0] < 0:
+            self.fail(f"{value!r} is below 0; write for example 2 or 1..4", param, ctx)
         if dots and counts[1] < max(1, counts[0]):
             self.fail(f"{value!r} goes from {counts[0]} down to {counts[1]}; write for example 1..4", param, ctx)
         return counts
 
 
-EXAMPLES = {"--engine-arg": "max_model_len=4096", "--env": "HF_HUB_OFFLINE=1", "--twin": "speed=2"}
+EXAMPLES = {
+    "--engine-arg": "max_model_len=4096",
+    "--env": "HF_HUB_OFFLINE=1",
+    "--twin": "speed=2",
+    "--autoscaling": "target_ongoing_requests=16",
+}
 
 
 def parse_assignment(text: str, option: str) -> tuple[str, str]:
@@ -106,6 +113,11 @@ def pool_settings(given: Sequence[str]) -> dict[str, dict[str, str]]:
             raise ConfigError(f"--pool {name} is given twice, with {pools[name]} and {count}; give it once")
         pools[name] = count
     return {"pools": pools} if pools else {}
+
+
+def replica_settings(count: tuple[int, int] | None) -> dict[str, int]:
+    """The settings that `--replicas` stands for: a plain number is the least and the most."""
+    return {} if count is None else {"replicas": count[0], "max_replicas": count[1]}
 
 
 def gateway_settings(count: tuple[int, int] | None) -> dict[str, int]:

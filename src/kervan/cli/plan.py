@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from kervan.cli import option_types, options, outputs
 from kervan.config.fleet import MAX_GATEWAYS
+from kervan.config.workload import DEFAULT_SLO
 from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from kervan.plan.rank import PlannedLayout
     from kervan.plan.request import PlanRequest
 
-DEFAULT_SLO = "ttft=2s,tpot=50ms"
 DEFAULT_ISL, DEFAULT_OSL = "1024", "256"
 SHOWN = 12
 NODE_GPUS = 8

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kervan.errors import FleetError
+from kervan.facts.markets import ON_DEMAND
 from kervan.fleet.directory import GatewayEntry, ReplicaState, Snapshot
 from kervan.serve.status import FleetStatus
-from kervan.serve.why import notice_lines
+from kervan.serve.why import notice_lines, scaling_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,14 +99,17 @@ def print_status(status: FleetStatus) -> None:
 
     console = _console()
     config = status.config
-    replicas = (
-        ", ".join(f"{pool} {b}" for pool, b in config.bounds.items()) if config.pools else f"{config.replicas} replicas"
-    )
+    if config.pools:
+        replicas = ", ".join(f"{pool} {bounds}" for pool, bounds in config.bounds.items())
+    else:
+        replicas = f"{config.bounds[ON_DEMAND]} replicas"
     head = f"  {status.url or '(no gateway yet)'}  {config.model}  tp {config.tp}, pp {config.pp}, {replicas}"
     if config.nodes_per_replica > 1:
         head += f" on {config.nodes_per_replica} nodes each"
     console.print(Text.assemble((status.name, "bold"), head))
     _print_tables(console, status.snapshot)
+    if status.snapshot.scaling is not None and config.autoscaler is not None:
+        console.print(scaling_lines(status.snapshot.scaling)[0], markup=False, soft_wrap=True)
     for line in notice_lines(status.snapshot, time.time()):
         console.print(line, style="yellow", markup=False, soft_wrap=True)
     for failure in status.snapshot.failures[-3:]:  # a log's last line may be in it, with brackets

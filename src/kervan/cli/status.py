@@ -8,13 +8,16 @@ from kervan.cli import options
 @click.command()
 @options.name
 @options.address
-@click.option("--why", "with_why", is_flag=True, help="Explain in one sentence each why something is not ready.")
+@click.option(
+    "--why", "with_why", is_flag=True, help="Say why something is not ready, and why there are so many replicas."
+)
 @options.as_json
 def status(name: str, address: str | None, with_why: bool, as_json: bool) -> None:
     """Show a fleet: its replicas, their load, its gateways."""
     from kervan.cli import render
     from kervan.errors import FleetError
     from kervan.serve import status as serve_status
+    from kervan.serve.why import scaling_lines
 
     try:
         shown = serve_status.status(name, address)
@@ -32,6 +35,8 @@ def status(name: str, address: str | None, with_why: bool, as_json: bool) -> Non
         render.print_json(shown.to_dict() | ({"why": sentences} if with_why else {}))
     else:
         render.print_status(shown)
+        if with_why and shown.snapshot.scaling is not None and shown.config.autoscaler is not None:
+            print("\n".join(scaling_lines(shown.snapshot.scaling)[1:]))
         if sentences is not None:
             print("\n".join(sentences) or "no problems found")
     if problem is not None:

@@ -17,7 +17,7 @@ from kervan.cli.render import gateway_state_text, print_json, print_partial_stat
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Snapshot
 from kervan.serve.status import FleetStatus, FleetWatch
-from kervan.serve.why import notice_lines
+from kervan.serve.why import decided_line, notice_lines, scaling_lines
 from kervan.units import format_duration
 
 MAX_EVENTS = 200
@@ -68,6 +68,10 @@ def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
         for notice in node.notices:
             if (node.node, notice.kind, notice.source) not in listed:
                 yield f"node {node.node}: {notice.describe(notice.seen_s)}"
+    decided = {entry.at_s for entry in before.scaling.history} if before.scaling is not None else set()
+    for entry in after.scaling.history if after.scaling is not None else ():
+        if entry.at_s not in decided:
+            yield f"autoscaling: {decided_line(entry)}"
     reported = {failure.number for failure in before.failures}
     for failure in after.failures:
         if failure.number not in reported:
@@ -101,8 +105,14 @@ def view(status: FleetStatus, lines: list[str]) -> RenderableType:
         rate = sum(replica.tokens_per_s for replica in g.traffic.values())
         counts = (str(count) for count in (g.streams, g.held, g.moved))
         gateways.add_row(g.id, g.node, str(g.pid), gateway_state_text(g), *counts, f"{g.busy:.0%}", f"{rate:,.0f}")
+    scaling = []
+    if snapshot.scaling is not None and config.autoscaler is not None:
+        scaling = [Text(line) for line in scaling_lines(snapshot.scaling, last=0)]
+        scaling += [Text(line, "yellow") for line in (snapshot.scaling.problem,) if line] + [Text()]
     notices = [Text(line, "yellow") for line in notice_lines(snapshot, time.time())]
-    return Group(head, Text(), replicas, Text(), gateways, Text(), *notices, *(Text(line, "dim") for line in lines))
+    return Group(
+        head, Text(), *scaling, replicas, Text(), gateways, Text(), *notices, *(Text(line, "dim") for line in lines)
+    )
 
 
 def to_dict(status: FleetStatus) -> dict[str, object]:
@@ -147,7 +157,7 @@ def top(name: str, address: str | None, every_s: float, once: bool, as_json: boo
     history: deque[str] = deque(maxlen=MAX_EVENTS)
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            room = max(0, console.height - len(status.snapshot.replicas) - len(status.snapshot.gateways) - 7)
+            room = max(0, console.height - len(status.snapshot.replicas) - len(status.snapshot.gateways) - 10)
             live.update(view(status, list(history)[-room:] if room else []), refresh=True)
             time.sleep(every_s)
             try:

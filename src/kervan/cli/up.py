@@ -10,11 +10,14 @@ import click
 from kervan import autogroups
 from kervan.cli import option_types, options, sigterm
 from kervan.config import fleet as fleets
+from kervan.config.autoscale import POLICIES
+from kervan.config.fleet import SETTINGS
 from kervan.errors import ConfigError
 
 SECTIONS = {
     "Layout": "--auto --tp --pp --ep --replicas --pool --gateways --routing --nodes-per-replica --gpus-per-replica",
-    "Engine": "--engine-arg --env --engine --gpu --twin",
+    "Autoscaling": "--policy --slo --schedule --time-zone",
+    "Engine": "--engine-arg --env --engine --gpu --twin --preflight",
     "Clients": "--host --port --shared-port --api-key --ingress",
     "Fleet": "--config --name --address --yes --detach --json --help",
 }
@@ -35,9 +38,19 @@ SECTIONS = {
 @options.setting("--engine")
 @options.setting("--gpu", type=option_types.GPU)
 @click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")
-@options.setting("--replicas")
+@options.setting("--replicas", type=options.Count())
 @options.pools
 @options.setting("--gateways", type=options.Count())
+@options.setting("--policy", type=click.Choice(POLICIES))
+@options.setting("--slo", type=option_types.SLO)
+@click.option(
+    "--schedule",
+    "schedule",
+    multiple=True,
+    metavar="DAYS HH:MM min=N",
+    help=f"{SETTINGS['schedule'].description}; repeatable.",
+)
+@options.setting("--time-zone")
 @options.setting("--routing")
 @options.setting("--host")
 @options.setting("--port")
@@ -47,6 +60,7 @@ SECTIONS = {
 @click.option(
     "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment variable of engines and gateways; repeatable."
 )
+@options.setting("--preflight/--no-preflight", "preflight")
 @options.setting("--ingress")
 @click.option(
     "--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same settings."
@@ -81,6 +95,8 @@ def up(
     if auto:
         settings = _planned(settings, address, say)
     config = fleets.from_mapping(settings, source)
+    for line in config.autoscaler.warnings if config.autoscaler is not None else ():
+        say(line)
     startup = Startup(config, address, say)
     status = startup.run()
     if as_json:
@@ -172,6 +188,11 @@ def _settings(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         before = settings.get("pools") or {}
         settings["pools"] = {**before, **pools["pools"]} if isinstance(before, dict) else before
     settings |= options.gateway_settings(given.pop("gateways"))
+    settings |= options.replica_settings(given.pop("replicas"))
+    if (slo := given.pop("slo")) is not None:
+        settings["slo"] = str(slo)
+    if schedule := given.pop("schedule"):
+        settings["schedule"] = list(schedule)
     settings |= {key: value for key, value in given.items() if value is not None}
     if settings.get("pools") and "replicas" in settings:
         raise ConfigError(

@@ -13,7 +13,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 import yaml
 
-from kervan.config import engine_arguments
+from kervan.config import autoscale, engine_arguments
+from kervan.config.autoscale import Autoscaling, PolicyName
+from kervan.config.workload import DEFAULT_SLO
 from kervan.errors import ConfigError
 from kervan.facts.markets import MARKETS, ON_DEMAND
 from kervan.facts.markup import broken
@@ -114,9 +116,24 @@ class FleetConfig:
         "", "GPU or CPU; by default what the cluster has when the fleet first starts, fixed from then on"
     )
     replicas: int = _setting(
-        1, "Engine replicas, each on tp*pp GPUs; with pools, the sum of their minimums", 0, MAX_REPLICAS
+        1,
+        "Engine replicas, each on tp*pp GPUs; with pools, the sum of their minimums. Also MIN..MAX, where MAX sets "
+        "max_replicas",
+        0,
+        MAX_REPLICAS,
     )
+    max_replicas: int = _setting(0, "Above 0: scale from replicas up to this number by load", 0, MAX_REPLICAS)
     pools: Mapping[str, str] = _setting({}, "Replicas by market type: a number or MIN..MAX")
+    # How many of them, where there is a choice.
+    policy: Literal["", PolicyName] = _setting(
+        "",
+        "slo: as few as keep the SLO; ray: by ongoing requests, as Ray Serve; fill: the least on-demand, all spot "
+        "that get a node. By default ray if autoscaling has target_ongoing_requests, else slo",
+    )
+    slo: str = _setting("", f"What the slo policy keeps, such as ttft=1s,tpot=40ms; by default {DEFAULT_SLO}")
+    schedule: tuple[str, ...] = _setting((), "Replicas that are there at certain hours, such as mon-fri 08:00 min=4")
+    time_zone: str = _setting("UTC", "Of the schedule, such as Europe/Berlin")
+    autoscaling: Mapping[str, Any] = _setting({}, "Ray Serve's parameters, such as target_ongoing_requests")
     # The HTTP front.
     gateways: int = _setting(
         0,
@@ -161,6 +178,9 @@ class FleetConfig:
         0.0, "Above 0: clients can reconnect to a stream for this long after it ended or broke", 0, 86_400
     )
     replay_max_mib: int = _setting(256, "Memory that each gateway may use for replay_s, in MiB", 1, 1 << 20)
+    preflight: bool = _setting(
+        True, "Before a replica on several GPUs starts, check that they reach each other, and refuse a host that fails"
+    )
     warm_start: bool = _setting(
         True, "Fork engines and gateways from a process on the node that has already imported vLLM"
     )
@@ -179,6 +199,7 @@ class FleetConfig:
         check_api_keys(self.api_keys, "api_keys")
         self._check_environment()
         self._check_pools()
+        self._check_scaling()
         self._check_layout()
         self._check_gateways()
         self._check_engine()
@@ -235,9 +256,30 @@ class FleetConfig:
             )
         engine_arguments.check_owned(self.engine_args)
 
+    def _check_scaling(self) -> None:
+        if 0 < self.max_replicas < self.replicas:
+            raise ConfigError(
+                f"max_replicas={self.max_replicas} is below replicas={self.replicas}; write for example "
+                f"--replicas {self.max_replicas}..{self.replicas}, or leave max_replicas out for a fixed number"
+            )
+        if self.policy == "fill" and not self.pools:
+            raise ConfigError("policy fill is about spot replicas; give pools, like --pool spot:0..6, or leave it out")
+        self._resolve_scaling()
+
+    def _resolve_scaling(self) -> Autoscaling:
+        return autoscale.resolve(
+            policy=self.policy, slo=self.slo, schedule=self.schedule, time_zone=self.time_zone,
+            autoscaling=self.autoscaling, maximum=sum(pool.maximum for pool in self.bounds.values()),
+        )  # fmt: skip
+
     def _check_pools(self) -> None:
         if not self.pools:
             return
+        if self.max_replicas:
+            raise ConfigError(
+                f"max_replicas={self.max_replicas} beside pools, which have a most of their own; give only --pool, "
+                f"for example --pool on-demand:1..{self.max_replicas}"
+            )
         for pool in self.pools:
             if pool not in MARKETS:
                 raise ConfigError(
@@ -260,10 +302,17 @@ class FleetConfig:
 
     @property
     def bounds(self) -> dict[str, PoolBounds]:
-        """The least and most replicas of each pool; a fleet without pools has one, of a fixed number."""
+        """The least and most replicas of each pool; a fleet without pools has one."""
         if not self.pools:
-            return {ON_DEMAND: PoolBounds(self.replicas, self.replicas)}
+            return {ON_DEMAND: PoolBounds(self.replicas, self.max_replicas or self.replicas)}
         return {pool: parse_bounds(pool, self.pools[pool]) for pool in MARKETS if pool in self.pools}
+
+    @property
+    def autoscaler(self) -> Autoscaling | None:
+        """How the number of replicas is chosen; None where no pool leaves a choice."""
+        if all(pool.minimum == pool.maximum for pool in self.bounds.values()):
+            return None
+        return self._resolve_scaling()
 
     @property
     def world_size(self) -> int:
@@ -334,23 +383,24 @@ def load_file(path: Path) -> dict[str, Any]:
         if name in settings:
             raise ConfigError(f"config file {path} gives {name} twice, with - and with _; give it once")
         settings[name] = value
-    return _gateways(settings, path)
+    return _ranges(settings, f"config file {path}")
 
 
-def _gateways(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """MIN..MAX gateways as the two settings that they are."""
-    gateways = settings.get("gateways")
-    if not isinstance(gateways, str):
+def _ranges(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    return _range(_range(settings, "gateways", "2 or 1..4", source), "replicas", "2 or 1..8", source)
+
+
+def _range(settings: dict[str, Any], name: str, example: str, source: str) -> dict[str, Any]:
+    """MIN..MAX of `gateways` or `replicas` as the two settings that they are."""
+    value, most = settings.get(name), f"max_{name}"
+    if not isinstance(value, str):
         return settings
-    match = COUNT_PATTERN.fullmatch(gateways.strip())
+    match = COUNT_PATTERN.fullmatch(value.strip())
     if match is None or (match[2] and int(match[2]) < max(1, int(match[1]))):
-        raise ConfigError(
-            f"config file {path}: gateways={gateways!r} is neither a number nor a range MIN..MAX; write 2 or 1..4"
-        )
-    if match[2] and "max_gateways" in settings:
-        raise ConfigError(f"config file {path} gives max_gateways twice, with gateways={gateways}; give it once")
-    most = {"max_gateways": int(match[2])} if match[2] else {}
-    return {**settings, "gateways": int(match[1]), **most}
+        raise ConfigError(f"{source}: {name}={value!r} is neither a number nor a range MIN..MAX; write {example}")
+    if match[2] and most in settings:
+        raise ConfigError(f"{source} gives {most} twice, with {name}={value}; give it once")
+    return {**settings, name: int(match[1]), **({most: int(match[2])} if match[2] else {})}
 
 
 def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
@@ -359,7 +409,7 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
     Raises: ConfigError for unknown keys, wrong types and values out of range.
     """
     values: dict[str, Any] = {}
-    for key, value in settings.items():
+    for key, value in _ranges(dict(settings), source).items():
         if key not in SETTINGS:
             near = difflib.get_close_matches(key, SETTINGS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(SETTINGS))}"

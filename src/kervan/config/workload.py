@@ -19,6 +19,7 @@ from kervan.units import parse_duration_s, plural
 BLOCK_TOKENS = 512  # of one prefix hash in Mooncake's traces
 MAX_TOKENS = 10_000_000
 MAX_HEAD = 1 << 16  # characters of a file's first line that are looked at
+DEFAULT_SLO = "ttft=2s,tpot=50ms"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +105,10 @@ class Lengths:
     maximum: int
     """The most that is drawn."""
     _draw: Callable[[random.Random], float] = dataclasses.field(compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Callable[[str], "Lengths"], tuple[str]]:
+        """Pickled as its text: what draws is a function of this module's own."""
+        return parse_lengths, (self.text,)
 
     def sample(self, rng: random.Random) -> int:
         """One length."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 Message: TypeAlias = Mapping[str, Any]
+Conversation: TypeAlias = tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None]
 
 PAIRS: Final[Mapping[str, str]] = {
     "What is a caravan?": (
@@ -163,12 +165,15 @@ _LEARNING_RATE: Final = 4e-3
 _MIN_MARGIN: Final = 4.0  # logits, first to second token: float32 kernels differ by about 1e-4, bfloat16 by about 0.3
 _IGNORE: Final = -100  # cross_entropy's ignore_index
 _MARKER_FILE: Final = "kervan-demo.json"
+# A larger model, which `kervan.demo.train` trains for the package; without it, one is trained on first use.
+TRAINED: Final = Path(__file__).parent / "trained"
 
 
 def make_demo_model(directory: Path, on_progress: Callable[[str], object] = lambda line: None) -> Path:
     """Directory of a trained model whose greedy answers are PAIRS, REASONED and TOOL_TURN.
 
-    Takes under a minute on two free cores, and no time where the same model already is. `on_progress` gets a line of
+    The package's own weights if it has some (TRAINED), which know more answers. Without, training takes under a minute
+    on two free cores, and no time where the same model already is. `on_progress` gets a line of
     text every few seconds.
 
     Raises:
@@ -177,12 +182,18 @@ def make_demo_model(directory: Path, on_progress: Callable[[str], object] = lamb
     """
 
     def fill(target: Path) -> None:
+        if has_weights:
+            shutil.copytree(TRAINED, target, dirs_exist_ok=True)
+            return
         tokenizer = _make_tokenizer()
         model = _make_llama(tokenizer, seed=0, initializer_range=0.02)
         _memorise(model, tokenizer, on_progress)
         _save(model, tokenizer, target)
 
-    return _make_once(directory, "demo", fill)
+    weights = TRAINED / "model.safetensors"
+    has_weights = weights.is_file()
+    kind = f"demo-{hashlib.sha256(weights.read_bytes()).hexdigest()}" if has_weights else "demo"
+    return _make_once(directory, kind, fill)
 
 
 def make_random_model(directory: Path, *, seed: int = 0) -> Path:
@@ -303,7 +314,7 @@ def _recipe_at(marker: Path) -> str | None:
     return recipe
 
 
-def _conversations() -> Iterator[tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None]]:
+def _conversations() -> Iterator[Conversation]:
     """Every conversation to learn, with its tools; the last message is the answer."""
     for question, answer in (*PAIRS.items(), REASONED):
         yield ({"role": "user", "content": question}, {"role": "assistant", "content": answer}), None
@@ -311,7 +322,9 @@ def _conversations() -> Iterator[tuple[Sequence[Message], Sequence[Mapping[str, 
     yield TOOL_TURN, [WEATHER_TOOL]
 
 
-def _make_tokenizer() -> PreTrainedTokenizerFast:
+def _make_tokenizer(
+    conversations: Iterable[Conversation] | None = None, vocab_size: int = _VOCAB_SIZE
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE learned from the conversations: any text encodes; their words are mostly one token each."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -320,12 +333,12 @@ def _make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB_SIZE - len(_MARKER_TOKENS),
+        vocab_size=vocab_size - len(_MARKER_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=list(_CONTROL_TOKENS),
         show_progress=False,
     )
-    texts = [message["content"] for messages, _ in _conversations() for message in messages]
+    texts = [message["content"] for messages, _ in conversations or _conversations() for message in messages]
     tokenizer.train_from_iterator([*texts, CHAT_TEMPLATE, json.dumps(WEATHER_TOOL)], trainer)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _MARKER_TOKENS])
     bos = "<|bos|>"

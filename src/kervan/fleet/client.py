@@ -13,7 +13,7 @@ One whose client has come back begins with what its journal has (`kervan.fleet.r
     links.py       makes and reads the links to replicas          placement.py   where each stream is
     admitted.py    room and turns of requests with many streams
     losses.py      streams off lost and stalled replicas          evacuation.py  streams off draining replicas
-    calls.py       engine methods on all replicas                 traffic.py     what is counted
+    calls.py       engine methods on all replicas                 traffic.py, demand.py  what is counted
 """
 
 import asyncio
@@ -28,13 +28,13 @@ from kervan.errors import EngineError
 from kervan.fleet.admitted import Admitted, StreamFailure, Ticket
 from kervan.fleet.calls import Calls
 from kervan.fleet.codec import Codec, Outputs
-from kervan.fleet.directory import Traffic
+from kervan.fleet.demand import DemandMeter
+from kervan.fleet.directory import DemandCounts, Traffic
 from kervan.fleet.evacuation import Evacuations
 from kervan.fleet.link import Member, ReplicaLink, ReplicaTally
 from kervan.fleet.links import Links
 from kervan.fleet.losses import Losses
 from kervan.fleet.placement import Placements
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.prefixes import EMPTYING, Prefixes
 from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Attempt, current_attempt
@@ -43,6 +43,7 @@ from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import ClientCounts, TrafficMeter
 from kervan.policy import admission
 from kervan.policy.output_length import LengthEstimate
+from kervan.policy.prefill_speed import PrefillSpeed
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class FleetClient:
         self.counts = ClientCounts()
         self.copy_sender: CopySender | None = None
         self.num_gateways = 1  # that share the fleet, this one included
+        self.demand = DemandMeter()
         self._meter = TrafficMeter()
         self._lengths = LengthEstimate()
         self._prefill = PrefillSpeed()
@@ -90,6 +92,7 @@ class FleetClient:
             self._prefill,
             self.prefixes,
             self.counts,
+            self.demand,
             hold_timeout_s=hold_timeout_s,
             give_up=functools.partial(self._give_up, is_transient=True),
             forgotten=self._forgotten,
@@ -158,6 +161,10 @@ class FleetClient:
         """What came from each replica since the last call, by its id; of those that are gone, their last counts."""
         return self._meter.look(self._links.live)
 
+    def take_demand(self) -> DemandCounts:
+        """What clients asked and got since the last call, and what waits and runs now."""
+        return self.demand.take(self._placements.streams.values(), self._links.live)
+
     @property
     def tallies(self) -> Mapping[str, ReplicaTally]:
         """Replica id -> counts of its streams, over its earlier links too."""
@@ -211,6 +218,7 @@ class FleetClient:
             return
         stream.wire_id = stream.request_id
         self._placements.streams[stream.request_id] = stream
+        self.demand.arrived(stream)
         has_turn = self._admitted.open(stream)
         attempt = current_attempt.get()
         if attempt is not None and attempt.begin():
@@ -308,7 +316,7 @@ class FleetClient:
 
     def _deliver(self, link: ReplicaLink, outputs: Outputs) -> None:
         """Take what a step gave: one call per step, so nothing here may wait."""
-        kept = []
+        kept, num_generated = [], 0
         streams, load = link.streams, link.load
         if outputs.outputs:
             link.stepped()
@@ -322,6 +330,7 @@ class FleetClient:
                 if not stream.gave_token:
                     self._first_token(link, stream, self.codec.cached_tokens(output))
                 stream.generated += output.new_token_ids
+                num_generated += num_new
                 link.num_tokens += num_new
                 # At least 1 stays charged while the stream runs: it still holds a place in the batch.
                 paid = min(num_new, stream.cost_tokens - 1)
@@ -333,11 +342,13 @@ class FleetClient:
                 self._record(stream.attempt, output)
             if output.finish_reason is not None:
                 self._lengths.observe(len(stream.generated))
+                self.demand.finished(stream)
                 link.tally.num_served += 1
                 self.prefixes.ended(stream, link)
                 self._placements.forget(stream)
                 self._meter.count_completed()
             kept.append(output)
+        self.demand.generated(num_generated)
         if kept or outputs.scheduler_stats is not None:
             outputs.outputs = kept
             outputs.timestamp += link.clock_skew_s
@@ -345,6 +356,8 @@ class FleetClient:
 
     def _first_token(self, link: ReplicaLink, stream: Stream, cached_tokens: int | None) -> None:
         stream.gave_token = True
+        if not stream.generated:
+            self.demand.first_token(stream)
         ttft_s = time.monotonic() - stream.placed_s
         prefilled_tokens = stream.prompt_tokens + len(stream.generated)
         prefilled_tokens -= stream.expected_cached_tokens if cached_tokens is None else cached_tokens

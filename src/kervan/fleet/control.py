@@ -35,6 +35,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """The first message to an engine process. `engine_argv`: arguments of vLLM's own server parser.
 
     `placement` None: all workers are processes of this node. `shares_gpu`: other engines may use the same GPU.
+    `stacks_dir`: where workers of several write what they do, when they are asked (`comm.stacks`).
     """
 
     replica_id: str
@@ -43,6 +44,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     secret: str
     placement: WorkerPlacement | None = None
     shares_gpu: bool = False
+    stacks_dir: str = ""
 
 
 class Command(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import structs
 
 from kervan.config.fault import Fault
+from kervan.config.workload import Slo
 
 EXPIRY_S = 10.0
 LATE_S = 2.5  # two beats, of a second each, have not come, nor half of the next period later
@@ -24,7 +25,8 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     `nodes`: all of its nodes, when it has more than `node`. `start_s`: seconds of its start by part. `ready_for_s`:
     since its start ended. `version` tells replicas of one setting from those of another, as in a gateway's entry.
     `leaves_in_s`: it drains, and will be gone; with `may_linger`, its streams may use that time. `beat_age_s`:
-    since the directory heard of it, when it was asked.
+    since the directory heard of it, when it was asked. `serve_id`: of the Serve replica that keeps it. `age_s`: since
+    its start began.
     """
 
     id: str
@@ -46,6 +48,8 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     leaves_in_s: float | None = None
     may_linger: bool = False
     beat_age_s: float = 0.0
+    serve_id: str = ""
+    age_s: float = 0.0
 
     @property
     def lateness(self) -> str:
@@ -82,12 +86,51 @@ class Traffic(msgspec.Struct, frozen=True):
     prefix: PrefixTokens = PrefixTokens()
 
 
+class ReplicaShare(msgspec.Struct, frozen=True):
+    """What a gateway has on one replica now. `step_s`: between its last steps; None when it makes none.
+
+    `context_tokens`: of the prompts and outputs of its streams that generate, which a move would compute again.
+    """
+
+    streams: int = 0
+    context_tokens: int = 0
+    queued_tokens: int = 0
+    step_s: float | None = None
+
+
+class DemandCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients asked of one gateway and got since its last beat, as in `kervan.policy.autoscale.state.Demand`.
+
+    `ttfts`, `tpots`: how many in each bin (`kervan.fleet.demand`); the latter of the streams that generate now.
+    """
+
+    window_s: float
+    arrived: int = 0
+    arrived_prompt_tokens: int = 0
+    shed: int = 0
+    finished: int = 0
+    finished_output_tokens: int = 0
+    generated_tokens: int = 0
+    first_tokens: int = 0
+    first_tokens_good: int = 0
+    finished_good: int = 0
+    held: int = 0
+    held_tokens: int = 0
+    queued: int = 0
+    queued_tokens: int = 0
+    running: int = 0
+    running_context_tokens: int = 0
+    ttfts: dict[int, int] = {}
+    tpots: dict[int, int] = {}
+    replicas: dict[str, ReplicaShare] = {}
+
+
 class GatewayEntry(msgspec.Struct, frozen=True):
     """One gateway. `url` is public; `internal_url` reaches this very gateway, not its neighbours on the port.
 
     `busy`: the share of the last second in which its loop ran, or waited for a core. `models`: names by which clients
     may ask it. `neighbours`: other fleets on its port to which it passes requests on. `copies_address`: where it takes
-    copies of other gateways' journals, host:port. `beat_age_s`: as of a replica.
+    copies of other gateways' journals, host:port. `beat_age_s`: as of a replica. `demand`: since its beat before.
     """
 
     id: str
@@ -108,6 +151,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     neighbours: tuple[str, ...] = ()
     copies_address: str = ""
     beat_age_s: float = 0.0
+    demand: DemandCounts | None = None
 
     @property
     def lateness(self) -> str:
@@ -192,10 +236,38 @@ class Strike(msgspec.Struct, frozen=True, tag="strike"):
 Order = Drain | Suffer | Strike
 
 
+class Decided(msgspec.Struct, frozen=True):
+    """A decision that changed how many replicas there are to be, or that none can be made. `at_s`: Unix time."""
+
+    at_s: float
+    before: dict[str, int]
+    targets: dict[str, int]
+    reason: str
+    numbers: dict[str, float] = {}
+
+
+class Scaling(msgspec.Struct, frozen=True):
+    """How many replicas each pool is to have now, and why. `policy`: its name; `fixed` where there is no choice.
+
+    `numbers`: what the reason stands on. `problem`: why no decision can be made, or not be followed; the targets stay.
+    `since_s`: Unix time from when the targets are as they are. `history`: the last changes, oldest first.
+    """
+
+    policy: str
+    targets: dict[str, int]
+    reason: str
+    numbers: dict[str, float] = {}
+    problem: str = ""
+    since_s: float = 0.0
+    room: dict[str, int | None] = {}
+    history: list[Decided] = []
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """The directory at one version. `is_closing`: the fleet ends when its streams have ended, and takes no more.
 
-    `targets`: replicas that the settings want, the least of each pool.
+    `targets`: replicas that each pool is to have. `slo`: what counts as good. `may_sleep`: the fleet may have no
+    replica while nobody asks anything; the first request starts one.
     """
 
     version: int
@@ -205,20 +277,31 @@ class Snapshot(msgspec.Struct, frozen=True):
     nodes: list[NodeEntry] = []
     is_closing: bool = False
     targets: dict[str, int] = {}
+    scaling: Scaling | None = None
+    slo: Slo = Slo()
+    may_sleep: bool = False
 
 
 def as_told(snapshot: Snapshot) -> dict[str, Any]:
     """A snapshot as JSON types, for whoever asks a gateway: without inner addresses, paths of logs and versions."""
     replicas = [
-        structs.replace(r, address="", engine_version="", log_path="", version="", start_s={})
+        structs.replace(r, address="", engine_version="", log_path="", version="", start_s={}, serve_id="")
         for r in snapshot.replicas
     ]
     gateways = [
-        structs.replace(g, internal_url="", copies_address="", version="", log_path="", traffic={})
+        structs.replace(g, internal_url="", copies_address="", version="", log_path="", traffic={}, demand=None)
         for g in snapshot.gateways
     ]
     told: dict[str, Any] = msgspec.to_builtins(
-        Snapshot(snapshot.version, replicas, gateways, [], is_closing=snapshot.is_closing, targets=snapshot.targets)
+        Snapshot(
+            snapshot.version,
+            replicas,
+            gateways,
+            [],
+            is_closing=snapshot.is_closing,
+            targets=snapshot.targets,
+            scaling=snapshot.scaling,
+        )
     )
     return told
 

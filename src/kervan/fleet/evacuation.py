@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from kervan.fleet.codec import Codec
 from kervan.fleet.histogram import Histogram
 from kervan.fleet.link import ReplicaLink
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.prefixes import Prefixes
 from kervan.fleet.stream import Stream
 from kervan.policy import evacuation
 from kervan.policy.evacuation import EvacuationState, LeavingStream, TargetReplica
 from kervan.policy.output_length import LengthEstimate
+from kervan.policy.prefill_speed import PrefillSpeed
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from kervan.facts.markets import SPOT
 from kervan.fleet import auth, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.histogram import TTFT_BOUNDS_S, Histogram
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.stream import Stream
 from kervan.policy import routing, stall
+from kervan.policy.prefill_speed import PrefillSpeed
 
 logger = logging.getLogger(__name__)
 

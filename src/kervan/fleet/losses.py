@@ -10,11 +10,11 @@ from kervan.fleet.link import ReplicaLink
 from kervan.fleet.links import Links
 from kervan.fleet.listener import ENGINE_DIED
 from kervan.fleet.placement import Placements
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.stalls import StallDetector
 from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import ClientCounts
 from kervan.policy import quarantine
+from kervan.policy.prefill_speed import PrefillSpeed
 
 logger = logging.getLogger(__name__)
 

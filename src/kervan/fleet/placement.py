@@ -5,15 +5,16 @@ import time
 from collections.abc import Callable
 
 from kervan.fleet.codec import Codec
+from kervan.fleet.demand import DemandMeter
 from kervan.fleet.link import ReplicaLink
 from kervan.fleet.links import Links
 from kervan.fleet.listener import send_ping
-from kervan.fleet.prefill_speed import PrefillSpeed
 from kervan.fleet.prefixes import Prefixes
 from kervan.fleet.stream import Stream
 from kervan.fleet.traffic import ClientCounts, MoveReason
 from kervan.policy import routing
 from kervan.policy.output_length import LengthEstimate
+from kervan.policy.prefill_speed import PrefillSpeed
 from kervan.policy.prefix import Match
 
 EXPIRY_PERIOD_S = 1.0
@@ -36,6 +37,7 @@ class Placements:
         prefill: PrefillSpeed,
         prefixes: Prefixes,
         counts: ClientCounts,
+        demand: DemandMeter,
         *,
         hold_timeout_s: float,
         give_up: Callable[[Stream, str], None],
@@ -48,6 +50,7 @@ class Placements:
         self._prefill = prefill
         self._prefixes = prefixes
         self._counts = counts
+        self._demand = demand
         self._hold_timeout_s = hold_timeout_s
         self._give_up = give_up
         self._forgotten = forgotten
@@ -78,6 +81,8 @@ class Placements:
         if match is not None:
             self._prefixes.placed(stream, link, match)
             stream.queued_tokens -= int(link.load.prefix_trust * stream.expected_cached_tokens)
+        if not stream.epoch:
+            self._demand.placed(stream)
         stream.cost_tokens = routing.cost_tokens(stream.queued_tokens, stream.remaining_output_tokens)
         link.load.add(stream.cost_tokens)
         link.load.take(stream.queued_tokens)

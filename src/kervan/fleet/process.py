@@ -17,6 +17,7 @@ from kervan.fleet import child, log_causes
 from kervan.fleet.child import Child
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready, Report
 from kervan.fleet.process_group import end_group
+from kervan.fleet.rank_watch import RankWatch
 from kervan.fleet.vllm import failures, start_parts
 from kervan.fleet.vllm.head_start import model_classes
 from kervan.policy.watchdog import EngineSample, Health
@@ -58,6 +59,9 @@ class EngineProcess:
         self._last_report_s = self._last_step_s = time.monotonic()
         environment = dict(os.environ if env is None else env)
         self._sockets_of_workers = tempfile.TemporaryDirectory(prefix="kervan-", ignore_cleanup_errors=True)
+        self.rank_watch = RankWatch(Path(self._sockets_of_workers.name), environment)
+        if isinstance(spec, EngineSpec):
+            self.spec = msgspec.structs.replace(spec, stacks_dir=self._sockets_of_workers.name)
         if len(self._sockets_of_workers.name) <= MAX_SOCKET_DIRECTORY:
             environment.setdefault("VLLM_RPC_BASE_PATH", self._sockets_of_workers.name)
         self.ended = threading.Event()
@@ -140,6 +144,7 @@ class EngineProcess:
             self.load.has_work,
             self.load.expected_step_s,
             self.load.num_suspects,
+            self.rank_watch.hang,
         )
         return judge(sample, stall_timeout_s=stall_timeout_s)
 
@@ -147,6 +152,13 @@ class EngineProcess:
     def stalled_s(self) -> float:
         """Seconds for which it has had work and made no step, as far as its reports tell."""
         return time.monotonic() - self._last_step_s if self.load.has_work else 0.0
+
+    def why_stalled(self) -> str:
+        """What its ranks do while it makes no step; empty for one process, and until it has stood still for a while.
+
+        Takes up to a second then. Called by one thread.
+        """
+        return self.rank_watch.look(self.stalled_s)
 
     def drain(self) -> None:
         """Announce to all gateways that this replica drains."""

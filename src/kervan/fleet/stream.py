@@ -46,6 +46,8 @@ class Stream:
     unproven_losses: int = 0
     num_stalls: int = 0  # replicas that stood still in a step before it gave a token there
     is_rejection_pending: bool = False
+    arrived_s: float = 0.0
+    first_token_s: float | None = None
     placed_s: float = 0.0
     held_since_s: float | None = None
     paused_since_s: float | None = None  # its last token before a move, until the first one after it

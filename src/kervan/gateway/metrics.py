@@ -23,6 +23,8 @@ FLEET_GAUGES = frozenset(
         "kervan_replica_*",
         "kervan_replicas",
         "kervan_replicas_target",
+        "kervan_replicas_room",
+        "kervan_autoscaling_*",
         "kervan_gateway_heartbeat_age_seconds",
     }
 )

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kervan.fleet.directory import ReplicaEntry, Snapshot
+from kervan.fleet.directory import ReplicaEntry, Scaling, Snapshot
 from kervan.fleet.histogram import Histogram
 from kervan.vendor import vllm_names
 
@@ -108,12 +108,12 @@ def _fleet(snapshot: Snapshot, age_s: float) -> Iterator[Metric]:
     for state in STATES:
         states.add_metric((state,), found.count(state))
     yield states
-    targets = GaugeMetricFamily(
-        "kervan_replicas_target", "Replicas that the settings want, at the least in a pool.", labels=("pool",)
-    )
+    targets = GaugeMetricFamily("kervan_replicas_target", "Replicas that the pool is to have now.", labels=("pool",))
     for pool, target in snapshot.targets.items():
         targets.add_metric((pool,), target)
     yield targets
+    if snapshot.scaling is not None:
+        yield from _scaling(snapshot.scaling)
     gateways = GaugeMetricFamily(
         "kervan_gateway_heartbeat_age_seconds", "Since the gateway's last heartbeat.", labels=("gateway",)
     )
@@ -136,6 +136,31 @@ def _fleet(snapshot: Snapshot, age_s: float) -> Iterator[Metric]:
         for replica in live:
             family.add_metric((replica.id, replica.pool), getattr(replica, field))
         yield family
+
+
+def _scaling(scaling: Scaling) -> Iterator[Metric]:
+    """What the autoscaling policy decided last."""
+    rooms = GaugeMetricFamily("kervan_replicas_room", "Replicas that the cluster can place.", labels=("pool",))
+    for pool, room in scaling.room.items():
+        if room is not None:
+            rooms.add_metric((pool,), room)
+    yield rooms
+    numbers = GaugeMetricFamily(
+        "kervan_autoscaling_number", "What the policy's last decision stands on.", labels=("policy", "number")
+    )
+    for name, value in scaling.numbers.items():
+        numbers.add_metric((scaling.policy, name), value)
+    yield numbers
+    stuck = GaugeMetricFamily(
+        "kervan_autoscaling_problem", "1 while no decision can be made, or not be followed.", labels=("policy",)
+    )
+    stuck.add_metric((scaling.policy,), bool(scaling.problem))
+    yield stuck
+    since = GaugeMetricFamily(
+        "kervan_autoscaling_changed_timestamp_seconds", "When the targets changed last.", labels=("policy",)
+    )
+    since.add_metric((scaling.policy,), scaling.since_s)
+    yield since
 
 
 async def fetch(urls: Iterable[str]) -> list[str | None]:

@@ -21,7 +21,7 @@ from kervan.errors import ConfigError
 from kervan.fleet.admitted import Ticket
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
-from kervan.fleet.directory import GatewayEntry, Snapshot, as_told
+from kervan.fleet.directory import DemandCounts, GatewayEntry, Snapshot, as_told
 from kervan.fleet.histogram import Histogram
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
@@ -265,6 +265,7 @@ class Gateway:
         self._heard_s = time.monotonic()
         self.adapters.update()
         self.fleet.num_gateways = max(1, len(snapshot.gateways))
+        self.fleet.demand.slo = snapshot.slo
         self.fleet.set_members(members(snapshot))
         if self.streams.store is not None:
             self.streams.store.update(snapshot)
@@ -284,10 +285,18 @@ class Gateway:
             held=self.fleet.num_held,
             moved=self.fleet.counts.moved,
             traffic=self.fleet.traffic(),
+            demand=self._demand(),
             models=self.frontend.model_names if self.frontend is not None else (),
             neighbours=self.shared_port.neighbours if self.shared_port is not None else (),
             copies_address=f"{_bracket(self.config.internal_host)}:{self._copies_port}" if self._copies_port else "",
         )
+
+    def _demand(self) -> DemandCounts:
+        """What clients ask of it. Where there may be no replica, a gateway that is new asks for one itself."""
+        demand = self.fleet.take_demand()
+        if self._attached.is_set() or not self._snapshot.may_sleep:
+            return demand
+        return msgspec.structs.replace(demand, held=max(1, demand.held))
 
     def _port_fleet(self) -> PortFleet:
         loaded = self.frontend.model_names if self.frontend is not None else ()
@@ -302,6 +311,8 @@ class Gateway:
             return CLOSING
         if any(not link.is_draining for link in self.fleet.links):
             return None if self._attached.is_set() else "the gateway is starting"
+        if self._snapshot.may_sleep and self._attached.is_set():
+            return None  # it holds requests until there is one
         if self.fleet.refusals:
             return next(iter(self.fleet.refusals.values()))
         states = [
@@ -332,6 +343,8 @@ class Gateway:
         )
         if decision.admitted:
             return self.fleet.take_room(size.num_streams, is_bulk=decision.is_bulk, session=session)
+        if decision.retry_after_s is not None:  # else none ever has room for it
+            self.fleet.demand.shed(size.num_streams)
         return Shed(decision.retry_after_s, decision.reason)
 
     def model_name(self) -> str:

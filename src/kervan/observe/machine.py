@@ -56,7 +56,7 @@ def machine(reading: Reading, visible: str | None = None) -> Machine:
 
     Raises: ConfigError as `read`.
     """
-    devices = _visible(reading.devices, visible)
+    devices = visible_devices(reading.devices, visible)
     gpu = _row(devices)
     for device in devices:
         if device.has_mig:
@@ -79,7 +79,7 @@ def machine(reading: Reading, visible: str | None = None) -> Machine:
     return Machine(measured, len(devices), reading.driver, connection, reading.reader)
 
 
-def _visible(devices: tuple[GpuDevice, ...], visible: str | None) -> list[GpuDevice]:
+def visible_devices(devices: tuple[GpuDevice, ...], visible: str | None) -> list[GpuDevice]:
     """As CUDA reads the variable: indices or (starts of) UUIDs, up to the first that is not there."""
     if visible is None:
         return list(devices)

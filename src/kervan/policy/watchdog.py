@@ -18,7 +18,8 @@ class EngineSample:
     """One look at an engine. Times are seconds on the observer's monotonic clock.
 
     `expected_step_s`: what the step in progress should take, 0 when none is. `num_suspects`: requests that it tries
-    since another replica was lost, or stood still, before it gave them a token.
+    since another replica was lost, or stood still, before it gave them a token. `hang`: what its ranks wait for, once
+    it is sure that they do; empty while the step may be a long one.
     """
 
     now_s: float
@@ -27,6 +28,7 @@ class EngineSample:
     has_work: bool
     expected_step_s: float = 0.0
     num_suspects: int = 0
+    hang: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,12 @@ def decide(sample: EngineSample, *, stall_timeout_s: float) -> Health:
     if silent_s > stall_timeout_s:
         return Health(False, f"no report for {silent_s:.0f} s (limit {stall_timeout_s:.0f} s)")
     stalled_s = sample.now_s - sample.last_step_s
+    # In a hang, waiting for as long as the step may take helps nobody.
+    expected_step_s = 0.0 if sample.hang else sample.expected_step_s
     limit_s = step_limit_s(
-        expected_step_s=sample.expected_step_s, num_suspects=sample.num_suspects, stall_timeout_s=stall_timeout_s
+        expected_step_s=expected_step_s, num_suspects=sample.num_suspects, stall_timeout_s=stall_timeout_s
     )
     if sample.has_work and stalled_s > limit_s:
-        return Health(False, f"has work but made no step for {stalled_s:.0f} s (limit {limit_s:.0f} s)")
+        why = f"; {sample.hang}" if sample.hang else ""
+        return Health(False, f"has work but made no step for {stalled_s:.0f} s (limit {limit_s:.0f} s){why}")
     return Health(True, "")

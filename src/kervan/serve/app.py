@@ -62,7 +62,7 @@ def _build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool) -
         serve.deployment(EngineReplica)
         .options(
             name=pool,
-            **({"autoscaling_config": autoscaling.pool(config, pool)} if config.pools else {"num_replicas": number}),
+            autoscaling_config=autoscaling.pool(config, pool),
             graceful_shutdown_timeout_s=config.drain_timeout_s + 15.0,
             max_replicas_per_node=pools.per_node(config, pool),
             **_place(config, nodes, pool),
@@ -71,7 +71,7 @@ def _build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool) -
             **common,
         )
         .bind(stored, pool, current.replicas)
-        for pool, number in _deployments(config).items()
+        for pool in _deployments(config)
     ]
     kind = next((node.accelerator for node in nodes if node.accelerator), None)
     gateway: Any = GatewayReplica if config.ingress == "direct" else serve.ingress()(IngressGatewayReplica)
@@ -88,9 +88,9 @@ def _build(config: FleetConfig, nodes: Sequence[NodeDevices], *, surges: bool) -
     return gateways.bind(stored, current.gateways, *engines)
 
 
-def _deployments(config: FleetConfig) -> dict[str, int]:
-    """The pools that have a deployment, and their fixed number where they have one. Serve scales none within 0..0."""
-    return {pool: bounds.minimum for pool, bounds in config.bounds.items() if bounds.maximum or not config.pools}
+def _deployments(config: FleetConfig) -> list[str]:
+    """The pools that have a deployment. Serve scales none within 0..0."""
+    return [pool for pool, bounds in config.bounds.items() if bounds.maximum]
 
 
 def _place(config: FleetConfig, nodes: Sequence[NodeDevices], pool: str) -> dict[str, Any]:

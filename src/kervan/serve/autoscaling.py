@@ -1,18 +1,21 @@
-"""Policies behind Ray Serve's autoscaling: each reads Serve's context, and lets a pure one decide."""
+"""What Serve's controller asks when it scales: gateways by their load, replicas as the scaler wants them.
+
+The functions run in the controller's loop, which does nothing else meanwhile: they read what a thread has brought, and
+raise nothing, since a policy that does stops its application, and all after it, from being updated (Ray 2.60). Serve
+pickles this module by value, so nothing of it may keep anything.
+"""
 
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
 from kervan.config.fleet import FleetConfig
-from kervan.facts.markets import SPOT
 from kervan.policy import gateway_count
-from kervan.policy import pools as pool_sizes
-from kervan.serve import pools
+from kervan.serve import ray_internals
+from kervan.serve.scaler import wanted
 
-APP_PREFIX = "kervan-"  # of a fleet's application in Serve
+APP_PREFIX = wanted.APP_PREFIX
 BUSY = "busy"  # a gateway's metric: the share of the time in which its loop ran, or waited for a core
-READ_PERIOD_S = 0.5  # Serve asks ten times a second
 
 
 def gateways(config: FleetConfig) -> dict[str, Any]:
@@ -45,57 +48,23 @@ def count_gateways(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 
 
 def pool(config: FleetConfig, name: str) -> dict[str, Any]:
-    """Serve's autoscaling of one of a fleet's pools. What to wait for is the policy's to know, so Serve waits for none.
+    """Serve's autoscaling of one of a fleet's pools. What to wait for is the scaler's to know, so Serve waits for none.
 
-    Without `initial_replicas`, a change of other settings leaves the number as it is. Spot may always go to none: what
-    Serve cannot place would hold up changes of the rest.
+    Without `initial_replicas`, a change of other settings leaves the number as it is. A pool with a choice may always
+    go to none, as far as Serve is concerned: what it cannot place would hold up changes of the rest.
     """
     bounds = config.bounds[name]
-    function = "count_spot" if name == SPOT else "count_on_demand"
     return {
-        "min_replicas": 0 if name == SPOT else bounds.minimum,
+        "min_replicas": bounds.minimum if bounds.minimum == bounds.maximum else 0,
         "max_replicas": bounds.maximum,
         "upscale_delay_s": 0.0,
         "downscale_delay_s": 0.0,
-        "policy": {"policy_function": f"{__name__}:{function}"},
+        "policy": {"policy_function": f"{__name__}:count_replicas"},
     }
 
 
-def count_on_demand(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """The floor, and cover for missing spot replicas."""
-    facts, state = _spot_facts(context)
-    minimum, maximum = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-    if facts is None:
-        return max(context.target_num_replicas, minimum), state
-    decision = pool_sizes.on_demand(
-        pool_sizes.SpotState(facts.wanted, facts.ready, facts.starting, facts.outdated),
-        context.target_num_replicas,
-        minimum,
-        maximum,
-        state.get("history", ()),
-        now_s=context.current_time,
-        after_s=facts.fallback_after_s,
-        hold_s=facts.fallback_hold_s,
-    )
-    return decision.count, {**state, "history": decision.history, "reason": decision.reason}
-
-
-def count_spot(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """All that are wanted, or as many as a change of settings can go on with."""
-    facts, state = _spot_facts(context)
-    if facts is None:
-        return context.target_num_replicas, state
-    decision = pool_sizes.spot(
-        pool_sizes.SpotState(facts.wanted, facts.ready, facts.starting, facts.outdated),
-        state.get("rollout"),
-        now_s=context.current_time,
-    )
-    return decision.count, {**state, "rollout": decision.rollout, "reason": decision.reason}
-
-
-def _spot_facts(context: AutoscalingContext) -> tuple[pools.SpotFacts | None, dict[str, Any]]:
-    """What the directory told last, and this policy's state."""
-    state = dict(context.policy_state)
-    if context.current_time - state.get("read_s", 0.0) >= READ_PERIOD_S:
-        state |= {"read_s": context.current_time, "facts": pools.published(context.app_name.removeprefix(APP_PREFIX))}
-    return state["facts"], state
+def count_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """As many as the scaler wants; as many as there are to be while it has said nothing."""
+    ray_internals.let_choose_who_stops(wanted.leaving)
+    found = wanted.latest(context.app_name.removeprefix(APP_PREFIX))
+    return found.targets.get(context.deployment_name, context.target_num_replicas), {}

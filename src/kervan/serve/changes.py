@@ -72,7 +72,7 @@ class RunningFleet:
         pools.check(after, pool_nodes, {pool: count * taken for pool, count in held.items()})
         if lacking := pools.warning(after, pool_nodes):
             self.progress(lacking)
-        number = sum(held.values()) if after.pools else after.replicas
+        number = sum(held.values()) if after.pools or after.max_replicas else after.replicas
         surges = not (number and _replaces_replicas(before, after)) or pools.has_room(after, pool_nodes, held)
         if not surges:
             warnings.append(_cost_without_room(before, after, number, placement.demand(after, nodes)))
@@ -140,9 +140,11 @@ def merge(before: FleetConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = json.loads(before.to_json())
     if settings.get("pools"):
         if not before.pools:
-            merged["pools"] = {ON_DEMAND: str(before.replicas)}
-        del merged["replicas"]
-    elif before.pools and settings.get("replicas", before.replicas) != before.replicas:
+            merged["pools"] = {ON_DEMAND: str(before.bounds[ON_DEMAND])}
+        del merged["replicas"], merged["max_replicas"]
+    elif before.pools and (
+        settings.get("max_replicas") or settings.get("replicas", before.replicas) != before.replicas
+    ):
         pools_now = ", ".join(f"{pool} {bounds}" for pool, bounds in before.bounds.items())
         raise ConfigError(
             f"fleet {before.name!r} has pools ({pools_now}), so {settings['replicas']} replicas could be of either; "
@@ -185,7 +187,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
 def scale(
     name: str, settings: Mapping[str, Any], address: str | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> FleetStatus:
-    """Change `replicas`, `pools`, `gateways`, `max_gateways`; returns when they are there, or gone.
+    """Change `replicas`, `max_replicas`, `pools`, `gateways`, `max_gateways`; returns when they are there, or gone.
 
     Raises: CapacityError when they do not fit; the fleet is as before then.
     """

@@ -3,28 +3,15 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import msgspec
-
 from kervan.config.fleet import FleetConfig
 from kervan.errors import CapacityError
 from kervan.facts.markets import ON_DEMAND, SPOT
 from kervan.fleet.directory import ReplicaEntry, Snapshot
-from kervan.serve import cluster, placement, ray_internals
+from kervan.serve import cluster, placement
 from kervan.serve.placement import NodeDevices
 from kervan.serve.versions import versions
 
 MARKET_LABEL = cluster.MARKET_LABEL
-
-
-class SpotFacts(msgspec.Struct, frozen=True):
-    """What the directory tells of a fleet's spot pool to the autoscaling of both pools."""
-
-    wanted: int
-    ready: int
-    starting: int
-    outdated: int
-    fallback_after_s: float
-    fallback_hold_s: float
 
 
 def label_selector(pool: str) -> dict[str, str]:
@@ -49,20 +36,6 @@ def per_node(config: FleetConfig, pool: str) -> int | None:
 def replicas_of(pool: str, snapshot: Snapshot) -> list[ReplicaEntry]:
     """The listed replicas of a pool, in whatever state."""
     return [replica for replica in snapshot.replicas if replica.pool == pool]
-
-
-def spot_facts(config: FleetConfig, snapshot: Snapshot) -> SpotFacts:
-    """Replicas that drain are not counted: they are as good as gone."""
-    version = versions(config).replicas
-    there = [replica for replica in replicas_of(SPOT, snapshot) if replica.state in ("starting", "ready")]
-    return SpotFacts(
-        config.bounds[SPOT].maximum if SPOT in config.bounds else 0,
-        sum(replica.state == "ready" for replica in there),
-        sum(replica.state == "starting" for replica in there),
-        sum(replica.version != version for replica in there),
-        config.fallback_after_s,
-        config.fallback_hold_s,
-    )
 
 
 def placeable(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, int]) -> dict[str, int]:
@@ -104,7 +77,7 @@ def check(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, 
                 f"{bounds.minimum} replicas of pool {pool} at least, and {len(own)} spot nodes take {most} each "
                 f"(twin setting spot_per_node), {room} in all; use --pool {pool}:{room}..{bounds.maximum}"
             )
-        part = dataclasses.replace(config, pools={}, replicas=bounds.minimum)
+        part = dataclasses.replace(config, pools={}, replicas=bounds.minimum, policy="", schedule=())
         placement.check(part, own, held=held.get(pool, 0), pool=pool)
 
 
@@ -128,11 +101,16 @@ def held(snapshot: Snapshot) -> dict[str, int]:
 
 
 def awaited(config: FleetConfig, can_be: Mapping[str, int]) -> dict[str, int]:
-    """Replicas that a start or a change waits for: the least of each pool, and of spot all that can be placed."""
+    """Replicas that a start or a change waits for: the least of each pool, and of spot all that are to be placed."""
     return {
-        pool: max(bounds.minimum, can_be.get(pool, 0)) if pool == SPOT else bounds.minimum
+        pool: max(bounds.minimum, can_be.get(pool, 0)) if pool == SPOT and fills_spot(config) else bounds.minimum
         for pool, bounds in config.bounds.items()
     }
+
+
+def fills_spot(config: FleetConfig) -> bool:
+    """Whether all spot replicas that get a node are wanted, whatever the load."""
+    return config.autoscaler is not None and config.autoscaler.policy == "fill"
 
 
 def are_settled(config: FleetConfig, snapshot: Snapshot, awaited: Mapping[str, int]) -> bool:
@@ -162,9 +140,10 @@ def warning(config: FleetConfig, nodes: Sequence[NodeDevices]) -> str:
 def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices]) -> list[str]:
     """What is not as it is wanted between the pools, in sentences."""
     sentences = []
-    spot, present = config.bounds.get(SPOT), len(replicas_of(SPOT, snapshot))
-    if spot is not None and present < spot.maximum:
-        missing = f"{spot.maximum - present} of {spot.maximum} replicas"
+    wanted = snapshot.targets.get(SPOT, config.bounds[SPOT].minimum if SPOT in config.bounds else 0)
+    present = len(replicas_of(SPOT, snapshot))
+    if present < wanted:
+        missing = f"{wanted - present} of {wanted} replicas"
         own = of_pool(SPOT, nodes)
         if not own:
             why = f"wait for a spot node, one with the label {MARKET_LABEL}={SPOT}"
@@ -176,29 +155,6 @@ def explain(config: FleetConfig, snapshot: Snapshot, nodes: Sequence[NodeDevices
             why = f"wait for a spot node with {placement.demand(config, own)} free"
         sentences.append(f"pool {SPOT}: {missing} {why}")
     extra = len(replicas_of(ON_DEMAND, snapshot)) - config.bounds[ON_DEMAND].minimum
-    if extra > 0:
+    if extra > 0 and fills_spot(config):
         sentences.append(f"pool {ON_DEMAND}: {extra} above its minimum cover for missing spot replicas")
     return sentences
-
-
-# ---- what the directory writes and Serve's controller reads: neither may wait for the other
-
-
-def _key(fleet_name: str) -> str:
-    return f"spot pool of fleet {fleet_name}"
-
-
-def publish(fleet_name: str, facts: SpotFacts) -> None:
-    """Let Serve's controller know of the spot pool."""
-    ray_internals.kv_put(_key(fleet_name), msgspec.json.encode(facts))
-
-
-def published(fleet_name: str) -> SpotFacts | None:
-    """What was published last, None for nothing."""
-    stored = ray_internals.kv_get(_key(fleet_name))
-    return None if stored is None else msgspec.json.decode(stored, type=SpotFacts)
-
-
-def forget(fleet_name: str) -> None:
-    """Forget what was published of a fleet that is no more."""
-    ray_internals.kv_delete(_key(fleet_name))

@@ -4,11 +4,14 @@ They are of Ray 2.60; `tests/contract/test_ray_surface.py` checks each in the in
 functions, not with this module: `cluster.connect` must set Ray's environment first.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 KV_NAMESPACE = b"kervan"
 
@@ -152,6 +155,51 @@ def serve_proxies() -> ServeProxies | None:
         return None
     location = ray.get(client._controller.get_proxy_location.remote())
     return ServeProxies(location not in (None, ProxyLocation.Disabled), client.http_config.port)
+
+
+def serves_own_choice() -> Callable[..., Any]:
+    """The method by which Serve's scheduler chooses who stops, as Ray has it."""
+    from ray.serve._private.deployment_scheduler import DeploymentScheduler
+
+    method = DeploymentScheduler._get_replicas_to_stop
+    own: Callable[..., Any] = getattr(method, "serves_own", method)
+    return own
+
+
+def let_choose_who_stops(leaving: Callable[[str], Sequence[str]]) -> None:
+    """In the process of Serve's controller: when fewer replicas are wanted, stop those that `leaving` says.
+
+    Serve itself stops the newest (Ray 2.60), and has no way to say otherwise. `leaving`: application -> Serve's ids of
+    its replicas, those first that go first. Replicas on their way that it does not name go before all others: nobody
+    has heard of them. Where it says nothing, Serve chooses.
+    """
+    from ray.serve._private.deployment_scheduler import DeploymentScheduler
+
+    serves_own = serves_own_choice()
+
+    def replicas_to_stop(scheduler: Any, deployment_id: Any, max_num_to_stop: int, **gangs: Any) -> set[Any]:
+        chosen: list[Any] = []
+        try:
+            order = leaving(deployment_id.app_name)
+            coming = [*scheduler._pending_replicas[deployment_id], *scheduler._launching_replicas[deployment_id]]
+            there = [*scheduler._recovering_replicas[deployment_id], *scheduler._running_replicas[deployment_id]]
+            by_id = {replica_id.unique_id: replica_id for replica_id in (*coming, *there)}
+            if order and gangs.get("gang_id_by_replica") is None:
+                unheard = [replica_id for replica_id in coming if replica_id.unique_id not in order]
+                chosen = [*unheard, *(by_id[name] for name in order if name in by_id)]
+        except Exception:  # supervised: in Serve's loop, which would update nothing any more
+            logger.exception("Serve chooses which replicas stop")
+        if not chosen:
+            own: set[Any] = serves_own(scheduler, deployment_id, max_num_to_stop, **gangs)
+            return own
+        stopped = set(chosen[:max_num_to_stop])
+        for count in range(1, len(by_id) + 1):  # those of which the fleet has not heard yet, as Serve would
+            if len(stopped) < max_num_to_stop:
+                stopped |= serves_own(scheduler, deployment_id, count, **gangs)
+        return stopped
+
+    replicas_to_stop.serves_own = serves_own  # type: ignore[attr-defined]
+    DeploymentScheduler._get_replicas_to_stop = replicas_to_stop
 
 
 # ---- a cluster whose nodes are all processes of this one (`serve/local_nodes.py`)

@@ -10,6 +10,7 @@ import uuid
 
 import msgspec
 import ray
+from ray import serve
 from ray.util import placement_group_table
 
 from kervan.config.fleet import FleetConfig
@@ -19,7 +20,7 @@ from kervan.fleet.control import EngineSpec, WorkerPlacement
 from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
-from kervan.serve import watchers
+from kervan.serve import preflights, watchers
 from kervan.serve.cluster import log_directory
 from kervan.serve.directory.client import DirectoryResponse, find_directory
 from kervan.serve.environment import process_environment, warm_owner_pid
@@ -48,12 +49,20 @@ class _Engine:
         self.reason = ""
         self.since_s = time.monotonic()
         self.is_over = False
+        self.why_stalled = self.logged_hang = ""
+        self.preflight_s = 0.0
         self._ready_s: float | None = None
 
     @property
     def has_started(self) -> bool:
         """Whether it is ready, or will never be."""
         return self.process.ready is not None or self.process.failure is not None
+
+    @property
+    def start_s(self) -> dict[str, float]:
+        """Seconds of the parts of its start, with what came before its process; empty until it is known."""
+        parts = self.process.start_s
+        return {"preflight": round(self.preflight_s, 2), **parts} if parts and self.preflight_s else parts
 
     @property
     def ready_for_s(self) -> float:
@@ -86,6 +95,7 @@ class EngineReplica:
         self._pool = pool
         self._version = version
         self._node = ray.util.get_node_ip_address()
+        self._serve_id = serve.get_replica_context().replica_id.unique_id
         self._is_draining = False
         self._lock = threading.Lock()
         self._drained = threading.Event()
@@ -98,7 +108,9 @@ class EngineReplica:
         node_ids = here if self._placement is None else _node_ids(self._placement)
         self._nodes = [] if self._placement is None else _addresses(node_ids)
         await self._check_model()
+        preflight_s = await self._check_links()
         self._engine = engine = self._start()
+        engine.preflight_s = preflight_s
         threading.Thread(target=self._beat_forever, daemon=True, name="beat").start()
         watchers.keep(self._config.env, node_ids)
         while not engine.has_started:  # noqa: ASYNC110 - told by another thread
@@ -123,6 +135,21 @@ class EngineReplica:
         if missing is not None:
             await self._directory.report_failure(StartFailure(f"{self._pool} on {self._node}", "ConfigError", missing))
             raise ConfigError(missing)
+
+    async def _check_links(self) -> float:
+        """Seconds that the preflight took, 0 without one.
+
+        Raises: EngineError when this replica's GPUs do not reach each other, which the directory is told.
+        """
+        if not preflights.is_needed(self._config):
+            return 0.0
+        begin_s = time.monotonic()
+        problem = await preflights.problem(self._config, self._placement, is_on_cpu=self._is_on_cpu)
+        if problem:
+            who = f"{self._pool} on {self._node}"
+            await self._directory.report_failure(StartFailure(who, "EngineError", problem))
+            raise EngineError(problem)
+        return time.monotonic() - begin_s
 
     def _start(self) -> "_Engine":
         engine_id = f"{self._pool}-{uuid.uuid4().hex[:6]}"
@@ -187,7 +214,7 @@ class EngineReplica:
         elif engine.state == "ready":
             stalled_s = engine.process.stalled_s
             stalled = f"has work but made no step for {stalled_s:.0f} s" if stalled_s > SHOWN_STALL_S else ""
-            reason = ", ".join(word for word in (stalled, load.note) if word)
+            reason = ", ".join(word for word in (stalled, engine.why_stalled, load.note) if word)
         return ReplicaEntry(
             id=engine.id,
             pool=self._pool,
@@ -203,8 +230,10 @@ class EngineReplica:
             log_path=str(engine.process.log_path),
             version=self._version,
             nodes=self._nodes,
-            start_s=engine.process.start_s,
+            start_s=engine.start_s,
             ready_for_s=engine.ready_for_s,
+            serve_id=self._serve_id,
+            age_s=time.monotonic() - engine.since_s,
             leaves_in_s=None if self._drain_deadline_s is None else max(0.0, self._drain_deadline_s - time.monotonic()),
         )
 
@@ -213,10 +242,18 @@ class EngineReplica:
 
     def _beat_forever(self) -> None:
         while not self._is_draining or self._engine.state == "draining":
+            self._look_at_ranks(self._engine)
             with contextlib.suppress(FleetError):  # a directory that is away changes nothing
                 for order in self._beat().result(BEAT_TIMEOUT_S):
                     self._carry_out(order)
             time.sleep(BEAT_PERIOD_S)
+
+    def _look_at_ranks(self, engine: "_Engine") -> None:
+        """Find out why an engine with several ranks makes no step, and log it when it is sure."""
+        engine.why_stalled = engine.process.why_stalled()
+        if (hang := engine.process.rank_watch.hang) and hang != engine.logged_hang:
+            logger.error("%s on %s: %s", engine.id, self._node, hang)
+        engine.logged_hang = hang
 
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Strike):

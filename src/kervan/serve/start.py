@@ -12,6 +12,7 @@ from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import model as models
 from kervan.facts import weight_files
+from kervan.facts.markets import ON_DEMAND
 from kervan.fleet.vllm import arguments, versions
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
@@ -41,7 +42,9 @@ def validate(config: FleetConfig, *, is_here: bool = True) -> FleetConfig:
     elif is_here:
         _check_files(config)
     notices.from_environment(config.env)
-    if not config.pools and not config.replicas:  # Serve would refuse it; a part of a fleet with pools may have none
+    if not config.pools and not (
+        config.replicas or config.max_replicas
+    ):  # Serve would refuse it; a part of a fleet with pools may have none
         raise ConfigError("replicas=0 would leave nothing to serve requests; give at least 1, or kervan down")
     return config
 
@@ -146,6 +149,8 @@ class Startup:
         if warning := pools.warning(config, pool_nodes):
             self.progress(warning)
         awaited = pools.awaited(config, pools.placeable(config, pool_nodes, {}))
+        if config.max_replicas and not config.replicas:  # gateways learn from the first one what the engines can do
+            awaited[ON_DEMAND] = 1
         if config.ingress == "serve":
             _check_entry_is_free()
         config = self.config = dataclasses.replace(config, gateways=num_gateways(config))

@@ -4,8 +4,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
 from kervan.config.fleet import FleetConfig
-from kervan.fleet.directory import GatewayEntry, NodeEntry, PrefixTokens, ReplicaEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, NodeEntry, PrefixTokens, ReplicaEntry, Scaling, Snapshot
 from kervan.serve import cluster, pools
 from kervan.serve.attach import attach
 from kervan.serve.why import explain, notice_lines
@@ -36,11 +38,12 @@ class FleetStatus:
                 "nodes_per_replica": self.config.nodes_per_replica,
             },
             "engine": self.config.engine,
-            "target_replicas": self.config.replicas,
+            "target_replicas": sum(self.snapshot.targets.values()) or self.config.replicas,
             "pools": {
                 pool: {
                     "min": bounds.minimum,
                     "max": bounds.maximum,
+                    "target": self.snapshot.targets.get(pool, bounds.minimum),
                     "ready": sum(r.state == "ready" and not r.lateness for r in pools.replicas_of(pool, self.snapshot)),
                 }
                 for pool, bounds in self.config.bounds.items()
@@ -49,12 +52,27 @@ class FleetStatus:
                 {**replica_to_dict(entry), "prefix_tokens": _prefix_tokens(self.snapshot, entry.id)}
                 for entry in self.snapshot.replicas
             ],
+            "autoscaling": None if self.snapshot.scaling is None else scaling_to_dict(self.snapshot.scaling),
             "gateways": [gateway_to_dict(entry) for entry in self.snapshot.gateways],
             "nodes": [_node(entry) for entry in self.snapshot.nodes],
             "failed_starts": [
                 {"who": f.who, "kind": f.kind, "message": f.message, "log": f.log_path} for f in self.snapshot.failures
             ],
         }
+
+
+def scaling_to_dict(scaling: Scaling) -> dict[str, Any]:
+    """What was decided of a fleet's replicas, as `kervan status --json` prints it."""
+    return {
+        "policy": scaling.policy,
+        "targets": scaling.targets,
+        "reason": scaling.reason,
+        "numbers": scaling.numbers,
+        "problem": scaling.problem,
+        "since_s": scaling.since_s,
+        "room": scaling.room,
+        "decisions": [structs.asdict(decided) for decided in scaling.history],
+    }
 
 
 def replica_to_dict(entry: ReplicaEntry) -> dict[str, Any]:

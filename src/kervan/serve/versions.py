@@ -13,7 +13,7 @@ GATEWAY_SETTINGS = (
 )  # fmt: skip
 REPLICA_SETTINGS = (
     "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",
-    "stall_timeout_s", "drain_timeout_s", "warm_start",
+    "stall_timeout_s", "drain_timeout_s", "preflight", "warm_start",
 )  # fmt: skip
 
 

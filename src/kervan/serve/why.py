@@ -1,10 +1,11 @@
 """Why a fleet is not as it should be, one sentence for each thing. Pure."""
 
+import time
 from collections.abc import Sequence
 
 from kervan.config.fleet import FleetConfig
 from kervan.facts.markets import ON_DEMAND
-from kervan.fleet.directory import EXPIRY_S, Snapshot
+from kervan.fleet.directory import EXPIRY_S, Decided, Scaling, Snapshot
 from kervan.serve import placement, pools
 from kervan.serve.placement import NodeDevices
 
@@ -18,11 +19,13 @@ def explain(
     Ray remembers them for long, so they are told only while something is missing.
     """
     sentences = []
-    present, least = len(snapshot.replicas), config.replicas
+    if snapshot.scaling is not None and snapshot.scaling.problem:
+        sentences.append(f"autoscaling ({snapshot.scaling.policy}): {snapshot.scaling.problem}")
+    present, least = len(snapshot.replicas), max(config.replicas, sum(snapshot.targets.values()))
     if config.pools:
         sentences += pools.explain(config, snapshot, nodes)
         on_demand = len(pools.replicas_of(ON_DEMAND, snapshot))
-        present, least = on_demand, config.bounds[ON_DEMAND].minimum
+        present, least = on_demand, snapshot.targets.get(ON_DEMAND, config.bounds[ON_DEMAND].minimum)
         nodes = pools.of_pool(ON_DEMAND, nodes)
     if present < least:
         sentences.append(_missing(config, present, least, nodes))
@@ -63,6 +66,26 @@ def explain(
     if present < least:
         sentences += [f"{f.who} failed: {f.message}" for f in snapshot.failures[-3:]]
     return sentences
+
+
+def scaling_lines(scaling: Scaling, *, last: int = 20) -> list[str]:
+    """What the autoscaling policy wants, on what numbers, and the `last` changes, the latest at the end."""
+    targets = ", ".join(f"{pool} {target}" for pool, target in scaling.targets.items())
+    lines = [f"autoscaling ({scaling.policy}): {targets}: {scaling.reason or 'nothing is decided yet'}"]
+    if scaling.numbers:
+        lines.append("  " + ", ".join(f"{name} {value:g}" for name, value in scaling.numbers.items()))
+    return lines + [f"  {decided_line(decided)}" for decided in (scaling.history[-last:] if last else ())]
+
+
+def decided_line(decided: Decided) -> str:
+    """Like "12:01:33 on-demand 2 -> 3: 12 requests/s need it"."""
+    changes = [
+        f"{pool} {decided.before.get(pool, 0)} -> {target}"
+        for pool, target in decided.targets.items()
+        if decided.before.get(pool, 0) != target
+    ]
+    at = time.strftime("%X", time.localtime(decided.at_s))
+    return f"{at} {', '.join(changes) or 'no change'}: {decided.reason}"
 
 
 def notice_lines(snapshot: Snapshot, now_s: float) -> list[str]:

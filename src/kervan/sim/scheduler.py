@@ -82,13 +82,14 @@ class DecodeGroup(Generic[R]):
 
     def blocks_for(self, steps: int) -> int:
         """Blocks that so many further steps take."""
-        size = self.block_tokens
-        if size == 1:
-            return steps * len(self.ends)
+        size, phases = self.block_tokens, self.phases
+        last = -self.steps % size  # the phase of those that need a block in the next step; then that below it
         if steps == 1:
-            return self.phases[-self.steps % size]
-        before, after = self.steps - 1, self.steps + steps - 1
-        return sum(n * ((after + phase) // size - (before + phase) // size) for phase, n in enumerate(self.phases))
+            return phases[last]
+        rounds, more = divmod(steps, size)
+        first = last + 1 - more
+        part = sum(phases[first : last + 1]) if first >= 0 else sum(phases[: last + 1]) + sum(phases[first:])
+        return rounds * len(self.ends) + part
 
     def add(self, request: R) -> None:
         """A request whose context is computed becomes a member."""

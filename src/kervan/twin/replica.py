@@ -296,6 +296,7 @@ def main() -> None:
         twin.obey(command)
 
     control.follow(on_command, lambda: os._exit(0))
+    time.sleep(spec.settings.start_s)
     control.send(Ready(twin.address, twin.facts, ENGINE_VERSION))
     while True:
         twin.tick()

@@ -28,7 +28,7 @@ TYPICAL_PROMPT = 1024
 MAX_PER_NODE = 100  # Ray Serve's own bound
 
 # What the user may set with --twin, besides the fields of StepTiming and TwinLimits.
-EXTRA = {"speed": 1.0, "kv_tokens": 0, "spot_per_node": 0}
+EXTRA = {"speed": 1.0, "kv_tokens": 0, "spot_per_node": 0, "start_s": 0.0}
 
 
 def settings(config: FleetConfig) -> TwinSettings:
@@ -53,7 +53,7 @@ def settings(config: FleetConfig) -> TwinSettings:
     sizes: dict[str, Any] = {f.name: int(values[f.name]) for f in dataclasses.fields(TwinLimits) if f.name in values}
     limits = TwinLimits(**sizes | {"enable_prefix_caching": bool(values["enable_prefix_caching"])})
     _check(limits)
-    return TwinSettings(timing, limits, given["speed"])
+    return TwinSettings(timing, limits, given["speed"], given["start_s"])
 
 
 def spot_per_node(config: FleetConfig) -> int:
@@ -62,6 +62,14 @@ def spot_per_node(config: FleetConfig) -> int:
     Raises: ConfigError for an unknown setting.
     """
     return int(_given(config.twin)["spot_per_node"]) if config.engine == "twin" else 0
+
+
+def start_s(config: FleetConfig) -> float:
+    """How long a twin of the fleet pretends to start.
+
+    Raises: ConfigError for an unknown setting.
+    """
+    return _given(config.twin)["start_s"]
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, float]:

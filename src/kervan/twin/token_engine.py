@@ -65,11 +65,12 @@ class TwinLimits:
 
 @dataclass(frozen=True, slots=True)
 class TwinSettings:
-    """What a twin pretends to be. `speed`: 2 is a GPU twice as fast in everything."""
+    """What a twin pretends to be. `speed`: 2 is a GPU twice as fast in everything. `start_s`: until it is ready."""
 
     timing: StepTiming
     limits: TwinLimits
     speed: float = 1.0
+    start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,13 @@ import pytest
 from harness.places import BENCHMARKS, MODELS
 from harness.rank_work import die, fail, hang
 
-from kervan.calibrate import choose, kernels, measure_host, measurements, ranks, serving, shapes
+from kervan.calibrate import choose, kernels, measure_host, measurements, serving, shapes
 from kervan.calibrate.choose import GIB, Shape
-from kervan.calibrate.clock import num_calls
 from kervan.calibrate.measurements import Attention, Collective, Copy, Floor, Matmul, Measurements, Memory, Serving
 from kervan.calibrate.serving import Point, Server, ServingRuns
 from kervan.cli import calibrate as command
+from kervan.comm import ranks
+from kervan.comm.clock import num_calls
 from kervan.config import engine_arguments
 from kervan.errors import ConfigError, EngineError
 from kervan.plan import calibration
@@ -37,8 +38,8 @@ def server(model: str = "m", tp: int = 1, pp: int = 1, ep: int = 1, gpus: tuple[
     ("work", "for_s", "message", "rows"),
     [
         (fail, 60.0, r"rank 0 of 1: RuntimeError: no memory \(fail, line", ["one row"]),
-        (die, 60.0, "kervan-calibrate-0 exited with status 9 without a message", []),
-        (hang, 0.5, "1 of the processes had not ended after 0 s", []),
+        (die, 60.0, "rank 0 of 1 exited with status 9 without a message", []),
+        (hang, 60.0, r"1 of 1 ranks made no progress: a wait takes too long .* in hang \(rank_work.py", []),
     ],
 )
 def test_rows_of_a_process_that_fails_are_kept(work: ranks.Work, for_s: float, message: str, rows: list[str]) -> None:

@@ -159,7 +159,7 @@ def test_files_that_vllm_could_not_load_are_told_before_anything_starts(kervan: 
         pytest.param(["--api-key", ""], "--api-key is empty", id="empty key"),
         pytest.param(["--api-key", "good", "--api-key", " "], "--api-key: key 2 of 2 is empty", id="blank key"),
         pytest.param(["--api-key", "secret "], "which clients cannot send", id="key with a space at its end"),
-        pytest.param(["--replicas", "-1"], "replicas=-1 is outside 0..4096", id="negative replicas"),
+        pytest.param(["--replicas", "-1"], "'-1' is below 0; write for example 2 or 1..4", id="negative replicas"),
         pytest.param(["--port", "99999"], "port=99999 is outside 1..65535", id="port too large"),
         pytest.param(["--name", "My Fleet"], "use 1 to 40 lower-case letters, digits and hyphens", id="name"),
         pytest.param(["--host", "203.0.113.7"], "use 127.0.0.1, or 0.0.0.0 for all (--host)", id="host elsewhere"),
@@ -275,7 +275,8 @@ def test_what_is_neither_a_url_nor_a_command_is_refused(kervan: Kervan, command:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status"], ["status", "--json"], ["down"], ["scale", "2"], ["status", "--name", "chat"], ["down", "--name", "chat"]],
+    [["status"], ["status", "--json"], ["down"], ["scale", "2"], ["scale", "1..4"], ["status", "--name", "chat"],
+     ["autoscale"], ["autoscale", "--dry-run", "--policy", "ray"], ["down", "--name", "chat"]],
     ids=" ".join,
 )  # fmt: skip
 def test_an_unknown_fleet(kervan: Kervan, arguments: list[str]) -> None:
@@ -321,6 +322,10 @@ def test_a_drain_needs_a_deadline_that_can_be(kervan: Kervan, deadline: str, tol
         ["scale"],
         ["scale", "two"],
         ["scale", "--", "-1"],
+        ["scale", "3..1"],
+        ["autoscale", "--policy", "slo"],
+        ["autoscale", "--dry-run", "--policy", "magic"],
+        ["up", "m", "--replicas", "8..1"],
     ],
     ids=" ".join,
 )
@@ -364,7 +369,10 @@ def test_every_command_tells_wrong_usage_in_one_line(kervan: Kervan, name: str) 
     ("arguments", "told"),
     [
         (["plna"], "no command 'plna' (did you mean plan?); see kervan --help"),
-        (["scale", "two"], "REPLICAS 'two' is not a whole number of at least 0; see kervan scale --help"),
+        (
+            ["scale", "two"],
+            "REPLICAS 'two' is neither a number nor a range; write for example 2 or 1..4; see kervan scale --help",
+        ),
         (["plan", "m", "--gpus", "0"], "--gpus 0 is not a whole number from 1 to 65,536; see kervan plan --help"),
         (["plan", "a", "b"], "got unexpected extra argument (b); see kervan plan --help"),
         (["fault", "x"], "argument KIND is missing: one of slow, hang, crash, kv-pressure, none; see"),

@@ -157,20 +157,21 @@ def fleet_duration(text: str) -> float | None:
 
 
 def test_the_config_file_reads_the_same(tmp_path: Path) -> None:
-    (duration,) = OPTIONS["--duration"].values()
+    duration = OPTIONS["--duration"]["bench"]
     for text in PROBES:
         value = read(duration, text)
         assert fleet_duration(text) == (None if value == "refused" else value), text
-    gateways = OPTIONS["--gateways"]["up"]
-    for text in ("0", "2", "1..4", "4..1", "1..", "..4", "many", "2/s"):
-        path = tmp_path / "f.yaml"
-        path.write_text(f"gateways: {text}\n")
-        try:
-            settings = fleet.load_file(path)
-            found: Any = (settings["gateways"], settings.get("max_gateways", 0))
-        except ConfigError:
-            found = "refused"
-        assert found == read(gateways, text), text
+    for name in ("gateways", "replicas"):
+        option = OPTIONS[f"--{name}"]["up"]
+        for text in ("0", "2", "1..4", "0..4", "4..1", "1..", "..4", "many", "2/s", "-1"):
+            path = tmp_path / "f.yaml"
+            path.write_text(f"{name}: '{text}'\n")
+            try:
+                settings = fleet.load_file(path)
+                found: Any = (settings[name], settings.get(f"max_{name}", 0))
+            except ConfigError:
+                found = "refused"
+            assert found == read(option, text), text
 
 
 def test_stages_read_rates_and_durations_as_the_options_do() -> None:

@@ -6,23 +6,27 @@ import json
 from typing import Any
 
 import pytest
+from msgspec import structs
 from rich.console import Console
 
 from kervan.cli import render, top
+from kervan.cli.top import events
 from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import (
+    Decided,
     GatewayEntry,
     NodeEntry,
     NodeNotice,
     PrefixTokens,
     ReplicaEntry,
+    Scaling,
     Snapshot,
     StartFailure,
     Traffic,
 )
 from kervan.serve.placement import NodeDevices
 from kervan.serve.status import FleetStatus, fleet_status
-from kervan.serve.why import explain, notice_lines
+from kervan.serve.why import explain, notice_lines, scaling_lines
 
 CONFIG = FleetConfig(model="org/model", replicas=2, gateways=1, tp=4)
 
@@ -82,6 +86,37 @@ def test_one_sentence_for_each_thing(entries: tuple[Any, ...], nodes: list[NodeD
 
 def test_a_whole_fleet_needs_no_words() -> None:
     assert explain(CONFIG, snapshot(*WHOLE), [node("n", 0)], []) == []
+
+
+SCALING = Scaling(
+    "slo", {"on-demand": 2}, "2 are needed: 9 requests/s", {"load_requests_per_s": 9.0}, since_s=0.0,
+    history=[Decided(0.0, {"on-demand": 1}, {"on-demand": 2}, "2 are needed: 9 requests/s")],
+)  # fmt: skip
+
+
+def test_what_keeps_autoscaling_from_its_work_comes_first() -> None:
+    stuck = structs.replace(SCALING, problem="no gateway has told anything for 6 s; the numbers stay")
+    (told,) = explain(CONFIG, structs.replace(snapshot(*WHOLE), scaling=stuck), [node("n", 0)], [])
+    assert told == "autoscaling (slo): no gateway has told anything for 6 s; the numbers stay"
+
+
+def test_why_there_are_so_many_replicas_is_told_with_numbers_and_the_last_changes() -> None:
+    now, numbers, change = scaling_lines(SCALING)
+    assert now == "autoscaling (slo): on-demand 2: 2 are needed: 9 requests/s"
+    assert numbers == "  load_requests_per_s 9"
+    assert change.endswith("on-demand 1 -> 2: 2 are needed: 9 requests/s")
+    assert scaling_lines(SCALING, last=0) == [now, numbers]
+    assert scaling_lines(Scaling("slo", {"on-demand": 1}, "")) == [
+        "autoscaling (slo): on-demand 1: nothing is decided yet"
+    ]
+
+
+def test_a_decision_is_an_event_once() -> None:
+    before = structs.replace(snapshot(*WHOLE), scaling=structs.replace(SCALING, history=[]))
+    after = structs.replace(snapshot(*WHOLE), scaling=SCALING)
+    (event,) = events(before, after)
+    assert "on-demand 1 -> 2" in event
+    assert list(events(after, after)) == []
 
 
 def test_lost_nodes_and_failed_starts_are_named() -> None:

@@ -9,7 +9,7 @@ from harness.gateway import listening
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Snapshot
+from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Scaling, Snapshot
 from kervan.fleet.histogram import Histogram
 from kervan.gateway import page
 from kervan.gateway.metrics import merge_pages
@@ -24,7 +24,10 @@ ROWS: list[page.Row] = [
     ("kervan_streams_moved_total", "counter", "Streams placed again.", {(("reason", "lost"),): 7}),
 ]
 GATEWAYS = [GatewayEntry("gw-1", "n", 2, "", "", True, beat_age_s=0.5)]
-SNAPSHOT = Snapshot(1, REPLICAS, GATEWAYS, [], targets={"spot": 3})
+SCALING = Scaling(
+    "slo", {"spot": 3}, "3 are needed", {"load_requests_per_s": 2.5}, "there is no room", 1.7e9, {"spot": 2, "x": None}
+)
+SNAPSHOT = Snapshot(1, REPLICAS, GATEWAYS, [], targets={"spot": 3}, scaling=SCALING)
 LABELS = ("chat", 'm"x')
 
 
@@ -52,6 +55,10 @@ def test_a_page_has_the_gateways_metrics_and_the_fleets() -> None:
             {("starting",): 0, ("ready",): 1, ("draining",): 1, ("unhealthy",): 0, ("late",): 1},
         ),
         "kervan_replicas_target": ("gauge", {("spot",): 3}),
+        "kervan_replicas_room": ("gauge", {("spot",): 2}),
+        "kervan_autoscaling_number": ("gauge", {("load_requests_per_s", "slo"): 2.5}),
+        "kervan_autoscaling_problem": ("gauge", {("slo",): 1}),
+        "kervan_autoscaling_changed_timestamp_seconds": ("gauge", {("slo",): 1.7e9}),
         "kervan_replica_running": ("gauge", {("spot", "r1"): 3, ("on-demand", 'r"2\n'): 1}),
         "kervan_replica_waiting": ("gauge", {("spot", "r1"): 2, ("on-demand", 'r"2\n'): 0}),
         "kervan_replica_kv_cache_usage": ("gauge", {("spot", "r1"): 0.5, ("on-demand", 'r"2\n'): 0.25}),
@@ -83,7 +90,8 @@ def test_the_merged_page_counts_the_fleet_once_and_each_gateway_apart() -> None:
     text = page.write(ROWS, fleet_name="chat", model_name="m", snapshot=SNAPSHOT, has_vllm=False)
     merged = merge_pages({"gw-1": text, "gw-2": text})
     assert merged.count("\nkervan_links{") == 2
-    for name in ("kervan_replicas_target{", 'kervan_replicas{fleet="chat",model_name="m",state="ready"}'):
+    once = ("kervan_replicas_target{", "kervan_replicas_room{", "kervan_autoscaling_number{")
+    for name in (*once, 'kervan_replicas{fleet="chat",model_name="m",state="ready"}'):
         assert merged.count(f"\n{name}") == 1
     (age,) = re.findall(r"\nkervan_gateway_heartbeat_age_seconds(\{.*\}) ", merged)
     assert "exported_gateway" not in age

@@ -36,3 +36,12 @@ def test_a_long_step_is_given_its_time(expected_step_s: float, num_suspects: int
     for stalled_s, is_healthy in ((limit_s, True), (limit_s + 1, False)):
         sample = EngineSample(stalled_s, stalled_s, 0.0, True, expected_step_s, num_suspects)
         assert watchdog.decide(sample, stall_timeout_s=60).is_healthy is is_healthy
+
+
+def test_a_hang_in_a_collective_is_not_given_the_time_of_a_long_step() -> None:
+    hang = "a collective hangs: rank 1 (pid 7) is stopped (SIGSTOP)"
+    for stalled_s, is_healthy in ((60.0, True), (61.0, False)):
+        sample = EngineSample(stalled_s, stalled_s, 0.0, True, 300.0, 1, hang)
+        health = watchdog.decide(sample, stall_timeout_s=60)
+        assert health.is_healthy is is_healthy
+    assert health.reason == f"has work but made no step for 61 s (limit 60 s); {hang}"

@@ -14,6 +14,7 @@ from kervan.serve.versions import versions
 
 
 def config(on_demand: str = "2..4", spot: str = "0..6", **words: Any) -> FleetConfig:
+    words = {"policy": "fill", **words}
     return from_mapping({"model": "m", "pools": {"on-demand": on_demand, "spot": spot}, **words}, "a test")
 
 
@@ -27,7 +28,8 @@ def replicas(pool: str, *states: Any, version: str = "") -> list[ReplicaEntry]:
 
 
 def snapshot(*entries: list[ReplicaEntry]) -> Snapshot:
-    return Snapshot(1, [entry for some in entries for entry in some], [], [])
+    entries_of_all = [entry for some in entries for entry in some]
+    return Snapshot(1, entries_of_all, [], [], targets={"on-demand": 2, "spot": 6})
 
 
 OWN, SPOT = node("own", 4), node("s1", 3, is_spot=True)
@@ -77,6 +79,11 @@ def test_what_a_start_waits_for(
     fleet = config(**words)
     assert pools.placeable(fleet, nodes, held) == can_be
     assert pools.awaited(fleet, can_be) == awaited
+
+
+def test_spot_that_follows_the_load_is_not_waited_for() -> None:
+    fleet = from_mapping({"model": "m", "pools": {"on-demand": "2..4", "spot": "1..6"}}, "a test")
+    assert pools.awaited(fleet, {"on-demand": 4, "spot": 3}) == {"on-demand": 2, "spot": 1}
 
 
 def test_a_fleet_without_pools_waits_for_its_number() -> None:
@@ -180,17 +187,6 @@ def test_what_is_not_as_wanted(
     assert pools.explain(config(), snapshot(*there), nodes) == told
 
 
-def test_what_the_autoscaling_hears_of_spot() -> None:
-    there = snapshot(
-        replicas("on-demand", "ready", "ready"),
-        replicas("spot", "ready", "ready", "starting", "draining", "unhealthy"),
-        replicas("spot", "ready", version="old"),
-    )
-    facts = pools.spot_facts(config(fallback_after_s=3), there)
-    assert facts == pools.SpotFacts(6, ready=3, starting=1, outdated=1, fallback_after_s=3.0, fallback_hold_s=300.0)
-    assert pools.spot_facts(from_mapping({"model": "m", "pools": {"on-demand": 1}}, "t"), there).wanted == 0
-
-
 @pytest.mark.parametrize(
     ("before", "words", "told", "replicas"),
     [
@@ -199,6 +195,8 @@ def test_what_the_autoscaling_hears_of_spot() -> None:
         pytest.param(config(), {"pools": {"spot": "1..3"}}, {"on-demand": "2..4", "spot": "1..3"}, 3, id="one changes"),
         pytest.param(config(), {"gateways": 2}, {"on-demand": "2..4", "spot": "0..6"}, 2, id="neither does"),
         pytest.param(FleetConfig(model="m"), {"replicas": 2}, {}, 2, id="no pools"),
+        pytest.param(FleetConfig(model="m", max_replicas=4), {"pools": {"spot": "0..6"}},
+                     {"on-demand": "1..4", "spot": "0..6"}, 1, id="a range becomes that of its on-demand pool"),
     ],
 )  # fmt: skip
 def test_pools_of_a_running_fleet_change_one_by_one(

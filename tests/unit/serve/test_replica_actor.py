@@ -13,7 +13,7 @@ from kervan.errors import ConfigError, EngineError, FleetError
 from kervan.fleet.control import EngineFailed, EngineLoad
 from kervan.fleet.directory import StartFailure
 from kervan.policy.watchdog import Health
-from kervan.serve import replica_actor
+from kervan.serve import preflights, replica_actor
 from kervan.serve.replica_actor import EngineReplica, _Engine
 
 
@@ -45,9 +45,13 @@ class Process:
         self.load = EngineLoad(0, 0, 0.0, 0, False)
         self.log_path, self.pid, self.start_s, self.stalled_s = "a.log", 1, {}, 0.0
         self.is_healthy, self.ends_when_killed = True, True
+        self.rank_watch = SimpleNamespace(hang="")
 
     def health(self, _: float) -> Health:
         return Health(self.is_healthy, "made no step")
+
+    def why_stalled(self) -> str:
+        return ""
 
     def kill(self) -> None:
         if self.ends_when_killed:
@@ -72,6 +76,7 @@ class Bench:
         self.told: list[tuple[str, str]] = []
         self.coming: list[Process] = []
         self.replica: Any = Replica.__new__(Replica)
+        self.replica._serve_id = "s1"
         self.replica._config, self.replica._pool, self.replica._version = FleetConfig(model="m"), "pool", "v"
         self.replica._node, self.replica._nodes, self.replica._placement = "n", [], None
         self.replica._is_draining, self.replica._drain_deadline_s = False, None
@@ -141,6 +146,52 @@ async def test_a_node_without_the_model_is_told(
     (failure,) = reported
     assert (failure.who, failure.kind) == ("pool on n", "ConfigError")
     assert failure.message.startswith(told.format(model=model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_needed"),
+    [
+        ({}, False),
+        ({"tp": 2}, True),
+        ({"pp": 2}, True),
+        ({"tp": 2, "preflight": False}, False),
+        ({"tp": 2, "engine": "twin", "gpu": "H200"}, False),
+    ],
+)
+def test_only_replicas_of_several_ranks_have_a_preflight(settings: dict[str, Any], is_needed: bool) -> None:
+    assert preflights.is_needed(FleetConfig(model="m", **settings)) is is_needed
+
+
+async def test_a_host_that_fails_the_preflight_is_told_and_gets_no_engine(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def problem(*_: Any, **__: Any) -> str:
+        return "host n fails the preflight: results: data arrives wrong"
+
+    reported: list[StartFailure] = []
+
+    async def report(failure: StartFailure) -> None:
+        reported.append(failure)
+
+    monkeypatch.setattr(preflights, "problem", problem)
+    bench.replica._directory = SimpleNamespace(report_failure=report)
+    bench.replica._is_on_cpu = True
+    bench.replica._config = FleetConfig(model="m")
+    await bench.replica._check_links()
+    bench.replica._config = FleetConfig(model="m", tp=2)
+    with pytest.raises(EngineError, match="host n fails the preflight"):
+        await bench.replica._check_links()
+    (failure,) = reported
+    assert (failure.who, failure.kind) == ("pool on n", "EngineError")
+    assert failure.message == "host n fails the preflight: results: data arrives wrong"
+
+
+def test_a_preflight_is_the_first_part_of_a_start(bench: Bench) -> None:
+    assert bench.engine.start_s == {}
+    bench.engine.process.start_s = {"imports": 2.0}
+    assert bench.engine.start_s == {"imports": 2.0}
+    bench.engine.preflight_s = 6.123
+    assert bench.engine.start_s == {"preflight": 6.12, "imports": 2.0}
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, 
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
-from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, versions, warm_process
+from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, stack_dumps, versions, warm_process
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,8 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             engine_index=0,
         )
         self.model_executor.collective_rpc(runner_v1.install)
+        if vllm_config.parallel_config.world_size > 1 and spec.placement is None:
+            self.model_executor.collective_rpc(stack_dumps.install, args=(spec.stacks_dir,))
         self._time_steps(self.scheduler)
 
     def _time_steps(self, scheduler: Any) -> None:

@@ -107,6 +107,9 @@ class FleetState:
     replicas: tuple[ReplicaState, ...]
     demand: Demand | None
     demand_age_s: float = 0.0
+    cover_after_s: float = 15.0
+    """On-demand starts for spot that is missing for so long, and stops when none was missing for `cover_hold_s`."""
+    cover_hold_s: float = 300.0
 
     def pool(self, name: str) -> PoolState:
         """Raises: KeyError."""
@@ -145,26 +148,67 @@ class Policy(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    """What a replica would do under a steady load. `utilization`: work over what it can do, above 1 in overload."""
+class Prediction(Protocol):
+    """What a replica would do under a steady load, in the tail (p99)."""
 
-    ttft_s: float
-    tpot_s: float
-    utilization: float
-    kv_share: float
-    """Of the KV cache that running streams take, on average; above 1 where they do not fit."""
+    @property
+    def ttft_s(self) -> float:
+        """Infinite in overload."""
+        ...
+
+    @property
+    def tpot_s(self) -> float:
+        """Of a request, the mean over its tokens."""
+        ...
+
+    @property
+    def utilization(self) -> float:
+        """Work over what it can do, above 1 in overload."""
+        ...
+
+    @property
+    def kv_share(self) -> float:
+        """Of the KV cache that running streams take, on average; above 1 where they do not fit."""
+        ...
+
+    @property
+    def in_flight(self) -> float:
+        """Requests that wait or run there, on average; infinite in overload."""
+        ...
 
 
 class ReplicaModel(Protocol):
     """What one replica can do, from the planner's step times."""
 
-    prefill_tokens_per_s: float
-    kv_tokens: int
-    max_num_seqs: int
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Of prompts, when nothing else is computed."""
+        ...
 
-    def predict(self, *, requests_per_s: float, prompt_tokens: float, output_tokens: float) -> Prediction:
-        """One replica under so many requests per second, of mean lengths. Takes well under a millisecond."""
+    @property
+    def kv_tokens(self) -> int:
+        """That its KV cache holds."""
+        ...
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that run at once."""
+        ...
+
+    def predict(
+        self,
+        *,
+        requests_per_s: float,
+        prompt_tokens: float,
+        output_tokens: float,
+        arrivals_cv2: float = 1.0,
+        prompts_cv2: float = 0.0,
+    ) -> Prediction:
+        """One replica under so many requests per second, of mean lengths. Takes well under a millisecond.
+
+        `arrivals_cv2`, `prompts_cv2`: squared coefficients of variation, of the distances between requests (1: Poisson)
+        and of the lengths of prompts.
+        """
         ...
 
     def step_s(self, *, sequences: int, context_tokens: float, prefill_tokens: int = 0) -> float:

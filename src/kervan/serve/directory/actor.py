@@ -2,18 +2,26 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 
 import msgspec
 import ray
 
 from kervan.config.fleet import FleetConfig
-from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, StartFailure
-from kervan.serve import pools, ray_internals
+from kervan.config.workload import Slo
+from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
+from kervan.serve import cluster, pools, ray_internals
 from kervan.serve.directory.client import ACTOR_PREFIX, NAMESPACE, DirectoryClient
 from kervan.serve.ray_errors import bounded
+from kervan.serve.scaler import wanted
+from kervan.serve.scaler.observed import Observed
+from kervan.serve.scaler.scaler import Scaler
 
-PUBLISH_PERIOD_S = 0.5
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.1
+LOOK_PERIOD_S = 2.0
 
 
 class DirectoryActor:
@@ -23,32 +31,61 @@ class DirectoryActor:
     Who calls it meanwhile waits for it.
     """
 
-    def __init__(self, name: str, config_json: str, secret: str) -> None:
+    # Ray awaits it: the scaler's tasks need the loop.
+    async def __init__(self, name: str, config_json: str, secret: str) -> None:  # type: ignore[misc]
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._name = name
         self._key = _key(name)
         stored = ray_internals.kv_get(self._key)
-        self._config_json = stored.decode() if stored is not None else config_json
-        self._targets = _targets(self._config_json)
+        self._config = FleetConfig.from_json(stored.decode() if stored is not None else config_json)
         self._secret = secret
         self._directory = Directory(time.monotonic)
         self._changed = asyncio.Event()
         self._seen_version = self._directory.version
-        self._published = pools.published(name)  # a directory that is new again must not tell that all are gone
-        self._published_s = 0.0
-        if self._published is None:
-            self._publish_pools()
+        self._scaler = Scaler(self._config, ray_internals.kv_get(_scaler_key(name)))
+        # One that is new again goes on from there, and must not tell that fewer are wanted before it has looked.
+        self._wanted = wanted.published(name)
+        self._tasks = [asyncio.create_task(job) for job in (self._scale_forever(), self._look_forever())]
 
-    def _publish_pools(self) -> None:
-        """For a fleet with pools: tell Serve's controller, which cannot wait for an answer, how spot is."""
-        if (now_s := time.monotonic()) - self._published_s < PUBLISH_PERIOD_S:
+    async def _scale_forever(self) -> None:
+        """Decide again and again, and let Serve's controller know, which cannot wait for an answer."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                await self._scale()
+            except Exception:  # supervised: whatever is wrong now, the next second may be better
+                logger.exception("nothing was decided")
+                await asyncio.sleep(LOOK_PERIOD_S)
+
+    async def _scale(self) -> None:
+        if self._scaler.has_just_decided:
             return
-        self._published_s = now_s
-        config = FleetConfig.from_json(self._config_json)
-        if not config.pools:
+        snapshot = self._directory.snapshot()
+        if not self._scaler.is_due(snapshot.gateways):
             return
-        facts = pools.spot_facts(config, self._directory.snapshot())
-        if facts != self._published:
-            pools.publish(config.name, facts)
-            self._published = facts
+        self._scaler.decide(snapshot)
+        self._wake_followers()
+        if self._scaler.wanted != self._wanted:
+            await asyncio.to_thread(wanted.publish, self._name, self._scaler.wanted)
+            self._wanted = self._scaler.wanted
+        if (stored := self._scaler.to_store()) is not None:
+            await asyncio.to_thread(ray_internals.kv_put, _scaler_key(self._name), stored)
+
+    async def _look_forever(self) -> None:
+        """Look at what the cluster has room for."""
+        while True:
+            try:
+                held = pools.held(self._directory.snapshot())
+                nodes = await asyncio.to_thread(cluster.nodes_for, self._config)
+                of_pools = {
+                    pool: pools.of_pool(pool, nodes) if self._config.pools else nodes for pool in self._config.bounds
+                }
+                kind_of = {node.node: node.accelerator or node.device for node in nodes}
+                kinds = {pool: [kind_of[node.node] for node in own] for pool, own in of_pools.items()}
+                self._scaler.look(pools.placeable(self._config, nodes, held), kinds, kind_of)
+            except Exception:  # supervised: what was seen last holds
+                logger.exception("the cluster does not tell what it has")
+            await asyncio.sleep(LOOK_PERIOD_S)
 
     def _wake_followers(self) -> None:
         if self._directory.version != self._seen_version:
@@ -58,7 +95,7 @@ class DirectoryActor:
 
     async def fleet(self) -> tuple[str, str]:
         """The config as JSON, and the secret."""
-        return self._config_json, self._secret
+        return self._config.to_json(), self._secret
 
     async def node_id(self) -> str:
         """Ray's id of the node that this runs on."""
@@ -67,18 +104,15 @@ class DirectoryActor:
     async def set_config(self, config_json: str) -> None:
         """Store new settings."""
         ray_internals.kv_put(self._key, config_json.encode())
-        self._config_json = config_json
-        self._targets = _targets(config_json)
+        self._config = FleetConfig.from_json(config_json)
+        self._scaler.set_config(self._config)
         self._directory.version += 1  # fleets on the same port look at the config again
         self._wake_followers()
-        self._published_s = 0.0
-        self._publish_pools()
 
     async def beat_replica(self, entry: bytes) -> list[bytes]:
         """As `Directory.beat_replica`; entry and orders are MessagePack."""
         orders = self._directory.beat_replica(msgspec.msgpack.decode(entry, type=ReplicaEntry))
         self._wake_followers()
-        self._publish_pools()
         return [msgspec.msgpack.encode(order) for order in orders]
 
     async def order(self, replica_id: str, order: bytes) -> bool:
@@ -95,9 +129,10 @@ class DirectoryActor:
 
     async def beat_gateway(self, entry: bytes) -> None:
         """Take a beat."""
-        self._directory.beat_gateway(msgspec.msgpack.decode(entry, type=GatewayEntry))
+        gateway = msgspec.msgpack.decode(entry, type=GatewayEntry)
+        self._directory.beat_gateway(gateway)
+        self._scaler.beat(gateway)
         self._wake_followers()
-        self._publish_pools()
 
     async def beat_node(self, entry: bytes) -> bytes:
         """Take what a node's watcher tells; the snapshot."""
@@ -117,7 +152,22 @@ class DirectoryActor:
 
     async def snapshot(self) -> bytes:
         """Who lives where now."""
-        return msgspec.msgpack.encode(msgspec.structs.replace(self._directory.snapshot(), targets=self._targets))
+        return msgspec.msgpack.encode(self._snapshot())
+
+    def _snapshot(self) -> Snapshot:
+        scaling, asked = self._scaler.scaling, self._config.autoscaler
+        return msgspec.structs.replace(
+            self._directory.snapshot(),
+            targets=scaling.targets,
+            scaling=scaling,
+            slo=Slo() if asked is None else asked.slo,
+            may_sleep=not any(bounds.minimum for bounds in self._config.bounds.values()),
+        )
+
+    async def observed(self) -> bytes:
+        """What the autoscaling policy was told last, and has kept: an `Observed` as JSON."""
+        scaler = self._scaler
+        return msgspec.json.encode(Observed(scaler.state, scaler.scaling, dict(scaler.memory), scaler.kinds))
 
     async def changed(self, version: int, timeout_s: float) -> bytes:
         """The snapshot as soon as its version differs from `version`, at the latest after `timeout_s`."""
@@ -153,12 +203,13 @@ def stored_config(fleet_name: str) -> FleetConfig | None:
 def forget_directory(fleet_name: str) -> None:
     """Forget what the directory of a fleet that is no more has stored."""
     ray_internals.kv_delete(_key(fleet_name))
-    pools.forget(fleet_name)
-
-
-def _targets(config_json: str) -> dict[str, int]:
-    return {pool: bounds.minimum for pool, bounds in FleetConfig.from_json(config_json).bounds.items()}
+    wanted.forget(fleet_name)
+    ray_internals.kv_delete(_scaler_key(fleet_name))
 
 
 def _key(fleet_name: str) -> str:
     return f"config of fleet {fleet_name}"
+
+
+def _scaler_key(fleet_name: str) -> str:
+    return f"scaler of fleet {fleet_name}"

@@ -14,6 +14,7 @@ from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
 from kervan.fleet.directory import GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
 from kervan.serve.ray_errors import ANSWER_TIMEOUT_S, as_fleet_error, bounded
+from kervan.serve.scaler.observed import Observed
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,10 @@ class DirectoryClient:
     def order(self, replica_id: str, order: Order) -> DirectoryResponse[bool]:
         """Let a replica do something at its next beat, within about a second; whether there is such a replica."""
         return self._call("order", bool, replica_id, _encode(order))
+
+    def observed(self) -> DirectoryResponse[Observed]:
+        """What the autoscaling policy was told last, decided and kept."""
+        return self._call("observed", lambda raw: msgspec.json.decode(raw, type=Observed))
 
     def set_closing(self, is_closing: bool) -> DirectoryResponse[Snapshot]:
         """Let the gateways take no more requests, or take them again; the snapshot."""

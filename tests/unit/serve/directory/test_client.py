@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -41,7 +42,10 @@ class LocalActor:
     """A handle of a directory in this process. While `error` is set, its calls fail with it."""
 
     def __init__(self) -> None:
-        self.directory = DirectoryActor(CONFIG.name, CONFIG.to_json(), "secret")
+        self.directory = DirectoryActor.__new__(DirectoryActor)
+        begin: Any = self.directory.__init__  # type: ignore[misc]
+        with ThreadPoolExecutor(1) as threads:  # Ray awaits it; what it begins ends with the loop
+            threads.submit(lambda: asyncio.run(begin(CONFIG.name, CONFIG.to_json(), "secret"))).result()
         self.error: BaseException | None = None
 
     def __getattr__(self, method: str) -> Any:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kervan.fleet.prefill_speed import DEFAULT_PREFILL_TOKENS_PER_S, MIN_PROMPTS, PrefillSpeed
+from kervan.policy.prefill_speed import DEFAULT_PREFILL_TOKENS_PER_S, MIN_PROMPTS, PrefillSpeed
 
 
 def test_prefill_speed_is_that_of_prompts_that_did_not_wait() -> None:

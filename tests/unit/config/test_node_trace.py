@@ -7,8 +7,8 @@ from harness.places import TRACES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kervan.chaos import node_trace
-from kervan.chaos.node_trace import NodeChange, NodeTrace
+from kervan.config import node_trace
+from kervan.config.node_trace import NodeChange, NodeTrace
 from kervan.errors import ConfigError
 
 STORED = TRACES / "spotserve_0304.txt"

@@ -1,0 +1,164 @@
+"""What training techniques take and cost on one GPU: every row of docs/memory.md, under 8 minutes on an H200.
+
+    python benchmarks/memory_h200.py --out DIR [--only SUBSTRING] [--device cpu --tiny]
+
+Writes a record and the snapshots' summaries into DIR, and prints the table of rows, the estimates' errors, and the
+claims that are copied from page to page beside what was measured.
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kervan.bench import records
+from kervan.cli.memory import print_measured
+from kervan.errors import KervanError
+from kervan.memory import measure, snapshots
+from kervan.memory.measure import Case, Measured, MeasurePlan
+from kervan.memory.shape import NAMED
+from kervan.memory.techniques import parse
+from kervan.ranks import start
+
+# (model, sequence, batch): the techniques. The first of a group is what the others are compared with.
+GROUPS: dict[tuple[str, int, int], tuple[str, ...]] = {
+    ("1b", 2048, 4): (
+        "fp32", "tf32", "autocast", "bf16", "bf16-only", "bf16,checkpoint", "bf16,checkpoint-selective",
+        "bf16,checkpoint-sequential=2", "bf16,checkpoint-sequential=4", "bf16,checkpoint-sequential=16",
+        "bf16,eager", "bf16,sdpa-math", "bf16,sdpa-efficient", "bf16,sdpa-cudnn", "bf16,chunked-loss",
+        "bf16,checkpoint,chunked-loss", "bf16,bf16-states", "bf16,8bit-states", "bf16,offload-optimizer",
+        "bf16,offload-activations", "bf16,fsdp", "bf16,fsdp,offload-params",
+    ),
+    ("1b", 512, 16): ("bf16", "bf16,eager", "bf16,checkpoint"),
+    ("1b", 4096, 2): ("bf16", "bf16,eager", "bf16,checkpoint"),
+    ("1b", 16384, 1): ("bf16", "bf16,eager", "bf16,checkpoint", "bf16,checkpoint,chunked-loss"),
+    ("3b", 2048, 2): ("bf16", "bf16,checkpoint", "bf16,offload-optimizer", "bf16,8bit-states"),
+    ("8b", 2048, 1): ("bf16-only", "bf16-only,checkpoint", "bf16", "bf16,checkpoint,chunked-loss", "bf16,8bit-states"),
+}  # fmt: skip
+ZERO: dict[tuple[str, int, int], tuple[str, ...]] = {
+    ("1b", 2048, 4): (
+        "bf16,zero1", "bf16,zero2", "bf16,zero3", "bf16,zero2,offload-optimizer",
+        "bf16,zero3,offload-optimizer,offload-params", "bf16,zero3,checkpoint",
+    ),
+}  # fmt: skip
+SNAPSHOTS: dict[tuple[str, int, int], tuple[str, ...]] = {("1b", 2048, 4): ("bf16", "bf16,checkpoint")}
+# What pages say, the row that is compared, and with which.
+CLAIMS = (
+    ("FP16/BF16: -50% memory, +20-50% speed", ("1b", 2048, 4), "bf16", "fp32"),
+    ("the same, against TF32", ("1b", 2048, 4), "bf16", "tf32"),
+    ("the same, without master weights", ("1b", 2048, 4), "bf16-only", "fp32"),
+    ("checkpointing: -60-80% memory, -20-30% speed", ("1b", 2048, 4), "bf16,checkpoint", "bf16"),
+    (
+        "gradient and optimizer offload: -30-50% memory, -40-60% speed",
+        ("1b", 2048, 4),
+        "bf16,offload-optimizer",
+        "bf16",
+    ),
+    ("the same at 3B", ("3b", 2048, 2), "bf16,offload-optimizer", "bf16"),
+    ("ZeRO-3: -85% memory, -30-50% speed (one rank)", ("1b", 2048, 4), "bf16,zero3", "bf16"),
+    ("FlashAttention-2: -30% memory, +30-60% speed, at 512", ("1b", 512, 16), "bf16", "bf16,eager"),
+    ("the same at 2048", ("1b", 2048, 4), "bf16", "bf16,eager"),
+    ("the same at 4096", ("1b", 4096, 2), "bf16", "bf16,eager"),
+    ("segments=4: -75% activations", ("1b", 2048, 4), "bf16,checkpoint-sequential=4", "bf16"),
+)
+
+
+def main() -> int:
+    """Exit status: 0, or 1 when an estimate is off by more than 10% or a row failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="rows whose text has this")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="the same rows on a tiny model, to try the script")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--for", dest="for_s", type=float, default=470.0, help="seconds for all rows")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    end_s = time.monotonic() + options.for_s
+    rows: list[Measured] = []
+    holders: dict[str, Any] = {}
+    notes: list[str] = []
+    for groups, recorded in ((SNAPSHOTS, True), (GROUPS, False), (ZERO, False)):
+        if recorded and options.device == "cpu":
+            continue
+        if groups is ZERO and importlib.util.find_spec("deepspeed") is None:
+            notes.append("ZeRO rows left out: deepspeed is not installed")
+            continue
+        cases = tuple(_cases(groups, options))
+        if not cases:
+            continue
+        plan = MeasurePlan(
+            cases=cases, device=options.device, steps=options.steps, snapshots=options.out if recorded else None
+        )  # fmt: skip
+        try:
+            for row in start.run(measure.work, plan, for_s=max(20.0, end_s - time.monotonic())):
+                if isinstance(row, str):
+                    print(f"[{options.for_s - (end_s - time.monotonic()):5.0f} s] {row}", file=sys.stderr, flush=True)
+                elif recorded and row.snapshot:
+                    found = snapshots.holders(snapshots.read(Path(row.snapshot)))
+                    holders[f"{row.model} {row.technique}"] = [one.to_dict() for one in found]
+                    Path(row.snapshot).unlink()  # hundreds of MB; the summary stays
+                elif not recorded:
+                    rows.append(row)
+        except KervanError as error:
+            notes.append(str(error))
+    content: dict[str, Any] = {
+        "rows": [row.to_dict() for row in rows],
+        "holders": holders,
+        "notes": notes,
+        "claims": list(_claims(rows)),
+    }
+    path = records.write(options.out, records.record("memory", content, ["benchmarks/memory_h200.py", *sys.argv[1:]]))
+    for name, lines in holders.items():
+        print(name)
+        for line in lines[:8]:
+            print(f"  {line['gib']:8.2f} GiB  {line['where']}")
+    print_measured(rows)
+    for claim in content["claims"]:
+        print(
+            f"{claim['claim']}: {claim['with']} against {claim['without']}, {claim['batch']} x {claim['seq']}: "
+            f"memory {100 * claim['memory']:+.0f}%, kept activations {100 * claim['kept']:+.0f}%, "
+            f"speed {100 * claim['speed']:+.0f}%"
+        )
+    good = [row for row in rows if not row.problem]
+    far = [row for row in good if abs(row.error) > 0.10]
+    for note in notes:
+        print(f"not complete: {note}")
+    for row in far:
+        print(f"estimate off by {100 * row.error:+.1f}%: {row.model} {row.technique}, {row.batch} x {row.seq}")
+    print(f"{len(good)} of {len(rows)} rows measured, {len(good) - len(far)} estimates within 10%; record: {path}")
+    return 1 if far or notes else 0
+
+
+def _cases(groups: dict[tuple[str, int, int], tuple[str, ...]], options: argparse.Namespace) -> Iterator[Case]:
+    for (model, seq, batch), techniques in groups.items():
+        for text in techniques:
+            if options.only not in f"{model} {text}":
+                continue
+            if options.device == "cpu" and any(word in text for word in ("tf32", "efficient", "cudnn")):
+                continue
+            shape, recipe = NAMED["tiny" if options.tiny else model], parse(text)
+            if recipe.segments > shape.num_layers:
+                continue
+            shrunk = 16 if options.tiny else 1
+            yield Case(shape=shape, recipe=recipe, seq=seq // shrunk, batch=batch)
+
+
+def _claims(rows: list[Measured]) -> Iterator[dict[str, Any]]:
+    found = {(row.model, row.seq, row.batch, row.technique): row for row in rows if not row.problem}
+    for claim, (model, seq, batch), with_it, without in CLAIMS:
+        a, b = found.get((model, seq, batch, with_it)), found.get((model, seq, batch, without))
+        if a is None or b is None:
+            continue
+        yield {
+            "claim": claim, "model": model, "seq": seq, "batch": batch, "with": with_it, "without": without,
+            "memory": a.peak_bytes / b.peak_bytes - 1, "kept": a.kept_bytes / b.kept_bytes - 1,
+            "speed": a.tokens_s / b.tokens_s - 1,
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Pipelines on GPUs: every schedule's results against the unsplit model's, and its bubble, in one call.
+
+    python benchmarks/pipeline_h200.py --out DIR                    # a rank on each of two GPUs: speed and bubble
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/pipeline_h200.py --out DIR --stages 4 --shared   # four ranks on one GPU
+    python benchmarks/pipeline_h200.py --out DIR --device cpu --shared                        # to try the script
+
+`--shared` runs a small model: it shows that results are right, and nothing about speed.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from kervan.bench import records
+from kervan.cli.pipeline import content_of, print_result, write_timelines
+from kervan.memory.shape import NAMED, DecoderShape
+from kervan.pipeline import bench, cut, schedules
+from kervan.pipeline.plan import PipelinePlan
+
+COUNTS = (2, 4, 8, 16, 32)
+BATCH, SEQ = 32, 1024
+
+
+def plan(
+    name: str, shape: DecoderShape, ranks: int, options: argparse.Namespace, *, counts: tuple[int, ...], batch: int,
+    seq: int, is_forward_only: bool = False, is_checked: bool = False, is_measured: bool = False,
+) -> PipelinePlan:  # fmt: skip
+    """One schedule, with the numbers of micro-batches that it allows."""
+    schedule = schedules.SCHEDULES[name]
+    chunks = schedule.chunks[1]
+    least = {"1f1b": ranks, "dualpipev": 2 * ranks}.get(name, 1)
+    return PipelinePlan(
+        shape=shape, schedule=schedule, chunks=chunks, micro_batches=tuple(m for m in counts if m >= least),
+        batch=batch, seq=seq, device=options.device, dtype="fp32" if options.shared else "bf16",
+        is_forward_only=is_forward_only, repeats=options.repeats, is_checked=is_checked,
+        cut=None if is_measured else cut.balanced(cut.modelled(shape, seq), ranks * chunks),
+    )  # fmt: skip
+
+
+def main() -> int:
+    """Exit status: 0, or 1 when a result differs from the unsplit model's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--for", dest="for_s", type=float, default=420.0)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    ranks, begin_s = options.stages, time.monotonic()
+    if options.shared:
+        plans = tuple(
+            plan(name, NAMED["small"], ranks, options, counts=(2 * ranks,), batch=2 * ranks, seq=128, is_checked=True)
+            for name in schedules.SCHEDULES
+        )
+    else:
+        one_b = NAMED["1b"]
+        # Right first, with few rows: each rank holds the whole model for it.
+        plans = tuple(
+            plan(name, one_b, ranks, options, counts=(4 * ranks,), batch=4 * ranks, seq=512, is_checked=True)
+            for name in schedules.SCHEDULES
+        )
+        plans += tuple(
+            plan(name, one_b, ranks, options, counts=COUNTS, batch=BATCH, seq=SEQ) for name in schedules.SCHEDULES
+        )
+        plans += (
+            plan("gpipe", one_b, ranks, options, counts=COUNTS, batch=BATCH, seq=SEQ, is_forward_only=True),
+            plan("1f1b", one_b, ranks, options, counts=(16,), batch=BATCH, seq=SEQ, is_measured=True),
+        )
+    found = []
+    for result in bench.bench(
+        plans, ranks=ranks, for_s=options.for_s,
+        say=lambda text: print(f"[{time.monotonic() - begin_s:5.0f} s] {text}", file=sys.stderr, flush=True),
+    ):  # fmt: skip
+        found.append(result)
+        if result.plan.schedule.name in {"1f1b", "zbv"} and not result.plan.is_checked:
+            write_timelines(options.out, result, ranks)
+    content = {"runs": [content_of(result, ranks) for result in found]}
+    path = records.write(
+        options.out, records.record("pipeline", content, ["benchmarks/pipeline_h200.py", *sys.argv[1:]])
+    )
+    for result in found:
+        print_result(result, ranks)
+    wrong = [r.plan.schedule.name for r in found if any(row.equal_to_unsplit is False for row in r.rows)]
+    print(
+        f"{len(found)} of {len(plans)} plans ran; results that differ from the unsplit model's: {wrong or 'none'}; "
+        f"record: {path}"
+    )
+    return 1 if wrong or len(found) < len(plans) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""How a model of a replica is corrected by what is seen: slowly, and within bounds.
+
+Two factors. Steps that take longer than the model says keep requests in a replica for longer: by Little's law that is
+how many are in flight, over how many the model says (`pace`). And what counts in the end is who kept the SLO: a rate
+per replica at which all was well is one that a replica takes, and one at which too many requests were late, with no
+queue to blame, is one that it does not (`proven`).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kervan.config.workload import Slo
+from kervan.policy.autoscale.replica_rate import ReplicaRate
+from kervan.policy.autoscale.state import Demand, ReplicaModel
+
+LEAST, MOST = 0.4, 1.5
+PACE_S = 300.0
+PROVEN_S = 60.0
+FORGOTTEN_S = 7200.0  # so long until what was proven counts 1/e
+LATE_SHARE = 0.007  # of 1% of the requests that may be late; with half of that all is well
+LOWERED_S = 300.0  # twice as many late as there may be lower the rate by 1/e in so long
+VAIN_SHARE, HELPED_SHARE = 0.7, 0.8  # with so much less to do, no more than this of what was late should be left
+VAIN_S = 3600.0  # if it does not, it is not tried again for so long
+AT_EASE = 0.8  # of the bounds, at p95: more than this is no proof that all is well
+CALM_S = 60.0  # after a queue, and what was in it
+STEADY_S = 64.0
+FEW = 2.0  # requests in flight in a replica: of fewer the pace is not known
+ASK_S = 30.0  # between two questions to the model
+
+
+@dataclass(slots=True)
+class Correction:
+    """A working copy of what is remembered."""
+
+    pace: float = 1.0
+    proven: float = 1.0
+    calm_since_s: float = -math.inf
+    asked_s: float = -math.inf
+    lowered_from: float = 0.0
+    bad_before: float = 0.0
+    load_before: float = 0.0
+    vain_until_s: float = -math.inf
+
+    @classmethod
+    def from_memory(cls, memory: Mapping[str, Any]) -> "Correction":
+        """What `to_memory` wrote; of an empty mapping none."""
+        return cls(**{name: -math.inf if value is None else value for name, value in memory.items()})
+
+    def to_memory(self) -> dict[str, Any]:
+        """All of it, for JSON, which has no infinity."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {name: None if math.isinf(value) else round(value, 5) for name, value in values.items()}
+
+    @property
+    def factor(self) -> float:
+        """By which a replica takes more than its model says."""
+        return min(MOST, max(LEAST, self.pace * self.proven))
+
+    def observe(
+        self,
+        *,
+        now_s: float,
+        dt: float,
+        per_replica: float,
+        peak: float,
+        in_flight: float,
+        waiting: float,
+        good: float,
+        prompt_tokens: float,
+        output_tokens: float,
+        rate: ReplicaRate,
+        model: ReplicaModel | None,
+        pressure: float,
+        steady_s: float,
+    ) -> None:
+        """What was seen in the last `dt` seconds, of the mean replica that is ready. `steady_s`: since their number
+        changed. `peak`: the most requests/s of late.
+        """
+        self.proven += (1.0 - self.proven) * (1 - math.exp(-dt / FORGOTTEN_S))
+        if peak > rate.requests_per_s * self.pace or waiting > 1 + 0.2 * in_flight:
+            self.calm_since_s = now_s
+        bad, allowed = 1 - good, LATE_SHARE
+        if steady_s >= STEADY_S and per_replica > 0:
+            shown = per_replica / (rate.requests_per_s * self.pace)
+            if bad < allowed / 2 and pressure < AT_EASE and shown > self.proven:
+                self.proven += (min(MOST, shown) - self.proven) * (1 - math.exp(-dt / PROVEN_S))
+            elif bad > allowed and self.is_calm(now_s, rate) and now_s >= self.vain_until_s:
+                self._lower(min(1.0, bad / allowed - 1) * dt / LOWERED_S, bad, per_replica, now_s)
+        if model is None or in_flight < FEW or waiting > 1 or steady_s < STEADY_S or now_s - self.asked_s < ASK_S:
+            return
+        passed_s, self.asked_s = min(2 * ASK_S, now_s - self.asked_s), now_s
+        there = min(per_replica, 0.98 * rate.requests_per_s)
+        predicted = model.predict(
+            requests_per_s=there, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+        ).in_flight  # fmt: skip
+        if there > 0 and math.isfinite(predicted):
+            seen = min(MOST, max(LEAST, predicted / in_flight * per_replica / there))
+            self.pace += (seen - self.pace) * (1 - math.exp(-passed_s / PACE_S))
+
+    def is_calm(self, now_s: float, rate: ReplicaRate) -> bool:
+        """Whether what ends now has come when there was no queue."""
+        return now_s - self.calm_since_s > CALM_S + rate.stay_s
+
+    def _lower(self, by: float, bad: float, per_replica: float, now_s: float) -> None:
+        """Less per replica; if replicas that had that much less to do were not better, it is in vain."""
+        if not self.lowered_from:
+            self.lowered_from, self.bad_before, self.load_before = self.proven, bad, per_replica
+        self.proven = max(LEAST, self.proven * (1 - by))
+        if per_replica < VAIN_SHARE * self.load_before:
+            if bad > HELPED_SHARE * self.bad_before:
+                self.proven, self.vain_until_s = self.lowered_from, now_s + VAIN_S
+            self.lowered_from = 0.0
+
+
+def pressure(demand: Demand, slo: Slo) -> float:
+    """How close TTFT and TPOT are to their bounds, at p95; 0 without news."""
+    shares = [
+        seen / bound
+        for seen, bound in ((demand.ttft_p95_s, slo.ttft_s), (demand.tpot_p95_s, slo.tpot_s))
+        if seen is not None and bound is not None
+    ]
+    return max(shares, default=0.0)

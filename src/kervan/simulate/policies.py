@@ -1,0 +1,119 @@
+"""The policies of `--policy`, by name, for a fleet that is to be simulated: the live fleet's own."""
+
+import dataclasses
+import difflib
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from kervan.config.autoscale import Autoscaling, resolve
+from kervan.errors import ConfigError
+from kervan.policy.autoscale import choose, oracle
+from kervan.policy.autoscale.replica_rate import ModelledRates
+from kervan.policy.autoscale.state import Policy
+from kervan.sim.capacity import ReplicaCapacity
+from kervan.simulate.engine import EngineFacts
+from kervan.simulate.fixed import FixedNumber
+from kervan.simulate.setup import FleetSetup
+
+MAX_TARGET = 10_000
+EXAMPLES = {"fixed": "fixed:8, that many replicas", "ray": "ray:16, that many streams for each"}
+
+
+def check(name: str) -> None:
+    """Raises: ConfigError for a name that is no policy."""
+    kind, colon, number = name.partition(":")
+    if kind in EXAMPLES and colon:
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        is_count = kind == "fixed"
+        if not (0 if is_count else 1e-3) <= value <= MAX_TARGET or (is_count and value != int(value)):
+            raise ConfigError(f"--policy {name!r}: {number!r} is no such number; write for example {EXAMPLES[kind]}")
+        return
+    if name not in MAKERS:
+        near = difflib.get_close_matches(name, MAKERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MAKERS)}, fixed:N, ray:TARGET"
+        raise ConfigError(f"--policy {name!r} is no policy; {hint}")
+
+
+def make(name: str, setup: FleetSetup, seed: int) -> Policy:
+    """The policy of a name that `check` has let pass, for the run with this seed."""
+    kind, _, number = name.partition(":")
+    return MAKERS[kind](setup, seed, number)
+
+
+def _fixed(setup: FleetSetup, seed: int, number: str) -> Policy:
+    return FixedNumber(int(number) if number else None)
+
+
+def _slo(setup: FleetSetup, seed: int, number: str) -> Policy:
+    return choose.policy(_asked(setup), capacity(setup.engine), name="slo")
+
+
+def _ray(setup: FleetSetup, seed: int, number: str) -> Policy:
+    asked = _asked(setup)
+    if number:
+        asked = dataclasses.replace(
+            asked, ray=dataclasses.replace(asked.ray, target_ongoing_requests=float(number)),
+            given=asked.given | {"target_ongoing_requests"},
+        )  # fmt: skip
+    return choose.policy(asked, name="ray")
+
+
+def _fill(setup: FleetSetup, seed: int, number: str) -> Policy:
+    return choose.policy(_asked(setup), name="fill")
+
+
+def _oracle(setup: FleetSetup, seed: int, number: str) -> Policy:
+    """It is given the arrivals of the run, and the rate of a replica at their mean lengths and variances."""
+    rows = list(setup.load.requests(seed))
+    prompts, outputs = [row[1] for row in rows], [row[2] for row in rows]
+    counts = Counter(int(row[0]) for row in rows)
+    end_s = rows[-1][0] if rows else 1.0
+    mean = len(rows) / max(1.0, end_s)
+    # From second to second: a load that rises in an hour is no burst.
+    jumps = [(counts[second + 1] - counts[second]) ** 2 for second in range(int(end_s))]
+    variance = statistics.fmean(jumps or [0]) / 2
+    mean_prompt = statistics.fmean(prompts or [1])
+    rate = ModelledRates(capacity(setup.engine), setup.slo).at(
+        mean_prompt,
+        statistics.fmean(outputs or [1]),
+        arrivals_cv2=variance / max(mean, 1e-9),
+        prompts_cv2=statistics.pvariance(prompts or [1], mean_prompt) / mean_prompt**2,
+    )
+    schedule = oracle.plan(
+        [row[0] for row in rows],
+        rate,
+        minimum=sum(pool.minimum for pool in setup.pools),
+        maximum=sum(pool.maximum for pool in setup.pools),
+        start_s=max(pool.start.quantile_s(0.9) for pool in setup.pools),
+        end_s=end_s,
+    )
+    return oracle.Oracle(schedule)
+
+
+MAKERS: Mapping[str, Callable[[FleetSetup, int, str], Policy]] = {
+    "slo": _slo,
+    "ray": _ray,
+    "fill": _fill,
+    "fixed": _fixed,
+    "oracle": _oracle,
+}
+"""Each is given the fleet, the seed of the run (the oracle looks at its arrivals), and what follows the colon."""
+
+
+def _asked(setup: FleetSetup) -> Autoscaling:
+    """The settings with the fleet's SLO."""
+    asked = setup.autoscaling
+    if asked is None:
+        most = sum(pool.maximum for pool in setup.pools)
+        asked = resolve(policy="", slo="", schedule=(), time_zone="UTC", autoscaling={}, maximum=most)
+    return dataclasses.replace(asked, slo=setup.slo)
+
+
+def capacity(engine: EngineFacts) -> ReplicaCapacity:
+    """What the policy knows of a replica: the planner's model, with the scale that the simulated ones have."""
+    return ReplicaCapacity(engine.step_time(), engine.kv_tokens, time_scale=engine.scale)

@@ -1,0 +1,56 @@
+"""docs/comm.md: its table has every check, its options are the commands', and what runs on a CPU runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from harness import hosts
+from harness.places import REPOSITORY
+
+from kervan.cli import comm
+from kervan.comm import doctor
+
+PAGE = (REPOSITORY / "docs/comm.md").read_text()
+COMMANDS = re.search(r"<!-- cpu -->\n```bash\n(.*?)```", PAGE, re.S)
+
+
+def first_cells(heading: str) -> list[str]:
+    """Code in the first cells of the table below a heading."""
+    section = PAGE[PAGE.index(f"\n## {heading}\n") :]
+    rows = re.findall(r"^\| (`[^|]*) \|", section[: section.find("\n## ", 4) if "\n## " in section[4:] else None], re.M)
+    return [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
+
+
+def test_the_table_of_checks_is_the_doctors() -> None:
+    found = doctor.examine_host(hosts.host(), hosts.measured())
+    assert first_cells("Doctor") == [check.name for check in found]
+
+
+def test_the_options_of_the_bench_are_described() -> None:
+    real = {name for p in comm.bench.params if isinstance(p, click.Option) for name in p.opts}
+    assert set(first_cells("Bench")) == real
+
+
+def test_the_changelog_counts_the_checks() -> None:
+    found = doctor.examine_host(hosts.host(), hosts.measured())
+    assert f"kervan comm doctor`: {len(found)} checks" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_every_line_of_the_page_parses() -> None:
+    for line in re.findall(r"^kervan (comm (?:bench|doctor)[^\n]*)$", PAGE, re.M):
+        _, name, *words = shlex.split(line, comments=True)
+        command = comm.comm.commands[name]
+        command.make_context(name, words)
+
+
+@pytest.mark.parametrize("line", COMMANDS[1].splitlines() if COMMANDS else [])
+def test_the_commands_for_a_cpu_run(line: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", *shlex.split(line), "--record", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert list(tmp_path.iterdir())
