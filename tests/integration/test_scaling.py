@@ -184,8 +184,8 @@ async def test_no_replica_while_nobody_asks_and_one_for_the_first_request(scaled
 
 
 @pytest.mark.exhaustive
-async def test_hundreds_of_replicas_that_come_and_go_leave_nothing_behind(scaled: Fleet) -> None:
-    """100 changes, 100 replicas each way. What lives on is compared with what lived after the first ten."""
+async def test_replicas_that_come_and_go_leave_nothing_behind(scaled: Fleet) -> None:
+    """24 changes, 24 replicas each way. What lives on is compared with what lived after the first eight changes."""
 
     def held() -> list[int]:
         """Sockets and threads of the directory and of Serve's controller, which see all of them come and go."""
@@ -202,11 +202,11 @@ async def test_hundreds_of_replicas_that_come_and_go_leave_nothing_behind(scaled
         return [sum(process.num_fds() for process in found), sum(process.num_threads() for process in found)]
 
     before: list[int] = []
-    for number in range(50):
+    for number in range(12):
         for count in (3, 1):
             await kervan(scaled, "scale", str(count))
             await eventually_async(lambda count=count: len(linked(scaled)) == count, f"{count} replicas", START_S)
-        if number == 5:
+        if number == 3:
             before = held()
     assert len(scaled.status()["replicas"]) == 1
     assert all(now <= 1.2 * then for now, then in zip(held(), before, strict=True))
