@@ -57,7 +57,14 @@ def policy_names(text: str, option: str = "--policy") -> list[str]:
     return names
 
 
-POLICY_NAMES = option_types.Parsed("name,...", policy_names)
+class PolicyNames(click.ParamType):  # type: ignore[type-arg]
+    """Policies of the simulator, joined by commas: those of the fleet's settings, and some that only it has."""
+
+    name = "name,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        """Raises: ConfigError for one that is unknown, or given twice."""
+        return policy_names(value) if isinstance(value, str) else list(value)  # type: ignore[call-overload]
 
 
 @click.command(cls=options.sectioned(SECTIONS))
@@ -91,7 +98,7 @@ POLICY_NAMES = option_types.Parsed("name,...", policy_names)
 @option("--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]")
 @option("--osl", type=option_types.LENGTHS, help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
 @option(
-    "--policy", type=POLICY_NAMES, default=DEFAULT_POLICY, show_default=True,
+    "--policy", type=PolicyNames(), default=DEFAULT_POLICY, show_default=True,
     help="One, or several to compare, like slo,ray:16,fixed:8 (docs/simulator.md has all).",
 )  # fmt: skip
 @option("--slo", type=option_types.SLO, help=f"What a good request keeps. [default: {DEFAULT_SLO}]")
