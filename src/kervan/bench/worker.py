@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -70,13 +71,14 @@ async def _serve(share: Share, link: Connection, loop_name: str) -> None:
     counter = RequestCounter(share, command[1])
     running = loop.create_task(client.run(command[1], counter))
 
-    def on_command() -> None:
+    def end_when_told() -> None:
         with contextlib.suppress(EOFError, OSError):
-            link.recv()
-        loop.remove_reader(link.fileno())  # "stop", or the starter is gone
-        client.end()
+            link.recv()  # "stop", or the starter is gone
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(client.end)
 
-    loop.add_reader(link.fileno(), on_command)
+    # Not `add_reader`: uvloop's makes the link non-blocking, and a report that is larger than its buffer is cut.
+    threading.Thread(target=end_when_told, daemon=True, name="commands").start()
     cpu_s, wall_s = time.process_time(), time.monotonic()
     while not running.done():
         await asyncio.wait({running}, timeout=REPORT_PERIOD_S)

@@ -36,7 +36,7 @@ def main() -> None:
         local_addr=None if nodes.count > 1 else "127.0.0.1",
         max_restarts=0,
         monitor_interval=0.05,
-        start_method="fork",  # after the import of torch, before any thread or GPU of it is used
+        start_method="spawn",  # torch 2.11 asks CUDA for its GPUs in this process, and a process forked then cannot use them
     )
     try:
         elastic_launch(config, _rank)(work, arguments, address, key)

@@ -84,9 +84,9 @@ def test_the_reason_names_the_rank_its_process_and_who_waits() -> None:
 SLEEPER = """
 import faulthandler, signal, sys, time
 def broken_all_reduce():
+    print("ready", flush=True)
     time.sleep(600)
 faulthandler.register(signal.SIGUSR2, file=open(sys.argv[1], "w"), all_threads=True)
-print("ready", flush=True)
 broken_all_reduce()
 """
 
