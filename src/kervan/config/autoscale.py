@@ -259,7 +259,7 @@ def resolve(
     chosen = policy or ("ray" if "target_ongoing_requests" in given else "slo")
     minimums = parse_schedule(schedule)
     for one in minimums:
-        if one.minimum > maximum:
+        if one.minimum > maximum > 0:  # none at all is refused where fleets are
             raise ConfigError(
                 f"schedule {one.text!r} wants {one.minimum} replicas, and the most is {maximum}; write min={maximum}, "
                 f"or raise the most, like --replicas 1..{one.minimum}"
