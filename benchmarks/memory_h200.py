@@ -21,7 +21,6 @@ from kervan.memory import measure, snapshots
 from kervan.memory.measure import Case, Measured, MeasurePlan
 from kervan.memory.shape import NAMED
 from kervan.memory.techniques import parse
-from kervan.ranks import start
 
 # (model, sequence, batch): the techniques. The first of a group is what the others are compared with.
 GROUPS: dict[tuple[str, int, int], tuple[str, ...]] = {
@@ -94,7 +93,7 @@ def main() -> int:
             cases=cases, device=options.device, steps=options.steps, snapshots=options.out if recorded else None
         )  # fmt: skip
         try:
-            for row in start.run(measure.work, plan, for_s=max(20.0, end_s - time.monotonic())):
+            for row in measure.run(plan, for_s=max(20.0, end_s - time.monotonic())):
                 if isinstance(row, str):
                     print(f"[{options.for_s - (end_s - time.monotonic()):5.0f} s] {row}", file=sys.stderr, flush=True)
                 elif recorded and row.snapshot:

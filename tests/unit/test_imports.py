@@ -73,13 +73,15 @@ FORBIDDEN += [
     ("simulate", ("observe", "fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     *((part, ("simulate",)) for part in dict(FORBIDDEN)),
 ]
-# Training's rooms: ranks know nothing, memory the facts and the engine on paper, pipeline both; commands use them.
+# Ranks know nothing, and are used by what measures and what watches engines. Training's rooms: memory knows the facts
+# and the engine on paper, pipeline both; commands use them.
 BESIDE = ("config", "policy", "plan", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos")
 FORBIDDEN += [
-    ("ranks", ("facts", "sim", "calibrate", "cli", "demo", "memory", "pipeline", *BESIDE)),
+    ("ranks", ("facts", "sim", "comm", "calibrate", "cli", "demo", "memory", "pipeline", *BESIDE)),
     ("memory", ("calibrate", "cli", "demo", "pipeline", *BESIDE)),
     ("pipeline", ("sim", "calibrate", "cli", "demo", *BESIDE)),
-    *((part, ("ranks", "memory", "pipeline")) for part in dict(FORBIDDEN)),
+    *((part, ("memory", "pipeline")) for part in dict(FORBIDDEN)),
+    *((part, ("ranks",)) for part in dict(FORBIDDEN) if part not in ("comm", "fleet", "serve", "calibrate")),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
@@ -97,7 +99,7 @@ CONFINED = [
             "fleet/vllm/runner_v1.py",
             "memory/",
             "pipeline/stage_work.py",
-            "ranks/agent.py",
+            "ranks/group.py",
         ),
     ),
     ("deepspeed", ("memory/zero.py",)),

@@ -148,7 +148,6 @@ def measure(**given: Any) -> None:
     from kervan.memory import measure as measuring
     from kervan.memory import shape
     from kervan.memory.techniques import check, parse
-    from kervan.ranks import start
 
     device = rank_options.chosen_device(given["device"])
     rank_options.check_torch("memory measure")
@@ -157,7 +156,7 @@ def measure(**given: Any) -> None:
     if given["snapshots"] is not None and device == "cpu":
         raise ConfigError("--snapshots are of the GPU allocator's memory; leave it out on a CPU")
     sizes = shape.read(given["model"])
-    nodes = start.Nodes(given["nodes"], given["node_rank"], given["rendezvous"])
+    nodes = rank_options.chosen_nodes(given)
     cases = []
     for text in given["techniques"]:
         recipe = parse(text)
@@ -172,7 +171,7 @@ def measure(**given: Any) -> None:
     say = render.progress_lines(is_quiet=given["as_json"] and not sys.stderr.isatty())
     say(f"starting {given['ranks']} rank(s) on the {'GPU' if device == 'cuda' else 'CPU'}")
     rows: list[measuring.Measured] = []
-    for row in start.run(measuring.work, plan, ranks=given["ranks"], nodes=nodes, for_s=given["duration"]):
+    for row in measuring.run(plan, ranks=given["ranks"], nodes=nodes, for_s=given["duration"]):
         if isinstance(row, measuring.Measured):
             rows.append(row)
         else:
@@ -211,8 +210,7 @@ def print_measured(rows: "list[Measured]") -> None:
         table.add_column(column, justify="right")
     for row in rows:
         if row.problem:
-            table.add_row(row.technique, f"{row.batch} x {row.seq}", "-", f"{row.estimate_bytes / GIB:.2f}",
-                          row.problem[:60])  # fmt: skip
+            table.add_row(row.technique, f"{row.batch} x {row.seq}", "-", f"{row.estimate_bytes / GIB:.4g}")
             continue
         sizes = (row.weights_bytes, row.gradients_bytes, row.optimizer_bytes, row.kept_bytes, row.host_bytes)
         table.add_row(
@@ -221,6 +219,9 @@ def print_measured(rows: "list[Measured]") -> None:
             f"{row.tokens_s:,.0f}",
         )  # fmt: skip
     Console(highlight=False, width=None if sys.stdout.isatty() else 170).print(table)
+    for row in rows:
+        if row.verdict:
+            print(f"{row.technique}, {row.batch} x {row.seq}: {row.verdict}")
 
 
 @memory.command()
@@ -272,13 +273,12 @@ def finetune(**given: Any) -> None:
     from kervan.memory import finetune as tuning
     from kervan.memory import shape
     from kervan.memory.techniques import check, parse
-    from kervan.ranks import start
 
     device = rank_options.chosen_device(given["device"])
     rank_options.check_torch("memory finetune")
     outputs.check_record("--record", given["record"])
     outputs.check_directory("--checkpoint", given["checkpoint"])
-    nodes = start.Nodes(given["nodes"], given["node_rank"], given["rendezvous"])
+    nodes = rank_options.chosen_nodes(given)
     if given["checkpoint"] is not None and len(given["techniques"]) > 1:
         raise ConfigError(
             f"--checkpoint is for one run, and {len(given['techniques'])} techniques are given; give one --technique"

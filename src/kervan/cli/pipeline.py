@@ -62,9 +62,8 @@ def bench(**given: Any) -> None:
     from kervan.bench import records
     from kervan.cli import render
     from kervan.pipeline import bench as benching
-    from kervan.ranks import start
 
-    nodes = start.Nodes(given["nodes"], given["node_rank"], given["rendezvous"])
+    nodes = rank_options.chosen_nodes(given)
     outputs.check_record("--record", given["record"])
     outputs.check_directory("--timeline", given["timeline"])
     plan = _plan(given, given["stages"] * nodes.count)

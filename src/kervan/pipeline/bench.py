@@ -11,7 +11,8 @@ from kervan.pipeline import schedules
 from kervan.pipeline.bubble import Span
 from kervan.pipeline.cut import imbalance
 from kervan.pipeline.plan import PipelinePlan, Prepared, Ran
-from kervan.ranks.start import Keep, Nodes, Rank, run
+from kervan.ranks.rank import Doing, Keep, Nodes, Rank
+from kervan.ranks.start import run
 
 ONE_NODE = Nodes()
 # Equal up to the order of sums: of the largest number, FP32's and BF16's rounding a few times over.
@@ -88,6 +89,7 @@ def bench(
 
 def work(rank: Rank, plans: tuple[PipelinePlan, ...], keep: Keep) -> None:
     """Work of one rank; imports torch there."""
+    keep(Doing("importing torch"))
     from kervan.pipeline import stage_work
 
     stage_work.work(rank, plans, keep)
