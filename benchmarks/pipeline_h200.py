@@ -4,16 +4,20 @@
     CUDA_VISIBLE_DEVICES=0 python benchmarks/pipeline_h200.py --out DIR --stages 4 --shared   # four ranks on one GPU
     python benchmarks/pipeline_h200.py --out DIR --device cpu --shared                        # to try the script
 
-`--shared` runs a small model: it shows that results are right, and nothing about speed.
+`--shared` runs a small model: it shows that results are right, and nothing about speed. DIR gets two files: the record,
+and timelines.tar.gz with an SVG and a trace for each row of 1F1B and ZBV.
 """
 
 import argparse
 import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 
 from kervan.bench import records
 from kervan.cli.pipeline import content_of, print_result, write_timelines
+from kervan.errors import KervanError
 from kervan.memory.shape import NAMED, DecoderShape
 from kervan.pipeline import bench, cut, schedules
 from kervan.pipeline.plan import PipelinePlan
@@ -69,26 +73,41 @@ def main() -> int:
             plan("gpipe", one_b, ranks, options, counts=COUNTS, batch=BATCH, seq=SEQ, is_forward_only=True),
             plan("1f1b", one_b, ranks, options, counts=(16,), batch=BATCH, seq=SEQ, is_measured=True),
         )
-    found = []
-    for result in bench.bench(
-        plans, ranks=ranks, for_s=options.for_s,
-        say=lambda text: print(f"[{time.monotonic() - begin_s:5.0f} s] {text}", file=sys.stderr, flush=True),
-    ):  # fmt: skip
-        found.append(result)
-        if result.plan.schedule.name in {"1f1b", "zbv"} and not result.plan.is_checked:
-            write_timelines(options.out, result, ranks)
-    content = {"runs": [content_of(result, ranks) for result in found]}
+    found: list[bench.Result] = []
+    notes: list[str] = []
+    try:
+        for result in bench.bench(
+            plans, ranks=ranks, for_s=options.for_s,
+            say=lambda text: print(f"[{time.monotonic() - begin_s:5.0f} s] {text}", file=sys.stderr, flush=True),
+        ):  # fmt: skip
+            found.append(result)
+    except KervanError as error:
+        notes.append(str(error))
+    content = {"runs": [content_of(result, ranks) for result in found], "notes": notes}
     path = records.write(
         options.out, records.record("pipeline", content, ["benchmarks/pipeline_h200.py", *sys.argv[1:]])
     )
+    _pack_timelines(options.out / "timelines.tar.gz", found, ranks)
     for result in found:
         print_result(result, ranks)
+    for note in notes:
+        print(f"not complete: {note}")
     wrong = [r.plan.schedule.name for r in found if any(row.equal_to_unsplit is False for row in r.rows)]
     print(
         f"{len(found)} of {len(plans)} plans ran; results that differ from the unsplit model's: {wrong or 'none'}; "
         f"record: {path}"
     )
     return 1 if wrong or len(found) < len(plans) else 0
+
+
+def _pack_timelines(path: Path, found: list[bench.Result], ranks: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for result in found:
+            if result.plan.schedule.name in {"1f1b", "zbv"} and not result.plan.is_checked:
+                write_timelines(Path(folder), result, ranks)
+        with tarfile.open(path, "w:gz") as archive:
+            for one in sorted(Path(folder).iterdir()):
+                archive.add(one, one.name)
 
 
 if __name__ == "__main__":

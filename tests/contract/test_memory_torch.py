@@ -131,7 +131,9 @@ def test_deepspeed_is_measured_where_it_is_installed() -> None:
     names = ("bf16,zero1", "bf16,zero2", "bf16,zero3", "bf16,zero2,offload-optimizer", "bf16,zero3")
     rows, said = measured(cases(names), ranks=2)
     check(rows, names, 0.10)
-    assert [text for text in said if "new processes" in text] == []
+    assert max(row.before_bytes for row in rows) <= measure.LEFT_BYTES["cpu"]
+    # stages 1 and 2 are freed; what stage 3 keeps ends with its processes
+    assert [text.partition(" ")[0] for text in said if "new processes" in text] in ([], ["bf16,zero3"])
 
 
 def plan(technique: str = "fp32", **fields: Any) -> finetune.FinetunePlan:
