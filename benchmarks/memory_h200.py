@@ -110,7 +110,9 @@ def main() -> int:
         "notes": notes,
         "claims": list(_claims(rows)),
     }
-    path = records.write(options.out, records.record("memory", content, ["benchmarks/memory_h200.py", *sys.argv[1:]]))
+    path = records.write(
+        options.out, records.record("memory", content, ["benchmarks/memory_h200.py", *_arguments(options)])
+    )
     for name, lines in holders.items():
         print(name)
         for line in lines[:8]:
@@ -133,8 +135,8 @@ def main() -> int:
         print(f"not measured: {row.model} {row.technique}, {row.batch} x {row.seq}: {row.verdict}")
     too_large = len(rows) - len(good) - len(unlike)
     print(
-        f"{len(good)} of {len(rows)} rows measured, {len(good) - len(far)} estimates within 10%; {too_large} rows did not "
-        f"fit, as predicted; record: {path}"
+        f"{len(good)} of {len(rows)} rows measured, {len(good) - len(far)} estimates within 10%; {too_large} did not fit, "
+        f"as predicted; record: {path}"
     )
     return 1 if far or notes or unlike else 0
 
@@ -164,6 +166,11 @@ def _claims(rows: list[Measured]) -> Iterator[dict[str, Any]]:
             "memory": a.peak_bytes / b.peak_bytes - 1, "kept": a.kept_bytes / b.kept_bytes - 1,
             "speed": a.tokens_s / b.tokens_s - 1,
         }  # fmt: skip
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """As given, without where the result goes."""
+    return ["DIR" if one == str(options.out) else one for one in sys.argv[1:]]
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main() -> int:
         notes.append(str(error))
     content = {"runs": [content_of(result, ranks) for result in found], "notes": notes}
     path = records.write(
-        options.out, records.record("pipeline", content, ["benchmarks/pipeline_h200.py", *sys.argv[1:]])
+        options.out, records.record("pipeline", content, ["benchmarks/pipeline_h200.py", *_arguments(options)])
     )
     _pack_timelines(options.out / "timelines.tar.gz", found, ranks)
     for result in found:
@@ -108,6 +108,11 @@ def _pack_timelines(path: Path, found: list[bench.Result], ranks: int) -> None:
         with tarfile.open(path, "w:gz") as archive:
             for one in sorted(Path(folder).iterdir()):
                 archive.add(one, one.name)
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """As given, without where the result goes."""
+    return ["DIR" if one == str(options.out) else one for one in sys.argv[1:]]
 
 
 if __name__ == "__main__":
