@@ -135,8 +135,8 @@ def main() -> int:
         print(f"not measured: {row.model} {row.technique}, {row.batch} x {row.seq}: {row.verdict}")
     too_large = len(rows) - len(good) - len(unlike)
     print(
-        f"{len(good)} of {len(rows)} rows measured, {len(good) - len(far)} estimates within 10%; {too_large} did not fit, "
-        f"as predicted; record: {path}"
+        f"{len(good)} of {len(rows)} rows measured, {len(good) - len(far)} estimates within 10%, {too_large} did not "
+        f"fit, as predicted; record: {path}"
     )
     return 1 if far or notes or unlike else 0
 

@@ -9,11 +9,14 @@ and timelines.tar.gz with an SVG and a trace for each row of 1F1B and ZBV.
 """
 
 import argparse
+import json
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kervan.bench import records
 from kervan.cli.pipeline import content_of, print_result, write_timelines
@@ -45,13 +48,18 @@ def plan(
 def main() -> int:
     """Exit status: 0, or 1 when a result differs from the unsplit model's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    to = parser.add_mutually_exclusive_group(required=True)
+    to.add_argument("--out", type=Path)
+    to.add_argument("--table", type=Path, metavar="RECORD", help="print the table of a record, and run nothing")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--for", dest="for_s", type=float, default=420.0)
     options = parser.parse_args()
+    if options.table is not None:
+        print(table(json.loads(options.table.read_text())))
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     ranks, begin_s = options.stages, time.monotonic()
     if options.shared:
@@ -100,11 +108,34 @@ def main() -> int:
     return 1 if wrong or len(found) < len(plans) else 0
 
 
+def table(record: Mapping[str, Any]) -> str:
+    """A row for each schedule that was run with several numbers of micro-batches: bubble, theory's, and the step."""
+    runs = [run for run in record["runs"] if len(run["rows"]) > 1]
+    counts = sorted({row["micro_batches"] for run in runs for row in run["rows"]})
+    lines = [
+        "| schedule | " + " | ".join(f"{count} micro-batches" for count in counts) + " | fastest |",
+        "|---" * (len(counts) + 2) + "|",
+    ]
+    for run in runs:
+        rows = {row["micro_batches"]: row for row in run["rows"]}
+        cells = [
+            f"{100 * rows[m]['bubble']:.1f}% ({100 * rows[m]['theory']:.1f}%), {1e3 * rows[m]['step_s']:.0f} ms"
+            if m in rows
+            else "-"
+            for m in counts
+        ]
+        name = f"`{run['schedule']}`" + (", forward only" if run["forward_only"] else "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {run['best_micro_batches']} |")
+    return "\n".join(lines)
+
+
 def _pack_timelines(path: Path, found: list[bench.Result], ranks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for result in found:
             if result.plan.schedule.name in {"1f1b", "zbv"} and not result.plan.is_checked:
                 write_timelines(Path(folder), result, ranks)
+        if not any(Path(folder).iterdir()):
+            return
         with tarfile.open(path, "w:gz") as archive:
             for one in sorted(Path(folder).iterdir()):
                 archive.add(one, one.name)
