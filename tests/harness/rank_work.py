@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kervan.comm import collectives
@@ -47,16 +48,18 @@ def fail_second(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None
 def die_second(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
     if rank.number == 1:
         print("bye", flush=True)
-        time.sleep(0.3)
         os._exit(9)
     raise RuntimeError("Connection closed by peer")
 
 
 def miss_another(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
-    if rank.number == 0:
-        time.sleep(0.5)
-        raise RuntimeError("Connection reset by peer")
-    threading.Event().wait(60)
+    other = Path(rank.store).with_name("other-is-here")
+    if rank.number == 1:
+        other.touch()
+        threading.Event().wait(60)
+    while not other.exists():
+        time.sleep(0.01)
+    raise RuntimeError("Connection reset by peer")
 
 
 def refuse(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:

@@ -46,13 +46,15 @@ def test_a_rank_that_raises_is_told_in_a_line_whatever_the_others_do() -> None:
     assert re.fullmatch(r"rank 1 of 2: ValueError: no luck \(fail_second, line \d+\)", line), line
 
 
-def test_a_rank_that_is_gone_is_the_cause_and_not_the_one_that_missed_it() -> None:
+def test_a_rank_that_is_gone_is_the_cause_and_not_the_one_that_missed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "CAUSES_S", 60.0)  # however late the other one starts on a busy machine
     line = told(rank_work.die_second, None, ranks=2)
     assert re.fullmatch(r"rank 1 of 2 exited with status 9 without a message; its last line: bye", line), line
 
 
 def test_a_rank_that_only_missed_another_is_told_when_no_cause_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "CAUSES_S", 0.2)
+    monkeypatch.setattr(start, "STACKS_S", 20.0)  # at most: until the stacks are there
     line = told(rank_work.miss_another, None, ranks=2)
     assert line.startswith("rank 0 of 2: RuntimeError: Connection reset by peer (miss_another, line ")
     assert re.search(r"; meanwhile rank 1 \(pid \d+\) is in miss_another \(rank_work.py:\d+\)$", line), line
