@@ -22,6 +22,22 @@ EXAMPLES = {
     "azure": ("westus2", "Standard_ND96isr_H100_v5"),
 }
 DISK_GB = 500
+# What Ray's autoscaler on the head calls the clouds with; Azure's are the versions that Ray 2.60 asks for.
+AUTOSCALER_NEEDS = {
+    "aws": ("boto3==1.44.8",),
+    "gcp": ("google-api-python-client==2.202.0", "google-auth-httplib2==0.4.4"),
+    "azure": (
+        "azure-common==1.1.28",
+        "azure-core==1.35.0",
+        "azure-identity==1.23.1",
+        "azure-mgmt-compute==35.0.0",
+        "azure-mgmt-network==29.0.0",
+        "azure-mgmt-resource==24.0.0",
+        "msrest==0.7.1",
+        "msrestazure==0.6.4.post1",
+    ),
+}
+CLOUD_LIBRARIES = "/home/kervan/.cloud"
 FLEET_FILE = "/home/kervan/fleet.yaml"  # in the container
 NO_ZONE = Zone("")
 
@@ -80,15 +96,18 @@ def cluster(request: RenderRequest) -> dict[str, Any]:
             "image": request.image,
             "container_name": "kervan",
             "pull_before_run": True,
-            # The metadata service, for notices, is reached over the host's network.
-            "run_options": ["--network=host", "--ipc=host", "--ulimit", "nofile=65536:65536"],
         },
         "file_mounts": {FLEET_FILE: "fleet.yaml"},
         "head_node_type": "head",
         "available_node_types": types,
+        "head_setup_commands": [
+            # In versions that do not change what the image has.
+            "python -m pip list --format=freeze >/tmp/image.txt && python -m pip install --quiet "
+            f"--target={CLOUD_LIBRARIES} --constraint=/tmp/image.txt {' '.join(AUTOSCALER_NEEDS[request.cloud_name])}"
+        ],
         "head_start_ray_commands": [
             "ray stop",
-            "ray start --head --port=6379 --num-cpus=0 --num-gpus=0 "
+            f"PYTHONPATH={CLOUD_LIBRARIES} ray start --head --port=6379 --num-cpus=0 --num-gpus=0 "
             "--autoscaling-config=~/ray_bootstrap_config.yaml --dashboard-host=127.0.0.1",
         ],
         "worker_start_ray_commands": [
