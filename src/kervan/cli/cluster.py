@@ -399,10 +399,10 @@ def _print_costs(
         say(note)
     say(
         f"spot market: {market.zones} zones of {market.nodes} nodes, each whole for {market.availability:.0%} of the "
-        f"time and {format_duration(market.up_s)} at a time; a replica starts in {format_duration(setup.start_s)}"
+        f"time and {market.up_s / 3600:g} h at a time; a replica starts in {format_duration(setup.start_s)}"
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("nodes", "$/h node", "spot", "quoted $/h", "saving", "paid $/h", "saving", "per node served", "served",
+    for name in ("nodes", "$/h each", "spot", "quoted $/h", "saves", "paid $/h", "saves", "per node served", "served",
                  "all there", "lost/day"):  # fmt: skip
         table.add_column(name, justify="left" if name == "nodes" else "right")
     for one in compared:
