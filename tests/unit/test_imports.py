@@ -83,6 +83,11 @@ FORBIDDEN += [
     *((part, ("memory", "pipeline")) for part in dict(FORBIDDEN)),
     *((part, ("ranks",)) for part in dict(FORBIDDEN) if part not in ("comm", "fleet", "serve", "calibrate")),
 ]
+# What clusters are made from is known from a fleet's settings and the simulator's market; commands alone use it.
+FORBIDDEN += [
+    ("cluster", ("observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli")),
+    *((part, ("cluster",)) for part in dict(FORBIDDEN) if part != "cluster"),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -154,7 +159,19 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "simulate", "bench", "notices", "observe"):
+    for part in (
+        *BOTTOM,
+        "facts",
+        "config",
+        "policy",
+        "sim",
+        "plan",
+        "simulate",
+        "cluster",
+        "bench",
+        "notices",
+        "observe",
+    ):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -196,6 +213,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "sim",
         "plan",
         "simulate",
+        "cluster",
         "bench",
         "notices",
         "observe",
@@ -220,6 +238,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
                 "bench",
                 "chaos",
                 "calibrate",
+                "cluster",
                 "comm",
                 "plan",
                 "simulate",
