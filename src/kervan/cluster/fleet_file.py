@@ -24,14 +24,17 @@ def settings(fleet: FleetConfig) -> dict[str, Any]:
     return found
 
 
-def for_cluster(fleet: FleetConfig, *, gpus_per_node: int, nodes: int) -> FleetConfig:
+def for_cluster(fleet: FleetConfig, *, gpus_per_node: int, nodes: int, adds_nodes: bool = False) -> FleetConfig:
     """The fleet as it is to run on nodes of its own: reachable from other machines, and with two gateways where it can.
 
     `device` is fixed: the first start must not take a cluster whose GPU nodes are still on their way for one of CPUs.
+    `adds_nodes`: the number of nodes follows what waits in Ray.
     """
     changes: dict[str, Any] = {}
     if fleet.host == SETTINGS["host"].default:
         changes["host"] = "0.0.0.0"
+    if adds_nodes:
+        changes["adds_nodes"] = True
     if not fleet.gateways and nodes > 1:
         changes["gateways"] = 2
     if not fleet.device and fleet.engine != "twin":

@@ -42,14 +42,13 @@ def files(request: RenderRequest) -> dict[str, str]:
 
 def ray_cluster(request: RenderRequest) -> dict[str, Any]:
     """The head, and a group of workers for each market."""
-    is_scaled = any(group.least != group.most for group in request.groups)
     spec: dict[str, Any] = {
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token"},
         "headGroupSpec": _head(request),
         "workerGroupSpecs": [_workers(request, group) for group in request.groups],
     }
-    if is_scaled:
+    if request.is_scaled:
         spec |= {
             "enableInTreeAutoscaling": True,
             "autoscalerOptions": {

@@ -63,7 +63,9 @@ def secret_variable(request: RenderRequest, variable: str, key: str, *, is_optio
 
 def fleet_config_map(request: RenderRequest) -> dict[str, Any]:
     """What `kervan up` reads on the head."""
-    fleet = for_cluster(request.fleet, gpus_per_node=request.machine.gpus, nodes=request.most_nodes)
+    fleet = for_cluster(
+        request.fleet, gpus_per_node=request.machine.gpus, nodes=request.most_nodes, adds_nodes=request.is_scaled
+    )
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

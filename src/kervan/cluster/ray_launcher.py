@@ -48,7 +48,9 @@ def files(request: RenderRequest) -> dict[str, str]:
     Raises: ConfigError for a region or zones that the cloud's part of Ray cannot take.
     """
     _check(request)
-    fleet = for_cluster(request.fleet, gpus_per_node=request.machine.gpus, nodes=request.most_nodes)
+    fleet = for_cluster(
+        request.fleet, gpus_per_node=request.machine.gpus, nodes=request.most_nodes, adds_nodes=request.is_scaled
+    )
     return {
         "cluster.yaml": as_yaml(request.target, cluster(request)),
         "fleet.yaml": as_yaml(request.target, settings(fleet)),

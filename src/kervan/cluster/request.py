@@ -96,6 +96,11 @@ class RenderRequest:
         """Of all markets."""
         return sum(group.most for group in self.groups)
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether nodes are added and removed as replicas need them."""
+        return any(group.least != group.most for group in self.groups)
+
     def grace(self, market: str) -> grace.Grace:
         """How long the end of a node of this market may take."""
         return grace.of(market, self.fleet.drain_timeout_s, self.cloud)
