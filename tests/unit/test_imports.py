@@ -13,7 +13,7 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
-BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "plain_tokenizer.py", "autogroups.py", "vendor")
+BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "plain_tokenizer.py", "autogroups.py", "logs.py", "vendor")
 ABOVE = ("sim", "comm", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
@@ -109,6 +109,7 @@ CONFINED = [
     ("jinja2", ("bench/html_report.py", "simulate/html_report.py")),
     ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
+    ("opentelemetry", ("gateway/tracing.py",)),
     ("pynvml", ("observe/nvml.py", "observe/gpu_state.py")),
 ]
 
@@ -188,6 +189,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.stats",
         "kervan.ports",
         "kervan.autogroups",
+        "kervan.logs",
         "kervan.vendor.vllm_names",
         "kervan.cli.bench_view",
         "kervan.cli.render",

@@ -18,6 +18,7 @@ COMMANDS = {
     "top": "Watch a fleet live in the terminal.",
     "scale": "Change the number of replicas or gateways.",
     "autoscale": "Show how the number of replicas is decided, or what another policy would do.",
+    "explain": "Show where the time of one request went.",
     "drain": "Take a replica or a node out of service; its streams move to other replicas.",
     "fault": "Inject a fault into a simulated replica.",
     "chaos": "Inject faults into a fleet under load and check every token.",
@@ -53,11 +54,18 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="kervan")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def cli(debug: bool) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="Of progress. [default: $KERVAN_LOG_FORMAT, or text]",
+)
+def cli(debug: bool, log_format: str | None) -> None:
     """Serve large language models on many GPUs; streams survive the loss of a GPU.
 
     Exit status of all commands: 0 done; 1 failed; 2 wrong usage, values included; 130 Ctrl-C.
     """
+    if log_format is not None:
+        os.environ["KERVAN_LOG_FORMAT"] = log_format
 
 
 def main() -> None:
