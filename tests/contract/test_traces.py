@@ -78,8 +78,8 @@ class TracedFleet:
         self.follow()
 
     async def stop(self) -> None:
-        for gateway in self.gateways:
-            await gateway.stop()
+        while self.gateways:
+            await self.gateways.pop(0).stop()
         for twin in self.twins.values():
             twin.kill()
 
@@ -168,7 +168,7 @@ async def test_a_stream_that_moves_is_one_trace_with_the_move_in_it_and_explaine
     missing = await asyncio.to_thread(CliRunner().invoke, explain, ["nobody", "--url", first])
     assert isinstance(missing.exception, FleetError)
 
-    await fleet.gateways[0].stop()  # which sends what is left
+    await fleet.gateways.pop(0).stop()  # which sends what is left
     check_trace(collector, told, move, stream_id)
     alone = {span.trace_id for span in collector.spans if span.attributes.get("http.response.status_code") == 404}
     assert len(alone) == 1 and TRACE_ID not in alone
@@ -187,7 +187,10 @@ def check_trace(collector: Collector, told: dict[str, Any], move: dict[str, Any]
     assert {span.parent_id for name in ("prefill", "decode", "move") for span in by_name[name]} == {stream.span_id}
     (moved,) = by_name["move"]
     assert moved.attributes["kervan.move.reason"] == "lost"
-    assert (moved.attributes["kervan.move.from"], moved.attributes["kervan.move.to"]) == (move["source"], move["target"])
+    assert (moved.attributes["kervan.move.from"], moved.attributes["kervan.move.to"]) == (
+        move["source"],
+        move["target"],
+    )
     assert moved.end_s - moved.start_s == pytest.approx(move["pause_s"], abs=1e-3)
     assert all(request.start_s - 1e-3 <= s.start_s <= s.end_s <= request.end_s + 1e-3 for s in [stream, moved])
     # vLLM's own span of the request, under the same trace, below kervan's

@@ -110,7 +110,7 @@ CONFINED = [
     ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("opentelemetry", ("gateway/tracing.py",)),
-    ("pynvml", ("observe/nvml.py", "observe/gpu_state.py")),
+    ("pynvml", ("observe/nvml.py", "observe/gpu_state.py", "observe/gpu_counters.py")),
 ]
 
 

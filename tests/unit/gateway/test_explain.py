@@ -154,7 +154,14 @@ async def test_a_stream_notes_where_it_was_and_how_it_moved(noted: tuple[Bench, 
     await bench.placed(b, "s~1")
     await bench.finished("s")
     (timeline,) = record.streams
-    assert [step.what for step in timeline.steps] == ["placed", "first token", "moved", "placed", "first token", "ended"]
+    assert [step.what for step in timeline.steps] == [
+        "placed",
+        "first token",
+        "moved",
+        "placed",
+        "first token",
+        "ended",
+    ]
     assert [step.replica for step in timeline.steps if step.what == "placed"] == ["a", "b"]
     assert [step.tokens for step in timeline.steps if step.what == "placed"] == [30, 32]
     (move,) = explained(record, gateway="g", now_s=timeline.steps[-1].at_s).streams[0].moves
