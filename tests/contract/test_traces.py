@@ -15,6 +15,7 @@ from harness.twin_bench import LIMITS, SECRET
 from harness.twin_server import SHAPE
 
 from kervan.cli.explain import explain
+from kervan.config.fault import Fault
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
 from kervan.fleet.directory import ReplicaEntry, Snapshot
@@ -27,7 +28,7 @@ from kervan.twin.token_engine import StepTiming, TwinSettings, answer
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 CLIENT_SPAN = "00f067aa0ba902b7"
 TIMING = StepTiming(base_s=0.02, prefill_token_s=1e-5, sequence_s=0.0, context_token_s=0.0)
-PROMPT, NUM_TOKENS = [7, 8, 9], 40
+PROMPT, NUM_TOKENS, CRASH_AFTER = [7, 8, 9], 40, 20
 
 
 class TracedFleet:
@@ -57,11 +58,12 @@ class TracedFleet:
             for number, config in enumerate((fleet, plain), 1)
         ]  # fmt: skip
 
-    def follow(self) -> None:
+    def follow(self, *names: str) -> None:
+        """The directory lists these twins."""
         replicas = [
             ReplicaEntry(name, "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address)
             for name, twin in self.twins.items()
-            if twin.ready is not None and not twin.ended.is_set()
+            if twin.ready is not None and name in names
         ]
         entries = [gateway.entry() for gateway in self.gateways]
         for gateway in self.gateways:
@@ -71,11 +73,10 @@ class TracedFleet:
         for gateway in self.gateways:
             await gateway.start()
         await until(lambda: all(twin.ready or twin.failure for twin in self.twins.values()))
-        self.follow()
+        self.follow("a")
         for gateway in self.gateways:
             await gateway.wait_attached()
-        await until(lambda: all(len(gateway.fleet.links) == 2 for gateway in self.gateways))
-        self.follow()
+        self.follow("a")
 
     async def stop(self) -> None:
         while self.gateways:
@@ -104,10 +105,10 @@ async def fleet(collector: Collector, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 async def moved_answer(fleet: TracedFleet, url: str, headers: dict[str, str]) -> tuple[httpx.Response, list[int], str]:
-    """An answer whose replica is killed after a few tokens; its head, tokens and `id`."""
-    body = {
-        "model": str(fleet.gateways[0].config.models or "x"), "prompt": PROMPT, "max_tokens": NUM_TOKENS,
-        "stream": True, "ignore_eos": True, "return_token_ids": True,
+    """An answer whose replica, the only one at first, dies on the way; its head, tokens and `id`."""
+    fleet.twins["a"].suffer(Fault("crash", CRASH_AFTER))
+    body: dict[str, Any] = {
+        "prompt": PROMPT, "max_tokens": NUM_TOKENS, "stream": True, "ignore_eos": True, "return_token_ids": True,
     }  # fmt: skip
     tokens: list[int] = []
     answer_id = ""
@@ -121,11 +122,10 @@ async def moved_answer(fleet: TracedFleet, url: str, headers: dict[str, str]) ->
                 event: dict[str, Any] = json.loads(line[6:])
                 answer_id = event["id"]
                 tokens += [token for choice in event["choices"] for token in choice["token_ids"] or ()]
-                if len(tokens) == 7:
-                    owner = next(link for link in fleet.gateways[0].fleet.links if link.streams)
-                    fleet.twins[owner.replica_id].strike("kill")
-                    await asyncio.to_thread(fleet.twins[owner.replica_id].ended.wait, 10)
-                    fleet.follow()
+                if fleet.twins["a"].ended.is_set():
+                    fleet.follow("b")
+                elif tokens:
+                    fleet.follow("a", "b")
     return response, tokens, answer_id
 
 
@@ -146,8 +146,8 @@ async def test_a_stream_that_moves_is_one_trace_with_the_move_in_it_and_explaine
         assert (told["gateway"], told["status"], told["stream_id"]) == ("gw-1", 200, stream_id)
     (stream,) = told["streams"]
     (move,) = stream["moves"]
-    assert (move["reason"], {move["source"], move["target"]}) == ("lost", {"a", "b"})
-    assert move["after_tokens"] >= 7 and move["prefilled_tokens"] == len(PROMPT) + move["after_tokens"]
+    assert (move["reason"], move["source"], move["target"]) == ("lost", "a", "b")
+    assert 0 < move["after_tokens"] <= NUM_TOKENS and move["prefilled_tokens"] == len(PROMPT) + move["after_tokens"]
     assert move["pause_s"] > 0.02
     parts = [part["part"] for part in stream["parts"]]
     assert parts == ["queue", "replica queue", "prefill", "decode", "move", "decode"]

@@ -1,3 +1,4 @@
+# ruff: noqa: N802
 """NVML as `nvidia-ml-py` shows it, for GPUs that are described: what is missing raises as NVML does."""
 
 from collections import deque

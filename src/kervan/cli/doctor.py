@@ -6,14 +6,15 @@ from dataclasses import asdict
 import click
 
 from kervan.cli import options
+from kervan.errors import ConfigError
+
+MAX_PORT = 65535
 
 
 @click.command()
 @options.name
 @options.address
-@click.option(
-    "--port", type=click.IntRange(1, 65535), help="That the fleet would listen on. [default: its own, or 8000]"
-)
+@options.setting("--port", help="That the fleet would listen on. [default: its own, or 8000]")
 @options.as_json
 def doctor(name: str, address: str | None, port: int | None, as_json: bool) -> None:
     """Check that this machine can run a fleet, and say what to do where it cannot.
@@ -21,6 +22,8 @@ def doctor(name: str, address: str | None, port: int | None, as_json: bool) -> N
     Looks at versions, GPUs and driver, Ray, ports, limits, disks, the clock, the Hugging Face cache, proxies and NCCL's
     settings; starts nothing. kervan comm doctor measures too. Exit status 1 if a check fails; a warning does not.
     """
+    if port is not None and not 1 <= port <= MAX_PORT:
+        raise ConfigError(f"--port {port} is outside 1..{MAX_PORT}; write for example --port 8000")
     from kervan.cli import check_view, render
     from kervan.comm import settings_checks
     from kervan.doctor import checks, gather

@@ -33,9 +33,7 @@ HEADS = {"PIPE_TENSOR_ACTIVE": "TENSOR", "DRAM_ACTIVE": "DRAM", "POWER_USAGE": "
 @click.option("--metrics", is_flag=True, help="Print Prometheus text, as dcgm-exporter does.")
 @click.option("--listen", type=click.IntRange(1, 65535), metavar="PORT",
               help="Serve that text at /metrics of this port, on all addresses, until Ctrl-C.")  # fmt: skip
-@click.option(
-    "--dcgm", metavar="URL", help="Page of a dcgm-exporter. [default: http://127.0.0.1:9400/metrics if it answers]"
-)
+@click.option("--dcgm", metavar="URL", help="Page of a dcgm-exporter. [default: that of this host, port 9400]")
 @options.as_json
 def gpus(every_s: float, watch: bool, metrics: bool, listen: int | None, dcgm: str | None, as_json: bool) -> None:
     """Show what the GPUs of this machine do, under dcgm-exporter's names: use, memory, clocks, power, links, errors.
@@ -56,9 +54,7 @@ def gpus(every_s: float, watch: bool, metrics: bool, listen: int | None, dcgm: s
     if dcgm is not None and pages.fetch(url) is None:
         raise EngineError(f"no dcgm-exporter with GPUs answers at {dcgm}; leave --dcgm out to ask NVML")
     if pages.fetch(url) is not None:
-        _show(
-            lambda over_s: _again(pages.fetch, url, over_s), "dcgm-exporter", every_s, watch, metrics, listen, as_json
-        )
+        _show(lambda over_s: _again(url, over_s), "dcgm-exporter", every_s, watch, metrics, listen, as_json)
         return
     with gpu_counters.opened() as reader:
         if reader is None:
@@ -69,9 +65,9 @@ def gpus(every_s: float, watch: bool, metrics: bool, listen: int | None, dcgm: s
         _show(reader.read, "NVML", every_s, watch, metrics, listen, as_json)
 
 
-def _again(
-    fetch: Callable[[str], "tuple[GpuCounters, ...] | None"], url: str, over_s: float
-) -> "tuple[GpuCounters, ...]":
+def _again(url: str, over_s: float) -> "tuple[GpuCounters, ...]":
+    from kervan.observe.dcgm import fetch
+
     if over_s:
         time.sleep(over_s)
     found = fetch(url)

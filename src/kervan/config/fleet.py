@@ -185,7 +185,7 @@ class FleetConfig:
     log_format: LogFormat = _setting("text", "How gateways, replicas and the directory write logs: text or json")  # noqa: RUF009
     otlp: str = _setting("", "OTLP/HTTP endpoint that gets traces, such as http://collector:4318; empty: none")
     remembered_requests: int = _setting(
-        1000, "The last requests of each gateway that kervan explain can tell of, at about 1.5 kB each", 0, 1_000_000
+        1000, "The last requests of each gateway that kervan explain can tell of, at about 1.1 kB each", 0, 1_000_000
     )
     # How they start.
     preflight: bool = _setting(
