@@ -164,7 +164,11 @@ def main() -> None:
         print(f"{name:20} {row['cpu_us_per_request']:6.1f} us ({row['min']:.1f} to {row['max']:.1f})")
     print(f"bytes: {found['bytes_per_request']:.0f} a request, at most {found['most_bytes_per_request']:.0f}")
     if args.record:
-        print(records.write(args.record, records.record("remembering", found)))
+        print(
+            records.write(
+                args.record, records.record("remembering", found) | {"command": "python benchmarks/remembering.py"}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ between them. Rates of bytes on older GPUs come from two readings of the driver'
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kervan.observe.dcgm import DEV, PROF, GpuCounters
@@ -253,10 +253,8 @@ class _Xids:
     def close(self) -> None:
         """Listen no more."""
         if self._events is not None:
-            try:
+            with suppress(self._nvml.NVMLError):
                 self._nvml.nvmlEventSetFree(self._events)
-            except self._nvml.NVMLError:
-                pass
             self._events = None
 
 
