@@ -111,7 +111,8 @@ def main() -> None:
             print(f"{name:12}" + "".join(f"{'-' if c is None else f'{c:.4g}':>11}" for c in cells), flush=True)
     print(json.dumps(rows))
     if args.record:
-        print(records.write(args.record, records.record("gpu-counters", {"seconds": args.seconds, "loads": rows})))
+        content = records.record("gpu-counters", {"seconds": args.seconds, "loads": rows})
+        print(records.write(args.record, content | {"command": "python benchmarks/gpu_counters_h200.py"}))
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ class _Walk:
         else:
             waited_s = min(max(0.0, step.queue_s), step.at_s - self._at_s)
             if step.queue_s >= 0:
-                self._add("replica queue", self._at_s + waited_s, replica=replica, why="the engine's batch is full")
+                self._add("replica queue", self._at_s + waited_s, replica=replica, why="in the engine's queue")
             self._add("prefill", step.at_s, replica=replica, why=why, tokens=tokens, cached=max(0, step.cached_tokens))
         self._move, self._has_token = None, True
 

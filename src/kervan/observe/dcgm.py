@@ -34,7 +34,7 @@ COUNTERS = (
     Counter(f"{PROF}GR_ENGINE_ACTIVE", "GR_ENGINE_ACTIVE", "gauge", "", "Share of time in which the engine was active"),
     Counter(f"{PROF}SM_ACTIVE", "SM_ACTIVE", "gauge", "", "Share of SMs with a warp, over time"),
     Counter(f"{PROF}SM_OCCUPANCY", "SM_OCCUPANCY", "gauge", "", "Warps that were there, of those that SMs can hold"),
-    Counter(f"{PROF}PIPE_TENSOR_ACTIVE", "PIPE_TENSOR_ACTIVE", "gauge", "", "Cycles in which tensor cores worked, of all"),
+    Counter(f"{PROF}PIPE_TENSOR_ACTIVE", "PIPE_TENSOR_ACTIVE", "gauge", "", "Cycles with tensor cores at work"),
     Counter(f"{PROF}DRAM_ACTIVE", "DRAM_ACTIVE", "gauge", "", "Share of cycles in which memory sent or received"),
     Counter(f"{DEV}FB_USED", "FB_USED", "gauge", "MiB", "Memory in use; vLLM takes its part when it starts"),
     Counter(f"{DEV}FB_FREE", "FB_FREE", "gauge", "MiB", "Memory that is free"),

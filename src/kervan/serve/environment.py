@@ -42,4 +42,5 @@ def process_environment(config: FleetConfig, *, is_on_cpu: bool) -> dict[str, st
         env.setdefault("VLLM_LOGGING_CONFIG_PATH", str(VLLM_JSON_LOGS))
     if config.otlp:  # vLLM speaks gRPC unless it is told
         env.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        env.setdefault("OTEL_SERVICE_NAME", "vllm")  # kervan's own spans say that they are kervan's
     return {**env, **config.env}
