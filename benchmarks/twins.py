@@ -209,6 +209,9 @@ class _OpenView:
     async def status(self) -> dict[str, object]:
         return {}
 
+    async def explain(self, request_id: str) -> bytes | None:
+        return None
+
     def stream_opened(self) -> None: ...
 
     def stream_closed(self) -> None: ...

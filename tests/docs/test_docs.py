@@ -152,8 +152,11 @@ def test_command_lines_parse(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     top = click.Context(cli, info_name="kervan")
     group_options = {name for parameter in cli.params for name in parameter.opts} | {"--help", "-h"}
+    with_value = {
+        name for parameter in cli.params if not getattr(parameter, "is_flag", True) for name in parameter.opts
+    }
     while words and words[0] in group_options:
-        words.pop(0)
+        words = words[2 if words[0] in with_value else 1 :]
     if not words:
         return
     command = cli.get_command(top, words[0])

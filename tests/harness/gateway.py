@@ -44,6 +44,9 @@ class View:
     async def status(self) -> dict[str, object]:
         return {"model": "tiny", "replicas": []}
 
+    async def explain(self, request_id: str) -> bytes | None:
+        return b'{"gateway":"gw-1"}' if request_id == "known" else None
+
     def stream_opened(self) -> None:
         self.open += 1
         self.opened += 1

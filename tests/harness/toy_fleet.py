@@ -98,6 +98,9 @@ class ToyCodec:
     def cached_tokens(self, output: Output) -> int | None:
         return output.cached_tokens
 
+    def queue_s(self, output: Output) -> float | None:
+        return None
+
     def encode_add(self, stream: Stream) -> list[bytes]:
         prompt = [*stream.request.prompt, *stream.generated]
         add = Request(stream.wire_id, prompt, stream.max_output_tokens - len(stream.generated))
@@ -115,6 +118,9 @@ class ToyCodec:
     def restore(self, output: Output, stream: Stream) -> None:
         output.request_id = stream.request_id
         output.is_restored = True
+
+    def finish(self, output: Output, stream: Stream) -> None:
+        pass
 
     def failure(self, request_id: str) -> Outputs:
         return Outputs([Output(request_id, [], "error")])

@@ -13,7 +13,7 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
-BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "plain_tokenizer.py", "autogroups.py", "vendor")
+BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "plain_tokenizer.py", "autogroups.py", "logs.py", "vendor")
 ABOVE = ("sim", "comm", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
@@ -88,6 +88,11 @@ FORBIDDEN += [
     ("cluster", ("observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli")),
     *((part, ("cluster",)) for part in dict(FORBIDDEN) if part != "cluster"),
 ]
+# The doctor judges this machine by what others read of it; only commands know it.
+FORBIDDEN += [
+    ("doctor", ("policy", "plan", "twin", "bench", "gateway", "notices", "chaos", "calibrate", "cli", "demo")),
+    *((part, ("doctor",)) for part in dict(FORBIDDEN)),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -111,7 +116,8 @@ CONFINED = [
     ("jinja2", ("bench/html_report.py", "simulate/html_report.py")),
     ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
-    ("pynvml", ("observe/nvml.py", "observe/gpu_state.py")),
+    ("opentelemetry", ("gateway/tracing.py",)),
+    ("pynvml", ("observe/nvml.py", "observe/gpu_state.py", "observe/gpu_counters.py")),
 ]
 
 
@@ -202,6 +208,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.stats",
         "kervan.ports",
         "kervan.autogroups",
+        "kervan.logs",
         "kervan.vendor.vllm_names",
         "kervan.cli.bench_view",
         "kervan.cli.render",
@@ -219,6 +226,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "observe",
         "comm",
         "calibrate",
+        "doctor",
     ):
         names = (path.relative_to(PACKAGE).with_suffix("").parts for path in source_files(part))
         modules += [".".join(("kervan", *name)) for name in names if name[-1] != "__init__"]
@@ -240,6 +248,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
                 "calibrate",
                 "cluster",
                 "comm",
+                "doctor",
                 "plan",
                 "simulate",
                 "memory",

@@ -18,6 +18,8 @@ COMMANDS = {
     "top": "Watch a fleet live in the terminal.",
     "scale": "Change the number of replicas or gateways.",
     "autoscale": "Show how the number of replicas is decided, or what another policy would do.",
+    "explain": "Show where the time of one request went.",
+    "observe": "Metrics, alerts and dashboards of fleets; counters of GPUs.",
     "drain": "Take a replica or a node out of service; its streams move to other replicas.",
     "fault": "Inject a fault into a simulated replica.",
     "chaos": "Inject faults into a fleet under load and check every token.",
@@ -25,6 +27,7 @@ COMMANDS = {
     "calibrate": "Measure this host's GPUs for the planner.",
     "memory": "Estimate and measure what training and serving take of a GPU's memory.",
     "pipeline": "Cut a decoder into pipeline stages, and measure schedules and their bubble.",
+    "doctor": "Check that this machine can run a fleet, and say what to do where it cannot.",
     "cluster": "Write the files that start a fleet on a cluster, and say what its nodes cost.",
     "comm": "Measure how GPUs reach each other, and find what slows or breaks it.",
     "demo": "Run a small fleet on this machine, without a GPU, and kill a replica.",
@@ -53,11 +56,18 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="kervan")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def cli(debug: bool) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="Of progress. [default: $KERVAN_LOG_FORMAT, or text]",
+)
+def cli(debug: bool, log_format: str | None) -> None:
     """Serve large language models on many GPUs; streams survive the loss of a GPU.
 
     Exit status of all commands: 0 done; 1 failed; 2 wrong usage, values included; 130 Ctrl-C.
     """
+    if log_format is not None:
+        os.environ["KERVAN_LOG_FORMAT"] = log_format
 
 
 def main() -> None:

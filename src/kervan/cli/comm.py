@@ -143,26 +143,7 @@ def _print_bench(result: "BenchResult") -> None:
         console.print(note, style="yellow", markup=False, soft_wrap=True)
 
 
-STYLES = {"pass": "green", "warn": "yellow", "fail": "red", "skipped": "dim"}
-
-
 def _print_report(report: "Report") -> None:
-    from rich.console import Console
-    from rich.text import Text
+    from kervan.cli import check_view
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    width = max(len(check.name) for check in report.checks)
-    for check in report.checks:
-        line = Text.assemble((f"{check.verdict:7}", STYLES[check.verdict]), f" {check.name:{width}}  {check.cause}")
-        console.print(line, soft_wrap=True)
-        if check.fix:
-            console.print(Text(f"        {'':{width}}  fix: {check.fix}"), soft_wrap=True)
-    if report.environment:
-        print("\nrecommended environment")
-    for advice in report.environment:
-        setting = f"export {advice.name}={advice.value}" if advice.value else f"unset {advice.name}"
-        print(f"  {setting}  # {advice.reason}")
-    for note in report.notes:
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
-    counts = {verdict: sum(c.verdict == verdict for c in report.checks) for verdict in STYLES}
-    print("\n" + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    check_view.print_checks(report.checks, advice=report.environment, notes=report.notes)

@@ -1,12 +1,14 @@
 """How the command line looks: progress lines, tables, JSON."""
 
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kervan import logs
 from kervan.errors import FleetError
 from kervan.facts.markets import ON_DEMAND
 from kervan.fleet.directory import GatewayEntry, ReplicaState, Snapshot
@@ -20,15 +22,25 @@ if TYPE_CHECKING:
 STATE_STYLE = {"ready": "green", "starting": "yellow", "draining": "cyan", "unhealthy": "red"}
 
 
-def progress_lines(*, is_quiet: bool = False) -> Callable[[str], None]:
-    """A function that prints a message to stderr with the seconds since now."""
+def progress_lines(*, is_quiet: bool = False, log_format: str | None = None) -> Callable[[str], None]:
+    """A function that prints a message to stderr with the seconds since now.
+
+    `log_format`: by default what `kervan --log-format` or the environment says; with json, each line is an object.
+    """
     begin_s = time.monotonic()
+    if (log_format or logs.format_of()) == "json" and not is_quiet:
+        return _logged
 
     def show(message: str) -> None:
         if not is_quiet:
             print(f"[{time.monotonic() - begin_s:5.1f} s] {message}", file=sys.stderr, flush=True)
 
     return show
+
+
+def _logged(message: str) -> None:
+    record = logging.LogRecord("kervan.cli", logging.INFO, "", 0, message, None, None)
+    print(logs.JsonFormatter().format(record), file=sys.stderr, flush=True)
 
 
 def state_text(state: ReplicaState, reason: str, lateness: str) -> "Text":

@@ -20,6 +20,7 @@ SECTIONS = {
     "Autoscaling": "--policy --slo --schedule --time-zone",
     "Engine": "--engine-arg --env --engine --gpu --twin --preflight",
     "Clients": "--host --port --shared-port --api-key --ingress",
+    "Observe": "--log-format --otlp",
     "Fleet": "--config --name --address --yes --detach --json --help",
 }
 
@@ -65,6 +66,8 @@ SECTIONS = {
 )
 @options.setting("--preflight/--no-preflight", "preflight")
 @options.setting("--ingress")
+@options.setting("--log-format")
+@options.setting("--otlp", metavar="URL")
 @click.option(
     "--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same settings."
 )
@@ -92,7 +95,7 @@ def up(
     if is_up(settings["name"], address):
         _change(settings, source, address, is_confirmed=yes, as_json=as_json)
         return
-    say = render.progress_lines()
+    say = render.progress_lines(log_format=settings.get("log_format"))
     if starved := autogroups.warning():
         say(starved)
     if auto:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -19,6 +20,7 @@ from kervan.config.workload import DEFAULT_SLO
 from kervan.errors import ConfigError
 from kervan.facts.markets import MARKETS, ON_DEMAND
 from kervan.facts.markup import broken
+from kervan.logs import LogFormat
 from kervan.units import parse_duration_s
 from kervan.vendor.vllm_names import GPU_MEMORY_UTILIZATION
 
@@ -32,6 +34,7 @@ MAX_REPLICAS = 4096
 MAX_GATEWAYS = 64
 SESSIONS_VARIABLE = "SAGEMAKER_ENABLE_STATEFUL_SESSIONS"  # of a package that vLLM's server uses
 MAX_S = 10**9
+GRPC_PORT = 4317  # of OTLP
 COUNT_PATTERN = re.compile(r"(\d{1,9})(?:\.\.(\d{1,9}))?")
 
 
@@ -181,6 +184,13 @@ class FleetConfig:
         0.0, "Above 0: clients can reconnect to a stream for this long after it ended or broke", 0, 86_400
     )
     replay_max_mib: int = _setting(256, "Memory that each gateway may use for replay_s, in MiB", 1, 1 << 20)
+    # What is told of it.
+    log_format: LogFormat = _setting("text", "How gateways, replicas and the directory write logs: text or json")  # noqa: RUF009
+    otlp: str = _setting("", "OTLP/HTTP endpoint that gets traces, such as http://collector:4318; empty: none")
+    remembered_requests: int = _setting(
+        1000, "The last requests of each gateway that kervan explain can tell of, at about 1.1 kB each", 0, 1_000_000
+    )
+    # How they start.
     preflight: bool = _setting(
         True, "Before a replica on several GPUs starts, check that they reach each other, and refuse a host that fails"
     )
@@ -206,6 +216,7 @@ class FleetConfig:
         self._check_layout()
         self._check_gateways()
         self._check_engine()
+        self._check_otlp()
 
     def _check_layout(self) -> None:
         if self.ep not in (1, self.tp):
@@ -258,6 +269,20 @@ class FleetConfig:
                 "that comes token by token can be given again; leave one of both out"
             )
         engine_arguments.check_owned(self.engine_args)
+
+    def _check_otlp(self) -> None:
+        if not self.otlp:
+            return
+        parts = urlsplit(self.otlp)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(
+                f"otlp={self.otlp!r} is no URL of OTLP over HTTP; write for example --otlp http://collector:4318"
+            )
+        if parts.port == GRPC_PORT:
+            raise ConfigError(
+                f"otlp={self.otlp!r} has OTLP's port for gRPC, and kervan speaks HTTP; "
+                f"write --otlp {self.otlp.replace(str(GRPC_PORT), '4318')}"
+            )
 
     def _check_scaling(self) -> None:
         if 0 < self.max_replicas < self.replicas:
@@ -333,6 +358,8 @@ class FleetConfig:
         # A multi-modal sender cache assumes one receiver; a fleet has many (vLLM then sends hashes without data).
         args: dict[str, Any] = {"mm_processor_cache_gb": 0, **self.engine_args}
         args["model"] = self.model
+        if self.traces_url:
+            args.setdefault("otlp_traces_endpoint", self.traces_url)
         if self.engine == "twin":  # only gateways read this, and they have no layout
             return tuple(engine_arguments.to_argv(args))
         args |= {"tensor_parallel_size": self.tp, "pipeline_parallel_size": self.pp}
@@ -343,6 +370,12 @@ class FleetConfig:
         if self.gpu_share < 1:  # with kv_cache_memory_bytes too: vLLM starts only if so much is free
             args.setdefault("gpu_memory_utilization", round(GPU_MEMORY_UTILIZATION * self.gpu_share, 3))
         return tuple(engine_arguments.to_argv(args))
+
+    @property
+    def traces_url(self) -> str:
+        """Where spans are posted: `otlp`, with OTLP's path if it has none. Empty without."""
+        has_path = urlsplit(self.otlp).path not in ("", "/")
+        return self.otlp if has_path or not self.otlp else f"{self.otlp.rstrip('/')}/v1/traces"
 
     @property
     def weights_format(self) -> str | None:

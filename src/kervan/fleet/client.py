@@ -40,6 +40,7 @@ from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Attempt, current_attempt
 from kervan.fleet.reconnect.replay import replay
 from kervan.fleet.stream import Stream
+from kervan.fleet.timeline import current_request
 from kervan.fleet.traffic import ClientCounts, TrafficMeter
 from kervan.policy import admission
 from kervan.policy.output_length import LengthEstimate
@@ -219,6 +220,9 @@ class FleetClient:
         stream.wire_id = stream.request_id
         self._placements.streams[stream.request_id] = stream
         self.demand.arrived(stream)
+        record = current_request.get()
+        if record is not None:
+            stream.timeline = record.open(stream.request_id, stream.prompt_tokens, stream.arrived_s)
         has_turn = self._admitted.open(stream)
         attempt = current_attempt.get()
         if attempt is not None and attempt.begin():
@@ -228,6 +232,8 @@ class FleetClient:
                 return
         if has_turn:
             await self._placements.place(stream)
+        elif stream.timeline is not None:
+            stream.timeline.note("waits", why="streams of requests with many take turns")
 
     def _forgotten(self, stream: Stream) -> None:
         self._admitted.close(stream)
@@ -255,7 +261,10 @@ class FleetClient:
         except EngineError as error:
             self._give_up(stream, str(error))
             return
+        if stream.timeline is not None:
+            stream.timeline.note("replayed", tokens=len(stream.generated))
         if has_ended:
+            self._end(stream, "replayed")
             self._placements.forget(stream)
             return
         stream.replaying = None
@@ -271,6 +280,7 @@ class FleetClient:
                 continue
             if stream.replica_id is not None:
                 by_replica.setdefault(stream.replica_id, []).append(stream.wire_id)
+            self._end(stream, "abort")
             self._placements.forget(stream)
         for replica_id, wire_ids in by_replica.items():
             link = self._links.live.get(replica_id)
@@ -288,11 +298,18 @@ class FleetClient:
 
     def _give_up(self, stream: Stream, why: str, *, is_transient: bool = False) -> None:
         """End a stream with an error."""
-        logger.error("stream %s is given up: %s", stream.request_id, why)
+        logger.error("stream %s is given up: %s", stream.request_id, why, extra={"stream": stream.request_id})
         if stream.ticket is not None:
             stream.ticket.failure = StreamFailure(f"the request was given up: {why}", is_transient)
+        self._end(stream, f"error: {why}")
         self._placements.forget(stream)
         self._put(self.codec.failure(stream.request_id))
+
+    @staticmethod
+    def _end(stream: Stream, why: str) -> None:
+        """It is remembered how it ended."""
+        if stream.timeline is not None:
+            stream.timeline.note("ended", stream.replica_id or "", why, len(stream.generated))
 
     # ---- what comes of the links
 
@@ -328,7 +345,7 @@ class FleetClient:
             num_new = len(output.new_token_ids)
             if num_new:
                 if not stream.gave_token:
-                    self._first_token(link, stream, self.codec.cached_tokens(output))
+                    self._first_token(link, stream, output)
                 stream.generated += output.new_token_ids
                 num_generated += num_new
                 link.num_tokens += num_new
@@ -345,6 +362,8 @@ class FleetClient:
                 self.demand.finished(stream)
                 link.tally.num_served += 1
                 self.prefixes.ended(stream, link)
+                self.codec.finish(output, stream)
+                self._end(stream, str(output.finish_reason))
                 self._placements.forget(stream)
                 self._meter.count_completed()
             kept.append(output)
@@ -354,8 +373,17 @@ class FleetClient:
             outputs.timestamp += link.clock_skew_s
             self._put(outputs)
 
-    def _first_token(self, link: ReplicaLink, stream: Stream, cached_tokens: int | None) -> None:
+    def _first_token(self, link: ReplicaLink, stream: Stream, output: Any) -> None:
         stream.gave_token = True
+        cached_tokens = self.codec.cached_tokens(output)
+        if stream.timeline is not None:
+            queue_s = self.codec.queue_s(output)
+            stream.timeline.note(
+                "first token",
+                link.replica_id,
+                cached_tokens=-1 if cached_tokens is None else cached_tokens,
+                queue_s=-1.0 if queue_s is None else queue_s,
+            )
         if not stream.generated:
             self.demand.first_token(stream)
         ttft_s = time.monotonic() - stream.placed_s

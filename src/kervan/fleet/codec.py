@@ -40,6 +40,9 @@ class Codec(Protocol):
     def cached_tokens(self, output: Any) -> int | None:
         """By a stream's first output from a replica, what the prefix cache there had, in tokens; None if not told."""
 
+    def queue_s(self, output: Any) -> float | None:
+        """By a stream's first output from a replica, how long it waited in the engine's queue; None if not told."""
+
     def encode_add(self, stream: Stream) -> Sequence[Any]:
         """Frames that place `stream` under its wire id, resuming after its generated tokens."""
 
@@ -54,6 +57,9 @@ class Codec(Protocol):
 
     def restore(self, output: Any, stream: Stream) -> None:
         """Give a moved stream's output the id, and only the statistics, that its client expects."""
+
+    def finish(self, output: Any, stream: Stream) -> None:
+        """Give the last output of a stream what its client's trace needs, if its replica left that out."""
 
     def failure(self, request_id: str) -> Outputs:
         """An output that ends `request_id` with an error."""

@@ -89,7 +89,8 @@ class Evacuations:
                 pause_s = decision.ask_again_s
                 if decision.moves:
                     await self._carry_out(link, decision.moves)
-                    logger.info("replica %s drains: %s", link.replica_id, decision.reason)
+                    about = {"replica": link.replica_id}
+                    logger.info("replica %s drains: %s", link.replica_id, decision.reason, extra=about)
             if not link.streams and not is_empty:
                 is_empty = True
                 self._note_empty(link)

@@ -29,6 +29,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from kervan import logs
+
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
@@ -308,7 +310,7 @@ def main(
 
     PID: the process for which it is started. When that ends during the imports, this one ends too.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(level=logging.INFO)
     if os.fork():  # nobody's child: who started it may end before it, and take its children along
         os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -243,7 +243,7 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
     skew_s = (sent_s + received_s) / 2 - welcome.monotonic_s
     if abs(skew_s) <= received_s - sent_s:
         skew_s = 0.0
-    logger.info("linked to replica %s at %s", member.replica_id, member.address)
+    logger.info("linked to replica %s at %s", member.replica_id, member.address, extra={"replica": member.replica_id})
     monitors = tuple(monitor for _, monitor in opened)
     load = routing.ReplicaLoad(member.replica_id, 0)
     return ReplicaLink(

@@ -105,7 +105,8 @@ class Links:
                 link = await open_link(self._context, member, self._hello, self._secret)
             except LinkRefusedError as error:
                 if self.refusals.get(member.replica_id) != str(error):
-                    logger.error("replica %s refuses this gateway: %s", member.replica_id, error)
+                    about = {"replica": member.replica_id}
+                    logger.error("replica %s refuses this gateway: %s", member.replica_id, error, extra=about)
                 self.refusals[member.replica_id] = str(error)
                 await asyncio.sleep(10 * RECONNECT_PERIOD_S)
                 continue

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kervan import logs
+
 TAIL_BYTES = 1 << 20
 MAX_LINES = 6  # of one message
 MAX_CHARS = 600
@@ -77,7 +79,7 @@ def tail(path: Path) -> str:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-            return file.read().decode(errors="replace")
+            return logs.plain(file.read().decode(errors="replace"))
     except OSError:
         return ""
 

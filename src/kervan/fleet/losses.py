@@ -60,7 +60,8 @@ class Losses:
         if link.streams or not link.is_draining:  # else it left, as was said
             self._count(link, reason)
         streams = list(link.streams.values())
-        logger.warning("replica %s is lost (%s) with %d streams", link.replica_id, reason, len(streams))
+        about = {"replica": link.replica_id}
+        logger.warning("replica %s is lost (%s) with %d streams", link.replica_id, reason, len(streams), extra=about)
         for stream in streams:
             await self._move_or_reject(stream, link, reason)
         await self._placements.place_held()
@@ -168,5 +169,6 @@ class Losses:
             stream.num_stalls += is_suspect and link.is_long_in_step
             await self._placements.move(stream, link, reason="stalled")
         if moved and self._links.live.get(link.replica_id) is link:
-            logger.warning("%d streams move off replica %s: it %s", len(moved), link.replica_id, reason)
+            about = {"replica": link.replica_id}
+            logger.warning("%d streams move off replica %s: it %s", len(moved), link.replica_id, reason, extra=about)
             await link.input.send_multipart(self._codec.encode_abort(moved), copy=False)

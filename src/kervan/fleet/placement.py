@@ -69,6 +69,8 @@ class Placements:
         if placement.replica_id is None:
             if stream.held_since_s is None:
                 stream.held_since_s = time.monotonic()
+                if stream.timeline is not None:
+                    stream.timeline.note("held", why=placement.reason)
             self._held[stream] = None
             return
         link = self._links.live[placement.replica_id]
@@ -90,6 +92,8 @@ class Placements:
         link.load.num_suspects += stream.is_suspect
         link.streams[stream.wire_id] = stream
         stream.placed_s = time.monotonic()
+        if stream.timeline is not None:
+            stream.timeline.note("placed", link.replica_id, placement.reason, stream.queued_tokens)
         await link.input.send_multipart(self._codec.encode_add(stream), copy=False)
         if stream.is_suspect:  # should the replica die, its answer tells that it was alive until then
             await send_ping(link)
@@ -145,6 +149,9 @@ class Placements:
         """Place a stream again that was placed before, and is now neither placed nor held."""
         stream.epoch += 1
         self._counts.moves[reason] += 1
+        if stream.timeline is not None:
+            since_s = stream.paused_since_s or 0.0
+            stream.timeline.note("moved", why=reason, tokens=len(stream.generated), since_s=since_s)
         await self.place(stream, target)
 
     def unplace(self, stream: Stream, link: ReplicaLink | None) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from kervan import logs
 from kervan.config.fault import Fault
 from kervan.fleet import child, log_causes
 from kervan.fleet.child import Child
@@ -110,7 +111,7 @@ class EngineProcess:
         report = msgspec.json.decode(line, type=Report)
         self._last_report_s = time.monotonic()
         if isinstance(report, Ready):
-            self.start_s = start_parts.split(report.start_s, self.log_path.read_text(errors="replace"))
+            self.start_s = start_parts.split(report.start_s, logs.plain(self.log_path.read_text(errors="replace")))
             self.ready = report
         elif isinstance(report, EngineFailed):
             self.failure = failures.with_cause(report, log_causes.tail(self.log_path))

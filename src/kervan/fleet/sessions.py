@@ -83,7 +83,7 @@ class Sessions:
         if refusal is None and any(session.identity == identity for session in self.all):
             refusal = "this session has been here before; a gateway draws a new identity for each link"
         if refusal is not None:
-            logger.warning("refused gateway %s: %s", hello.gateway_id, refusal)
+            logger.warning("refused gateway %s: %s", hello.gateway_id, refusal, extra={"gateway": hello.gateway_id})
             return wire.REFUSED, refusal.encode()
         for session in self.live:
             if session.gateway_id == hello.gateway_id:

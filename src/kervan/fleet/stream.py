@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kervan.fleet.reconnect.journal import Attempt
+from kervan.fleet.timeline import StreamTimeline
 from kervan.policy.prefix import Spans
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Stream:
     replaying: asyncio.Task[None] | None = None
     ticket: "Ticket | None" = None
     session: str = ""
+    timeline: StreamTimeline | None = None  # of a request that is remembered
 
     @property
     def is_suspect(self) -> bool:

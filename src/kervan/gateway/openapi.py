@@ -8,6 +8,7 @@ import msgspec
 
 from kervan import __version__
 from kervan.gateway.asgi import ASGIApp, ErrorResponse, Receive, Scope, Send
+from kervan.gateway.explain import RequestExplained
 from kervan.gateway.simple import ChatRequest, ChatResponse, GenerateRequest, GenerateResponse
 from kervan.vendor.vllm_names import SCALE_PATH
 
@@ -77,7 +78,16 @@ def extended(document: dict[str, Any], *, has_keys: bool) -> dict[str, Any]:
 
 
 def _own_paths() -> tuple[dict[str, Any], dict[str, Any]]:
-    types = (GenerateRequest, GenerateResponse, ChatRequest, ChatResponse, HealthPage, StatusPage, ErrorResponse)
+    types = (
+        GenerateRequest,
+        GenerateResponse,
+        ChatRequest,
+        ChatResponse,
+        HealthPage,
+        StatusPage,
+        ErrorResponse,
+        RequestExplained,
+    )
     refs, components = msgspec.json.schema_components(types, ref_template=_REF)
     schema = dict(zip(types, refs, strict=True))
     answer = {kind: {"application/json": {"schema": schema[kind]}} for kind in types}
@@ -95,6 +105,13 @@ def _own_paths() -> tuple[dict[str, Any], dict[str, Any]]:
         "in": "path",
         "required": True,
         "description": "The header X-Kervan-Stream-Id of the first answer",
+        "schema": {"type": "string"},
+    }
+    request_id = {
+        "name": "request_id",
+        "in": "path",
+        "required": True,
+        "description": "The `id` of the answer, its header X-Kervan-Stream-Id, or the client's own X-Request-Id",
         "schema": {"type": "string"},
     }
     paths = {
@@ -131,6 +148,14 @@ def _own_paths() -> tuple[dict[str, Any], dict[str, Any]]:
         },
         "/kervan/status": {
             "get": _operation("status", "This gateway's streams", {200: ("Counts", answer[StatusPage])})
+        },
+        "/kervan/requests/{request_id}": {
+            "get": _operation(
+                "explain",
+                "Where the time of one of the last requests went",
+                {200: ("Its parts", answer[RequestExplained]), 404: ("No gateway remembers it", errors)},
+                parameters=[request_id],
+            )
         },
         "/health": {"get": _open("health", "Whether the gateway is alive", {200: ("It is", health)})},
         "/health/ready": {

@@ -18,6 +18,7 @@ import msgspec
 import psutil
 import uvloop
 
+from kervan import logs
 from kervan.fleet.control import ControlEnd
 from kervan.fleet.directory import Snapshot
 from kervan.fleet.vllm import failures
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 BEAT_PERIOD_S = 1.0
 SCHEDSTAT = Path("/proc/thread-self/schedstat")
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def failure_of(error: BaseException) -> GatewayFailed:
@@ -176,14 +176,15 @@ def run(control_fd: int, asked_s: float, *, is_forked: bool = False) -> NoReturn
 
     `asked_s`: `time.time()` when it was wanted; `is_forked`: this process had vLLM imported before.
     """
-    logging.basicConfig(format=LOG_FORMAT, force=True)
-    logging.getLogger().setLevel(logging.WARNING)
+    logs.configure(force=True)
     logging.getLogger("kervan").setLevel(logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = ControlEnd(socket.socket(fileno=control_fd))
     if not (line := control.receive()):
         os._exit(1)
     spec = msgspec.json.decode(line, type=GatewaySpec)
+    config = spec.config
+    logs.configure(config.log_format, force=True, fleet=config.fleet_name, gateway=config.gateway_id)
     _set_title(f"kervan gateway {spec.config.gateway_id} of {spec.config.fleet_name}")
     logger.info("%s %.1f s after it was asked for", "forked" if is_forked else "started", time.time() - asked_s)
     status = uvloop.run(_main(control, spec))

@@ -21,6 +21,7 @@ import msgspec
 from kervan.fleet.directory import GatewayEntry
 from kervan.fleet.reconnect.journal import Attempt, Journal, Position, current_attempt
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
+from kervan.fleet.timeline import current_request
 from kervan.gateway.answers import Answers
 from kervan.gateway.asgi import (
     ASGIApp,
@@ -295,9 +296,14 @@ def _last_event(scope: Scope) -> Position | None:
 
 def with_id(send: Send, stream_id: str) -> Send:
     """`send` that adds the id to the head of the answer; the rest passes through one plain call."""
+    record = current_request.get()
+    if record is not None:
+        record.stream_id = stream_id
 
     def named(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
+            if record is not None:
+                record.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), (ID_HEADER, stream_id.encode())]}
         return send(message)
 
@@ -343,9 +349,14 @@ class _Events:
         self._send = send
         self._copied = copied
         self.is_stream = False
+        self._record = current_request.get()
+        if self._record is not None:
+            self._record.stream_id = attempt.journal.stream_id
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if self._record is not None:
+                self._record.status = message["status"]
             headers = list(message.get("headers", ()))
             self.is_stream = message["status"] == 200 and any(
                 name.lower() == b"content-type" and value.startswith(EVENT_STREAM) for name, value in headers

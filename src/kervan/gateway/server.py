@@ -9,12 +9,15 @@ import logging
 import os
 import socket
 import time
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import msgspec
 import uvicorn
+from yarl import URL
 
 from kervan import __version__
 from kervan.errors import ConfigError
@@ -28,7 +31,7 @@ from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.adapters import Adapters
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.fleet.vllm.stored_responses import StoredResponses
-from kervan.gateway import openapi, page
+from kervan.gateway import explain, openapi, page
 from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.connection import Connection
@@ -37,14 +40,19 @@ from kervan.gateway.metrics import merge_pages
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
+from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.gateway.shared_port import SharedPort
-from kervan.gateway.shell import GatewayShell, Shed
+from kervan.gateway.shell import REQUESTS_PREFIX, GatewayShell, Shed
+from kervan.gateway.tracing import Tracing
+from kervan.logs import LogFormat
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
 
+GIVEN_PATHS = (INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH, REQUESTS_PREFIX)  # to other gateways of the fleet
+EXPLAIN_TIMEOUT_S = 2.0
 LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
 CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and takes no more requests", 30
 
@@ -81,6 +89,9 @@ class GatewayConfig:
     replay_s: float
     replay_max_bytes: int
     routes_by_prefix: bool = True
+    remembered_requests: int = 0
+    otlp: str = ""
+    log_format: LogFormat = "text"
     about: Mapping[str, Any] = field(default_factory=dict)
     """Of the fleet, for the status page; JSON types only."""
 
@@ -129,7 +140,15 @@ class Gateway:
         self.streams = Streams(config.gateway_id, self._gateways, key, self.answers)
         self.peers = Peers(config.gateway_id, self._gateways, key, self.answers)
         self.adapters = SharedAdapters(config.gateway_id, self._gateways, key)
-        self.shell = GatewayShell(self, config.api_keys, streams=self.streams, answers=self.answers, peers=self.peers)
+        self.tracing: Tracing | None = None
+        if config.otlp:
+            self.tracing = Tracing(config.otlp, fleet=config.fleet_name, gateway_id=config.gateway_id)
+        self.requests: RequestMemory | None = None
+        if config.remembered_requests or self.tracing is not None:
+            self.requests = RequestMemory(config.remembered_requests, self.tracing)
+        self.shell = GatewayShell(
+            self, config.api_keys, streams=self.streams, answers=self.answers, peers=self.peers, requests=self.requests
+        )
         self.shared_port: SharedPort | None = None
         if config.shared_port:
             self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, key)
@@ -255,6 +274,8 @@ class Gateway:
         if self.streams.store is not None:
             await self.streams.store.close()
         await self.fleet.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def _gateways(self) -> Sequence[GatewayEntry]:
         return self._snapshot.gateways
@@ -384,6 +405,34 @@ class Gateway:
         told: dict[str, object] = msgspec.to_builtins(status)
         return told
 
+    async def explain(self, request_id: str) -> bytes | None:
+        """Where the time of a request went, as JSON: from this gateway's memory, or another's."""
+        if (told := self._explain_own(request_id)) is not None:
+            return told
+        others = [g.internal_url for g in self._snapshot.gateways if g.id != self.config.gateway_id]
+        path = REQUESTS_PREFIX + urllib.parse.quote(request_id, safe="")
+        timeout = aiohttp.ClientTimeout(total=EXPLAIN_TIMEOUT_S)
+        headers = {RELAY_HEADER.decode(): relay_key(self.config.secret).decode()}
+
+        async def ask(session: aiohttp.ClientSession, url: str) -> bytes | None:
+            try:
+                async with session.get(URL(url + path, encoded=True)) as response:
+                    return await response.read() if response.status == 200 else None
+            except (aiohttp.ClientError, TimeoutError) as error:
+                logger.info("the gateway at %s was not asked for a request: %r", url, error)
+                return None
+
+        async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=headers) as session:
+            found = await asyncio.gather(*(ask(session, url) for url in others))
+        return next((told for told in found if told is not None), None)
+
+    def _explain_own(self, request_id: str) -> bytes | None:
+        record = self.requests.find(request_id) if self.requests is not None else None
+        if record is None:
+            return None
+        told = explain.explained(record, gateway=self.config.gateway_id, now_s=time.monotonic())
+        return msgspec.json.encode(told)
+
     async def metrics(self, gateway: str | None = None) -> bytes | None:
         """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out.
 
@@ -407,7 +456,7 @@ class Gateway:
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The page of this gateway alone, and what other gateways pass on: for a stream, or on a shared port."""
         if scope["type"] == "http":
-            if is_relayed(scope) and scope["path"].startswith((INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH)):
+            if is_relayed(scope) and scope["path"].startswith(GIVEN_PATHS):
                 await self._give(scope, receive, send)
             elif self.shared_port is not None and is_relayed(scope):
                 await self.shared_port.respond_relayed(scope, receive, send)
@@ -418,6 +467,10 @@ class Gateway:
         """What this gateway alone has, to one that proves to be of the fleet."""
         is_known = is_proof(header(scope, RELAY_HEADER), relay_key(self.config.secret))
         app, path = self.shell.inner, scope["path"]
+        if is_known and path.startswith(REQUESTS_PREFIX):
+            told_of = self._explain_own(urllib.parse.unquote(path.removeprefix(REQUESTS_PREFIX)))
+            await respond(send, 200 if told_of is not None else MISDIRECTED, told_of or b"")
+            return
         if not is_known or app is None:
             await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
         elif path.startswith(INTERNAL_PREFIX):

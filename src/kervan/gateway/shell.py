@@ -11,10 +11,12 @@ import hashlib
 import hmac
 import json
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import unquote
 
 import msgspec
 
@@ -24,6 +26,7 @@ from kervan.gateway.answers import BODY_METHODS, Answers
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, header, replay
 from kervan.gateway.peers import Peers
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
+from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.vendor import vllm_names
 
@@ -35,6 +38,7 @@ RETRY_NOT_READY_S = 5
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/metrics"})
 GATEWAY_METRICS_PREFIX = "/metrics/"  # before a gateway's id
 STATUS_PATH = "/kervan/status"
+REQUESTS_PREFIX = "/kervan/requests/"  # before a request's id
 SIMPLE_PATHS = {"/generate": simple.generate, "/chat": simple.chat}
 PAGE_METHODS = ("GET", "HEAD")
 
@@ -71,6 +75,9 @@ class GatewayView(Protocol):
     async def status(self) -> dict[str, object]:
         """What `kervan status` shows; JSON types only."""
 
+    async def explain(self, request_id: str) -> bytes | None:
+        """Where the time of a request went, as JSON; None if no gateway remembers it."""
+
     def stream_opened(self) -> None:
         """One HTTP request more in flight."""
 
@@ -96,6 +103,7 @@ class GatewayShell:
         streams: Streams | None = None,
         answers: Answers | None = None,
         peers: Peers | None = None,
+        requests: RequestMemory | None = None,
     ) -> None:
         for place, key in enumerate(api_keys, 1):
             if not key.strip():
@@ -107,6 +115,7 @@ class GatewayShell:
         self.answers = answers or Answers()
         self._streams = streams
         self._peers = peers
+        self._requests = requests
         self._deadlines = _Deadlines(body_timeout_s)
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
@@ -152,7 +161,7 @@ class GatewayShell:
             await self.answers.refuse(scope, receive, send, 401, message, headers=scheme)
         elif allowed is not None and method not in allowed:  # a CORS preflight never comes as far as this answer
             await self.answers.refuse_method(scope, receive, send, ", ".join(allowed))
-        elif is_page or path == STATUS_PATH:
+        elif is_page or path == STATUS_PATH or path.startswith(REQUESTS_PREFIX):
             await self._page(scope, send)
         else:
             self.view.stream_opened()
@@ -163,6 +172,7 @@ class GatewayShell:
 
     async def _forward(self, path: str, method: str, scope: Scope, receive: Receive, send: Send) -> None:
         body, client = b"", receive
+        received_s = time.monotonic()
         if method in BODY_METHODS:
             read = await self.read_body(scope, receive, send)
             if read is None:
@@ -185,8 +195,12 @@ class GatewayShell:
         if isinstance(room, Shed):
             await self._refuse_shed(scope, send, room, size)
             return
-        with room:
-            await self._work(inner, scope, receive, send, body, client)
+        if self._requests is None:
+            with room:
+                await self._work(inner, scope, receive, send, body, client)
+            return
+        with room, self._requests.begin(scope, received_s) as remembering:
+            await self._work(inner, remembering.scope, receive, send, body, client)
 
     async def _work(
         self, inner: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes, client: Receive
@@ -225,6 +239,17 @@ class GatewayShell:
                 await self.answers.error(scope, send, 404, message)
                 return
             body, content_type = page, b"text/plain; version=0.0.4; charset=utf-8"
+        elif path.startswith(REQUESTS_PREFIX):
+            request_id = unquote(path.removeprefix(REQUESTS_PREFIX))
+            told = await self.view.explain(request_id)
+            if told is None:
+                message = (
+                    f"no gateway remembers a request {request_id[:80]!r}; give the `id` of its answer or the header "
+                    "X-Kervan-Stream-Id; each gateway keeps the last remembered_requests"
+                )
+                await self.answers.error(scope, send, 404, message)
+                return
+            body = told
         elif path == STATUS_PATH:
             body = msgspec.json.encode(await self.view.status())
         elif (reason := self._not_ready()) is None:
@@ -359,7 +384,7 @@ def is_docs(path: str) -> bool:
 
 def _own_methods(path: str) -> tuple[str, ...] | None:
     """The methods of a path that is the gateway's own, None for vLLM's."""
-    if path in OPEN_PATHS or path == STATUS_PATH or _asks_one_gateway(path):
+    if path in OPEN_PATHS or path == STATUS_PATH or _asks_one_gateway(path) or path.startswith(REQUESTS_PREFIX):
         return PAGE_METHODS
     if path in SIMPLE_PATHS:
         return ("POST",)

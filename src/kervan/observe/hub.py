@@ -23,6 +23,7 @@ MAX_BYTES = 4 << 20
 CONFIG = "config.json"
 QUANTIZATION = "hf_quant_config.json"
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+TRUE_WORDS = ("1", "ON", "YES", "TRUE")
 FETCH = "fetch its config.json into a directory and give the directory"
 
 
@@ -35,7 +36,7 @@ def read_config(model: str, environ: Mapping[str, str] = os.environ) -> dict[str
     if cached is not None and (found := models.read_config(str(cached))) is not None:
         return found
     for name in OFFLINE:
-        if environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+        if environ.get(name, "").upper() in TRUE_WORDS:
             raise ConfigError(
                 f"model {model!r} is not in the Hugging Face cache ({cache(environ)}), and {name}="
                 f"{environ[name]} forbids to ask the hub; unset it, or {FETCH}"

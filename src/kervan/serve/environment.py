@@ -2,11 +2,14 @@
 
 import logging
 import os
+from pathlib import Path
 
+from kervan import logs
 from kervan.config.fleet import FleetConfig
 
 logger = logging.getLogger(__name__)
 
+VLLM_JSON_LOGS = Path(__file__).parents[1] / "fleet/vllm/json_logs.json"  # how vLLM is to log
 WARM_OWNER = "KERVAN_WARM_OWNER_PID"
 
 
@@ -34,4 +37,10 @@ def process_environment(config: FleetConfig, *, is_on_cpu: bool) -> dict[str, st
         # vLLM 0.24 to 0.32 compile how log probabilities are ranked all the same, at the first request that wants some.
         # All streams of the replica would stand still meanwhile: 19 s on two cores, 2 s with a filled cache (by hand).
         env.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if config.log_format == "json":
+        env[logs.VARIABLE] = "json"
+        env.setdefault("VLLM_LOGGING_CONFIG_PATH", str(VLLM_JSON_LOGS))
+    if config.otlp:  # vLLM speaks gRPC unless it is told
+        env.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        env.setdefault("OTEL_SERVICE_NAME", "vllm")  # kervan's own spans say that they are kervan's
     return {**env, **config.env}

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import ray
 
+from kervan import logs
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import weight_files
@@ -35,15 +36,14 @@ logger = logging.getLogger(__name__)
 POLL_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 2.0
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def _log_to(path: Path) -> None:
+def _log_to(path: Path, config: FleetConfig, gateway_id: str) -> None:
     """All that this process writes goes to `path`: kervan's logs, vLLM's, Serve's, and the last words of a crash."""
     with open_log(path) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    logging.basicConfig(format=LOG_FORMAT)
+    logs.configure(config.log_format, fleet=config.name, gateway=gateway_id)
     logging.getLogger("kervan").setLevel(logging.INFO)
 
 
@@ -78,6 +78,9 @@ def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: S
         models=served_names(config),
         replay_s=config.replay_s,
         replay_max_bytes=config.replay_max_mib << 20,
+        remembered_requests=config.remembered_requests,
+        otlp=config.traces_url,
+        log_format=config.log_format,
         about={
             "layout": str(Layout(tp=config.tp, pp=config.pp, ep=config.ep)),
             "gpu": config.gpu or gpu_kind(ray.get_runtime_context().get_assigned_resources()),
@@ -93,7 +96,7 @@ class _GatewayActor:
         self._version = version
         self._id = f"gw-{uuid.uuid4().hex[:6]}"
         self._log_path = new_log(log_directory(), f"{self._config.name}-{self._id}")
-        _log_to(self._log_path)
+        _log_to(self._log_path, self._config, self._id)
         self._directory = find_directory(self._config.name)
         self._neighbourhood = Neighbourhood(self._config)
         self._tasks: list[asyncio.Task[None]] = []

@@ -10,10 +10,12 @@ from kervan.config.fleet import FleetConfig
 GATEWAY_SETTINGS = (
     "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
     "drain_timeout_s", "engine", "replay_s", "replay_max_mib", "warm_start", "routing",
+    "log_format", "otlp", "remembered_requests",
 )  # fmt: skip
 REPLICA_SETTINGS = (
     "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",
     "stall_timeout_s", "drain_timeout_s", "preflight", "warm_start",
+    "log_format", "otlp",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from kervan import logs
 from kervan.errors import ConfigError, FleetError
 from kervan.fleet.directory import Drain, NodeEntry, Snapshot
 from kervan.notices import state_file
@@ -164,6 +165,7 @@ class WatcherActor:
     async def __init__(self, node_id: str, env: Mapping[str, str]) -> None:  # type: ignore[misc]  # Ray awaits it
         self._node_id = node_id
         self._settings = from_environment({**os.environ, **env})
+        self._log_format = logs.format_of({**os.environ, **env})
         self._watch: asyncio.Future[NodeWatch] = asyncio.get_running_loop().create_future()
         self._running = asyncio.create_task(self._run())
 
@@ -173,7 +175,7 @@ class WatcherActor:
         watch.operator.announce(remaining_s=remaining_s, why="kervan drain")
 
     async def _run(self) -> None:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logs.configure(self._log_format, node=ray.util.get_node_ip_address())
         logging.getLogger("kervan").setLevel(logging.INFO)
         try:
             logger.info("the watcher ends: %s", await self._guard())

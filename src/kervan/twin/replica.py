@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from kervan import logs
 from kervan.config.fault import Fault
 from kervan.fleet import wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, Ready
@@ -279,11 +280,12 @@ def main() -> None:
 
     Exits with status 1, and the reason over the line, when the spec is malformed or a port cannot be bound.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(level=logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = ControlEnd(socket.socket(fileno=int(sys.argv[1])))
     try:
         spec = msgspec.json.decode(control.receive(), type=TwinSpec)
+        logs.configure(level=logging.INFO, force=True, replica=spec.replica_id)
         twin = TwinReplica(spec, control.send)
     except (msgspec.MsgspecError, zmq.ZMQError) as error:
         control.send(EngineFailed("EngineError", f"the twin did not start: {error}"))

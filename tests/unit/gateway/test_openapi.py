@@ -18,7 +18,7 @@ VLLM = {
 def test_own_endpoints_stand_beside_vllms() -> None:
     document = extended(VLLM, has_keys=False)
     paths = document["paths"]
-    own = OPEN_PATHS | SIMPLE_PATHS.keys() | {STATUS_PATH, "/v1/streams/{stream_id}"}
+    own = OPEN_PATHS | SIMPLE_PATHS.keys() | {STATUS_PATH, "/v1/streams/{stream_id}", "/kervan/requests/{request_id}"}
     assert paths.keys() == own | {"/v1/models"}
     assert paths["/health"]["get"]["summary"] != "vLLM's"
     schemas = document["components"]["schemas"]

@@ -9,6 +9,7 @@ from typing import NoReturn
 import msgspec
 import psutil
 
+from kervan import logs
 from kervan.fleet.control import ControlEnd, EngineSpec
 from kervan.fleet.vllm import head_start
 
@@ -18,10 +19,11 @@ def run(control_fd: int, asked_s: float, *, is_forked: bool = False) -> NoReturn
 
     `asked_s`: `time.time()` when it was wanted; `is_forked`: this process had vLLM imported before.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(level=logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = ControlEnd(socket.socket(fileno=control_fd))
     spec = msgspec.json.decode(control.receive(), type=EngineSpec)
+    logs.configure(level=logging.INFO, force=True, replica=spec.replica_id)
     ahead = head_start.begin(spec.engine_argv)
     from kervan.fleet.vllm import replica  # and vLLM with it: 5 to 20 s, where this process is not forked
 

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import (
+    EngineCoreEventType,
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
@@ -65,6 +66,12 @@ class VllmCodec:
     def cached_tokens(self, output: EngineCoreOutput) -> int | None:
         return None if output.prefill_stats is None else int(output.prefill_stats.num_local_cached_tokens)
 
+    def queue_s(self, output: EngineCoreOutput) -> float | None:
+        times_s = {event.type: event.timestamp for event in output.events or ()}
+        queued_s = times_s.get(EngineCoreEventType.QUEUED)
+        scheduled_s = times_s.get(EngineCoreEventType.SCHEDULED)
+        return None if queued_s is None or scheduled_s is None else max(0.0, scheduled_s - queued_s)
+
     def encode_add(self, stream: Stream) -> Sequence[Any]:
         request = stream.request if stream.epoch == 0 else self._moved(stream)
         return EngineCoreRequestType.ADD.value, *self._encoder.encode(request)
@@ -89,6 +96,10 @@ class VllmCodec:
     def restore(self, output: EngineCoreOutput, stream: Stream) -> None:
         output.request_id = stream.request_id
         output.prefill_stats = None  # the first placement has reported the prompt already
+
+    def finish(self, output: EngineCoreOutput, stream: Stream) -> None:
+        if output.trace_headers is None:  # vLLM's span of the request would have no parent; a twin does not know them
+            output.trace_headers = stream.request.trace_headers
 
     def failure(self, request_id: str) -> EngineCoreOutputs:
         failed = EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)

@@ -8,6 +8,7 @@ import time
 import msgspec
 import ray
 
+from kervan import logs
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import Slo
 from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
@@ -33,11 +34,11 @@ class DirectoryActor:
 
     # Ray awaits it: the scaler's tasks need the loop.
     async def __init__(self, name: str, config_json: str, secret: str) -> None:  # type: ignore[misc]
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._name = name
         self._key = _key(name)
         stored = ray_internals.kv_get(self._key)
         self._config = FleetConfig.from_json(stored.decode() if stored is not None else config_json)
+        logs.configure(self._config.log_format, fleet=name)
         self._secret = secret
         self._directory = Directory(time.monotonic)
         self._changed = asyncio.Event()

@@ -1,0 +1,1 @@
+"""`kervan doctor`: whether this machine can run a fleet, and what to do where it cannot."""
