@@ -103,7 +103,7 @@ NOTICE_TO_EMPTY = Descriptor(
     "kervan_notice_to_empty_seconds",
     "histogram",
     "From when the directory heard that a node will go until no replica there had a stream.",
-    ("kind",),
+    (),
     "fleet",
 )
 

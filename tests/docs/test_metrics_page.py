@@ -73,7 +73,7 @@ async def test_a_gateway_exports_each_metric_as_it_is_described() -> None:
         [NodeEntry("n")], targets={"spot": 1}, slo=Slo(ttft_s=2.0), bounds={"spot": (1, 2)}, usd_per_h={"spot": 3.5},
         scaling=Scaling("slo", {"spot": 1}, "why", {"load": 1.0}, room={"spot": 2}, changes={"spot": {"up": 1}}),
         events=EventCounts({"spot": 1}, {"spot": counted}, 0, {"spot": 0}, {"preemption": {"aws": 1}},
-                           {"preemption": Counted([0] * 13, 0.0)}),
+                           Counted([0] * 13, 0.0)),
     )  # fmt: skip
     page = gateway._local_page()
     await gateway.streams.store.close()

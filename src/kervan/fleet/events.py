@@ -22,14 +22,14 @@ class Counted(msgspec.Struct, frozen=True):
 
 
 class EventCounts(msgspec.Struct, frozen=True):
-    """As `kervan.metrics` tells them. `notices`: by kind and source; the others by pool, or by a notice's kind."""
+    """As `kervan.metrics` tells them. `notices`: by kind and source; starts and drains by pool."""
 
     starts: dict[str, int] = {}
     start_s: dict[str, Counted] = {}
     start_failures: int = 0
     drains: dict[str, int] = {}
     notices: dict[str, dict[str, int]] = {}
-    notice_to_empty_s: dict[str, Counted] = {}
+    notice_to_empty_s: Counted | None = None
 
 
 class FleetEvents:
@@ -43,7 +43,7 @@ class FleetEvents:
         self._drains: dict[str, int] = {}
         self._draining: set[str] = set()
         self._notices: dict[str, dict[str, int]] = {}
-        self._to_empty_s: dict[str, Histogram] = {}
+        self._to_empty_s = Histogram(PAUSE_BOUNDS_S)
         # By node and notice: when it was heard; None once the node was empty, or had no replica from the start.
         self._noticed: dict[tuple[str, NodeNotice], float | None] = {}
 
@@ -86,8 +86,7 @@ class FleetEvents:
                 node in (replica.node, *replica.nodes) and replica.running + replica.waiting for replica in replicas
             )
             if heard_s is not None and not is_busy:
-                histogram = self._to_empty_s.setdefault(notice.kind, Histogram(PAUSE_BOUNDS_S))
-                histogram.observe(self._now() - heard_s)
+                self._to_empty_s.observe(self._now() - heard_s)
                 self._noticed[node, notice] = None
             if (node, notice) not in standing and not is_busy:
                 del self._noticed[node, notice]
@@ -96,7 +95,7 @@ class FleetEvents:
         """All of it, to be told to others."""
         return EventCounts(
             starts=dict(self._starts),
-            start_s=_told(self._start_s),
+            start_s={pool: _told(histogram) for pool, histogram in self._start_s.items()},
             start_failures=self._num_failures,
             drains=dict(self._drains),
             notices={kind: dict(by_source) for kind, by_source in self._notices.items()},
@@ -104,5 +103,5 @@ class FleetEvents:
         )
 
 
-def _told(histograms: dict[str, Histogram]) -> dict[str, Counted]:
-    return {name: Counted([*histogram.counts], histogram.sum_s) for name, histogram in histograms.items()}
+def _told(histogram: Histogram) -> Counted:
+    return Counted([*histogram.counts], histogram.sum_s)

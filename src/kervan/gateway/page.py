@@ -126,7 +126,7 @@ def _of_fleet(snapshot: Snapshot, age_s: float) -> dict[Descriptor, Values]:
             (kind, source): count for kind, sources in events.notices.items() for source, count in sources.items()
         },
         metrics.NODES_NOTICED: sum(bool(node.notices) for node in snapshot.nodes),
-        metrics.NOTICE_TO_EMPTY: _histograms(events.notice_to_empty_s, PAUSE_BOUNDS_S),
+        metrics.NOTICE_TO_EMPTY: _histogram(events.notice_to_empty_s, PAUSE_BOUNDS_S),
         metrics.REPLICAS_TARGET: _by_label(snapshot.targets),
         metrics.REPLICAS_MINIMUM: {(pool,): least for pool, (least, _) in snapshot.bounds.items()},
         metrics.REPLICAS_MAXIMUM: {(pool,): most for pool, (_, most) in snapshot.bounds.items()},
@@ -153,7 +153,11 @@ def _by_label(counts: Mapping[str, float]) -> dict[tuple[str, ...], Value]:
 
 
 def _histograms(counted: Mapping[str, Counted], bounds: tuple[float, ...]) -> dict[tuple[str, ...], Value]:
-    return {(name,): Histogram(bounds, one.counts, one.sum_s) for name, one in counted.items()}
+    return {(name,): _histogram(one, bounds) for name, one in counted.items()}
+
+
+def _histogram(counted: Counted | None, bounds: tuple[float, ...]) -> Histogram:
+    return Histogram(bounds) if counted is None else Histogram(bounds, counted.counts, counted.sum_s)
 
 
 async def fetch(urls: Iterable[str]) -> list[str | None]:

@@ -31,7 +31,7 @@ SCALING = Scaling(
 )  # fmt: skip
 EVENTS = EventCounts(
     starts={"spot": 4}, start_s={"spot": Counted([0] * 4 + [3] + [0] * 7, 40.5)}, start_failures=1, drains={"spot": 2},
-    notices={"preemption": {"aws": 1}}, notice_to_empty_s={"preemption": Counted([1] + [0] * 12, 0.04)},
+    notices={"preemption": {"aws": 1}}, notice_to_empty_s=Counted([1] + [0] * 12, 0.04),
 )  # fmt: skip
 NOTICE = NodeNotice("preemption", "aws", True, None, 0.0)
 SNAPSHOT = Snapshot(
