@@ -1,4 +1,7 @@
-"""The tables of docs/metrics.md are those of the code. `python tests/docs/test_metrics_page.py` writes them."""
+"""docs/metrics.md and the alerts of docs/monitoring.md are made from the code.
+
+`python tests/docs/test_metrics_page.py` writes them.
+"""
 
 import re
 
@@ -14,8 +17,10 @@ from kervan.fleet.directory import GatewayEntry, NodeEntry, ReplicaEntry, Scalin
 from kervan.fleet.events import Counted, EventCounts
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.gateway import server
+from kervan.observe.render import rules
 
 PAGE = DOCS / "metrics.md"
+MONITORING, ALERTS_MARK = DOCS / "monitoring.md", "<!-- alerts -->\n"
 SHARED = {"fleet", "model_name"}
 
 
@@ -90,7 +95,21 @@ async def test_a_gateway_exports_each_metric_as_it_is_described() -> None:
     assert found == {m.name: (m.kind, m.help, set(m.labels)) for m in metrics.ALL.values()}
 
 
+def alerts() -> str:
+    return "\n".join(
+        f"### {alert.name}\n\n{alert.severity}. {alert.meaning}\n\n- Threshold: {alert.threshold}\n- Do: {alert.action}\n"
+        for alert in rules.alerts()
+    )
+
+
+def test_the_page_has_the_alerts_of_the_code() -> None:
+    found = MONITORING.read_text().partition(ALERTS_MARK)[2]
+    assert found == alerts(), "python tests/docs/test_metrics_page.py writes them"
+
+
 if __name__ == "__main__":
+    before, mark, _ = MONITORING.read_text().partition(ALERTS_MARK)
+    MONITORING.write_text(before + mark + alerts())
     text = PAGE.read_text()
     for name in metrics.SECTIONS:
         match = section_of(text, name)

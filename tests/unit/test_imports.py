@@ -13,7 +13,16 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
-BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "plain_tokenizer.py", "autogroups.py", "vendor")
+BOTTOM = (
+    "errors.py",
+    "units.py",
+    "stats.py",
+    "ports.py",
+    "plain_tokenizer.py",
+    "autogroups.py",
+    "metrics.py",
+    "vendor",
+)
 ABOVE = ("sim", "comm", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
@@ -183,6 +192,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.stats",
         "kervan.ports",
         "kervan.autogroups",
+        "kervan.metrics",
         "kervan.vendor.vllm_names",
         "kervan.cli.bench_view",
         "kervan.cli.render",
@@ -223,6 +233,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
                 "simulate",
                 "memory",
                 "pipeline",
+                "observe",
             )
         ),
     ],
