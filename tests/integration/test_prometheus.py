@@ -4,6 +4,8 @@ import asyncio
 import functools
 import http.server
 import os
+import re
+import shlex
 import signal
 import threading
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from harness.live import START_S, Fleet, eventually, eventually_async
+from harness.places import DOCS
 from harness.prometheus import Running, promtool, running
 from harness.shared_fleet import Models
 from harness.twin_load import kervan, load
@@ -50,8 +53,10 @@ async def test_no_panel_is_dead_while_a_fleet_works_drains_moves_and_scales(
     twins: Fleet, models: Models, tmp_path: Path
 ) -> None:
     await asyncio.to_thread(twins.wait_until_whole, 3, 1)
-    directory = tmp_path / "monitoring"
-    told = await kervan(twins, "observe", "render", str(directory))
+    render, prometheus, plot = documented()
+    told = await kervan(twins, *render)  # in the scratch directory, as all commands of tests
+    directory = twins.home.scratch / render[-1]
+    assert prometheus == [f"--config.file={render[-1]}/prometheus.yml"]
     assert f"targets: 127.0.0.1:{twins.port}" in told
     often(directory / "prometheus.yml")
     assert promtool("check", "config", "prometheus.yml", cwd=directory).returncode == 0
@@ -90,34 +95,37 @@ async def test_no_panel_is_dead_while_a_fleet_works_drains_moves_and_scales(
         assert recorded == {one.record for one in rules.RECORDINGS}
         alerted = server.api.query('max_over_time(ALERTS{alertstate="firing",severity="critical"}[5m])')
         assert [one.labels for one in alerted] == []
-    out = tmp_path / "fleet.svg"
-    drawn = await asyncio.to_thread(
-        twins.home.kervan,
-        "observe",
-        "plot",
-        str(server.data),
-        "--out",
-        str(out),
-        "--for",
-        f"{time.time() - begin_s:.0f}s",
-    )
-    assert (drawn.returncode, drawn.stderr) == (0, "")
-    assert "without data" not in drawn.stdout
-    assert out.read_text().count("<polyline") > 50
+        await asyncio.to_thread(draws, twins, [server.api.url if "9090" in word else word for word in plot])
+    # And from what it has stored, when it has ended.
+    out = str(tmp_path / "fleet.svg")
+    period = f"{time.time() - begin_s:.0f}s"
+    await asyncio.to_thread(draws, twins, ["observe", "plot", str(server.data), "--out", out, "--for", period])
     await asyncio.to_thread(twins.wait_until_whole, 3, 1)
 
 
+def documented() -> list[list[str]]:
+    """The words of the three commands of docs/monitoring.md, after their program."""
+    (block,) = re.findall(r"<!-- monitoring -->\n```bash\n(.*?)```", (DOCS / "monitoring.md").read_text(), re.S)
+    return [shlex.split(line)[1:] for line in block.splitlines()]
+
+
+def draws(twins: Fleet, words: list[str]) -> None:
+    done = twins.home.kervan(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "without data" not in done.stdout
+    assert (twins.home.scratch / words[words.index("--out") + 1]).read_text().count("<polyline") > 50
+
+
 def check_names(page: str) -> None:
-    """A live fleet exports what the code lists, each with its help and kind, and promtool finds nothing to object to."""
+    """A live fleet exports what the code lists, each with its help and kind, and nothing else."""
     lines = page.splitlines()
     help_of = {line.split()[2]: line.split(None, 3)[3] for line in lines if line.startswith("# HELP kervan_")}
     kind_of = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE kervan_")}
-    assert help_of == {name: metric.help for name, metric in metrics.ALL.items()}
-    assert kind_of == {name: metric.kind for name, metric in metrics.ALL.items()}
+    told = {name: metric for name, metric in metrics.ALL.items() if metric is not metrics.NOTICES}  # there were none
+    assert help_of == {name: metric.help for name, metric in told.items()}
+    assert kind_of == {name: metric.kind for name, metric in told.items()}
     sampled = {line.partition("{")[0] for line in lines if line.startswith("kervan_")}
-    for name, metric in metrics.ALL.items():
-        is_there = f"{name}_bucket" in sampled if metric.kind == "histogram" else name in sampled
-        assert is_there or metric is metrics.NOTICES, name  # nobody has given one notice here
+    assert {f"{name}_bucket" if metric.kind == "histogram" else name for name, metric in told.items()} <= sampled
     assert all('fleet="twins"' in line for line in lines if line and not line.startswith("#"))
 
 
