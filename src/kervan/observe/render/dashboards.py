@@ -220,7 +220,8 @@ FLEET_DASHBOARD = Dashboard(
                     "Notice to empty",
                     *_quantiles("kervan_notice_to_empty_seconds", scope="fleet"),
                     unit="s",
-                    help="Must stay below what the cloud gives: 120 s on AWS, 30 s on Azure and Google Cloud.",
+                    help="Must stay below what the cloud gives: 120 s on AWS, 30 s on Azure and Google Cloud. "
+                    "Empty until there was a notice.",
                 ),
             ),
         ),
