@@ -238,7 +238,7 @@ REPLICAS_ROOM = Descriptor(
 DECISIONS = Descriptor(
     "kervan_autoscaling_decisions_total",
     "counter",
-    "Changes of a pool's target, up or down.",
+    "Changes of a pool's target, up or down, by the policy or by new settings.",
     ("pool", "direction"),
     "fleet",
 )

@@ -18,7 +18,7 @@ from harness.live import START_S, Fleet, eventually, eventually_async
 from harness.places import DOCS
 from harness.prometheus import Running, promtool, running
 from harness.shared_fleet import Models
-from harness.twin_load import kervan, load
+from harness.twin_load import kervan, load, streams_of
 
 from kervan import metrics
 from kervan.observe.render import queries, rules
@@ -66,11 +66,12 @@ async def test_no_panel_is_dead_while_a_fleet_works_drains_moves_and_scales(
     with running(directory / "prometheus.yml", tmp_path / "data") as server:
         async with load(twins, models):
             await kervan(twins, "scale", "4")
-            await kervan(twins, "scale", "3..4")
-            names = {entry["id"]: entry["pid"] for entry in twins.status()["replicas"] if entry["state"] == "ready"}
-            lost, drained, *_ = names
-            os.kill(names[lost], signal.SIGKILL)
+            pids = {entry["id"]: entry["pid"] for entry in twins.status()["replicas"] if entry["state"] == "ready"}
+            await eventually_async(lambda: min(streams_of(twins).values()) > 0, "all have streams", START_S)
+            lost, drained, *_ = (name for name in streams_of(twins) if name in pids)
+            os.kill(pids[lost], signal.SIGKILL)
             await kervan(twins, "drain", drained, "--deadline", "20s")
+            await kervan(twins, "scale", "3..4")
             await eventually_async(
                 functools.partial(twins.total, "kervan_autoscaling_number"), "a decision has numbers", START_S
             )

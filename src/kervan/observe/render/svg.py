@@ -99,7 +99,7 @@ def _stat(panel: Panel, lines: Sequence[Line], box: _Box, begin_s: float, end_s:
 def _plot(panel: Panel, lines: Sequence[Line], box: _Box, begin_s: float, end_s: float) -> list[str]:
     told = FORMATS.get(panel.unit, _short)
     most = max((value for line in lines for _, value in line.points), default=0.0)
-    step = _nice(max(most, 1e-9) * 1.05 / TICKS)
+    step = _nice(1.05 * most / TICKS) if most > 0 else 1 / TICKS
     top = step * TICKS
     left, right, head = box.x + LEFT, box.x + box.width - RIGHT, box.y + TITLE + 4
     foot = head + PLOT_HEIGHT

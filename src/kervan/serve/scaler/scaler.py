@@ -90,12 +90,14 @@ class Scaler:
         if name != self._policy_name:
             self._memory = {}
         self._policy_name = name
+        before = self._targets
         self._targets = {
-            pool: min(max(self._targets.get(pool, bounds.minimum), bounds.minimum), bounds.maximum)
+            pool: min(max(before.get(pool, bounds.minimum), bounds.minimum), bounds.maximum)
             for pool, bounds in config.bounds.items()
         }
-        for pool in config.bounds:
+        for pool, target in self._targets.items():
             self._changes.setdefault(pool, {"up": 0, "down": 0})
+            self._count_change(pool, before.get(pool, target), target)
 
     def _make_policy(self) -> None:
         self._policy_kinds = sorted({kind for kinds in self._kinds.values() for kind in kinds})
@@ -231,12 +233,15 @@ class Scaler:
             before = self._targets.get(name, 0)
             if target > before:
                 self._starts.wanted(name, self._clock())
-            if target != before:
-                self._changes[name]["up" if target > before else "down"] += 1
+            self._count_change(name, before, target)
         self._note(decision.targets, decision.reason, self._numbers)
         self._targets = dict(decision.targets)
         self._since_s = self._unix()
         self._stored_s = float("-inf")
+
+    def _count_change(self, pool: str, before: int, target: int) -> None:
+        if target != before:
+            self._changes[pool]["up" if target > before else "down"] += 1
 
     def _note(self, targets: Mapping[str, int], reason: str, numbers: dict[str, float]) -> None:
         entry = Decided(self._unix(), dict(self._targets), dict(targets), reason, numbers)
