@@ -70,7 +70,7 @@ async def test_no_panel_is_dead_while_a_fleet_works_drains_moves_and_scales(
             await eventually_async(lambda: min(streams_of(twins).values()) > 0, "all have streams", START_S)
             lost, drained, *_ = (name for name in streams_of(twins) if name in pids)
             os.kill(pids[lost], signal.SIGKILL)
-            await kervan(twins, "drain", drained, "--deadline", "20s")
+            await kervan(twins, "drain", drained, "--deadline", "2s")
             await kervan(twins, "scale", "3..4")
             await eventually_async(
                 functools.partial(twins.total, "kervan_autoscaling_number"), "a decision has numbers", START_S
