@@ -14,6 +14,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OTHER_VLLM := .venv/vllm-0.24
 TRITON := .venv/triton
+PROMETHEUS := .venv/prometheus
 
 # torch's CPU build is not on PyPI. Only one of the two places is asked: an index out of reach costs minutes.
 ifdef PIP_FIND_LINKS
@@ -26,7 +27,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST := KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) \
-  KERVAN_TRITON=$(CURDIR)/$(TRITON) $(BIN)/pytest
+  KERVAN_TRITON=$(CURDIR)/$(TRITON) PATH="$(CURDIR)/$(PROMETHEUS)/usr/bin:$$PATH" $(BIN)/pytest
 
 .PHONY: demo environment test exhaustive unit lint lock clean
 .DELETE_ON_ERROR:
@@ -49,7 +50,14 @@ $(TRITON): | $(STAMP)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@.part triton==3.5.1
 	@mv $@.part $@
 
-environment: $(STAMP) $(OTHER_VLLM) $(TRITON)
+# Prometheus and promtool, from Debian's package, which is unpacked, not installed: no root, and no service. Where neither
+# can be had, the tests that need them are skipped and say so.
+$(PROMETHEUS): | $(STAMP)
+	@command -v prometheus promtool >/dev/null || { mkdir -p $@.part && cd $@.part && \
+	apt-get download -qq prometheus 2>/dev/null && dpkg -x prometheus_*.deb . && rm prometheus_*.deb && mv ../$(notdir $@).part ../$(notdir $@); } || \
+	{ rm -rf $(CURDIR)/$@.part; echo "no prometheus here, and apt-get does not bring it: its tests are skipped"; }
+
+environment: $(STAMP) $(OTHER_VLLM) $(TRITON) $(PROMETHEUS)
 
 # Unit tests wait more than they compute, so they run four at a time. So do those with fleets; two halves of them, by
 # what they share (tests/harness/groups.py).
@@ -57,10 +65,10 @@ UNIT := tests/unit -n 4 --dist worksteal
 HALVES := -n 2 --dist loadscope --no-loadscope-reorder
 
 ifdef PYTEST_ARGS
-test: lint $(OTHER_VLLM) $(TRITON)
+test: lint $(OTHER_VLLM) $(TRITON) $(PROMETHEUS)
 	$(PYTEST) $(PYTEST_ARGS)
 else
-test: lint $(OTHER_VLLM) $(TRITON)
+test: lint $(OTHER_VLLM) $(TRITON) $(PROMETHEUS)
 	@failed=0; rm -f .pytest_cache/v/cache/lastfailed; \
 	$(PYTEST) $(UNIT) --cov --cov-report= || failed=1; \
 	echo "files of which the unit tests run less than 70%:"; \
@@ -69,7 +77,7 @@ test: lint $(OTHER_VLLM) $(TRITON)
 	exit $$failed
 endif
 
-exhaustive: $(OTHER_VLLM) $(TRITON)
+exhaustive: $(OTHER_VLLM) $(TRITON) $(PROMETHEUS)
 	$(PYTEST) --exhaustive $(HALVES) $(PYTEST_ARGS)
 
 unit: $(STAMP)

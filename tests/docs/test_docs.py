@@ -22,16 +22,10 @@ import click
 import pytest
 from harness.live import Fleet
 from harness.places import REPOSITORY
-from harness.toy_fleet import ToyCodec
-from prometheus_client.parser import text_string_to_metric_families
 
 import kervan
 from kervan.cli import COMMANDS, cli
 from kervan.config import fleet as fleets
-from kervan.fleet.client import FleetClient
-from kervan.fleet.directory import GatewayEntry, ReplicaEntry, Scaling, Snapshot
-from kervan.fleet.reconnect.replicated_store import ReplicatedStore
-from kervan.gateway import server
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
@@ -219,36 +213,6 @@ def test_config_files_are_valid(block: Block, tmp_path: Path) -> None:
     path = tmp_path / f"fleet.{block.language}"
     path.write_text(block.text)
     assert fleets.from_mapping(fleets.load_file(path), str(block)).model == README_MODEL
-
-
-async def test_the_table_of_metrics_is_the_page() -> None:
-    """Names, kinds and labels of all that a gateway's page has from kervan; every one also has those of the fleet."""
-    config = server.GatewayConfig(
-        gateway_id="gw-1", node="n", engine_argv=(), secret="s", host="h", port=1, internal_host="h", public_host="h",
-        api_keys=(), max_queued_streams=1, hold_timeout_s=1.0, stop_timeout_s=1.0, opens_when_attached=False,
-        is_twin=True, shared_port=False, fleet_name="f", models=(), replay_s=1.0, replay_max_bytes=1,
-    )  # fmt: skip
-    gateway = server.Gateway(config)
-    gateway.fleet = FleetClient(ToyCodec(), secret="s")
-    gateway.streams.store = ReplicatedStore(
-        gateway_id="gw-1", node="n", secret="s", engine_version="", replay_s=1.0, max_bytes=1
-    )
-    gateway.fleet._meter.tally("r").ttft.observe(0.1)
-    replica = ReplicaEntry("r", "spot", "n", 1, "ready", "a:1")
-    entry = GatewayEntry("gw-1", "n", 2, "", "", True)
-    scaling = Scaling("slo", {"spot": 1}, "why", {"load_requests_per_s": 1.0}, room={"spot": 2})
-    gateway._snapshot = Snapshot(1, [replica], [entry], [], targets={"spot": 1}, scaling=scaling)
-    found = set()
-    for family in text_string_to_metric_families(gateway._local_page()):
-        if family.name.startswith("kervan_"):
-            labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-            assert labels >= {"fleet", "model_name"}
-            name = family.name + ("_total" if family.type == "counter" else "")
-            found.add((name, family.type, ", ".join(sorted(labels - {"fleet", "model_name"}))))
-    await gateway.streams.store.close()
-    await gateway.fleet.close()
-    table = rows((REPOSITORY / "docs/serving.md").read_text(), "## Metrics")
-    assert {(plain(name), kind, plain(labels)) for name, kind, labels, _ in table} == found
 
 
 def test_the_changelog_has_this_version() -> None:

@@ -102,5 +102,5 @@ async def test_a_replica_without_room_is_asked_for_and_its_node_comes(
         assert pools_of(fleet) == ["on-demand"]
         await kervan(fleet, "up", "--adds-nodes", "--address", cluster.address)
         await eventually_async(lambda: pools_of(fleet) == ["on-demand", "spot"], "the node has come", START_S)
-    assert fleet.total("kervan_streams_given_up_total") == 0
+    assert fleet.total("kervan_streams_broken_total") == 0
     assert cluster.home.kervan("down", "--name", "growing", "--address", cluster.address).returncode == 0

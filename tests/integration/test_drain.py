@@ -33,7 +33,7 @@ async def test_a_replica_is_drained_under_load(twins: Fleet, models: Models) -> 
         before = running.num_whole
         await asyncio.to_thread(twins.wait_until_whole, 3, 1)
         assert running.num_whole > before
-    assert twins.total("kervan_streams_given_up_total") == 0
+    assert twins.total("kervan_streams_broken_total") == 0
     assert twins.total("kervan_replicas_lost_total") - num_lost <= 1
 
 
@@ -99,4 +99,4 @@ async def test_a_node_is_drained_under_load(nodes: Nodes, models: Models) -> Non
             )
             assert nodes.on(node) == (set(), set())
             assert not running.broken
-        assert fleet.total("kervan_streams_given_up_total") == 0
+        assert fleet.total("kervan_streams_broken_total") == 0

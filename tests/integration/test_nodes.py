@@ -83,7 +83,7 @@ async def test_a_lost_node(nodes: Nodes, models: Models) -> None:
         # Each client of the lost gateway lost its connection once; none was refused after that, though all asked on.
         assert 0 < len(running.cut) < NUM_STREAMS
         assert num_moved(fleet, kept_gateways) > moved
-        assert fleet.total("kervan_streams_given_up_total") == 0
+        assert fleet.total("kervan_streams_broken_total") == 0
         assert (await kervan(fleet, "status", "--why")).splitlines()[-1] == FINE
 
 

@@ -86,7 +86,7 @@ async def test_a_spot_node_is_taken_back_under_load(nodes: Nodes, models: Models
         assert left.streams_moved == fleet.total("kervan_streams_moved_total") - moved > 0
         assert 0 < left.requests_served < running.num_whole
         assert left.since_s < begin_s < left.written_s
-        assert fleet.total("kervan_streams_given_up_total") == 0
+        assert fleet.total("kervan_streams_broken_total") == 0
         assert [(node["watches"], node["notices"]) for node in found["nodes"]] == [(["aws"], [])]  # the head's
 
 

@@ -56,7 +56,7 @@ async def test_spot_goes_and_comes_back(nodes: Nodes, models: Models, scratch: P
         await eventually_async(lambda: sizes(fleet)[1] == 1, "spot is back", START_S)
         await eventually_async(lambda: sizes(fleet) == (1, 1), "cover ends", START_S)
         assert running.num_whole > before
-    assert fleet.total("kervan_streams_given_up_total") == 0
+    assert fleet.total("kervan_streams_broken_total") == 0
     assert "no problems found" in await kervan(fleet, "status", "--why")
     await kervan(fleet, "down")
     cluster.end_node(SPOT_NODE)

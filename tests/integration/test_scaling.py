@@ -91,7 +91,7 @@ async def test_a_load_makes_it_grow_and_its_end_makes_it_shrink(scaled: Fleet, m
         )
         assert (dry["policy"], dry["decisions"][-1]["now"]) == ("slo", {"on-demand": MOST})
     await until_small(scaled)
-    assert scaled.total("kervan_streams_given_up_total") == 0
+    assert scaled.total("kervan_streams_broken_total") == 0
 
 
 async def test_other_settings_leave_the_number_and_a_plain_one_fixes_it(scaled: Fleet, models: Models) -> None:

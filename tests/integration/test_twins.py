@@ -156,7 +156,7 @@ async def test_streams_leave_a_hung_replica_before_it_is_ended(twins: Fleet, mod
         assert hung in {labels["replica"] for labels, _ in twins.metrics()["kervan_replica_running"]}
         assert twins.total("kervan_replicas", state="ready") == 3
     await kervan(twins, "fault", hung, "none")
-    assert twins.total("kervan_streams_given_up_total") == 0
+    assert twins.total("kervan_streams_broken_total") == 0
 
 
 async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> None:
@@ -176,7 +176,7 @@ async def test_faults_move_streams_and_heal(twins: Fleet, models: Models) -> Non
         why = await kervan(twins, "status", "--why")
         assert f"replica {pressed}: injected fault: kv-pressure 0.9" in why
         await kervan(twins, "fault", pressed, "none")
-    assert twins.total("kervan_streams_given_up_total") == 0
+    assert twins.total("kervan_streams_broken_total") == 0
 
 
 @pytest.mark.sweep(1)

@@ -13,7 +13,17 @@ import pytest
 import kervan
 
 PACKAGE = Path(kervan.__file__).parent
-BOTTOM = ("errors.py", "units.py", "stats.py", "ports.py", "plain_tokenizer.py", "autogroups.py", "logs.py", "vendor")
+BOTTOM = (
+    "errors.py",
+    "units.py",
+    "stats.py",
+    "ports.py",
+    "plain_tokenizer.py",
+    "autogroups.py",
+    "logs.py",
+    "metrics.py",
+    "vendor",
+)
 ABOVE = ("sim", "comm", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
 HEAVY = ("ray", "torch", "transformers", "uvicorn", "vllm", "zmq")
 
@@ -209,6 +219,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "kervan.ports",
         "kervan.autogroups",
         "kervan.logs",
+        "kervan.metrics",
         "kervan.vendor.vllm_names",
         "kervan.cli.bench_view",
         "kervan.cli.render",
@@ -253,6 +264,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
                 "simulate",
                 "memory",
                 "pipeline",
+                "observe",
             )
         ),
     ],

@@ -3,6 +3,8 @@
 import click
 
 from kervan.cli.observe_gpus import gpus
+from kervan.cli.observe_plot import plot
+from kervan.cli.observe_render import render
 
 
 @click.group()
@@ -11,3 +13,5 @@ def observe() -> None:
 
 
 observe.add_command(gpus)
+observe.add_command(render)
+observe.add_command(plot)

@@ -271,7 +271,9 @@ def resolve(
             for name in sorted(given.difference(useful))
         )
     if slo and chosen != "slo":
-        warnings += (f"slo={slo} has no effect with policy {chosen}; leave it out, or use policy slo",)
+        warnings += (
+            f"slo={slo} decides nothing with policy {chosen}, and is for the metrics only; for more use policy slo",
+        )
     return Autoscaling(
         policy=chosen,  # type: ignore[arg-type]  # one of POLICIES: the field of the fleet's settings is checked
         slo=parse_slo(slo or DEFAULT_SLO, "slo"),

@@ -16,7 +16,7 @@ import yaml
 
 from kervan.config import autoscale, engine_arguments
 from kervan.config.autoscale import Autoscaling, PolicyName
-from kervan.config.workload import DEFAULT_SLO
+from kervan.config.workload import DEFAULT_SLO, Slo, parse_slo
 from kervan.errors import ConfigError
 from kervan.facts.markets import MARKETS, ON_DEMAND
 from kervan.facts.markup import broken
@@ -136,7 +136,9 @@ class FleetConfig:
         "slo: as few as keep the SLO; ray: by ongoing requests, as Ray Serve; fill: the least on-demand, all spot "
         "that get a node. By default ray if autoscaling has target_ongoing_requests, else slo",
     )
-    slo: str = _setting("", f"What the slo policy keeps, such as ttft=1s,tpot=40ms; by default {DEFAULT_SLO}")
+    slo: str = _setting(
+        "", f"What the slo policy keeps and metrics count as good, like ttft=1s,tpot=40ms; by default {DEFAULT_SLO}"
+    )
     schedule: tuple[str, ...] = _setting((), "Replicas that are there at certain hours, such as mon-fri 08:00 min=4")
     time_zone: str = _setting("UTC", "Of the schedule, such as Europe/Berlin")
     autoscaling: Mapping[str, Any] = _setting({}, "Ray Serve's parameters, such as target_ongoing_requests")
@@ -341,6 +343,11 @@ class FleetConfig:
         if all(pool.minimum == pool.maximum for pool in self.bounds.values()):
             return None
         return self._resolve_scaling()
+
+    @property
+    def kept_slo(self) -> Slo:
+        """What counts as good in the fleet's metrics, whether or not a policy keeps it."""
+        return parse_slo(self.slo or DEFAULT_SLO, "slo")
 
     @property
     def world_size(self) -> int:

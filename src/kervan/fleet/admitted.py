@@ -63,6 +63,11 @@ class Admitted:
         """Whether a stream that waits for its turn may be placed."""
         return bool(self._bulk_waiting) and len(self._bulk_placed) < self._bulk_slots()
 
+    @property
+    def num_waiting(self) -> int:
+        """Streams of bulk requests that wait for their turn."""
+        return sum(map(len, self._bulk_waiting.values()))
+
     def next(self) -> Stream:
         """The next that may be placed, if `has_next`."""
         ticket = next(iter(self._bulk_waiting))

@@ -75,17 +75,20 @@ class DemandMeter:
         """A step has given so many tokens."""
         self._counts["generated_tokens"] += num_tokens
 
-    def finished(self, stream: "Stream") -> None:
-        """A stream has ended as it should."""
+    def finished(self, stream: "Stream") -> bool:
+        """A stream has ended as it should; whether within the SLO."""
         now_s, num_tokens = time.monotonic(), len(stream.generated)
         self._counts["finished"] += 1
         self._counts["finished_output_tokens"] += num_tokens
-        if stream.first_token_s is None:
-            return
+        if stream.first_token_s is None:  # one without tokens, like an embedding, or with all that its client lacked
+            e2e_s = now_s - stream.arrived_s
+            return self.slo.is_met(ttft_s=0.0 if num_tokens else e2e_s, tpot_s=0.0, e2e_s=e2e_s)
         ttft_s = stream.first_token_s - stream.arrived_s
         tpot_s = (now_s - stream.first_token_s) / max(1, num_tokens - 1)
         e2e_s = now_s - stream.arrived_s
-        self._counts["finished_good"] += self.slo.is_met(ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=e2e_s)
+        is_good = self.slo.is_met(ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=e2e_s)
+        self._counts["finished_good"] += is_good
+        return is_good
 
     def take(self, streams: "Iterable[Stream]", links: "Mapping[str, ReplicaLink]") -> DemandCounts:
         """What was counted since the last call, and what is there now. Takes about a microsecond per stream."""

@@ -11,6 +11,7 @@ from msgspec import structs
 
 from kervan.config.fault import Fault
 from kervan.config.workload import Slo
+from kervan.fleet.events import EventCounts, FleetEvents
 
 EXPIRY_S = 10.0
 LATE_S = 2.5  # two beats, of a second each, have not come, nor half of the next period later
@@ -250,7 +251,8 @@ class Scaling(msgspec.Struct, frozen=True):
     """How many replicas each pool is to have now, and why. `policy`: its name; `fixed` where there is no choice.
 
     `numbers`: what the reason stands on. `problem`: why no decision can be made, or not be followed; the targets stay.
-    `since_s`: Unix time from when the targets are as they are. `history`: the last changes, oldest first.
+    `since_s`: Unix time from when the targets are as they are. `history`: the last changes, oldest first. `changes`:
+    how often each pool's target went "up" or "down".
     """
 
     policy: str
@@ -261,13 +263,15 @@ class Scaling(msgspec.Struct, frozen=True):
     since_s: float = 0.0
     room: dict[str, int | None] = {}
     history: list[Decided] = []
+    changes: dict[str, dict[str, int]] = {}
 
 
 class Snapshot(msgspec.Struct, frozen=True):
     """The directory at one version. `is_closing`: the fleet ends when its streams have ended, and takes no more.
 
-    `targets`: replicas that each pool is to have. `slo`: what counts as good. `may_sleep`: the fleet may have no
-    replica while nobody asks anything; the first request starts one.
+    `targets`: replicas that each pool is to have; `bounds`: the least and the most that it may. `slo`: what counts as
+    good. `may_sleep`: the fleet may have no replica while nobody asks anything; the first request starts one.
+    `events`: what has happened so far. `usd_per_h`: of the replicas that are there, by pool, where prices are known.
     """
 
     version: int
@@ -280,6 +284,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     scaling: Scaling | None = None
     slo: Slo = Slo()
     may_sleep: bool = False
+    bounds: dict[str, tuple[int, int]] = {}
+    events: EventCounts = EventCounts()
+    usd_per_h: dict[str, float] = {}
 
 
 def as_told(snapshot: Snapshot) -> dict[str, Any]:
@@ -334,6 +341,7 @@ class Directory:
         self._orders: dict[str, list[Order]] = {}
         self._leaving: dict[str, tuple[float, bool]] = {}  # when, and whether they may linger
         self._num_failures = 0
+        self._events = FleetEvents(now)
         self._is_closing = False
         self.version = 0
 
@@ -341,6 +349,7 @@ class Directory:
         """Update the replica's entry; returns what it has been ordered to do since its last beat."""
         before = self._replicas.get(entry.id)
         self._replicas[entry.id] = (entry, self._now())
+        self._events.replica(None if before is None else before[0], entry)
         if before is None or (before[0].state, before[0].address) != (entry.state, entry.address):
             self.version += 1
         return self._orders.pop(entry.id, [])
@@ -352,6 +361,7 @@ class Directory:
         self._orders.setdefault(replica_id, []).append(order)
         if isinstance(order, Drain):
             self._leaving[replica_id] = (self._now() + order.deadline_s, order.may_linger)
+            self._events.drains(self._replicas[replica_id][0])
             self.version += 1
         return True
 
@@ -379,12 +389,14 @@ class Directory:
         """Forget a replica or gateway that said goodbye."""
         self._orders.pop(entry_id, None)
         self._leaving.pop(entry_id, None)
+        self._events.gone(entry_id)
         if self._replicas.pop(entry_id, None) or self._gateways.pop(entry_id, None):
             self.version += 1
 
     def report_failure(self, failure: StartFailure) -> None:
         """Keep why a replica or gateway could not start; the last `MAX_FAILURES` are kept."""
         self._num_failures += 1
+        self._events.failed()
         numbered = msgspec.structs.replace(failure, number=self._num_failures)
         self._failures = [*self._failures, numbered][-MAX_FAILURES:]
         self.version += 1
@@ -405,7 +417,8 @@ class Directory:
         replicas = [self._as_leaving(replica) for replica in self._listed(self._replicas)]
         nodes = [entry for _, (entry, _) in sorted(self._nodes.items())]
         gateways, failures = self._listed(self._gateways), list(self._failures)
-        return Snapshot(self.version, replicas, gateways, failures, nodes, self._is_closing)
+        self._events.look(replicas, nodes)
+        return Snapshot(self.version, replicas, gateways, failures, nodes, self._is_closing, events=self._events.told())
 
     def _as_leaving(self, replica: ReplicaEntry) -> ReplicaEntry:
         """The entry as it will be when the replica has heard that it must go."""

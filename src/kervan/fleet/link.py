@@ -16,7 +16,7 @@ from kervan.errors import EngineError
 from kervan.facts.markets import SPOT
 from kervan.fleet import auth, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
-from kervan.fleet.histogram import TTFT_BOUNDS_S, Histogram
+from kervan.fleet.histogram import TPOT_BOUNDS_S, TTFT_BOUNDS_S, Histogram
 from kervan.fleet.stream import Stream
 from kervan.policy import routing, stall
 from kervan.policy.prefill_speed import PrefillSpeed
@@ -68,8 +68,10 @@ def _risky_for_s(replica: ReplicaEntry, called_likely: set[str]) -> float:
 class ReplicaTally:
     """Streams of one replica so far: those that ended there, and those that went on elsewhere. It outlives its link.
 
-    `ttft`: from placing one there to its first token from there. Tokens of prompts in the prefix cache, of streams that
-    gave a first token there: predicted, possible where the most of each was, and found.
+    `ttft`: from placing one there to its first token from there; `tpot`: per token after that. Tokens of prompts in the
+    prefix cache, of streams that gave a first token there: predicted, possible where the most of each was, and found.
+    `prefilled_tokens`: of the same streams, those that were computed; `generated_tokens`: that came of it, but for
+    those of its link since traffic was last looked at.
     """
 
     num_served: int = 0
@@ -78,7 +80,10 @@ class ReplicaTally:
     predicted_cached_tokens: int = 0
     possible_cached_tokens: int = 0
     cached_tokens: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_BOUNDS_S))
+    tpot: Histogram = field(default_factory=lambda: Histogram(TPOT_BOUNDS_S))
 
 
 @dataclass(slots=True, eq=False)

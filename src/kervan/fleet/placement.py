@@ -60,7 +60,12 @@ class Placements:
     @property
     def num_held(self) -> int:
         """Streams that wait for a replica, or for what becomes of the one that was lost with them."""
-        return len(self._held) + sum(stream.is_rejection_pending for stream in self.streams.values())
+        return len(self._held) + self.num_rejections_pending
+
+    @property
+    def num_rejections_pending(self) -> int:
+        """Of these, streams that wait for what becomes of the replica that was lost with them."""
+        return sum(stream.is_rejection_pending for stream in self.streams.values())
 
     async def place(self, stream: Stream, target: str | None = None) -> None:
         """On replica `target` if it can take it, else where routing says; held if none can."""
@@ -161,6 +166,8 @@ class Placements:
             self.prefilled(stream, link)
             link.load.release()
             link.load.num_suspects -= stream.is_suspect
+            if stream.gave_token and (num_after := len(stream.generated) - stream.num_before - 1) > 0:
+                link.tally.tpot.observe(max(0.0, link.stepped_s - stream.began_s) / num_after)
             if not link.streams:
                 link.emptied_s = time.monotonic()
             if stream.generated and stream.paused_since_s is None:
@@ -205,5 +212,5 @@ class Placements:
             deadline_s = time.monotonic() - self._hold_timeout_s
             for stream in list(self._held):
                 if stream.held_since_s is not None and stream.held_since_s < deadline_s:
-                    self._counts.expired += 1
+                    self._counts.broken["expired"] += 1
                     self._give_up(stream, f"no replica could accept it for {self._hold_timeout_s:g} s (hold_timeout_s)")

@@ -50,6 +50,8 @@ class Stream:
     arrived_s: float = 0.0
     first_token_s: float | None = None
     placed_s: float = 0.0
+    began_s: float = 0.0  # its first token from where it is placed, if it gave one
+    num_before: int = 0  # tokens that it had before that one
     held_since_s: float | None = None
     paused_since_s: float | None = None  # its last token before a move, until the first one after it
     attempt: Attempt | None = None

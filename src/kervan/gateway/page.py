@@ -2,21 +2,22 @@
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import aiohttp
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kervan.fleet.directory import ReplicaEntry, Scaling, Snapshot
-from kervan.fleet.histogram import Histogram
+from kervan import metrics
+from kervan.fleet.directory import ReplicaEntry, Snapshot
+from kervan.fleet.events import Counted
+from kervan.fleet.histogram import PAUSE_BOUNDS_S, START_BOUNDS_S, Histogram
+from kervan.metrics import Descriptor
 from kervan.vendor import vllm_names
 
-# Name, kind, help and value, or values by the labels that the family has beside those of all.
-Labels = tuple[tuple[str, str], ...]
-Row = tuple[str, Literal["gauge", "counter"], str, float | Mapping[Labels, float]]
-HistogramRow = tuple[str, str, Mapping[Labels, Histogram]]
+# By the values of a metric's labels, in their order; one value alone is that of a metric without any.
+Value = float | Histogram
+Values = Value | Mapping[tuple[str, ...], Value]
 
 PEER_TIMEOUT_S = 2.0
 # vLLM's gauges of one engine, replaced by the fleet's, computed from all replicas.
@@ -29,6 +30,7 @@ REPLACED_GAUGES = frozenset(
     }
 )
 STATES = ("starting", "ready", "draining", "unhealthy", "late")
+GATEWAY_STATES = ("ready", "not_ready", "late")
 
 
 class _Families(Collector):
@@ -42,8 +44,7 @@ class _Families(Collector):
 
 
 def write(
-    rows: Iterable[Row],
-    histograms: Iterable[HistogramRow] = (),
+    own: Mapping[Descriptor, Values],
     *,
     fleet_name: str,
     model_name: str,
@@ -51,35 +52,34 @@ def write(
     age_s: float = 0.0,
     has_vllm: bool,
 ) -> str:
-    """The page. `rows` and `histograms`: the gateway's own metrics; kervan's all get the labels fleet and model_name.
+    """The page. `own`: what this gateway counts; all metrics get the label fleet, and kervan's model_name.
 
     `snapshot`: what the directory told, `age_s` ago; `has_vllm`: vLLM's app runs in this process and has metrics.
     """
     families = [family for family in REGISTRY.collect() if family.name not in REPLACED_GAUGES] if has_vllm else []
     families += _engine(model_name, snapshot.replicas)
-    own = [*map(_family, rows), *(_histogram(*row) for row in histograms), *_fleet(snapshot, age_s)]
-    labels = {"fleet": fleet_name, "model_name": model_name}
-    for family in own:
-        family.samples = [sample._replace(labels=labels | sample.labels) for sample in family.samples]
-    return generate_latest(_Families([*families, *own])).decode()
+    fleet = {"fleet": fleet_name}
+    for family in families:
+        family.samples = [sample._replace(labels=fleet | sample.labels) for sample in family.samples]
+    labels = {**fleet, "model_name": model_name}
+    told = {**own, **_of_fleet(snapshot, age_s)}
+    families += [_family(descriptor, values, labels) for descriptor, values in told.items()]
+    return generate_latest(_Families(families)).decode()
 
 
-def _family(row: Row) -> Metric:
-    name, kind, text, values = row
-    family = Metric(name.removesuffix("_total"), text, kind)
-    for labels, value in values.items() if isinstance(values, Mapping) else [((), values)]:
-        family.add_sample(name, dict(labels), value)
-    return family
-
-
-def _histogram(name: str, text: str, values: Mapping[Labels, Histogram]) -> Metric:
-    family = Metric(name, text, "histogram")
-    for labels, histogram in values.items():
-        buckets = histogram.buckets()
-        for bound, count in buckets:
-            family.add_sample(f"{name}_bucket", {**dict(labels), "le": bound}, count)
-        family.add_sample(f"{name}_count", dict(labels), buckets[-1][1])
-        family.add_sample(f"{name}_sum", dict(labels), histogram.sum_s)
+def _family(descriptor: Descriptor, values: Values, shared: Mapping[str, str]) -> Metric:
+    name = descriptor.name
+    family = Metric(name.removesuffix("_total"), descriptor.help, descriptor.kind)
+    for label_values, value in values.items() if isinstance(values, Mapping) else [((), values)]:
+        labels = {**shared, **dict(zip(descriptor.labels, label_values, strict=True))}
+        if isinstance(value, Histogram):
+            buckets = value.buckets()
+            for bound, count in buckets:
+                family.add_sample(f"{name}_bucket", {**labels, "le": bound}, count)
+            family.add_sample(f"{name}_count", labels, buckets[-1][1])
+            family.add_sample(f"{name}_sum", labels, value.sum_s)
+        else:
+            family.add_sample(name, labels, value)
     return family
 
 
@@ -101,66 +101,63 @@ def _engine(model_name: str, replicas: Sequence[ReplicaEntry]) -> Iterator[Metri
         yield family
 
 
-def _fleet(snapshot: Snapshot, age_s: float) -> Iterator[Metric]:
-    """kervan's own of all replicas and gateways."""
-    states = GaugeMetricFamily("kervan_replicas", "Replicas by state; late: no heartbeat lately.", labels=("state",))
-    found = ["late" if replica.lateness else replica.state for replica in snapshot.replicas]
-    for state in STATES:
-        states.add_metric((state,), found.count(state))
-    yield states
-    targets = GaugeMetricFamily("kervan_replicas_target", "Replicas that the pool is to have now.", labels=("pool",))
-    for pool, target in snapshot.targets.items():
-        targets.add_metric((pool,), target)
-    yield targets
-    if snapshot.scaling is not None:
-        yield from _scaling(snapshot.scaling)
-    gateways = GaugeMetricFamily(
-        "kervan_gateway_heartbeat_age_seconds", "Since the gateway's last heartbeat.", labels=("gateway",)
-    )
-    for gateway in snapshot.gateways:
-        gateways.add_metric((gateway.id,), gateway.beat_age_s + age_s)
-    yield gateways
-    ages = GaugeMetricFamily(
-        "kervan_replica_heartbeat_age_seconds", "Since the replica's last heartbeat.", labels=("replica", "pool")
-    )
-    for replica in snapshot.replicas:
-        ages.add_metric((replica.id, replica.pool), replica.beat_age_s + age_s)
-    yield ages
-    live = [replica for replica in snapshot.replicas if replica.is_reachable]
-    for field, text in (
-        ("running", "Requests in the replica's batch."),
-        ("waiting", "Requests queued at the replica."),
-        ("kv_cache_usage", "The replica's KV cache use, 0 to 1."),
-    ):
-        family = GaugeMetricFamily(f"kervan_replica_{field}", text, labels=("replica", "pool"))
-        for replica in live:
-            family.add_metric((replica.id, replica.pool), getattr(replica, field))
-        yield family
+def _of_fleet(snapshot: Snapshot, age_s: float) -> dict[Descriptor, Values]:
+    """What the directory has told of all replicas and gateways."""
+    replicas, gateways, events = snapshot.replicas, snapshot.gateways, snapshot.events
+    states = ["late" if replica.lateness else replica.state for replica in replicas]
+    of_gateways = ["late" if g.lateness else "ready" if g.is_ready else "not_ready" for g in gateways]
+    live = [replica for replica in replicas if replica.is_reachable]
+    told: dict[Descriptor, Values] = {
+        metrics.SLO_BOUND: {
+            (name,): bound
+            for name in ("ttft", "tpot", "e2e")
+            if (bound := getattr(snapshot.slo, f"{name}_s")) is not None
+        },
+        metrics.REPLICAS: {(state,): states.count(state) for state in STATES},
+        metrics.REPLICA_RUNNING: {(r.id, r.pool): r.running for r in live},
+        metrics.REPLICA_WAITING: {(r.id, r.pool): r.waiting for r in live},
+        metrics.REPLICA_KV_CACHE: {(r.id, r.pool): r.kv_cache_usage for r in live},
+        metrics.REPLICA_BEAT_AGE: {(r.id, r.pool): r.beat_age_s + age_s for r in replicas},
+        metrics.REPLICA_STARTS: _by_label(events.starts),
+        metrics.REPLICA_START: _histograms(events.start_s, START_BOUNDS_S),
+        metrics.START_FAILURES: events.start_failures,
+        metrics.DRAINS: _by_label(events.drains),
+        metrics.NOTICES: {
+            (kind, source): count for kind, sources in events.notices.items() for source, count in sources.items()
+        },
+        metrics.NODES_NOTICED: sum(bool(node.notices) for node in snapshot.nodes),
+        metrics.NOTICE_TO_EMPTY: _histogram(events.notice_to_empty_s, PAUSE_BOUNDS_S),
+        metrics.REPLICAS_TARGET: _by_label(snapshot.targets),
+        metrics.REPLICAS_MINIMUM: {(pool,): least for pool, (least, _) in snapshot.bounds.items()},
+        metrics.REPLICAS_MAXIMUM: {(pool,): most for pool, (_, most) in snapshot.bounds.items()},
+        metrics.COST: _by_label(snapshot.usd_per_h),
+        metrics.GATEWAYS: {(state,): of_gateways.count(state) for state in GATEWAY_STATES},
+        metrics.GATEWAY_BEAT_AGE: {(g.id,): g.beat_age_s + age_s for g in gateways},
+        metrics.GATEWAY_BUSY: {(g.id,): g.busy for g in gateways},
+    }
+    if (scaling := snapshot.scaling) is not None:
+        told |= {
+            metrics.REPLICAS_ROOM: {(pool,): room for pool, room in scaling.room.items() if room is not None},
+            metrics.DECISIONS: {
+                (pool, way): count for pool, ways in scaling.changes.items() for way, count in ways.items()
+            },
+            metrics.AUTOSCALING_NUMBER: {(scaling.policy, name): value for name, value in scaling.numbers.items()},
+            metrics.AUTOSCALING_PROBLEM: {(scaling.policy,): bool(scaling.problem)},
+            metrics.AUTOSCALING_CHANGED: {(scaling.policy,): scaling.since_s},
+        }
+    return told
 
 
-def _scaling(scaling: Scaling) -> Iterator[Metric]:
-    """What the autoscaling policy decided last."""
-    rooms = GaugeMetricFamily("kervan_replicas_room", "Replicas that the cluster can place.", labels=("pool",))
-    for pool, room in scaling.room.items():
-        if room is not None:
-            rooms.add_metric((pool,), room)
-    yield rooms
-    numbers = GaugeMetricFamily(
-        "kervan_autoscaling_number", "What the policy's last decision stands on.", labels=("policy", "number")
-    )
-    for name, value in scaling.numbers.items():
-        numbers.add_metric((scaling.policy, name), value)
-    yield numbers
-    stuck = GaugeMetricFamily(
-        "kervan_autoscaling_problem", "1 while no decision can be made, or not be followed.", labels=("policy",)
-    )
-    stuck.add_metric((scaling.policy,), bool(scaling.problem))
-    yield stuck
-    since = GaugeMetricFamily(
-        "kervan_autoscaling_changed_timestamp_seconds", "When the targets changed last.", labels=("policy",)
-    )
-    since.add_metric((scaling.policy,), scaling.since_s)
-    yield since
+def _by_label(counts: Mapping[str, float]) -> dict[tuple[str, ...], Value]:
+    return {(name,): count for name, count in counts.items()}
+
+
+def _histograms(counted: Mapping[str, Counted], bounds: tuple[float, ...]) -> dict[tuple[str, ...], Value]:
+    return {(name,): _histogram(one, bounds) for name, one in counted.items()}
+
+
+def _histogram(counted: Counted | None, bounds: tuple[float, ...]) -> Histogram:
+    return Histogram(bounds) if counted is None else Histogram(bounds, counted.counts, counted.sum_s)
 
 
 async def fetch(urls: Iterable[str]) -> list[str | None]:

@@ -19,13 +19,12 @@ import msgspec
 import uvicorn
 from yarl import URL
 
-from kervan import __version__
+from kervan import __version__, metrics
 from kervan.errors import ConfigError
 from kervan.fleet.admitted import Ticket
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import DemandCounts, GatewayEntry, Snapshot, as_told
-from kervan.fleet.histogram import Histogram
 from kervan.fleet.link import members
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.adapters import Adapters
@@ -36,7 +35,7 @@ from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.connection import Connection
 from kervan.gateway.leaving import send_clients_away
-from kervan.gateway.metrics import merge_pages
+from kervan.gateway.merged_page import merge_pages
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
@@ -46,6 +45,7 @@ from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import REQUESTS_PREFIX, GatewayShell, Shed
 from kervan.gateway.tracing import Tracing
 from kervan.logs import LogFormat
+from kervan.metrics import Descriptor
 from kervan.policy import admission
 from kervan.policy.model_routing import PortFleet
 
@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 GIVEN_PATHS = (INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH, REQUESTS_PREFIX)  # to other gateways of the fleet
 EXPLAIN_TIMEOUT_S = 2.0
+NODE = "node"  # in the place of a gateway's id
 LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
 CLOSING, CLOSING_RETRY_S = "the fleet ends when its streams have ended, and takes no more requests", 30
 
@@ -124,6 +125,7 @@ class Gateway:
         self.frontend: Any = None
         self.failure: Exception | None = None
         self.num_open = 0
+        self._admissions = dict.fromkeys(("admitted", "queue_full", "too_large", "closing"), 0)
         self._snapshot = Snapshot(0, [], [], [])
         self._heard_s: float | None = None
         self._attached = asyncio.Event()
@@ -286,7 +288,7 @@ class Gateway:
         self._heard_s = time.monotonic()
         self.adapters.update()
         self.fleet.num_gateways = max(1, len(snapshot.gateways))
-        self.fleet.demand.slo = snapshot.slo
+        self.fleet.set_slo(snapshot.slo)
         self.fleet.set_members(members(snapshot))
         if self.streams.store is not None:
             self.streams.store.update(snapshot)
@@ -346,27 +348,31 @@ class Gateway:
     def admit(self, size: RequestSize, session: str = "") -> Shed | Ticket:
         """Room for a request; else why there is none, and when to try again (`policy/admission.py`)."""
         if self._snapshot.is_closing:
+            self._admissions["closing"] += 1
             return Shed(CLOSING_RETRY_S, CLOSING)
-        slots = [link.facts.max_num_seqs for link in self.fleet.links]
-        self._most_slots = max(self._most_slots, *slots, 0)
-        num_coming = sum(replica.state != "draining" for replica in self._snapshot.replicas)
-        decision = admission.decide(
-            admission.AdmissionState(
-                outstanding_streams=self.fleet.num_outstanding,
-                bulk_streams=self.fleet.num_bulk,
-                capacity_streams=self.fleet.capacity_streams,
-                full_capacity_streams=num_coming * self._most_slots,
-                max_queued_streams=self.config.max_queued_streams,
-                num_gateways=self.fleet.num_gateways,
-                completed_per_s=self.fleet.completed_per_s,
-            ),
-            size.num_streams,
-        )
+        decision = admission.decide(self._admission_state(), size.num_streams)
         if decision.admitted:
+            self._admissions["admitted"] += 1
             return self.fleet.take_room(size.num_streams, is_bulk=decision.is_bulk, session=session)
         if decision.retry_after_s is not None:  # else none ever has room for it
             self.fleet.demand.shed(size.num_streams)
+            self.fleet.counts.ended["refused"] += size.num_streams
+        self._admissions["too_large" if decision.retry_after_s is None else "queue_full"] += 1
         return Shed(decision.retry_after_s, decision.reason)
+
+    def _admission_state(self) -> admission.AdmissionState:
+        slots = [link.facts.max_num_seqs for link in self.fleet.links]
+        self._most_slots = max(self._most_slots, *slots, 0)
+        num_coming = sum(replica.state != "draining" for replica in self._snapshot.replicas)
+        return admission.AdmissionState(
+            outstanding_streams=self.fleet.num_outstanding,
+            bulk_streams=self.fleet.num_bulk,
+            capacity_streams=self.fleet.capacity_streams,
+            full_capacity_streams=num_coming * self._most_slots,
+            max_queued_streams=self.config.max_queued_streams,
+            num_gateways=self.fleet.num_gateways,
+            completed_per_s=self.fleet.completed_per_s,
+        )
 
     def model_name(self) -> str:
         """The first served model name; only once vLLM's app is attached."""
@@ -436,16 +442,19 @@ class Gateway:
     async def metrics(self, gateway: str | None = None) -> bytes | None:
         """All gateways' pages and the fleet's gauges as one page; a gateway that does not answer is left out.
 
-        With `gateway`: the page of that one alone, None if there is none or it does not answer.
+        With `gateway`: the page of that one alone, None if there is none or it does not answer. "node" in its place:
+        one page of the gateways of this node, so that each counts once where all nodes are scraped.
         """
         if gateway == self.config.gateway_id:
             return self._local_page().encode()
-        if gateway is not None:
+        if gateway is not None and gateway != NODE:
             (found,) = await page.fetch(
                 f"{peer.internal_url}/metrics" for peer in self._snapshot.gateways if peer.id == gateway
             ) or [None]
             return None if found is None else found.encode()
         peers = [g for g in self._snapshot.gateways if g.id != self.config.gateway_id]
+        if gateway == NODE:
+            peers = [peer for peer in peers if peer.node == self.config.node]
         pages = await page.fetch(f"{peer.internal_url}/metrics" for peer in peers)
         texts = {self.config.gateway_id: self._local_page()}
         texts |= {peer.id: text for peer, text in zip(peers, pages, strict=True) if text is not None}
@@ -486,70 +495,58 @@ class Gateway:
                 await respond(send, 200 if known is not None else MISDIRECTED, known or b"")
 
     def _local_page(self) -> str:
-        counts = self.fleet.counts
+        fleet, counts = self.fleet, self.fleet.counts
         age_s = 0.0 if self._heard_s is None else time.monotonic() - self._heard_s
-        rows: list[page.Row] = [
-            ("kervan_streams_open", "gauge", "Streams in flight at this gateway.", self.fleet.num_streams),
-            ("kervan_streams_held", "gauge", "Streams that wait for a replica.", self.fleet.num_held),
-            ("kervan_requests_open", "gauge", "HTTP requests in flight at this gateway.", self.num_open),
-            ("kervan_links", "gauge", "Replicas this gateway is linked to.", len(self.fleet.links)),
-            ("kervan_directory_age_seconds", "gauge", "Since this gateway heard of the directory.", age_s),
-            (
-                "kervan_streams_moved_total",
-                "counter",
-                "Streams placed again on another replica, by why.",
-                {(("reason", reason),): count for reason, count in counts.moves.items()},
-            ),
-            ("kervan_streams_given_up_total", "counter", "Streams that killed two replicas.", counts.given_up),
-            ("kervan_streams_expired_total", "counter", "Streams no replica took in time.", counts.expired),
-            ("kervan_links_broken_total", "counter", "Links to replicas that ended.", counts.broken_links),
-            ("kervan_replicas_lost_total", "counter", "Replicas that ended with a link.", counts.lost_replicas),
-            ("kervan_replicas_returned_total", "counter", "Links that broke and came back.", counts.returned_replicas),
-            ("kervan_streams_fetched_total", "counter", "Streams whose clients came back.", self.streams.num_fetched),
-        ]
-        if self.streams.store is not None:
-            rows += self.streams.store.metrics()
-        pools = {replica.id: replica.pool for replica in self._snapshot.replicas}
-        tallies = {
-            (("replica", replica_id), ("pool", pools[replica_id])): tally
-            for replica_id, tally in self.fleet.tallies.items()
-            if replica_id in pools
+        own: dict[Descriptor, page.Values] = {
+            metrics.STREAMS_OPEN: fleet.num_streams,
+            metrics.STREAMS_STARTED: counts.started,
+            metrics.STREAMS_ENDED: {(outcome,): count for outcome, count in counts.ended.items()},
+            metrics.STREAMS_BROKEN: {(reason,): count for reason, count in counts.broken.items()},
+            metrics.STREAMS_QUEUED: {(cause,): count for cause, count in fleet.queued().items()},
+            metrics.STREAMS_BOUND: admission.bound(self._admission_state()),
+            metrics.STREAMS_FETCHED: self.streams.num_fetched,
+            metrics.REQUESTS_OPEN: self.num_open,
+            metrics.ADMISSION: {(decision,): count for decision, count in self._admissions.items()},
+            metrics.STREAMS_MOVED: {(reason,): count for reason, count in counts.moves.items()},
+            metrics.MOVE_PAUSE: counts.move_pause_s,
+            metrics.MOVE_TOKENS: counts.moved_tokens,
+            metrics.DRAIN: counts.drain_s,
+            metrics.LINKS: len(fleet.links),
+            metrics.LINKS_BROKEN: counts.broken_links,
+            metrics.REPLICAS_LOST: counts.lost_replicas,
+            metrics.REPLICAS_RETURNED: counts.returned_replicas,
+            metrics.DIRECTORY_AGE: age_s,
+            **self._of_replicas(),
+            **({} if self.streams.store is None else self.streams.store.metrics()),
         }
-        ttfts: dict[page.Labels, Histogram] = {labels: tally.ttft for labels, tally in tallies.items()}
-        rows += [
-            (
-                "kervan_prefix_predicted_tokens_total",
-                "counter",
-                "Prompt tokens that were expected in the prefix cache of their replica.",
-                {labels: tally.predicted_cached_tokens for labels, tally in tallies.items()},
-            ),
-            (
-                "kervan_prefix_possible_tokens_total",
-                "counter",
-                "Prompt tokens that were expected in the prefix cache of some replica.",
-                {labels: tally.possible_cached_tokens for labels, tally in tallies.items()},
-            ),
-            (
-                "kervan_prefix_hit_tokens_total",
-                "counter",
-                "Prompt tokens that were in the prefix cache of their replica.",
-                {labels: tally.cached_tokens for labels, tally in tallies.items()},
-            ),
-        ]
         has_vllm = self.frontend is not None
         return page.write(
-            rows,
-            [
-                ("kervan_stream_move_pause_seconds", "Between the tokens around a move.", {(): counts.move_pause_s}),
-                ("kervan_drain_seconds", "From hearing of a drain to no stream there.", {(): counts.drain_s}),
-                ("kervan_time_to_first_token_seconds", "From placing at a replica to its first token.", ttfts),
-            ],
+            own,
             fleet_name=self.config.fleet_name,
             model_name=self.model_name() if has_vllm else "",
             snapshot=self._snapshot,
             age_s=age_s,
             has_vllm=has_vllm,
         )
+
+    def _of_replicas(self) -> dict[Descriptor, page.Values]:
+        """What this gateway has seen of each replica that is listed."""
+        pools, now_s = {replica.id: replica.pool for replica in self._snapshot.replicas}, time.monotonic()
+        tallies = {(name, pools[name]): tally for name, tally in self.fleet.tallies.items() if name in pools}
+        return {
+            metrics.TTFT: {labels: tally.ttft for labels, tally in tallies.items()},
+            metrics.TPOT: {labels: tally.tpot for labels, tally in tallies.items()},
+            metrics.GENERATED_TOKENS: {labels: self.fleet.generated_tokens(labels[0]) for labels in tallies},
+            metrics.PREFILLED_TOKENS: {labels: tally.prefilled_tokens for labels, tally in tallies.items()},
+            metrics.STALLED: {
+                (link.replica_id, pools[link.replica_id]): link.stalled_s(now_s)
+                for link in self.fleet.links
+                if link.replica_id in pools
+            },
+            metrics.PREFIX_PREDICTED: {labels: tally.predicted_cached_tokens for labels, tally in tallies.items()},
+            metrics.PREFIX_POSSIBLE: {labels: tally.possible_cached_tokens for labels, tally in tallies.items()},
+            metrics.PREFIX_HIT: {labels: tally.cached_tokens for labels, tally in tallies.items()},
+        }
 
 
 def _bracket(host: str) -> str:

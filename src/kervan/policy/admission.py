@@ -62,14 +62,14 @@ def decide(state: AdmissionState, num_streams: int = 1) -> Admission:
         terms = _terms(full_capacity, state.max_queued_streams, num_gateways)
         reason = f"one request may open at most {most:,} in this fleet: {terms}"
         return Admission(False, None, reason)
-    bound = _bound(state.capacity_streams, state.max_queued_streams, num_gateways)
+    most_now = bound(state)
     is_bulk = num_streams > max(1, int(BULK_SHARE * full_capacity / num_gateways))
     counted = state.outstanding_streams
     if not is_bulk:
-        counted -= max(0, state.bulk_streams - int(BULK_LIMIT * bound))
-    if counted + num_streams <= bound:
-        return Admission(True, 0, f"{counted} of {bound} streams", is_bulk)
-    excess = counted - bound + num_streams
+        counted -= max(0, state.bulk_streams - int(BULK_LIMIT * most_now))
+    if counted + num_streams <= most_now:
+        return Admission(True, 0, f"{counted} of {most_now} streams", is_bulk)
+    excess = counted - most_now + num_streams
     wait_s = excess / state.completed_per_s if state.completed_per_s > 0 else 60.0
     retry_after_s = max(1, math.ceil(min(60.0, wait_s)))  # an idle rate decays towards 0: wait_s may be infinite
     terms = _terms(state.capacity_streams, state.max_queued_streams, num_gateways)
@@ -77,10 +77,15 @@ def decide(state: AdmissionState, num_streams: int = 1) -> Admission:
     return Admission(
         False,
         retry_after_s,
-        f"the queue is full: {counted} streams are open at this gateway{asked}, its bound is {bound} ({terms}); "
+        f"the queue is full: {counted} streams are open at this gateway{asked}, its bound is {most_now} ({terms}); "
         f"retry after {retry_after_s} s",
         is_bulk,
     )
+
+
+def bound(state: AdmissionState) -> int:
+    """Streams that the gateway has outstanding at most, bulk requests aside."""
+    return _bound(state.capacity_streams, state.max_queued_streams, max(1, state.num_gateways))
 
 
 def _bound(capacity_streams: int, max_queued_streams: int, num_gateways: int) -> int:

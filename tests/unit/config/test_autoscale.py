@@ -185,7 +185,7 @@ def test_rays_policy_is_used_when_its_target_is_given(settings: dict[str, Any], 
     ("settings", "warning"),
     [
         ({"policy": "slo", "autoscaling": {"target_ongoing_requests": 5}}, "target_ongoing_requests has no effect with policy slo"),
-        ({"policy": "ray", "slo": "ttft=1s"}, "slo=ttft=1s has no effect with policy ray"),
+        ({"policy": "ray", "slo": "ttft=1s"}, "slo=ttft=1s decides nothing with policy ray"),
         ({"autoscaling": {"smoothing_factor": 2}}, "upscaling_factor has no effect with policy slo"),
     ],
 )  # fmt: skip

@@ -3,13 +3,14 @@
 import asyncio
 import socket
 import time
-from typing import Literal
 
+from kervan import metrics
 from kervan.fleet.directory import Snapshot
 from kervan.fleet.reconnect.copy_holder import CopyHolder
 from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Journal
 from kervan.fleet.reconnect.store import JournalStore
+from kervan.metrics import Descriptor
 from kervan.policy.replication import Peer
 
 SWEEP_PERIOD_S = 1.0
@@ -64,14 +65,11 @@ class ReplicatedStore:
         await self.copy_sender.close()
         self._holder.close()
 
-    def metrics(self) -> list[tuple[str, Literal["gauge", "counter"], str, float]]:
-        """Name, kind, help and value."""
-        return [
-            ("kervan_replay_bytes", "gauge", "Journals and copies that this gateway keeps.", self.journals.num_bytes),
-            ("kervan_replay_is_copied", "gauge", "1: another gateway has all that clients have seen.",
-             float(self.copy_sender.is_holding)),
-            ("kervan_replay_late_total", "counter", "Times when the copy was too slow to wait for.",
-             self.copy_sender.num_late),
-            ("kervan_replay_dropped_total", "counter", "JournalStore dropped before their time for want of memory.",
-             self.journals.num_dropped),
-        ]  # fmt: skip
+    def metrics(self) -> dict[Descriptor, float]:
+        """What it tells of itself."""
+        return {
+            metrics.REPLAY_BYTES: self.journals.num_bytes,
+            metrics.REPLAY_COPIED: self.copy_sender.is_holding,
+            metrics.REPLAY_LATE: self.copy_sender.num_late,
+            metrics.REPLAY_DROPPED: self.journals.num_dropped,
+        }

@@ -10,9 +10,8 @@ import ray
 
 from kervan import logs
 from kervan.config.fleet import FleetConfig
-from kervan.config.workload import Slo
 from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
-from kervan.serve import cluster, pools, ray_internals
+from kervan.serve import cluster, costs, pools, ray_internals
 from kervan.serve.directory.client import ACTOR_PREFIX, NAMESPACE, DirectoryClient
 from kervan.serve.ray_errors import bounded
 from kervan.serve.scaler import wanted
@@ -43,6 +42,7 @@ class DirectoryActor:
         self._directory = Directory(time.monotonic)
         self._changed = asyncio.Event()
         self._seen_version = self._directory.version
+        self._kind_of: dict[str, str] = {}  # of each node, its GPU
         self._scaler = Scaler(self._config, ray_internals.kv_get(_scaler_key(name)))
         # One that is new again goes on from there, and must not tell that fewer are wanted before it has looked.
         self._wanted = wanted.published(name)
@@ -81,7 +81,7 @@ class DirectoryActor:
                 of_pools = {
                     pool: pools.of_pool(pool, nodes) if self._config.pools else nodes for pool in self._config.bounds
                 }
-                kind_of = {node.node: node.accelerator or node.device for node in nodes}
+                self._kind_of = kind_of = {node.node: node.accelerator or node.device for node in nodes}
                 kinds = {pool: [kind_of[node.node] for node in own] for pool, own in of_pools.items()}
                 self._scaler.look(pools.allowed(self._config, nodes, held), kinds, kind_of)
             except Exception:  # supervised: what was seen last holds
@@ -156,13 +156,16 @@ class DirectoryActor:
         return msgspec.msgpack.encode(self._snapshot())
 
     def _snapshot(self) -> Snapshot:
-        scaling, asked = self._scaler.scaling, self._config.autoscaler
+        scaling, bounds = self._scaler.scaling, self._config.bounds
+        snapshot = self._directory.snapshot()
         return msgspec.structs.replace(
-            self._directory.snapshot(),
+            snapshot,
             targets=scaling.targets,
             scaling=scaling,
-            slo=Slo() if asked is None else asked.slo,
-            may_sleep=not any(bounds.minimum for bounds in self._config.bounds.values()),
+            slo=self._config.kept_slo,
+            may_sleep=not any(pool.minimum for pool in bounds.values()),
+            bounds={name: (pool.minimum, pool.maximum) for name, pool in bounds.items()},
+            usd_per_h=costs.usd_per_h(self._config, snapshot.replicas, self._kind_of),
         )
 
     async def observed(self) -> bytes:

@@ -41,6 +41,7 @@ class Stored(msgspec.Struct, frozen=True):
     starts: dict[str, list[float]]
     history: list[Decided]
     since_s: float = 0.0
+    changes: dict[str, dict[str, int]] = {}
 
 
 class Scaler:
@@ -64,6 +65,7 @@ class Scaler:
         self._targets = dict(before.targets) if before else {}
         self._history = list(before.history) if before else []
         self._since_s = before.since_s if before else unix()
+        self._changes = dict(before.changes) if before else {}
         self._starts = Starts(before.starts if before else None, prior_s=policies.start_prior_s(config))
         # Wall time only as far as it goes on from what was: it may have been set back meanwhile.
         self._begin_s = max(unix(), before.now_s if before else 0.0) - clock()
@@ -88,10 +90,14 @@ class Scaler:
         if name != self._policy_name:
             self._memory = {}
         self._policy_name = name
+        before = self._targets
         self._targets = {
-            pool: min(max(self._targets.get(pool, bounds.minimum), bounds.minimum), bounds.maximum)
+            pool: min(max(before.get(pool, bounds.minimum), bounds.minimum), bounds.maximum)
             for pool, bounds in config.bounds.items()
         }
+        for pool, target in self._targets.items():
+            self._changes.setdefault(pool, {"up": 0, "down": 0})
+            self._count_change(pool, before.get(pool, target), target)
 
     def _make_policy(self) -> None:
         self._policy_kinds = sorted({kind for kinds in self._kinds.values() for kind in kinds})
@@ -224,12 +230,18 @@ class Scaler:
         if dict(decision.targets) == self._targets:
             return
         for name, target in decision.targets.items():
-            if target > self._targets.get(name, 0):
+            before = self._targets.get(name, 0)
+            if target > before:
                 self._starts.wanted(name, self._clock())
+            self._count_change(name, before, target)
         self._note(decision.targets, decision.reason, self._numbers)
         self._targets = dict(decision.targets)
         self._since_s = self._unix()
         self._stored_s = float("-inf")
+
+    def _count_change(self, pool: str, before: int, target: int) -> None:
+        if target != before:
+            self._changes[pool]["up" if target > before else "down"] += 1
 
     def _note(self, targets: Mapping[str, int], reason: str, numbers: dict[str, float]) -> None:
         entry = Decided(self._unix(), dict(self._targets), dict(targets), reason, numbers)
@@ -257,6 +269,7 @@ class Scaler:
             since_s=self._since_s,
             room={pool: self._rooms.room(pool) for pool in self._targets},
             history=self._history,
+            changes=self._changes,
         )
 
     def to_store(self) -> bytes | None:
@@ -273,6 +286,7 @@ class Scaler:
                 self._starts.known,
                 self._history,
                 self._since_s,
+                self._changes,
             )
         )
 

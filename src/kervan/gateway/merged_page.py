@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kervan import metrics
 from kervan.vendor import vllm_names
 
-# Families that describe the fleet and not one gateway: every gateway tells the same. `*` ends a prefix.
+# Families that describe the fleet and not one gateway: every gateway tells the same.
 FLEET_GAUGES = frozenset(
     {
         vllm_names.REQUESTS_RUNNING,
@@ -20,12 +21,7 @@ FLEET_GAUGES = frozenset(
         vllm_names.KV_CACHE_USAGE,
         vllm_names.CACHE_CONFIG,
         vllm_names.ENGINE_SLEEP_STATE,
-        "kervan_replica_*",
-        "kervan_replicas",
-        "kervan_replicas_target",
-        "kervan_replicas_room",
-        "kervan_autoscaling_*",
-        "kervan_gateway_heartbeat_age_seconds",
+        *(name for name, metric in metrics.ALL.items() if metric.scope == "fleet"),
     }
 )
 
@@ -57,8 +53,6 @@ def merge_pages(pages: Mapping[str, str], *, fleet_gauges: frozenset[str] = FLEE
     Raises:
         ValueError: a line is no sample, or two pages give one family different types.
     """
-    exact = frozenset(name for name in fleet_gauges if not name.endswith("*"))
-    prefixes = tuple(name[:-1] for name in fleet_gauges if name.endswith("*"))
     families: dict[str, _Family] = {}
     for gateway, page in pages.items():
         label = f'gateway="{_escape(gateway)}"'
@@ -72,7 +66,7 @@ def merge_pages(pages: Mapping[str, str], *, fleet_gauges: frozenset[str] = FLEE
                     raise ValueError(f"gateway {gateway}: {line!r} is not a sample of the Prometheus text format 0.0.4")
                 name = _family_name(families, match["name"])
                 family = families.setdefault(name, _Family())
-                if name not in exact and not name.startswith(prefixes or "\0"):
+                if name not in fleet_gauges:
                     labels = _labelled(label, match["labels"])
                     family.lines.append(f"{match['name']}{{{labels}}} {match['value']}")
                     continue

@@ -1,0 +1,134 @@
+"""`kervan observe`: what it writes, and what it says of what it does not take."""
+
+import json
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import parse_qs
+
+import pytest
+import yaml
+
+from kervan import cli
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["kervan", "observe", *words])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_render_writes_what_prometheus_and_grafana_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("render", str(tmp_path / "m"), "--target", "a:8000", "--objective", "0.999", "--json")
+    status, out, _ = run(monkeypatch, capsys, *words)
+    told = json.loads(out)
+    assert (status, told["targets"]) == (0, ["a:8000"])
+    assert all(Path(path).exists() for path in told["files"])
+    config = yaml.safe_load((tmp_path / "m/prometheus.yml").read_text())
+    assert config["scrape_configs"][0]["static_configs"][0]["targets"] == ["a:8000"]
+    assert "0.0144" in (tmp_path / "m/rules/kervan.yml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("render", "m", "--target", "a"), "--target 'a' is not HOST:PORT"),
+        (("render", "m", "--target", "a:1", "--objective", "100%"), "leaves no budget"),
+        (("render", "m", "--target", "a:1", "--label", "a=b"), "--label is for --scrape kubernetes"),
+        (("render", "no/where", "--target", "a:1"), "directory no does not exist"),
+        (("render", "file", "--target", "a:1"), "is a file"),
+        (("plot", "--out", "x.svg"), "give either DIR or --prometheus URL"),
+        (("plot", ".", "--prometheus", "http://h", "--out", "x.svg"), "give either DIR or --prometheus URL"),
+        (("plot", "--prometheus", "http://h", "--out", "x.png"), "ends with neither .svg nor .html"),
+        (("plot", "--prometheus", "h:9090", "--out", "x.svg"), "is no URL"),
+        (("plot", "--prometheus", "http://h", "--out", "x.svg", "--for", "1s"), "is below 10 s"),
+        (("plot", "--prometheus", "http://h", "--out", "x.svg", "--dashboard", "f"), "none of fleet, replica"),
+    ],
+)
+def test_what_it_does_not_take_is_told_in_one_line(
+    words: tuple[str, ...],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    status, _, err = run(monkeypatch, capsys, *words)
+    assert status == 2
+    assert why in err
+    assert err.count("\n") == 1
+
+
+class _Api(BaseHTTPRequestHandler):
+    """A Prometheus in which every query gives one line, but those that ask for costs."""
+
+    def do_GET(self) -> None:
+        self._give({"yaml": "global:\n  scrape_interval: 1m\nscrape_configs:\n- scrape_interval: 5s\n"})
+
+    def do_POST(self) -> None:
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        begin_s = float(asked["start"][0])
+        line = {"metric": {"fleet": "f"}, "values": [[begin_s, "1"], [begin_s + 5, "NaN"], [begin_s + 10, "2.5"]]}
+        self.asked.append(asked["query"][0])  # type: ignore[attr-defined]
+        self._give({"result": [] if "cost" in asked["query"][0] else [line]})
+
+    def _give(self, data: object) -> None:
+        body = json.dumps({"status": "success", "data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_plot_draws_what_prometheus_has_and_names_what_it_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    handler = type("Api", (_Api,), {"asked": asked})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url, out = f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "fleet.html"
+        words = ("plot", "--prometheus", url, "--out", str(out), "--fleet", "f", "--for", "10min", "--json")
+        status, printed, err = run(monkeypatch, capsys, *words)
+        server.shutdown()
+    assert (status, err) == (0, "")
+    assert json.loads(printed)["empty"] == ["Cost per hour"]
+    assert out.read_text().startswith("<!doctype html>")
+    assert all('fleet=~"f"' in query for query in asked)
+    # Points of 3 s and scrapes of 5 s: as Grafana, four scrapes.
+    assert any("[20000ms]" in query for query in asked)
+
+
+def test_a_prometheus_that_is_not_there_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("plot", "--prometheus", "http://127.0.0.1:1", "--out", str(tmp_path / "x.svg"))
+    status, _, err = run(monkeypatch, capsys, *words)
+    assert status == 1
+    assert "no Prometheus answers at http://127.0.0.1:1" in err
+
+
+def test_a_directory_without_data_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for program, why in (("", "there is no program 'prometheus'"), ("#!/bin/sh\n", "has no data of a Prometheus")):
+        place = tmp_path / f"bin{len(program)}"
+        place.mkdir()
+        if program:
+            (place / "prometheus").write_text(program)
+            (place / "prometheus").chmod(0o755)
+        monkeypatch.setenv("PATH", str(place))
+        status, _, err = run(monkeypatch, capsys, "plot", str(tmp_path), "--out", str(tmp_path / "x.svg"))
+        assert (status, why in err) == (2, True), err

@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kervan.errors import ConfigError
+from kervan.observe.render import files, rules, scrape
+from kervan.observe.render.dashboards import DASHBOARDS
+
+
+def test_every_node_is_asked_for_its_own_gateways() -> None:
+    jobs = scrape.prometheus(["a:8000", "b:8000"], fleet="chat", dcgm=["a:9400"], has_ray=True)["scrape_configs"]
+    assert [job["job_name"] for job in jobs] == ["kervan", "ray", "dcgm"]
+    assert jobs[0]["metrics_path"] == "/metrics/node"
+    assert jobs[0]["static_configs"] == [{"targets": ["a:8000", "b:8000"]}]
+    assert jobs[0]["params"] == {"fleet": ["chat"]}
+    assert jobs[1]["file_sd_configs"] == [{"files": ["/tmp/ray/prom_metrics_service_discovery.json"]}]
+    (alone,) = scrape.prometheus(["a:8000"])["scrape_configs"]
+    assert "params" not in alone
+
+
+def test_grafana_finds_the_dashboards_where_they_are(tmp_path: Path) -> None:
+    written = files.for_prometheus(tmp_path / "m", ["a:1"], fleet="", dcgm=[], has_ray=False, objective=0.99)
+    assert all(path.exists() for path in written)
+    provider = yaml.safe_load((tmp_path / "m/grafana/provisioning/dashboards/kervan.yml").read_text())
+    folder = Path(provider["providers"][0]["options"]["path"])
+    assert {json.loads(path.read_text())["uid"] for path in folder.iterdir()} == {board.uid for board in DASHBOARDS}
+    source = yaml.safe_load((tmp_path / "m/grafana/provisioning/datasources/kervan.yml").read_text())
+    assert source["datasources"][0]["isDefault"]
+
+
+def test_kubernetes_gets_the_same_rules_and_dashboards_as_objects(tmp_path: Path) -> None:
+    files.for_kubernetes(tmp_path, namespace="llm", labels={"release": "prometheus"}, objective=0.95)
+    objects = [one for path in tmp_path.glob("*.yaml") for one in yaml.safe_load_all(path.read_text())]
+    kinds = [one["kind"] for one in objects]
+    assert sorted(set(kinds)) == ["ConfigMap", "PodMonitor", "PrometheusRule", "ServiceMonitor"]
+    assert {one["metadata"]["namespace"] for one in objects} == {"llm"}
+    names = [(one["kind"], one["metadata"]["name"]) for one in objects]
+    assert len(names) == len(set(names))
+    (rule,) = [one for one in objects if one["kind"] == "PrometheusRule"]
+    assert rule["spec"] == rules.to_dict(0.95)
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+    (gateways,) = [one for one in objects if one["metadata"]["name"] == "kervan-gateways"]
+    assert gateways["spec"]["podMetricsEndpoints"][0]["path"] == "/metrics/node"
+    boards = [json.loads(text) for one in objects if one["kind"] == "ConfigMap" for text in one["data"].values()]
+    assert {board["uid"] for board in boards} == {board.uid for board in DASHBOARDS}
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rules").write_text("a file in the way")
+    with pytest.raises(ConfigError, match=r"rules/kervan.yml cannot be written"):
+        files.for_prometheus(tmp_path, ["a:1"], fleet="", dcgm=[], has_ray=False, objective=0.99)
