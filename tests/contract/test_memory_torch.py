@@ -25,14 +25,18 @@ ONE_RANK = (
     "fp32,eager", "bf16,eager", "bf16,sdpa-math", "chunked-loss", "bf16-states", "bf16,8bit-states",
     "bf16,offload-optimizer", "bf16,offload-activations", "checkpoint,offload-activations",
 )  # fmt: skip
+TIED = ("fp32", "bf16,checkpoint")
 TWO_RANKS = ("fp32,fsdp", "bf16,fsdp", "bf16-only,fsdp,checkpoint", "bf16,fsdp,offload-params")
 
 
-def measured(names: tuple[str, ...], *, ranks: int, micro_batches: int = 2, shape: DecoderShape = SHAPE) -> list[Any]:
-    cases = tuple(
+def cases(names: tuple[str, ...], micro_batches: int = 2, shape: DecoderShape = SHAPE) -> tuple[measure.Case, ...]:
+    return tuple(
         measure.Case(shape=shape, recipe=techniques.parse(name), seq=128, batch=2, micro_batches=micro_batches)
         for name in names
     )
+
+
+def measured(*cases: measure.Case, ranks: int) -> list[Any]:
     plan = measure.MeasurePlan(cases=cases, device="cpu", steps=1)
     rows = list(start.run(measure.work, plan, ranks=ranks, for_s=550))
     return [row for row in rows if isinstance(row, measure.Measured)]
@@ -45,8 +49,15 @@ def check(rows: list[Any], names: tuple[str, ...], most: float) -> None:
     assert {name: error for name, error in off.items() if abs(error) > most} == {}
 
 
-def test_the_estimated_peak_is_that_of_the_allocator_for_every_technique_of_one_process() -> None:
-    rows = measured(ONE_RANK, ranks=1)
+@pytest.fixture(scope="module")
+def of_one_rank() -> list[Any]:
+    """Each of `ONE_RANK`, then each of `TIED` with a tied table and a single micro-batch."""
+    tied = cases(TIED, micro_batches=1, shape=replace(SHAPE, is_tied=True))
+    return measured(*cases(ONE_RANK), *tied, ranks=1)
+
+
+def test_the_estimated_peak_is_that_of_the_allocator_for_every_technique_of_one_process(of_one_rank: list[Any]) -> None:
+    rows = of_one_rank[: len(ONE_RANK)]
     check(rows, ONE_RANK, 0.06)
     for row in rows:
         if "offload" in row.technique:
@@ -62,13 +73,12 @@ def test_the_estimated_peak_is_that_of_the_allocator_for_every_technique_of_one_
     assert max(second) - min(second) < 0.02
 
 
-def test_a_tied_table_and_a_single_micro_batch_are_estimated_too() -> None:
-    names = ("fp32", "bf16,checkpoint")
-    check(measured(names, ranks=1, micro_batches=1, shape=replace(SHAPE, is_tied=True)), names, 0.05)
+def test_a_tied_table_and_a_single_micro_batch_are_estimated_too(of_one_rank: list[Any]) -> None:
+    check(of_one_rank[len(ONE_RANK) :], TIED, 0.05)
 
 
 def test_the_estimated_peak_is_that_of_the_allocator_for_sharded_training() -> None:
-    rows = measured(TWO_RANKS, ranks=2)
+    rows = measured(*cases(TWO_RANKS), ranks=2)
     check(rows, TWO_RANKS, 0.10)
     assert rows[0].weights_bytes == pytest.approx(SHAPE.parameters * 4 / 2, rel=0.02)  # half of it on each rank
 
@@ -76,7 +86,7 @@ def test_the_estimated_peak_is_that_of_the_allocator_for_sharded_training() -> N
 def test_deepspeed_is_measured_where_it_is_installed() -> None:
     pytest.importorskip("deepspeed")
     names = ("bf16,zero2", "bf16,zero3")
-    check(measured(names, ranks=2), names, 0.10)
+    check(measured(*cases(names), ranks=2), names, 0.10)
 
 
 def plan(technique: str = "fp32", **fields: Any) -> finetune.FinetunePlan:
@@ -140,19 +150,21 @@ def test_a_training_that_is_told_to_end_goes_on_with_another_number_of_ranks(
         ended((replace(one, seq=32),), ranks=1)
 
 
-@pytest.mark.parametrize("technique", ["bf16", "bf16,8bit-states"])
-def test_states_of_our_own_optimizers_are_saved_and_loaded(technique: str, tmp_path: Path) -> None:
-    whole = plan(technique, steps=6)
-    half = replace(whole, checkpoint=tmp_path, save_every=3)
-    (uninterrupted,) = ended((whole,), ranks=1)
-    (first,) = ended((half,), ranks=1)
-    assert list(first.losses) == list(uninterrupted.losses)
-    newest = finetune.newest(tmp_path)
-    assert newest is not None
-    (newest / ".metadata").unlink()  # the last one is not there: back to step 3
-    (again,) = ended((half,), ranks=1)
-    assert again.resumed_from == 3
-    assert finetune.furthest(list(again.losses), list(uninterrupted.losses), window=1) < 1e-4
+def test_states_of_our_own_optimizers_are_saved_and_loaded(tmp_path: Path) -> None:
+    names = ("bf16", "bf16,8bit-states")
+    whole = tuple(plan(name, steps=6) for name in names)
+    half = tuple(replace(one, checkpoint=tmp_path / name, save_every=3) for name, one in zip(names, whole, strict=True))
+    rows = ended((*whole, *half), ranks=1)
+    uninterrupted, saved = rows[: len(names)], rows[len(names) :]
+    assert [list(row.losses) for row in saved] == [list(row.losses) for row in uninterrupted]
+    for one in half:
+        assert one.checkpoint is not None
+        newest = finetune.newest(one.checkpoint)
+        assert newest is not None
+        (newest / ".metadata").unlink()  # the last one is not there: back to step 3
+    for again, expected in zip(ended(half, ranks=1), uninterrupted, strict=True):
+        assert again.resumed_from == 3
+        assert finetune.furthest(list(again.losses), list(expected.losses), window=1) < 1e-4
 
 
 def test_a_rank_that_ends_or_raises_is_told_in_a_line() -> None:
