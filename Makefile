@@ -4,7 +4,7 @@
 # make unit         tests without Ray, vLLM and engines: while editing, `make unit PYTEST_ARGS=-kNAME`
 # make lint         ruff and mypy
 # make environment  what all of them need, and nothing else
-# make lock         requirements/cpu.txt from cpu.in
+# make lock         requirements/cpu.txt from cpu.in, and gpu.txt, of the GPU image, from gpu.in
 # make clean        removes the environment, the demo's model and all caches
 
 # The tests and the demo need Python 3.11 or newer: make demo PYTHON=/path/to/python3.12
@@ -78,6 +78,8 @@ unit: $(STAMP)
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 $(TORCH) \
 	  --no-emit-find-links --no-emit-index-url --no-annotate --no-header --upgrade --quiet -o requirements/cpu.txt
+	$(BIN)/uv pip compile requirements/gpu.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --generate-hashes --no-annotate --no-header --upgrade --quiet -o requirements/gpu.txt
 
 clean:
 	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info

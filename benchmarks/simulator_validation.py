@@ -5,7 +5,7 @@
 
 Live: `kervan up --engine twin` with a real gateway and real Ray Serve in real time, loaded by `kervan bench --trace`
 with requests that are drawn once. Simulated: the same rows of the trace, the twins' own step times, and with --policy
-the same policy. Twins are slow (`--twin`), so that what this machine's cores add is small. `--html`: both lines in one
+the same policy. Twins are slow (`--twin`), so that what this machine's cores add is small. `--svg`: both lines in one
 plot.
 """
 
@@ -30,6 +30,7 @@ from typing import Any
 import httpx
 
 from kervan.bench import records
+from kervan.config import autoscale
 from kervan.config.fleet import FleetConfig
 from kervan.config.workload import TraceRow, parse_lengths, parse_slo
 from kervan.facts import architecture, hardware
@@ -37,16 +38,19 @@ from kervan.facts import model as models
 from kervan.facts.layout import Layout
 from kervan.plan import screen
 from kervan.plan.calibration import PRIOR
+from kervan.policy.autoscale import choose
+from kervan.policy.autoscale.state import ReplicaModel
 from kervan.sim import limits as engine_limits
 from kervan.sim import memory
 from kervan.sim.constants import Constants
 from kervan.sim.step_time import Batch
 from kervan.simulate import loads, policies
-from kervan.simulate.duration import fixed
+from kervan.simulate.duration import parse_durations
 from kervan.simulate.engine import EngineFacts, EngineTimes
 from kervan.simulate.fleet import Simulation
 from kervan.simulate.setup import FleetSetup, LoadSetup, PoolSetup
 from kervan.simulate.tally import Outcome
+from kervan.twin import capacity as twin_capacity
 from kervan.twin.settings import settings
 from kervan.twin.token_engine import TwinSettings
 
@@ -127,6 +131,7 @@ def counted(metrics: str) -> dict[str, int]:
     return found
 
 
+IDLE_S = 30  # the live policy has watched an idle fleet for so long when the load comes
 Seen = list[tuple[float, dict[str, int]]]
 
 
@@ -182,9 +187,11 @@ def run_simulated(args: argparse.Namespace, rows: Sequence[TraceRow], seed: int)
             engine_args=arguments,
         )  # fmt: skip
         twin = settings(config)
+        model: ReplicaModel | None = twin_capacity.capacity(twin)  # what the live fleet's policy is given
         times, constants = TwinTimes(twin), GATEWAY
         kv_tokens = twin.limits.num_blocks * twin.limits.block_size
     else:
+        model = None
         constants = dataclasses.replace(
             PRIOR.constants, kv_bandwidth_share=screen.UNEVEN_KV_SHARE * PRIOR.constants.kv_bandwidth_share
         )
@@ -192,13 +199,45 @@ def run_simulated(args: argparse.Namespace, rows: Sequence[TraceRow], seed: int)
     facts = EngineFacts(
         spec=spec, layout=Layout(1, 1), gpu=gpu, limits=limits, constants=constants, kv_tokens=kv_tokens
     )
-    pool = PoolSetup(name="on-demand", minimum=int(least), maximum=int(most or least), start=fixed(args.start_time))
+    idle_s = IDLE_S if args.policy else 0
+    waited = tuple(dataclasses.replace(row, at_s=row.at_s + idle_s) for row in rows)
+    pool = PoolSetup(
+        name="on-demand", minimum=int(least), maximum=int(most or least), start=parse_durations(args.start_time)
+    )
     setup = FleetSetup(
-        engine=facts, pools=(pool,), load=LoadSetup(trace=tuple(rows)), slo=parse_slo(args.slo), gateways=args.gateways
+        engine=facts, pools=(pool,), load=LoadSetup(trace=waited), slo=parse_slo(args.slo), gateways=args.gateways
     )
     name = args.policy or f"fixed:{least}"
     policies.check(name)
-    return Simulation(setup, policies.make(name, setup, seed), seed, times=times).run()
+    policy = policies.make(name, setup, seed)
+    if model is not None and name == "slo":
+        policy = choose.policy(
+            autoscale.resolve(
+                policy="slo", slo=args.slo, schedule=(), time_zone="UTC", autoscaling={}, maximum=pool.maximum
+            ),
+            model,
+        )
+    outcome = Simulation(setup, policy, seed, times=times).run()
+    return dataclasses.replace(
+        outcome,
+        duration_s=outcome.duration_s - idle_s,
+        timeline={name: values[idle_s:] for name, values in outcome.timeline.items()},
+        decisions=[(at_s - idle_s, reason) for at_s, reason in outcome.decisions],
+    )
+
+
+def measure(args: argparse.Namespace, rows: Sequence[Sequence[TraceRow]]) -> list[tuple[dict[str, float | None], Seen]]:
+    """The figures of each load on a live fleet, and what replicas there were."""
+    home = Path(tempfile.mkdtemp(prefix="kv-"))
+    os.environ["KERVAN_HOME"] = str(home)
+    try:
+        traces = [home / f"trace-{place}.csv" for place in range(len(rows))]
+        for trace, each in zip(traces, rows, strict=True):
+            write_trace(trace, each)
+        found = run_live(args, traces, home / "bench.json")
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    return [(measured_live(args, each, told, seen), seen) for each, (told, seen) in zip(rows, found, strict=True)]
 
 
 def figures_live(live: dict[str, Any]) -> dict[str, float | None]:
@@ -240,17 +279,14 @@ def drawn(args: argparse.Namespace, ramp: str) -> list[TraceRow]:
 
 
 def compared(
-    args: argparse.Namespace, rows: Sequence[TraceRow], outcome: Outcome, live: dict[str, Any], seen: Seen
+    args: argparse.Namespace, rows: Sequence[TraceRow], outcome: Outcome, measured: dict[str, float | None]
 ) -> dict[str, dict[str, float | None]]:
     """Each figure, live and simulated."""
-    simulated, measured = figures_simulated(outcome), figures_live(live)
-    measured["goodput_per_s"] = (measured["goodput_per_s"] or 0.0) * live["duration_s"] / max(1e-9, rows[-1].at_s)
+    simulated = figures_simulated(outcome)
     if args.policy:
         length = len(outcome.timeline["ready"])
         there = [sum(outcome.timeline[phase][i] for phase in ("ready", "starting", "draining")) for i in range(length)]
-        until_s = min(rows[-1].at_s, length)
-        simulated["mean_replicas"] = statistics.fmean(there[: int(until_s)])
-        measured["mean_replicas"] = mean_replicas(seen, until_s)
+        simulated["mean_replicas"] = statistics.fmean(there[: int(min(rows[-1].at_s, length))])
     table: dict[str, dict[str, float | None]] = {}
     print(f"{'':16}{'live':>12}{'simulated':>12}{'apart':>9}")
     for name, value in simulated.items():
@@ -260,6 +296,17 @@ def compared(
         words = "" if apart is None else f"{apart:+8.1%}"
         print(f"{name:16}{other if other is not None else float('nan'):12.4f}{value or 0.0:12.4f} {words}", flush=True)
     return table
+
+
+def measured_live(
+    args: argparse.Namespace, rows: Sequence[TraceRow], live: dict[str, Any], seen: Seen
+) -> dict[str, float | None]:
+    """The live figures, over the time that requests came."""
+    found = figures_live(live)
+    found["goodput_per_s"] = (found["goodput_per_s"] or 0.0) * live["duration_s"] / max(1e-9, rows[-1].at_s)
+    if args.policy:
+        found["mean_replicas"] = mean_replicas(seen, min(rows[-1].at_s, live["duration_s"]))
+    return found
 
 
 def main() -> None:
@@ -277,14 +324,19 @@ def main() -> None:
     parser.add_argument("--slo", default="ttft=1s,tpot=150ms")
     parser.add_argument("--twin", action="append", default=None, help=f"settings of twins [{', '.join(TWIN)}]")
     parser.add_argument("--budget", type=int, default=2048, help="max_num_batched_tokens; 0: vLLM's default")
-    parser.add_argument("--start-time", type=float, default=10.0, help="simulated seconds from a decision to ready")
+    parser.add_argument("--start-time", default="10s", help="simulated, from a decision to ready")
     parser.add_argument("--settle", type=float, default=60.0, help="seconds to watch the replicas after the load")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=18_640)
     parser.add_argument("--accepted", type=float, default=ACCEPTED_SHARE, help="how far apart figures may be")
+    parser.add_argument(
+        "--live-from",
+        type=Path,
+        help="a record, whose live figures are compared with a new simulation of the same options",
+    )
     parser.add_argument("--only-simulated", action="store_true")
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--html", type=Path)
+    parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     args.twin = args.twin or list(TWIN)
     args.ramp = args.ramp or ["4:180s"]
@@ -294,19 +346,19 @@ def main() -> None:
         for ramp, outcome in zip(args.ramp, outcomes, strict=True):
             print(ramp, json.dumps(figures_simulated(outcome)))
         return
-    home = Path(tempfile.mkdtemp(prefix="kv-"))
-    os.environ["KERVAN_HOME"] = str(home)
-    try:
-        traces = [home / f"trace-{place}.csv" for place in range(len(rows))]
-        for trace, each in zip(traces, rows, strict=True):
-            write_trace(trace, each)
-        live = run_live(args, traces, home / "bench.json")
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    if args.live_from is not None:
+        before = json.loads(args.live_from.read_text())
+        live = [
+            ({name: cell["live"] for name, cell in part["compared"].items()}, part.get("replicas_live", []))
+            for part in before["loads"]
+        ]
+    else:
+        before = None
+        live = measure(args, rows)
     parts = []
     for ramp, each, outcome, (told, seen) in zip(args.ramp, rows, outcomes, live, strict=True):
         print(f"load {ramp}")
-        table = compared(args, each, outcome, told, seen)
+        table = compared(args, each, outcome, told)
         part: dict[str, Any] = {"load": ramp, "compared": table, "decisions_simulated": outcome.decisions}
         if args.policy:
             part["replicas_live"] = [[round(at_s, 1), states] for at_s, states in seen]
@@ -322,35 +374,59 @@ def main() -> None:
     record = {
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "loads": parts,
-        "load_average": os.getloadavg(),
+        "load_average": os.getloadavg() if before is None else before["load_average"],
+        "live_date": None if before is None else before["date"],
     }
     if args.record is not None:
         print("record:", records.write(args.record, records.record("simulator-validation", record)))
-    if args.html is not None and args.policy:
-        write_plot(args.html, parts[0])
+    if args.svg is not None and args.policy:
+        write_plot(args.svg, parts[0])
     sys.exit(bool(off))
 
 
-def write_plot(path: Path, record: dict[str, Any]) -> None:
-    """Replicas over time, live and simulated, in one plot."""
-    import plotly.graph_objects as go
+def write_plot(path: Path, part: dict[str, Any]) -> None:
+    """Replicas over time, live and simulated, as an SVG."""
+    live = [(at_s, sum(states.values())) for at_s, states in part["replicas_live"]]
+    phases = part["replicas_simulated"].values()
+    simulated = [(float(second), sum(column)) for second, column in enumerate(zip(*phases, strict=True))]
+    end_s = max(at_s for at_s, _ in live)
+    most = max(count for _, count in (*live, *simulated))
+    width, height, left, top, bottom = 720, 260, 40, 12, 34
+    across, down = (width - left - 12) / end_s, (height - top - bottom) / most
 
-    figure = go.Figure()
-    live = record["replicas_live"]
-    figure.add_scatter(
-        x=[at_s for at_s, _ in live], y=[sum(states.values()) for _, states in live], name="live, all", line_shape="hv"
+    def place(at_s: float, count: float) -> str:
+        return f"{left + at_s * across:.1f} {height - bottom - count * down:.1f}"
+
+    def steps(line: Sequence[tuple[float, float]]) -> str:
+        found, before = [f"M {place(*line[0])}"], line[0][1]
+        for at_s, count in line:
+            if count != before and at_s <= end_s:
+                found.append(f"L {place(at_s, before)} L {place(at_s, count)}")
+                before = count
+        return " ".join([*found, f"L {place(end_s, before)}"])
+
+    texts = [
+        f'<text x="{left - 8}" y="{height - bottom - count * down + 4:.1f}" text-anchor="end">{count}</text>'
+        for count in range(int(most) + 1)
+    ] + [
+        f'<text x="{left + at_s * across:.1f}" y="{height - bottom + 18}" text-anchor="middle">{at_s} s</text>'
+        for at_s in range(0, int(end_s) + 1, 60)
+    ]
+    paths = [
+        f'<path d="M {place(0, count)} L {place(end_s, count)}" stroke="#8886" stroke-width="0.5"/>'
+        for count in range(int(most) + 1)
+    ] + [
+        f'<path d="{steps(line)}" stroke="{color}" stroke-width="2"{dash}/>'
+        for line, color, dash in ((live, "#1f77b4", ""), (simulated, "#d62728", ' stroke-dasharray="5 3"'))
+    ]
+    legend = (
+        f'<text x="{left + 16}" y="{top + 12}" fill="#1f77b4">live</text>'
+        f'<text x="{left + 56}" y="{top + 12}" fill="#d62728">simulated (dashed)</text>'
     )
-    figure.add_scatter(
-        x=[at_s for at_s, _ in live], y=[states.get("ready", 0) for _, states in live], name="live, ready",
-        line_shape="hv",
-    )  # fmt: skip
-    lines = record["replicas_simulated"]
-    seconds = list(range(1, len(lines.get("ready", [])) + 1))
-    all_there = [sum(column) for column in zip(*lines.values(), strict=True)] if lines else []
-    figure.add_scatter(x=seconds, y=all_there, name="simulated, all", line_shape="hv")
-    figure.add_scatter(x=seconds, y=lines.get("ready", []), name="simulated, ready", line_shape="hv")
-    figure.update_layout(xaxis_title="seconds", yaxis_title="replicas")
-    figure.write_html(path)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
+    path.write_text(
+        f'{head} font-size="12" fill="#888">{"".join(texts)}{legend}<g fill="none">{"".join(paths)}</g></svg>\n'
+    )
 
 
 if __name__ == "__main__":

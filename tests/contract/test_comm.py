@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from harness.rank_work import plans
 
-from kervan.comm import examine, preflight, ranks
+from kervan.comm import examine, preflight
 from kervan.comm.collectives import OPS, CollectivesPlan, Timing
 from kervan.errors import EngineError
 from kervan.ports import free_port
+from kervan.ranks import start
 
 SIZES = (8, 1000, 1 << 18)
 RIGHT = CollectivesPlan(on_gpu=False, ops=OPS, bytes=SIZES)
@@ -37,7 +38,7 @@ class Group:
 def group() -> Group:
     found = Group()
     try:
-        for name, row in ranks.run(plans, {"right": RIGHT, "planted": PLANTED, "hangs": HANGS}, ranks=2, for_s=240):
+        for name, row in start.run(plans, {"right": RIGHT, "planted": PLANTED, "hangs": HANGS}, ranks=2, for_s=240):
             found.rows.setdefault(name, []).append(row)
     except EngineError as error:
         found.problem = str(error)

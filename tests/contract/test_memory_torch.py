@@ -3,13 +3,14 @@
 Several recipes share a start of ranks: importing torch is what costs time.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kervan.errors import ConfigError, EngineError
+from kervan.errors import ConfigError
 from kervan.memory import finetune, measure, techniques
 from kervan.memory.estimate import estimate
 from kervan.memory.shape import NAMED, DecoderShape
@@ -25,39 +26,58 @@ ONE_RANK = (
     "fp32,eager", "bf16,eager", "bf16,sdpa-math", "chunked-loss", "bf16-states", "bf16,8bit-states",
     "bf16,offload-optimizer", "bf16,offload-activations", "checkpoint,offload-activations",
 )  # fmt: skip
-TIED = ("fp32", "bf16,checkpoint")
 TWO_RANKS = ("fp32,fsdp", "bf16,fsdp", "bf16-only,fsdp,checkpoint", "bf16,fsdp,offload-params")
 
 
-def cases(names: tuple[str, ...], micro_batches: int = 2, shape: DecoderShape = SHAPE) -> tuple[measure.Case, ...]:
+TIED = ("fp32", "bf16,checkpoint")
+# One matrix of its attention takes 2 TiB: refused at once, on any machine.
+HUGE = measure.Case(
+    shape=replace(SHAPE, hidden=16, intermediate=16, num_heads=2, num_kv_heads=2, head_dim=8, vocab=64, num_layers=1),
+    recipe=techniques.parse("fp32,eager"), seq=1 << 19, batch=1,
+)  # fmt: skip
+
+
+def cases(names: tuple[str, ...], shape: DecoderShape = SHAPE, micro_batches: int = 2) -> tuple[measure.Case, ...]:
     return tuple(
         measure.Case(shape=shape, recipe=techniques.parse(name), seq=128, batch=2, micro_batches=micro_batches)
         for name in names
     )
 
 
-def measured(*cases: measure.Case, ranks: int) -> list[Any]:
-    plan = measure.MeasurePlan(cases=cases, device="cpu", steps=1)
-    rows = list(start.run(measure.work, plan, ranks=ranks, for_s=550))
-    return [row for row in rows if isinstance(row, measure.Measured)]
+def measured(
+    wanted: tuple[measure.Case, ...], *, ranks: int, **settings: Any
+) -> tuple[list[measure.Measured], list[str]]:
+    """Rows, and what is said beside them."""
+    plan = measure.MeasurePlan(cases=wanted, device="cpu", steps=1, **settings)
+    found = list(measure.run(plan, ranks=ranks, for_s=550))
+    return [row for row in found if isinstance(row, measure.Measured)], [
+        text for text in found if isinstance(text, str)
+    ]
 
 
-def check(rows: list[Any], names: tuple[str, ...], most: float) -> None:
+def check(rows: list[measure.Measured], names: tuple[str, ...], most: float) -> None:
     assert len(rows) == len(names)
     assert [row.problem for row in rows] == [""] * len(rows)
     off = {row.technique: round(row.error, 3) for row in rows}
     assert {name: error for name, error in off.items() if abs(error) > most} == {}
 
 
+class OneRank:
+    """All rows of one process: one start of ranks for them."""
+
+    def __init__(self) -> None:
+        wanted = (HUGE, *cases(ONE_RANK), *cases(TIED, replace(SHAPE, is_tied=True), micro_batches=1))
+        found, self.said = measured(wanted, ranks=1)
+        self.huge, self.rows, self.tied = found[0], found[1 : 1 + len(ONE_RANK)], found[1 + len(ONE_RANK) :]
+
+
 @pytest.fixture(scope="module")
-def of_one_rank() -> list[Any]:
-    """Each of `ONE_RANK`, then each of `TIED` with a tied table and a single micro-batch."""
-    tied = cases(TIED, micro_batches=1, shape=replace(SHAPE, is_tied=True))
-    return measured(*cases(ONE_RANK), *tied, ranks=1)
+def one_rank() -> OneRank:
+    return OneRank()
 
 
-def test_the_estimated_peak_is_that_of_the_allocator_for_every_technique_of_one_process(of_one_rank: list[Any]) -> None:
-    rows = of_one_rank[: len(ONE_RANK)]
+def test_the_estimated_peak_is_that_of_the_allocator_for_every_technique_of_one_process(one_rank: OneRank) -> None:
+    rows = one_rank.rows
     check(rows, ONE_RANK, 0.06)
     for row in rows:
         if "offload" in row.technique:
@@ -73,20 +93,47 @@ def test_the_estimated_peak_is_that_of_the_allocator_for_every_technique_of_one_
     assert max(second) - min(second) < 0.02
 
 
-def test_a_tied_table_and_a_single_micro_batch_are_estimated_too(of_one_rank: list[Any]) -> None:
-    check(of_one_rank[len(ONE_RANK) :], TIED, 0.05)
+def test_a_tied_table_and_a_single_micro_batch_are_estimated_too(one_rank: OneRank) -> None:
+    check(one_rank.tied, TIED, 0.05)
+
+
+def test_a_row_that_does_not_fit_is_told_with_its_prediction(one_rank: OneRank) -> None:
+    row = one_rank.huge
+    assert row.is_out_of_memory, row.problem
+    assert re.fullmatch(r"does not fit, as predicted: it takes \S+ GiB of the \S+ free", row.verdict), row.verdict
+    assert row.to_dict()["predicted_to_fit"] is False
+
+
+def test_no_technique_leaves_memory_behind(one_rank: OneRank) -> None:
+    assert [text for text in one_rank.said if "new processes" in text] == []
+    assert max(row.before_bytes for row in (*one_rank.rows, *one_rank.tied)) <= measure.LEFT_BYTES["cpu"]
+
+
+def test_what_a_row_cannot_give_back_ends_with_its_process() -> None:
+    rows, said = measured(cases(("fp32", "bf16")), ranks=1, planted_bytes=3 << 20)
+    check(rows, ("fp32", "bf16"), 0.06)
+    assert [row.before_bytes for row in rows] == [0, 0]
+    assert "fp32 has left 3.0 MiB: the next rows run in new processes" in said
 
 
 def test_the_estimated_peak_is_that_of_the_allocator_for_sharded_training() -> None:
-    rows = measured(*cases(TWO_RANKS), ranks=2)
+    *rows, huge, last = measured((*cases(TWO_RANKS), HUGE, *cases(("fp32",))), ranks=2)[0]
     check(rows, TWO_RANKS, 0.10)
     assert rows[0].weights_bytes == pytest.approx(SHAPE.parameters * 4 / 2, rel=0.02)  # half of it on each rank
+    assert max(row.before_bytes for row in rows) <= measure.LEFT_BYTES["cpu"]
+    # a row that one of several ranks cannot run takes no other row with it
+    assert huge.is_out_of_memory
+    assert (last.technique, last.problem, last.before_bytes) == ("fp32", "", 0)
 
 
 def test_deepspeed_is_measured_where_it_is_installed() -> None:
     pytest.importorskip("deepspeed")
-    names = ("bf16,zero2", "bf16,zero3")
-    check(measured(*cases(names), ranks=2), names, 0.10)
+    names = ("bf16,zero1", "bf16,zero2", "bf16,zero3", "bf16,zero2,offload-optimizer", "bf16,zero3")
+    rows, said = measured(cases(names), ranks=2)
+    check(rows, names, 0.10)
+    assert max(row.before_bytes for row in rows) <= measure.LEFT_BYTES["cpu"]
+    # stages 1 and 2 are freed; what stage 3 keeps ends with its processes
+    assert [text.partition(" ")[0] for text in said if "new processes" in text] in ([], ["bf16,zero3"])
 
 
 def plan(technique: str = "fp32", **fields: Any) -> finetune.FinetunePlan:
@@ -153,24 +200,15 @@ def test_a_training_that_is_told_to_end_goes_on_with_another_number_of_ranks(
 def test_states_of_our_own_optimizers_are_saved_and_loaded(tmp_path: Path) -> None:
     names = ("bf16", "bf16,8bit-states")
     whole = tuple(plan(name, steps=6) for name in names)
-    half = tuple(replace(one, checkpoint=tmp_path / name, save_every=3) for name, one in zip(names, whole, strict=True))
-    rows = ended((*whole, *half), ranks=1)
-    uninterrupted, saved = rows[: len(names)], rows[len(names) :]
-    assert [list(row.losses) for row in saved] == [list(row.losses) for row in uninterrupted]
+    half = tuple(replace(one, checkpoint=tmp_path / f"{i}", save_every=3) for i, one in enumerate(whole))
+    found = ended((*whole, *half), ranks=1)
+    uninterrupted, first = found[:2], found[2:]
+    assert [one.losses for one in first] == [one.losses for one in uninterrupted]
     for one in half:
         assert one.checkpoint is not None
         newest = finetune.newest(one.checkpoint)
         assert newest is not None
         (newest / ".metadata").unlink()  # the last one is not there: back to step 3
-    for again, expected in zip(ended(half, ranks=1), uninterrupted, strict=True):
+    for again, before in zip(ended(half, ranks=1), uninterrupted, strict=True):
         assert again.resumed_from == 3
-        assert finetune.furthest(list(again.losses), list(expected.losses), window=1) < 1e-4
-
-
-def test_a_rank_that_ends_or_raises_is_told_in_a_line() -> None:
-    from harness import rank_work
-
-    with pytest.raises(EngineError, match=r"^rank 1 of 2: ValueError: no luck \(fail_second, line \d+\)$"):
-        list(start.run(rank_work.fail_second, "luck", ranks=2, for_s=100))
-    with pytest.raises(EngineError, match=r"^rank 1 of 2 ended with no message"):
-        list(start.run(rank_work.die_second, None, ranks=2, for_s=100))
+        assert finetune.furthest(list(again.losses), list(before.losses), window=1) < 1e-4

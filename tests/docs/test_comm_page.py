@@ -1,10 +1,12 @@
 """docs/comm.md: its table has every check, its options are the commands', and what runs on a CPU runs."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -45,6 +47,44 @@ def test_every_line_of_the_page_parses() -> None:
         _, name, *words = shlex.split(line, comments=True)
         command = comm.comm.commands[name]
         command.make_context(name, words)
+
+
+def table(marker: str) -> tuple[dict[str, Any], list[list[str]]]:
+    """The record that a table names in its marker, and the table's lines below its head."""
+    match = re.search(rf"^<!-- {marker}: (\S+) -->\n((?:\|.*\n)+)", PAGE, re.M)
+    assert match is not None, marker
+    record = json.loads((REPOSITORY / f"benchmarks/records/{match[1]}.json").read_text())
+    return record, [[cell.strip() for cell in line.strip("| \n").split("|")] for line in match[2].splitlines()[2:]]
+
+
+def test_the_all_reduces_of_two_gpus_are_those_of_the_record() -> None:
+    record, lines = table("all-reduce")
+    rows = {(r["backend"], r["mode"], r["bytes"]): r for r in record["rows"] if r["op"] == "all_reduce"}
+    assert f"{len(record['rows'])} rows" in PAGE
+    assert all(row["correct"] for row in record["rows"])
+    ways = (("nccl", "eager"), ("nccl", "graph"), ("symm_mem", "graph"))
+    for size, *cells in lines:
+        number, unit = size.split()
+        num_bytes = int(number) << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
+        found = [rows.get((*way, num_bytes)) for way in ways]
+        assert cells == [
+            "-" if row is None else f"{row[key]:.1f}" for key in ("time_us", "busbw_gb_s") for row in found
+        ], size
+
+
+def test_the_planted_faults_are_those_of_the_record() -> None:
+    record, lines = table("faults")
+    assert [(cells[0], cells[1]) for cells in lines] == [
+        (
+            ", ".join(f"`{name}={value}`" for name, value in row["env"].items()),
+            ", ".join(f"`{check['name']}`" for check in row["failed"]),
+        )
+        for row in record["rows"]
+    ]
+    for cells, row in zip(lines, record["rows"], strict=True):
+        causes = " ".join(check["cause"] for check in row["failed"])
+        assert cells[2] == "-" or f"busbw of 2 GPUs {cells[2]} at 256 MiB" in causes
+    assert f"passed in {record['preflight']['took_s']} s" in PAGE
 
 
 @pytest.mark.parametrize("line", COMMANDS[1].splitlines() if COMMANDS else [])

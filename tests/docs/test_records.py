@@ -206,10 +206,38 @@ def test_ways_of_routing_are_those_of_the_records() -> None:
 
 def test_chats_on_a_fleet_are_those_of_the_record() -> None:
     page = (REPOSITORY / "docs/performance.md").read_text()
-    match = re.search(r"^<!-- chats: (.+?) -->\n((?:\|.*\n)+)", page, re.M)
-    assert match is not None
-    rows = json.loads((REPOSITORY / f"benchmarks/records/{match[1]}.json").read_text())["rows"]
-    assert match[2].strip() == prefix_chats.table(rows)
+    tables = re.findall(r"^<!-- chats: (.+?) -->\n((?:\|.*\n)+)", page, re.M)
+    assert len(tables) == 2
+    for name, table in tables:
+        rows = json.loads((REPOSITORY / f"benchmarks/records/{name}.json").read_text())["rows"]
+        assert table.strip() == prefix_chats.table(rows)
+
+
+COMPARED = {
+    "ttft_p50_s": "{:.0f} ms", "ttft_p95_s": "{:.0f} ms", "tpot_p50_s": "{:.1f} ms", "tpot_p95_s": "{:.1f} ms",
+    "goodput_per_s": "{:.1f}/s", "mean_replicas": "{:.2f}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table", ["simulator", "scaling"])
+def test_the_simulator_beside_a_live_fleet_is_that_of_the_record(table: str) -> None:
+    (record,), lines = _table("simulator.md", table)
+    rows = []
+    for key, form in COMPARED.items():
+        cells = [load["compared"][key] for load in record["loads"] if key in load["compared"]]
+        factor = 1000 if form.endswith(" ms") else 1
+        rows.append(
+            [
+                cell
+                for one in cells
+                for cell in (
+                    form.format(one["live"] * factor),
+                    form.format(one["simulated"] * factor),
+                    f"{100 * one['apart']:+.0f}%",
+                )
+            ]
+        )
+    assert [cells for _, *cells in lines] == [row for row in rows if row]
 
 
 def test_moves_on_gpus_are_those_of_the_records() -> None:

@@ -2,11 +2,15 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kervan.comm import collectives
-from kervan.comm.ranks import Doing, Rank
+from kervan.errors import ConfigError
+from kervan.ranks import told
+from kervan.ranks.rank import Doing, Rank
 
 
 def fail(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
@@ -35,12 +39,44 @@ def plans(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
                     keep((name, row))
 
 
-def fail_second(rank: Any, arguments: Any, keep: Callable[[Any], None]) -> None:
+def fail_second(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
     if rank.number == 1:
         raise ValueError(f"no {arguments}\nand more")
     threading.Event().wait(60)
 
 
-def die_second(rank: Any, arguments: Any, keep: Callable[[Any], None]) -> None:
+def die_second(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
     if rank.number == 1:
+        print("bye", flush=True)
         os._exit(9)
+    raise RuntimeError("Connection closed by peer")
+
+
+def miss_another(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
+    other = Path(rank.store).with_name("other-is-here")
+    if rank.number == 1:
+        other.touch()
+        threading.Event().wait(60)
+    while not other.exists():
+        time.sleep(0.01)
+    raise RuntimeError("Connection reset by peer")
+
+
+def refuse(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
+    raise ConfigError(f"{arguments} is odd")
+
+
+def sleep(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
+    keep("here")
+    threading.Event().wait(60)
+
+
+def save_when_told(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
+    keep("at work")
+    while not told.is_told():
+        time.sleep(0.01)
+    keep(f"saved {rank.number}")
+
+
+def environment(rank: Rank, arguments: tuple[str, ...], keep: Callable[[Any], None]) -> None:
+    keep(tuple(os.environ.get(name) for name in arguments))

@@ -73,13 +73,20 @@ FORBIDDEN += [
     ("simulate", ("observe", "fleet", "twin", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")),
     *((part, ("simulate",)) for part in dict(FORBIDDEN)),
 ]
-# Training's rooms: ranks know nothing, memory the facts and the engine on paper, pipeline both; commands use them.
+# Ranks know nothing, and are used by what measures and what watches engines. Training's rooms: memory knows the facts
+# and the engine on paper, pipeline both; commands use them.
 BESIDE = ("config", "policy", "plan", "observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos")
 FORBIDDEN += [
-    ("ranks", ("facts", "sim", "calibrate", "cli", "demo", "memory", "pipeline", *BESIDE)),
+    ("ranks", ("facts", "sim", "comm", "calibrate", "cli", "demo", "memory", "pipeline", *BESIDE)),
     ("memory", ("calibrate", "cli", "demo", "pipeline", *BESIDE)),
     ("pipeline", ("sim", "calibrate", "cli", "demo", *BESIDE)),
-    *((part, ("ranks", "memory", "pipeline")) for part in dict(FORBIDDEN)),
+    *((part, ("memory", "pipeline")) for part in dict(FORBIDDEN)),
+    *((part, ("ranks",)) for part in dict(FORBIDDEN) if part not in ("comm", "fleet", "serve", "calibrate")),
+]
+# What clusters are made from is known from a fleet's settings and the simulator's market; commands alone use it.
+FORBIDDEN += [
+    ("cluster", ("observe", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli")),
+    *((part, ("cluster",)) for part in dict(FORBIDDEN) if part != "cluster"),
 ]
 # (library, the only parts that may import it)
 CONFINED = [
@@ -97,7 +104,7 @@ CONFINED = [
             "fleet/vllm/runner_v1.py",
             "memory/",
             "pipeline/stage_work.py",
-            "ranks/agent.py",
+            "ranks/group.py",
         ),
     ),
     ("deepspeed", ("memory/zero.py",)),
@@ -152,7 +159,19 @@ def test_libraries_stay_in_their_parts(library: str, allowed: tuple[str, ...]) -
 
 
 def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> None:
-    for part in (*BOTTOM, "facts", "config", "policy", "sim", "plan", "simulate", "bench", "notices", "observe"):
+    for part in (
+        *BOTTOM,
+        "facts",
+        "config",
+        "policy",
+        "sim",
+        "plan",
+        "simulate",
+        "cluster",
+        "bench",
+        "notices",
+        "observe",
+    ):
         for path in source_files(part):
             assert not {name.partition(".")[0] for name in imported(path)} & set(HEAVY), path
 
@@ -194,6 +213,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
         "sim",
         "plan",
         "simulate",
+        "cluster",
         "bench",
         "notices",
         "observe",
@@ -206,7 +226,7 @@ def test_pure_packages_load_nothing_heavy() -> None:
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()
 
 
-COMMANDS = ("up", "bench", "chaos", "calibrate", "comm", "plan", "simulate", "memory", "pipeline")
+COMMANDS = ("up", "bench", "chaos", "calibrate", "cluster", "comm", "plan", "simulate", "memory", "pipeline")
 
 
 def test_help_loads_nothing_heavy() -> None:

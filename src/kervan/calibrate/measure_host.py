@@ -27,9 +27,10 @@ from kervan.calibrate.measurements import (
 )
 from kervan.calibrate.serving import MIN_PHASE_S, ServingRuns
 from kervan.calibrate.shapes import write_model
-from kervan.comm import collectives, ranks
+from kervan.comm import collectives
 from kervan.comm.collectives import Timing
 from kervan.errors import ConfigError, EngineError
+from kervan.ranks import start
 
 INSTALL = "pip install 'kervan[gpu]'"
 LOOK_S = 120.0
@@ -140,7 +141,7 @@ def find_gpus(num_gpus: int | None) -> HostGpus:
 
     Raises: ConfigError without a GPU, or with fewer than asked for.
     """
-    gpus = next(ranks.run(kernels.look, None, for_s=LOOK_S), None)
+    gpus = next(start.run(kernels.look, None, for_s=LOOK_S), None)
     if gpus is None:
         raise ConfigError(
             "torch sees no GPU here, and a calibration measures GPUs; run it on a host that has them, or plan with the "
@@ -198,14 +199,14 @@ class Parts:
         """Copy, matrix products, attention and floors."""
         self.say("measuring kernels on one GPU")
         for_s = max(1.0, min(KERNELS_S, self._left_s()))
-        self.log.keep_all(ranks.run(kernels.work, (device, sizes), for_s=for_s), "kernels", self.say)
+        self.log.keep_all(start.run(kernels.work, (device, sizes), for_s=for_s), "kernels", self.say)
 
     def collectives(self, num_ranks: int, plan: collectives.CollectivesPlan) -> None:
         """All-reduce, and between two ranks also send/recv."""
         what = f"collectives over {num_ranks} ranks"
         self.say(f"measuring {what}")
         for_s = max(1.0, min(COLLECTIVES_S, self._left_s()))
-        rows = ranks.run(collectives.work, plan, ranks=num_ranks, for_s=for_s)
+        rows = start.run(collectives.work, plan, ranks=num_ranks, for_s=for_s)
         self.log.keep_all(map(_row, rows), what, self.say)
 
     def serving(self, gpus: HostGpus, shapes: Sequence[Shape]) -> None:

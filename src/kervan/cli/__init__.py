@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": "Measure this host's GPUs for the planner.",
     "memory": "Estimate and measure what training and serving take of a GPU's memory.",
     "pipeline": "Cut a decoder into pipeline stages, and measure schedules and their bubble.",
+    "cluster": "Write the files that start a fleet on a cluster, and say what its nodes cost.",
     "comm": "Measure how GPUs reach each other, and find what slows or breaks it.",
     "demo": "Run a small fleet on this machine, without a GPU, and kill a replica.",
 }

@@ -6,21 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kervan.cli import option_types, options, outputs, sigterm
+from kervan.cli import option_types, options, outputs, rank_options, sigterm
 from kervan.comm.collectives import DTYPES, MODES, OPS
-from kervan.comm.ranks import Nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kervan.comm.bench import BenchResult
     from kervan.comm.doctor import Report
 
-NODES = (
-    click.option("--nodes", type=click.IntRange(1, 4096), default=1, show_default=True, help="Run it on each of them."),
-    click.option("--node-rank", type=int, default=0, show_default=True, help="This node's number among them."),
-    click.option("--rendezvous", type=option_types.RENDEZVOUS, help="HOST:PORT of node 0, the same on all nodes."),
-)
 RECORD = click.option(
     "--record", type=click.Path(path_type=Path),
     help="File (.json) or directory for the result. [default: comm in ~/.kervan or $KERVAN_HOME]",
@@ -28,12 +20,6 @@ RECORD = click.option(
 DEVICE = click.option(
     "--device", type=click.Choice(["gpu", "cpu"], case_sensitive=False), help="[default: gpu where there is one]"
 )
-
-
-def _with_nodes(command: "Callable[..., Any]") -> "Callable[..., Any]":
-    for option in reversed(NODES):
-        command = option(command)
-    return command
 
 
 @click.group()
@@ -49,7 +35,7 @@ def comm() -> None:
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @DEVICE
 @click.option("--ranks", type=click.IntRange(1, 4096), help="On this node. [default: one a GPU; 2 on CPU]")
-@_with_nodes
+@rank_options.nodes
 @click.option("--for", "duration", type=option_types.DURATION, default="5min", show_default=True, help="In all.")
 @RECORD
 @options.as_json
@@ -74,7 +60,7 @@ def bench(**given: Any) -> None:
         dtype=given["dtype"],
         device=given["device"],
         ranks=given["ranks"],
-        nodes=_nodes(given),
+        nodes=rank_options.chosen_nodes(given),
         for_s=given["duration"],
     )
     result = benches.run(settings, say=say)
@@ -92,7 +78,7 @@ def bench(**given: Any) -> None:
 @DEVICE
 @click.option("--ranks", type=click.IntRange(1, 4096), help="On this node. [default: one a GPU; 2 on CPU]")
 @click.option("--no-bench", is_flag=True, help="Look only; start no ranks.")
-@_with_nodes
+@rank_options.nodes
 @click.option("--for", "duration", type=option_types.DURATION, default="2min", show_default=True, help="In all.")
 @RECORD
 @options.as_json
@@ -112,7 +98,7 @@ def doctor(**given: Any) -> None:
         device=given["device"],
         ranks=given["ranks"],
         has_bench=not given["no_bench"],
-        nodes=_nodes(given),
+        nodes=rank_options.chosen_nodes(given),
         for_s=given["duration"],
     )
     report = doctors.run(settings, say=say)
@@ -124,10 +110,6 @@ def doctor(**given: Any) -> None:
         _print_report(report)
     if report.has_failed:
         sys.exit(1)
-
-
-def _nodes(given: dict[str, Any]) -> Nodes:
-    return Nodes(given["nodes"], given["node_rank"], given["rendezvous"] or "")
 
 
 def _record_place(given: Path | None) -> Path:

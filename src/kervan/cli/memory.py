@@ -1,6 +1,7 @@
 """`kervan memory`: what a training step takes of a GPU, on paper and measured."""
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,12 @@ from kervan.errors import ConfigError
 from kervan.units import format_duration
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kervan.memory.estimate import Estimate
     from kervan.memory.finetune import FinetunePlan
     from kervan.memory.measure import Measured
+    from kervan.ranks.start import Ranks
 
 MAX_SEQ, MAX_BATCH = 1 << 22, 1 << 16
 MODEL_HELP = "MODEL is a directory with a config.json (no weights needed), or one of tiny, small, 1b, 3b, 8b."
@@ -148,7 +152,6 @@ def measure(**given: Any) -> None:
     from kervan.memory import measure as measuring
     from kervan.memory import shape
     from kervan.memory.techniques import check, parse
-    from kervan.ranks import start
 
     device = rank_options.chosen_device(given["device"])
     rank_options.check_torch("memory measure")
@@ -157,7 +160,7 @@ def measure(**given: Any) -> None:
     if given["snapshots"] is not None and device == "cpu":
         raise ConfigError("--snapshots are of the GPU allocator's memory; leave it out on a CPU")
     sizes = shape.read(given["model"])
-    nodes = start.Nodes(given["nodes"], given["node_rank"], given["rendezvous"])
+    nodes = rank_options.chosen_nodes(given)
     cases = []
     for text in given["techniques"]:
         recipe = parse(text)
@@ -172,7 +175,7 @@ def measure(**given: Any) -> None:
     say = render.progress_lines(is_quiet=given["as_json"] and not sys.stderr.isatty())
     say(f"starting {given['ranks']} rank(s) on the {'GPU' if device == 'cuda' else 'CPU'}")
     rows: list[measuring.Measured] = []
-    for row in start.run(measuring.work, plan, ranks=given["ranks"], nodes=nodes, for_s=given["duration"]):
+    for row in measuring.run(plan, ranks=given["ranks"], nodes=nodes, for_s=given["duration"]):
         if isinstance(row, measuring.Measured):
             rows.append(row)
         else:
@@ -211,8 +214,7 @@ def print_measured(rows: "list[Measured]") -> None:
         table.add_column(column, justify="right")
     for row in rows:
         if row.problem:
-            table.add_row(row.technique, f"{row.batch} x {row.seq}", "-", f"{row.estimate_bytes / GIB:.2f}",
-                          row.problem[:60])  # fmt: skip
+            table.add_row(row.technique, f"{row.batch} x {row.seq}", "-", f"{row.estimate_bytes / GIB:.4g}")
             continue
         sizes = (row.weights_bytes, row.gradients_bytes, row.optimizer_bytes, row.kept_bytes, row.host_bytes)
         table.add_row(
@@ -221,6 +223,9 @@ def print_measured(rows: "list[Measured]") -> None:
             f"{row.tokens_s:,.0f}",
         )  # fmt: skip
     Console(highlight=False, width=None if sys.stdout.isatty() else 170).print(table)
+    for row in rows:
+        if row.verdict:
+            print(f"{row.technique}, {row.batch} x {row.seq}: {row.verdict}")
 
 
 @memory.command()
@@ -272,13 +277,12 @@ def finetune(**given: Any) -> None:
     from kervan.memory import finetune as tuning
     from kervan.memory import shape
     from kervan.memory.techniques import check, parse
-    from kervan.ranks import start
 
     device = rank_options.chosen_device(given["device"])
     rank_options.check_torch("memory finetune")
     outputs.check_record("--record", given["record"])
     outputs.check_directory("--checkpoint", given["checkpoint"])
-    nodes = start.Nodes(given["nodes"], given["node_rank"], given["rendezvous"])
+    nodes = rank_options.chosen_nodes(given)
     if given["checkpoint"] is not None and len(given["techniques"]) > 1:
         raise ConfigError(
             f"--checkpoint is for one run, and {len(given['techniques'])} techniques are given; give one --technique"
@@ -318,7 +322,7 @@ def finetune(**given: Any) -> None:
         render.print_json(content)
         return
     for run in runs:
-        early = " (told to end)" if run["stopped_early"] else ""
+        early = f" ({run['ended_by'] or 'another rank was told'}: told to end)" if run["stopped_early"] else ""
         print(
             f"{run['technique']}: {run['steps']} steps{early}, loss {run['losses'][0]:.3f} to "
             f"{run['loss']:.3f} nats a byte, "
@@ -335,13 +339,19 @@ def _train(plans: "tuple[FinetunePlan, ...]", ranks: int, nodes: Any, for_s: flo
     from kervan.ranks import start
 
     runs: list[dict[str, Any]] = []
-    checkpoint, told_s = "", time.monotonic()
-    with start.Ranks(tuning.work, plans, ranks=ranks, nodes=nodes, for_s=for_s) as started, _told_to_end(started, say):
+    checkpoint, said_s, said = "", time.monotonic(), 0
+    with (
+        start.Ranks(tuning.work, plans, ranks=ranks, nodes=nodes, for_s=for_s) as started,
+        _told_to_end(started) as told,
+    ):
         for row in started:
+            for why in told[said:]:
+                say(f"{why}: ending after this step")
+            said = len(told)
             if isinstance(row, tuning.StepDone):
                 plan = plans[len(runs)]
-                if time.monotonic() - told_s > 2 or row.step in {1, plan.steps}:
-                    told_s = time.monotonic()
+                if time.monotonic() - said_s > 2 or row.step in {1, plan.steps}:
+                    said_s = time.monotonic()
                     say(f"{plan.recipe.text} step {row.step}: loss {row.loss:.3f}, {row.tokens_s:,.0f} bytes/s")
             elif isinstance(row, tuning.Saved):
                 checkpoint = row.where
@@ -349,40 +359,41 @@ def _train(plans: "tuple[FinetunePlan, ...]", ranks: int, nodes: Any, for_s: flo
             elif isinstance(row, tuning.Ended):
                 runs.append({
                     "technique": plans[len(runs)].recipe.text, "steps": row.steps, "resumed_from": row.resumed_from,
-                    "stopped_early": row.is_told, "checkpoint": checkpoint, "loss": tuning.smoothed(row.losses),
-                    "losses": list(row.losses),
+                    "stopped_early": row.is_told, "ended_by": ", ".join(told) if row.is_told else "",
+                    "checkpoint": checkpoint, "loss": tuning.smoothed(row.losses), "losses": list(row.losses),
                 })  # fmt: skip
     if not runs:
         raise EngineError("the ranks ended before a step was done; with several nodes, node 0 has the losses")
     return runs
 
 
-def _told_to_end(started: Any, say: Any) -> Any:
-    """Inside, SIGTERM, Ctrl-C and a notice of this node's end reach the ranks, which save and end."""
+@contextmanager
+def _told_to_end(started: "Ranks") -> "Iterator[list[str]]":
+    """Inside, SIGTERM, Ctrl-C and a notice of this node's end reach the ranks, which save and end; the list says why.
+
+    Nothing is printed here: a signal may come while the command prints.
+    """
     import signal
-    from collections.abc import Iterator
-    from contextlib import contextmanager
 
     from kervan.cli.node_notice import watching_notices
 
-    @contextmanager
-    def telling() -> Iterator[None]:
-        def tell(why: str) -> None:
-            say(f"{why}: ending after this step")
-            started.terminate()
+    told: list[str] = []
 
-        before = {
-            number: signal.signal(number, lambda number, _: tell(signal.Signals(number).name))
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        try:
-            with watching_notices(lambda notice: tell(f"{notice.kind} notice of {notice.source}")):
-                yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def tell(why: str) -> None:
+        if why not in told:
+            told.append(why)
+        started.terminate()
 
-    return telling()
+    before = {
+        number: signal.signal(number, lambda number, _: tell(signal.Signals(number).name))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        with watching_notices(lambda notice: tell(f"{notice.kind} notice of {notice.source}")):
+            yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @memory.command()

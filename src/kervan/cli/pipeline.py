@@ -62,9 +62,8 @@ def bench(**given: Any) -> None:
     from kervan.bench import records
     from kervan.cli import render
     from kervan.pipeline import bench as benching
-    from kervan.ranks import start
 
-    nodes = start.Nodes(given["nodes"], given["node_rank"], given["rendezvous"])
+    nodes = rank_options.chosen_nodes(given)
     outputs.check_record("--record", given["record"])
     outputs.check_directory("--timeline", given["timeline"])
     plan = _plan(given, given["stages"] * nodes.count)
@@ -143,7 +142,7 @@ def content_of(result: "Result", ranks: int) -> dict[str, Any]:
         "imbalance": round(result.imbalance, 4), "gpu_shared": result.prepared.is_gpu_shared,
         "parameters": list(result.prepared.parameters), "bubble": top["bubble"], "theory": top["theory"],
         "predicted": top["predicted"], "equal_to_unsplit": _all_equal(result), "best_micro_batches": result.best,
-        "best_predicted": result.best_predicted, "rows": rows,
+        "best_predicted": result.best_predicted, "reasons": list(result.reasons), "rows": rows,
     }  # fmt: skip
 
 
@@ -193,12 +192,14 @@ def print_result(result: "Result", ranks: int) -> None:
                       f"{row.tokens_s:,.0f}", equal)  # fmt: skip
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
     if len(result.rows) > 1:
-        more = (
-            f"; of all that divide {plan.batch}, {result.best_predicted} by the fitted times"
-            if result.best_predicted
+        between = (
+            f"; between those measured, {result.best_predicted} may be faster"
+            if result.best_predicted not in {None, result.best}
             else ""
         )
-        print(f"fastest: {result.best} micro-batches{more}")
+        print(f"fastest: {result.best} micro-batches{between}")
+        for reason in result.reasons:
+            print(f"  {reason}")
     if result.prepared.is_gpu_shared:
         print("ranks share a GPU: this shows that the results are right, and nothing about speed")
     if plan.is_forward_only and plan.schedule.name == "zero-bubble":

@@ -3,11 +3,15 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from kervan.cli import option_types
 from kervan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kervan.ranks.rank import Nodes
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 MAX_RANKS = 4096
@@ -24,13 +28,21 @@ ranks = click.option(
 def nodes(command: FunctionT) -> FunctionT:
     """--nodes, --node-rank and --rendezvous, as torchrun has them."""
     for option in (
-        click.option("--rendezvous", default="", metavar="HOST:PORT", help="Of node 0, where all meet."),
-        click.option("--node-rank", type=click.IntRange(0, MAX_RANKS), default=0, help="Which of the nodes this is."),
+        click.option("--rendezvous", type=option_types.RENDEZVOUS, help="HOST:PORT of node 0, the same on all nodes."),
+        click.option("--node-rank", type=click.IntRange(0, MAX_RANKS), default=0, show_default=True,
+                     help="Which of the nodes this is."),
         click.option("--nodes", type=click.IntRange(1, MAX_RANKS), default=1,
                      help="Hosts; give the command on each of them.", show_default=True),
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def chosen_nodes(given: dict[str, Any]) -> "Nodes":
+    """Of the three options. Raises: ConfigError."""
+    from kervan.ranks.rank import Nodes
+
+    return Nodes(given["nodes"], given["node_rank"], given["rendezvous"] or "")
 
 
 def chosen_device(given: str) -> Literal["cuda", "cpu"]:

@@ -15,7 +15,8 @@ from kervan.config.fleet import SETTINGS
 from kervan.errors import ConfigError
 
 SECTIONS = {
-    "Layout": "--auto --tp --pp --ep --replicas --pool --gateways --routing --nodes-per-replica --gpus-per-replica",
+    "Layout": "--auto --tp --pp --ep --replicas --pool --gateways --routing "
+    "--nodes-per-replica --gpus-per-replica --device --adds-nodes",
     "Autoscaling": "--policy --slo --schedule --time-zone",
     "Engine": "--engine-arg --env --engine --gpu --twin --preflight",
     "Clients": "--host --port --shared-port --api-key --ingress",
@@ -35,6 +36,8 @@ SECTIONS = {
 @options.setting("--ep")
 @options.setting("--nodes-per-replica")
 @options.setting("--gpus-per-replica")
+@options.setting("--device", type=click.Choice(["GPU", "CPU"], case_sensitive=False))
+@options.setting("--adds-nodes/--fixed-nodes", "adds_nodes")
 @options.setting("--engine")
 @options.setting("--gpu", type=option_types.GPU)
 @click.option("--twin", "twin", multiple=True, metavar="KEY=VALUE", help="Setting of a twin, like speed=2; repeatable.")

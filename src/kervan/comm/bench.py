@@ -8,12 +8,13 @@ from typing import Any
 
 import psutil
 
-from kervan.comm import collectives, nccl_tests, ranks
+from kervan.comm import collectives, nccl_tests
 from kervan.comm.collectives import CollectivesPlan, Dtype, Mode, Op, Timing
-from kervan.comm.ranks import Nodes
 from kervan.errors import CapacityError, ConfigError
 from kervan.observe import machine, nvidia_smi, nvml
 from kervan.observe.reading import GpuDevice
+from kervan.ranks import start
+from kervan.ranks.rank import Nodes
 from kervan.units import format_bytes
 
 INSTALL = "pip install 'kervan[gpu]'"
@@ -126,19 +127,9 @@ def place(settings: BenchSettings) -> Place:
 
 
 def check(settings: BenchSettings, where: Place) -> None:
-    """Raises: ConfigError for nodes that are not described; CapacityError for sizes that do not fit."""
-    nodes = settings.nodes
+    """Raises: ConfigError without torch; CapacityError for sizes that do not fit."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"kervan comm measures with torch, and it is not installed; run {INSTALL}")
-    if nodes.count > 1 and not nodes.rendezvous:
-        raise ConfigError(
-            f"--nodes {nodes.count} need a place to meet; add --rendezvous HOST:PORT of node 0, the same on all nodes"
-        )
-    if not 0 <= nodes.number < nodes.count:
-        raise ConfigError(
-            f"--node-rank {nodes.number} is not below --nodes {nodes.count}; nodes have the numbers 0 to "
-            f"{nodes.count - 1}"
-        )
     largest = max(settings.bytes or sizes(where))
     if largest * BUFFERS > where.memory_bytes:
         raise CapacityError(
@@ -169,7 +160,7 @@ def run(settings: BenchSettings, *, say: Say) -> BenchResult:
     rows: list[Timing] = []
     notes: list[str] = []
     said = ""
-    for row in ranks.run(collectives.work, plan, ranks=where.ranks, for_s=settings.for_s, nodes=settings.nodes):
+    for row in start.run(collectives.work, plan, ranks=where.ranks, for_s=settings.for_s, nodes=settings.nodes):
         if isinstance(row, str):
             notes.append(row)
             continue

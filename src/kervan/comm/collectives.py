@@ -11,14 +11,14 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Literal, get_args
 
 from kervan.comm import expected
 from kervan.comm.clock import TARGET_S, Call, capture, elapsed_s
-from kervan.comm.ranks import Doing, Rank
+from kervan.ranks.group import join as join_group
+from kervan.ranks.rank import Doing, Keep, Rank
 
 # `send_recv`: each rank sends to the next and receives from the one before, as in nccl-tests. `one_way`: rank 0 sends
 # to rank 1.
@@ -32,7 +32,6 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 KIB, MIB = 1 << 10, 1 << 20
 SYMM_MEM_MAX_BYTES = 32 * MIB
 TIMEOUT_S = 60.0
-START_S = 300.0
 MAX_CALLS = 50
 REPEATS = 7
 CHECK_ITEMS = 16 * MIB
@@ -116,49 +115,24 @@ def num_items(op: Op, size: int, ranks: int, dtype: Dtype) -> int:
     return items
 
 
-def join(
-    rank: Rank, *, on_gpu: bool, timeout_s: float = TIMEOUT_S, keep: Callable[[Any], None] = lambda _: None
-) -> Any:
-    """Join the process group of all ranks, on the GPU of this one's number on its node; returns the device.
-
-    The device is given to torch before anything else, so that NCCL connects now and not at the first collective. Ranks
-    first wait until all have imported torch, which takes long on a busy host and is no fault of its links.
-    """
+def join(rank: Rank, *, on_gpu: bool, timeout_s: float = TIMEOUT_S, keep: Keep = lambda _: None) -> Any:
+    """Join the process group of all ranks, on the GPU of this one's number on its node; returns the device."""
     keep(Doing("importing torch"))
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read when torch first uses such memory
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     import torch
-    import torch.distributed as dist
 
-    device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", rank.local)
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    start = timedelta(seconds=START_S)
-    if rank.store:
-        store = dist.FileStore(rank.store, rank.of)
-    else:
-        met, _, _ = next(dist.rendezvous("env://", rank.number, rank.of, timeout=start))
-        store = dist.PrefixStore("kervan", met)
-    store.set_timeout(start)
-    store.set(f"here-{rank.number}", "")
-    keep(Doing("waiting for the other ranks to import torch"))
-    store.wait([f"here-{number}" for number in range(rank.of)], start)
-    keep(Doing("joining the process group", timeout_s))
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=store,
-        rank=rank.number,
-        world_size=rank.of,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if on_gpu else None,
-    )
-    return device
+        join_group(rank, "nccl", timeout_s=timeout_s, device=device, keep=keep)
+        return device
+    torch.set_num_threads(1)
+    join_group(rank, "gloo", timeout_s=timeout_s, keep=keep)
+    return torch.device("cpu")
 
 
-def work(rank: Rank, plan: CollectivesPlan, keep: Callable[[Any], None]) -> None:
+def work(rank: Rank, plan: CollectivesPlan, keep: Keep) -> None:
     """Work of one rank; the first of each node keeps the timings, and a text where something cannot run."""
     import torch
     import torch.distributed as dist
@@ -171,7 +145,7 @@ def work(rank: Rank, plan: CollectivesPlan, keep: Callable[[Any], None]) -> None
     dist.destroy_process_group()  # not after an error: it may wait for the ranks that go on
 
 
-def measure(rank: Rank, plan: CollectivesPlan, device: Any, keep: Callable[[Any], None]) -> Iterator[Timing | str]:
+def measure(rank: Rank, plan: CollectivesPlan, device: Any, keep: Keep) -> Iterator[Timing | str]:
     """Each operation and size of a plan; all ranks call it, and all have the rows."""
     hosts = everybodys(rank, socket.gethostname())
     for op in plan.ops:
@@ -187,7 +161,7 @@ def measure(rank: Rank, plan: CollectivesPlan, device: Any, keep: Callable[[Any]
         yield from _symm_mem(rank, plan, device, hosts)
 
 
-def _hang(rank: Rank, plan: CollectivesPlan, device: Any, keep: Callable[[Any], None]) -> None:
+def _hang(rank: Rank, plan: CollectivesPlan, device: Any, keep: Keep) -> None:
     """One rank stays away from an all-reduce, as a broken one would."""
     import torch
     import torch.distributed as dist

@@ -8,7 +8,7 @@ from kervan.comm import bench, examine, facts, gather, gpu_checks, host_checks, 
 from kervan.comm.bench import BenchSettings
 from kervan.comm.check import Advice, Check
 from kervan.comm.facts import HostFacts, Measured
-from kervan.comm.ranks import Nodes
+from kervan.ranks.rank import Nodes
 
 MIN_RANKS = 2
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kervan.comm import collectives, expected, gather, nccl_log, ranks, ras
+from kervan.comm import collectives, expected, gather, nccl_log
 from kervan.comm.clock import elapsed_s
 from kervan.comm.collectives import CollectivesPlan, Timing
 from kervan.comm.facts import Measured, PairSpeed, RankFacts, Reduced
-from kervan.comm.ranks import Doing, Nodes, Rank
 from kervan.errors import EngineError
 from kervan.observe import gpu_state
 from kervan.observe.gpu_state import GpuState
+from kervan.ranks import ras, start
+from kervan.ranks.rank import Doing, Nodes, Rank
 
 MIB = 1 << 20
 MAX_PAIRS = 64
@@ -88,7 +89,7 @@ def run(
         }
         env = {**(env or {}), **(logs if plan.on_gpu else {})}
         try:
-            for row in ranks.run(work, plan, ranks=num_ranks, for_s=for_s, nodes=nodes, env=env):
+            for row in start.run(work, plan, ranks=num_ranks, for_s=for_s, nodes=nodes, env=env):
                 if isinstance(row, _Loaded):
                     say("the GPUs are busy: clocks and links under load")
                     loaded, report = gpu_state.read(), ras.ask()

@@ -11,8 +11,8 @@ from kervan.comm import examine, gather, gpu_checks, host_checks, measured_check
 from kervan.comm.check import Check
 from kervan.comm.examine import ExaminePlan
 from kervan.comm.facts import HostFacts, Measured
-from kervan.comm.ranks import Nodes
 from kervan.errors import EngineError
+from kervan.ranks.rank import Nodes
 
 FOR_S = 300.0  # importing torch alone may take minutes on a busy host; each later step has a limit of its own
 MEMORY_WAIT_S = 60.0  # the worker of an engine that was killed holds its GPU's memory for seconds more

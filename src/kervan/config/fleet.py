@@ -115,6 +115,9 @@ class FleetConfig:
     device: Literal["", "GPU", "CPU"] = _setting(
         "", "GPU or CPU; by default what the cluster has when the fleet first starts, fixed from then on"
     )
+    adds_nodes: bool = _setting(
+        False, "The cluster adds nodes (Ray's autoscaler): replicas without room are asked for, and wait"
+    )
     replicas: int = _setting(
         1,
         "Engine replicas, each on tp*pp GPUs; with pools, the sum of their minimums. Also MIN..MAX, where MAX sets "

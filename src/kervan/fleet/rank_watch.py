@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from kervan.comm import ras, stacks
-from kervan.comm.stacks import Verdict
+from kervan.ranks import ras, stacks
+from kervan.ranks.stacks import Verdict
 
 LOOK_AFTER_S = 5.0
 PERIOD_S = 3.0

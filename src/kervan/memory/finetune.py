@@ -7,7 +7,6 @@ of all recipes and numbers of ranks are one curve, within rounding.
 import json
 import math
 import shutil
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from kervan.memory import text as texts
 from kervan.memory.measure import join
 from kervan.memory.shape import DecoderShape
 from kervan.memory.techniques import Recipe
-from kervan.ranks.start import Keep, Rank
+from kervan.ranks import told
+from kervan.ranks.rank import Doing, Keep, Rank
 
 WARM_UP_SHARE = 0.05
 KEPT_CHECKPOINTS = 2
@@ -110,26 +110,24 @@ def work(rank: Rank, plans: tuple[FinetunePlan, ...], keep: Keep) -> None:
 
     from kervan.memory import setups
 
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    device = join(rank, plans[0].device)
-    try:
-        for plan in plans:
-            setups.clear()
-            if _train(rank, plan, keep if rank.number == 0 else lambda _: None, device, told):
-                break
-    finally:
-        dist.destroy_process_group()
+    device = join(rank, plans[0].device, keep)
+    for plan in plans:
+        setups.clear()
+        keep(Doing(f"training with {plan.recipe.text}"))
+        training = setups.make(plan.shape, plan.recipe, rank, device, lr=plan.lr, seed=plan.seed)
+        is_told = _train(rank, plan, keep if rank.number == 0 else lambda _: None, device, training)
+        training.close()
+        del training  # or the next one is made beside it
+        if is_told:
+            break
+    dist.destroy_process_group()  # not after an error: it may wait for ranks that go on
 
 
-def _train(rank: Rank, plan: FinetunePlan, keep: Keep, device: Any, told: list[int]) -> bool:
+def _train(rank: Rank, plan: FinetunePlan, keep: Keep, device: Any, training: Any) -> bool:
     """One plan; whether it was told to end."""
     import torch
     import torch.distributed as dist
 
-    from kervan.memory import setups
-
-    training = setups.make(plan.shape, plan.recipe, rank, device, lr=plan.lr, seed=plan.seed)
     data = torch.frombuffer(bytearray(texts.read(plan.files)), dtype=torch.uint8)
     losses: list[float] = []
     first = 0
@@ -147,7 +145,7 @@ def _train(rank: Rank, plan: FinetunePlan, keep: Keep, device: Any, told: list[i
         training.backward(loss)
         training.step()
         # the loss of all ranks, and whether any was told to end: every rank decides the same
-        shared = torch.tensor([float(loss), float(bool(told))], dtype=torch.float64)
+        shared = torch.tensor([float(loss), float(told.is_told())], dtype=torch.float64)
         dist.all_reduce(shared)
         losses.append(round(float(shared[0]) / rank.of, 6))
         done = step + 1

@@ -6,19 +6,24 @@ On a GPU the peak is the caching allocator's; on a CPU it is the sum of what tor
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from kervan.memory.estimate import GIB, MICRO_BATCHES, estimate
 from kervan.memory.shape import DecoderShape
 from kervan.memory.techniques import Recipe
-from kervan.ranks.start import Keep, Rank
+from kervan.ranks import start
+from kervan.ranks.group import join as join_group
+from kervan.ranks.rank import Doing, Keep, Nodes, Rank
 
 PHASES = ("forward", "backward", "step")
 WARM_UP_STEPS = 2
 COLLECTIVE_TIMEOUT_S = 120.0
+# What a row may leave to the next one: on a GPU, cuBLAS's workspaces stay (64 MiB on an H200).
+LEFT_BYTES = {"cuda": 128 << 20, "cpu": 1 << 16}
+FULL_SHARE = 0.98  # of what is free: the allocator gives out blocks, and the last gaps fit none
 # Dense BF16 and TF32 peaks are not asked of the driver; the share of the peak is left to who reads the row.
 
 
@@ -35,19 +40,26 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurePlan:
-    """Rows, one after the other in the same ranks. `snapshots`: a directory for rank 0's memory history."""
+    """Rows, one after the other. `snapshots`: a directory for rank 0's memory history.
+
+    `first`: rows that have run before, in other processes. `planted_bytes`: each row leaves as much behind, as an
+    engine does that is not freed, to see that it is noticed.
+    """
 
     cases: tuple[Case, ...]
     device: Literal["cuda", "cpu"]
     steps: int = 5
     snapshots: Path | None = None
+    first: int = 0
+    planted_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """One row. Bytes are of rank 0's device; `error`: of the estimate's peak, as a share of the measured one.
 
-    `kept_bytes`: activations after the forward pass. `problem`: why there are no numbers.
+    `kept_bytes`: activations after the forward pass. `before_bytes`: what was there before the row, and is in its peak
+    on a GPU. `available_bytes`: what the row could take. `problem`: why there are no numbers.
     """
 
     technique: str
@@ -70,6 +82,7 @@ class Measured:
     reserved_bytes: int = 0
     context_bytes: int = 0
     before_bytes: int = 0
+    available_bytes: int = 0
     step_s: float = 0.0
     step_s_min: float = 0.0
     step_s_max: float = 0.0
@@ -84,37 +97,140 @@ class Measured:
         """Of the estimated peak."""
         return self.estimate_bytes / self.peak_bytes - 1 if self.peak_bytes else 0.0
 
+    @property
+    def has_clean_base(self) -> bool:
+        """Whether the peak is of this row alone."""
+        return self.before_bytes <= LEFT_BYTES[self.device]
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        return any(part in self.problem for part in OUT_OF_MEMORY)
+
+    @property
+    def is_predicted_to_fit(self) -> bool:
+        return self.estimate_bytes <= FULL_SHARE * self.available_bytes
+
+    @property
+    def verdict(self) -> str:
+        """What is to be said of the row beside its numbers; empty if nothing is."""
+        needs = f"{self.estimate_bytes / GIB:.4g} GiB of the {self.available_bytes / GIB:.4g} free"
+        if self.is_out_of_memory:
+            if self.is_predicted_to_fit:
+                return f"out of memory, though predicted to fit with {needs}"
+            return f"does not fit, as predicted: it takes {needs}"
+        if self.problem:
+            return self.problem
+        before = f"{self.before_bytes / GIB:.3g} GiB were there before, and are in the peak"
+        said = [] if self.has_clean_base else [before]
+        if self.available_bytes and not self.is_predicted_to_fit:
+            said.append(f"fits, though predicted not to: {needs}")
+        return "; ".join(said)
+
     def to_dict(self) -> dict[str, Any]:
         """As `--json` and records have it."""
-        return asdict(self) | {"error": round(self.error, 4), "peak_gib": round(self.peak_bytes / GIB, 4)}
+        return asdict(self) | {
+            "error": round(self.error, 4), "peak_gib": round(self.peak_bytes / GIB, 4),
+            "clean_base": self.has_clean_base, "predicted_to_fit": self.is_predicted_to_fit, "verdict": self.verdict,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A row has left memory behind: the rows from `next_case` on need new processes."""
+
+    next_case: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A row of several ranks that one of them could not run: the others wait for it, so all have to end."""
+
+    next_case: int
+    row: Measured
+
+
+def run(plan: MeasurePlan, *, ranks: int = 1, nodes: Nodes = Nodes(), for_s: float) -> Iterator[Measured | str]:  # noqa: B008 - frozen
+    """Rows as they are measured, and a text before each. Raises: EngineError, ConfigError as `start.run`.
+
+    A row never begins with memory that an earlier one has left: what cannot be given back ends with its processes.
+    """
+    end_s = time.monotonic() + for_s
+    first = 0
+    while first < len(plan.cases):
+        rest = replace(plan, cases=plan.cases[first:], first=first)
+        again = ""
+        with start.Ranks(work, rest, ranks=ranks, nodes=nodes, for_s=max(1.0, end_s - time.monotonic())) as started:
+            for row in started:
+                if isinstance(row, Left):
+                    first, again = row.next_case, row.what
+                elif isinstance(row, Lost):
+                    first, again = row.next_case, "a row of several ranks has ended early"
+                    yield row.row
+                    break
+                else:
+                    yield row
+        if not again:
+            return
+        if first < len(plan.cases):
+            yield f"{again}: the next rows run in new processes"
 
 
 def work(rank: Rank, plan: MeasurePlan, keep: Keep) -> None:
     """Work of one rank; rank 0 keeps `Measured` rows, and a text before each."""
     import torch
 
-    device = join(rank, plan.device)
-    try:
-        for index, case in enumerate(plan.cases):
-            if rank.number == 0:
-                keep(f"{case.shape.name} {case.recipe.text}, {case.batch} x {case.seq} tokens")
-            try:
-                row = _measure(rank, plan, case, device, index)
-            except (torch.OutOfMemoryError, ImportError, RuntimeError) as error:
-                if rank.of > 1 or not _can_go_on(error):
-                    raise  # other ranks wait in a collective
-                row = replace(_blank(case, rank, plan.device), problem=_first_line(error))
-            if rank.number == 0:
-                keep(row)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    from kervan.memory import setups
+
+    device = join(rank, plan.device, keep)
+    for index, case in enumerate(plan.cases):
+        name = f"{case.shape.name} {case.recipe.text}, {case.batch} x {case.seq} tokens"
+        if rank.number == 0:
+            keep(name)
+        keep(Doing(name))
+        blank = _blank(case, rank, plan.device, setups.held_bytes(device), setups.free_bytes(device))
+        try:
+            row = _measure(rank, plan, case, device, plan.first + index, blank)
+        except (torch.OutOfMemoryError, ImportError, RuntimeError) as error:
+            if not _can_go_on(error) or (rank.of > 1 and rank.of > rank.local_of):
+                raise  # ranks of other nodes wait in a collective
+            row = replace(blank, problem=_first_line(error))
+            if rank.of > 1:
+                keep(Lost(plan.first + index + 1, row))
+                return
+        if rank.number == 0:
+            keep(row)
+        if plan.planted_bytes:
+            _PLANTED.append(torch.zeros(plan.planted_bytes, dtype=torch.uint8, device=device))
+        left_bytes = _most(setups.held_bytes(device), rank)
+        if left_bytes > LEFT_BYTES[plan.device] and index + 1 < len(plan.cases):
+            if rank.local == 0:
+                keep(Left(plan.first + index + 1, f"{case.recipe.text} has left {left_bytes / 2**20:.1f} MiB"))
+            break
+    torch.distributed.destroy_process_group()  # not after an error: it may wait for ranks that go on
+
+
+_PLANTED: list[Any] = []
+
+
+def _most(value: int, rank: Rank) -> int:
+    """The largest of all ranks', on all of them."""
+    import torch
+
+    if rank.of == 1:
+        return value
+    most = torch.tensor([value], dtype=torch.int64)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 def _can_go_on(error: BaseException) -> bool:
     """After out of memory or a kernel that does not take these tensors, other rows can run."""
     text = str(error)
-    return "out of memory" in text or "No available kernel" in text or isinstance(error, ImportError)
+    return isinstance(error, ImportError) or any(part in text for part in (*OUT_OF_MEMORY, "No available kernel"))
 
 
 def _first_line(error: BaseException) -> str:
@@ -122,22 +238,24 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def join(rank: Rank, device: str) -> Any:
+def join(rank: Rank, device: str, keep: Keep = lambda _: None) -> Any:
     """This rank's torch device, with the process group made."""
+    keep(Doing("importing torch"))
     import torch
-    import torch.distributed as dist
 
     if device == "cuda":
         mine = torch.device("cuda", rank.local)
         torch.cuda.set_device(mine)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S), device_id=mine)
-        return mine
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_of // 2))
-    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    return torch.device("cpu")
+        join_group(rank, "cpu:gloo,cuda:nccl", timeout_s=COLLECTIVE_TIMEOUT_S, device=mine, keep=keep)
+    else:
+        mine = torch.device("cpu")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_of // 2))
+        join_group(rank, "gloo", timeout_s=COLLECTIVE_TIMEOUT_S, keep=keep)
+    keep(Doing("running"))
+    return mine
 
 
-def _blank(case: Case, rank: Rank, device: str) -> Measured:
+def _blank(case: Case, rank: Rank, device: str, before_bytes: int, available_bytes: int) -> Measured:
     paper = estimate(
         case.shape, case.recipe, seq=case.seq, batch=case.batch, ranks=rank.of, micro_batches=case.micro_batches,
         on_gpu=device == "cuda",
@@ -146,22 +264,35 @@ def _blank(case: Case, rank: Rank, device: str) -> Measured:
         technique=case.recipe.text, model=case.shape.name, parameters=case.shape.parameters, seq=case.seq,
         batch=case.batch, micro_batches=case.micro_batches, ranks=rank.of, device=device,
         estimate_bytes=paper.total_bytes,
-        estimated_kept_bytes=paper.kept_bytes,
+        estimated_kept_bytes=paper.kept_bytes, before_bytes=before_bytes, available_bytes=available_bytes,
     )  # fmt: skip
 
 
-def _measure(rank: Rank, plan: MeasurePlan, case: Case, device: Any, index: int) -> Measured:
+def _measure(rank: Rank, plan: MeasurePlan, case: Case, device: Any, index: int, blank: Measured) -> Measured:
     import torch
 
     from kervan.memory import setups
 
-    setups.clear()
     on_gpu = device.type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
     is_recorded = plan.snapshots is not None and on_gpu and rank.number == 0
     if is_recorded:
         torch.cuda.memory._record_memory_history(max_entries=200_000)
     training = setups.make(case.shape, case.recipe, rank, device, micro_batches=case.micro_batches)
+    try:
+        return _train(rank, plan, case, device, index, blank, training, is_recorded=is_recorded)
+    finally:
+        training.close()
+        if is_recorded:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _train(
+    rank: Rank, plan: MeasurePlan, case: Case, device: Any, index: int, blank: Measured, training: Any, *,
+    is_recorded: bool,
+) -> Measured:  # fmt: skip
+    import torch
+
+    on_gpu = device.type == "cuda"
     generator = torch.Generator(device="cpu").manual_seed(1_000 + rank.number)
     losses = []
 
@@ -202,7 +333,7 @@ def _measure(rank: Rank, plan: MeasurePlan, case: Case, device: Any, index: int)
     tokens = case.batch * case.seq * case.micro_batches * rank.of
     flops = case.micro_batches * case.shape.step_flops(case.batch, case.seq)
     return replace(
-        _blank(case, rank, plan.device), **peaks, before_bytes=before,
+        blank, **peaks,
         reserved_bytes=torch.cuda.max_memory_reserved() if on_gpu else 0,
         context_bytes=_context_bytes() if on_gpu else 0,
         step_s=median_s, step_s_min=min(took_s, default=0.0), step_s_max=max(took_s, default=0.0),

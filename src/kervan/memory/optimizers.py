@@ -152,19 +152,7 @@ class HostAdamW(MasterAdamW):
         self._gradients = [_host(p.detach()).zero_() for p in self._parameters]
         self._has = [False] * len(self._parameters)
         for index, parameter in enumerate(self._parameters):
-            parameter.register_post_accumulate_grad_hook(self._taker(index))
-
-    def _taker(self, index: int) -> Any:
-        def take(parameter: Any) -> None:
-            if self._has[index]:  # of an earlier micro-batch
-                self._gradients[index].add_(parameter.grad.to(self._gradients[index]))
-            else:
-                # the copy reads the gradient on the current stream, whose later work cannot overwrite it before
-                self._gradients[index].copy_(parameter.grad, non_blocking=True)
-            self._has[index] = True
-            parameter.grad = None
-
-        return take
+            parameter.register_post_accumulate_grad_hook(_taker(self._gradients, self._has, index))
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self) -> None:
@@ -184,6 +172,25 @@ class HostAdamW(MasterAdamW):
     def tensors(self) -> Iterator[Any]:
         yield from super().tensors()
         yield from self._gradients
+
+
+def _taker(gradients: list[Any], has: list[bool], index: int) -> Any:
+    """A hook of a parameter that takes its gradient.
+
+    It knows no parameter: torch's C++ side holds a parameter's hooks, so Python's garbage collector would not find the
+    circle, and the weights would never be freed.
+    """
+
+    def take(parameter: Any) -> None:
+        if has[index]:  # of an earlier micro-batch
+            gradients[index].add_(parameter.grad.to(gradients[index]))
+        else:
+            # the copy reads the gradient on the current stream, whose later work cannot overwrite it before
+            gradients[index].copy_(parameter.grad, non_blocking=True)
+        has[index] = True
+        parameter.grad = None
+
+    return take
 
 
 def _host(tensor: Any) -> Any:

@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
 import torch
 
 from kervan.memory import optimizers
 from kervan.memory.decoder import Decoder, saving
 from kervan.memory.shape import DecoderShape
 from kervan.memory.techniques import Recipe
-from kervan.ranks.start import Rank
+from kervan.ranks.rank import Rank
 
 
 class Training(Protocol):
@@ -38,6 +39,9 @@ class Training(Protocol):
 
     def gradients(self) -> Iterator[Any]:
         """Tensors of gradients that this rank has after a backward pass."""
+
+    def close(self) -> None:
+        """The last call: what would keep its memory from being freed is undone."""
 
 
 @dataclass
@@ -70,6 +74,9 @@ class Plain:
 
     def gradients(self) -> Iterator[Any]:
         yield from (_local(p.grad) for p in self.model.parameters() if p.grad is not None)
+
+    def close(self) -> None:
+        """Nothing: what is not referred to is freed."""
 
 
 def _local(tensor: Any) -> Any:
@@ -144,3 +151,24 @@ def clear() -> None:
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def held_bytes(device: Any) -> int:
+    """What cannot be given back now: of a GPU's allocator, or on a CPU of the tensors that Python still knows."""
+    clear()
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    # not isinstance: it would ask lazy objects of other packages for their class, and so load them
+    found = (one for one in gc.get_objects() if type(one) in PLAIN)
+    return sizes(one for one in found if one.device.type == "cpu" and one.layout == torch.strided)[1]
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # others, such as DTensor, have one of these inside
+
+
+def free_bytes(device: Any) -> int:
+    """What this process can have in all: what is free, and what its allocator has already."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device))
+    return int(psutil.virtual_memory().available)

@@ -15,7 +15,7 @@ from kervan.memory.decoder import saving
 from kervan.memory.estimate import MAX_LIVE, PREFETCH_BUCKET, REDUCE_BUCKET
 from kervan.memory.optimizers import ADAM_EPS, BETAS, WEIGHT_DECAY
 from kervan.memory.techniques import Recipe
-from kervan.ranks.start import Rank
+from kervan.ranks.rank import Rank
 
 INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8"
 PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 keeps whole
@@ -105,6 +105,10 @@ class Zero:
         flat = getattr(self._optimizer, "grad_partitions_flat_buffer", None)
         if torch.is_tensor(flat):
             yield flat
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters: they hold the engine, which is never freed otherwise."""
+        self._engine.destroy()
 
 
 def extensions_dir() -> Path:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kervan.errors import ConfigError, EngineError
+from kervan.pipeline import advice, schedules
 from kervan.pipeline import bubble as bubbles
-from kervan.pipeline import schedules
 from kervan.pipeline.bubble import Span
 from kervan.pipeline.cut import imbalance
 from kervan.pipeline.plan import PipelinePlan, Prepared, Ran
-from kervan.ranks.start import Keep, Nodes, Rank, run
+from kervan.ranks.rank import Doing, Keep, Nodes, Rank
+from kervan.ranks.start import run
 
 ONE_NODE = Nodes()
 # Equal up to the order of sums: of the largest number, FP32's and BF16's rounding a few times over.
@@ -22,7 +23,8 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 4e-2}
 class Row:
     """One number of micro-batches. `bubble` is the median of the repeats; `theory` is of equal stages.
 
-    `predicted`: the same order of work with the measured time of each piece, without handing over.
+    `busy_s`: how long the busiest rank worked. `predicted`: the same order of work with the measured time of each
+    piece, without handing over.
     """
 
     micro_batches: int
@@ -32,6 +34,7 @@ class Row:
     predicted: float
     theory: float
     step_s: float
+    busy_s: float
     tokens_s: float
     output_error: float
     gradient_error: float
@@ -47,7 +50,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """All rows. `best`: the fastest number of micro-batches; `best_predicted`: of those that divide the batch."""
+    """All rows. `best`: the fastest number of micro-batches that was measured, and `reasons` why it is.
+
+    `best_predicted`: of all that divide the batch, between the fewest and the most that were measured.
+    """
 
     plan: PipelinePlan
     prepared: Prepared
@@ -55,6 +61,7 @@ class Result:
     imbalance: float
     best: int
     best_predicted: int | None
+    reasons: tuple[str, ...]
 
 
 def bench(
@@ -78,8 +85,8 @@ def bench(
             assert prepared is not None
             yield Result(
                 plan=plan, prepared=prepared, rows=tuple(rows), imbalance=imbalance(prepared.costs, prepared.cut),
-                best=min(rows, key=lambda row: row.step_s).micro_batches,
-                best_predicted=_best_predicted(plan, rows, total),
+                best=advice.fastest(_points(rows)).micro_batches, best_predicted=_best_predicted(plan, rows, total),
+                reasons=tuple(advice.reasons(_points(rows))),
             )  # fmt: skip
             waiting.pop(0)
     if len(waiting) == len(plans):
@@ -88,6 +95,7 @@ def bench(
 
 def work(rank: Rank, plans: tuple[PipelinePlan, ...], keep: Keep) -> None:
     """Work of one rank; imports torch there."""
+    keep(Doing("importing torch"))
     from kervan.pipeline import stage_work
 
     stage_work.work(rank, plans, keep)
@@ -101,6 +109,7 @@ def _row(plan: PipelinePlan, ran: Ran, ranks: int) -> Row:
     return Row(
         micro_batches=ran.micro_batches, bubble=statistics.median(each), bubble_min=min(each), bubble_max=max(each),
         predicted=_predicted(ran, ranks), theory=theory(plan, ran, ranks), step_s=statistics.median(lengths),
+        busy_s=bubbles.busy_s(typical, ranks),
         tokens_s=plan.batch * plan.seq / statistics.median(lengths), output_error=ran.output_error,
         gradient_error=ran.gradient_error,
         equal_to_unsplit=max(ran.output_error, ran.gradient_error) <= tolerance if plan.is_checked else None,
@@ -127,17 +136,16 @@ def _predicted(ran: Ran, ranks: int) -> float:
     return bubbles.bubble(made, ranks)
 
 
+def _points(rows: list[Row]) -> list[advice.Point]:
+    return [
+        advice.Point(micro_batches=row.micro_batches, step_s=row.step_s, busy_s=row.busy_s, bubble=row.bubble)
+        for row in rows
+    ]
+
+
 def _best_predicted(plan: PipelinePlan, rows: list[Row], ranks: int) -> int | None:
-    """From the time of a micro-batch in the slowest rank, where two sizes were measured."""
+    """Also of numbers that were not measured, between those that were."""
     if len(rows) < 2:
-        return None
-    points = []
-    for row in rows:
-        busy = [0.0] * ranks
-        for span in row.spans:
-            busy[span.rank] += span.end_s - span.begin_s
-        points.append((plan.batch // row.micro_batches, max(busy) / row.micro_batches))
-    if len({size for size, _ in points}) < 2:
         return None
 
     def allowed(micro_batches: int) -> bool:
@@ -147,6 +155,4 @@ def _best_predicted(plan: PipelinePlan, rows: list[Row], ranks: int) -> int | No
             return False
         return True
 
-    return bubbles.best_micro_batches(
-        bubbles.fit(points), batch=plan.batch, ranks=ranks, chunks=plan.chunks, allowed=allowed
-    )
+    return advice.best(_points(rows), batch=plan.batch, ranks=ranks, chunks=plan.chunks, allowed=allowed)

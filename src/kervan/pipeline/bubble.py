@@ -1,6 +1,5 @@
 """The share of time in which stages wait: by formula, by walking a schedule's order, and of measured spans."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -97,43 +96,9 @@ def unit_seconds(work: Work) -> float:
     return 2.0 if work.kind == "B" else 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class PassTime:
-    """Of a micro-batch in the slowest stage: `fixed_s` for each, and `each_s` for every sequence in it."""
-
-    fixed_s: float
-    each_s: float
-
-    def step_s(self, *, batch: int, ranks: int, chunks: int, micro_batches: int) -> float:
-        """A step of `batch` sequences: (v*m+p-1)/v times a micro-batch."""
-        rounds = (chunks * micro_batches + ranks - 1) / chunks
-        return rounds * (self.fixed_s + self.each_s * batch / micro_batches)
-
-
-def fit(points: Sequence[tuple[int, float]]) -> PassTime:
-    """Of (sequences in a micro-batch, seconds) by least squares; neither part below 0."""
-    if len({size for size, _ in points}) < 2:
-        size, seconds = points[0]
-        return PassTime(0.0, seconds / size)
-    mean_x = sum(size for size, _ in points) / len(points)
-    mean_y = sum(seconds for _, seconds in points) / len(points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    slope = min(max(0.0, slope), mean_y / mean_x)
-    return PassTime(mean_y - slope * mean_x, slope)
-
-
-def best_micro_batches(
-    time: PassTime, *, batch: int, ranks: int, chunks: int, allowed: Callable[[int], bool] = lambda m: True
-) -> int:
-    """The number that divides `batch` with the shortest step; few are a large bubble, many pay `fixed_s` often."""
-    numbers = [m for m in range(1, batch + 1) if batch % m == 0 and allowed(m)]
-    if not numbers:
-        return batch
-    return min(
-        numbers, key=lambda m: (time.step_s(batch=batch, ranks=ranks, chunks=chunks, micro_batches=m), m)
-    )  # fmt: skip
-
-
-def without_division(time: PassTime, *, batch: int, ranks: int) -> float:
-    """The same as a formula, of any real number: sqrt((p-1) * batch * each_s / fixed_s)."""
-    return math.sqrt((ranks - 1) * batch * time.each_s / time.fixed_s) if time.fixed_s > 0 else math.inf
+def busy_s(spans: Iterable[Span], ranks: int) -> float:
+    """How long the rank worked that worked most."""
+    each = [0.0] * ranks
+    for span in spans:
+        each[span.rank] += span.end_s - span.begin_s
+    return max(each)

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from kervan.pipeline.bubble import Span
 from kervan.pipeline.cut import Costs, balanced
 from kervan.pipeline.plan import PipelinePlan, Prepared, Ran
 from kervan.pipeline.schedules import Kind, Work
-from kervan.ranks.start import Keep, Rank
+from kervan.ranks.group import join as join_group
+from kervan.ranks.rank import Doing, Keep, Rank
 
 TIMEOUT_S = 120.0
 WARM_UP_STEPS = 2
@@ -66,13 +66,15 @@ def loss_of(logits: Any, targets: Any) -> Any:
 
 def work(rank: Rank, plans: tuple[PipelinePlan, ...], keep: Keep) -> None:
     """Work of one rank; rank 0 keeps for each plan a `Prepared`, then a `Ran` for each number of micro-batches."""
-    device, boundary = _join(rank, plans[0])
+    device, boundary = _join(rank, plans[0], keep)
     try:
         for plan in plans:
+            keep(Doing(f"preparing {plan.schedule.name}"))
             prepared = _prepare(rank, plan, device, boundary)
             if rank.number == 0:
                 keep(prepared)
             for micro_batches in plan.micro_batches:
+                keep(Doing(f"{plan.schedule.name} of {micro_batches} micro-batches"))
                 ran = _run(rank, plan, prepared, micro_batches, device, boundary)
                 if rank.number == 0:
                     keep(ran)
@@ -80,20 +82,19 @@ def work(rank: Rank, plans: tuple[PipelinePlan, ...], keep: Keep) -> None:
         dist.destroy_process_group()
 
 
-def _join(rank: Rank, plan: PipelinePlan) -> tuple[Any, Any]:
+def _join(rank: Rank, plan: PipelinePlan, keep: Keep) -> tuple[Any, Any]:
     """This rank's device, and where tensors are handed over."""
-    timeout = timedelta(seconds=TIMEOUT_S)
     if plan.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.local_of // 2))
-        dist.init_process_group("gloo", timeout=timeout)
+        join_group(rank, "gloo", timeout_s=TIMEOUT_S, keep=keep)
         return torch.device("cpu"), torch.device("cpu")
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", rank.local % gpus)
     torch.cuda.set_device(device)
     if rank.local_of > gpus:
-        dist.init_process_group("gloo", timeout=timeout)
+        join_group(rank, "gloo", timeout_s=TIMEOUT_S, keep=keep)
         return device, torch.device("cpu")
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    join_group(rank, "cpu:gloo,cuda:nccl", timeout_s=TIMEOUT_S, device=device, keep=keep)
     return device, device
 
 

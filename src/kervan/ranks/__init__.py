@@ -1,1 +1,1 @@
-"""Work in ranks of torch's elastic launcher (what `torchrun` runs), started and read by a process without torch."""
+"""Work in ranks: processes of torch, started and watched by one without; rows come back as they are made."""

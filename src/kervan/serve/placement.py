@@ -49,12 +49,18 @@ def spread(config: FleetConfig, nodes: Sequence[NodeDevices]) -> FleetConfig:
     """The config with `device` and `nodes_per_replica` decided: what is given, or as few nodes as can hold a replica.
 
     Tensor-parallel groups are never cut: they meet twice in every layer. Only a node's size counts here, not what is
-    free.
+    free; where the cluster adds nodes, a replica that fits on none of those that are there is taken to fit on one of
+    those that come.
 
     Raises: CapacityError when no number of nodes will do.
     """
     if config.engine == "twin":
         return dataclasses.replace(config, nodes_per_replica=1)
+    if config.adds_nodes and not (config.device or has_gpus(nodes)):
+        raise CapacityError(
+            "no node has a GPU now, and the cluster adds nodes: say what replicas run on, with --device GPU or "
+            "--device CPU (device: in a configuration file)"
+        )
     if not nodes:
         return dataclasses.replace(config, nodes_per_replica=config.nodes_per_replica or 1)
     sizes = sorted((node.total for node in nodes), reverse=True)
@@ -63,6 +69,8 @@ def spread(config: FleetConfig, nodes: Sequence[NodeDevices]) -> FleetConfig:
         each = config.world_size // count
         if config.pp % count == 0 and len([size for size in sizes if size >= each]) >= count:
             return dataclasses.replace(config, nodes_per_replica=count, device=device(config, nodes))
+    if config.adds_nodes:
+        return dataclasses.replace(config, nodes_per_replica=config.nodes_per_replica or 1)
     largest = max(nodes, key=lambda node: node.total)
     if config.tp > largest.total:
         fix = f"use --tp {max(1, largest.total)}" + (" and a larger --pp" if has_gpus(nodes) else " --pp 1")

@@ -56,11 +56,22 @@ def placeable(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[s
     return rooms
 
 
+def allowed(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, int]) -> dict[str, int]:
+    """How many replicas of each pool may be asked for: as `placeable`, or all where the cluster adds nodes for them."""
+    if config.adds_nodes:
+        return {pool: bounds.maximum for pool, bounds in config.bounds.items()}
+    return placeable(config, nodes, held)
+
+
 def check(config: FleetConfig, nodes: Sequence[NodeDevices], held: Mapping[str, float]) -> None:
     """Refuse what cannot be placed now: the least of each pool. `held`: devices that this fleet already has, by pool.
 
+    Where the cluster adds nodes, nothing is refused.
+
     Raises: CapacityError.
     """
+    if config.adds_nodes:
+        return
     if not config.pools:
         placement.check(config, nodes, held=sum(held.values()))
         return
@@ -127,7 +138,7 @@ def are_settled(config: FleetConfig, snapshot: Snapshot, awaited: Mapping[str, i
 
 def warning(config: FleetConfig, nodes: Sequence[NodeDevices]) -> str:
     """What is wrong with the cluster for this fleet's pools; empty for nothing."""
-    if SPOT not in config.bounds or not config.bounds[SPOT].maximum or of_pool(SPOT, nodes):
+    if SPOT not in config.bounds or not config.bounds[SPOT].maximum or of_pool(SPOT, nodes) or config.adds_nodes:
         return ""
     covered = config.bounds[ON_DEMAND]
     return (

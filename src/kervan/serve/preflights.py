@@ -8,11 +8,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kervan.comm import preflight
-from kervan.comm.ranks import Nodes
 from kervan.config.fleet import FleetConfig
 from kervan.errors import EngineError
 from kervan.fleet.control import WorkerPlacement
 from kervan.ports import free_port
+from kervan.ranks.rank import Nodes
 
 PLACE_S = 60.0  # until Ray has a process for a task
 

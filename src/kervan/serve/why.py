@@ -113,5 +113,7 @@ def _missing(config: FleetConfig, present: int, least: int, nodes: Sequence[Node
         return f"{what} of {least} not there yet: Ray is placing, there is room for {demand}"
     free = ", ".join(f"node {node.node} has {node.free:g} free of {node.total}" for node in nodes)
     waits = f"{what} of {least} {'wait' if count > 1 else 'waits'} for {demand}"
+    if config.adds_nodes:
+        return f"{waits}: {free or 'no node has any'}; the cluster is to add a node (`ray status` says what it does)"
     smaller = f"--pool {ON_DEMAND}:{present}" if config.pools else present
     return f"{waits}: {free or 'no node has any'}; add a node, or kervan scale {smaller}"

@@ -20,11 +20,12 @@ from kervan.calibrate.choose import GIB, Shape
 from kervan.calibrate.measurements import Attention, Collective, Copy, Floor, Matmul, Measurements, Memory, Serving
 from kervan.calibrate.serving import Point, Server, ServingRuns
 from kervan.cli import calibrate as command
-from kervan.comm import ranks
 from kervan.comm.clock import num_calls
 from kervan.config import engine_arguments
 from kervan.errors import ConfigError, EngineError
 from kervan.plan import calibration
+from kervan.ranks import start
+from kervan.ranks.rank import Work
 
 
 def server(model: str = "m", tp: int = 1, pp: int = 1, ep: int = 1, gpus: tuple[int, ...] = (0,)) -> Server:
@@ -42,10 +43,10 @@ def server(model: str = "m", tp: int = 1, pp: int = 1, ep: int = 1, gpus: tuple[
         (hang, 60.0, r"1 of 1 ranks made no progress: a wait takes too long .* in hang \(rank_work.py", []),
     ],
 )
-def test_rows_of_a_process_that_fails_are_kept(work: ranks.Work, for_s: float, message: str, rows: list[str]) -> None:
+def test_rows_of_a_process_that_fails_are_kept(work: Work, for_s: float, message: str, rows: list[str]) -> None:
     found = []
     with pytest.raises(EngineError, match=message):
-        for row in ranks.run(work, "memory", for_s=for_s):
+        for row in start.run(work, "memory", for_s=for_s):
             found.append(row)
     assert found == rows
 

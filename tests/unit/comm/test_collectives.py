@@ -10,8 +10,8 @@ from kervan.cli import option_types
 from kervan.comm import bench, expected
 from kervan.comm.bench import BenchSettings, Place
 from kervan.comm.collectives import Dtype, Op, Timing, bus_factor, num_items
-from kervan.comm.ranks import Nodes
 from kervan.errors import CapacityError, ConfigError
+from kervan.ranks.rank import Nodes
 
 
 @settings(deadline=None, max_examples=30)
@@ -99,19 +99,6 @@ def test_a_rendezvous_is_a_host_and_a_port(text: str, is_good: bool) -> None:
 
 
 CPU = Place(False, 2, 4 << 30, "CPU")
-
-
-@pytest.mark.parametrize(
-    ("settings", "problem"),
-    [
-        (BenchSettings(nodes=Nodes(2)), "--nodes 2 need a place to meet; add --rendezvous HOST:PORT"),
-        (BenchSettings(nodes=Nodes(2, 2, "h:1")), "--node-rank 2 is not below --nodes 2"),
-        (BenchSettings(nodes=Nodes(1, -1)), "--node-rank -1 is not below --nodes 1"),
-    ],
-)
-def test_nodes_that_cannot_meet_are_refused(settings: BenchSettings, problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        bench.check(settings, CPU)
 
 
 def test_sizes_that_do_not_fit_are_refused_with_the_largest_that_does() -> None:

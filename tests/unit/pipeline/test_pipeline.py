@@ -158,14 +158,8 @@ def test_the_planners_pipeline_has_the_bubble_of_a_forward_pass() -> None:
     assert planned_bubble == pytest.approx(3 / (count + 3), abs=0.06)  # stages are not quite equal
 
 
-def test_the_best_number_of_micro_batches_weighs_bubble_against_fixed_time() -> None:
-    time = bubble.fit([(1, 1.5), (4, 3.0)])  # 1 s each, and 0.5 s a sequence
-    assert (time.fixed_s, time.each_s) == pytest.approx((1.0, 0.5))
-    # 2 ranks, 16 sequences: (m+1) (1 + 8/m) is least at sqrt(8) = 2.83: 4 divides: 15, 2: 15, 8: 18
-    assert bubble.without_division(time, batch=16, ranks=2) == pytest.approx(8**0.5)
-    assert bubble.best_micro_batches(time, batch=16, ranks=2, chunks=1) == 2
-    assert bubble.best_micro_batches(time, batch=16, ranks=2, chunks=1, allowed=lambda m: m >= 8) == 8
-    assert bubble.fit([(2, 3.0)]) == bubble.PassTime(0.0, 1.5)
+def test_a_rank_is_busy_as_long_as_its_work_takes() -> None:
+    assert bubble.busy_s(SPANS, 3) == 3.0  # rank 0: 1 s and 2 s
 
 
 SPANS = [Span(0, Work("F", 0, 0), 1.0, 2.0), Span(1, Work("F", 1, 0), 2.0, 3.0), Span(0, Work("B", 0, 0), 3.0, 5.0)]

@@ -162,3 +162,11 @@ def test_a_replica_on_a_share_of_a_gpu_with_a_given_cache_asks_for_no_more_than_
 def test_only_a_replica_on_one_gpu_can_share_it(words: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="gpus_per_replica"):
         config(**words)
+
+
+def test_where_the_cluster_adds_nodes_a_replica_may_fit_on_none_that_is_there() -> None:
+    growing = config(tp=4, adds_nodes=True, device="GPU")
+    assert placement.spread(growing, gpus((2, 2))).nodes_per_replica == 1
+    assert placement.spread(growing, []).nodes_per_replica == 1
+    with pytest.raises(CapacityError, match="--device GPU"):
+        placement.spread(config(adds_nodes=True), cpus(8))

@@ -209,3 +209,11 @@ def test_pools_of_a_running_fleet_change_one_by_one(
 def test_a_number_of_replicas_says_too_little_of_a_fleet_with_pools() -> None:
     with pytest.raises(ConfigError, match=r"has pools \(on-demand 2..4, spot 0..6\), so 5 .* --pool on-demand:5"):
         merge(config(), {"replicas": 5})
+
+
+def test_where_the_cluster_adds_nodes_all_may_be_asked_for_and_nothing_is_refused() -> None:
+    growing = config("2..4", "1..6", policy="slo", adds_nodes=True)
+    assert pools.allowed(config("2..4", "0..6", policy="slo"), [OWN, SPOT], {}) == {"on-demand": 4, "spot": 3}
+    assert pools.allowed(growing, [OWN], {}) == {"on-demand": 4, "spot": 6}
+    pools.check(growing, [node("own", 0)], {})
+    assert pools.warning(growing, [OWN]) == ""

@@ -16,6 +16,8 @@ from kervan.plan import serving
 from kervan.plan.serving import LoadRequest
 from kervan.policy.autoscale.state import Decision, FleetState
 from kervan.sim.constants import Constants
+from kervan.sim.step_time import Batch
+from kervan.simulate import policies
 from kervan.simulate.duration import fixed
 from kervan.simulate.fixed import FixedNumber
 from kervan.simulate.fleet import Simulation
@@ -283,3 +285,20 @@ def test_prompts_that_share_their_beginning_compute_it_once_where_they_meet() ->
     without = Simulation(setup(load, [pool(4)], slo="ttft=1s", caches_prefixes=False), FixedNumber(), times=times).run()
     assert attained["prefix"] > attained["least-load"] > without.attained
     assert attained["prefix"] > 0.9
+
+
+class SlowTimes(EvenTimes):
+    """Of an engine about thirty times slower than an 8B model on an H200, which it is taken for."""
+
+    def step_s(self, batch: Batch) -> float:
+        return 0.04 + 0.0002 * batch.prefill_tokens + 0.001 * batch.sequences
+
+
+def test_replicas_that_do_far_less_than_they_are_taken_for_become_more() -> None:
+    stages = parse_stages("1@60s,6@240s")
+    load = LoadSetup(stages=stages, process="poisson", isl=parse_lengths("256..1024"), osl=parse_lengths("32..256"))
+    fleet = setup(load, [pool(1, 8)], slo="ttft=2s,tpot=120ms")
+    times = SlowTimes(num_blocks=20_000, max_num_seqs=256, max_num_batched_tokens=2048)
+    outcome = Simulation(fleet, policies.make("slo", fleet, 0), times=times).run()
+    assert outcome.max_replicas >= 4
+    assert outcome.attained > 0.6  # of one replica less than a tenth

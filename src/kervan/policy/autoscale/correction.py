@@ -16,10 +16,12 @@ from kervan.policy.autoscale.replica_rate import ReplicaRate
 from kervan.policy.autoscale.state import Demand, ReplicaModel
 
 LEAST, MOST = 0.4, 1.5
+LEAST_PACE = 0.02  # a device that is not what it is taken for, or that others use too
 PACE_S = 300.0
+FAR = math.log(1.5)  # what is further off than by half is followed sooner, as the square of how far
 PROVEN_S = 60.0
 FORGOTTEN_S = 7200.0  # so long until what was proven counts 1/e
-LATE_SHARE = 0.007  # of 1% of the requests that may be late; with half of that all is well
+LATE_SHARE = 0.005  # half of the 1% of the requests that may be late; with half of that all is well
 LOWERED_S = 300.0  # twice as many late as there may be lower the rate by 1/e in so long
 VAIN_SHARE, HELPED_SHARE = 0.7, 0.8  # with so much less to do, no more than this of what was late should be left
 VAIN_S = 3600.0  # if it does not, it is not tried again for so long
@@ -56,7 +58,7 @@ class Correction:
     @property
     def factor(self) -> float:
         """By which a replica takes more than its model says."""
-        return min(MOST, max(LEAST, self.pace * self.proven))
+        return min(MOST, max(LEAST_PACE, self.pace * self.proven))
 
     def observe(
         self,
@@ -96,8 +98,9 @@ class Correction:
             requests_per_s=there, prompt_tokens=prompt_tokens, output_tokens=output_tokens
         ).in_flight  # fmt: skip
         if there > 0 and math.isfinite(predicted):
-            seen = min(MOST, max(LEAST, predicted / in_flight * per_replica / there))
-            self.pace += (seen - self.pace) * (1 - math.exp(-passed_s / PACE_S))
+            seen = min(MOST, max(LEAST_PACE, predicted / in_flight * per_replica / there))
+            apart = math.log(seen / self.pace)
+            self.pace *= math.exp(apart * (1 - math.exp(-passed_s / PACE_S * max(1.0, (apart / FAR) ** 2))))
 
     def is_calm(self, now_s: float, rate: ReplicaRate) -> bool:
         """Whether what ends now has come when there was no queue."""

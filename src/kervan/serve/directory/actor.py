@@ -82,7 +82,7 @@ class DirectoryActor:
                 }
                 kind_of = {node.node: node.accelerator or node.device for node in nodes}
                 kinds = {pool: [kind_of[node.node] for node in own] for pool, own in of_pools.items()}
-                self._scaler.look(pools.placeable(self._config, nodes, held), kinds, kind_of)
+                self._scaler.look(pools.allowed(self._config, nodes, held), kinds, kind_of)
             except Exception:  # supervised: what was seen last holds
                 logger.exception("the cluster does not tell what it has")
             await asyncio.sleep(LOOK_PERIOD_S)

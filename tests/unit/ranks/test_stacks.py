@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kervan.comm import stacks
-from kervan.comm.stacks import Activity, State, activity, judge
 from kervan.fleet.rank_watch import RankWatch, dump_path
+from kervan.ranks import stacks
+from kervan.ranks.stacks import Activity, State, activity, judge
 
 TORCH = "/env/lib/python3.11/site-packages/torch"
 VLLM = "/env/lib/python3.11/site-packages/vllm"

@@ -1,0 +1,1 @@
+"""Files that clusters are made from (Kubernetes, Ray's launcher, Slurm, compose, systemd), and what clusters cost."""
