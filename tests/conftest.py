@@ -17,7 +17,7 @@ from kervan import autogroups
 
 pytest_plugins = [
     *("harness.groups", "harness.sweeps", "harness.toy_fleet"),
-    *("harness.shared_fleet", "harness.shared_twins", "harness.shared_nodes"),
+    *("harness.shared_fleet", "harness.shared_twins", "harness.shared_nodes", "harness.warm_place"),
 ]
 
 MARK = "KERVAN_TEST_SESSION"

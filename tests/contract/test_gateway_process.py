@@ -4,8 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from harness.live import eventually_async, is_alive
 from harness.shared_fleet import Models
 from harness.twin_bench import FAST, LIMITS, SECRET
+from harness.warm_place import WarmPlace
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
@@ -28,20 +28,6 @@ from kervan.twin.replica import TwinSpec
 from kervan.twin.token_engine import TwinSettings, answer
 
 pytestmark = pytest.mark.timeout(600)
-
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[str]:
-    """For a fork server of this module's own, which imports vLLM once and is gone afterwards."""
-    place = tempfile.mkdtemp(prefix="kt-")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", place)
-        yield place
-    for process in psutil.process_iter(["cmdline"]):
-        if any(place in word for word in process.info["cmdline"] or ()):
-            process.kill()
 
 
 @pytest.fixture
@@ -82,8 +68,8 @@ def config_of(models: Models, port: int, *, opens_when_attached: bool = False, *
 class Gateways:
     """Gateway processes of one test."""
 
-    def __init__(self, models: Models, directory: Path, twin: ReplicaEntry) -> None:
-        self.models, self.directory, self.twin = models, directory, twin
+    def __init__(self, models: Models, directory: Path, twin: ReplicaEntry, warm: WarmPlace) -> None:
+        self.models, self.directory, self.twin, self.warm = models, directory, twin, warm
         self.failures: list[GatewayFailed] = []
         self.all: list[GatewayProcess] = []
 
@@ -93,14 +79,13 @@ class Gateways:
         gateway = GatewayProcess(config, log_path=log, on_failure=self.failures.append)
         self.all.append(gateway)
         gateway.update(Snapshot(1, [self.twin], [], []))  # before there is a process: it hears of it all the same
-        env = {**os.environ, **ENVIRONMENT}
-        await gateway.start([], env=env, fork_for_pid=os.getpid() if is_forked else None)
+        await gateway.start([], env=self.warm.environment, fork_for_pid=os.getpid() if is_forked else None)
         return gateway
 
 
 @pytest.fixture
-async def gateways(models: Models, tmp_path: Path, twin: ReplicaEntry, place: str) -> AsyncIterator[Gateways]:
-    made = Gateways(models, tmp_path, twin)
+async def gateways(models: Models, tmp_path: Path, twin: ReplicaEntry, warm: WarmPlace) -> AsyncIterator[Gateways]:
+    made = Gateways(models, tmp_path, twin, warm)
     yield made
     await asyncio.gather(*(gateway.stop() for gateway in made.all if not gateway.ended.is_set()))
 

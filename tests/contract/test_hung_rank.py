@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from harness.live import eventually_async
-from harness.places import REPOSITORY
 from harness.shared_fleet import Models
-from harness.sleeping_rank_names import EXTENSION, VARIABLE
+from harness.sleeping_rank_names import EXTENSION
 from harness.twin_bench import SECRET, TwinBench
+from harness.warm_place import WarmPlace
 
 from kervan.config.fleet import FleetConfig
 from kervan.fleet.control import EngineSpec
@@ -17,27 +17,18 @@ from kervan.fleet.process import EngineProcess
 
 pytestmark = pytest.mark.timeout(600)
 
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TORCH_COMPILE_DISABLE": "1",
-}
 
-
-async def test_a_rank_that_sleeps_in_an_all_reduce_is_named(models: Models, tmp_path: Path) -> None:
-    trigger = tmp_path / "sleep"
+async def test_a_rank_that_sleeps_in_an_all_reduce_is_named(models: Models, tmp_path: Path, warm: WarmPlace) -> None:
     arguments = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8,
         "worker_extension_cls": EXTENSION,
     }  # fmt: skip
     config = FleetConfig(model=str(models.demo), tp=2, engine_args=arguments)
-    paths = os.pathsep.join([str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
     engine = EngineProcess(
         EngineSpec("hung", list(config.engine_argv), "127.0.0.1", SECRET),
         log_path=tmp_path / "hung.log",
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, VARIABLE: str(trigger)},
+        env=warm.environment,
+        fork_for_pid=os.getpid(),
     )
     try:
         bench = TwinBench(tmp_path)
@@ -46,7 +37,7 @@ async def test_a_rank_that_sleeps_in_an_all_reduce_is_named(models: Models, tmp_
         await bench.ended("before")
         assert engine.why_stalled() == ""
 
-        trigger.touch()
+        warm.fall_asleep()
         await bench.add("during", list(range(40, 60)), 8, temperature=0.0)
         await eventually_async(lambda: engine.why_stalled() and engine.rank_watch.hang, "the hang is sure", 120)
         hang = engine.rank_watch.hang
@@ -56,11 +47,12 @@ async def test_a_rank_that_sleeps_in_an_all_reduce_is_named(models: Models, tmp_
         assert not health.is_healthy
         assert health.reason.endswith(f"(limit 5 s); {hang}")
 
-        trigger.unlink()
+        warm.wake()
         await bench.ended("during")
         assert bench.tokens("during") == bench.tokens("before")
         await eventually_async(lambda: engine.why_stalled() == "" == engine.rank_watch.hang, "it is forgotten", 20)
         bench.twins.clear()
         await bench.close()
     finally:
+        warm.wake()
         engine.kill()

@@ -15,6 +15,7 @@ import pytest
 from harness.moving_fleet import MovingFleet, deltas
 from harness.shared_fleet import Models
 from harness.sweeps import positions
+from harness.warm_place import WarmPlace
 
 from kervan.demo import PAIRS, REASONED, TOOL_TURN, WEATHER_TOOL
 
@@ -27,7 +28,7 @@ _count = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def moving(models: Models, scratch: Path) -> Iterator[MovingFleet]:
+def moving(models: Models, scratch: Path, warm_place: WarmPlace) -> Iterator[MovingFleet]:
     arguments = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -38,7 +39,7 @@ def moving(models: Models, scratch: Path) -> Iterator[MovingFleet]:
         "tool_call_parser": "hermes",
         "reasoning_parser": "qwen3",
     }
-    moving = MovingFleet(models.demo, arguments, scratch)
+    moving = MovingFleet(models.demo, arguments, scratch, warm_place)
     yield moving
     moving.close()
 

@@ -27,6 +27,7 @@ from ray._raylet import (
     is_k8s_token_auth_enabled,
 )
 from ray.core.generated import autoscaler_pb2
+from ray.dashboard.modules.reporter import reporter_consts
 from ray.exceptions import AuthenticationError
 from ray.experimental import internal_kv
 from ray.serve._private import client, constants, controller, replica
@@ -102,8 +103,12 @@ def test_options_and_variables_are_known(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {option, "version"} <= set(parameters(Deployment.options))
     assert f'kwargs.pop("{ray_internals.TEMP_DIR_OPTION}"' in inspect.getsource(worker.init)
     assert ray_constants.RAY_WORKER_NICENESS == ray_internals.NICENESS_VARIABLE
-    assert "include_log_monitor" in parameters(parameter.RayParams.__init__)
+    assert {"include_log_monitor", "no_monitor"} <= set(parameters(parameter.RayParams.__init__))
+    source = inspect.getsource(node.Node.start_api_server)
+    assert "= ray._private.services.start_api_server(" in source
+    assert "if process_info is not None:" in source  # it may not have started
     assert "ray._private.parameter.RayParams(" in inspect.getsource(worker.init)
+    assert f'"{ray_internals.REPORTER_VARIABLE}"' in inspect.getsource(reporter_consts)
     raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     assert ray_internals.PRESTART_VARIABLE.encode() in raylet.read_bytes()
     source = inspect.getsource(constants)

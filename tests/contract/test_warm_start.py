@@ -1,8 +1,8 @@
 """Forked vLLM engines: the tokens of one that was started anew, one process from which they come, and its end."""
 
-import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,15 @@ import pytest
 from harness.live import eventually_async, is_alive
 from harness.shared_fleet import Models
 from harness.twin_bench import SECRET, TwinBench
+from harness.warm_place import WarmPlace, place_of_servers
 
 from kervan.config.fleet import FleetConfig
+from kervan.fleet import warm_start
 from kervan.fleet.control import EngineSpec
 from kervan.fleet.process import EngineProcess
 
 pytestmark = pytest.mark.timeout(600)
 
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TORCH_COMPILE_DISABLE": "1",
-}
 ARGUMENTS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
 PROMPT = list(range(40, 72))
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -36,26 +31,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
 Start = Callable[..., EngineProcess]
 
 
-@contextlib.contextmanager
-def place_of_servers() -> Iterator[str]:
-    """A directory for fork servers, which end with the block."""
-    place = tempfile.mkdtemp(prefix="kt-")
-    yield place
-    for process in psutil.process_iter(["cmdline"]):
-        if any(place in word for word in process.info["cmdline"] or ()):
-            process.kill()
-
-
 @pytest.fixture
-def place() -> Iterator[str]:
+def place() -> Iterator[WarmPlace]:
     """Of this test's own: there is no server yet."""
-    with place_of_servers() as place:
-        yield place
-
-
-@pytest.fixture(scope="module")
-def shared_place() -> Iterator[str]:
-    """Of the module: whichever test is the first has the server import vLLM."""
     with place_of_servers() as place:
         yield place
 
@@ -64,18 +42,18 @@ def shared_place() -> Iterator[str]:
 def start(
     request: pytest.FixtureRequest, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Start]:
-    """Engines of the demo model, forked for this process or not, from a server in `place`, or `shared_place`."""
-    shared = "shared_place" in request.fixturenames
-    monkeypatch.setattr(tempfile, "tempdir", request.getfixturevalue("shared_place" if shared else "place"))
+    """Engines of the demo model, forked for this process or not, from a server in `place`, or `warm_place`."""
+    shared = "warm_place" in request.fixturenames
+    place: WarmPlace = request.getfixturevalue("warm_place" if shared else "place")
+    monkeypatch.setattr(tempfile, "tempdir", place.directory)
     engines: list[EngineProcess] = []
-    environment = {**os.environ, **ENVIRONMENT}  # vLLM, once imported here, changes it
     argv = list(FleetConfig(model=str(models.demo), engine_args=ARGUMENTS).engine_argv)
 
     def start(name: str, *, is_forked: bool, **env: str) -> EngineProcess:
         engine = EngineProcess(
             EngineSpec(name, argv, "127.0.0.1", SECRET),
             log_path=tmp_path / f"{name}.log",
-            env={**environment, **env},
+            env={**place.environment, **env},
             fork_for_pid=os.getpid() if is_forked else None,
         )
         engines.append(engine)
@@ -103,7 +81,8 @@ async def answers(engine: EngineProcess) -> dict[str, list[int]]:
     return {name: bench.tokens(name) for name in REQUESTS}
 
 
-async def test_forked_engines(start: Start, shared_place: str) -> None:
+@pytest.mark.destructive  # it ends the server that others have too
+async def test_forked_engines(start: Start, warm_place: WarmPlace) -> None:
     engines = {"anew": start("anew", is_forked=False), "one": start("one", is_forked=True)}
     engines["two"] = start("two", is_forked=True)
     told = {name: await answers(engine) for name, engine in engines.items()}
@@ -159,10 +138,20 @@ async def test_an_engine_that_cannot_be_started_is_told(start: Start, monkeypatc
     assert engine.failure.message == "the engine process could not be started: no more processes"
 
 
-async def test_an_engine_that_is_told_to_end_before_it_is_there(start: Start, shared_place: str) -> None:
+async def test_an_engine_that_is_told_to_end_before_it_is_there(
+    start: Start, warm_place: WarmPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_told, fork = threading.Event(), warm_start.fork
+
+    def fork_late(*args: Any, **more: Any) -> Any:
+        assert is_told.wait(60)
+        return fork(*args, **more)
+
+    monkeypatch.setattr(warm_start, "fork", fork_late)
     engine = start("never", is_forked=True)
     assert engine.pid == 0
     engine.kill()
     assert engine.ended.is_set()
     assert engine.failure is not None
+    is_told.set()
     await eventually_async(lambda: not psutil.pid_exists(engine.pid) if engine.pid else False, "it is gone", 400)

@@ -17,10 +17,9 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 # Fixtures of the whole session (harness/shared_*.py); what uses two of them is of the first's group.
-SHARED = ("fleet", "twins", "nodes", "trio")
+SHARED = ("fleet", "twins", "nodes", "warm_place", "trio")
 # Modules of a minute or more: were one of them last, a core would be idle meanwhile.
-LONG = ("test_clusters", "test_lifecycle", "test_ray_auth", "test_resume", "test_moves", "test_warm_start",
-        "test_gateway_process")  # fmt: skip
+LONG = ("test_scaling", "test_clusters", "test_lifecycle", "test_ray_auth", "test_resume", "test_memory_torch")
 PLACE = "KERVAN_TEST_GROUPS"  # the file in which the first process tells the group of each test
 
 

@@ -26,6 +26,7 @@ from kervan.serve.environment import WARM_OWNER
 START_S = 600.0
 REQUEST_S = 60.0
 UNTIL_S = 300.0
+HEARD_S = 3.0  # a gateway asks the directory once a second
 SMALL = ("dtype=float32", "enforce_eager=true")
 # Of all fleets, as those that differ are forked from another warm process. Left alone, vLLM binds every engine of a small
 # machine to core 0, and the tests run up to three.
@@ -142,12 +143,27 @@ class Fleet:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
+    def seen(self) -> dict[str, Any]:
+        """What a gateway heard of the directory, at most `HEARD_S` ago: without the second of CPU that a command takes.
+
+        `replicas` and `gateways` as `status` has them, as far as clients may know them. Where no gateway tells,
+        because it wants a key, or has not heard of late, the command is asked.
+        """
+        answer = self.get(f"/kervan/status?fleet={self.name}")
+        told = answer.json() if answer.status_code == 200 else {}
+        if told.get("fleet") != self.name or told["directory_heard_s"] is None or told["directory_heard_s"] > HEARD_S:
+            return self.status()
+        found: dict[str, Any] = told["directory"]
+        for gateway in found["gateways"]:
+            gateway["ready"] = gateway["is_ready"]
+        return found
+
     def pids(self) -> list[int]:
         """Of the replicas that are ready."""
-        return [replica["pid"] for replica in self.status()["replicas"] if replica["state"] == "ready"]
+        return [replica["pid"] for replica in self.seen()["replicas"] if replica["state"] == "ready"]
 
     def gateway_pids(self) -> dict[str, int]:
-        return {gateway["id"]: gateway["pid"] for gateway in self.status()["gateways"]}
+        return {gateway["id"]: gateway["pid"] for gateway in self.seen()["gateways"]}
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, **{"timeout": REQUEST_S, **options})
@@ -173,26 +189,23 @@ class Fleet:
         """The sum of a metric over all its samples with these labels."""
         return sum(value for found, value in self.metrics().get(name, ()) if labels.items() <= found.items())
 
-    def is_whole(self, replicas: int = 2, gateways: int = 2) -> bool:
-        """Whether so many replicas and gateways are ready, and every gateway is linked to every replica."""
+    def is_whole(self, replicas: int = 2, gateways: int = 2, *, asks_directory: bool = False) -> bool:
+        """Whether so many replicas and gateways are ready, and every gateway is linked to every replica.
+
+        `asks_directory`: it says so itself, after a gateway does.
+        """
         pages = self.metrics()
         links = [value for _, value in pages.get("kervan_links", ())]
         states = {labels["state"]: value for labels, value in pages.get("kervan_replicas", ())}
         if links != [replicas] * gateways or states.get("ready") != replicas or sum(states.values()) != replicas:
             return False
-        status = self.status()
-        here = [*status["replicas"], *status["gateways"]]
-        return (
-            len(status["replicas"]) == replicas
-            and len(status["gateways"]) == gateways
-            and all(is_alive(part["pid"]) for part in here)
-            and all(gateway["ready"] for gateway in status["gateways"])
-            and all(replica["state"] == "ready" for replica in status["replicas"])
-        )
+        if not is_as_wanted(self.seen(), replicas, gateways):
+            return False
+        return not asks_directory or is_as_wanted(self.status(), replicas, gateways)
 
-    def wait_until_whole(self, replicas: int = 2, gateways: int = 2) -> None:
+    def wait_until_whole(self, replicas: int = 2, gateways: int = 2, *, asks_directory: bool = False) -> None:
         what = f"{replicas} replicas and {gateways} gateways ready"
-        eventually(lambda: self.is_whole(replicas, gateways), what, START_S, every_s=0.5)
+        eventually(lambda: self.is_whole(replicas, gateways, asks_directory=asks_directory), what, START_S)
 
     def is_idle(self) -> bool:
         """Whether no replica works, waits, or holds KV cache for anyone."""
@@ -202,6 +215,18 @@ class Fleet:
             == 0
             == self.total("kervan_replica_waiting")
         )
+
+
+def is_as_wanted(status: dict[str, Any], replicas: int, gateways: int) -> bool:
+    """Whether so many of each are there, all of them ready and with a process."""
+    here = [*status["replicas"], *status["gateways"]]
+    return (
+        len(status["replicas"]) == replicas
+        and len(status["gateways"]) == gateways
+        and all(is_alive(part["pid"]) for part in here)
+        and all(gateway["ready"] for gateway in status["gateways"])
+        and all(replica["state"] == "ready" for replica in status["replicas"])
+    )
 
 
 @dataclass

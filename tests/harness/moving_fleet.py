@@ -8,10 +8,13 @@ import asyncio
 import multiprocessing
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from harness.warm_place import WarmPlace
 
 START_S = 400.0
 
@@ -19,10 +22,10 @@ START_S = 400.0
 class MovingFleet:
     """The gateway's process; it has started the replica's."""
 
-    def __init__(self, model: Path, arguments: dict[str, Any], scratch: Path):
+    def __init__(self, model: Path, arguments: dict[str, Any], scratch: Path, warm: WarmPlace):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(model), arguments, str(scratch)))
+        self._process = context.Process(target=_serve, args=(theirs, str(model), arguments, str(scratch), warm))
         self._process.start()
         theirs.close()
         assert self._connection.poll(START_S), "the fleet did not start"
@@ -42,12 +45,13 @@ class MovingFleet:
         self._process.join()
 
 
-def _serve(connection: Connection, model: str, arguments: dict[str, Any], scratch: str) -> None:
+def _serve(connection: Connection, model: str, arguments: dict[str, Any], scratch: str, warm: WarmPlace) -> None:
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    asyncio.run(_run(connection, model, arguments, Path(scratch)))
+    tempfile.tempdir = warm.directory
+    asyncio.run(_run(connection, model, arguments, Path(scratch), warm))
 
 
-async def _run(connection: Connection, model: str, arguments: dict[str, Any], scratch: Path) -> None:
+async def _run(connection: Connection, model: str, arguments: dict[str, Any], scratch: Path, warm: WarmPlace) -> None:
     import uvicorn
 
     from kervan.config.fleet import FleetConfig
@@ -80,7 +84,12 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
 
     moving: set[asyncio.Task[None]] = set()
     argv = FleetConfig(model=model, engine_args=arguments).engine_argv
-    replica = EngineProcess(EngineSpec("a", list(argv), "127.0.0.1", "s3cret"), log_path=scratch / "moving.log")
+    replica = EngineProcess(
+        EngineSpec("a", list(argv), "127.0.0.1", "s3cret"),
+        log_path=scratch / "moving.log",
+        env=warm.environment,
+        fork_for_pid=os.getppid(),  # for the tests' own process
+    )
     try:
         client = MovingClient(VllmCodec(), secret="s3cret")
         starting = asyncio.create_task(OpenAIFrontend.start(client, argv, is_followed=True))

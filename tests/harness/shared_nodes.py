@@ -26,6 +26,9 @@ from harness.twin_load import STEP_S, kervan
 
 REPLICAS, GATEWAYS = 4, 2
 NAMED = ("max_model_len=2048", "served_model_name=twin")
+# Ray takes a node for dead that five checks in a row do not reach: after 15 s by default. One that is only slow has 10 s
+# for each.
+SOON_DEAD = {"RAY_health_check_period_ms": "500"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _nodes(scratch: Path, models: Models) -> Iterator[Nodes]:
     token.write_text(SETTINGS["RAY_AUTH_TOKEN"] + "\n")
     with (
         serving_beside(Aws()) as server,
-        ray_cluster(scratch, "nodes", *AS_IF_GPU, head_env=aws_environment(server, scratch)) as cluster,
+        ray_cluster(scratch, "nodes", *AS_IF_GPU, more=SOON_DEAD, head_env=aws_environment(server, scratch)) as cluster,
     ):
         joined = shell(cluster.home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
         options = ("--replicas", str(REPLICAS), "--gateways", str(GATEWAYS), "--address", cluster.address)

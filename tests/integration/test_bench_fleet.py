@@ -1,4 +1,4 @@
-"""`kervan bench` on a fleet of real vLLM replicas: exact counts, and the same as the server's own."""
+"""`kervan bench` on a fleet of real vLLM replicas: exact counts, and the same as the server's own. And on twins, a kill."""
 
 import json
 from typing import Any
@@ -7,12 +7,12 @@ import pytest
 from harness.live import Fleet, Home, eventually
 
 
-def bench(home: Home, fleet: Fleet, *words: str, is_strict: bool = False) -> dict[str, Any]:
+def bench(home: Home, fleet: Fleet, *words: str, model: str = "tiny", is_strict: bool = False) -> dict[str, Any]:
     """What the bench says. Strictly, it fails where the server's mean TTFT is another: of few requests, one that waits
     for this machine's two cores before it is at the server makes it so.
     """
     strict = ["--strict"] if is_strict else []
-    done = home.kervan("bench", fleet.url, "--model", "tiny", "--no-calibration", "--json", *strict, *words)
+    done = home.kervan("bench", fleet.url, "--model", model, "--no-calibration", "--json", *strict, *words)
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -70,23 +70,13 @@ def test_conversations_contain_what_was_answered(whole_fleet: Fleet, home: Home)
     assert found["input_tokens"] > 6 * 60  # later turns carry the earlier ones
 
 
-@pytest.mark.destructive
-def test_a_replica_killed_during_the_load_costs_no_request(whole_fleet: Fleet, home: Home) -> None:
-    victim = whole_fleet.pids()[0]
-    found = bench(
-        home,
-        whole_fleet,
-        "--streams",
-        "8",
-        "--num-requests",
-        "64",
-        "--osl",
-        "200",
-        "--at",
-        f"500ms kill -9 {victim}",
-    )
-    assert (found["requests"]["ok"], found["requests"]["errors"]) == (64, 0)
+def test_a_replica_killed_during_the_load_costs_no_request(twins: Fleet, home: Home) -> None:
+    twins.wait_until_whole(3, 1)
+    words = ("--streams", "8", "--num-requests", "32", "--osl", "30", "--at", f"500ms kill -9 {twins.pids()[0]}")
+    found = bench(home, twins, *words, model="twin")
+    assert (found["requests"]["ok"], found["requests"]["errors"]) == (32, 0)
     (effect,) = found["faults"]
     assert effect["exit_code"] == 0
     assert effect["errors"] == 0
-    whole_fleet.wait_until_whole()
+    assert twins.total("kervan_streams_moved_total") > 0
+    twins.wait_until_whole(3, 1)

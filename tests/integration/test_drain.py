@@ -95,7 +95,10 @@ async def test_a_node_is_drained_under_load(nodes: Nodes, models: Models) -> Non
             told = json.loads(await kervan(fleet, "drain", node, "--deadline", "60s", "--json"))
             assert (set(told["replicas"]), set(told["gateways"])) == leaving
             await asyncio.to_thread(
-                eventually, lambda: fleet.is_whole(replicas, gateways), "all is there again, elsewhere", START_S
+                eventually,
+                lambda: fleet.is_whole(replicas, gateways, asks_directory=True),
+                "all is there again, elsewhere",
+                START_S,
             )
             assert nodes.on(node) == (set(), set())
             assert not running.broken

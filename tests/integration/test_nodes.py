@@ -76,7 +76,7 @@ async def test_a_lost_node(nodes: Nodes, models: Models) -> None:
                     told = (await asyncio.to_thread(fleet.home.kervan, "status", "--why", "--name", fleet.name)).stdout
             assert FINE not in told
             assert len(json.loads(await scaled)["replicas"]) == replicas + 1
-            await asyncio.to_thread(fleet.wait_until_whole, replicas + 1, gateways)
+            await asyncio.to_thread(fleet.wait_until_whole, replicas + 1, gateways, asks_directory=True)
             assert running.num_whole > before
         assert nodes.on(lost) == (set(), set())
         assert kept_gateways < set(fleet.gateway_pids())

@@ -6,8 +6,8 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,18 +29,27 @@ NEWS_S = 1.2
 MOST_TURNS = 5
 
 
-@pytest.fixture(scope="module")
-def twins(home: Home, models: Models, scratch: Path, twins: Fleet) -> Iterator[Fleet]:
-    """Three twins and two gateways with routing as it is by default, on the Ray of the shared fleet."""
-    config = scratch / "prefix.yaml"
+@contextmanager
+def fleet_of_twins(
+    home: Home, models: Models, name: str, *arguments: str, replicas: int, gateways: int
+) -> Iterator[Fleet]:
+    """Twins with routing as it is by default, on the Ray of the shared fleet."""
+    config = home.scratch / f"{name}.yaml"
     config.write_text(json.dumps({"engine": "twin", "gpu": "H200", "twin": {"base_s": 0.02}}))
     arguments = (
         "max_model_len=2048", "served_model_name=twin", "enable_prompt_tokens_details=true", "enable_lora=true",
-        f'lora_modules=["adapter={models.adapter}"]',
+        f'lora_modules=["adapter={models.adapter}"]', *arguments,
     )  # fmt: skip
-    running = home.up(models.demo, "prefix", arguments, "--config", str(config), "--replicas", "3", "--gateways", "2")
-    yield running
-    assert home.kervan("down", "--name", "prefix").returncode == 0
+    numbers = ("--replicas", str(replicas), "--gateways", str(gateways))
+    yield home.up(models.demo, name, arguments, "--config", str(config), *numbers)
+    assert home.kervan("down", "--name", name).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def twins(home: Home, models: Models, twins: Fleet) -> Iterator[Fleet]:
+    """Three twins and two gateways."""
+    with fleet_of_twins(home, models, "prefix", replicas=3, gateways=2) as running:
+        yield running
 
 
 def ids(rng: random.Random, count: int) -> list[int]:
@@ -210,12 +219,15 @@ async def test_a_replica_that_was_lost_is_expected_to_have_nothing(twins: Fleet)
     assert hit >= FOUND * predicted
 
 
-@pytest.mark.destructive
-async def test_with_prefix_caching_off_routing_by_prefix_is_off(twins: Fleet) -> None:
-    await kervan(twins, "up", "--engine-arg", "enable_prefix_caching=false")
-    await asyncio.to_thread(twins.wait_until_whole, 3, 2)
+def test_with_prefix_caching_off_routing_by_prefix_is_off(home: Home, models: Models, twins: Fleet) -> None:
+    """On a small fleet of its own: to change the other one would start all of it anew, and once more to change it back."""
     chats = [Chat(random.Random(f"off {n}")) for n in range(4)]
-    for _ in range(3):
-        await asyncio.gather(*(chat.turn(twins) for chat in chats))
-    assert share(chats) == 0
-    assert twins.total("kervan_prefix_possible_tokens_total") == 0
+
+    async def talk(fleet: Fleet) -> None:
+        for _ in range(3):
+            await asyncio.gather(*(chat.turn(fleet) for chat in chats))
+
+    with fleet_of_twins(home, models, "off", "enable_prefix_caching=false", replicas=2, gateways=1) as fleet:
+        asyncio.run(talk(fleet))
+        assert share(chats) == 0
+        assert fleet.total("kervan_prefix_possible_tokens_total") == 0

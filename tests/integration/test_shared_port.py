@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -73,7 +74,8 @@ def num_answered(fleet: Fleet) -> float:
 
 def test_each_model_is_answered_by_its_fleet_on_every_connection(alpha: Fleet, beta: Fleet, models: Models) -> None:
     before = {fleet.name: num_answered(fleet) for fleet in (alpha, beta)}
-    for i in range(32):  # the kernel spreads them: 1 in 2**31 that one gateway gets all
+
+    def ask(i: int) -> None:
         name = ("alpha", "beta")[i % 2]
         prompt = [5, 6, 7, 8 + i]
         more = {"ignore_eos": True, "return_token_ids": True}
@@ -87,6 +89,9 @@ def test_each_model_is_answered_by_its_fleet_on_every_connection(alpha: Fleet, b
         assert {chunk.model for chunk in chunks} == {name}
         assert told.token_ids == pieces == expected(models, prompt, 9)
         assert len(chunks) > 3  # in pieces, not all at the end
+
+    with ThreadPoolExecutor(8) as users:  # each waits for most of its time
+        list(users.map(ask, range(32)))  # the kernel spreads them: 1 in 2**31 that one gateway gets all
     for fleet in (alpha, beta):
         eventually(lambda fleet=fleet: num_answered(fleet) == before[fleet.name] + 32, f"32 by {fleet.name}", 10)
 

@@ -245,39 +245,45 @@ def test_pure_packages_load_nothing_heavy() -> None:
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        *(
-            [command, "--help"]
-            for command in (
-                "up",
-                "bench",
-                "chaos",
-                "calibrate",
-                "cluster",
-                "comm",
-                "doctor",
-                "plan",
-                "simulate",
-                "memory",
-                "pipeline",
-                "observe",
-            )
-        ),
-    ],
-    ids=" ".join,
+COMMANDS = (
+    "up",
+    "bench",
+    "chaos",
+    "calibrate",
+    "cluster",
+    "comm",
+    "doctor",
+    "observe",
+    "plan",
+    "simulate",
+    "memory",
+    "pipeline",
 )
-def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Each in a fork of an interpreter that has loaded nothing of it."""
+    helps = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
     code = f"""
-import runpy
-sys.argv = ["kervan", *{arguments!r}]
-try:
-    runpy.run_module("kervan", run_name="__main__")
-except SystemExit as end:
-    assert not end.code, end.code
+import os, runpy
+loaded = {{}}
+for arguments in {helps!r}:
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        sys.argv = ["kervan", *arguments]
+        os.dup2(2, 1)
+        status = None
+        try:
+            runpy.run_module("kervan", run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        heavy = [m for m in {HEAVY!r} if m in sys.modules]
+        os.write(writer, f"ended with {{status or 0}} {{heavy}}".encode())
+        os._exit(0)
+    os.close(writer)
+    loaded[" ".join(arguments)] = os.read(reader, 1000).decode()
+    os.wait()
+assert set(loaded.values()) == {{"ended with 0 []"}}, loaded
 """
     assert loaded_by(code) == set()
 

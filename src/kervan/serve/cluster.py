@@ -215,6 +215,7 @@ def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:
         ray_internals.NICENESS_VARIABLE: "0",
         ray_internals.CONTROL_LOOP_VARIABLE: "0.5",
         ray_internals.PRESTART_VARIABLE: "0",
+        ray_internals.REPORTER_VARIABLE: "60000",  # this Ray has no dashboard
         ray_internals.KUBERNETES_AUTH_VARIABLE: "0",  # in a pod of KubeRay it is set, and would ask for another token
     }
     if has_haproxy:

@@ -24,9 +24,9 @@ def main() -> None:
     import ray
 
     from kervan.serve.cluster import sigterm_kept
-    from kervan.serve.ray_internals import TEMP_DIR_OPTION, leave_out_log_monitor
+    from kervan.serve.ray_internals import TEMP_DIR_OPTION, leave_out_parts
 
-    leave_out_log_monitor()
+    leave_out_parts()
     with sigterm_kept():
         context = ray.init(
             address="local",

@@ -26,6 +26,8 @@ HAPROXY_PORT_VARIABLES = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_S
 DRAINING_VARIABLE = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 # Ray starts an idle worker per core when its first driver joins; kervan has a few actors, whatever the number of cores.
 PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
+# How often a node's agent looks at all processes for Ray's dashboard, in ms: every 5 s by default.
+REPORTER_VARIABLE = "REPORTER_UPDATE_INTERVAL_MS"
 # With it, tokens are those of Kubernetes' service accounts, and Kubernetes is asked whether one is good.
 KUBERNETES_AUTH_VARIABLE = "RAY_ENABLE_K8S_TOKEN_AUTH"
 
@@ -124,14 +126,18 @@ def silence_driver() -> None:
     worker._worker_logs_enabled = False
 
 
-def leave_out_log_monitor() -> None:
-    """Let `ray.init` of this process start a Ray without the process that reads all logs for drivers that print them.
+def leave_out_parts() -> None:
+    """Let `ray.init` of this process start a Ray without what a Ray of one machine has no use for.
 
-    The logs themselves are as ever. `ray.init` has no word for it, as `ray start` has.
+    That is three processes, each of which imports Ray once more: what reads all logs for drivers that print them (they
+    are written as ever), the autoscaler, which would ask a cloud for nodes, and the dashboard's server, of which
+    `include_dashboard=False` leaves out no more than its pages. `ray.init` has no words for that, as `ray start` has
+    for the first two.
     """
-    from ray._private import parameter
+    from ray._private import parameter, services
 
-    parameter.RayParams = partial(parameter.RayParams, include_log_monitor=False)
+    parameter.RayParams = partial(parameter.RayParams, include_log_monitor=False, no_monitor=True)
+    services.start_api_server = lambda *_, **__: (None, None)  # as where it does not start: nothing needs it
 
 
 # ---- Serve

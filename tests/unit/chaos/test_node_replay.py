@@ -14,6 +14,7 @@ from harness.twin_server import SHAPE, serving
 
 from kervan import cli
 from kervan.bench.load import Endpoint
+from kervan.chaos import checked_run
 from kervan.chaos.checked_load import RepeatedTrace
 from kervan.chaos.node_replay import ReplayRun, fleet_config
 from kervan.chaos.plans import ReplayPlan
@@ -89,6 +90,12 @@ class MemoryCluster:
     def _tell(self) -> None:
         self._version += 1
         self._changed.notify_all()
+
+
+@pytest.fixture(autouse=True)
+def no_gateways_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This cluster tells what it moved when it moves it."""
+    monkeypatch.setattr(checked_run, "BEAT_S", 0.05)
 
 
 @pytest.fixture
