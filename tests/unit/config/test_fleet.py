@@ -164,7 +164,7 @@ def test_sessions_that_one_gateway_keeps(more: dict[str, Any]) -> None:
         ({"modle": "m"}, "has unknown setting 'modle'; did you mean 'model'?"),
         ({"model": "m", "replica": 2}, "did you mean 'replicas'?"),
         ({"model": "m", "api_key": ["k"]}, "did you mean 'api_keys'?"),
-        ({"model": "m", "qqq": 2}, "known settings: api_keys, autoscaling, device, drain_timeout_s, "),
+        ({"model": "m", "qqq": 2}, "known settings: adds_nodes, api_keys, autoscaling, device, drain_timeout_s, "),
         ({}, "names no model; give MODEL"),
         ({"model": ""}, "names no model; give MODEL"),
         ({"model": 7}, "model=7 is int; give text"),

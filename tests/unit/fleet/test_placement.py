@@ -96,7 +96,7 @@ async def test_a_stream_held_too_long_is_failed() -> None:
         await bench.add("s")
         await bench.ended("s")
         assert bench.failed("s")
-        assert bench.client.counts.expired == 1
+        assert bench.client.counts.broken["expired"] == 1
         assert bench.client.num_held == 0
 
 
