@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from harness.live import START_S, Fleet, eventually_async
-from harness.ray_cluster import RayCluster, ray_cluster
+from harness.ray_cluster import RayCluster
 from harness.shared_fleet import Models
 from harness.twin_load import STEP_S, kervan, load
 from ray.autoscaler._private.fake_multi_node.node_provider import (
@@ -71,10 +71,14 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def cluster(scratch: Path) -> Iterator[RayCluster]:
     """A head, whose autoscaler adds one spot node when something waits for it."""
+    owned = RayCluster(scratch, "grow")
     config = scratch / "nodes.json"
-    config.write_text(json.dumps(NODES))
-    with ray_cluster(scratch, "grow", "--num-cpus=2", f"--autoscaling-config={config}", head_env=AUTOSCALER) as owned:
+    config.write_text(json.dumps({**NODES, "provider": {**NODES["provider"], "gcs_address": owned.address}}))
+    try:
+        owned.start_head("--num-cpus=2", f"--autoscaling-config={config}", env=AUTOSCALER)
         yield owned
+    finally:
+        owned.close()
 
 
 def pools_of(fleet: Fleet) -> list[str]:
