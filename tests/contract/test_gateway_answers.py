@@ -106,7 +106,8 @@ def test_the_api_describes_itself_to_all_and_is_called_with_a_key(trio: GatewayT
     assert (described["info"]["title"], described["info"]["version"]) == (FLEET_NAME, kervan.__version__)
     own = {path for path, item in described["paths"].items() if "'kervan'" in str(item)}
     streams = "/v1/streams/{stream_id}"
-    assert own == {"/generate", "/chat", streams, "/kervan/status", "/health", "/health/ready", "/metrics"}
+    requests = "/kervan/requests/{request_id}"
+    assert own == {"/generate", "/chat", streams, requests, "/kervan/status", "/health", "/health/ready", "/metrics"}
     assert "/v1/chat/completions" in described["paths"]
     assert described["security"] == [{"api_key": []}]
     assert described["paths"]["/health"]["get"]["security"] == []
