@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from kervan.bench.endpoint import open_direct
+from kervan.direct_http import open_direct
 from kervan.ports import free_port
 
 HERE = Path(__file__).resolve().parent

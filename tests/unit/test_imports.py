@@ -20,6 +20,7 @@ BOTTOM = (
     "ports.py",
     "plain_tokenizer.py",
     "autogroups.py",
+    "direct_http.py",
     "logs.py",
     "metrics.py",
     "vendor",
@@ -195,6 +196,8 @@ def test_packages_of_pure_code_import_nothing_heavy_even_inside_functions() -> N
 def test_no_server_of_ours_is_asked_through_a_proxy_of_the_environment() -> None:
     # urlopen honours http_proxy, and no proxy knows this machine's or a cluster's addresses.
     assert [path for path in source_files() if "urlopen(" in path.read_text()] == []
+    openers = [str(path.relative_to(PACKAGE)) for path in source_files() if "build_opener(" in path.read_text()]
+    assert sorted(openers) == ["direct_http.py", "observe/hub.py"]  # the hub is asked as the environment says
 
 
 def loaded_by(code: str) -> set[str]:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from kervan.bench.exchange import Exchange
 from kervan.bench.load import PATHS, Endpoint, Load
@@ -21,6 +20,7 @@ from kervan.bench.prompts import Alphabet, Request, check_api, encode, read_prom
 from kervan.bench.refusals import is_hopeless
 from kervan.bench.served_by import ServedBy, from_headers, from_status
 from kervan.config.workload import parse_lengths
+from kervan.direct_http import NO_RESPONSE, open_direct, parse_url
 from kervan.errors import ConfigError, FleetError
 from kervan.vendor import vllm_names
 
@@ -30,8 +30,6 @@ PROBE_TIMEOUT_S = 60.0
 NUM_WORDS = 256
 SHOWN_MODELS = 8
 STATUS_PATH = "/kervan/status"
-NO_RESPONSE = (OSError, ValueError, http.client.HTTPException)  # what urllib raises
-UNSENDABLE = frozenset(map(chr, range(33))) | {"\x7f"}  # http.client sends no such character in a URL
 
 
 class RequestError(Exception):
@@ -63,41 +61,6 @@ class Probe:
         """The same after a first request that failed."""
         assert exchange.error is not None
         return replace(self, error=exchange.error, complaint=f"{exchange.error}: {exchange.message}")
-
-
-def parse_url(text: str) -> str:
-    """A base URL without `/v1` and slash at the end.
-
-    Raises: ConfigError.
-    """
-    url = text if "//" in text else f"http://{text}"
-    parts = urlsplit(url)
-    try:
-        port = parts.port
-    except ValueError:
-        port = -1
-    if (
-        set(text) & UNSENDABLE
-        or parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or port == -1
-        or parts.query
-        or parts.fragment
-    ):
-        raise ConfigError(f"{text!r} is not a server URL; write one like http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
-
-
-def open_direct(url: str | urllib.request.Request, *, timeout_s: float, verify_tls: bool = True) -> Any:
-    """The response to a request that goes to its server directly, as the load does.
-
-    A proxy that the environment names does not know the addresses of this machine and of a cluster.
-
-    Raises: those of NO_RESPONSE; URLError and HTTPError are kinds of OSError.
-    """
-    context = None if verify_tls else ssl._create_unverified_context()
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
-    return direct.open(url, timeout=timeout_s)
 
 
 def _open(endpoint: Endpoint, path: str, body: bytes | None = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:

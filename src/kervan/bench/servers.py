@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kervan.bench.endpoint import NO_RESPONSE, open_direct, parse_url
+from kervan.direct_http import NO_RESPONSE, open_direct, parse_url
 from kervan.errors import ConfigError, FleetError
 from kervan.ports import free_port
 from kervan.vendor.vllm_names import MODELS_PATH

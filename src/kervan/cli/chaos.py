@@ -220,10 +220,10 @@ def _replay(given: ChaosOptions) -> "ChaosReport":
 
 def _disturb(given: ChaosOptions) -> "ChaosReport":
     plan = given.disruption_plan()
-    from kervan.bench.endpoint import parse_url
     from kervan.bench.load import Endpoint
     from kervan.chaos import fleet_under_test, periodic_run
     from kervan.cli import render
+    from kervan.direct_http import parse_url
 
     key = options.client_key(given.api_key)
     headers = (("Authorization", f"Bearer {key}"),) if key else ()

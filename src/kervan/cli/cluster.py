@@ -226,7 +226,8 @@ def _print_rendered(out: Path, rendered: "Rendered") -> None:
         count = str(group.least) if group.least == group.most else f"{group.least}..{group.most}"
         each = f"{request.machine.gpus} GPU{'s' * (request.machine.gpus != 1)}" if request.machine.gpus else "no GPU"
         grace = request.grace(group.market)
-        click.echo(f"{group.market}: {count} nodes with {each}; {grace.drain_s} s to drain, {grace.period_s} s to end")
+        nodes = f"{count} node{'s' * (count != '1')} with {each}"
+        click.echo(f"{group.market}: {nodes}; {grace.drain_s} s to drain, {grace.period_s} s to end")
     for note in rendered.notes:
         click.echo(f"note: {note}")
     for name in rendered.files:

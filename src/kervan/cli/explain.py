@@ -25,10 +25,11 @@ def explain(
     REQUEST_ID is the `id` of its answer, the header X-Kervan-Stream-Id, or the X-Request-Id that the client sent. Each
     gateway remembers its last requests (remembered_requests) and those in flight.
     """
+    from kervan import direct_http
     from kervan.cli import render
     from kervan.serve import explaining
 
-    where = url or explaining.gateway_url(name, address)
+    where = direct_http.parse_url(url, "--url") if url else explaining.gateway_url(name, address)
     told = explaining.ask(where, name, request_id, options.client_key(api_key))
     if as_json:
         render.print_json(told)
@@ -74,7 +75,9 @@ def print_request(told: dict[str, Any]) -> None:
                 f"{stream['output_tokens']:,} generated, {ended}",
                 markup=False, soft_wrap=True,
             )  # fmt: skip
-        console.print(table)
+        with console.capture() as drawn:
+            console.print(table)
+        click.echo("\n".join(line.rstrip() for line in drawn.get().splitlines()))
         for move in stream["moves"] if stream else []:
             pause = f"{format_duration(move['pause_s'])} without a token" if move["pause_s"] else "it had no token yet"
             console.print(

@@ -37,6 +37,7 @@ def render(
 ) -> None:  # fmt: skip
     """Write scrape configuration, recording and alert rules, and dashboards into DIR."""
     from kervan.cli import render as rendering
+    from kervan.cluster.request import check_namespace
     from kervan.observe.render import files
 
     outputs.check_directory("DIR", directory if directory.exists() else directory.parent)
@@ -49,6 +50,7 @@ def render(
             option_types.RENDEZVOUS.parse(host, option)
     fleet = ""
     if how == "kubernetes":
+        check_namespace(namespace)
         pairs = dict(options.parse_assignment(text, "--label") for text in labels)
         written = files.for_kubernetes(directory, namespace=namespace, labels=pairs, objective=objective)
     else:

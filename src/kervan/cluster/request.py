@@ -39,6 +39,15 @@ class Machine:
     memory_gib: int = 64
 
 
+def check_namespace(text: str) -> None:
+    """Raises: ConfigError for what Kubernetes takes for no name of a namespace."""
+    if NAMESPACE.fullmatch(text) is None:
+        raise ConfigError(
+            f"--namespace {text!r} is no name of a namespace; use 1 to 63 lower-case letters, digits and "
+            "hyphens, such as llm"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderRequest:
     """A fleet on machines. `image`: of the container, with an exact tag or digest; empty for targets without one.
@@ -64,11 +73,7 @@ class RenderRequest:
     def __post_init__(self) -> None:
         if self.target in ("kuberay", "compose", *LAUNCHERS):
             check_image(self.image)
-        if NAMESPACE.fullmatch(self.namespace) is None:
-            raise ConfigError(
-                f"--namespace {self.namespace!r} is no name of a namespace; use 1 to 63 lower-case letters, digits and "
-                "hyphens, such as llm"
-            )
+        check_namespace(self.namespace)
         if len(self.fleet.api_keys) > 1:
             raise ConfigError(
                 f"the fleet has {len(self.fleet.api_keys)} api_keys, and what is rendered takes one, as "

@@ -206,6 +206,11 @@ def _nofile(machine: Machine) -> Check:
     soft, hard = machine.nofile
     said = f"{'no limit' if soft < 0 else soft} open files (hard limit {'none' if hard < 0 else hard})"
     fix = f"ulimit -n {GOOD_NOFILE} before kervan up and ray start; LimitNOFILE={GOOD_NOFILE} in a service"
+    if 0 <= hard < GOOD_NOFILE:
+        fix = (
+            f"raise the hard limit to {GOOD_NOFILE}: LimitNOFILE in a service, nofile in /etc/security/limits.conf for "
+            "a login, --ulimit nofile for a container"
+        )
     if 0 <= soft < MIN_NOFILE:
         return failed("nofile", f"{said}: a gateway needs one for each client, and Ray hundreds", fix)
     if 0 <= soft < GOOD_NOFILE:

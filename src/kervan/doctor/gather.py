@@ -14,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ import psutil
 from kervan import autogroups
 from kervan.comm import gather as hosts
 from kervan.comm.facts import HostFacts
+from kervan.direct_http import NO_RESPONSE, open_direct, reason
 from kervan.doctor.machine import FleetAnswer, Folder, HubCache, Machine, Port, Versions
 from kervan.errors import FleetError
 from kervan.observe import hub
@@ -209,17 +209,15 @@ def _ray(address: str | None, fleet: cluster.Remembered | None, environ: Mapping
 
 def ask_fleet(name: str, url: str) -> FleetAnswer:
     """Whether a gateway answers at `url` and is ready."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(url + READY_PATH, timeout=ANSWER_S) as response:
+        with open_direct(url + READY_PATH, timeout_s=ANSWER_S) as response:
             date = response.headers.get("date")
     except urllib.error.HTTPError as error:
         with error:
             said = re.search(r'"reason":\s*"([^"]*)', error.read().decode(errors="replace"))
         return FleetAnswer(name=name, url=url, problem=said[1] if said else f"it answers {error.code}")
-    except (OSError, HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        return FleetAnswer(name=name, url=url, problem=f"no gateway answers ({' '.join(str(reason).split())[:200]})")
+    except NO_RESPONSE as error:
+        return FleetAnswer(name=name, url=url, problem=f"no gateway answers ({reason(error)})")
     ahead_s = None if date is None else email.utils.parsedate_to_datetime(date).timestamp() - time.time()
     return FleetAnswer(name=name, url=url, clock_ahead_s=ahead_s)
 

@@ -4,11 +4,11 @@ Source: dcgm-exporter's default-counters.csv and dcp-metrics-included.csv, 4.8. 
 """
 
 import re
-import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from typing import Literal
+
+from kervan.direct_http import NO_RESPONSE, open_direct
 
 URL = "http://127.0.0.1:9400/metrics"
 TIMEOUT_S = 2.0
@@ -142,9 +142,8 @@ def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
 
 def fetch(url: str = URL) -> tuple[GpuCounters, ...] | None:
     """What a dcgm-exporter at `url` tells; None where none answers."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(url, timeout=TIMEOUT_S) as response:
+        with open_direct(url, timeout_s=TIMEOUT_S) as response:
             return parse(response.read().decode(errors="replace")) or None
-    except (OSError, HTTPException, ValueError):
+    except NO_RESPONSE:
         return None

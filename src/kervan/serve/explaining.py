@@ -2,11 +2,11 @@
 
 import json
 import urllib.request
-from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 
+from kervan.direct_http import NO_RESPONSE, open_direct, reason
 from kervan.errors import FleetError
 from kervan.serve import cluster
 
@@ -35,18 +35,16 @@ def ask(url: str, name: str, request_id: str, api_key: str | None) -> dict[str, 
     """
     where = f"{url.rstrip('/')}{REQUESTS_PATH}{quote(request_id, safe='')}?{urlencode({'fleet': name})}"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(urllib.request.Request(where, headers=headers), timeout=TIMEOUT_S) as response:
+        with open_direct(urllib.request.Request(where, headers=headers), timeout_s=TIMEOUT_S) as response:
             told: dict[str, Any] = json.loads(response.read())
             return told
     except HTTPError as error:
         with error:
             said = _message(error.read())
         raise FleetError(said or f"the gateway at {url} answers {error.code}") from error
-    except (OSError, HTTPException, ValueError) as error:
-        said = " ".join(str(getattr(error, "reason", None) or error).split())[:200]
-        raise FleetError(f"no gateway answers at {url} ({said}); see kervan status --name {name}") from error
+    except NO_RESPONSE as error:
+        raise FleetError(f"no gateway answers at {url} ({reason(error)}); see kervan status --name {name}") from error
 
 
 def _message(body: bytes) -> str:

@@ -7,13 +7,13 @@ import json
 import sys
 import urllib.request
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 
 import msgspec
 
 from kervan.config.fleet import FleetConfig
+from kervan.direct_http import NO_RESPONSE, open_direct, reason
 from kervan.errors import FleetError
 from kervan.fleet.directory import Snapshot
 from kervan.serve import cluster
@@ -113,9 +113,8 @@ def _ask_gateway(status: PartialStatus, api_key: str | None) -> None:
     request = urllib.request.Request(
         f"{status.url}{STATUS_PATH}?fleet={status.name}", headers={"Authorization": f"Bearer {key}"} if key else {}
     )
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(request, timeout=GATEWAY_TIMEOUT_S) as response:
+        with open_direct(request, timeout_s=GATEWAY_TIMEOUT_S) as response:
             told = json.loads(response.read())
             if told["fleet"] != status.name:
                 status.unknown.append(f"what answers at {status.url} is a gateway of fleet {told['fleet']!r}")
@@ -126,6 +125,5 @@ def _ask_gateway(status: PartialStatus, api_key: str | None) -> None:
     except HTTPError as error:
         hint = "; set KERVAN_API_KEY to one of its keys" if error.code == 401 else ""
         status.unknown.append(f"the gateway at {status.url} answers {error.code}{hint}")
-    except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError, HTTPException) as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        status.unknown.append(f"no gateway answers at {status.url} ({said})")
+    except (*NO_RESPONSE, KeyError, TypeError, msgspec.ValidationError) as error:
+        status.unknown.append(f"no gateway answers at {status.url} ({reason(error)})")

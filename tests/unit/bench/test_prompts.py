@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from kervan.bench.endpoint import _local_words, parse_url
+from kervan.bench.endpoint import _local_words
 from kervan.bench.load import Endpoint, Load
 from kervan.bench.prompts import Alphabet, Prompts, check_api, http_request, read_prompts
 from kervan.config.workload import TraceRow
+from kervan.direct_http import parse_url
 from kervan.errors import ConfigError
 
 IDS = Alphabet(vocab_size=500)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+from harness.command_line import Kervan
 
 from kervan import __version__, cli
 from kervan.cli import bench
@@ -49,37 +50,6 @@ def model(tmp_path: Path) -> Path:
     (directory / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (directory / "tokenizer.json").write_text("{}")
     return directory
-
-
-class Kervan:
-    """Runs the command line in this process, as `kervan` and `python -m kervan` do."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def run(self, *arguments: object) -> tuple[int, str, str]:
-        """Exit status, stdout, stderr."""
-        self._monkeypatch.setattr(sys, "argv", ["kervan", *map(str, arguments)])
-        self._capsys.readouterr()
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        else:
-            code = 0
-        captured = self._capsys.readouterr()
-        return int(code), captured.out, captured.err
-
-    def fails(self, *arguments: object, status: int = 2) -> str:
-        """The one line of a failure."""
-        code, out, err = self.run(*arguments)
-        assert code == status, err
-        assert out == ""
-        assert err.endswith("\n")
-        assert err.count("\n") == 1, err
-        assert err.startswith("error: ")
-        return err.strip()
 
 
 @pytest.fixture

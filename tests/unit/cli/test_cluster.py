@@ -1,48 +1,16 @@
 """`kervan cluster`: files where they were asked for, JSON for scripts, and one line for what makes no sense."""
 
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from harness.clusters import IMAGE
-
-from kervan import cli
-
-
-class Kervan:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def run(self, *words: object) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["kervan", "cluster", *map(str, words)])
-        self._capsys.readouterr()
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = self._capsys.readouterr()
-        assert isinstance(code, int)
-        return code, out, err
-
-    def json(self, *words: object) -> dict[str, Any]:
-        code, out, err = self.run(*words, "--json")
-        assert (code, err) == (0, ""), err
-        found: dict[str, Any] = json.loads(out)
-        return found
-
-    def fails(self, *words: object) -> str:
-        code, out, err = self.run(*words)
-        assert (code, out, err.count("\n")) == (2, "", 1), err
-        return err
+from harness.command_line import Kervan
 
 
 @pytest.fixture
 def kervan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kervan:
-    return Kervan(monkeypatch, capsys)
+    return Kervan(monkeypatch, capsys, "cluster")
 
 
 @pytest.fixture
@@ -59,7 +27,7 @@ def test_files_are_written_and_what_to_do_with_them_is_said(kervan: Kervan, flee
         "--out", out,
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert "on-demand: 1 nodes with 8 GPUs; 60 s to drain, 75 s to end" in said
+    assert "on-demand: 1 node with 8 GPUs; 60 s to drain, 75 s to end" in said
     assert "spot nodes get 10 s to drain in place of drain_timeout_s=60: gcp gives 30 s of notice" in said
     assert f"kubectl -n default apply -f {out}" in said
     assert sorted(path.name for path in out.iterdir()) == [

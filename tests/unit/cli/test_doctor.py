@@ -40,9 +40,9 @@ def test_checks_skipped_for_one_reason_share_a_line(monkeypatch: pytest.MonkeyPa
 
 
 def test_its_json_has_the_checks_and_what_they_were_concluded_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    status, text = run(monkeypatch, machine(nofile=(1024, 4096)), "--json")
+    status, text = run(monkeypatch, machine(nofile=(1024, 1 << 20)), "--json")
     told = json.loads(text)
     assert (status, told["ok"], told["counts"]["fail"]) == (1, False, 1)
     (failed,) = (check for check in told["checks"] if check["verdict"] == "fail")
     assert failed["name"] == "nofile" and failed["fix"].startswith("ulimit -n")
-    assert told["machine"]["nofile"] == [1024, 4096]
+    assert told["machine"]["nofile"] == [1024, 1 << 20]

@@ -24,6 +24,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
     return status, printed.out, printed.err
 
 
+def test_a_namespace_that_kubernetes_would_refuse_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("render", str(tmp_path / "m"), "--scrape", "kubernetes", "--namespace", "X Y")
+    status, _, said = run(monkeypatch, capsys, *words)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "--namespace 'X Y' is no name of a namespace" in said
+
+
 def test_render_writes_what_prometheus_and_grafana_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,7 +57,7 @@ def test_render_writes_what_prometheus_and_grafana_read(
         (("plot", "--out", "x.svg"), "give either DIR or --prometheus URL"),
         (("plot", ".", "--prometheus", "http://h", "--out", "x.svg"), "give either DIR or --prometheus URL"),
         (("plot", "--prometheus", "http://h", "--out", "x.png"), "ends with neither .svg nor .html"),
-        (("plot", "--prometheus", "h:9090", "--out", "x.svg"), "is no URL"),
+        (("plot", "--prometheus", "ftp://h:9090", "--out", "x.svg"), "--prometheus 'ftp://h:9090' is not a server URL"),
         (("plot", "--prometheus", "http://h", "--out", "x.svg", "--for", "1s"), "is below 10 s"),
         (("plot", "--prometheus", "http://h", "--out", "x.svg", "--dashboard", "f"), "none of fleet, replica"),
     ],

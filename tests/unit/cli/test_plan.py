@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.command_line import Kervan
 from harness.places import MODELS
 
-from kervan import cli
 from kervan.facts import weight_files
 
 
@@ -26,38 +25,9 @@ KEYS = {
 }  # fmt: skip
 
 
-class Kervan:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def run(self, *words: object) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["kervan", "plan", *map(str, words)])
-        self._capsys.readouterr()
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        done = self._capsys.readouterr()
-        return int(str(code)), done.out, done.err
-
-    def json(self, *words: object) -> dict[str, Any]:
-        code, out, err = self.run(*words, "--json")
-        assert code == 0, err
-        found: dict[str, Any] = json.loads(out)
-        return found
-
-    def fails(self, *words: object) -> str:
-        code, out, err = self.run(*words)
-        assert (code, out) == (2, "")
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
-
-
 @pytest.fixture
 def kervan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kervan:
-    return Kervan(monkeypatch, capsys)
+    return Kervan(monkeypatch, capsys, "plan")
 
 
 def test_json(kervan: Kervan) -> None:

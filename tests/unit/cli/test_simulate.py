@@ -4,44 +4,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from harness.command_line import Kervan
 from harness.places import MODELS, TRACES
-
-from kervan import cli
 
 SMALL = str(MODELS / "llama3-8b")
 BASE = ("--model", SMALL, "--gpu", "H200")
 LOAD = ("--rate", "2/s", "--duration", "20s", "--isl", "64..256", "--osl", "8..32")
 
 
-class Kervan:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def run(self, *words: object) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["kervan", "simulate", *map(str, words)])
-        self._capsys.readouterr()
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = self._capsys.readouterr()
-        assert isinstance(code, int)
-        return code, out, err
-
-    def json(self, *words: object) -> dict[str, Any]:
-        code, out, err = self.run(*words, "--json")
-        assert (code, err) == (0, ""), err
-        found: dict[str, Any] = json.loads(out)
-        return found
-
-
 @pytest.fixture
 def kervan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kervan:
-    return Kervan(monkeypatch, capsys)
+    return Kervan(monkeypatch, capsys, "simulate")
 
 
 def test_json_has_what_scripts_read(kervan: Kervan) -> None:

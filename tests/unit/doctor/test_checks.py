@@ -105,6 +105,12 @@ def test_the_fix_for_a_proxy_keeps_what_goes_without_it_already() -> None:
     assert "no_proxy=corp.example,127.0.0.1,localhost,10.0.0.11" in check.fix
 
 
+@pytest.mark.parametrize(("hard", "fix"), [(1 << 20, "ulimit -n 65536"), (4096, "raise the hard limit to 65536")])
+def test_open_files_are_raised_by_ulimit_as_far_as_the_hard_limit_lets_it(hard: int, fix: str) -> None:
+    (check,) = (c for c in examine(machine(nofile=(1024, hard))) if c.name == "nofile")
+    assert check.fix.startswith(fix)
+
+
 @pytest.mark.parametrize(
     ("host", "no_proxy", "exempt"),
     [

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from kervan.direct_http import NO_RESPONSE, open_direct, parse_url, reason
 from kervan.errors import ConfigError, KervanError
 from kervan.ports import free_port
 from kervan.units import parse_duration_s
@@ -47,10 +48,7 @@ class Prometheus:
 
     def __init__(self, url: str) -> None:
         """Raises: ConfigError for what is no URL."""
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise ConfigError(f"--prometheus {url!r} is no URL; write for example --prometheus http://127.0.0.1:9090")
-        self.url = url.rstrip("/")
-        self._direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.url = parse_url(url, "--prometheus")
 
     def query_range(self, expr: str, begin_s: float, end_s: float, step_s: float) -> list[Series]:
         """The values of an expression. Raises: PrometheusError."""
@@ -78,15 +76,14 @@ class Prometheus:
     def _get(self, path: str, **parameters: str) -> Any:
         url = f"{self.url}/api/v1/{path}"
         try:
-            with self._direct.open(url, urllib.parse.urlencode(parameters).encode() if parameters else None,
-                                   timeout=TIMEOUT_S) as response:  # fmt: skip
+            body = urllib.parse.urlencode(parameters).encode() if parameters else None
+            with open_direct(url, timeout_s=TIMEOUT_S, body=body) as response:
                 told = json.load(response)
         except urllib.error.HTTPError as error:
             raise PrometheusError(f"{self.url} refused {parameters or path}: {_reason(error)}") from error
-        except (OSError, ValueError) as error:
-            why = getattr(error, "reason", error)
+        except NO_RESPONSE as error:
             raise PrometheusError(
-                f"no Prometheus answers at {self.url} ({why}); start it, or give its address: --prometheus http://HOST:9090"
+                f"no Prometheus answers at {self.url} ({reason(error)}); start it, or give its address: --prometheus http://HOST:9090"
             ) from error
         return told["data"]
 
