@@ -123,7 +123,7 @@ class ReplicaLink:
     risky_until_s: float = 0.0
     may_linger: bool = False
     _step_s: float | None = None  # between two steps, a mean over about the last ten
-    stalled_at_s: float | None = None  # when it was last found to stand still
+    stalled_at_s: float | None = None  # when it was first found to stand still since its last step
     _stepped_s: float = 0.0
 
     @property
@@ -186,6 +186,11 @@ class ReplicaLink:
         now_s = time.monotonic()
         is_reporting = now_s - self.pong_s < stall.MIN_PATIENCE_S
         return self.pong.step_tokens > 0 and is_reporting and self.stalled_s(now_s) > stall.MIN_PATIENCE_S
+
+    def found_stalled(self, now_s: float) -> None:
+        """It was found to stand still; maybe not for the first time since its last step, as it looks idle meanwhile."""
+        if self.stalled_at_s is None or self.stalled_at_s <= self._stepped_s:
+            self.stalled_at_s = now_s
 
     def stood_still_before(self, placed_s: float) -> bool:
         """Whether it was found to stand still before a stream was placed there, and has made no step since.

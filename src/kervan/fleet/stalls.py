@@ -35,7 +35,7 @@ class StallDetector:
             is_stalled = link.replica_id in decision.reasons
             if is_stalled and not link.load.is_stalled:
                 self._stalled_at_s.append(now_s)
-                link.stalled_at_s = now_s
+                link.found_stalled(now_s)
                 link.load.is_on_trial = True
             link.load.is_stalled = is_stalled
         return decision.reasons if decision.can_move else {}

@@ -194,6 +194,35 @@ async def test_a_replica_that_stood_still_before_is_lost_through_no_stream_that_
     assert bench.client.counts.given_up == 0
 
 
+async def test_a_suspect_that_comes_while_a_replica_stands_still_is_not_blamed_when_that_is_seen_again(
+    bench: Bench,
+) -> None:
+    """It waits there, as it is tried alone, so the replica is found to stand still once more, now with the suspect."""
+    a, b = await bench.start("a"), await bench.start("b")
+    await bench.add("x", max_tokens=200)
+    await bench.placed(a, "x")
+    await bench.add("y", max_tokens=200)
+    await bench.placed(b, "y")
+    await bench.steps(a, 1)
+    await bench.steps(b, 1)
+    b.stalled_s = 100.0
+    await bench.placed(a, "x", "y~1")
+    c = await bench.start("c")
+    await bench.add("s")
+    await bench.placed(c, "s")
+    await until(lambda: bench.link(c).pong_s > bench.link(c).streams["s"].placed_s, "it was alive with it")
+    b.stalled_s = 0.0
+    await until(lambda: not bench.link(b).load.is_stalled)
+    await bench.kill(c)
+    await bench.placed(b, "s~1")
+    b.stalled_s = 100.0
+    await until(lambda: bench.link(b).load.is_stalled, "it is found to stand still again")
+    await bench.kill(b)
+    await until(lambda: "s~2" in a.running)
+    await bench.finished("x", "y", "s")
+    assert bench.client.counts.given_up == 0
+
+
 async def test_a_stream_that_kills_two_replicas_is_given_up_and_its_neighbours_finish(bench: Bench) -> None:
     a, b = await bench.start("a"), await bench.start("b")
     for i in range(4):
