@@ -24,7 +24,7 @@ FORGOTTEN_S, FORGIVEN_S = 7200.0, 1800.0  # so long until what was proven counts
 LATE_SHARE = 0.005  # half of the 1% of the requests that may be late; with half of that all is well
 LOWERED_S = 300.0  # twice as many late as there may be lower the rate by 1/e in so long
 VAIN_SHARE, HELPED_SHARE = 0.7, 0.8  # with so much less to do, no more than this of what was late should be left
-VAIN_S = 3600.0  # if it does not, it is not tried again for so long, unless it becomes twice as bad
+VAIN_S = 3600.0  # if it does not, it is not tried again for so long
 EASED_S = 300.0  # replicas have had that much less to do for so long: as long as who kept the SLO is averaged over
 AT_EASE = 0.8  # of the bounds, at p95: more than this is no proof that all is well
 CALM_S = 60.0  # after a queue, and what was in it
@@ -96,7 +96,7 @@ class Correction:
             shown = per_replica / (rate.requests_per_s * self.pace)
             if bad < allowed / 2 and pressure < AT_EASE and shown > self.proven:
                 self.proven += (min(MOST, shown) - self.proven) * (1 - math.exp(-dt / PROVEN_S))
-            elif is_bad and not is_growing and self.is_calm(now_s, rate) and self._may_help(now_s, bad):
+            elif is_bad and not is_growing and self.is_calm(now_s, rate) and now_s >= self.vain_until_s:
                 self._lower(min(1.0, bad / allowed - 1) * dt / LOWERED_S, bad, per_replica, now_s)
         # Little's law is about a load that stands still: at the start of a burst many are in flight, and few have come.
         is_still = min(steady_s, load_steady_s) >= STEADY_S
@@ -116,14 +116,10 @@ class Correction:
         """Whether what ends now has come when there was no queue."""
         return now_s - self.calm_since_s > CALM_S + rate.stay_s
 
-    def _may_help(self, now_s: float, bad: float) -> bool:
-        return now_s >= self.vain_until_s or bad > 2 * self.bad_before
-
     def _lower(self, by: float, bad: float, per_replica: float, now_s: float) -> None:
         """Less per replica; if replicas that had that much less to do were not better, it is in vain."""
         if not self.lowered_from:
             self.lowered_from, self.bad_before, self.load_before = self.proven, bad, per_replica
-            self.vain_until_s = -math.inf
         self.proven = max(LEAST, self.proven * (1 - by))
         if per_replica >= VAIN_SHARE * self.load_before:
             self.eased_since_s = math.inf

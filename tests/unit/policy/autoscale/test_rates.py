@@ -99,8 +99,6 @@ def test_what_more_replicas_do_not_mend_is_not_their_rate() -> None:
     assert found.factor == pytest.approx(1.0, abs=0.01)
     found = corrected(600, found, 660, good=0.97, **eased)
     assert found.factor == pytest.approx(1.0, abs=0.01)
-    found = corrected(300, found, 1260, good=0.9)  # but when it becomes far worse, it is tried again
-    assert found.factor < 0.9
 
 
 def test_pressure_is_how_close_the_nearer_bound_is() -> None:
