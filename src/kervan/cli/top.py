@@ -35,7 +35,7 @@ def view(status: FleetStatus, width: int) -> list[Text]:
     numbers = f"{found.streams:,} streams, {found.held:,} held, {found.tokens_per_s:,.0f} tok/s, "
     lines = [
         Text.assemble((printable(status.name), "bold"), about),
-        Text(f"{numbers}TTFT {columns.duration(found.ttft_s)}"),
+        *map(Text, pages.wrapped(f"{numbers}TTFT {columns.duration(found.ttft_s)}", width)),
     ]
     if snapshot.scaling is not None and config.autoscaler is not None:
         lines += [Text(printable(line)) for line in scaling_lines(snapshot.scaling, last=0)]

@@ -79,7 +79,7 @@ def replica_columns(
     return [
         Column("replica", lambda r: r.id, 0, is_right=False, least=8),
         Column("state", lambda r: plain(state_text(r.state, r.reason, r.lateness)), 0, is_right=False, grows=True,
-               least=5),
+               least=9),
         Column("run", lambda r: str(r.running), 2),
         Column("wait", lambda r: str(r.waiting), 3),
         Column("KV", lambda r: share_text(r.kv_cache_usage, width=bar, is_unicode=is_unicode), 3),
@@ -121,7 +121,7 @@ def gateway_columns(history: History, width: int, *, is_unicode: bool) -> list[C
     bar = 8 if width >= 100 else 0
     return [
         Column("gateway", lambda g: g.id, 0, is_right=False, least=8),
-        Column("state", lambda g: plain(gateway_state_text(g)), 0, is_right=False, grows=True, least=5),
+        Column("state", lambda g: plain(gateway_state_text(g)), 0, is_right=False, grows=True, least=9),
         Column("streams", lambda g: str(g.streams), 1),
         Column("held", lambda g: str(g.held), 3),
         Column("moved", lambda g: f"{g.moved:,}", 4),
