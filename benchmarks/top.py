@@ -2,7 +2,7 @@
 
     python benchmarks/top.py [--svg docs/images/top.svg] [--record FILE] [--url URL --name NAME]
 
-Starts a fleet (or uses the one that is there), loads it, kills a twin, and runs `kervan top` in a pty, whose screen pyte
+Starts a fleet (or uses one that is there), loads it, kills a twin, and runs `kervan top` in a pty, whose screen pyte
 keeps and rich draws. CPU is that of `kervan top` and of its child that asks Ray, over a minute of looks each second.
 """
 

@@ -41,8 +41,8 @@ def view(status: FleetStatus, width: int) -> list[Text]:
         lines += [Text(printable(line)) for line in scaling_lines(snapshot.scaling, last=0)]
         lines += [Text(printable(line), "yellow") for line in (snapshot.scaling.problem,) if line]
     history = History()  # there is no past in one look, and so no pictures of it
-    replicas = [c for c in columns.replica_columns(snapshot, history, 80, is_unicode=False) if "over" not in c.title]
-    gateways = [c for c in columns.gateway_columns(history, 80, is_unicode=False) if "over" not in c.title]
+    replicas = [c for c in columns.replica_columns(snapshot, history, 80, is_unicode=False) if "so far" not in c.title]
+    gateways = [c for c in columns.gateway_columns(history, 80, is_unicode=False) if "so far" not in c.title]
     lines += [Text(), *table(replicas, snapshot.replicas, width), Text(), *table(gateways, snapshot.gateways, width)]
     notices = [
         Text(line, "yellow") for notice in notice_lines(snapshot, time.time()) for line in pages.wrapped(notice, width)

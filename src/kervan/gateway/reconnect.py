@@ -125,13 +125,16 @@ class Streams:
     async def post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         """Let `app` respond; `receive` gives the body first."""
         stream_id = self.new_id()
+        headers = list(scope["headers"])
+        if not header(scope, REQUEST_ID_HEADER):  # vLLM names the answer by it: the same name in all logs, and when it
+            headers.append((REQUEST_ID_HEADER, stream_id.rpartition("-")[2].encode()))  # is given again
+            scope = {**scope, "headers": headers}
+        if (record := current_request.get()) is not None:
+            record.request_id = header(scope, REQUEST_ID_HEADER).decode("latin-1")
         why_not = refusal(body) if self.store is not None and scope["path"] in REPLAYED_PATHS else None
         if self.store is None or why_not is None:
             await app(scope, receive, with_id(send, stream_id))
             return
-        headers = list(scope["headers"])
-        if not header(scope, REQUEST_ID_HEADER):  # vLLM names the answer by it; the same name when it is given again
-            headers.append((REQUEST_ID_HEADER, stream_id.rpartition("-")[2].encode()))
         kept_headers = [pair for pair in headers if pair[0] not in _NOT_KEPT]
         kept_body = b"" if why_not else body
         journal = Journal(stream_id, _key_digest(scope), scope["path"], kept_headers, kept_body, why_not)
@@ -141,7 +144,7 @@ class Streams:
             self.store.changed(journal)
             await app(scope, receive, with_id(send, stream_id))
         else:
-            await self._respond(self.store, app, Attempt(journal), {**scope, "headers": headers}, receive, send)
+            await self._respond(self.store, app, Attempt(journal), scope, receive, send)
 
     @staticmethod
     async def _respond(

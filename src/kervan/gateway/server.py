@@ -146,7 +146,7 @@ class Gateway:
         if config.otlp:
             self.tracing = Tracing(config.otlp, fleet=config.fleet_name, gateway_id=config.gateway_id)
         self.requests: RequestMemory | None = None
-        if config.remembered_requests or self.tracing is not None:
+        if config.remembered_requests or self.tracing is not None or config.log_format == "json":
             self.requests = RequestMemory(config.remembered_requests, self.tracing)
         self.shell = GatewayShell(
             self, config.api_keys, streams=self.streams, answers=self.answers, peers=self.peers, requests=self.requests

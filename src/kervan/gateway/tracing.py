@@ -52,6 +52,7 @@ class Tracing:
         )
         onward: dict[str, str] = {}
         self._propagator.inject(onward, set_span_in_context(record.span))
+        record.traceparent = onward.get("traceparent", record.traceparent)
         kept = [pair for pair in scope["headers"] if pair[0] not in TRACE_HEADERS]
         return {**scope, "headers": kept + [(name.encode(), value.encode("latin-1")) for name, value in onward.items()]}
 

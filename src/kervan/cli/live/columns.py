@@ -85,7 +85,7 @@ def replica_columns(
         Column("KV", lambda r: share_text(r.kv_cache_usage, width=bar, is_unicode=is_unicode), 3),
         Column("tok/s", lambda r: f"{rates[r.id].tokens_per_s:,.0f}", 1),
         Column("TTFT", lambda r: duration(rates[r.id].ttft_s), 4),
-        Column(f"tok/s, {length} looks" if length > 12 else "tok/s over", lambda r: Text(
+        Column("tok/s so far", lambda r: Text(
             spark(seen(r).tokens_per_s, length, is_unicode=is_unicode, top=highest), "cyan"), 6),
         Column("pool", lambda r: r.pool, 7, is_right=False),
         Column("node", lambda r: r.node + (f" +{len(r.nodes) - 1}" if len(r.nodes) > 1 else ""), 5, is_right=False),
@@ -127,7 +127,7 @@ def gateway_columns(history: History, width: int, *, is_unicode: bool) -> list[C
         Column("moved", lambda g: f"{g.moved:,}", 4),
         Column("busy", lambda g: share_text(g.busy, width=bar, is_unicode=is_unicode), 2),
         Column("tok/s", lambda g: f"{gateway_rate(g):,.0f}", 2),
-        Column("tok/s over", lambda g: Text(
+        Column("tok/s so far", lambda g: Text(
             spark(history.parts.get(g.id, none).tokens_per_s, length, is_unicode=is_unicode), "cyan"), 6),
         Column("node", lambda g: g.node, 5, is_right=False),
         Column("pid", lambda g: str(g.pid), 7),

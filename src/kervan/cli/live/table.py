@@ -65,8 +65,8 @@ def table(
         for place, number in enumerate(kept):
             _append(line, cells[number][row], widths[number], columns[number], is_first=place == 0)
         if row == chosen:
+            line = Text(line.plain, "reverse", no_wrap=True)  # over colours it could not be read
             line.truncate(width, overflow="crop", pad=True)
-            line.stylize("reverse")
         lines.append(line)
     for line in lines:
         line.truncate(width, overflow="crop")
