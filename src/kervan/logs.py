@@ -24,7 +24,7 @@ _ids_now: ContextVar[Ids | None] = ContextVar("ids_now", default=None)
 
 
 class about:  # noqa: N801 - read as a word: `with logs.about(ids):`
-    """Within, lines have the ids that `ids` returns, which is called for each line: what costs nothing unless it logs."""
+    """Within, lines have the ids that `ids` returns; it is called for each line, and not before."""
 
     __slots__ = ("_ids", "_token")
 

@@ -1,7 +1,7 @@
 """vLLM's ids of streams, and the request's id in them: the client's X-Request-Id, or the one that the gateway gave it.
 
-vLLM puts the kind of the answer before it, `1_` before that for a second choice, `-0` behind it for a prompt of several,
-and in newer versions eight characters more; kervan a `~1` for a stream that has moved.
+vLLM puts the kind of the answer before it, `1_` before that for a second choice, `-0` behind it for a prompt of
+several, and in newer versions eight characters more; kervan a `~1` for a stream that has moved.
 """
 
 import re

@@ -65,8 +65,9 @@ class StreamTimeline:
 
 @dataclass(slots=True, eq=False)
 class RequestRecord:
-    """One HTTP request. `stream_id`: that the client got as X-Kervan-Stream-Id; `client_id`: its own X-Request-Id.
+    """One HTTP request; its `method` is GET where a client comes back to the stream of another one.
 
+    `stream_id`: that the client got as X-Kervan-Stream-Id; `client_id`: its own X-Request-Id.
     `forwarded_s`: when vLLM's app got it. `num_streams`: that it opened, of which the first few have a timeline.
     `request_id`: that vLLM's names of it have in them. `traceparent`: W3C's, of its own span where it is traced, else
     the client's; `span`: of its trace, if it is traced.
@@ -76,6 +77,7 @@ class RequestRecord:
     received_s: float
     received_unix_s: float
     client_id: str = ""
+    method: str = "POST"
     request_id: str = ""
     traceparent: str = ""
     stream_id: str = ""

@@ -35,12 +35,12 @@ from kervan.gateway.asgi import (
     respond,
 )
 from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError
+from kervan.gateway.remembered import REQUEST_ID_HEADER, TRACEPARENT, RequestMemory
 from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 logger = logging.getLogger(__name__)
 
 ID_HEADER = b"x-kervan-stream-id"
-REQUEST_ID_HEADER = b"x-request-id"
 STREAMS_PREFIX = "/v1/streams/"
 INTERNAL_PREFIX = "/kervan/streams/"
 ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,100}")
@@ -105,6 +105,7 @@ class Streams:
         answers: Answers | None = None,
     ) -> None:
         self.store: ReplicatedStore | None = None
+        self.requests: RequestMemory | None = None
         self._answers = answers or Answers()
         self._gateway_id = gateway_id
         self._gateways = gateways
@@ -261,14 +262,12 @@ class Streams:
         length = (b"content-length", b"%d" % len(journal.body))
         path = {"path": journal.path, "raw_path": journal.path.encode(), "query_string": b"", "method": "POST"}
         again = {**scope, **path, "headers": [*journal.headers, length]}
-        await self._respond(
-            store,
-            app,
-            Attempt(journal, after or Position(0, 0)),
-            again,
-            replay(journal.body, _only_disconnect(receive)),
-            send,
-        )
+        attempt, receive = Attempt(journal, after or Position(0, 0)), replay(journal.body, _only_disconnect(receive))
+        if self.requests is None:
+            await self._respond(store, app, attempt, again, receive, send)
+            return
+        with self.requests.begin_again(again, journal.stream_id, header(scope, TRACEPARENT)) as remembering:
+            await self._respond(store, app, attempt, remembering.scope, receive, send)
 
     async def _unknown(self, scope: Scope, send: Send, stream_id: str) -> None:
         message = f"no stream {stream_id[:80]!r} is kept; it is unknown or has expired"

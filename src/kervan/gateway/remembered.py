@@ -14,6 +14,7 @@ from kervan.gateway.tracing import Tracing
 MAX_ID = 128
 REQUEST_ID_HEADER = b"x-request-id"
 TRACEPARENT = b"traceparent"
+STREAMS_PATH = "/v1/streams/{id}"
 
 
 class RequestMemory:
@@ -26,12 +27,26 @@ class RequestMemory:
 
     def begin(self, scope: Scope, received_s: float) -> "Remembering":
         """To be used around the work of a request that has been admitted. `received_s`: when its head was here."""
+        return Remembering(self, self._record(scope, received_s), scope)
+
+    def begin_again(self, scope: Scope, stream_id: str, traceparent: bytes) -> "Remembering":
+        """As `begin`, for a client that comes back to a stream: `scope` is that of the request that began it.
+
+        `traceparent`: of the client's own trace now; the spans are in that of the first request.
+        """
+        record = self._record(scope, time.monotonic())
+        record.method, record.path, record.stream_id = "GET", STREAMS_PATH, stream_id
+        record.request_id = record.client_id
+        return Remembering(self, record, scope, traceparent.decode("latin-1"))
+
+    @staticmethod
+    def _record(scope: Scope, received_s: float) -> RequestRecord:
         now_s = time.monotonic()
         client_id = header(scope, REQUEST_ID_HEADER)[:MAX_ID].decode("latin-1")
         record = RequestRecord(scope["path"], received_s, time.time() - (now_s - received_s), client_id)
         record.traceparent = header(scope, TRACEPARENT)[:MAX_ID].decode("latin-1")
         record.forwarded_s = now_s
-        return Remembering(self, record, scope)
+        return record
 
     def opened(self, record: RequestRecord) -> None:
         """A request is being worked on."""
@@ -46,8 +61,17 @@ class RequestMemory:
             self.tracing.end(record)
 
     def find(self, request_id: str) -> RequestRecord | None:
-        """The latest request with this id: vLLM's in the answer, X-Kervan-Stream-Id, or the client's X-Request-Id."""
-        return next((record for record in self._newest() if is_named(record, request_id)), None)
+        """The latest request with this id: vLLM's in the answer, X-Kervan-Stream-Id, or the client's X-Request-Id.
+
+        One that came back to its stream is it only if the first is not remembered here.
+        """
+        named = [record for record in self._newest() if is_named(record, request_id)]
+        return next((record for record in named if record.method == "POST"), next(iter(named), None))
+
+    def later(self, record: RequestRecord) -> list[RequestRecord]:
+        """Requests that came back to the stream of this one, in their order."""
+        found = [r for r in self._newest() if r is not record and r.method == "GET" and r.stream_id == record.stream_id]
+        return found[::-1] if record.stream_id else []
 
     def _newest(self) -> Iterator[RequestRecord]:
         yield from reversed(self._open.values())
@@ -59,12 +83,12 @@ class Remembering:
 
     __slots__ = ("_about", "_memory", "_record", "_token", "scope")
 
-    def __init__(self, memory: RequestMemory, record: RequestRecord, scope: Scope) -> None:
+    def __init__(self, memory: RequestMemory, record: RequestRecord, scope: Scope, caller: str = "") -> None:
         self._memory = memory
         self._record = record
         self._token: Token[RequestRecord | None] | None = None
         self._about = logs.about(record.ids)
-        self.scope = scope if memory.tracing is None else memory.tracing.begin(record, scope)
+        self.scope = scope if memory.tracing is None else memory.tracing.begin(record, scope, caller)
 
     def __enter__(self) -> "Remembering":
         self._memory.opened(self._record)
