@@ -189,7 +189,7 @@ class _Follower:
             wait_s = RESTARTS_S[min(self._num_restarts, len(RESTARTS_S) - 1)]
             self._num_restarts += 1
             self._due_s = time.monotonic() + wait_s
-            app.fail("the Ray cluster is gone; asked again and again", time.time())
+            app.fail(app.problem or "the process that asks Ray has ended; another one asks soon", time.time())
         if frame is None:
             return
         if frame.gpus is not None:

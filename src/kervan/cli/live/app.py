@@ -276,7 +276,7 @@ class App:
             else:
                 rows += [GpuRow(node, gpu) for gpu in found]
         if not rows:
-            silent.append(Text("on each node with GPUs: dcgm-exporter, or kervan observe gpus --listen 9400", "dim"))
+            silent.append(Text("on each node with GPUs: dcgm-exporter, or kervan observe gpus --listen 9401", "dim"))
             return self._scrolled(silent, room)
         kept = min(len(silent), max(0, room // 4))
         shown = self._table(

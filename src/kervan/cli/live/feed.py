@@ -100,12 +100,16 @@ class Feed:
 
 
 class _Looker:
-    """Looks at the fleet, and joins it again when its directory was started anew."""
+    """Looks at the fleet, and joins it again when its directory was started anew.
+
+    `is_over`: it could not. A process joins one Ray cluster, and a fleet that comes back may be on another one.
+    """
 
     def __init__(self, name: str, address: str | None) -> None:
         self._name, self._address = name, address
         self._watch: FleetWatch | None = None
         self._gpus: object = None
+        self.is_over = False
 
     def frame(self, *, with_gpus: bool) -> Frame:
         try:
@@ -113,7 +117,7 @@ class _Looker:
                 self._watch = FleetWatch(self._name, self._address)
             status = self._watch.look()
         except KervanError as error:
-            self._watch = None
+            self.is_over, self._watch = self._watch is None, None
             return Frame(error=str(error), is_usage=isinstance(error, ConfigError))
         found = Frame(status.config.to_json(), status.snapshot)
         if with_gpus:
@@ -139,6 +143,8 @@ def main(name: str, address: str | None, requests: BinaryIO, frames: BinaryIO) -
             frames.write(LENGTH.pack(len(data)) + data)
             frames.flush()
         except BrokenPipeError:
+            return
+        if looker.is_over:
             return
 
 

@@ -1,17 +1,17 @@
-"""GPUs of a fleet's nodes: those of this machine from NVML, others from what listens at port 9400 there.
+"""GPUs of a fleet's nodes: those of this machine from NVML, others from what listens at ports there.
 
-That is a dcgm-exporter, or `kervan observe gpus --listen 9400`. Each node is asked by a thread of its own, so that one
+That is a dcgm-exporter (9400), or `kervan observe gpus --listen 9401`. Each node is asked by a thread of its own, so that one
 that does not answer delays nobody.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from kervan.observe import dcgm, gpu_counters
 from kervan.observe.dcgm import GpuCounters
 
-PORT = 9400
+PORTS = (9400, 9401)
 MAX_THREADS = 16
 Found = tuple[GpuCounters, ...] | str
 
@@ -23,11 +23,15 @@ class FleetGpus:
     """
 
     def __init__(
-        self, here: str, *, fetch: Callable[[str], tuple[GpuCounters, ...] | None] = dcgm.fetch, port: int = PORT
+        self,
+        here: str,
+        *,
+        fetch: Callable[[str], tuple[GpuCounters, ...] | None] = dcgm.fetch,
+        ports: Sequence[int] = PORTS,
     ) -> None:
         self._here = here
         self._fetch = fetch
-        self._port = port
+        self._ports = ports
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="gpus")
         self._asked: dict[str, Future[Found]] = {}
         self._found: dict[str, Found] = {}
@@ -54,11 +58,12 @@ class FleetGpus:
                 self._reader = self._opened.enter_context(gpu_counters.opened())
             if self._reader is not None:
                 return self._reader.read()
-        url = f"http://{f'[{node}]' if ':' in node else node}:{self._port}/metrics"
-        found = self._fetch(url)
-        if found is not None:
-            return found
-        nothing = f"nothing answers at port {self._port}"
+        host = f"[{node}]" if ":" in node else node
+        for port in self._ports:
+            found = self._fetch(f"http://{host}:{port}/metrics")
+            if found is not None:
+                return found
+        nothing = f"nothing answers at port {' or '.join(map(str, self._ports))}"
         return f"NVML finds no GPU here, and {nothing}" if node == self._here else nothing
 
     def close(self) -> None:

@@ -202,7 +202,7 @@ def test_gpus_of_nodes_and_what_is_not_known_of_others() -> None:
     details = "\n".join(screen(press(shown, "d"), 100, 30))
     assert "GPU-3" in details and "SM_ACTIVE" in details and "Share of SMs with a warp" in details
     shown.gpus = {"10.0.0.2": "nothing answers at port 9400"}
-    assert "kervan observe gpus --listen 9400" in "\n".join(screen(shown))
+    assert "kervan observe gpus --listen 9401" in "\n".join(screen(shown))
 
 
 def test_what_logs_and_models_are_called_gives_the_terminal_no_commands() -> None:

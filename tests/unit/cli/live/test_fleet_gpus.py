@@ -51,7 +51,7 @@ def exporter() -> Iterator[int]:
 
 
 def test_here_by_nvml_elsewhere_by_a_page_and_nowhere_by_its_reason(nvml: FakeNvml, exporter: int) -> None:
-    gpus = FleetGpus("127.0.0.1", port=exporter)
+    gpus = FleetGpus("127.0.0.1", ports=[exporter])
     try:
         nodes = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
         found = eventually(
