@@ -1,7 +1,7 @@
 """GPUs of a fleet's nodes: those of this machine from NVML, others from what listens at ports there.
 
-That is a dcgm-exporter (9400), or `kervan observe gpus --listen 9401`. Each node is asked by a thread of its own, so that one
-that does not answer delays nobody.
+That is a dcgm-exporter (9400), or `kervan observe gpus --listen 9401`. Each node is asked by a thread of its own, so
+that one that does not answer delays nobody.
 """
 
 from collections.abc import Callable, Collection, Sequence
