@@ -2,8 +2,8 @@
 
     python benchmarks/tracing.py [--rounds 6] [--record FILE]
 
-Both are processes with vLLM's app, as a fleet has them; what takes the spans is another process. They take turns (ABBA),
-with answers of 4 tokens and of 256: CPU is that of the gateway's process, and a token's cost is the difference by the tokens.
+Both are processes with vLLM's app, as a fleet has them; another process takes the spans. They take turns (ABBA), with
+answers of 4 tokens and of 256: CPU is that of the gateway's process, a token's cost the difference by the tokens.
 """
 
 import argparse
@@ -48,8 +48,9 @@ def fleet(otlp: str) -> FleetConfig:
 
 def config_of(name: str, of: FleetConfig) -> GatewayConfig:
     return GatewayConfig(
-        gateway_id=name, node="127.0.0.1", engine_argv=of.engine_argv, secret=SECRET, host="127.0.0.1", port=free_port(),
-        internal_host="127.0.0.1", public_host="127.0.0.1", api_keys=(), max_queued_streams=256, hold_timeout_s=30.0,
+        gateway_id=name, node="127.0.0.1", engine_argv=of.engine_argv, secret=SECRET, host="127.0.0.1",
+        port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1", api_keys=(),
+        max_queued_streams=256, hold_timeout_s=30.0,
         stop_timeout_s=5.0, opens_when_attached=True, is_twin=True, shared_port=False, fleet_name="traced", models=(),
         replay_s=0.0, replay_max_bytes=0, remembered_requests=1000, otlp=of.traces_url,
     )  # fmt: skip
@@ -94,7 +95,7 @@ async def measure(rounds: int, directory: Path) -> dict[str, Any]:
             for gateway in gateways.values():
                 gateway.update(Snapshot(1, [entry], [], []))
                 await gateway.start((), env=env)
-            while not all(gateway.entry for gateway in gateways.values()):
+            while not all(gateway.entry for gateway in gateways.values()):  # noqa: ASYNC110 - they tell each second
                 await asyncio.sleep(0.05)
             pids = {name: gateway.entry.pid for name, gateway in gateways.items() if gateway.entry is not None}
             found: dict[str, dict[int, list[float]]] = {name: {SHORT: [], LONG: []} for name in gateways}

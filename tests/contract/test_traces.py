@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from kervan.errors import FleetError
 from kervan.fleet.control import EngineSpec
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.process import TWIN_ENGINE, EngineProcess
+from kervan.gateway.process import GatewayProcess
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.ports import free_port
 from kervan.twin.replica import TwinSpec
@@ -37,45 +39,33 @@ TIMING = StepTiming(base_s=0.02, prefill_token_s=1e-5, sequence_s=0.0, context_t
 PROMPT, NUM_TOKENS, CRASH_AFTER = [7, 8, 9], 40, 20
 
 
-class TracedFleet:
-    """Two replicas and two gateways, of which the first traces. `warm`: the replicas are vLLM's, forked from there."""
+def gateway_config(name: str, fleet: FleetConfig, replay_s: float = 0.0) -> GatewayConfig:
+    return GatewayConfig(
+        gateway_id=name, node="127.0.0.1", engine_argv=fleet.engine_argv, secret=SECRET,
+        host="127.0.0.1", port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1", api_keys=(),
+        max_queued_streams=64, hold_timeout_s=30.0, stop_timeout_s=5.0, opens_when_attached=False,
+        is_twin=fleet.engine == "twin", shared_port=False, fleet_name="traced", models=(), replay_s=replay_s,
+        replay_max_bytes=1 << 24, remembered_requests=100, otlp=fleet.traces_url,
+    )  # fmt: skip
 
-    def __init__(
-        self, model: Path, scratch: Path, otlp: str, *, replay_s: float = 0.0, warm: WarmPlace | None = None
-    ) -> None:
-        arguments = (
-            {"max_model_len": 256, "dtype": "float32", "enforce_eager": True} if warm else {"max_model_len": 2048}
-        )
-        plain = FleetConfig(
-            model=str(model), engine_args=arguments, engine="vllm" if warm else "twin", gpu="" if warm else "H200"
-        )
-        fleet = dataclasses.replace(plain, otlp=otlp)
+
+class TracedFleet:
+    """Two twins and two gateways, of which the first traces."""
+
+    def __init__(self, model: Path, scratch: Path, otlp: str, *, replay_s: float = 0.0) -> None:
         self.twins = {
             name: EngineProcess(
-                EngineSpec(name, list(fleet.engine_argv), "127.0.0.1", SECRET), log_path=scratch / f"{name}.log",
-                env=warm.environment, fork_for_pid=os.getpid(),
-            )
-            if warm is not None
-            else EngineProcess(
                 TwinSpec(name, "127.0.0.1", SECRET, TwinSettings(TIMING, LIMITS)),
                 log_path=scratch / f"{name}.log",
                 module=TWIN_ENGINE,
             )
             for name in ("a", "b")
-        }  # fmt: skip
+        }
+        plain = FleetConfig(model=str(model), engine_args={"max_model_len": 2048}, engine="twin", gpu="H200")
+        configs = (dataclasses.replace(plain, otlp=otlp), plain)
         self.gateways = [
-            Gateway(
-                GatewayConfig(
-                    gateway_id=f"gw-{number}", node="127.0.0.1", engine_argv=config.engine_argv, secret=SECRET,
-                    host="127.0.0.1", port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1", api_keys=(),
-                    max_queued_streams=64, hold_timeout_s=30.0, stop_timeout_s=5.0, opens_when_attached=False,
-                    is_twin=warm is None, shared_port=False, fleet_name="traced", models=(), replay_s=replay_s,
-                    replay_max_bytes=1 << 24,
-                    remembered_requests=100, otlp=config.traces_url,
-                )
-            )
-            for number, config in enumerate((fleet, plain), 1)
-        ]  # fmt: skip
+            Gateway(gateway_config(f"gw-{number}", config, replay_s)) for number, config in enumerate(configs, 1)
+        ]
 
     def follow(self, *names: str) -> None:
         """The directory lists these twins."""
@@ -278,17 +268,37 @@ async def test_a_client_that_comes_back_to_its_stream_is_in_the_trace_of_the_req
 async def test_with_vllm_its_own_spans_are_in_the_trace_of_a_stream_that_moves(
     collector: Collector, models: Models, tmp_path: Path, warm_place: WarmPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
-    warm_place = dataclasses.replace(
-        warm_place, environment={**warm_place.environment, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
-    )
+    monkeypatch.setattr(tempfile, "tempdir", warm_place.directory)
     mine, num_tokens = "2" * 32, 120
-    async with running(TracedFleet(models.demo, tmp_path, collector.url, warm=warm_place)) as fleet:
-        url = fleet.gateways[0].entry().url
+    arguments = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True}
+    fleet = FleetConfig(model=str(models.demo), engine_args=arguments, otlp=collector.url)
+    engines = {
+        name: EngineProcess(
+            EngineSpec(name, list(fleet.engine_argv), "127.0.0.1", SECRET), log_path=tmp_path / f"{name}.log",
+            env=warm_place.environment, fork_for_pid=os.getpid(),
+        )
+        for name in ("a", "b")
+    }  # fmt: skip
+    # in a process of its own, as in a fleet: vLLM's tracer is one for the whole process
+    gateway = GatewayProcess(gateway_config("gw-v", fleet), log_path=tmp_path / "gateway.log")
+
+    def follow(name: str) -> None:
+        ready = engines[name].ready
+        assert ready is not None
+        entry = ReplicaEntry(name, "on-demand", "127.0.0.1", engines[name].pid, "ready", ready.address)
+        gateway.update(Snapshot(1, [entry], [], []))
+
+    try:
+        await until(lambda: all(engine.ready or engine.failure for engine in engines.values()))
+        follow("a")
+        await gateway.start((), env=warm_place.environment, fork_for_pid=os.getpid())
+        url = f"http://127.0.0.1:{gateway.config.port}"
         body: dict[str, Any] = {"prompt": "What is a caravan?", "max_tokens": num_tokens, "stream": True,
                                 "ignore_eos": True, "return_token_ids": True, "temperature": 0}  # fmt: skip
         num_got, is_killed = 0, False
         async with httpx.AsyncClient(timeout=120) as client:
+            while (await client.get(f"{url}/health/ready")).status_code != 200:
+                await asyncio.sleep(0.1)
             body["model"] = (await client.get(f"{url}/v1/models")).json()["data"][0]["id"]
             headers = {"traceparent": f"00-{mine}-{CLIENT_SPAN}-01"}
             async with client.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as response:
@@ -297,17 +307,20 @@ async def test_with_vllm_its_own_spans_are_in_the_trace_of_a_stream_that_moves(
                         num_got += sum(len(c["token_ids"] or ()) for c in json.loads(line[6:])["choices"])
                     if num_got >= 5 and not is_killed:
                         is_killed = True
-                        fleet.twins["a"].kill()
-                        fleet.follow("b")
+                        engines["a"].kill()
+                        follow("b")
         assert num_got == num_tokens
-        log = (tmp_path / "b.log").read_text(errors="replace")
-        await fleet.gateways.pop(0).stop()
+    finally:
+        await gateway.stop()  # which sends what is left
+        for engine in engines.values():
+            engine.kill()
     spans = collector.of(mine)
     (request,) = (span for span in spans if span.name == "POST /v1/completions")
     (move,) = (span for span in spans if span.name == "move")
     assert (move.attributes["kervan.move.from"], move.attributes["kervan.move.to"]) == ("a", "b")
-    vllms = [span for span in spans if span.service != "kervan"]
-    (llm,) = (span for span in vllms if span.name == "llm_request")
-    assert (llm.parent_id, llm.attributes["gen_ai.usage.completion_tokens"]) == (request.span_id, num_tokens)
+    (llm,) = (span for span in spans if span.name == "llm_request")
+    assert (llm.service != "kervan", llm.parent_id) == (True, request.span_id)
+    assert llm.attributes["gen_ai.usage.completion_tokens"] == num_tokens
     assert llm.start_s <= move.start_s <= move.end_s <= llm.end_s + 1e-3
+    log = (tmp_path / "b.log").read_text(errors="replace")
     assert f"goes on here after {move.attributes['kervan.move.after_tokens']} tokens" in log
