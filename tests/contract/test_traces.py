@@ -280,7 +280,8 @@ async def test_with_vllm_its_own_spans_are_in_the_trace_of_a_stream_that_moves(
         for name in ("a", "b")
     }  # fmt: skip
     # in a process of its own, as in a fleet: vLLM's tracer is one for the whole process
-    gateway = GatewayProcess(gateway_config("gw-v", fleet), log_path=tmp_path / "gateway.log")
+    config = dataclasses.replace(gateway_config("gw-v", fleet), opens_when_attached=True)
+    gateway = GatewayProcess(config, log_path=tmp_path / "gateway.log")
 
     def follow(name: str) -> None:
         ready = engines[name].ready
@@ -297,8 +298,6 @@ async def test_with_vllm_its_own_spans_are_in_the_trace_of_a_stream_that_moves(
                                 "ignore_eos": True, "return_token_ids": True, "temperature": 0}  # fmt: skip
         num_got, is_killed = 0, False
         async with httpx.AsyncClient(timeout=120) as client:
-            while (await client.get(f"{url}/health/ready")).status_code != 200:
-                await asyncio.sleep(0.1)
             body["model"] = (await client.get(f"{url}/v1/models")).json()["data"][0]["id"]
             headers = {"traceparent": f"00-{mine}-{CLIENT_SPAN}-01"}
             async with client.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as response:
