@@ -30,8 +30,9 @@ from harness.screen import Screen, on_screen
 from twin_fleet import NAME, TwinFleet
 
 from kervan.bench import records
+from kervan.ports import free_port
 
-STREAMS, COLUMNS, LINES = 24, 112, 32
+STREAMS, COLUMNS, LINES = 24, 112, 26
 MODEL = Path(__file__).parent / "models/llama3-8b"
 ENV = {**os.environ, "LC_ALL": "C.UTF-8", "TERM": "xterm-256color", "COLORTERM": "truecolor"}
 
@@ -142,11 +143,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--url", help="of a fleet that is there")
     parser.add_argument("--name", default=NAME)
+    parser.add_argument("--model", type=Path, default=MODEL, help="of the fleet that is started")
     given = parser.parse_args()
     if given.url:
         found = follow(given.url, given.svg, given.seconds, given.name)
     else:
-        with TwinFleet(MODEL, 4, 2, step_s=0.03, port=0, logs=None) as fleet:
+        with TwinFleet(given.model, 4, 2, step_s=0.03, port=free_port(), logs=None) as fleet:
             found = follow(fleet.url, given.svg, given.seconds, NAME)
     print(json.dumps(found, indent=2))
     if given.record:

@@ -39,7 +39,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 def fleet(otlp: str) -> FleetConfig:
-    twin = {"base_s": 0.002, "prefill_token_s": 0, "sequence_s": 0, "context_token_s": 0}
+    twin = {"base_s": 0.01, "prefill_token_s": 0, "sequence_s": 0, "context_token_s": 0}
     return FleetConfig(
         model=str(MODEL), engine="twin", gpu="H200", twin=twin, otlp=otlp,
         engine_args={"max_model_len": 2048, "served_model_name": "twin"},
@@ -58,7 +58,8 @@ def config_of(name: str, of: FleetConfig) -> GatewayConfig:
 
 async def requests(port: int, num_tokens: int, count: int) -> None:
     """So many answers, `STREAMS` at a time; each is whole."""
-    body = {"model": "twin", "prompt": list(range(5, 69)), "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+    body = {"model": "twin", "prompt": list(range(5, 69)), "max_tokens": num_tokens, "ignore_eos": True, "stream": True,
+            "return_token_ids": True}  # fmt: skip
     headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
 
     async def client(left: list[int]) -> None:
@@ -66,8 +67,13 @@ async def requests(port: int, num_tokens: int, count: int) -> None:
             while left:
                 left.pop()
                 async with http.stream("POST", "/v1/completions", json=body) as response:
-                    events = [line async for line in response.aiter_lines() if line.startswith("data: {")]
-                assert response.status_code == 200 and len(events) == num_tokens, (response.status_code, len(events))
+                    events = [
+                        json.loads(line[6:]) async for line in response.aiter_lines() if line.startswith("data: {")
+                    ]
+                tokens = [
+                    token for event in events for choice in event["choices"] for token in choice["token_ids"] or ()
+                ]
+                assert response.status_code == 200 and len(tokens) == num_tokens, (response.status_code, events)
 
     left = [0] * count
     await asyncio.gather(*(client(left) for _ in range(STREAMS)))
