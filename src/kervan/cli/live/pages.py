@@ -43,7 +43,7 @@ def help_page(keys: Sequence[tuple[str, str]], width: int) -> list[Text]:
     column = min(max(len(key) for key, _ in keys) + 2, width // 2)
     lines: list[Text] = []
     for key, meaning in keys:
-        told = textwrap.wrap(key, column - 2)
+        told = textwrap.wrap(key, max(1, column - 2))
         words = textwrap.wrap(meaning, max(10, width - column))
         for number in range(max(len(told), len(words))):
             left = told[number] if number < len(told) else ""
