@@ -127,8 +127,10 @@ class Streams:
         """Let `app` respond; `receive` gives the body first."""
         stream_id = self.new_id()
         headers = list(scope["headers"])
-        if not header(scope, REQUEST_ID_HEADER):  # vLLM names the answer by it: the same name in all logs, and when it
-            headers.append((REQUEST_ID_HEADER, stream_id.rpartition("-")[2].encode()))  # is given again
+        if not header(scope, REQUEST_ID_HEADER):
+            # vLLM names the answer by it: the same name in all logs, and when it is given again. It is not the stream's
+            # id, as that one opens the stream, and logs are for more eyes.
+            headers.append((REQUEST_ID_HEADER, secrets.token_hex(16).encode()))
             scope = {**scope, "headers": headers}
         if (record := current_request.get()) is not None:
             record.request_id = header(scope, REQUEST_ID_HEADER).decode("latin-1")

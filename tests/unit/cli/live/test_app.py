@@ -230,7 +230,7 @@ KEYS = st.sampled_from([*"qsSrp?dkjhlgG12345+-", "up", "down", "page up", "page 
                         "tab", "back tab", "left", "right"])  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)  # of up to 30 screens each
+@settings(deadline=None, max_examples=25)  # of up to 30 screens each
 @given(
     st.lists(KEYS, max_size=30), st.integers(1, 220), st.integers(1, 70), st.integers(0, 40),
     st.booleans(),
