@@ -1,6 +1,6 @@
 """What `--otlp` costs a gateway, for each request and each token: two gateways over one twin, of which one traces.
 
-    python benchmarks/tracing.py [--rounds 6] [--record FILE]
+    python benchmarks/tracing.py [--rounds 4] [--record FILE]
 
 Both are processes with vLLM's app, as a fleet has them; another process takes the spans. They take turns (ABBA), with
 answers of 4 tokens and of 256: CPU is that of the gateway's process, a token's cost the difference by the tokens.
@@ -33,13 +33,13 @@ from kervan.twin.settings import settings
 SECRET = "s3cret"
 STREAMS = 8
 SHORT, LONG = 4, 256
-REQUESTS = {SHORT: 240, LONG: 48}
+REQUESTS = {SHORT: 240, LONG: 32}
 MODEL = Path(__file__).parent / "models/llama3-8b"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 def fleet(otlp: str) -> FleetConfig:
-    twin = {"base_s": 0.01, "prefill_token_s": 0, "sequence_s": 0, "context_token_s": 0}
+    twin = {"base_s": 0.004, "prefill_token_s": 0, "sequence_s": 0, "context_token_s": 0}
     return FleetConfig(
         model=str(MODEL), engine="twin", gpu="H200", twin=twin, otlp=otlp,
         engine_args={"max_model_len": 2048, "served_model_name": "twin"},
@@ -141,7 +141,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--record", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
