@@ -30,6 +30,7 @@ KEYS = (
     ("?", "this help, and back"),
 )
 INTERVALS_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+SILENT_S = 2.0  # an answer that takes longer is missed
 TALL, WIDE = 16, 60  # lines and columns from which there is room for more than the table
 
 
@@ -155,8 +156,11 @@ class App:
             if first.cell_len + 2 + len(part) <= width:
                 first.append(f"  {part}")
         lines = [first, self._numbers(status, width)]
-        alerts = [Text(f"{format_duration(max(0.0, now_s - self.seen_s))} old: {printable(self.problem)}", "bold red")
-                  ] if self.problem else []  # fmt: skip
+        age_s = max(0.0, now_s - self.seen_s)
+        problem = self.problem
+        if not problem and not self.is_paused and age_s > SILENT_S + self.every_s:
+            problem = "the directory has not answered yet"
+        alerts = [Text(f"{format_duration(age_s)} old: {printable(problem)}", "bold red")] if problem else []
         alerts += [Text(printable(line), "yellow") for line in notice_lines(snapshot, now_s)]
         if snapshot.scaling is not None and snapshot.scaling.problem:
             alerts.append(Text(printable(f"autoscaling: {snapshot.scaling.problem}"), "yellow"))

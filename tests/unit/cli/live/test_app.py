@@ -179,6 +179,16 @@ def test_what_is_wrong_stays_on_top_of_what_was_seen_last() -> None:
     assert not any("old" in line for line in screen(shown)[:4])
 
 
+def test_a_directory_that_takes_long_is_told_before_it_has_failed() -> None:
+    shown = app()
+    assert not any("old" in line.plain for line in shown.lines(80, 24, NOW_S + 2))
+    assert any(
+        "4.00 s old: the directory has not answered yet" in line.plain for line in shown.lines(80, 24, NOW_S + 4)
+    )
+    press(shown, "p")
+    assert not any("old" in line.plain for line in shown.lines(80, 24, NOW_S + 4))
+
+
 def test_notices_scaling_and_failed_starts_are_seen() -> None:
     failed = StartFailure("on-demand-9", "CapacityError", "out of memory; use --tp 4", number=1)
     stuck = structs.replace(SCALING, problem="no room for 1 more")
