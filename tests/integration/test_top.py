@@ -119,5 +119,8 @@ async def test_a_moved_request_is_found_in_the_logs_of_gateway_and_replica_by_it
         for e in log_lines(target["log"])
         if "goes on here after" in e["message"] and e["stream"] == line["stream"] + "~1"
     )
-    assert (there["request_id"], there["replica"]) == ("night-7", target["id"])  # vLLM sends traces on with `otlp` alone
+    assert (there["request_id"], there["replica"]) == (
+        "night-7",
+        target["id"],
+    )  # vLLM sends traces on with `otlp` alone
     await asyncio.to_thread(twins.wait_until_whole, 3, 1)
