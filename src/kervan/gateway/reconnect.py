@@ -126,15 +126,16 @@ class Streams:
     async def post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         """Let `app` respond; `receive` gives the body first."""
         stream_id = self.new_id()
+        why_not = refusal(body) if self.store is not None and scope["path"] in REPLAYED_PATHS else None
         headers = list(scope["headers"])
-        if not header(scope, REQUEST_ID_HEADER):
+        is_named = why_not is None and b'"request_id"' in body  # which vLLM takes, unless there is a header
+        if not header(scope, REQUEST_ID_HEADER) and not is_named:
             # vLLM names the answer by it: the same name in all logs, and when it is given again. It is not the stream's
             # id, as that one opens the stream, and logs are for more eyes.
             headers.append((REQUEST_ID_HEADER, secrets.token_hex(16).encode()))
             scope = {**scope, "headers": headers}
         if (record := current_request.get()) is not None:
             record.request_id = header(scope, REQUEST_ID_HEADER).decode("latin-1")
-        why_not = refusal(body) if self.store is not None and scope["path"] in REPLAYED_PATHS else None
         if self.store is None or why_not is None:
             await app(scope, receive, with_id(send, stream_id))
             return
