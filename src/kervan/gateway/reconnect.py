@@ -126,10 +126,11 @@ class Streams:
     async def post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         """Let `app` respond; `receive` gives the body first."""
         stream_id = self.new_id()
-        why_not = refusal(body) if self.store is not None and scope["path"] in REPLAYED_PATHS else None
+        is_plain = scope["path"] in REPLAYED_PATHS
+        why_not = refusal(body) if self.store is not None and is_plain else None
         headers = list(scope["headers"])
         is_named = why_not is None and b'"request_id"' in body  # which vLLM takes, unless there is a header
-        if not header(scope, REQUEST_ID_HEADER) and not is_named:
+        if is_plain and not is_named and not header(scope, REQUEST_ID_HEADER):
             # vLLM names the answer by it: the same name in all logs, and when it is given again. It is not the stream's
             # id, as that one opens the stream, and logs are for more eyes.
             headers.append((REQUEST_ID_HEADER, secrets.token_hex(16).encode()))
