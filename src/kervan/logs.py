@@ -1,14 +1,16 @@
 """How kervan's processes write their logs: lines of text, or JSON objects with the ids of what they are about.
 
-A call that is about a request, a stream or a replica names it: `logger.warning("...", extra={"stream": id})`. The
-format comes with the environment to processes that have no other way to know it.
+A call that is about a request, a stream or a replica names it: `logger.warning("...", extra={"stream": id})`; what is
+logged within `about` has its ids by itself. The format comes with the environment to processes that have no other way
+to know it.
 """
 
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
 from typing import Any, Literal, get_args
 
 LogFormat = Literal["text", "json"]
@@ -16,7 +18,26 @@ FORMATS: tuple[LogFormat, ...] = get_args(LogFormat)
 VARIABLE = "KERVAN_LOG_FORMAT"
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # What a record may be about, in this order; keys of `extra`, and of what `configure` is given.
-IDS = ("fleet", "gateway", "replica", "node", "request", "stream", "trace_id")
+IDS = ("fleet", "gateway", "replica", "node", "request_id", "stream", "trace_id")
+Ids = Callable[[], Mapping[str, str]]
+_ids_now: ContextVar[Ids | None] = ContextVar("ids_now", default=None)
+
+
+class about:  # noqa: N801 - read as a word: `with logs.about(ids):`
+    """Within, lines have the ids that `ids` returns; it is called for each line, and not before."""
+
+    __slots__ = ("_ids", "_token")
+
+    def __init__(self, ids: Ids) -> None:
+        self._ids = ids
+        self._token: Token[Ids | None] | None = None
+
+    def __enter__(self) -> None:
+        self._token = _ids_now.set(self._ids)
+
+    def __exit__(self, *_: object) -> None:
+        assert self._token is not None
+        _ids_now.reset(self._token)
 
 
 def format_of(environ: Mapping[str, str] = os.environ) -> LogFormat:
@@ -46,8 +67,10 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        ids = _ids_now.get()
+        now = ids() if ids is not None else {}
         for name in IDS:
-            if value := getattr(record, name, None) or self._about.get(name):
+            if value := getattr(record, name, None) or now.get(name) or self._about.get(name):
                 found[name] = value
         found["pid"] = record.process
         if record.exc_info:

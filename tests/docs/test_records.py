@@ -343,6 +343,17 @@ def test_versions_and_hardware_are_those_of_the_records() -> None:
         assert {len(level["kervan"]["front_memory"]) for level in record["summary"]} == {2}  # "two gateways"
 
 
+def test_the_cost_of_traces_is_that_of_the_record() -> None:
+    words = " ".join((REPOSITORY / "docs/troubleshooting.md").read_text().split())
+    cpu = json.loads((REPOSITORY / "benchmarks/records/tracing-cpu-2core-2026-11-30.json").read_text())["cpu"]
+    plain, traced = cpu["plain"], cpu["traced"]
+    request_ms = [side["cpu_us_per_request"]["median"] / 1e3 for side in (plain, traced)]
+    assert f"cost {request_ms[1] - request_ms[0]:.1f} ms of CPU" in words
+    assert f"{request_ms[0]:.1f} ms without, {request_ms[1]:.1f} ms with" in words
+    told = [[round(side["cpu_us_per_token"][name]) for name in ("median", "min", "max")] for side in (plain, traced)]
+    assert "{} us without, {} to {} in four rounds; {} us with, {} to {}".format(*told[0], *told[1]) in words
+
+
 def test_the_restarts_are_those_of_the_record() -> None:
     text = (REPOSITORY / "docs/serving.md").read_text()
     match = re.search(r"^<!-- restarts: (\S+) -->\n((?:\|.*\n)+)", text, re.M)

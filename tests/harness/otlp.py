@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 @dataclass(frozen=True)
 class Span:
-    """As it came. Times are in seconds."""
+    """As it came. Times are in seconds; `links`: ids of other traces."""
 
     service: str
     name: str
@@ -24,6 +24,7 @@ class Span:
     end_s: float
     attributes: dict[str, Any]
     is_error: bool
+    links: tuple[str, ...] = ()
 
 
 @dataclass
@@ -48,6 +49,7 @@ def _take(body: bytes) -> Iterator[Span]:
                     service, span.name, span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex(),
                     span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9,
                     {a.key: _value(a.value) for a in span.attributes}, span.status.code == 2,
+                    tuple(link.trace_id.hex() for link in span.links),
                 )  # fmt: skip
 
 

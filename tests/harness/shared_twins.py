@@ -19,6 +19,7 @@ STALL_S = 10.0
 NAMED = ("max_model_len=2048", "served_model_name=twin")
 SETTINGS = {
     "engine": "twin", "gpu": "H200", "twin": {"base_s": STEP_S}, "stall_timeout_s": STALL_S, "replay_s": 60,
+    "log_format": "json",
 }  # fmt: skip
 
 

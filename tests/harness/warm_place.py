@@ -20,6 +20,7 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCH_COMPILE_DISABLE": "1",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",  # as for every fleet with `otlp`
 }
 
 

@@ -40,6 +40,15 @@ def test_a_line_has_the_ids_of_its_process_and_of_what_it_is_about() -> None:
     assert str(found["time"]).endswith("Z") and "request" not in found
 
 
+def test_within_about_every_line_has_the_ids_and_what_it_names_itself_wins() -> None:
+    with logs.about(lambda: {"request_id": "mine", "trace_id": "4bf9", "stream": "s"}):
+        found = line("moved", stream="s~1", about={"gateway": "gw-1"})
+    assert {name: found.get(name) for name in logs.IDS if name in found} == {
+        "gateway": "gw-1", "request_id": "mine", "stream": "s~1", "trace_id": "4bf9"
+    }  # fmt: skip
+    assert "request_id" not in line("after it")
+
+
 def failed_line() -> str:
     try:
         raise ValueError("no such layer")

@@ -47,7 +47,7 @@ def print_request(told: dict[str, Any]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     state = "in flight for" if told["is_open"] else f"status {told['status']}, took"
     console.print(
-        f"POST {told['path']} at {told['received']}: {state} {format_duration(told['seconds'])}, "
+        f"{told['method']} {told['path']} at {told['received']}: {state} {format_duration(told['seconds'])}, "
         f"gateway {told['gateway']}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
@@ -89,6 +89,9 @@ def print_request(told: dict[str, Any]) -> None:
             console.print(f"{stream['steps_left_out']} more steps were not kept", style="dim")
     if told["num_streams"] > len(told["streams"]):
         console.print(f"{told['num_streams'] - len(told['streams'])} more streams were not kept", style="dim")
+    for later in told["later"]:
+        click.echo()
+        print_request(later)
 
 
 def _what(part: dict[str, Any]) -> str:

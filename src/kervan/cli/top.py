@@ -1,118 +1,53 @@
 """`kervan top`: a fleet, live in the terminal."""
 
+import select
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import click
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from kervan.cli import option_types, options
-from kervan.cli.render import gateway_state_text, print_json, print_partial_status, state_text
-from kervan.errors import ConfigError, FleetError
-from kervan.fleet.directory import Snapshot
-from kervan.serve.status import FleetStatus, FleetWatch
-from kervan.serve.why import decided_line, notice_lines, scaling_lines
-from kervan.units import format_duration
+from kervan.cli.live import columns, pages
+from kervan.cli.live.app import App
+from kervan.cli.live.feed import Feed, Frame
+from kervan.cli.live.history import History, totals, traffic
+from kervan.cli.live.table import printable, table
+from kervan.cli.live.terminal import Terminal, is_unicode
+from kervan.cli.render import print_json, print_partial_status, progress_lines
+from kervan.errors import ConfigError, FleetError, KervanError
+from kervan.serve.status import FleetStatus
+from kervan.serve.why import notice_lines, scaling_lines
 
-MAX_EVENTS = 200
 MIN_EVERY_S = 0.2
+PIPE_WIDTH = 160
+CONNECT_NEWS_S = 2.0
+RESTARTS_S = (2.0, 5.0, 10.0, 30.0)  # between processes that ask Ray, when one after the other has ended
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaTraffic:
-    """Of one replica, over all gateways. `ttft_s`: mean of the gateways' medians, weighted by nothing."""
-
-    tokens_per_s: float
-    ttft_s: float | None
-
-
-def traffic(snapshot: Snapshot, replica_id: str) -> ReplicaTraffic:
-    """What the gateways report of a replica."""
-    shares = [gateway.traffic[replica_id] for gateway in snapshot.gateways if replica_id in gateway.traffic]
-    ttfts_s = [share.ttft_s for share in shares if share.ttft_s is not None]
-    return ReplicaTraffic(sum(share.tokens_per_s for share in shares), sum(ttfts_s) / len(ttfts_s) if ttfts_s else None)
-
-
-def _replica_states(snapshot: Snapshot) -> dict[str, str]:
-    return {r.id: "late" if r.lateness else r.state for r in snapshot.replicas}
-
-
-def _gateway_states(snapshot: Snapshot) -> dict[str, str]:
-    return {g.id: "late" if g.lateness else "ready" if g.is_ready else "starting" for g in snapshot.gateways}
-
-
-def events(before: Snapshot, after: Snapshot) -> Iterator[str]:
-    """What happened between two snapshots, one line each."""
-    for kind, states in (("replica", _replica_states), ("gateway", _gateway_states)):
-        old, new = states(before), states(after)
-        for name in sorted({*old, *new}):
-            if name not in new:
-                yield f"{kind} {name} is gone (was {old[name]})"
-            elif name not in old:
-                yield f"{kind} {name} appeared: {new[name]}"
-            elif old[name] != new[name]:
-                yield f"{kind} {name}: {old[name]} -> {new[name]}"
-    moved = {g.id: g.moved for g in before.gateways}
-    for gateway in after.gateways:
-        if gateway.id in moved and gateway.moved > moved[gateway.id]:
-            count = gateway.moved - moved[gateway.id]
-            yield f"gateway {gateway.id} moved {count} stream{'s' if count > 1 else ''}"
-    listed = {(node.node, notice.kind, notice.source) for node in before.nodes for notice in node.notices}
-    for node in after.nodes:
-        for notice in node.notices:
-            if (node.node, notice.kind, notice.source) not in listed:
-                yield f"node {node.node}: {notice.describe(notice.seen_s)}"
-    decided = {entry.at_s for entry in before.scaling.history} if before.scaling is not None else set()
-    for entry in after.scaling.history if after.scaling is not None else ():
-        if entry.at_s not in decided:
-            yield f"autoscaling: {decided_line(entry)}"
-    reported = {failure.number for failure in before.failures}
-    for failure in after.failures:
-        if failure.number not in reported:
-            yield f"{failure.who} failed: {failure.message}"
-
-
-def view(status: FleetStatus, lines: list[str]) -> RenderableType:
-    """The screen: head, replicas, gateways, latest events."""
+def view(status: FleetStatus, width: int) -> list[Text]:
+    """All of a fleet, one below the other: head, scaling, replicas, gateways, notices."""
     snapshot, config = status.snapshot, status.config
-    total = sum(replica.tokens_per_s for gateway in snapshot.gateways for replica in gateway.traffic.values())
-    streams, held = sum(g.streams for g in snapshot.gateways), sum(g.held for g in snapshot.gateways)
-    head = Text.assemble(
-        (status.name, "bold"),
-        f"  {status.url or '(no gateway yet)'}  {config.model}  tp {config.tp}, pp {config.pp}   "
-        f"{streams} streams, {held} held, {total:,.0f} tok/s",
-    )
-    replicas = Table("replica", "pool", "node", "state", box=None, pad_edge=False, header_style="dim")
-    for column in ("running", "waiting", "KV use", "tok/s", "TTFT"):
-        replicas.add_column(column, justify="right")
-    for r in snapshot.replicas:
-        rates = traffic(snapshot, r.id)
-        replicas.add_row(
-            r.id, r.pool, r.node, state_text(r.state, r.reason, r.lateness),
-            str(r.running), str(r.waiting), f"{100 * r.kv_cache_usage:.1f}%", f"{rates.tokens_per_s:,.0f}",
-            "-" if rates.ttft_s is None else format_duration(rates.ttft_s),
-        )  # fmt: skip
-    gateways = Table("gateway", "node", "pid", "state", box=None, pad_edge=False, header_style="dim")
-    for column in ("streams", "held", "moved", "busy", "tok/s"):
-        gateways.add_column(column, justify="right")
-    for g in snapshot.gateways:
-        rate = sum(replica.tokens_per_s for replica in g.traffic.values())
-        counts = (str(count) for count in (g.streams, g.held, g.moved))
-        gateways.add_row(g.id, g.node, str(g.pid), gateway_state_text(g), *counts, f"{g.busy:.0%}", f"{rate:,.0f}")
-    scaling = []
+    found = totals(snapshot)
+    about = f"  {status.url or '(no gateway yet)'}  {printable(config.model)}  tp {config.tp}, pp {config.pp}"
+    numbers = f"{found.streams:,} streams, {found.held:,} held, {found.tokens_per_s:,.0f} tok/s, "
+    lines = [
+        Text.assemble((printable(status.name), "bold"), about),
+        *map(Text, pages.wrapped(f"{numbers}TTFT {columns.duration(found.ttft_s)}", width)),
+    ]
     if snapshot.scaling is not None and config.autoscaler is not None:
-        scaling = [Text(line) for line in scaling_lines(snapshot.scaling, last=0)]
-        scaling += [Text(line, "yellow") for line in (snapshot.scaling.problem,) if line] + [Text()]
-    notices = [Text(line, "yellow") for line in notice_lines(snapshot, time.time())]
-    return Group(
-        head, Text(), *scaling, replicas, Text(), gateways, Text(), *notices, *(Text(line, "dim") for line in lines)
-    )
+        lines += [Text(printable(line)) for line in scaling_lines(snapshot.scaling, last=0)]
+        lines += [Text(printable(line), "yellow") for line in (snapshot.scaling.problem,) if line]
+    history = History()  # there is no past in one look, and so no pictures of it
+    replicas = [c for c in columns.replica_columns(snapshot, history, 80, is_unicode=False) if "so far" not in c.title]
+    gateways = [c for c in columns.gateway_columns(history, 80, is_unicode=False) if "so far" not in c.title]
+    lines += [Text(), *table(replicas, snapshot.replicas, width), Text(), *table(gateways, snapshot.gateways, width)]
+    notices = [
+        Text(line, "yellow") for notice in notice_lines(snapshot, time.time()) for line in pages.wrapped(notice, width)
+    ]
+    return [*lines, *([Text(), *notices] if notices else [])]
 
 
 def to_dict(status: FleetStatus) -> dict[str, object]:
@@ -135,34 +70,132 @@ def to_dict(status: FleetStatus) -> dict[str, object]:
 @click.option("--once", is_flag=True, help="Print one screen and exit; the default without a terminal.")
 @options.as_json
 def top(name: str, address: str | None, every_s: float, once: bool, as_json: bool) -> None:
-    """Watch a fleet: load, tokens/s and TTFT of each replica, gateways, events. Ctrl-C stops it.
+    """Watch a fleet: load, tokens/s and TTFT of each replica, gateways, scaling, events, GPUs. Keys: ? lists them.
 
-    Numbers are of the last second. TTFT is from the moment a gateway placed a request on the replica.
+    Numbers are of the last second. TTFT is from the moment a gateway placed a request on the replica. NO_COLOR is
+    followed; graphs are ASCII where the locale is not UTF-8.
     """
     if every_s < MIN_EVERY_S:
         raise ConfigError(f"--every {every_s:g} s is below {MIN_EVERY_S:g} s; write for example --every 1s")
+    console = Console(highlight=False)
+    if not as_json and not once and console.is_terminal and not console.is_dumb_terminal and sys.stdout.isatty():
+        _follow(console, name, address, every_s)
+        return
+    from kervan.serve.status import FleetWatch
+
     try:
-        watch = FleetWatch(name, address)
-        status = watch.look()
+        status = FleetWatch(name, address).look()
     except FleetError as error:
         print_partial_status(name, error, as_json=as_json)
         raise
     if as_json:
         print_json(to_dict(status))
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    if once or not console.is_terminal:
-        console.print(view(status, []))
-        return
-    history: deque[str] = deque(maxlen=MAX_EVENTS)
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            room = max(0, console.height - len(status.snapshot.replicas) - len(status.snapshot.gateways) - 10)
-            live.update(view(status, list(history)[-room:] if room else []), refresh=True)
-            time.sleep(every_s)
-            try:
-                before, status = status, watch.look()
-            except FleetError as error:  # what was seen last stays on the screen
-                history.append(f"{time.strftime('%X')} {error}")
-                continue
-            history += [f"{time.strftime('%X')} {line}" for line in events(before.snapshot, status.snapshot)]
+    width = console.width if sys.stdout.isatty() else PIPE_WIDTH
+    console = Console(highlight=False, width=width)
+    for line in view(status, width):
+        console.print(line, no_wrap=True, overflow="crop", crop=True)
+
+
+def _follow(console: Console, name: str, address: str | None, every_s: float) -> None:
+    """Until the user has seen enough."""
+    feed = Feed(name, address)
+    try:
+        try:
+            first = _first(feed)
+            status = first.status()
+        except FleetError as error:
+            print_partial_status(name, error, as_json=False)
+            raise
+        app = App(is_unicode=is_unicode(), every_s=every_s)
+        app.take(status, time.time())
+        with Terminal() as terminal:
+            feed = _Follower(app, feed, lambda: Feed(name, address)).run(terminal, painter(console))
+    finally:
+        feed.close()
+
+
+def _first(feed: Feed) -> Frame:
+    """The first frame; nothing is on the screen yet, and an error ends the command as any other's."""
+    feed.request(with_gpus=False)
+    tell, is_told, begin_s = progress_lines(), False, time.monotonic()
+    while True:
+        select.select([feed], [], [], 0.5)
+        if (frame := feed.read()) is not None:
+            return frame
+        if feed.is_over:
+            raise FleetError("the process that asks Ray ended by itself; kervan status shows why")
+        if not is_told and time.monotonic() - begin_s > CONNECT_NEWS_S:
+            tell("joining the Ray cluster")
+            is_told = True
+
+
+def painter(console: Console) -> Callable[[list[Text], int], list[str]]:
+    """Turns lines into what a terminal takes, of the full width each."""
+
+    def paint(lines: list[Text], width: int) -> list[str]:
+        with console.capture() as captured:
+            for line in lines:
+                line.truncate(width, overflow="crop", pad=True)
+                console.print(line, width=width, no_wrap=True, overflow="crop", crop=True)
+        return captured.get().split("\n")[: len(lines)]
+
+    return paint
+
+
+class _Follower:
+    """Asks, waits, draws."""
+
+    def __init__(self, app: App, feed: Feed, begin_feed: Callable[[], Feed]) -> None:
+        self._app = app
+        self._feed = feed
+        self._begin_feed = begin_feed
+        self._num_restarts = 0
+        self._due_s = 0.0  # of the next look, or of the next process that asks
+
+    def run(self, terminal: Terminal, paint: Callable[[list[Text], int], list[str]]) -> Feed:
+        """Until the user quits; the process that asked last, to be closed."""
+        app = self._app
+        self._due_s = time.monotonic() + app.every_s
+        while not app.is_over:
+            width, height = terminal.size
+            terminal.draw(paint(app.lines(width, height, time.time()), width))
+            now_s = time.monotonic()
+            if now_s >= self._due_s and not app.is_paused:
+                self._ask(now_s)
+            wait_s = max(self._due_s - time.monotonic(), 0.0)
+            if app.is_paused or (self._feed.is_asked and wait_s == 0.0):
+                wait_s = 1.0  # the times on the screen go on
+            pressed, ready = terminal.wait(wait_s, [] if self._feed.is_over else [self._feed.fileno()])
+            for key in pressed:
+                before = app.wants_gpus
+                app.press(key)
+                if app.wants_gpus and not before:
+                    self._due_s = 0.0
+            if ready:
+                self._read()
+        return self._feed
+
+    def _ask(self, now_s: float) -> None:
+        self._due_s = now_s + self._app.every_s
+        if self._feed.is_over:
+            self._feed.close()
+            self._feed = self._begin_feed()
+        self._feed.request(with_gpus=self._app.wants_gpus)
+
+    def _read(self) -> None:
+        app, frame = self._app, self._feed.read()
+        if self._feed.is_over:
+            wait_s = RESTARTS_S[min(self._num_restarts, len(RESTARTS_S) - 1)]
+            self._num_restarts += 1
+            self._due_s = time.monotonic() + wait_s
+            app.fail(app.problem or "the process that asks Ray has ended; another one asks soon", time.time())
+        if frame is None:
+            return
+        if frame.gpus is not None:
+            app.gpus = frame.gpus
+        try:
+            app.take(frame.status(), time.time())
+            self._num_restarts = 0
+        except KervanError as error:
+            app.fail(str(error), time.time())

@@ -244,6 +244,7 @@ class FleetClient:
         self.demand.arrived(stream)
         record = current_request.get()
         if record is not None:
+            stream.record = record
             stream.timeline = record.open(stream.request_id, stream.prompt_tokens, stream.arrived_s)
         self.counts.started += 1
         has_turn = self._admitted.open(stream)
@@ -324,7 +325,7 @@ class FleetClient:
 
     def _give_up(self, stream: Stream, why: str, *, is_transient: bool = False) -> None:
         """End a stream with an error."""
-        logger.error("stream %s is given up: %s", stream.request_id, why, extra={"stream": stream.request_id})
+        logger.error("stream %s is given up: %s", stream.request_id, why, extra=stream.ids())
         self.counts.ended["broken"] += 1
         if stream.ticket is not None:
             stream.ticket.failure = StreamFailure(f"the request was given up: {why}", is_transient)
@@ -438,8 +439,14 @@ class FleetClient:
         self.prefixes.first_token(stream, link, cached_tokens)
         link.note_ttft(ttft_s)
         if stream.paused_since_s is not None:
-            self.counts.move_pause_s.observe(time.monotonic() - stream.paused_since_s)
+            pause_s = time.monotonic() - stream.paused_since_s
+            self.counts.move_pause_s.observe(pause_s)
             stream.paused_since_s = None
+            logger.info(
+                "stream %s goes on at replica %s after %d tokens and %.0f ms",
+                *(stream.request_id, link.replica_id, len(stream.generated), pause_s * 1e3),
+                extra={"replica": link.replica_id, **stream.ids()},
+            )
         queued = min(stream.cost_tokens - 1, stream.queued_tokens)
         stream.cost_tokens -= queued
         link.load.add(-queued)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kervan.fleet.reconnect.journal import Attempt
-from kervan.fleet.timeline import StreamTimeline
+from kervan.fleet.timeline import RequestRecord, StreamTimeline
 from kervan.policy.prefix import Spans
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ class Stream:
     ticket: "Ticket | None" = None
     session: str = ""
     timeline: StreamTimeline | None = None  # of a request that is remembered
+    record: RequestRecord | None = None  # that request
+
+    def ids(self) -> dict[str, str]:
+        """What log lines about it have."""
+        return {"stream": self.request_id, **({} if self.record is None else self.record.ids())}
 
     @property
     def is_suspect(self) -> bool:

@@ -65,16 +65,21 @@ class StreamTimeline:
 
 @dataclass(slots=True, eq=False)
 class RequestRecord:
-    """One HTTP request. `stream_id`: that the client got as X-Kervan-Stream-Id; `client_id`: its own X-Request-Id.
+    """One HTTP request; its `method` is GET where a client comes back to the stream of another one.
 
+    `stream_id`: that the client got as X-Kervan-Stream-Id; `client_id`: its own X-Request-Id.
     `forwarded_s`: when vLLM's app got it. `num_streams`: that it opened, of which the first few have a timeline.
-    `span`: of its trace, if it is traced.
+    `request_id`: that vLLM's names of it have in them. `traceparent`: W3C's, of its own span where it is traced, else
+    the client's; `span`: of its trace, if it is traced.
     """
 
     path: str
     received_s: float
     received_unix_s: float
     client_id: str = ""
+    method: str = "POST"
+    request_id: str = ""
+    traceparent: str = ""
     stream_id: str = ""
     status: int = 0
     forwarded_s: float = 0.0
@@ -82,6 +87,12 @@ class RequestRecord:
     num_streams: int = 0
     streams: list[StreamTimeline] = field(default_factory=list)
     span: Any = None
+
+    def ids(self) -> dict[str, str]:
+        """What its log lines have; none once it is over, as tasks that it began may go on for others."""
+        if self.ended_s:
+            return {}
+        return {"request_id": self.request_id or self.client_id, "trace_id": trace_id(self.traceparent)}
 
     def open(self, request_id: str, prompt_tokens: int, arrived_s: float) -> StreamTimeline | None:
         """A stream has come; None if it is one too many to be told of."""
@@ -91,6 +102,12 @@ class RequestRecord:
         timeline = StreamTimeline(request_id, prompt_tokens, arrived_s)
         self.streams.append(timeline)
         return timeline
+
+
+def trace_id(traceparent: str) -> str:
+    """The trace of W3C's header `traceparent`; empty if it names none."""
+    parts = traceparent.split("-")
+    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else ""
 
 
 current_request: ContextVar[RequestRecord | None] = ContextVar("current_request", default=None)

@@ -57,7 +57,7 @@ class StreamExplained(msgspec.Struct):
 class RequestExplained(msgspec.Struct):
     """One request as `kervan explain` tells it. `before`: what came before its streams, `delivery_s`: what came after.
 
-    `num_streams`: it may have more than are told of.
+    `num_streams`: it may have more than are told of. `later`: requests of clients that came back to its stream.
     """
 
     gateway: str
@@ -72,6 +72,8 @@ class RequestExplained(msgspec.Struct):
     num_streams: int
     streams: list[StreamExplained]
     delivery_s: float
+    method: str = "POST"
+    later: list["RequestExplained"] = []
 
 
 def explained(record: RequestRecord, *, gateway: str, now_s: float) -> RequestExplained:
@@ -101,6 +103,7 @@ def explained(record: RequestRecord, *, gateway: str, now_s: float) -> RequestEx
         num_streams=record.num_streams,
         streams=streams,
         delivery_s=max(0.0, end_s - last_s) if record.ended_s and record.streams else 0.0,
+        method=record.method,
     )
 
 

@@ -35,12 +35,12 @@ from kervan.gateway.asgi import (
     respond,
 )
 from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError
+from kervan.gateway.remembered import REQUEST_ID_HEADER, TRACEPARENT, RequestMemory
 from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
 logger = logging.getLogger(__name__)
 
 ID_HEADER = b"x-kervan-stream-id"
-REQUEST_ID_HEADER = b"x-request-id"
 STREAMS_PREFIX = "/v1/streams/"
 INTERNAL_PREFIX = "/kervan/streams/"
 ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,100}")
@@ -105,6 +105,7 @@ class Streams:
         answers: Answers | None = None,
     ) -> None:
         self.store: ReplicatedStore | None = None
+        self.requests: RequestMemory | None = None
         self._answers = answers or Answers()
         self._gateway_id = gateway_id
         self._gateways = gateways
@@ -125,13 +126,20 @@ class Streams:
     async def post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         """Let `app` respond; `receive` gives the body first."""
         stream_id = self.new_id()
-        why_not = refusal(body) if self.store is not None and scope["path"] in REPLAYED_PATHS else None
+        is_plain = scope["path"] in REPLAYED_PATHS
+        why_not = refusal(body) if self.store is not None and is_plain else None
+        headers = list(scope["headers"])
+        is_named = why_not is None and b'"request_id"' in body  # which vLLM takes, unless there is a header
+        if is_plain and not is_named and not header(scope, REQUEST_ID_HEADER):
+            # vLLM names the answer by it: the same name in all logs, and when it is given again. It is not the stream's
+            # id, as that one opens the stream, and logs are for more eyes.
+            headers.append((REQUEST_ID_HEADER, secrets.token_hex(16).encode()))
+            scope = {**scope, "headers": headers}
+        if (record := current_request.get()) is not None:
+            record.request_id = header(scope, REQUEST_ID_HEADER).decode("latin-1")
         if self.store is None or why_not is None:
             await app(scope, receive, with_id(send, stream_id))
             return
-        headers = list(scope["headers"])
-        if not header(scope, REQUEST_ID_HEADER):  # vLLM names the answer by it; the same name when it is given again
-            headers.append((REQUEST_ID_HEADER, stream_id.rpartition("-")[2].encode()))
         kept_headers = [pair for pair in headers if pair[0] not in _NOT_KEPT]
         kept_body = b"" if why_not else body
         journal = Journal(stream_id, _key_digest(scope), scope["path"], kept_headers, kept_body, why_not)
@@ -141,7 +149,7 @@ class Streams:
             self.store.changed(journal)
             await app(scope, receive, with_id(send, stream_id))
         else:
-            await self._respond(self.store, app, Attempt(journal), {**scope, "headers": headers}, receive, send)
+            await self._respond(self.store, app, Attempt(journal), scope, receive, send)
 
     @staticmethod
     async def _respond(
@@ -258,14 +266,12 @@ class Streams:
         length = (b"content-length", b"%d" % len(journal.body))
         path = {"path": journal.path, "raw_path": journal.path.encode(), "query_string": b"", "method": "POST"}
         again = {**scope, **path, "headers": [*journal.headers, length]}
-        await self._respond(
-            store,
-            app,
-            Attempt(journal, after or Position(0, 0)),
-            again,
-            replay(journal.body, _only_disconnect(receive)),
-            send,
-        )
+        attempt, receive = Attempt(journal, after or Position(0, 0)), replay(journal.body, _only_disconnect(receive))
+        if self.requests is None:
+            await self._respond(store, app, attempt, again, receive, send)
+            return
+        with self.requests.begin_again(again, journal.stream_id, header(scope, TRACEPARENT)) as remembering:
+            await self._respond(store, app, attempt, remembering.scope, receive, send)
 
     async def _unknown(self, scope: Scope, send: Send, stream_id: str) -> None:
         message = f"no stream {stream_id[:80]!r} is kept; it is unknown or has expired"

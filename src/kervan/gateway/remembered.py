@@ -5,14 +5,16 @@ from collections import deque
 from collections.abc import Iterator
 from contextvars import Token
 
+from kervan import logs
+from kervan.fleet import stream_ids
 from kervan.fleet.timeline import RequestRecord, current_request
 from kervan.gateway.asgi import Scope, header
 from kervan.gateway.tracing import Tracing
 
 MAX_ID = 128
 REQUEST_ID_HEADER = b"x-request-id"
-# What vLLM puts before the id of a request, by endpoint.
-ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "embd-", "score-", "rerank-", "generate-", "generate-tokens-", "pool-")
+TRACEPARENT = b"traceparent"
+STREAMS_PATH = "/v1/streams/{id}"
 
 
 class RequestMemory:
@@ -25,11 +27,26 @@ class RequestMemory:
 
     def begin(self, scope: Scope, received_s: float) -> "Remembering":
         """To be used around the work of a request that has been admitted. `received_s`: when its head was here."""
+        return Remembering(self, self._record(scope, received_s), scope)
+
+    def begin_again(self, scope: Scope, stream_id: str, traceparent: bytes) -> "Remembering":
+        """As `begin`, for a client that comes back to a stream: `scope` is that of the request that began it.
+
+        `traceparent`: of the client's own trace now; the spans are in that of the first request.
+        """
+        record = self._record(scope, time.monotonic())
+        record.method, record.path, record.stream_id = "GET", STREAMS_PATH, stream_id
+        record.request_id = record.client_id
+        return Remembering(self, record, scope, traceparent.decode("latin-1"))
+
+    @staticmethod
+    def _record(scope: Scope, received_s: float) -> RequestRecord:
         now_s = time.monotonic()
         client_id = header(scope, REQUEST_ID_HEADER)[:MAX_ID].decode("latin-1")
         record = RequestRecord(scope["path"], received_s, time.time() - (now_s - received_s), client_id)
+        record.traceparent = header(scope, TRACEPARENT)[:MAX_ID].decode("latin-1")
         record.forwarded_s = now_s
-        return Remembering(self, record, scope)
+        return record
 
     def opened(self, record: RequestRecord) -> None:
         """A request is being worked on."""
@@ -44,8 +61,17 @@ class RequestMemory:
             self.tracing.end(record)
 
     def find(self, request_id: str) -> RequestRecord | None:
-        """The latest request with this id: vLLM's in the answer, X-Kervan-Stream-Id, or the client's X-Request-Id."""
-        return next((record for record in self._newest() if is_named(record, request_id)), None)
+        """The latest request with this id: vLLM's in the answer, X-Kervan-Stream-Id, or the client's X-Request-Id.
+
+        One that came back to its stream is it only if the first is not remembered here.
+        """
+        named = [record for record in self._newest() if is_named(record, request_id)]
+        return next((record for record in named if record.method == "POST"), next(iter(named), None))
+
+    def later(self, record: RequestRecord) -> list[RequestRecord]:
+        """Requests that came back to the stream of this one, in their order."""
+        found = [r for r in self._newest() if r is not record and r.method == "GET" and r.stream_id == record.stream_id]
+        return found[::-1] if record.stream_id else []
 
     def _newest(self) -> Iterator[RequestRecord]:
         yield from reversed(self._open.values())
@@ -55,21 +81,24 @@ class RequestMemory:
 class Remembering:
     """Within, streams that are opened belong to the request. `scope`: for vLLM's app, with the parent of its spans."""
 
-    __slots__ = ("_memory", "_record", "_token", "scope")
+    __slots__ = ("_about", "_memory", "_record", "_token", "scope")
 
-    def __init__(self, memory: RequestMemory, record: RequestRecord, scope: Scope) -> None:
+    def __init__(self, memory: RequestMemory, record: RequestRecord, scope: Scope, caller: str = "") -> None:
         self._memory = memory
         self._record = record
         self._token: Token[RequestRecord | None] | None = None
-        self.scope = scope if memory.tracing is None else memory.tracing.begin(record, scope)
+        self._about = logs.about(record.ids)
+        self.scope = scope if memory.tracing is None else memory.tracing.begin(record, scope, caller)
 
     def __enter__(self) -> "Remembering":
         self._memory.opened(self._record)
         self._token = current_request.set(self._record)
+        self._about.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
+        self._about.__exit__()
         current_request.reset(self._token)
         self._memory.closed(self._record)
 
@@ -84,9 +113,8 @@ def is_named(record: RequestRecord, request_id: str) -> bool:
 
 
 def _is_of(engine_id: str, given: str) -> bool:
-    """vLLM's id of a stream is that of the answer, with `1_` before it for a second choice, `-0` behind it for a prompt
-    of several, and in newer versions eight characters more; the answer's has its kind before what the client sent."""
+    """Whether vLLM's id of a stream is of the answer, or of what the client sent (`kervan.fleet.stream_ids`)."""
     number, underscore, rest = engine_id.partition("_")
     names = [engine_id, *([rest] if underscore and number.isdecimal() else [])]
-    names += [name.removeprefix(kind) for name in names for kind in ID_PREFIXES if name.startswith(kind)]
+    names += [name.removeprefix(kind) for name in names for kind in stream_ids.PREFIXES if name.startswith(kind)]
     return any(name == given or name.startswith(given + "-") for name in names)

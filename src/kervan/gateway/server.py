@@ -146,8 +146,8 @@ class Gateway:
         if config.otlp:
             self.tracing = Tracing(config.otlp, fleet=config.fleet_name, gateway_id=config.gateway_id)
         self.requests: RequestMemory | None = None
-        if config.remembered_requests or self.tracing is not None:
-            self.requests = RequestMemory(config.remembered_requests, self.tracing)
+        if config.remembered_requests or self.tracing is not None or config.log_format == "json":
+            self.requests = self.streams.requests = RequestMemory(config.remembered_requests, self.tracing)
         self.shell = GatewayShell(
             self, config.api_keys, streams=self.streams, answers=self.answers, peers=self.peers, requests=self.requests
         )
@@ -434,9 +434,12 @@ class Gateway:
 
     def _explain_own(self, request_id: str) -> bytes | None:
         record = self.requests.find(request_id) if self.requests is not None else None
-        if record is None:
+        if record is None or self.requests is None:
             return None
-        told = explain.explained(record, gateway=self.config.gateway_id, now_s=time.monotonic())
+        found = [record, *self.requests.later(record)]
+        now_s = time.monotonic()
+        told, *later = (explain.explained(each, gateway=self.config.gateway_id, now_s=now_s) for each in found)
+        told.later = later
         return msgspec.json.encode(told)
 
     async def metrics(self, gateway: str | None = None) -> bytes | None:

@@ -164,6 +164,13 @@ class FleetWatch:
         config = self._directory.fleet().result(LOOK_TIMEOUT_S).config
         return fleet_status(config, self._directory.snapshot().result(LOOK_TIMEOUT_S))
 
+    @staticmethod
+    def here() -> str:
+        """The address of this machine, as the fleet's nodes have theirs."""
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
 
 def reasons(config: FleetConfig, snapshot: Snapshot) -> list[str]:
     """A sentence for each thing in the fleet that is not as it should be, nodes under notice first."""

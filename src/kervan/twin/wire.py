@@ -5,16 +5,19 @@ a few fields and need not know the others. `SamplingParams` is a map without its
 are vLLM's (a contract test compares them).
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
 
-from kervan.fleet import wire
+from kervan.fleet import stream_ids, wire
 from kervan.fleet.sessions import RefusalError
 from kervan.sim.prefix_cache import Media, PrefixCacheCounts
 from kervan.twin.token_engine import TwinOutput, TwinRequest
+
+logger = logging.getLogger(__name__)
 
 ADD, ABORT, UTILITY = b"\x00", b"\x01", b"\x03"
 FINISH = {"stop": 0, "length": 1}
@@ -73,6 +76,7 @@ class GatewayWire:
         self._lora, self._salt, self._media = (
             _need(request, name) for name in ("lora_request", "cache_salt", "mm_features")
         )
+        self._trace = request.get("trace_headers", len(request))
         output = _positions(layouts, "EngineCoreOutput")
         if (_need(output, "request_id"), _need(output, "new_token_ids")) != (0, 1):
             raise LayoutError("EngineCoreOutput does not begin with request_id, new_token_ids")
@@ -93,6 +97,11 @@ class GatewayWire:
         sampling = fields[self._sampling] or {}
         max_tokens = sampling.get("max_tokens", MAX_TOKENS_DEFAULT)
         generated = (sampling.get("extra_args") or {}).get(wire.GENERATED, ())  # a moved stream's
+        if generated:
+            name, trace = fields[self._id], fields[self._trace] if self._trace < len(fields) else None
+            logger.info(
+                "stream %s goes on here after %d tokens", name, len(generated), extra=stream_ids.ids(name, trace)
+            )
         return TwinRequest(
             id=fields[self._id],
             client=client,

@@ -1,16 +1,15 @@
 """What `kervan status --why` and `kervan top` say of a fleet, from what its directory holds."""
 
 import dataclasses
-import io
 import json
 from typing import Any
 
 import pytest
 from msgspec import structs
-from rich.console import Console
 
 from kervan.cli import render, top
-from kervan.cli.top import events
+from kervan.cli.live import history
+from kervan.cli.live.history import events
 from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import (
     Decided,
@@ -182,22 +181,33 @@ def test_status_sums_what_gateways_tell_of_prefix_caches() -> None:
 
 
 def test_traffic_is_summed_over_gateways() -> None:
-    assert top.traffic(snapshot(*BUSY), "a") == top.ReplicaTraffic(150.0, pytest.approx(0.3))
-    assert top.traffic(snapshot(*BUSY), "b") == top.ReplicaTraffic(5.0, None)
-    assert top.traffic(snapshot(*BUSY), "unknown") == top.ReplicaTraffic(0, None)
+    assert history.traffic(snapshot(*BUSY), "a") == history.ReplicaTraffic(150.0, pytest.approx(0.3))
+    assert history.traffic(snapshot(*BUSY), "b") == history.ReplicaTraffic(5.0, None)
+    assert history.traffic(snapshot(*BUSY), "unknown") == history.ReplicaTraffic(0, None)
 
 
-def test_the_screen() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(top.view(FleetStatus("chat", "http://h:1", CONFIG, snapshot(*BUSY)), ["12:00:00 something"]))
-    lines = [line.split() for line in console.export_text().splitlines()]
-    assert lines[0][:2] == ["chat", "http://h:1"]
-    assert lines[0][-6:] == ["4", "streams,", "1", "held,", "155", "tok/s"]
-    rows = {line[0]: line for line in lines if line}
-    assert rows["a"][4:] == ["3", "1", "25.0%", "150", "300", "ms"]
-    assert rows["b"][3:] == ["draining", "0", "0", "0.0%", "5", "-"]
-    assert rows["g1"][-5:] == ["3", "0", "2", "0%", "105"]
-    assert lines[-1] == ["12:00:00", "something"]
+def shown(status: FleetStatus, width: int = 160) -> list[str]:
+    """What `kervan top --once` prints."""
+    return [line.plain.rstrip() for line in top.view(status, width)]
+
+
+def test_one_look_has_the_head_the_replicas_and_the_gateways() -> None:
+    told = shown(FleetStatus("chat", "http://h:1", CONFIG, snapshot(*BUSY)))
+    assert told[0].split()[:2] == ["chat", "http://h:1"]
+    assert told[1] == "4 streams, 1 held, 155 tok/s, TTFT 300 ms"
+    rows = {line.split()[0]: line.split() for line in told if line}
+    assert rows["replica"][:8] == ["replica", "state", "run", "wait", "KV", "tok/s", "TTFT", "pool"]
+    assert rows["a"][:8] == ["a", "ready", "3", "1", "25%", "150", "300", "ms"]
+    assert rows["b"][:7] == ["b", "draining", "0", "0", "0%", "5", "-"]
+    assert rows["g1"][:7] == ["g1", "ready", "3", "0", "2", "0%", "105"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
+def test_one_look_fits_where_it_is_printed(width: int) -> None:
+    long = replica("c", "unhealthy", reason="no step for 60 s, and more that is to be said of it " * 4)
+    told = shown(FleetStatus("chat", "http://h:1", CONFIG, snapshot(*BUSY, long)), width)
+    assert max(len(line) for line in told[1:]) <= width  # the first one has addresses, to be copied
+    assert any(line.startswith("c ") and "unhealthy" in line for line in told)
 
 
 def test_events_between_two_looks() -> None:
@@ -207,7 +217,7 @@ def test_events_between_two_looks() -> None:
         replica("a"), replica("b"), replica("d", "starting"), gateway("g1", moved=5), gateway("g2", is_ready=False),
         failures=(failed,),
     )  # fmt: skip
-    assert list(top.events(before, after)) == [
+    assert list(events(before, after)) == [
         "replica b: starting -> ready",
         "replica c is gone (was ready)",
         "replica d appeared: starting",
@@ -215,35 +225,31 @@ def test_events_between_two_looks() -> None:
         "gateway g1 moved 3 streams",
         "d failed: broke",
     ]
-    assert list(top.events(after, after)) == []
+    assert list(events(after, after)) == []
 
 
 def test_what_is_late_is_shown_so_with_its_last_sign_of_life(capsys: pytest.CaptureFixture[str]) -> None:
     found = snapshot(replica("a"), replica("b", beat_age_s=3.14), gateway("g1", beat_age_s=6.2), gateway("g2"))
     told = FleetStatus("chat", "http://h:1", CONFIG, found)
     render.print_status(told)
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(top.view(told, []))
-    for shown in (capsys.readouterr().out, console.export_text()):
-        lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
+    for found_lines in (capsys.readouterr().out.splitlines(), shown(told)):
+        lines = {line.split()[0]: line for line in found_lines if line.strip()}
         assert "late: last heartbeat 3.1 s ago, before that ready" in lines["b"]
         assert "late: last heartbeat 6.2 s ago, before that ready" in lines["g1"]
         assert "late" not in lines["a"] + lines["g2"]
     listed = top.to_dict(told)
     assert [(r["late"], r["last_heartbeat_s"]) for r in listed["replicas"]] == [(False, 0.0), (True, 3.14)]  # type: ignore[attr-defined]
     assert [(g["late"], g["ready"]) for g in listed["gateways"]] == [(True, False), (False, True)]  # type: ignore[attr-defined]
-    assert list(top.events(snapshot(replica("b")), snapshot(replica("b", beat_age_s=3.14)))) == [
-        "replica b: ready -> late"
-    ]
+    assert list(events(snapshot(replica("b")), snapshot(replica("b", beat_age_s=3.14)))) == ["replica b: ready -> late"]
 
 
 def test_brackets_in_names_and_reasons_are_text(capsys: pytest.CaptureFixture[str]) -> None:
     failed = StartFailure("gw", "FleetError", "ended with status 1; its last line: INFO [model.py:733] [/tmp/x] broke")
     config = dataclasses.replace(CONFIG, model="/models/[bold]a[/b]")
     render.print_status(FleetStatus("chat", "http://h:1", config, snapshot(*WHOLE, failures=(failed,))))
-    shown = capsys.readouterr().out
-    assert "/models/[bold]a[/b]  tp" in shown
-    assert f"gw failed: {failed.message}" in shown
+    printed = capsys.readouterr().out
+    assert "/models/[bold]a[/b]  tp" in printed
+    assert f"gw failed: {failed.message}" in printed
 
 
 NOW_S = 1000.0
@@ -268,10 +274,8 @@ def test_status_and_top_show_a_node_under_notice(capsys: pytest.CaptureFixture[s
     line = "node 10.0.0.1 leaves in 0 s: preemption (aws)"
     render.print_status(told)
     assert line in capsys.readouterr().out
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(top.view(told, []))
-    assert line in console.export_text()
-    assert list(top.events(snapshot(*WHOLE), snapshot(*WHOLE, LEAVING))) == [
+    assert line in shown(told)
+    assert list(events(snapshot(*WHOLE), snapshot(*WHOLE, LEAVING))) == [
         "node 10.0.0.1: leaves in 120 s: preemption (aws)"
     ]
     (node,) = json.loads(json.dumps(told.to_dict()))["nodes"]

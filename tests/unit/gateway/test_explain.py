@@ -1,8 +1,10 @@
 """Where a request's time went: worked out by hand, for any order of steps, and of streams that really moved."""
 
 import asyncio
+import contextvars
 import itertools
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
@@ -11,6 +13,7 @@ from harness.toy_fleet import Bench, make_bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kervan import logs
 from kervan.fleet.timeline import MAX_STEPS, MAX_STREAMS, RequestRecord, Step, StreamTimeline, current_request
 from kervan.gateway.explain import Part, RequestExplained, explained
 from kervan.gateway.remembered import RequestMemory, is_named
@@ -215,6 +218,41 @@ def test_the_last_requests_are_remembered_and_no_more() -> None:
     assert memory.find("one") is None
     assert memory.find("two") is not None
     assert current_request.get() is None
+
+
+TRACEPARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def test_log_lines_within_a_request_have_its_ids_and_those_after_it_none() -> None:
+    def told() -> dict[str, object]:
+        record = logging.LogRecord("vllm", logging.WARNING, "", 0, "slow", None, None)
+        return logs.JsonFormatter().fields(record)
+
+    headers = [(b"x-request-id", b"mine"), (b"traceparent", TRACEPARENT)]
+    late: list[Callable[[], dict[str, object]]] = []
+    with RequestMemory(0).begin({"path": "/v1/completions", "headers": headers}, 0.0):
+        context = contextvars.copy_context()  # of a task that outlives the request, as vLLM's reader of outputs does
+        late.append(lambda: context.run(told))
+        assert (told()["request_id"], told()["trace_id"]) == ("mine", TRACEPARENT.decode().split("-")[1])
+    assert "request_id" not in told()
+    assert "request_id" not in late[0]()
+
+
+def test_a_client_that_comes_back_is_told_of_with_the_request_that_began() -> None:
+    memory = RequestMemory(5)
+    remember(memory, "one", "cmpl-one-0-0badcafe")
+    scope = {"path": "/v1/completions", "headers": [(b"x-request-id", b"one")]}
+    with memory.begin_again(scope, "gw-1-one", b""):
+        current_request.get().open("cmpl-one-0-1badcafe", 1, 0.0)  # type: ignore[union-attr]
+    remember(memory, "two", "cmpl-two-0-0badcafe")
+    first = memory.find("one")
+    assert first is not None and first.method == "POST"
+    (later,) = memory.later(first)
+    assert (later.method, later.path, later.stream_id) == ("GET", "/v1/streams/{id}", "gw-1-one")
+    for number in range(3):
+        remember(memory, f"more{number}")
+    alone = memory.find("gw-1-one")  # the first one is forgotten
+    assert alone is later and memory.later(alone) == []
 
 
 async def test_a_request_in_flight_is_found_and_tasks_that_it_starts_belong_to_it() -> None:

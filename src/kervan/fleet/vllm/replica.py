@@ -31,8 +31,9 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from kervan import logs
 from kervan.errors import EngineError
-from kervan.fleet import wire
+from kervan.fleet import stream_ids, wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
@@ -190,12 +191,14 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         if request_type == EngineCoreRequestType.ADD:
             request = add_decoder.decode(frames)
             request.client_index = index
-            try:
-                prepared = self.preprocess_add_request(request)
-                resume.restore(prepared[0], self.structured_output_manager, self.vllm_config.model_config.max_model_len)
-            except Exception:  # noqa: BLE001 - vLLM's own boundary: what one request raises ends that request only
-                self._handle_request_preproc_error(request)
-                return
+            with logs.about(functools.partial(stream_ids.ids, request.request_id, request.trace_headers)):
+                try:
+                    prepared = self.preprocess_add_request(request)
+                    max_model_len = self.vllm_config.model_config.max_model_len
+                    resume.restore(prepared[0], self.structured_output_manager, max_model_len)
+                except Exception:  # noqa: BLE001 - vLLM's own boundary: what one request raises ends that request only
+                    self._handle_request_preproc_error(request)
+                    return
             if prepared[0].is_finished():
                 self.output_queue.put_nowait((index, resume.ending(prepared[0])))
                 return

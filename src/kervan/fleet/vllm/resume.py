@@ -63,6 +63,7 @@ def restore(request: Request, structured_output_manager: Any, max_model_len: int
         )
     if not generated:
         return
+    logger.info("stream %s goes on here after %d tokens", request.request_id, len(generated))
     request.append_output_token_ids(generated)
     # It would count the resumed tokens as prompt, which vLLM asserts against when they are in the prefix cache.
     request.prefill_stats = None

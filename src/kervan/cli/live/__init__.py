@@ -1,0 +1,1 @@
+"""A full screen that follows a fleet: `kervan top`."""
