@@ -1,5 +1,6 @@
 """The last requests of a gateway, and those in flight, for `kervan explain`."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -46,6 +47,11 @@ class RequestMemory:
     def find(self, request_id: str) -> RequestRecord | None:
         """The latest request with this id: vLLM's in the answer, X-Kervan-Stream-Id, or the client's X-Request-Id."""
         return next((record for record in self._newest() if is_named(record, request_id)), None)
+
+    def since(self, since_s: float, most: int) -> list[RequestRecord]:
+        """The newest that were in flight at `since_s` (`time.monotonic`) or later, at most so many."""
+        found = (record for record in self._newest() if not record.ended_s or record.ended_s >= since_s)
+        return list(itertools.islice(found, most))
 
     def _newest(self) -> Iterator[RequestRecord]:
         yield from reversed(self._open.values())
