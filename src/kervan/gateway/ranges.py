@@ -1,6 +1,7 @@
 """What a gateway's loop does for a while, when `kervan profile` asks: named ranges, its CPU time, its requests."""
 
 import asyncio
+import inspect
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -81,7 +82,7 @@ async def record(
             wrapped.wrap(fleet.codec, "encode_add", recorder.around("encode request"))
             wrapped.wrap(fleet.codec, "decode", recorder.around("decode outputs"))
             wrapped.wrap(engine.output_processor, "process_outputs", recorder.around("detokenisation"))
-            wrapped.wrap(getattr(engine, "renderer", None), "_tokenize_prompt", recorder.around("tokenisation"))
+            wrapped.wrap(getattr(engine, "renderer", None), "tokenize_prompt_async", recorder.around("tokenisation"))
         await asyncio.sleep(ask.for_s)
     finally:
         wrapped.restore()
@@ -117,17 +118,27 @@ class _Recorder:
         total = self.totals.setdefault(name, RangeTotal())
 
         def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+            def note(begin_ns: int) -> None:
+                end_ns = time.time_ns()
+                total.calls += 1
+                total.seconds += (end_ns - begin_ns) / 1e9
+                if len(self.spans) < MAX_SPANS:
+                    self.spans.append((name, begin_ns, end_ns))
+
             def call(*args: Any, **kwargs: Any) -> Any:
                 begin_ns = time.time_ns()
                 try:
                     return method(*args, **kwargs)
                 finally:
-                    end_ns = time.time_ns()
-                    total.calls += 1
-                    total.seconds += (end_ns - begin_ns) / 1e9
-                    if len(self.spans) < MAX_SPANS:
-                        self.spans.append((name, begin_ns, end_ns))
+                    note(begin_ns)
 
-            return call
+            async def call_async(*args: Any, **kwargs: Any) -> Any:
+                begin_ns = time.time_ns()
+                try:
+                    return await method(*args, **kwargs)
+                finally:
+                    note(begin_ns)
+
+            return call_async if inspect.iscoroutinefunction(method) else call
 
         return wrap

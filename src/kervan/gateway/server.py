@@ -51,7 +51,13 @@ from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
 
-GIVEN_PATHS = (INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH, REQUESTS_PREFIX, ranges.PATH)  # to other gateways of the fleet
+GIVEN_PATHS = (
+    INTERNAL_PREFIX,
+    OWNER_PREFIX,
+    ADAPTERS_PATH,
+    REQUESTS_PREFIX,
+    ranges.PATH,
+)  # to other gateways of the fleet
 EXPLAIN_TIMEOUT_S = 2.0
 NODE = "node"  # in the place of a gateway's id
 LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
@@ -505,7 +511,9 @@ class Gateway:
             await respond(send, 400, error_body(400, str(error)))
             return
         if self._is_recording:
-            await respond(send, 409, error_body(409, "this gateway is being profiled already; ask again when it is not"))
+            await respond(
+                send, 409, error_body(409, "this gateway is being profiled already; ask again when it is not")
+            )
             return
         self._is_recording = True
         try:

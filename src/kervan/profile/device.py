@@ -22,7 +22,9 @@ from kervan.profile.trace import Event, Interval, StepBatch, TorchTrace
 
 Bound = Literal["memory", "compute", "communication", "copies", "unknown"]
 
-_COMMUNICATION = re.compile(r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|multimem|one_shot|two_shot", re.I)
+_COMMUNICATION = re.compile(
+    r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|multimem|one_shot|two_shot", re.I
+)
 _PRODUCT = re.compile(r"gemm|gemv|cutlass|cublas|nvjet|wgmma|splitk|matmul|\bmm_|_mm\b|marlin|fused_moe|xmma", re.I)
 _ATTENTION = re.compile(r"flash|fmha|attn|attention|paged", re.I)
 _TEMPLATE = re.compile(r"<.*>|\(.*\)$", re.S)

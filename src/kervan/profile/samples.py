@@ -18,12 +18,24 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("detokenisation", r"vllm/v1/engine/(detokenizer|logprobs)\.py|detokenizer_utils", ""),
     ("output processing", r"vllm/v1/engine/(output_processor|parallel_sampling)\.py", ""),
     ("engine client", r"vllm/v1/engine/async_llm\.py|vllm/v1/metrics/", ""),
-    ("routing and journal", r"kervan/policy/|kervan/fleet/(placement|prefixes|admitted|client|stream|demand|losses)", ""),
-    ("ZMQ and codec", r"kervan/fleet/(link|links|listener|wire|codec|sessions|traffic)\.py|kervan/fleet/vllm/codec", ""),
+    (
+        "routing and journal",
+        r"kervan/policy/|kervan/fleet/(placement|prefixes|admitted|client|stream|demand|losses)",
+        "",
+    ),
+    (
+        "ZMQ and codec",
+        r"kervan/fleet/(link|links|listener|wire|codec|sessions|traffic)\.py|kervan/fleet/vllm/codec",
+        "",
+    ),
     ("ZMQ and codec", r"(^|/)zmq/|vllm/v1/serial_utils|msgspec", ""),
     ("reconnecting clients", r"kervan/fleet/reconnect/|kervan/gateway/reconnect", ""),
     ("JSON", r"pydantic|(^|/)json/|orjson", ""),
-    ("writing to clients", r"uvicorn/|httptools|starlette/responses|fastapi/.*(sse|stream)|kervan/gateway/connection", ""),
+    (
+        "writing to clients",
+        r"uvicorn/|httptools|starlette/responses|fastapi/.*(sse|stream)|kervan/gateway/connection",
+        "",
+    ),
     ("gateway shell", r"kervan/gateway/", ""),
     ("OpenAI server", r"vllm/entrypoints/|fastapi/|starlette/|anyio/|prometheus", ""),
     ("scheduler", r"vllm/v1/core/", ""),
@@ -39,13 +51,22 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 )
 _COMPILED = [(name, re.compile(files), re.compile(functions)) for name, files, functions in _RULES]
 OTHER = "other"
+# Innermost frames that only wait, although py-spy may take them for work: it cannot tell on every kernel.
+_WAITS = re.compile(
+    r"^_worker \(concurrent/futures/thread\.py|^SocketIO\.readinto \(socket\.py|\((threading|selectors)\.py"
+    r"|^Queue\.get \(queue\.py|^(select|poll|epoll) \(|^sched_yield \(vllm/"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class StackSamples:
-    """`num_samples` of all threads. `parts`: what they belong to; `functions`: the innermost frames. Largest first."""
+    """`num_samples` of all threads that worked. `parts`: what they belong to; `functions`: the innermost frames.
+
+    Largest first. `num_waiting`: samples of threads that waited for something, which are in neither.
+    """
 
     num_samples: int
+    num_waiting: int
     parts: tuple[tuple[str, int], ...]
     functions: tuple[tuple[str, int], ...]
 
@@ -58,15 +79,18 @@ def fold(raw: str) -> StackSamples:
     """py-spy's raw stacks by what they belong to."""
     parts: Counter[str] = Counter()
     functions: Counter[str] = Counter()
+    num_waiting = 0
     for line in raw.splitlines():
         stack, _, count = line.rpartition(" ")
         if not stack or not count.isdecimal():
             continue
         frames = [frame for frame in stack.split(";") if not frame.startswith(("thread (", "process "))]
-        if frames:
+        if frames and _WAITS.search(frames[-1]):
+            num_waiting += int(count)
+        elif frames:
             parts[part_of(frames)] += int(count)
             functions[frames[-1]] += int(count)
-    return StackSamples(parts.total(), _largest(parts), _largest(functions))
+    return StackSamples(parts.total(), num_waiting, _largest(parts), _largest(functions))
 
 
 def part_of(frames: Sequence[str]) -> str:

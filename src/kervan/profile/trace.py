@@ -73,7 +73,9 @@ def read(data: bytes) -> TorchTrace:
     try:
         file = _decoder.decode(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
     except (msgspec.DecodeError, OSError, EOFError) as error:
-        raise EngineError(f"torch's profiler wrote a trace that cannot be read ({error}); profile for less time") from error
+        raise EngineError(
+            f"torch's profiler wrote a trace that cannot be read ({error}); profile for less time"
+        ) from error
     events = sorted((event for event in file.traceEvents if event.ph == "X"), key=lambda event: event.ts)
     device = next((device.name for device in file.deviceProperties if device.name), "")
     return TorchTrace(tuple(events), file.baseTimeNanoseconds, device)
@@ -103,9 +105,17 @@ class StepBatch:
 
 def steps(trace: TorchTrace) -> list[StepBatch]:
     """The steps on the GPU's timeline where it has them, else on the host's."""
-    on_gpu = trace.of("gpu_user_annotation")
+    return _steps(trace.of("gpu_user_annotation") or trace.of(RANGE))
+
+
+def steps_on_host(trace: TorchTrace) -> list[StepBatch]:
+    """The steps as the host's thread ran them; on a GPU it is ahead."""
+    return _steps(trace.of(RANGE))
+
+
+def _steps(events: Iterable[Event]) -> list[StepBatch]:
     found = []
-    for event in on_gpu or trace.of(RANGE):
+    for event in events:
         if batch := _BATCH.search(event.name):
             found.append(StepBatch(event.ts, event.end, *map(int, batch.groups())))
     return found

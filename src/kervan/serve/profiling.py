@@ -83,12 +83,17 @@ def record(
     progress(f"profiling {entry.id} and {len(gateways)} gateways for {for_s:g} s")
     place = f"{tempfile.gettempdir()}/kervan-profile-{uuid.uuid4().hex[:12]}"
     if is_engine:
-        node_tasks.result(node_tasks.on_node(node_ids, entry.node, _make_directory, place), TASK_START_S, "a directory on its node")
+        node_tasks.result(
+            node_tasks.on_node(node_ids, entry.node, _make_directory, place), TASK_START_S, "a directory on its node"
+        )
         directory.order(entry.id, Profile(ProfileAsk(place, each_s, max_steps, has_ranges))).result()
         engine = node_tasks.on_node(node_ids, entry.node, _collect, place, each_s + ORDER_S + ENGINE_GRACE_S)
     key = relay_key(stored.secret).decode()
     told = [
-        (gateway, node_tasks.on_node(node_ids, gateway.node, _ask_gateway, gateway.internal_url, key, each_s, has_ranges))
+        (
+            gateway,
+            node_tasks.on_node(node_ids, gateway.node, _ask_gateway, gateway.internal_url, key, each_s, has_ranges),
+        )
         for gateway in gateways
     ]
     for gateway, task in told:
@@ -155,7 +160,8 @@ def _sample(
     of = [(f"replica {entry.id}", entry.node, entry.pid, True)]
     of += [(f"gateway {gateway.id}", gateway.node, gateway.pid, False) for gateway in gateways]
     tasks = [
-        (who, node_tasks.on_node(node_ids, node, _spy, pid, each_s, with_children)) for who, node, pid, with_children in of
+        (who, node_tasks.on_node(node_ids, node, _spy, pid, each_s, with_children))
+        for who, node, pid, with_children in of
     ]
     for who, task in tasks:
         try:

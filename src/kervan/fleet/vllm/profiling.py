@@ -108,8 +108,14 @@ def _named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return around
 
 
+def _innermost(worker: Any) -> Any:
+    """vLLM's executors call with a wrapper, whose steps look at the worker that it wraps."""
+    return vars(worker).get("worker", worker)
+
+
 def begin_in_worker(worker: Any, directory: str, has_ranges: bool) -> str:
     """For `collective_rpc`; only rank 0 records. Empty, or why it does not."""
+    worker = _innermost(worker)
     if worker.rank != 0:
         return ""
     profile = WorkerProfile(worker, Path(directory) / TRACE_FILE, has_ranges=has_ranges)
@@ -121,6 +127,7 @@ def begin_in_worker(worker: Any, directory: str, has_ranges: bool) -> str:
 
 def end_in_worker(worker: Any) -> str:
     """For `collective_rpc`; the reverse."""
+    worker = _innermost(worker)
     profile = getattr(worker, "kervan_profile", None)
     if profile is None:
         return ""

@@ -328,9 +328,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         """Called by `ask_profile`, through vLLM's loop."""
         if self._profile is None or self._profile.is_over:
             ask = msgspec.json.decode(ask_json, type=ProfileAsk)
-            self._profile = profiling.StepProfile(
-                self, ask, self.step_clock, lambda: self._call_in_loop("end_profile")
-            )
+            self._profile = profiling.StepProfile(self, ask, self.step_clock, lambda: self._call_in_loop("end_profile"))
             self._profile.begin()
 
     def end_profile(self) -> None:
