@@ -30,9 +30,7 @@ PERFETTO, PAGE, SUMMARY = "profile.perfetto.json.gz", "index.html", "summary.jso
 )  # fmt: skip
 @click.option("--out", type=FILE, help="Directory for the files. [default: kervan-profile-REPLICA-TIME here]")
 @click.option("--no-ranges", is_flag=True, help="Do not name the parts of steps and of the gateways' work.")
-@click.option(
-    "--no-py-spy", is_flag=True, help="Do not sample Python stacks; all of the time goes to torch's profiler."
-)
+@click.option("--no-py-spy", is_flag=True, help="Do not sample Python stacks; torch's profiler has all of the time.")
 @options.name
 @options.address
 @options.as_json
@@ -82,6 +80,7 @@ def profile(
         trace=traces.read(recording.trace) if recording.trace else None,
         gateways=recording.gateways,
         stacks=recording.samples,
+        sampled_s=for_s / 2,
         left_out=recording.left_out,
         max_streams=int(config.engine_args.get("max_num_seqs") or 0),
         tp=config.tp,

@@ -61,7 +61,8 @@ class StepClock:
     def expected_s(self, *, is_guessed: bool = False) -> float:
         """Seconds that the steps in progress should take from their begin; 0 when none is.
 
-        By the fastest steps so far, or as long as it was told to `hold`; before there are any 0, or with `is_guessed` by `watchdog.CAUTIOUS_TOKENS_PER_S`.
+        By the fastest steps so far, or as long as it was told to `hold`; before there are any 0, or with `is_guessed`
+        by `watchdog.CAUTIOUS_TOKENS_PER_S`.
         """
         tokens_per_s = self._tokens_per_s or (watchdog.CAUTIOUS_TOKENS_PER_S if is_guessed else 0.0)
         return max(self._held_s, self.step_tokens / tokens_per_s if tokens_per_s else 0.0)

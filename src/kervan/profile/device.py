@@ -1,10 +1,11 @@
 """What a GPU did and what it waited for, from a trace of its kernels. Pure.
 
 A GPU that computes is bound by its arithmetic or by its memory. A matrix product over T tokens does 2T operations for
-each weight, and reads it once: at 16 bits T operations per byte. The roofline's edge is where arithmetic and memory take
-equally long, `bf16_flops / bandwidth_bytes_s` operations per byte (206 for an H200). With 8-bit weights both double. So a
-product is bound by memory while the step has fewer tokens than that, and by arithmetic beyond. Attention of a decode
-reads each cached key and value once for few operations, and so is bound by memory; that of a prefill computes.
+each weight, and reads it once: at 16 bits T operations per byte. The roofline's edge is where arithmetic and memory
+take equally long, `bf16_flops / bandwidth_bytes_s` operations per byte (206 for an H200). With 8-bit weights both
+double. So a product is bound by memory while the step has fewer tokens than that, and by arithmetic beyond. Attention
+of a decode reads each cached key and value once for few operations, and so is bound by memory; that of a prefill
+computes.
 
 Source: Williams et al. 2009 (roofline).
 """
@@ -77,9 +78,9 @@ def use(trace: TorchTrace, window: Interval, no_work: Sequence[Interval], gpu: G
     scale = traces.length(busy) / max(sum(by_bound.values()), 1e-9)
     idle = traces.gaps(busy, window)
     nothing = traces.overlap(idle, traces.union(no_work))
-    shares = {bound: time_us * scale / whole for bound, time_us in by_bound.items()}
+    shares = {str(bound): time_us * scale / whole for bound, time_us in by_bound.items()}
     shares |= {"nothing to do": nothing / whole, "host": (traces.length(idle) - nothing) / whole}
-    return DeviceUse({str(k): v for k, v in shares.items()}, _totals(by_name), len(work))
+    return DeviceUse(shares, _totals(by_name), len(work))
 
 
 def bound_of(event: Event, step: StepBatch | None, gpu: Gpu | None) -> Bound:

@@ -1,4 +1,4 @@
-"""What to change next, from where the time went. Pure: each rule looks at the shares, and the first that holds speaks."""
+"""What to change next, from where the time went. Pure: the first rule that holds speaks."""
 
 from dataclasses import dataclass, field
 
@@ -16,8 +16,8 @@ class Findings:
     """`shares`: of the window, of the GPU where there is one, else of the engine's loop; `host_shares`: of that loop.
 
     `request_shares`: of the time of all requests. `gateway_busy`: CPU time of the busiest gateway over the window.
-    `streams`: in a step on average, `max_streams` that the engine takes, 0 if that is not known. `prefill_share`: of the
-    tokens that were computed. `step_s`: between two steps.
+    `streams`: in a step on average, `max_streams` that the engine takes, 0 if that is not known. `prefill_share`: of
+    the tokens that were computed. `step_s`: between two steps.
     """
 
     shares: dict[str, float]
@@ -66,25 +66,25 @@ def decide(found: Findings) -> str:
     if shares.get("memory", 0.0) >= shares.get("compute", 0.0):
         room = f" of {found.max_streams} that fit a step" if found.max_streams else ""
         return (
-            f"more streams per replica: a step reads all weights for {found.streams:.0f} streams{room}; fewer replicas at "
-            "the same load, or weights of fewer bits (FP8), give more tokens for the same reading"
+            f"more streams per replica: a step reads all weights for {found.streams:.0f} streams{room}; fewer replicas "
+            "at the same load, or weights of fewer bits (FP8), give more tokens for the same reading"
         )
     return (
-        f"less arithmetic: {found.prefill_share:.0%} of the tokens are prompts; FP8 weights, prefix caching (routing by "
-        "prefix), or more replicas"
+        f"less arithmetic: {found.prefill_share:.0%} of the tokens are prompts; FP8 weights, prefix caching (routing "
+        "by prefix), or more replicas"
     )
 
 
 def _host(found: Findings) -> str:
     host = found.shares["host"]
     if found.is_eager:
-        return f"CUDA graphs: the GPU waits for the host for {host:.0%} of the time, and enforce_eager is set; leave it out"
+        return f"CUDA graphs: the GPU waits for the host for {host:.0%} of the time; leave enforce_eager out"
     own = {name: share for name, share in found.host_shares.items() if name not in ("no work", "forward", "other")}
     most = max(own, key=lambda name: own[name], default="")
     spent = f", of which most goes to {most} ({own[most]:.0%} of the loop)" if most else ""
     return (
-        f"the host: the GPU waits for it for {host:.0%} of the time{spent}; async scheduling, fewer sampling parameters "
-        "(logprobs, penalties, grammars), a faster core, or a larger model per replica"
+        f"the host: the GPU waits for it for {host:.0%} of the time{spent}; async scheduling, fewer sampling "
+        "parameters (logprobs, penalties, grammars), a faster core, or a larger model per replica"
     )
 
 
@@ -105,6 +105,6 @@ def _without_gpu(found: Findings) -> str:
     most = max(rest, key=lambda name: rest[name], default="")
     named = f"; most of the rest is {most} ({rest[most]:.0%})" if most else ""
     return (
-        f"the host: the model takes {model:.0%} of the loop{named}; steps of {found.step_s * 1e3:.1f} ms are so short that "
-        "what surrounds them counts: a larger model, or more streams per step"
+        f"the host: the model takes {model:.0%} of the loop{named}; in steps of {found.step_s * 1e3:.1f} ms what "
+        "surrounds it counts: more streams per step, or a larger model"
     )

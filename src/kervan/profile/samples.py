@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 _FRAME = re.compile(r"^(?P<function>.+) \((?P<file>[^()]*?)(?::\d+)?\)$")
 
+EVENT_LOOP = "event loop"
 # (what it is, files, functions); an empty pattern matches all. The first rule that matches a frame wins.
 _RULES: tuple[tuple[str, str, str], ...] = (
     ("garbage collection", r"(^|/)gc\.py$", ""),
@@ -47,7 +48,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("engine loop", r"vllm/v1/engine/core\.py|vllm/v1/executor/|kervan/fleet/vllm/|kervan/fleet/", ""),
     ("simulated engine", r"kervan/(twin|sim)/", ""),
     ("threads and queues", r"(^|/)(threading|queue|selectors|concurrent/futures/.*)\.py$", ""),
-    ("event loop", r"asyncio/|uvloop", ""),
+    (EVENT_LOOP, r"asyncio/|uvloop", ""),
 )
 _COMPILED = [(name, re.compile(files), re.compile(functions)) for name, files, functions in _RULES]
 OTHER = "other"

@@ -9,7 +9,8 @@ from kervan.facts import hardware
 from kervan.profile import device, lever, samples
 from kervan.profile import trace as traces
 from kervan.profile.device import DeviceUse, KernelTotal
-from kervan.profile.samples import StackSamples
+from kervan.profile.py_spy import RATE_HZ
+from kervan.profile.samples import EVENT_LOOP, StackSamples
 from kervan.profile.trace import Interval, TorchTrace
 
 # Parts of an engine's loop, in the order in which they claim time: what a worker does while the loop schedules is its.
@@ -32,7 +33,7 @@ TOP_PARTS = 8
 
 @dataclass(frozen=True, slots=True)
 class BatchMeans:
-    """Of the steps that were scheduled. `streams`: that get a token; `step_s`: between two steps while there is work."""
+    """Of the steps that were scheduled. `streams`: that decode; `step_s`: between two steps while there is work."""
 
     num_steps: int = 0
     streams: float = 0.0
@@ -149,15 +150,16 @@ def summarise(
     trace: TorchTrace | None,
     gateways: Sequence[Mapping[str, Any]],
     stacks: Mapping[str, str],
+    sampled_s: float = 0.0,
     left_out: Iterable[str] = (),
     max_streams: int = 0,
     tp: int = 1,
     is_eager: bool = False,
 ) -> Summary:
-    """`engine`, `gateways`: as they recorded themselves; `stacks`: py-spy's raw output by process."""
+    """`engine`, `gateways`: as they recorded themselves; `stacks`: py-spy's raw output by process, of `sampled_s`."""
     folded = {who: samples.fold(raw) for who, raw in stacks.items()}
     summed = None if engine is None else engine_summary(engine, trace)
-    fronts = tuple(_gateway(told, folded.get(f"gateway {told['gateway']}")) for told in gateways)
+    fronts = tuple(_gateway(told, folded.get(f"gateway {told['gateway']}"), sampled_s) for told in gateways)
     requests = [timed["request"] for told in gateways for timed in told["requests"]]
     request_shares = shares_of_requests(requests)
     busiest = max((front.busy for front in fronts), default=0.0)
@@ -202,7 +204,8 @@ def engine_summary(engine: Mapping[str, Any], trace: TorchTrace | None) -> Engin
         for step in traces.steps_on_host(trace):
             spans[_RUNNER].append((base_us + step.begin_us, base_us + step.end_us))
     host_shares = partition(spans, window)
-    gpu, kernels, shares = "", (), host_shares
+    gpu, shares = "", host_shares
+    kernels: tuple[KernelTotal, ...] = ()
     if trace is not None and trace.gpu_work:
         moved = [(begin - base_us, end - base_us) for begin, end in spans["no work"]]
         known = hardware.find(trace.gpu)
@@ -247,18 +250,33 @@ def shares_of_requests(requests: Sequence[Mapping[str, Any]]) -> dict[str, float
     return {name: s / whole for name, s in sorted(seconds.items(), key=lambda item: -item[1]) if s > 0}
 
 
-def _gateway(told: Mapping[str, Any], stacks: StackSamples | None) -> GatewaySummary:
+def _gateway(told: Mapping[str, Any], stacks: StackSamples | None, sampled_s: float) -> GatewaySummary:
     wall_s = (told["end_ns"] - told["begin_ns"]) / 1e9
+    busy = told["cpu_s"] / wall_s
     us_per_token = told["cpu_s"] / told["tokens"] * 1e6 if told["tokens"] else 0.0
-    parts = {} if stacks is None else {name: us_per_token * stacks.share(name) for name, _ in stacks.parts}
+    counts = {} if stacks is None else working_samples(stacks, busy * sampled_s * RATE_HZ)
+    whole = sum(counts.values())
     return GatewaySummary(
         told["gateway"],
-        told["cpu_s"] / wall_s,
+        busy,
         told["tokens"] / wall_s,
         us_per_token,
-        parts if us_per_token else {},
+        {name: us_per_token * count / whole for name, count in counts.items()} if whole and us_per_token else {},
         {name: (total["calls"], total["seconds"]) for name, total in told["totals"].items()},
     )
+
+
+def working_samples(stacks: StackSamples, most: float) -> dict[str, float]:
+    """Samples by part, of a process whose CPU time allows `most`.
+
+    A loop that waits and one that writes to sockets look alike to py-spy, where the kernel does not tell it which
+    threads sleep: what is more than the CPU time allows was waiting, and is taken from the event loop.
+    """
+    counts: dict[str, float] = dict(stacks.parts)
+    too_many = sum(counts.values()) - most
+    if too_many > 0 and EVENT_LOOP in counts:
+        counts[EVENT_LOOP] = max(0.0, counts[EVENT_LOOP] - too_many)
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _batch(batches: Sequence[Mapping[str, int]], num_steps: int, working_s: float) -> BatchMeans:

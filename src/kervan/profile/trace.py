@@ -45,7 +45,7 @@ class _File(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class TorchTrace:
-    """Events with a duration, by begin. `base_ns`: when the trace's time began, since 1970. `gpu`: its name, or empty."""
+    """Events with a duration, by begin. `base_ns`: when its time began, since 1970. `gpu`: its name, or empty."""
 
     events: tuple[Event, ...]
     base_ns: int
@@ -74,7 +74,7 @@ def read(data: bytes) -> TorchTrace:
         file = _decoder.decode(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
     except (msgspec.DecodeError, OSError, EOFError) as error:
         raise EngineError(
-            f"torch's profiler wrote a trace that cannot be read ({error}); profile for less time"
+            f"torch's profiler wrote no trace that can be read ({error}); profile fewer --steps"
         ) from error
     events = sorted((event for event in file.traceEvents if event.ph == "X"), key=lambda event: event.ts)
     device = next((device.name for device in file.deviceProperties if device.name), "")

@@ -157,11 +157,11 @@ def _sample(
 ) -> None:
     from kervan.serve import node_tasks
 
-    of = [(f"replica {entry.id}", entry.node, entry.pid, True)]
-    of += [(f"gateway {gateway.id}", gateway.node, gateway.pid, False) for gateway in gateways]
+    processes = [(f"replica {entry.id}", entry.node, entry.pid, True)]
+    processes += [(f"gateway {gateway.id}", gateway.node, gateway.pid, False) for gateway in gateways]
     tasks = [
         (who, node_tasks.on_node(node_ids, node, _spy, pid, each_s, with_children))
-        for who, node, pid, with_children in of
+        for who, node, pid, with_children in processes
     ]
     for who, task in tasks:
         try:
