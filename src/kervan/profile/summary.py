@@ -189,15 +189,18 @@ def summarise(
 
 def engine_summary(engine: Mapping[str, Any], trace: TorchTrace | None) -> EngineSummary:
     """Of what an engine recorded (`fleet.vllm.profiling`), and torch's trace if there is one."""
+    zero_ns = engine[
+        "begin_ns"
+    ]  # all times from here on: as floats, those since 1970 have no digits left for parts of us
     spans: dict[str, list[Interval]] = defaultdict(list)
     batches = []
     for name, begin_ns, end_ns, facts in engine["spans"]:
-        spans[name].append((begin_ns / 1e3, end_ns / 1e3))
+        spans[name].append(((begin_ns - zero_ns) / 1e3, (end_ns - zero_ns) / 1e3))
         if name == "schedule" and sum(facts.values()):
             batches.append(facts)
-    window = engine["begin_ns"] / 1e3, engine["end_ns"] / 1e3
+    window = 0.0, (engine["end_ns"] - zero_ns) / 1e3
     if trace is not None:
-        base_us = trace.base_ns / 1e3
+        base_us = (trace.base_ns - zero_ns) / 1e3
         for event in trace.of(traces.RANGE):
             if event.name in _IN_WORKER:
                 spans[event.name].append((base_us + event.ts, base_us + event.end))
