@@ -108,7 +108,15 @@ def one_load(url: str, args: argparse.Namespace, streams: int, out: Path) -> dic
 
 def table(loads: list[dict[str, Any]]) -> Iterator[str]:
     """A line for each load, and what each said."""
-    heads = ("streams", 8), ("tok/s", 10), ("profiled", 10), ("after", 10), ("moved", 7), ("broken", 7), ("us/token", 18)
+    heads = (
+        ("streams", 8),
+        ("tok/s", 10),
+        ("profiled", 10),
+        ("after", 10),
+        ("moved", 7),
+        ("broken", 7),
+        ("us/token", 18),
+    )
     yield "".join(f"{head:>{width}}" for head, width in heads) + "  waits for"
     for load in loads:
         profile = load["profile"]

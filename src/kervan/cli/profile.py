@@ -92,6 +92,8 @@ def profile(
     (out / PERFETTO).write_bytes(
         perfetto.merged(recording.trace, recording.engine, recording.gateways, replica=recording.replica)
     )
+    for who, raw in recording.samples.items():  # for flame graphs: speedscope.app reads them
+        (out / f"{who.replace(' ', '-')}.folded").write_text(raw)
     told = summed.to_dict()
     (out / SUMMARY).write_text(json.dumps(told, indent=2) + "\n")
     html_report.write(
@@ -103,4 +105,6 @@ def profile(
         return
     for line in text.lines(summed):
         click.echo(line)
-    click.echo(f"written: {out}/{PAGE}, {PERFETTO} (for ui.perfetto.dev), {SUMMARY}")
+    click.echo(
+        f"written: {out}/{PAGE}, {PERFETTO} (for ui.perfetto.dev), {SUMMARY}; *.folded (stacks, for speedscope.app)"
+    )

@@ -12,6 +12,7 @@ import msgspec
 from kervan.errors import ConfigError
 from kervan.fleet.wrapped import Wrapped
 from kervan.gateway import explain
+from kervan.gateway.active import active_s
 from kervan.gateway.remembered import RequestMemory
 
 PATH = "/kervan/profile"  # of the internal port, for those who know the fleet's secret
@@ -44,7 +45,8 @@ class TimedRequest(msgspec.Struct):
 class GatewayRecord(msgspec.Struct):
     """What a gateway did between two moments (nanoseconds since 1970).
 
-    `cpu_s`: of its process; `tokens`: that its clients got. `spans`: (name, begin, end), the first `MAX_SPANS`.
+    `cpu_s`: of its process; `active_s`: for which its loop's thread ran, or waited for a core; `tokens`: that its
+    clients got. `spans`: (name, begin, end), the first `MAX_SPANS`.
     `requests`: that were in flight, the newest `MAX_REQUESTS`.
     """
 
@@ -52,6 +54,7 @@ class GatewayRecord(msgspec.Struct):
     begin_ns: int
     end_ns: int
     cpu_s: float
+    active_s: float
     tokens: int
     totals: dict[str, RangeTotal]
     spans: list[tuple[str, int, int]]
@@ -75,7 +78,8 @@ async def record(
 ) -> GatewayRecord:
     """Record for as long as is asked. `fleet`: the fleet client; `engine`: vLLM's AsyncLLM over it."""
     recorder, wrapped = _Recorder(), Wrapped()
-    begin_ns, began_s, cpu_s, tokens = time.time_ns(), time.monotonic(), time.process_time(), _num_tokens(fleet)
+    begin_ns, began_s, tokens = time.time_ns(), time.monotonic(), _num_tokens(fleet)
+    cpu_s, was_active_s = time.process_time(), active_s()
     try:
         if ask.has_ranges:
             wrapped.wrap(fleet._placements, "_choose", recorder.around("routing"))
@@ -92,6 +96,7 @@ async def record(
         begin_ns,
         end_ns,
         cpu_s=time.process_time() - cpu_s,
+        active_s=active_s() - was_active_s,
         tokens=_num_tokens(fleet) - tokens,
         totals=recorder.totals,
         spans=recorder.spans,

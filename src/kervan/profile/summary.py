@@ -257,7 +257,8 @@ def _gateway(told: Mapping[str, Any], stacks: StackSamples | None, sampled_s: fl
     wall_s = (told["end_ns"] - told["begin_ns"]) / 1e9
     busy = told["cpu_s"] / wall_s
     us_per_token = told["cpu_s"] / told["tokens"] * 1e6 if told["tokens"] else 0.0
-    counts = {} if stacks is None else working_samples(stacks, busy * sampled_s * RATE_HZ)
+    most = told["active_s"] / wall_s * sampled_s * RATE_HZ
+    counts = {} if stacks is None else working_samples(stacks, most)
     whole = sum(counts.values())
     return GatewaySummary(
         told["gateway"],
@@ -270,10 +271,10 @@ def _gateway(told: Mapping[str, Any], stacks: StackSamples | None, sampled_s: fl
 
 
 def working_samples(stacks: StackSamples, most: float) -> dict[str, float]:
-    """Samples by part, of a process whose CPU time allows `most`.
+    """Samples by part, of a process whose loop can have `most`: it ran, or waited for a core, for so long.
 
     A loop that waits and one that writes to sockets look alike to py-spy, where the kernel does not tell it which
-    threads sleep: what is more than the CPU time allows was waiting, and is taken from the event loop.
+    threads sleep: what is more than that was waiting, and is taken from the event loop.
     """
     counts: dict[str, float] = dict(stacks.parts)
     too_many = sum(counts.values()) - most

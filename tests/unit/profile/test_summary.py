@@ -38,7 +38,7 @@ REQUEST = {
     "streams": [{"parts": [{"part": "prefill", "start_s": 0.2, "seconds": 0.3}, {"part": "decode", "start_s": 0.5, "seconds": 1.4}]}],
 }  # fmt: skip
 GATEWAY = {
-    "gateway": "gw-1", "begin_ns": BASE, "end_ns": BASE + 10_000 * MS, "cpu_s": 2.0, "tokens": 20_000,
+    "gateway": "gw-1", "begin_ns": BASE, "end_ns": BASE + 10_000 * MS, "cpu_s": 2.0, "active_s": 2.0, "tokens": 20_000,
     "totals": {"routing": {"calls": 4, "seconds": 0.001}}, "spans": [["routing", BASE, BASE + MS]],
     "requests": [{"received_unix_s": BASE / 1e9, "request": REQUEST}],
 }  # fmt: skip
