@@ -177,7 +177,10 @@ class StepProfile:
         self._timer.start()
 
     def end(self) -> None:
-        """Stop, and write what was recorded. Once; further calls do nothing."""
+        """Stop, and write what was recorded. Once; further calls do nothing.
+
+        Called within a step too, where an exception would end the engine: one of the worker is told to who asked.
+        """
         if self.is_over:
             return
         self.is_over = True
@@ -185,14 +188,18 @@ class StepProfile:
         ended_ns = time.time_ns()
         self._wrapped.restore()
         self._close_open()
+        answers = []
         with self._standstill():
-            answers = self._core.model_executor.collective_rpc(end_in_worker)
+            try:
+                answers = self._core.model_executor.collective_rpc(end_in_worker)
+            except Exception as error:
+                logger.exception("the profiler could not be ended")
+                self._problem = self._problem or f"it could not be ended: {error}"
         written_ns = time.time_ns()
         self._problem = self._problem or next(filter(None, answers), "")
         threading.Thread(target=self._write, args=(ended_ns, written_ns), daemon=True, name="profile").start()
 
     def _write(self, ended_ns: int, written_ns: int) -> None:
-        directory = Path(self._ask.directory)
         told = {
             "begin_ns": self._began_ns,
             "end_ns": ended_ns,
@@ -203,12 +210,7 @@ class StepProfile:
             "pid": os.getpid(),
             "spans": self._spans,
         }
-        try:
-            part = directory / f"{ENGINE_FILE}.part"
-            part.write_text(json.dumps(told))
-            part.rename(directory / ENGINE_FILE)  # whoever waits for it sees it whole
-        except OSError as error:  # who asked has gone, and its directory
-            logger.warning("the profile could not be written: %s", error)
+        _write(self._ask, told)
 
     @contextmanager
     def _standstill(self) -> Iterator[None]:
@@ -241,7 +243,11 @@ class StepProfile:
         def call(*args: Any, **kwargs: Any) -> Any:
             begin_ns = time.time_ns()
             output = schedule(*args, **kwargs)
-            self._note("schedule", begin_ns, batch_of(output.num_scheduled_tokens, self._core.scheduler.requests))
+            try:
+                facts = batch_of(output.num_scheduled_tokens, self._core.scheduler.requests)
+            except AttributeError:  # a request of another kind than those known: an engine must not end for it
+                facts = {}
+            self._note("schedule", begin_ns, facts)
             return output
 
         return call
@@ -275,6 +281,23 @@ class StepProfile:
             return result
 
         return call
+
+
+def refuse(ask: ProfileAsk, problem: str) -> None:
+    """Tell who asked why there is no profile."""
+    now_ns = time.time_ns()
+    told = {"begin_ns": now_ns, "end_ns": now_ns + 1, "standstill_s": 0.0, "num_steps": 0, "ended_by": "time"}
+    _write(ask, told | {"problem": problem, "pid": os.getpid(), "spans": []})
+
+
+def _write(ask: ProfileAsk, told: dict[str, Any]) -> None:
+    directory = Path(ask.directory)
+    try:
+        part = directory / f"{ENGINE_FILE}.part"
+        part.write_text(json.dumps(told))
+        part.rename(directory / ENGINE_FILE)  # whoever waits for it sees it whole
+    except OSError as error:  # who asked has gone, and its directory
+        logger.warning("the profile could not be written: %s", error)
 
 
 def batch_of(num_tokens: dict[str, int], requests: dict[str, Any]) -> dict[str, int]:

@@ -317,7 +317,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
     # ---- profiles
 
     def ask_profile(self, ask: ProfileAsk) -> None:
-        """Begin a profile, unless one runs. May be called from any thread; returns at once."""
+        """Begin a profile, or tell who asks that one runs. May be called from any thread; returns at once."""
         self._call_in_loop("begin_profile", msgspec.json.encode(ask))
 
     def _call_in_loop(self, method: str, *args: bytes) -> None:
@@ -326,10 +326,17 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
 
     def begin_profile(self, ask_json: bytes) -> None:
         """Called by `ask_profile`, through vLLM's loop."""
-        if self._profile is None or self._profile.is_over:
-            ask = msgspec.json.decode(ask_json, type=ProfileAsk)
-            self._profile = profiling.StepProfile(self, ask, self.step_clock, lambda: self._call_in_loop("end_profile"))
+        ask = msgspec.json.decode(ask_json, type=ProfileAsk)
+        if self._profile is not None and not self._profile.is_over:
+            profiling.refuse(ask, "another profile of this replica runs; try again when it has ended")
+            return
+        self._profile = profiling.StepProfile(self, ask, self.step_clock, lambda: self._call_in_loop("end_profile"))
+        try:
             self._profile.begin()
+        except Exception as error:
+            self._profile = None
+            profiling.refuse(ask, f"it could not begin: {error}")
+            raise
 
     def end_profile(self) -> None:
         """Called when a profile's time is over, through vLLM's loop."""

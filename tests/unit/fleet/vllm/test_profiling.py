@@ -14,6 +14,7 @@ from kervan.config.profile import ENGINE_FILE, ProfileAsk
 from kervan.fleet.step_clock import StepClock
 from kervan.fleet.vllm import profiling
 from kervan.fleet.wrapped import Wrapped
+from kervan.profile import summary
 
 
 class Engine:
@@ -121,10 +122,30 @@ def test_what_a_worker_says_is_told_and_the_rest_is_recorded(tmp_path: Path) -> 
     assert found["problem"] == "no profiler here" and [name for name, *_ in found["spans"]] == ["take requests", "step"]
 
 
+def test_nothing_that_goes_wrong_in_a_profile_ends_the_engine(tmp_path: Path) -> None:
+    engine = Engine()
+    engine.requests["a"] = SimpleNamespace()
+    del engine.answers[profiling.end_in_worker]
+    begun(engine, tmp_path, max_steps=1)
+    assert engine._process_engine_step() and engine._process_engine_step()
+    found = told(tmp_path)
+    assert found["problem"].startswith("it could not be ended: ")
+    assert [facts for name, *_, facts in found["spans"] if name == "schedule"] == [{}]
+    assert engine.clock.expected_s() == 0
+
+
 def test_whoever_asked_may_be_gone_when_it_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine()
     begun(engine, tmp_path / "gone").end()
     eventually(lambda: "could not be written" in caplog.text, "it is logged", 10, 0.01)
+
+
+def test_who_is_refused_hears_why(tmp_path: Path) -> None:
+    profiling.refuse(ProfileAsk(str(tmp_path), 1.0, 1), "another one runs")
+    found = told(tmp_path)
+    assert (found["problem"], found["num_steps"], found["spans"]) == ("another one runs", 0, [])
+    engine = summary.engine_summary(found, None)  # of an engine that recorded nothing, the rest can be told
+    assert engine.batch.num_steps == 0 and engine.host_shares == {"other": 1.0}
 
 
 @pytest.mark.parametrize(
