@@ -1,6 +1,6 @@
 """CPU of a gateway per token: where it goes, and what vLLM's cache of environment variables saves, in turn (ABBA).
 
-    python benchmarks/gateway_cpu.py MODEL [--streams 64,256] [--rounds 4] [--record FILE]
+    python benchmarks/gateway_cpu.py MODEL [--streams 64,256] [--rounds 16] [--record FILE]
 
 The gateway runs in this process, over one twin in another one; `kervan bench` in a third loads it. Both sides are the
 same process and the same streams: every few seconds the cache is switched on or off. CPU is that of the gateway's
@@ -143,8 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--streams", default="64,256")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--each-s", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--each-s", type=float, default=1.0)
     parser.add_argument("--step-s", type=float, default=0.1, help="of the twin: each stream gets a token in that time")
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()

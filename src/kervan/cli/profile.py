@@ -15,6 +15,7 @@ DEFAULT_FOR_S = 10.0
 MIN_FOR_S, MAX_FOR_S = 2.0, 600.0
 DEFAULT_STEPS = 200
 MAX_STEPS = 10_000
+NSYS_ROWS = 12
 PERFETTO, PAGE, SUMMARY = "profile.perfetto.json.gz", "index.html", "summary.json"
 
 
@@ -31,6 +32,7 @@ PERFETTO, PAGE, SUMMARY = "profile.perfetto.json.gz", "index.html", "summary.jso
 @click.option("--out", type=FILE, help="Directory for the files. [default: kervan-profile-REPLICA-TIME here]")
 @click.option("--no-ranges", is_flag=True, help="Do not name the parts of steps and of the gateways' work.")
 @click.option("--no-py-spy", is_flag=True, help="Do not sample Python stacks; torch's profiler has all of the time.")
+@click.option("--nsys", type=FILE, help="Read a report of Nsight Systems (FILE.nsys-rep) instead of a fleet.")
 @options.name
 @options.address
 @options.as_json
@@ -41,6 +43,7 @@ def profile(
     out: Path | None,
     no_ranges: bool,
     no_py_spy: bool,
+    nsys: Path | None,
     name: str,
     address: str | None,
     as_json: bool,
@@ -50,6 +53,11 @@ def profile(
     Without REPLICA, of the one with most running requests. Streams go on; the replica stands still for about a second
     while its trace is written. Written are a timeline for ui.perfetto.dev, a page and the numbers.
     """
+    if nsys is not None:
+        if replica is not None or out is not None:
+            raise click.UsageError("--nsys reads a report; leave REPLICA and --out out")
+        _print_nsys(nsys, as_json=as_json)
+        return
     from kervan.cli import outputs, render
     from kervan.errors import ConfigError
     from kervan.profile import html_report, perfetto, summary, text
@@ -108,3 +116,25 @@ def profile(
     click.echo(
         f"written: {out}/{PAGE}, {PERFETTO} (for ui.perfetto.dev), {SUMMARY}; *.folded (stacks, for speedscope.app)"
     )
+
+
+def _print_nsys(report: Path, *, as_json: bool) -> None:
+    """Kernels and NVTX ranges of a report of Nsight Systems."""
+    from kervan.cli import render
+    from kervan.profile import nsys, text
+
+    render.progress_lines()(f"nsys stats reads {report}; the first time it exports the whole report")
+    found = {"kernels": nsys.kernels(report), "ranges": nsys.ranges(report)}
+    if as_json:
+        render.print_json(
+            {
+                what: [{"name": k.name, "share": round(k.share, 4), "calls": k.calls, "bound": k.bound} for k in rows]
+                for what, rows in found.items()
+            }
+        )
+        return
+    for what, rows in found.items():
+        if rows:
+            click.echo(f"{what}:")
+        for line in text.kernel_lines(rows, most=NSYS_ROWS):
+            click.echo(line)

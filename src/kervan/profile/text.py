@@ -1,7 +1,8 @@
 """A profile as lines of plain text: where the time went, what the GPU waited for, and what to change next. Pure."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+from kervan.profile.device import KernelTotal
 from kervan.profile.summary import TOP_PARTS, EngineSummary, Summary
 from kervan.units import format_duration, plural
 
@@ -46,7 +47,12 @@ def _engine(engine: EngineSummary) -> Iterator[str]:
         yield f"no GPU; the engine's loop: {listed(engine.host_shares)}"
     if engine.kernels:
         yield "top kernels:" if engine.gpu else "top operations, without what is within them:"
-    for kernel in engine.kernels[:NUM_KERNELS]:
+    yield from kernel_lines(engine.kernels, most=NUM_KERNELS)
+
+
+def kernel_lines(kernels: Sequence[KernelTotal], *, most: int) -> Iterator[str]:
+    """A line each: share, calls, name, and which side of the roofline it is on."""
+    for kernel in kernels[:most]:
         bound = "" if kernel.bound == "unknown" else f"  {kernel.bound}"
         yield f"  {kernel.share:5.1%}  {kernel.calls:>7,} x  {kernel.name}{bound}"
 
