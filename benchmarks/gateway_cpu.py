@@ -4,7 +4,8 @@
 
 The gateway runs in this process, over one twin in another one; `kervan bench` in a third loads it. Both sides are the
 same process and the same streams: every few seconds the cache is switched on or off. CPU is that of the gateway's
-thread, without py-spy; then py-spy samples for as long again, with the cache on. MODEL: a directory with a tokenizer.
+thread, without py-spy (medians of rounds, and 95% of what a round saved); then py-spy samples for as long again, with
+the cache on. MODEL: a directory with a tokenizer.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.ports import free_port
 from kervan.profile import py_spy, samples
 from kervan.profile.summary import working_samples
+from kervan.stats import bootstrap_interval
 from kervan.twin.replica import TwinSpec
 from kervan.twin.token_engine import StepTiming, TwinLimits, TwinSettings
 
@@ -92,7 +94,7 @@ async def measure(gateway: Gateway, cache: Cache, url: str, streams: int, rounds
         stacks = samples.fold("\n".join(line for line in raw.splitlines() if "MainThread" in line))
         counts = working_samples(stacks, (active_s() - was_active_s) / sampled_s * rounds * each_s * py_spy.RATE_HZ)
         on = statistics.median(found[True])
-        saved = [1 - with_cache / without for without, with_cache in zip(found[False], found[True], strict=True)]
+        saved = [without - with_cache for without, with_cache in zip(found[False], found[True], strict=True)]
         return {
             "streams": streams,
             "tok_s_sampled": (link.num_tokens - tokens) / sampled_s,
@@ -100,9 +102,8 @@ async def measure(gateway: Gateway, cache: Cache, url: str, streams: int, rounds
             "us_per_token_with": found[True],
             "us_without_median": statistics.median(found[False]),
             "us_with_median": on,
-            "saved_median": statistics.median(saved),
-            "saved_min": min(saved),
-            "saved_max": max(saved),
+            "saved_us_median": statistics.median(saved),
+            "saved_us_interval": list(bootstrap_interval(saved)),
             "us_by_part": {name: on * count / sum(counts.values()) for name, count in counts.items() if count},
             "samples": stacks.num_samples,
             "functions": stacks.functions[:25],
@@ -151,10 +152,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kg-") as place:
         loads = uvloop.run(run(args, Path(place)))
     for load in loads:
+        low, high = load["saved_us_interval"]
         print(
-            f"{load['streams']:>5} streams, {load['tok_s_sampled']:,.0f} tokens/s: "
-            f"{load['us_without_median']:.1f} us per token without, {load['us_with_median']:.1f} with the cache: "
-            f"{load['saved_median']:.1%} [{load['saved_min']:.1%}, {load['saved_max']:.1%}] less"
+            f"{load['streams']:>5} streams, {load['tok_s_sampled']:,.0f} tokens/s: {load['us_without_median']:.1f} us per "
+            f"token without, {load['us_with_median']:.1f} with the cache; a round saved "
+            f"{load['saved_us_median']:.1f} [{low:.1f}, {high:.1f}]"
         )
         print("      " + ", ".join(f"{name} {us:.1f}" for name, us in load["us_by_part"].items()))
     if args.record:
