@@ -154,8 +154,8 @@ def main() -> None:
     for load in loads:
         low, high = load["saved_us_interval"]
         print(
-            f"{load['streams']:>5} streams, {load['tok_s_sampled']:,.0f} tokens/s: {load['us_without_median']:.1f} us per "
-            f"token without, {load['us_with_median']:.1f} with the cache; a round saved "
+            f"{load['streams']:>5} streams, {load['tok_s_sampled']:,.0f} tokens/s: {load['us_without_median']:.1f} us "
+            f"per token without, {load['us_with_median']:.1f} with the cache; a round saved "
             f"{load['saved_us_median']:.1f} [{low:.1f}, {high:.1f}]"
         )
         print("      " + ", ".join(f"{name} {us:.1f}" for name, us in load["us_by_part"].items()))
