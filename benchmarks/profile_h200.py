@@ -2,7 +2,8 @@
 
     python benchmarks/profile_h200.py --out DIR                                   # 1x H200, under 9 minutes
     python benchmarks/profile_h200.py --out DIR --engine twin --streams 64,256    # the gateway, without a GPU
-    python benchmarks/profile_h200.py --out DIR --model MODEL --streams 4 --isl 64 --osl 64 --device cpu
+    python benchmarks/profile_h200.py --out DIR --model MODEL --streams 4 --isl 64 --osl 64 --up=--engine-arg \\
+        --up=enforce_eager=true      # a tiny model on a CPU
 
 The 8B shape with random weights, 1024 in and 256 out, at 1, 64 and 256 streams in a closed loop. At each load tokens/s
 are counted over a while without a profile, then with it (half of it torch's profiler, half py-spy), then without again;

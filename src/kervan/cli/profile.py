@@ -16,7 +16,7 @@ MIN_FOR_S, MAX_FOR_S = 2.0, 600.0
 DEFAULT_STEPS = 200
 MAX_STEPS = 10_000
 NSYS_ROWS = 12
-PERFETTO, PAGE, SUMMARY = "profile.perfetto.json.gz", "index.html", "summary.json"
+PERFETTO, PAGE, SUMMARY, ANSWER = "profile.perfetto.json.gz", "index.html", "summary.json", "answer.txt"
 
 
 @click.command()
@@ -108,11 +108,12 @@ def profile(
         out / PAGE, summed, subtitle=f"{config.model}, tp {config.tp}, pp {config.pp}, {for_s:g} s, fleet {name}",
         command=shlex.join(["kervan", *sys.argv[1:]]), perfetto=PERFETTO, summary_file=SUMMARY,
     )  # fmt: skip
+    answer = "\n".join(text.lines(summed))
+    (out / ANSWER).write_text(answer + "\n")
     if as_json:
         render.print_json({**told, "out": str(out)})
         return
-    for line in text.lines(summed):
-        click.echo(line)
+    click.echo(answer)
     click.echo(
         f"written: {out}/{PAGE}, {PERFETTO} (for ui.perfetto.dev), {SUMMARY}; *.folded (stacks, for speedscope.app)"
     )
