@@ -13,7 +13,7 @@ from kervan.cli.option_types import DURATION, FILE
 
 DEFAULT_FOR_S = 10.0
 MIN_FOR_S, MAX_FOR_S = 2.0, 600.0
-DEFAULT_STEPS = 200
+DEFAULT_STEPS = 100
 MAX_STEPS = 10_000
 NSYS_ROWS = 12
 PERFETTO, PAGE, SUMMARY, ANSWER = "profile.perfetto.json.gz", "index.html", "summary.json", "answer.txt"

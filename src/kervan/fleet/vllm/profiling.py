@@ -10,19 +10,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from kervan.config.profile import ENGINE_FILE, TRACE_FILE, ProfileAsk
 from kervan.fleet.step_clock import StepClock
+from kervan.fleet.wire import PING_PERIOD_S
 from kervan.fleet.wrapped import Wrapped
 
 logger = logging.getLogger(__name__)
 
-# An engine stands still while torch's profiler starts (on a GPU, CUPTI is loaded) and while it writes its trace.
+# An engine stands still while torch's profiler starts (on a GPU, CUPTI is loaded) and while it writes its trace, maybe
+# without a word to its gateways. They hear of it before, with the next PONG, and are patient until it is over.
 STANDSTILL_S = 20.0
+NOTICE_S = PING_PERIOD_S + 0.1
 MAX_SPANS = 50_000  # of a profile; a step has four
 # Methods of vLLM's model runners, V1 and V2, and what they do. Those that a runner does not have are left out.
 RANGES = {
@@ -161,10 +164,11 @@ class StepProfile:
 
     def begin(self) -> None:
         """Start the profiler in the worker, and name what this process does."""
-        with self._standstill():
-            answers = self._core.model_executor.collective_rpc(
-                begin_in_worker, args=(self._ask.directory, self._ask.has_ranges)
-            )
+        self._clock.hold(STANDSTILL_S)
+        answers = self._core.model_executor.collective_rpc(
+            begin_in_worker, args=(self._ask.directory, self._ask.has_ranges)
+        )
+        self._clock.stepped()
         self._problem = next(filter(None, answers), "")
         self._began_ns = time.time_ns()
         core = self._core
@@ -189,12 +193,13 @@ class StepProfile:
         self._wrapped.restore()
         self._close_open()
         answers = []
-        with self._standstill():
-            try:
-                answers = self._core.model_executor.collective_rpc(end_in_worker)
-            except Exception as error:
-                logger.exception("the profiler could not be ended")
-                self._problem = self._problem or f"it could not be ended: {error}"
+        try:
+            answers = self._core.model_executor.collective_rpc(end_in_worker)
+        except Exception as error:
+            logger.exception("the profiler could not be ended")
+            self._problem = self._problem or f"it could not be ended: {error}"
+        self._clock.stepped()
+        self._clock.hold(0.0)
         written_ns = time.time_ns()
         self._problem = self._problem or next(filter(None, answers), "")
         threading.Thread(target=self._write, args=(ended_ns, written_ns), daemon=True, name="profile").start()
@@ -211,16 +216,6 @@ class StepProfile:
             "spans": self._spans,
         }
         _write(self._ask, told)
-
-    @contextmanager
-    def _standstill(self) -> Iterator[None]:
-        """What asks how long a step may take is told that this one takes long."""
-        self._clock.hold(STANDSTILL_S)
-        try:
-            yield
-        finally:
-            self._clock.stepped()
-            self._clock.hold(0.0)
 
     def _note(self, name: str, begin_ns: int, facts: dict[str, int]) -> None:
         if len(self._spans) < MAX_SPANS:

@@ -317,8 +317,13 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
     # ---- profiles
 
     def ask_profile(self, ask: ProfileAsk) -> None:
-        """Begin a profile, or tell who asks that one runs. May be called from any thread; returns at once."""
-        self._call_in_loop("begin_profile", msgspec.json.encode(ask))
+        """Begin a profile soon, or tell who asks that one runs. May be called from any thread; returns at once."""
+        self.step_clock.hold(profiling.STANDSTILL_S)
+        begin = threading.Timer(
+            profiling.NOTICE_S, self._call_in_loop, args=("begin_profile", msgspec.json.encode(ask))
+        )
+        begin.daemon = True
+        begin.start()
 
     def _call_in_loop(self, method: str, *args: bytes) -> None:
         """Have the thread that steps call a method: only it may talk to the workers."""
@@ -335,6 +340,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
             self._profile.begin()
         except Exception as error:
             self._profile = None
+            self.step_clock.hold(0.0)
             profiling.refuse(ask, f"it could not begin: {error}")
             raise
 
