@@ -70,8 +70,8 @@ def rate(url: str, seconds: float) -> float:
 @contextlib.contextmanager
 def loaded(url: str, args: argparse.Namespace, streams: int, for_s: float) -> Iterator[subprocess.Popen[str]]:
     """`kervan bench` with so many streams, in a process of its own."""
-    words = ("bench", url, "--streams", str(streams), "--duration", f"{for_s:.0f}s", "--isl", str(args.isl))
-    words = (*words, "--osl", str(args.osl), "--json")
+    words = ["bench", url, "--streams", str(streams), "--duration", f"{for_s:.0f}s", "--isl", str(args.isl)]
+    words += ["--osl", str(args.osl), "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "kervan", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -37,8 +37,7 @@ def kernels(report: Path) -> tuple[KernelTotal, ...]:
     if not report.exists():
         raise ConfigError(f"--nsys {report} does not exist; nsys profile -o NAME COMMAND writes NAME.nsys-rep")
     program = find()
-    rows = [*stats(program, report, KERNELS), *((*row, True) for row in stats(program, report, COPIES))]
-    return totals(rows)
+    return totals(stats(program, report, KERNELS), stats(program, report, COPIES))
 
 
 def ranges(report: Path) -> tuple[KernelTotal, ...]:
@@ -78,16 +77,18 @@ def read(text: str) -> Iterator[tuple[str, float, int]]:
             yield name, float(row[_TIME]) / 1e9, int(calls)
 
 
-def totals(rows: Sequence[tuple[str, float, int] | tuple[str, float, int, bool]]) -> tuple[KernelTotal, ...]:
-    """By short name; a fourth entry says that it is a copy. Without batches, products and attention have no side."""
+def totals(
+    rows: Sequence[tuple[str, float, int]], copies: Sequence[tuple[str, float, int]] = ()
+) -> tuple[KernelTotal, ...]:
+    """By short name. Without batches, products and attention have no side of the roofline."""
     summed: dict[str, list[float]] = {}
     bounds: dict[str, device.Bound] = {}
-    for name, seconds, calls, *copy in rows:
+    for name, seconds, calls, category in (*((*r, "kernel") for r in rows), *((*c, "gpu_memcpy") for c in copies)):
         short = device.short_name(name)
         so_far = summed.setdefault(short, [0.0, 0])
         so_far[0] += seconds
         so_far[1] += calls
-        bounds[short] = device.bound_of(Event(name, cat="gpu_memcpy" if copy else "kernel"), None, None)
+        bounds[short] = device.bound_of(Event(name, cat=category), None, None)
     whole_s = sum(seconds for seconds, _ in summed.values()) or 1.0
     found = [KernelTotal(n, s / whole_s, int(calls), s, bounds[n]) for n, (s, calls) in summed.items()]
     return tuple(sorted(found, key=lambda total: (-total.seconds, total.name)))
