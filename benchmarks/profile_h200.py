@@ -193,24 +193,32 @@ def main() -> None:
                 str(model),
             ]
             subprocess.run(shape, check=True, stdout=subprocess.DEVNULL)
-        loads, files = [], folder / "profile-h200"
+        loads: list[dict[str, Any]] = []
+        failed: list[str] = []
+        files = folder / "profile-h200"
         files.mkdir()
         try:
             kervan(*up_words(args, model), timeout_s=400)
             for streams in map(int, args.streams.split(",")):
                 out = files / f"{streams}-streams"
-                loads.append(one_load(f"http://127.0.0.1:{args.port}", args, streams, out))
-                print(f"{streams} streams: done", file=sys.stderr, flush=True)
+                try:
+                    loads.append(one_load(f"http://127.0.0.1:{args.port}", args, streams, out))
+                    print(f"{streams} streams: done", file=sys.stderr, flush=True)
+                except (subprocess.SubprocessError, OSError, ValueError) as error:  # the other loads may do
+                    failed.append(f"{streams} streams: {type(error).__name__}: {error}")
         finally:
             subprocess.run([sys.executable, "-m", "kervan", "down", "--name", NAME], check=False, timeout=120)
             if (folder / "home" / "logs").exists():
                 (folder / "home" / "logs").rename(files / "logs")
             command = "python benchmarks/profile_h200.py " + " ".join(sys.argv[1:])
-            content = records.record("profile", {"engine": args.engine, "loads": loads}) | {"command": command}
+            content = records.record("profile", {"engine": args.engine, "loads": loads, "failed": failed}) | {
+                "command": command
+            }
             (files / "record.json").write_text(json.dumps(content, indent=1) + "\n")
             with tarfile.open(args.out / "profile-h200.tar", "w") as tar:
                 tar.add(files, arcname=files.name)
-    print("\n".join(table(loads)))
+    print("\n".join([*table(loads), *failed]))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
