@@ -23,6 +23,44 @@ pytestmark = pytest.mark.timeout(IMPORT_TIMEOUT_S + 60)
 # ---- the adapter itself, imported over each tree
 
 
+def profiled(directory: str) -> dict[str, Any]:
+    """What a profile of a worker has, and what is left of it; sent with `probe`."""
+    import contextlib
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    import torch
+
+    from kervan.fleet.vllm import profiling
+    from kervan.profile import trace as traces
+
+    class Runner:
+        def _sample(self) -> Any:
+            return torch.ones(8, 8) @ torch.ones(8, 8)
+
+    worker = SimpleNamespace(rank=0, profiler=None, model_runner=Runner())
+    other = SimpleNamespace(rank=1, profiler=None, model_runner=Runner())
+    wrapper = SimpleNamespace(worker=worker)
+    place = Path(directory) / "profile"
+    place.mkdir(exist_ok=True)
+    problems = [
+        profiling.begin_in_worker(wrapper, str(place), True),
+        profiling.begin_in_worker(other, str(place), True),
+    ]
+    problems.append(profiling.begin_in_worker(wrapper, str(place), True))
+    worker.profiler.step()
+    with worker.profiler.annotate_context_manager("execute_context_0(0)_generation_2(2)") or contextlib.nullcontext():
+        worker.model_runner._sample()
+    problems += [profiling.end_in_worker(wrapper), profiling.end_in_worker(wrapper), profiling.end_in_worker(other)]
+    found = traces.read((place / "torch.json").read_bytes())
+    return {
+        "problems": problems,
+        "ranges": sorted({event.name for event in found.of(traces.RANGE)}),
+        "has_products": any("mm" in event.name for event in found.of(traces.OPERATION)),
+        "left": [worker.profiler, "_sample" in vars(worker.model_runner), worker.kervan_profile],
+    }
+
+
 def restored_requests() -> dict[str, Any]:
     """What `resume.restore` makes of requests of this vLLM; sent with `probe`."""
     from concurrent.futures import Future
@@ -415,6 +453,9 @@ def probe(model: str) -> dict[str, Any]:
             except Exception as error:  # noqa: BLE001 - its text is looked at
                 seen["failed"].append([str(error), int(error.status_code)])  # type: ignore[attr-defined]
 
+    seen["profiled"] = profiled(model)
+    frontend.settle_environment()
+    frontend.settle_environment()
     seen["arguments"] = argument_readings()
     seen["struct_is_positional"] = EngineCoreRequest.__struct_config__.array_like
     seen["engine_client"] = engine_client.FleetEngineClient.__name__
@@ -431,7 +472,9 @@ def seen(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     script = directory / "probe.py"
     head = "from __future__ import annotations\nimport json, pathlib, sys\nfrom typing import Any\n"
     tail = "\npathlib.Path(sys.argv[1]).write_text(json.dumps(probe(sys.argv[2])))\n"
-    script.write_text(head + "".join(map(inspect.getsource, (restored_requests, argument_readings, probe))) + tail)
+    script.write_text(
+        head + "".join(map(inspect.getsource, (profiled, restored_requests, argument_readings, probe))) + tail
+    )
     paths = [str(tree), str(Path(kervan.__file__).parent.parent)]
     done = subprocess.run(
         [sys.executable, str(script), str(result), str(directory)],
@@ -444,6 +487,14 @@ def seen(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     assert done.returncode == 0, done.stderr[-4000:]
     loaded: dict[str, Any] = json.loads(result.read_text())
     return loaded
+
+
+def test_a_worker_that_runs_is_profiled_and_left_as_it_was(seen: dict[str, Any]) -> None:
+    told = seen["profiled"]
+    taken = "a profile that was begun with /start_profile is there already; end it with /stop_profile"
+    assert told["problems"] == ["", "", taken, "", "", ""]
+    assert told["ranges"] == ["execute_context_0(0)_generation_2(2)", "sampling"] and told["has_products"]
+    assert told["left"] == [None, False, None]
 
 
 def test_the_adapter_loads_over_this_release(seen: dict[str, Any], tree: Path) -> None:

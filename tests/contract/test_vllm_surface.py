@@ -325,6 +325,51 @@ def test_model_runner_v1_draws_random_numbers_where_resume_skips_them(tree: Path
     assert "gen.set_offset(gen.get_offset() - 4)" in told
 
 
+# ---- profiles (kervan.fleet.vllm.profiling)
+
+
+def test_a_worker_looks_at_its_profiler_in_each_step(tree: Path) -> None:
+    """So one that is put there later works; nothing else is asked of it in a step."""
+    step = ast.unparse(definition(tree, "v1/worker/gpu_worker.py", "Worker", "annotate_profile"))
+    asked = set(re.findall(r"self\.profiler\.(\w+)", step))
+    assert "if not self.profiler:" in step and asked <= {"step", "should_annotate", "annotate_context_manager"}
+    execute = ast.unparse(definition(tree, "v1/worker/gpu_worker.py", "Worker", "execute_model"))
+    assert "with self.annotate_profile(scheduler_output):" in execute
+    assert "execute_model" not in functions(definition(tree, "v1/worker/cpu_worker.py", "CPUWorker"))
+    wrapper = definition(tree, "v1/worker/worker_base.py", "WorkerWrapperBase")
+    assert "self.worker" in ast.unparse(wrapper)
+
+
+def test_vllms_profiler_is_made_with_what_kervan_gives(tree: Path) -> None:
+    made = definition(tree, "profiler/wrapper.py", "TorchProfilerWrapper", "__init__")
+    names = ["self", "profiler_config", "worker_name", "local_rank", "activities", "on_trace_ready"]
+    assert parameters(made) == names
+    assert "dump_cpu_time_total" in attributes_set(made)
+    assert "_running" in attributes_set(definition(tree, "profiler/wrapper.py", "WorkerProfiler", "__init__"))
+    config = fields(definition(tree, "config/profiler.py", "ProfilerConfig"))
+    wanted = {"profiler", "torch_profiler_dir", "torch_profiler_with_stack", "torch_profiler_use_gzip"}
+    assert wanted | {"torch_profiler_dump_cuda_time_total", "ignore_frontend"} <= set(config)
+
+
+def test_what_a_profile_names_is_there(tree: Path) -> None:
+    v1 = functions(definition(tree, "v1/worker/gpu_model_runner.py", "GPUModelRunner"))
+    v2 = functions(definition(tree, "v1/worker/gpu/model_runner.py", "GPUModelRunner"))
+    assert {"_prepare_inputs", "_model_forward", "_sample", "_bookkeeping_sync"} <= set(v1)
+    assert {"prepare_inputs", "sample"} <= set(v2)
+    assert "_process_input_queue" in functions(definition(tree, "v1/engine/core.py", "EngineCoreProc"))
+    output = ast.unparse(definition(tree, "v1/engine/async_llm.py", "AsyncLLM"))
+    assert "output_processor.process_outputs(" in output and "self.renderer" in output
+    assert "async def tokenize_prompt_async(" in ast.unparse(definition(tree, "renderers/base.py", "BaseRenderer"))
+
+
+def test_vllms_server_reads_its_environment_for_each_token(tree: Path) -> None:
+    """When it does no more, `frontend.settle_environment` may go."""
+    update = ast.unparse(definition(tree, "v1/metrics/stats.py", "IterationStats", "update_from_output"))
+    assert "envs.VLLM_" in update
+    assert parameters(definition(tree, "envs.py", "enable_envs_cache")) == []
+    assert "enable_envs_cache" not in ast.unparse(definition(tree, "v1/engine/async_llm.py", "AsyncLLM"))
+
+
 def test_every_worker_can_be_given_a_function(tree: Path) -> None:
     rpc = definition(tree, "v1/executor/multiproc_executor.py", "MultiprocExecutor", "collective_rpc")
     assert ast.unparse(next(a.annotation for a in rpc.args.args if a.arg == "method")) == "str | Callable"

@@ -104,6 +104,14 @@ FORBIDDEN += [
     ("doctor", ("policy", "plan", "twin", "bench", "gateway", "notices", "chaos", "calibrate", "cli", "demo")),
     *((part, ("doctor",)) for part in dict(FORBIDDEN)),
 ]
+# What was recorded is judged on paper; Ray's room records, and commands tell.
+FORBIDDEN += [
+    (
+        "profile",
+        ("policy", "plan", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli"),
+    ),
+    *((part, ("profile",)) for part in dict(FORBIDDEN) if part != "serve"),
+]
 # (library, the only parts that may import it)
 CONFINED = [
     ("ray", ("serve/", "fleet/vllm/stages.py")),
@@ -117,6 +125,7 @@ CONFINED = [
             "calibrate/",
             "comm/",
             "demo/",
+            "fleet/vllm/profiling.py",
             "fleet/vllm/runner_v1.py",
             "memory/",
             "pipeline/stage_work.py",
@@ -124,7 +133,7 @@ CONFINED = [
         ),
     ),
     ("deepspeed", ("memory/zero.py",)),
-    ("jinja2", ("bench/html_report.py", "simulate/html_report.py")),
+    ("jinja2", ("bench/html_report.py", "profile/html_report.py", "simulate/html_report.py")),
     ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("opentelemetry", ("gateway/tracing.py",)),

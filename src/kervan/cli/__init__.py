@@ -19,6 +19,7 @@ COMMANDS = {
     "scale": "Change the number of replicas or gateways.",
     "autoscale": "Show how the number of replicas is decided, or what another policy would do.",
     "explain": "Show where the time of one request went.",
+    "profile": "Show where the time of a replica and of the gateways goes, and what the GPU waits for.",
     "observe": "Metrics, alerts and dashboards of fleets; counters of GPUs.",
     "drain": "Take a replica or a node out of service; its streams move to other replicas.",
     "fault": "Inject a fault into a simulated replica.",

@@ -6,6 +6,8 @@
 | to a gateway that takes copies | `copies_proof` | no: it holds for one connection, whose nonce the taker draws |
 | to a gateway that is passed a request | `relay_key` | little: it needs an API key, or an id; adapters can be changed |
 
+`kervan profile` shows gateways the same key, from their nodes: who has it can let them record themselves.
+
 Nothing here encrypts or signs what follows: fleets need a network that they can trust.
 """
 

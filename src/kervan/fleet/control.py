@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from kervan.config.fault import Fault
+from kervan.config.profile import ProfileAsk
 from kervan.fleet.wire import EngineFacts
 
 FailureKind = Literal["ConfigError", "CapacityError", "EngineError"]
@@ -48,10 +49,11 @@ class EngineSpec(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """`drain`: take no new work; `stop`: end now; `fault`: only twins obey."""
+    """`drain`: take no new work; `stop`: end now; `fault`: only twins obey; `profile`: only engines do."""
 
-    command: Literal["drain", "stop", "fault"]
+    command: Literal["drain", "stop", "fault", "profile"]
     fault: Fault | None = None
+    profile: ProfileAsk | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

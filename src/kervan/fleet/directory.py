@@ -10,6 +10,7 @@ import msgspec
 from msgspec import structs
 
 from kervan.config.fault import Fault
+from kervan.config.profile import ProfileAsk
 from kervan.config.workload import Slo
 from kervan.fleet.events import EventCounts, FleetEvents
 
@@ -234,7 +235,13 @@ class Strike(msgspec.Struct, frozen=True, tag="strike"):
     how: Literal["kill", "hang"]
 
 
-Order = Drain | Suffer | Strike
+class Profile(msgspec.Struct, frozen=True, tag="profile"):
+    """An order to a replica of a real engine: record what it does."""
+
+    ask: ProfileAsk
+
+
+Order = Drain | Suffer | Strike | Profile
 
 
 class Decided(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ import msgspec
 
 from kervan import logs
 from kervan.config.fault import Fault
+from kervan.config.profile import ProfileAsk
 from kervan.fleet import child, log_causes
 from kervan.fleet.child import Child
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready, Report
@@ -169,6 +170,10 @@ class EngineProcess:
         """Let a twin suffer; an engine takes no notice."""
         self._command("fault", fault)
 
+    def profile(self, ask: ProfileAsk) -> None:
+        """Let the engine profile itself; a twin takes no notice."""
+        self._send(Command("profile", profile=ask))
+
     def strike(self, how: Literal["kill", "hang"]) -> None:
         """Do to the engine's process what a fault would: it dies, or gets no CPU any more."""
         if self._process is not None:
@@ -192,6 +197,9 @@ class EngineProcess:
         self.ended.wait(10.0)
 
     def _command(self, command: Literal["drain", "stop", "fault"], fault: Fault | None = None) -> None:
+        self._send(Command(command, fault))
+
+    def _send(self, command: Command) -> None:
         if self._control is not None:
             with contextlib.suppress(OSError):
-                self._control.send(Command(command, fault))
+                self._control.send(command)

@@ -19,6 +19,7 @@ class StepClock:
         self._since_s = self._ended_s = time.monotonic()
         self._begun: tuple[tuple[int, float], ...] = ()  # tokens and moment of each step that has begun and not ended
         self._tokens_per_s = 0.0
+        self._held_s = 0.0
 
     def stepped(self) -> None:
         """A step has ended."""
@@ -48,6 +49,10 @@ class StepClock:
         if num_tokens >= MIN_TOKENS and step_s > 0:
             self._tokens_per_s = max(FADE * self._tokens_per_s, num_tokens / step_s)
 
+    def hold(self, seconds: float) -> None:
+        """The engine will make no step for so long, on purpose; 0 when that is over."""
+        self._held_s = seconds
+
     @property
     def step_tokens(self) -> int:
         """What the steps in progress compute."""
@@ -56,7 +61,8 @@ class StepClock:
     def expected_s(self, *, is_guessed: bool = False) -> float:
         """Seconds that the steps in progress should take from their begin; 0 when none is.
 
-        By the fastest steps so far; before there are any 0, or with `is_guessed` by `watchdog.CAUTIOUS_TOKENS_PER_S`.
+        By the fastest steps so far, or as long as it was told to `hold`; before there are any 0, or with `is_guessed`
+        by `watchdog.CAUTIOUS_TOKENS_PER_S`.
         """
         tokens_per_s = self._tokens_per_s or (watchdog.CAUTIOUS_TOKENS_PER_S if is_guessed else 0.0)
-        return self.step_tokens / tokens_per_s if tokens_per_s else 0.0
+        return max(self._held_s, self.step_tokens / tokens_per_s if tokens_per_s else 0.0)

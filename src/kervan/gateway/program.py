@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -22,6 +21,7 @@ from kervan import logs
 from kervan.fleet.control import ControlEnd
 from kervan.fleet.directory import Snapshot
 from kervan.fleet.vllm import failures
+from kervan.gateway.active import active_s
 from kervan.gateway.control import (
     Attached,
     Beat,
@@ -40,26 +40,12 @@ from kervan.gateway.server import Gateway
 logger = logging.getLogger(__name__)
 
 BEAT_PERIOD_S = 1.0
-SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
 def failure_of(error: BaseException) -> GatewayFailed:
     """What stopped a gateway, in one line."""
     cause = failures.diagnosed(error) or error
     return GatewayFailed(type(cause).__name__, " ".join(str(cause).split()))
-
-
-def active_s(schedstat: Path = SCHEDSTAT) -> float:
-    """Seconds for which this thread ran or waited for a core.
-
-    CPU time alone would make a loop that has to share its core look idle. Where the kernel does not count waits
-    (CONFIG_SCHED_INFO), it is the CPU time.
-    """
-    try:
-        ran_ns, waited_ns, _ = schedstat.read_text().split()
-    except (OSError, ValueError):
-        return time.thread_time()
-    return (int(ran_ns) + int(waited_ns)) / 1e9
 
 
 class Beats:
@@ -128,6 +114,9 @@ class _Program:
         except BaseException as error:  # noqa: BLE001 - as above
             self._send(failure_of(error))
         else:
+            from kervan.fleet.vllm.frontend import settle_environment  # this process has no other use
+
+            settle_environment()
             self._send(Attached())
 
     async def _beat_forever(self) -> None:

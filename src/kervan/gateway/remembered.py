@@ -1,5 +1,6 @@
 """The last requests of a gateway, and those in flight, for `kervan explain`."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -72,6 +73,11 @@ class RequestMemory:
         """Requests that came back to the stream of this one, in their order."""
         found = [r for r in self._newest() if r is not record and r.method == "GET" and r.stream_id == record.stream_id]
         return found[::-1] if record.stream_id else []
+
+    def since(self, since_s: float, most: int) -> list[RequestRecord]:
+        """The newest that were in flight at `since_s` (`time.monotonic`) or later, at most so many."""
+        found = (record for record in self._newest() if not record.ended_s or record.ended_s >= since_s)
+        return list(itertools.islice(found, most))
 
     def _newest(self) -> Iterator[RequestRecord]:
         yield from reversed(self._open.values())

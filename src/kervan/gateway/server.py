@@ -30,7 +30,7 @@ from kervan.fleet.reconnect.replicated_store import ReplicatedStore
 from kervan.fleet.vllm.adapters import Adapters
 from kervan.fleet.vllm.logs import kept_handlers
 from kervan.fleet.vllm.stored_responses import StoredResponses
-from kervan.gateway import explain, openapi, page
+from kervan.gateway import explain, openapi, page, ranges
 from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.connection import Connection
@@ -51,7 +51,13 @@ from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
 
-GIVEN_PATHS = (INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH, REQUESTS_PREFIX)  # to other gateways of the fleet
+GIVEN_PATHS = (
+    INTERNAL_PREFIX,
+    OWNER_PREFIX,
+    ADAPTERS_PATH,
+    REQUESTS_PREFIX,
+    ranges.PATH,
+)  # to other gateways of the fleet
 EXPLAIN_TIMEOUT_S = 2.0
 NODE = "node"  # in the place of a gateway's id
 LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
@@ -136,6 +142,7 @@ class Gateway:
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self._copies_port = 0
+        self._is_recording = False
         self._most_slots = 0  # of one replica, so far
         self.answers = Answers()
         key = relay_key(config.secret)
@@ -483,6 +490,9 @@ class Gateway:
             told_of = self._explain_own(urllib.parse.unquote(path.removeprefix(REQUESTS_PREFIX)))
             await respond(send, 200 if told_of is not None else MISDIRECTED, told_of or b"")
             return
+        if is_known and path == ranges.PATH and self.frontend is not None:
+            await self._record_ranges(scope, send)
+            return
         if not is_known or app is None:
             await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
         elif path.startswith(INTERNAL_PREFIX):
@@ -496,6 +506,26 @@ class Gateway:
                 await respond(send, 400, error_body(400, str(error)))
             else:
                 await respond(send, 200 if known is not None else MISDIRECTED, known or b"")
+
+    async def _record_ranges(self, scope: Scope, send: Send) -> None:
+        try:
+            ask = ranges.parse_ask(scope["query_string"])
+        except ConfigError as error:
+            await respond(send, 400, error_body(400, str(error)))
+            return
+        if self._is_recording:
+            await respond(
+                send, 409, error_body(409, "this gateway is being profiled already; ask again when it is not")
+            )
+            return
+        self._is_recording = True
+        try:
+            recorded = await ranges.record(
+                ask, self.fleet, self.frontend.engine, self.requests, gateway_id=self.config.gateway_id
+            )
+        finally:
+            self._is_recording = False
+        await respond(send, 200, msgspec.json.encode(recorded))
 
     def _local_page(self) -> str:
         fleet, counts = self.fleet, self.fleet.counts

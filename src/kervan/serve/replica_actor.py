@@ -17,7 +17,7 @@ from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, EngineError, FleetError
 from kervan.facts import weight_files
 from kervan.fleet.control import EngineSpec, WorkerPlacement
-from kervan.fleet.directory import Drain, Order, ReplicaEntry, ReplicaState, StartFailure, Strike
+from kervan.fleet.directory import Drain, Order, Profile, ReplicaEntry, ReplicaState, StartFailure, Strike
 from kervan.fleet.log_files import new_log
 from kervan.fleet.process import TWIN_ENGINE, VLLM_ENGINE, EngineProcess
 from kervan.serve import preflights, watchers
@@ -258,6 +258,8 @@ class EngineReplica:
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Strike):
             self._engine.process.strike(order.how)
+        elif isinstance(order, Profile):
+            self._engine.process.profile(order.ask)
         elif not isinstance(order, Drain):
             self._engine.process.suffer(order.fault)
         elif self._is_draining:  # a deadline can only come nearer

@@ -55,3 +55,11 @@ def test_what_never_ends_is_forgotten() -> None:
     for _ in range(3 * MAX_STEPS):
         clock.tokens_begin(1)
     assert clock.step_tokens == MAX_STEPS
+
+
+def test_what_stands_still_on_purpose_is_expected_to() -> None:
+    clock = StepClock()
+    clock.hold(20.0)
+    assert clock.expected_s() == clock.expected_s(is_guessed=True) == 20.0
+    clock.hold(0.0)
+    assert clock.expected_s() == 0.0

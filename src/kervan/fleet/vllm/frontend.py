@@ -111,6 +111,17 @@ class OpenAIFrontend:
         self.engine.shutdown()
 
 
+def settle_environment() -> None:
+    """Tell vLLM that this process's environment does not change any more.
+
+    Its server asks for a variable for each token (VLLM_COMPUTE_NANS_IN_LOGITS, in both versions), and each time looks
+    into `os.environ`; its engines remember all of them once they have started, its server does not.
+    """
+    from vllm import envs
+
+    envs.enable_envs_cache()
+
+
 def _check_first(engine: AsyncLLM) -> None:
     """Check each request before vLLM counts it: AsyncLLM never forgets one that its engine-core client refuses."""
     codec, add = VllmCodec(), engine.output_processor.add_request

@@ -32,17 +32,29 @@ from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kervan import logs
+from kervan.config.profile import ProfileAsk
 from kervan.errors import EngineError
 from kervan.fleet import stream_ids, wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
-from kervan.fleet.vllm import failures, gpu_memory, head_start, resume, runner_v1, stack_dumps, versions, warm_process
+from kervan.fleet.vllm import (
+    failures,
+    gpu_memory,
+    head_start,
+    profiling,
+    resume,
+    runner_v1,
+    stack_dumps,
+    versions,
+    warm_process,
+)
 
 logger = logging.getLogger(__name__)
 
 CANARY_INDEX = -2  # vLLM uses -1 for its data-parallel coordinator
+PROFILE_INDEX = -3  # nobody hears what a profile's calls return
 CANARY_TOKENS = 2
 CANARY_TIMEOUT_S = 600.0  # the first step may still compile kernels
 LOAD_PERIOD_S = 1.0
@@ -85,6 +97,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         self.address = ""
         self.output_address = ""
         self._output_bound = threading.Event()
+        self._profile: profiling.StepProfile | None = None
         super().__init__(
             vllm_config=vllm_config,
             local_client=True,
@@ -304,6 +317,41 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
                     raise EngineError(f"the canary request ended without a token ({output.finish_reason})")
         raise EngineError(f"the engine gave no canary token within {CANARY_TIMEOUT_S:.0f} s")
 
+    # ---- profiles
+
+    def ask_profile(self, ask: ProfileAsk) -> None:
+        """Begin a profile soon, or tell who asks that one runs. May be called from any thread; returns at once."""
+        self.step_clock.hold(profiling.STANDSTILL_S)
+        begin = threading.Timer(
+            profiling.NOTICE_S, self._call_in_loop, args=("begin_profile", msgspec.json.encode(ask))
+        )
+        begin.daemon = True
+        begin.start()
+
+    def _call_in_loop(self, method: str, *args: bytes) -> None:
+        """Have the thread that steps call a method: only it may talk to the workers."""
+        self.input_queue.put_nowait((EngineCoreRequestType.UTILITY, (PROFILE_INDEX, 0, method, args)))
+
+    def begin_profile(self, ask_json: bytes) -> None:
+        """Called by `ask_profile`, through vLLM's loop."""
+        ask = msgspec.json.decode(ask_json, type=ProfileAsk)
+        if self._profile is not None and not self._profile.is_over:
+            profiling.refuse(ask, "another profile of this replica runs; try again when it has ended")
+            return
+        self._profile = profiling.StepProfile(self, ask, self.step_clock, lambda: self._call_in_loop("end_profile"))
+        try:
+            self._profile.begin()
+        except Exception as error:
+            self._profile = None
+            self.step_clock.hold(0.0)
+            profiling.refuse(ask, f"it could not begin: {error}")
+            raise
+
+    def end_profile(self) -> None:
+        """Called when a profile's time is over, through vLLM's loop."""
+        if self._profile is not None:
+            self._profile.end()
+
     def request_stop(self) -> None:
         """Ask vLLM's loop to shut down, and wake it up. May be called from any thread; returns at once."""
         self.shutdown_state = EngineShutdownState.REQUESTED
@@ -376,6 +424,9 @@ def run(
                 _end_process_group()
         elif command.command == "drain":
             core.is_draining = True
+        elif command.command == "profile":
+            assert command.profile is not None
+            core.ask_profile(command.profile)
         else:
             core.request_stop()
 
