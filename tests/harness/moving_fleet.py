@@ -101,7 +101,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
         while replica.ready is None:
             assert replica.failure is None, replica.failure
             await asyncio.sleep(0.1)
-        client.set_members([Member("a", replica.ready.address)])
+        client.set_members([Member("a", replica.ready.address, replica.ready.public_key)])
         frontend = await starting
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -453,7 +453,7 @@ class Bench:
 async def make_bench(**settings: Any) -> AsyncIterator[Bench]:
     """A bench whose integrity is checked at the end."""
     codec = settings.pop("codec", None) or ToyCodec()
-    bench = Bench(FleetClient(codec, secret=settings.pop("secret", SECRET), **settings))
+    bench = Bench(FleetClient(codec, secret=settings.pop("secret", SECRET), encrypts=False, **settings))
     try:
         yield bench
         bench.check_integrity()

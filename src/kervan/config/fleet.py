@@ -157,6 +157,9 @@ class FleetConfig:
         "direct", "direct: clients connect to the gateways; serve: through HAProxy"
     )
     api_keys: tuple[str, ...] = _setting((), "Clients must send one of these keys; none: open to all")
+    encrypts: bool = _setting(
+        True, "Encrypt what gateways and replicas send each other, and let nobody else connect; false is for measuring"
+    )
     routing: Routing = _setting(  # noqa: RUF009
         "prefix",
         "prefix: to a replica that has the prompt in its cache, within bounds of load; or least-load",

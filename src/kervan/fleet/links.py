@@ -29,6 +29,8 @@ class Links:
     sees of the live ones.
     `refusals`: why, by id, for each member that refuses this gateway.
 
+    With `encrypts`, one that has no public key is refused: nothing is ever sent in plain text then.
+
     A member that is no longer listed keeps its link as long as that lives: the directory is soft state, and its loss
     must not cut streams.
     """
@@ -39,6 +41,7 @@ class Links:
         *,
         gateway_id: str,
         secret: str,
+        encrypts: bool,
         deliver: Callable[[ReplicaLink, Outputs], None],
         opened: Callable[[ReplicaLink], Awaitable[None]],
         lost: Callable[[ReplicaLink, str], Awaitable[None]],
@@ -50,6 +53,7 @@ class Links:
         self._codec = codec
         self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, gateway_id, layouts=codec.layouts)
         self._secret = secret
+        self._encrypts = encrypts
         self._deliver = deliver
         self._opened = opened
         self._lost = lost
@@ -102,6 +106,8 @@ class Links:
         """Link to a member, again and again, for as long as it is listed."""
         while self._members.get(member.replica_id) == member:
             try:
+                if self._encrypts and not member.public_key:
+                    raise LinkRefusedError("the replica has no public key, and this fleet's traffic is encrypted")
                 link = await open_link(self._context, member, self._hello, self._secret)
             except LinkRefusedError as error:
                 if self.refusals.get(member.replica_id) != str(error):

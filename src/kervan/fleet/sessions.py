@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kervan.fleet import wire
+from kervan.fleet import curve, wire
 from kervan.fleet.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,10 @@ class Sessions:
         self._begin = begin
         self._end = end
         self._live: dict[bytes, int] = {}
+
+    def allowed_keys(self) -> list[bytes]:
+        """The public keys of those who may connect."""
+        return [curve.of_gateways(self._secret).public]
 
     @property
     def live(self) -> list[Session]:

@@ -68,7 +68,7 @@ class GatewayConfig:
     engine_argv: tuple[str, ...]
     """Arguments of vLLM's own server parser."""
     secret: str
-    """The fleet's; replicas and other gateways prove with it who they are."""
+    """The fleet's, with which gateways prove to replicas and to each other who they are."""
     host: str
     port: int
     internal_host: str
@@ -89,6 +89,7 @@ class GatewayConfig:
     """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
     replay_s: float
     replay_max_bytes: int
+    encrypts: bool = True
     routes_by_prefix: bool = True
     remembered_requests: int = 0
     otlp: str = ""
@@ -168,6 +169,7 @@ class Gateway:
         self.fleet = FleetClient(
             VllmCodec(),
             secret=self.config.secret,
+            encrypts=self.config.encrypts,
             hold_timeout_s=self.config.hold_timeout_s,
             gateway_id=self.config.gateway_id,
             routes_by_prefix=self.config.routes_by_prefix,

@@ -22,6 +22,7 @@ FIXED = {
     "model": "streams cannot move to another model; start a second fleet (--name), or kervan down first",
     "engine": "streams cannot move between engines and twins; start a second fleet (--name), or kervan down first",
     "ingress": "it is fixed when Serve starts; kervan down first",
+    "encrypts": "gateways and replicas could not speak to each other meanwhile; kervan down first",
     "name": "it is how the fleet is found; kervan down first",
 }
 HIDDEN = frozenset({"api_keys"})  # told as changed, without the values

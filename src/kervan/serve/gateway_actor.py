@@ -61,6 +61,7 @@ def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: S
         node=node,
         engine_argv=config.engine_argv,
         secret=secret,
+        encrypts=config.encrypts,
         host=config.host,
         port=config.port,
         internal_host=node,

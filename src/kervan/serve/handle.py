@@ -71,6 +71,7 @@ class FleetHandle:
         self._fleet = FleetClient(
             VllmCodec(),
             secret=secret,
+            encrypts=config.encrypts,
             hold_timeout_s=config.hold_timeout_s,
             gateway_id=name,
             routes_by_prefix=config.routing == "prefix",

@@ -222,6 +222,7 @@ class EngineReplica:
             pid=engine.process.pid,
             state=engine.state,
             address=ready.address if ready else "",
+            public_key=ready.public_key if ready else "",
             engine_version=ready.engine_version if ready else "",
             running=load.running,
             waiting=load.waiting,
@@ -320,9 +321,11 @@ def _spec(
 ) -> tuple[msgspec.Struct, str]:
     """The first message to an engine process, and the module it runs."""
     if config.engine == "twin":
-        return TwinSpec(replica_id, host, secret, twins.settings(config)), TWIN_ENGINE
+        return TwinSpec(replica_id, host, secret, twins.settings(config), config.encrypts), TWIN_ENGINE
     shares_gpu = config.gpu_share < 1
-    return EngineSpec(replica_id, list(config.engine_argv), host, secret, placement, shares_gpu), VLLM_ENGINE
+    return EngineSpec(
+        replica_id, list(config.engine_argv), host, secret, placement, shares_gpu, config.encrypts
+    ), VLLM_ENGINE
 
 
 def _placement(config: FleetConfig) -> WorkerPlacement | None:

@@ -32,7 +32,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kervan.errors import EngineError
-from kervan.fleet import wire
+from kervan.fleet import curve, wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
@@ -83,6 +83,10 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         self.canary_outputs: queue.Queue[EngineCoreOutputs] = queue.Queue()
         self.address = ""
         self.output_address = ""
+        self.key_pair = curve.draw() if spec.encrypts else None
+        # One for both threads, as the doorkeeper answers for one; a thread of ZMQ's for each socket, which encrypt.
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
+        self._doorkeeper = curve.Doorkeeper(self._context, self.sessions.allowed_keys, spec.replica_id)
         self._output_bound = threading.Event()
         super().__init__(
             vllm_config=vllm_config,
@@ -150,12 +154,20 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
     ) -> None:
         add_decoder = MsgpackDecoder(EngineCoreRequest)
         decoder = MsgpackDecoder()
-        router, self.address = wire.bind(zmq.Context(), self.spec.host)
+        router, self.address = wire.bind(self._context, self.spec.host, self.key_pair)
         ready_event.set()
+        self._doorkeeper.watch(router)
+        self._output_bound.wait()  # and the doorkeeper watches that socket too
+        poller = zmq.Poller()
+        for socket in (router, *self._doorkeeper.sockets):
+            poller.register(socket, zmq.POLLIN)
         was_draining = False
         lease_check_s = time.monotonic()
         while True:
-            if router.poll(POLL_MS):
+            readable = dict(poller.poll(POLL_MS))
+            if not readable.keys().isdisjoint(self._doorkeeper.sockets):
+                self._doorkeeper.look()
+            if router in readable:
                 session_identity, kind, *frames = router.recv_multipart(copy=False)
                 self._handle(router, session_identity.bytes, kind.bytes, frames, add_decoder, decoder)
             if self.is_draining and not was_draining:
@@ -230,7 +242,8 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
 
     def process_output_sockets(self, output_paths: Any, coord_output_path: Any, engine_index: int) -> None:
         encoder = MsgpackEncoder()
-        router, self.output_address = wire.bind(zmq.Context(), self.spec.host)
+        router, self.output_address = wire.bind(self._context, self.spec.host, self.key_pair)
+        self._doorkeeper.watch(router)
         self._output_bound.set()
         subscribed: set[bytes] = set()
         while True:
@@ -355,7 +368,8 @@ def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases, impor
     phases.end("canary")
     if imported:
         warm_process.tell_imports(imported)
-    control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds))
+    public_key = core.key_pair.public.decode() if core.key_pair is not None else ""
+    control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds, public_key))
 
 
 def run(
