@@ -35,7 +35,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """The first message to an engine process. `engine_argv`: arguments of vLLM's own server parser.
 
     `placement` None: all workers are processes of this node. `shares_gpu`: other engines may use the same GPU.
-    `encrypts`: only gateways with the fleet's keys may connect. `stacks_dir`: where workers of several write what they do, when they are asked (`comm.stacks`).
+    `encrypts`: only gateways with the fleet's keys may connect. `stacks_dir`: where workers of several write what they
+    do, when they are asked (`comm.stacks`).
     """
 
     replica_id: str

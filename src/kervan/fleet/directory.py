@@ -294,7 +294,9 @@ class Snapshot(msgspec.Struct, frozen=True):
 def as_told(snapshot: Snapshot) -> dict[str, Any]:
     """A snapshot as JSON types, for whoever asks a gateway: without inner addresses, paths of logs and versions."""
     replicas = [
-        structs.replace(r, address="", public_key="", engine_version="", log_path="", version="", start_s={}, serve_id="")
+        structs.replace(
+            r, address="", public_key="", engine_version="", log_path="", version="", start_s={}, serve_id=""
+        )
         for r in snapshot.replicas
     ]
     gateways = [

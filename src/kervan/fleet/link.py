@@ -36,8 +36,9 @@ NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
 class Member:
     """A replica as the directory lists it.
 
-    `public_key`: its CURVE key; empty: it speaks plain text. `is_draining`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
-    streams may use that time. `risky_for_s`: for so long it is likelier to go than others.
+    `public_key`: its CURVE key; empty: it speaks plain text. `is_draining`: it drains, or was told to; `leaves_in_s`:
+    when it will be gone, if that is known; `may_linger`: its streams may use that time. `risky_for_s`: for so long it
+    is likelier to go than others.
     """
 
     replica_id: str
@@ -53,7 +54,15 @@ def members(snapshot: Snapshot) -> list[Member]:
     """The replicas that a client can link to, those that drain too: it moves its streams off them."""
     called_likely = {entry.node for entry in snapshot.nodes if any(n.kind == "rebalance" for n in entry.notices)}
     return [
-        Member(r.id, r.address, r.public_key, r.state == "draining", r.leaves_in_s, r.may_linger, _risky_for_s(r, called_likely))
+        Member(
+            r.id,
+            r.address,
+            r.public_key,
+            r.state == "draining",
+            r.leaves_in_s,
+            r.may_linger,
+            _risky_for_s(r, called_likely),
+        )
         for r in snapshot.replicas
         if r.is_reachable
     ]

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import REQUESTS_PREFIX, GatewayShell, Shed
+from kervan.gateway.tls import LOOK_PERIOD_S, ServerTls, TlsFiles
 from kervan.gateway.tracing import Tracing
 from kervan.logs import LogFormat
 from kervan.metrics import Descriptor
@@ -90,6 +92,8 @@ class GatewayConfig:
     replay_s: float
     replay_max_bytes: int
     encrypts: bool = True
+    tls: TlsFiles | None = None
+    """None: clients speak HTTP."""
     routes_by_prefix: bool = True
     remembered_requests: int = 0
     otlp: str = ""
@@ -134,6 +138,7 @@ class Gateway:
         self._tasks: list[asyncio.Task[Any]] = []
         self._attaching: asyncio.Task[None]
         self._public: tuple[uvicorn.Server, socket.socket] | None = None
+        self._tls: ServerTls | None = None
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self._copies_port = 0
@@ -161,8 +166,11 @@ class Gateway:
     async def start(self, *, serve_http: bool = True) -> None:
         """Open the port, or with `serve_http` False let another server call `shell`; vLLM's app follows.
 
-        Raises: ConfigError when the port is taken.
+        Raises: ConfigError when the port is taken, or there is no certificate that can be used.
         """
+        if self.config.tls is not None:
+            self._tls = await asyncio.to_thread(ServerTls, self.config.tls)
+            self._tasks.append(asyncio.create_task(self._renew_forever(self._tls)))
         with kept_handlers():
             from kervan.fleet.vllm.frontend import VllmCodec, bare_app  # vLLM takes seconds to import
 
@@ -204,23 +212,30 @@ class Gateway:
 
     def _open(self) -> None:
         listening = listen(self.config.host, self.config.port)
-        self._public = self._serve(self.shared_port or self.shell, listening), listening
+        tls = self._tls.context if self._tls is not None else None
+        self._public = self._serve(self.shared_port or self.shell, listening, tls), listening
 
-    def _serve(self, app: ASGIApp, sock: socket.socket) -> uvicorn.Server:
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                http=Connection,
-                ws="auto",
-                lifespan="off",
-                interface="asgi3",  # uvicorn takes a bound method for ASGI 2
-                access_log=False,
-                log_config=None,  # uvicorn's own would close the handlers of all others
-                log_level="warning",
-                timeout_keep_alive=60,
-                timeout_graceful_shutdown=LAST_S,
-            )
+    @staticmethod
+    async def _renew_forever(tls: ServerTls) -> None:
+        while True:
+            await asyncio.sleep(LOOK_PERIOD_S)
+            await asyncio.to_thread(tls.renew)
+
+    def _serve(self, app: ASGIApp, sock: socket.socket, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="auto",
+            lifespan="off",
+            interface="asgi3",  # uvicorn takes a bound method for ASGI 2
+            access_log=False,
+            log_config=None,  # uvicorn's own would close the handlers of all others
+            log_level="warning",
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=LAST_S,
+            ssl_context_factory=None if tls is None else lambda *_: tls,
         )
+        server = uvicorn.Server(config)
         self._servers.append(server)
         self._tasks.append(asyncio.create_task(server.serve(sockets=[sock])))
         return server
@@ -302,7 +317,7 @@ class Gateway:
             id=self.config.gateway_id,
             node=self.config.node,
             pid=os.getpid(),
-            url=f"http://{_bracket(self.config.public_host)}:{self.config.port}",
+            url=f"{'https' if self.config.tls else 'http'}://{_bracket(self.config.public_host)}:{self.config.port}",
             internal_url=f"http://{_bracket(self.config.internal_host)}:{self._internal_port}",
             is_ready=reason is None,
             reason=reason or "",

@@ -67,6 +67,9 @@ class RunningFleet:
             if not neighbours:
                 check_port(after.host, after.port)
             warnings.append(f"{before.host}:{before.port} will no longer serve requests")
+        if bool(before.tls_certificate) != bool(after.tls_certificate):
+            scheme = "https" if after.tls_certificate else "http"
+            warnings.append(f"clients must come by {scheme} then, and meanwhile by both")
         pool_nodes = cluster.nodes_for(after)
         held = pools.held(self._directory.snapshot().result())
         taken = before.world_size * before.gpu_share

@@ -24,6 +24,7 @@ from kervan.gateway.process import GatewayProcess
 from kervan.gateway.program import Beats, failure_of
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.gateway.shared_port import Neighbour
+from kervan.gateway.tls import files_of
 from kervan.serve import watchers
 from kervan.serve.autoscaling import BUSY
 from kervan.serve.cluster import log_directory
@@ -62,6 +63,7 @@ def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: S
         engine_argv=config.engine_argv,
         secret=secret,
         encrypts=config.encrypts,
+        tls=files_of(config),
         host=config.host,
         port=config.port,
         internal_host=node,
