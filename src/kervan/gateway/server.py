@@ -22,6 +22,7 @@ from yarl import URL
 
 from kervan import __version__, metrics
 from kervan.errors import ConfigError
+from kervan.fleet import pinned_tls
 from kervan.fleet.admitted import Ticket
 from kervan.fleet.auth import is_proof, relay_key
 from kervan.fleet.client import FleetClient
@@ -141,6 +142,7 @@ class Gateway:
         self._tls: ServerTls | None = None
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
+        self._certificate = pinned_tls.draw() if config.encrypts else None
         self._copies_port = 0
         self._most_slots = 0  # of one replica, so far
         self.answers = Answers()
@@ -189,7 +191,7 @@ class Gateway:
             logger.warning("answers go without vLLM's middlewares until its app is there: %s", error)
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
-        self._internal = self._serve(self._internal_app, internal), internal
+        self._internal = self._serve(self._internal_app, internal, self._inner_tls), internal
         if self.config.replay_s > 0:
             await self._keep_streams()
         if serve_http and not self.config.opens_when_attached:
@@ -208,7 +210,7 @@ class Gateway:
         self.fleet.copy_sender = store.copy_sender
         copies = listen(self.config.internal_host, 0)
         self._copies_port = copies.getsockname()[1]
-        await store.listen(copies)
+        await store.listen(copies, self._inner_tls)
 
     def _open(self) -> None:
         listening = listen(self.config.host, self.config.port)
@@ -318,7 +320,7 @@ class Gateway:
             node=self.config.node,
             pid=os.getpid(),
             url=f"{'https' if self.config.tls else 'http'}://{_bracket(self.config.public_host)}:{self.config.port}",
-            internal_url=f"http://{_bracket(self.config.internal_host)}:{self._internal_port}",
+            internal_url=self._inner_address(self._internal_port, "https://" if self._certificate else "http://"),
             is_ready=reason is None,
             reason=reason or "",
             streams=self.fleet.num_streams,
@@ -328,8 +330,17 @@ class Gateway:
             demand=self._demand(),
             models=self.frontend.model_names if self.frontend is not None else (),
             neighbours=self.shared_port.neighbours if self.shared_port is not None else (),
-            copies_address=f"{_bracket(self.config.internal_host)}:{self._copies_port}" if self._copies_port else "",
+            copies_address=self._inner_address(self._copies_port) if self._copies_port else "",
         )
+
+    @property
+    def _inner_tls(self) -> ssl.SSLContext | None:
+        return None if self._certificate is None else self._certificate.context
+
+    def _inner_address(self, port: int, scheme: str = "") -> str:
+        """Of one of its sockets for other gateways, as `pinned_tls` has it."""
+        digest = f"#{self._certificate.digest}" if self._certificate is not None else ""
+        return f"{scheme}{_bracket(self.config.internal_host)}:{port}{digest}"
 
     def _demand(self) -> DemandCounts:
         """What clients ask of it. Where there may be no replica, a gateway that is new asks for one itself."""
@@ -439,10 +450,11 @@ class Gateway:
 
         async def ask(session: aiohttp.ClientSession, url: str) -> bytes | None:
             try:
-                async with session.get(URL(url + path, encoded=True)) as response:
+                place, pin = page.pinned(url)
+                async with session.get(URL(place + path, encoded=True), ssl=pin) as response:
                     return await response.read() if response.status == 200 else None
             except (aiohttp.ClientError, TimeoutError) as error:
-                logger.info("the gateway at %s was not asked for a request: %r", url, error)
+                logger.info("the gateway at %s was not asked for a request: %r", pinned_tls.split(url)[0], error)
                 return None
 
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=headers) as session:
@@ -466,13 +478,13 @@ class Gateway:
             return self._local_page().encode()
         if gateway is not None and gateway != NODE:
             (found,) = await page.fetch(
-                f"{peer.internal_url}/metrics" for peer in self._snapshot.gateways if peer.id == gateway
+                peer.internal_url for peer in self._snapshot.gateways if peer.id == gateway
             ) or [None]
             return None if found is None else found.encode()
         peers = [g for g in self._snapshot.gateways if g.id != self.config.gateway_id]
         if gateway == NODE:
             peers = [peer for peer in peers if peer.node == self.config.node]
-        pages = await page.fetch(f"{peer.internal_url}/metrics" for peer in peers)
+        pages = await page.fetch(peer.internal_url for peer in peers)
         texts = {self.config.gateway_id: self._local_page()}
         texts |= {peer.id: text for peer, text in zip(peers, pages, strict=True) if text is not None}
         return merge_pages(texts).encode()

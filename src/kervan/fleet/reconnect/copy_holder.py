@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import socket
+import ssl
 
 import msgspec
 
@@ -95,9 +96,10 @@ class CopyHolder:
         self._engine_version = engine_version
         self._server: asyncio.Server | None = None
 
-    async def listen(self, sock: socket.socket) -> None:
-        """Take copies there, from any number of gateways."""
-        self._server = await asyncio.get_running_loop().create_server(lambda: _SenderConnection(self), sock=sock)
+    async def listen(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Take copies there, from any number of gateways; `tls` None: in plain text."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _SenderConnection(self), sock=sock, ssl=tls)
 
     def accepts(self, hello: CopyHello, nonce: bytes) -> bool:
         """Whether a gateway that was sent `nonce` may send copies; the log says why not."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 import time
 
 from kervan import metrics
@@ -33,9 +34,9 @@ class ReplicatedStore:
         self._holder = CopyHolder(self.journals, secret=secret, engine_version=engine_version)
         self._sweeping = asyncio.create_task(self._sweep())
 
-    async def listen(self, sock: socket.socket) -> None:
+    async def listen(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Take copies there."""
-        await self._holder.listen(sock)
+        await self._holder.listen(sock, tls)
 
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory; one that has just started and knows nobody changes nothing."""
