@@ -192,6 +192,25 @@ async def test_a_recorded_connection_is_of_no_use_again(bench: TwinBench) -> Non
         await tap.close()
 
 
+async def test_streams_outlive_the_keys_of_their_replica(bench: TwinBench) -> None:
+    """Each start of a replica draws others; who knows the ones before is a stranger to it."""
+    await bench.start("a", SLOW)
+    await bench.add("s", PROMPT, 200)
+    await until(lambda: len(bench.tokens("s")) > 20)
+    before = bench.twins["a"]
+    after = await bench.start("b", SLOW)
+    before.drain()
+    await until(lambda: not before.load.has_work and len(bench.tokens("s")) < 200)
+    before.kill()
+    await bench.ended("s")
+    assert bench.tokens("s") == answer(PROMPT, 200, LIMITS)
+    assert before.ready is not None
+    assert after.ready is not None
+    old_key = before.ready.public_key.encode()
+    assert old_key != after.ready.public_key.encode()
+    await hears_nothing(after.ready.address, curve.of_gateways(SECRET), old_key)
+
+
 async def test_a_gateway_of_an_encrypted_fleet_links_to_no_plain_replica(bench: TwinBench) -> None:
     plain = TwinBench(bench.directory, encrypts=False)
     try:

@@ -2,6 +2,7 @@
 
 import time
 
+from kervan.fleet import pinned_tls
 from kervan.fleet.reconnect.copy_holder import CopyHolder
 from kervan.fleet.reconnect.journal import Journal
 from kervan.fleet.reconnect.store import JournalStore
@@ -30,8 +31,9 @@ class Holder:
 
     async def start(self) -> None:
         sock = listen("127.0.0.1", 0)
-        self.peer = Peer(self.name, "n2", f"127.0.0.1:{sock.getsockname()[1]}")
-        await self.copies.listen(sock)
+        own = pinned_tls.draw()
+        self.peer = Peer(self.name, "n2", f"127.0.0.1:{sock.getsockname()[1]}#{own.digest}")
+        await self.copies.listen(sock, own.context)
 
     def has(self, stream_id: str) -> int:
         copy = self.journals.get(stream_id)

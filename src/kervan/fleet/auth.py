@@ -1,12 +1,12 @@
 """Proofs that a gateway knows its fleet's secret. The secret itself never travels.
 
-| a gateway proves it | with | of use to one who overhears it |
-|---|---|---|
-| to a replica, in HELLO | `link_proof` | no: it holds for one session, and a replica takes each session once |
-| to a gateway that takes copies | `copies_proof` | no: it holds for one connection, whose nonce the taker draws |
-| to a gateway that is passed a request | `relay_key` | little: it needs an API key, or an id; adapters can be changed |
+| a gateway proves it | with | which holds | inside of |
+|---|---|---|---|
+| to a replica, in HELLO | `link_proof` | for one session, and a replica takes each session once | `curve` |
+| to a gateway that takes copies | `copies_proof` | for one connection, whose nonce the taker draws | `pinned_tls` |
+| to a gateway that is passed a request | `relay_key` | as long as the secret | `pinned_tls` |
 
-Nothing here encrypts or signs what follows: fleets need a network that they can trust.
+Nothing here encrypts: without what it is inside of (a plain fleet), who overhears a `relay_key` can use it.
 """
 
 import hashlib

@@ -170,7 +170,8 @@ def pinned(address: str) -> tuple[str, aiohttp.Fingerprint | bool]:
 async def fetch(addresses: Iterable[str]) -> list[str | None]:
     """The pages of other gateways, by their internal addresses, in order.
 
-    None for one that does not come within PEER_TIMEOUT_S. They are asked directly: a proxy that the environment names does not know addresses inside of the cluster.
+    None for one that does not come within PEER_TIMEOUT_S. They are asked directly: a proxy that the environment names
+    does not know addresses inside of the cluster.
     """
     timeout = aiohttp.ClientTimeout(total=PEER_TIMEOUT_S)
 

@@ -96,9 +96,8 @@ class Relay:
                         elif not is_gone:
                             logger.warning("the response of %s broke off", pinned_tls.split(url)[0])
                         return
-                    failures.append(
-                        f"{pinned_tls.split(url)[0]}: {'not that fleet' if connection.status else 'the connection was lost'}"
-                    )
+                    why = "not that fleet" if connection.status else "the connection was lost"
+                    failures.append(f"{pinned_tls.split(url)[0]}: {why}")
                     connection.close()
                 if is_gone:
                     return
