@@ -100,6 +100,7 @@ class FleetClient:
             self.demand,
             hold_timeout_s=hold_timeout_s,
             give_up=functools.partial(self._give_up, is_transient=True),
+            reject=self._reject,
             forgotten=self._forgotten,
         )
         self._evacuations = Evacuations(
