@@ -15,7 +15,9 @@ from harness.twin_bench import LIMITS, SECRET, TwinBench, member
 from kervan.fleet import curve, wire
 from kervan.fleet.curve import KeyPair
 from kervan.fleet.link import Member
-from kervan.twin.token_engine import StepTiming, answer
+from kervan.fleet.process import TWIN_ENGINE, EngineProcess
+from kervan.twin.replica import TwinSpec
+from kervan.twin.token_engine import StepTiming, TwinSettings, answer
 
 SLOW = StepTiming(base_s=0.01, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
 PROMPT = [*b"what nobody else may read"]
@@ -209,6 +211,15 @@ async def test_streams_outlive_the_keys_of_their_replica(bench: TwinBench) -> No
     old_key = before.ready.public_key.encode()
     assert old_key != after.ready.public_key.encode()
     await hears_nothing(after.ready.address, curve.of_gateways(SECRET), old_key)
+
+
+async def test_a_replica_with_new_keys_takes_gateways_of_before(bench: TwinBench) -> None:
+    """While keys change, gateways that are not replaced yet go on to link to what is."""
+    spec = TwinSpec("a", "127.0.0.1", "newer", TwinSettings(SLOW, LIMITS), secret_before=SECRET)
+    await bench.join("a", EngineProcess(spec, log_path=bench.directory / "a.log", module=TWIN_ENGINE))
+    await bench.add("s", PROMPT)
+    await bench.ended("s")
+    assert bench.tokens("s") == answer(PROMPT, 20, LIMITS)
 
 
 async def test_a_gateway_of_an_encrypted_fleet_links_to_no_plain_replica(bench: TwinBench) -> None:

@@ -3,6 +3,7 @@
 import time
 
 from kervan.fleet import pinned_tls
+from kervan.fleet.auth import Secrets
 from kervan.fleet.reconnect.copy_holder import CopyHolder
 from kervan.fleet.reconnect.journal import Journal
 from kervan.fleet.reconnect.store import JournalStore
@@ -26,7 +27,7 @@ class Holder:
     def __init__(self, name: str, *, secret: str = SECRET, version: str = VERSION):
         self.name = name
         self.journals = new_journals()
-        self.copies = CopyHolder(self.journals, secret=secret, engine_version=version)
+        self.copies = CopyHolder(self.journals, secrets=Secrets(secret), engine_version=version)
         self.peer: Peer
 
     async def start(self) -> None:

@@ -217,7 +217,7 @@ class ToyReplica:
             session=identity,
             replica_id=self.replica_id,
             engine_version=self.engine_version,
-            secret=self.secret,
+            secrets=(self.secret,),
         )
         if refusal is not None:
             return wire.REFUSED, refusal.encode()

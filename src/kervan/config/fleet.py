@@ -165,6 +165,9 @@ class FleetConfig:
     encrypts: bool = _setting(
         True, "Encrypt what gateways and replicas send each other, and let nobody else connect; false is for measuring"
     )
+    key_generation: int = _setting(
+        0, "Each number is a secret of its own for gateways and replicas; kervan rotate-keys raises it", 0, 10**9
+    )
     routing: Routing = _setting(  # noqa: RUF009
         "prefix",
         "prefix: to a replica that has the prompt in its cache, within bounds of load; or least-load",

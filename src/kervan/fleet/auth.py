@@ -11,10 +11,30 @@ Nothing here encrypts: without what it is inside of (a plain fleet), who overhea
 
 import hashlib
 import hmac
+import time
 
 import msgspec
 
 NONCE_BYTES = 16
+GRACE_S = 900.0
+
+
+class Secrets:
+    """What a process takes for its fleet's secret: the present one, and for `GRACE_S` the one before a change of keys.
+
+    What it proves itself with is always the present one.
+    """
+
+    def __init__(self, secret: str, before: str = "") -> None:
+        self.present = secret
+        self._before = before
+        self._ends_s = time.monotonic() + GRACE_S
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Those that are as good as the present one, which comes first."""
+        is_kept = self._before and time.monotonic() < self._ends_s
+        return (self.present, self._before) if is_kept else (self.present,)
 
 
 def link_proof(secret: str, *, session: bytes, gateway_id: str, replica_id: str) -> bytes:

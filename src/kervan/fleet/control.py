@@ -35,8 +35,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """The first message to an engine process. `engine_argv`: arguments of vLLM's own server parser.
 
     `placement` None: all workers are processes of this node. `shares_gpu`: other engines may use the same GPU.
-    `encrypts`: only gateways with the fleet's keys may connect. `stacks_dir`: where workers of several write what they
-    do, when they are asked (`comm.stacks`).
+    `encrypts`: only gateways with the fleet's keys may connect. `secret_before`: as `auth.Secrets` takes it.
+    `stacks_dir`: where workers of several write what they do, when they are asked (`comm.stacks`).
     """
 
     replica_id: str
@@ -46,6 +46,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     placement: WorkerPlacement | None = None
     shares_gpu: bool = False
     encrypts: bool = True
+    secret_before: str = ""
     stacks_dir: str = ""
 
 

@@ -16,6 +16,7 @@ numbered from 1 in each session, and PONG says how many there were. vLLM's struc
 replica must run the same vLLM version: HELLO says both. All of it is inside of `curve`, unless the fleet is plain.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -135,12 +136,20 @@ def decode_number(frame: bytes) -> int:
     return int.from_bytes(frame, "big")
 
 
-def refusal(hello: Hello, *, session: bytes, replica_id: str, engine_version: str, secret: str) -> str | None:
-    """Why a replica must not serve the gateway that said `hello` over `session` (its ZMQ identity), or None."""
+def refusal(
+    hello: Hello, *, session: bytes, replica_id: str, engine_version: str, secrets: Sequence[str]
+) -> str | None:
+    """Why a replica must not serve the gateway that said `hello` over `session` (its ZMQ identity), or None.
+
+    `secrets`: those of which it must know one.
+    """
     if hello.protocol != PROTOCOL:
         return f"gateway speaks protocol {hello.protocol}, replica {PROTOCOL}; install one kervan version on all nodes"
-    proof = auth.link_proof(secret, session=session, gateway_id=hello.gateway_id, replica_id=replica_id)
-    if not auth.is_proof(hello.proof, proof):
+    proofs = [
+        auth.link_proof(secret, session=session, gateway_id=hello.gateway_id, replica_id=replica_id)
+        for secret in secrets
+    ]
+    if not any(auth.is_proof(hello.proof, proof) for proof in proofs):
         return "the gateway does not know this fleet's secret; it belongs to another fleet"
     if hello.engine_version != engine_version:
         return (

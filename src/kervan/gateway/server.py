@@ -24,7 +24,7 @@ from kervan import __version__, metrics
 from kervan.errors import ConfigError
 from kervan.fleet import pinned_tls
 from kervan.fleet.admitted import Ticket
-from kervan.fleet.auth import is_proof, relay_key
+from kervan.fleet.auth import Secrets, is_proof, relay_key
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import DemandCounts, GatewayEntry, Snapshot, as_told
 from kervan.fleet.link import members
@@ -92,6 +92,8 @@ class GatewayConfig:
     """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
     replay_s: float
     replay_max_bytes: int
+    secret_before: str = ""
+    """Which other gateways and replicas may still prove themselves with, as `auth.Secrets` takes it."""
     encrypts: bool = True
     tls: TlsFiles | None = None
     """None: clients speak HTTP."""
@@ -146,6 +148,7 @@ class Gateway:
         self._copies_port = 0
         self._most_slots = 0  # of one replica, so far
         self.answers = Answers()
+        self._secrets = Secrets(config.secret, config.secret_before)
         key = relay_key(config.secret)
         self.streams = Streams(config.gateway_id, self._gateways, key, self.answers)
         self.peers = Peers(config.gateway_id, self._gateways, key, self.answers)
@@ -202,7 +205,7 @@ class Gateway:
         self.streams.store = store = ReplicatedStore(
             gateway_id=self.config.gateway_id,
             node=self.config.node,
-            secret=self.config.secret,
+            secrets=self._secrets,
             engine_version=self.fleet.codec.engine_version,
             replay_s=self.config.replay_s,
             max_bytes=self.config.replay_max_bytes,
@@ -494,12 +497,21 @@ class Gateway:
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The page of this gateway alone, and what other gateways pass on: for a stream, or on a shared port."""
         if scope["type"] == "http":
+            scope = self._with_present_key(scope)
             if is_relayed(scope) and scope["path"].startswith(GIVEN_PATHS):
                 await self._give(scope, receive, send)
             elif self.shared_port is not None and is_relayed(scope):
                 await self.shared_port.respond_relayed(scope, receive, send)
             else:
                 await respond(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+
+    def _with_present_key(self, scope: Scope) -> Scope:
+        """A request whose proof is of the secret before, as if it were of the present one."""
+        given = header(scope, RELAY_HEADER)
+        if not any(is_proof(given, relay_key(secret)) for secret in self._secrets.taken[1:]):
+            return scope
+        others = [pair for pair in scope["headers"] if pair[0] != RELAY_HEADER]
+        return {**scope, "headers": [*others, (RELAY_HEADER, relay_key(self.config.secret))]}
 
     async def _give(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What this gateway alone has, to one that proves to be of the fleet."""

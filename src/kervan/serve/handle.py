@@ -60,7 +60,7 @@ class FleetHandle:
         return await asyncio.shield(self._starting)
 
     async def _start(self) -> ASGIApp:
-        config, secret = await self._directory.fleet()
+        config, secret, _ = await self._directory.fleet()
         os.environ.update(config.env)
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # vLLM must see which kind of GPU this node has
             del os.environ["CUDA_VISIBLE_DEVICES"]

@@ -148,7 +148,7 @@ class Neighbourhood:
 
     def take(self, fleet: StoredFleet, snapshot: Snapshot) -> None:
         """Keep what a directory tells of its fleet, if that is on this fleet's port."""
-        other, secret = fleet
+        other, secret, _ = fleet
         before = self._neighbours.pop(other.name, None)
         if not other.shared_port or (other.host, other.port) != (self._config.host, self._config.port):
             return

@@ -19,7 +19,7 @@ import zmq
 
 from kervan import logs
 from kervan.config.fault import Fault
-from kervan.fleet import curve, wire
+from kervan.fleet import auth, curve, wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, Ready
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
@@ -53,6 +53,7 @@ class TwinSpec(msgspec.Struct, frozen=True):
     secret: str
     settings: TwinSettings
     encrypts: bool = True
+    secret_before: str = ""
 
 
 class TwinReplica:
@@ -78,7 +79,7 @@ class TwinReplica:
         self._told_load = (0, 0)  # running and waiting, as gateways know them
         self.sessions = Sessions(
             replica_id=spec.replica_id,
-            secret=spec.secret,
+            secrets=auth.Secrets(spec.secret, spec.secret_before),
             engine_version=None,
             begin=self._begin_session,
             end=self._end_session,

@@ -89,10 +89,10 @@ class _SenderConnection(FramedConnection):
 class CopyHolder:
     """Takes the copies of other gateways of the fleet into `journals`."""
 
-    def __init__(self, journals: JournalStore, *, secret: str, engine_version: str):
+    def __init__(self, journals: JournalStore, *, secrets: auth.Secrets, engine_version: str):
         self.journals = journals
         self.connections: set[_SenderConnection] = set()
-        self._secret = secret
+        self._secrets = secrets
         self._engine_version = engine_version
         self._server: asyncio.Server | None = None
 
@@ -103,7 +103,8 @@ class CopyHolder:
 
     def accepts(self, hello: CopyHello, nonce: bytes) -> bool:
         """Whether a gateway that was sent `nonce` may send copies; the log says why not."""
-        if not auth.is_proof(hello.proof, auth.copies_proof(self._secret, nonce=nonce, gateway_id=hello.gateway_id)):
+        proofs = [auth.copies_proof(secret, nonce=nonce, gateway_id=hello.gateway_id) for secret in self._secrets.taken]
+        if not any(auth.is_proof(hello.proof, proof) for proof in proofs):
             logger.warning("gateway %s does not know this fleet's secret; its copies are refused", hello.gateway_id)
             return False
         theirs, ours = (hello.protocol, hello.engine_version), (PROTOCOL, self._engine_version)

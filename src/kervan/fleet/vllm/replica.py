@@ -32,7 +32,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kervan.errors import EngineError
-from kervan.fleet import curve, wire
+from kervan.fleet import auth, curve, wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
@@ -71,7 +71,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         self.spec = spec
         self.sessions = Sessions(
             replica_id=spec.replica_id,
-            secret=spec.secret,
+            secrets=auth.Secrets(spec.secret, spec.secret_before),
             engine_version=versions.engine_version(),
             begin=self._begin_session,
             end=self._end_session,
