@@ -189,6 +189,7 @@ def entry_configuration(request: RenderRequest) -> str:
             "certificate to show; leave it out, and keep strangers out by API keys"
         )
     mode, checked = ("tcp", "check check-ssl verify none") if has_tls else ("http", "check")
+    own_mode = "\n    mode http" if has_tls else ""
     most = min(MAX_GATEWAY_PODS, max(1, request.most_nodes))
     host = f"{request.name}-gateways.{request.namespace}.svc.cluster.local"
     return f"""\
@@ -214,8 +215,7 @@ frontend clients
     bind :{request.fleet.port}
     default_backend gateways
 
-frontend health
-    mode http
+frontend health{own_mode}
     bind :{ENTRY_HEALTH_PORT}
     monitor-uri /alive
     acl none_ready nbsrv(gateways) lt 1
