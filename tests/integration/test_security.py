@@ -1,17 +1,26 @@
-"""A running fleet listens where docs/security.md says, and nowhere else."""
+"""What docs/security.md says, on running fleets: where they listen, what has their secrets, and how keys change."""
 
+import asyncio
 import json
 import re
+import ssl
 import subprocess
 import sys
+from pathlib import Path
 
+import httpx
 import psutil
 import pytest
-from harness.live import Fleet
+from harness.certificates import Ca
+from harness.live import Fleet, eventually_async
 from harness.places import DOCS
+from harness.shared_fleet import Models
+from harness.shared_twins import NAMED
+from harness.twin_load import STEP_S, kervan, load
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(600)]
 
+API_KEY = "sk-a-key-that-nobody-else-has"
 ANY = {"::", "0.0.0.0"}
 TABLE = re.search(r"<!-- ports -->\n\|.*\n\|.*\n((?:\|.*\n)+)", (DOCS / "security.md").read_text())
 
@@ -63,6 +72,50 @@ def test_a_fleet_listens_where_its_page_says_and_nowhere_else(twins: Fleet) -> N
     assert found == {kind for name, kind in table if name == "ray"}
 
 
+def secrets_of(fleet: Fleet) -> list[str]:
+    """The fleet's secret and the one before, as the directory gives them to what starts; "-" for none."""
+    ask = (
+        "from kervan.serve.attach import attach; "
+        f"print(*[one or '-' for one in attach({fleet.name!r}, None).fleet().result()[1:]])"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", ask], env=fleet.home.environment, cwd=fleet.home.scratch, text=True, check=True,
+        capture_output=True, timeout=120,
+    ).stdout.split()[-2:]  # fmt: skip
+
+
+async def test_keys_change_under_load_and_no_stream_breaks(twins: Fleet, models: Models, tmp_path: Path) -> None:
+    """Over HTTPS: the certificate is another one too in the end, without a restart."""
+    ca = Ca(tmp_path)
+    certificate, key = ca.issue()
+    fleet = await asyncio.to_thread(
+        twins.home.up, models.demo, "keys", NAMED,
+        "--engine", "twin", "--gpu", "H200", "--twin", f"base_s={STEP_S}", "--replicas", "2", "--gateways", "1",
+        "--tls-certificate", str(certificate), "--tls-key", str(key), "--api-key", API_KEY,
+    )  # fmt: skip
+    assert fleet.url.startswith("https://")
+    (before, none), old = secrets_of(fleet), fleet.status()
+    assert none == "-"
+    async with load(fleet, models, api_key=API_KEY):
+        done = await kervan(fleet, "rotate-keys")
+        assert "generation 1" in done
+        ca.issue()
+        await eventually_async(lambda: served(fleet.port) == certificate.read_text(), "the new certificate", 20)
+    new = fleet.status()
+    assert secrets_of(fleet)[1] == before != secrets_of(fleet)[0]
+    for kind in ("replicas", "gateways"):
+        assert {one["id"] for one in old[kind]}.isdisjoint(one["id"] for one in new[kind])
+    httpx.get(f"{fleet.url}/health", verify=ssl.create_default_context(cafile=str(ca.path))).raise_for_status()
+    logs = [path.read_text(errors="replace") for path in fleet.home.path.rglob("*.log")]
+    assert not any(secret in log for log in logs for secret in (API_KEY, before, secrets_of(fleet)[0]))
+    assert API_KEY not in json.dumps(new)
+    assert fleet.home.kervan("down", "--name", "keys").returncode == 0
+
+
+def served(port: int) -> str:
+    return ssl.get_server_certificate(("127.0.0.1", port))
+
+
 def _words(pid: int) -> list[str]:
     try:
         return psutil.Process(pid).cmdline()
@@ -72,11 +125,7 @@ def _words(pid: int) -> list[str]:
 
 def test_no_command_line_log_or_status_has_a_secret(twins: Fleet) -> None:
     """`ps` and `kervan status --json`; the secret is what the directory gives to gateways."""
-    ask = f"from kervan.serve.attach import attach; print(attach({twins.name!r}, None).fleet().result().secret)"
-    secret = subprocess.run(
-        [sys.executable, "-c", ask], env=twins.home.environment, cwd=twins.home.scratch, text=True, check=True,
-        capture_output=True, timeout=120,
-    ).stdout.split()[-1]  # fmt: skip
+    secret, _ = secrets_of(twins)
     assert re.fullmatch("[0-9a-f]{64}", secret)
     shown = [" ".join(_words(pid)) for pid in psutil.pids()]
     logs = [path.read_text(errors="replace") for path in twins.home.path.rglob("*.log")]
