@@ -84,9 +84,9 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         self.address = ""
         self.output_address = ""
         self.key_pair = curve.draw() if spec.encrypts else None
-        # One for both threads, as the doorkeeper answers for one; a thread of ZMQ's for each socket, which encrypt.
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-        self._doorkeeper = curve.Doorkeeper(self._context, self.sessions.allowed_keys, spec.replica_id)
+        self._context: zmq.Context[zmq.Socket[bytes]]  # the input thread makes both: vLLM's workers are forked before
+        self._doorkeeper: curve.Doorkeeper
+        self._has_doorkeeper = threading.Event()
         self._output_bound = threading.Event()
         super().__init__(
             vllm_config=vllm_config,
@@ -154,6 +154,10 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
     ) -> None:
         add_decoder = MsgpackDecoder(EngineCoreRequest)
         decoder = MsgpackDecoder()
+        # One context for both threads, as the doorkeeper answers for one; with a thread for each socket, to encrypt.
+        self._context = zmq.Context(io_threads=2)
+        self._doorkeeper = curve.Doorkeeper(self._context, self.sessions.allowed_keys, self.spec.replica_id)
+        self._has_doorkeeper.set()
         router, self.address = wire.bind(self._context, self.spec.host, self.key_pair)
         ready_event.set()
         self._doorkeeper.watch(router)
@@ -242,6 +246,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
 
     def process_output_sockets(self, output_paths: Any, coord_output_path: Any, engine_index: int) -> None:
         encoder = MsgpackEncoder()
+        self._has_doorkeeper.wait()
         router, self.output_address = wire.bind(self._context, self.spec.host, self.key_pair)
         self._doorkeeper.watch(router)
         self._output_bound.set()
