@@ -128,6 +128,10 @@ class FleetClient:
         """The live links, one per replica."""
         return list(self._links.live.values())
 
+    def set_secret(self, secret: str) -> None:
+        """Prove the fleet's secret with another one from now on: its keys have changed."""
+        self._links.secret = secret
+
     @property
     def refusals(self) -> dict[str, str]:
         """Replica id -> the reason for which it refuses this gateway."""

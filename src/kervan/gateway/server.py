@@ -142,6 +142,7 @@ class Gateway:
         self._attaching: asyncio.Task[None]
         self._public: tuple[uvicorn.Server, socket.socket] | None = None
         self._tls: ServerTls | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
         self._certificate = pinned_tls.draw() if config.encrypts else None
@@ -175,7 +176,7 @@ class Gateway:
         """
         if self.config.tls is not None:
             self._tls = await asyncio.to_thread(ServerTls, self.config.tls)
-            self._tasks.append(asyncio.create_task(self._renew_forever(self._tls)))
+            self._renewing = asyncio.create_task(self._renew_forever(self._tls))
         with kept_handlers():
             from kervan.fleet.vllm.frontend import VllmCodec, bare_app  # vLLM takes seconds to import
 
@@ -287,6 +288,9 @@ class Gateway:
             server.should_exit = True
         self._servers.clear()
         self._attaching.cancel()
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
         await asyncio.gather(*self._tasks, self._attaching, return_exceptions=True)
         if self.shared_port is not None:
             self.shared_port.close()

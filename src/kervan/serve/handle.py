@@ -1,6 +1,7 @@
 """A fleet called from Python: by other Serve deployments, actors and drivers of its Ray cluster. No HTTP in between."""
 
 import asyncio
+import contextlib
 import os
 import uuid
 from collections.abc import Sequence
@@ -84,6 +85,8 @@ class FleetHandle:
 
     async def _follow(self, fleet: FleetClient) -> None:
         async for snapshot in self._directory.follow(poll_s=FOLLOW_S, retry_s=FOLLOW_S):
+            with contextlib.suppress(FleetError):  # a directory that is away changes nothing
+                fleet.set_secret((await self._directory.fleet()).secret)
             fleet.set_members(members(snapshot))
 
     async def close(self) -> None:
