@@ -29,8 +29,8 @@ class Links:
     sees of the live ones.
     `refusals`: why, by id, for each member that refuses this gateway.
 
-    `secret`: that of the fleet; it may change, for links from then on. With `encrypts`, a member that has no public key is
-    refused: nothing is ever sent in plain text then.
+    `secret`: that of the fleet; it may change, for links from then on. With `encrypts`, a member that has no public key
+    is refused: nothing is ever sent in plain text then.
 
     A member that is no longer listed keeps its link as long as that lives: the directory is soft state, and its loss
     must not cut streams.
