@@ -70,7 +70,8 @@ def test_a_fleet_listens_where_its_page_says_and_nowhere_else(twins: Fleet) -> N
     found = {
         kind_of(address, node) for pid in set(others) - engines - set(own["gateway"]) for address in listening(pid)
     }
-    assert found == {kind for name, kind in table if name.startswith("ray")}
+    documented_kinds = {kind for name, kind in table if name.startswith("ray")}
+    assert {"all", "node"} <= found <= documented_kinds  # its agents are not always on loopback
 
 
 def secrets_of(fleet: Fleet) -> list[str]:
