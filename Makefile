@@ -4,6 +4,7 @@
 # make unit         tests without Ray, vLLM and engines: while editing, `make unit PYTEST_ARGS=-kNAME`
 # make lint         ruff and mypy
 # make environment  what all of them need, and nothing else
+# make audit        known vulnerabilities of the locked packages, where PyPI's advisories can be had
 # make lock         requirements/cpu.txt from cpu.in, and gpu.txt, of the GPU image, from gpu.in
 # make clean        removes the environment, the demo's model and all caches
 
@@ -15,6 +16,7 @@ STAMP := .venv/.installed
 OTHER_VLLM := .venv/vllm-0.24
 TRITON := .venv/triton
 PROMETHEUS := .venv/prometheus
+AUDIT := .venv/pip-audit
 
 # torch's CPU build is not on PyPI. Only one of the two places is asked: an index out of reach costs minutes.
 ifdef PIP_FIND_LINKS
@@ -29,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) \
   KERVAN_TRITON=$(CURDIR)/$(TRITON) PATH="$(CURDIR)/$(PROMETHEUS)/usr/bin:$$PATH" $(BIN)/pytest
 
-.PHONY: demo environment test exhaustive unit lint lock clean
+.PHONY: demo environment test exhaustive unit lint audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -82,6 +84,13 @@ exhaustive: $(OTHER_VLLM) $(TRITON) $(PROMETHEUS)
 
 unit: $(STAMP)
 	$(BIN)/pytest $(UNIT) $(PYTEST_ARGS)
+
+audit: $(AUDIT)
+	@PYTHONPATH=$(AUDIT) $(BIN)/python .ci/audit.py
+
+$(AUDIT): | $(STAMP)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@.part pip-audit==2.10.1
+	@mv $@.part $@
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 $(TORCH) \

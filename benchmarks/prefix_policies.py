@@ -202,7 +202,7 @@ class Gateway:
         counts: Any = SimpleNamespace(moves={})
         self.placements = Places(
             codec, known, LengthEstimate(), self.prefill, self.prefixes, counts, DemandMeter(), hold_timeout_s=1e9,
-            give_up=lambda stream, why: None, forgotten=lambda stream: None,
+            give_up=lambda stream, why: None, reject=lambda stream, why: None, forgotten=lambda stream: None,
         )  # fmt: skip
         self.placements.way = sim.way
         for link in self.links.values():

@@ -76,7 +76,9 @@ async def client_alone(
         try:
             while len(ready := [t.ready for t in twins if t.ready]) < num_twins:  # noqa: ASYNC110 - threads tell
                 await asyncio.sleep(0.05)
-            client.set_members(Member(name, engine.address) for name, engine in zip(names, ready, strict=True))
+            client.set_members(
+                Member(name, engine.address, engine.public_key) for name, engine in zip(names, ready, strict=True)
+            )
             while len(client.links) < num_twins:  # noqa: ASYNC110 - a benchmark may poll
                 await asyncio.sleep(0.05)
             asking = _Asking(client)

@@ -36,7 +36,8 @@ async def twin(tmp_path: Path) -> AsyncIterator[ReplicaEntry]:
     process = EngineProcess(spec, log_path=tmp_path / "twin.log", module=TWIN_ENGINE)
     await eventually_async(lambda: process.ready, "the twin is ready", 60)
     assert process.ready is not None
-    yield ReplicaEntry("twin", "on-demand", "127.0.0.1", process.pid, "ready", process.ready.address)
+    yield ReplicaEntry("twin", "on-demand", "127.0.0.1", process.pid, "ready", process.ready.address,
+                       public_key=process.ready.public_key)  # fmt: skip
     process.kill()
 
 

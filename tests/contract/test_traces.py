@@ -70,7 +70,9 @@ class TracedFleet:
     def follow(self, *names: str) -> None:
         """The directory lists these twins."""
         replicas = [
-            ReplicaEntry(name, "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address)
+            ReplicaEntry(
+                name, "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address, public_key=twin.ready.public_key
+            )
             for name, twin in self.twins.items()
             if twin.ready is not None and name in names
         ]

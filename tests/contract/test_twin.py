@@ -10,11 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 from harness.live import until
-from harness.twin_bench import LIMITS, SECRET, TwinBench
+from harness.twin_bench import LIMITS, SECRET, TwinBench, member
 
 from kervan.config.fault import Fault
 from kervan.fleet.client import FleetClient
-from kervan.fleet.link import Member
 from kervan.twin import wire as twin_wire
 from kervan.twin.token_engine import StepTiming, answer
 
@@ -192,7 +191,7 @@ async def test_a_gateway_without_layouts_is_refused(bench: TwinBench) -> None:
     await bench.start("a")
     bench.client.codec.layouts = {}
     stranger = FleetClient(bench.client.codec, secret=SECRET)
-    stranger.set_members([Member("a", bench.twins["a"].ready.address)])  # type: ignore[union-attr]
+    stranger.set_members([member("a", bench.twins["a"])])
     await until(lambda: stranger.refusals)
     assert "install one kervan version" in stranger.refusals["a"]
     await stranger.close()

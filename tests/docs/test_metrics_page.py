@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kervan import metrics
 from kervan.config.workload import Slo
+from kervan.fleet.auth import Secrets
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, NodeEntry, ReplicaEntry, Scaling, Snapshot
 from kervan.fleet.events import Counted, EventCounts
@@ -67,7 +68,7 @@ async def test_a_gateway_exports_each_metric_as_it_is_described() -> None:
     gateway = server.Gateway(config)
     gateway.fleet = FleetClient(ToyCodec(), secret="s")
     gateway.streams.store = ReplicatedStore(
-        gateway_id="gw-1", node="n", secret="s", engine_version="", replay_s=1.0, max_bytes=1
+        gateway_id="gw-1", node="n", secrets=Secrets("s"), engine_version="", replay_s=1.0, max_bytes=1
     )
     tally = gateway.fleet._meter.tally("r")
     tally.ttft.observe(0.1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import encryption
 import prefix_chats
 import prefix_policies
 import pytest
@@ -366,3 +367,9 @@ def test_the_restarts_are_those_of_the_record() -> None:
         assert cells[2] == f"{row['scale']['to_ready_s']:.1f}"
         assert cells[3] == f"{max(kill['longest_gap_s'] for kill in row['kills']):.2f}"
         assert int(cells[4]) == len(row["streams"]["broken"])
+
+
+def test_what_encryption_costs_is_what_the_record_says() -> None:
+    page = (REPOSITORY / "docs/security.md").read_text()
+    record = json.loads((REPOSITORY / "benchmarks/records/encryption-cpu-2core-2026-11-30.json").read_text())
+    assert encryption.table(record["levels"]) in page

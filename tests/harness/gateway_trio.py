@@ -142,7 +142,8 @@ async def _run(connection: Connection, model: str, scratch: Path) -> None:
 
     def follow() -> None:
         assert twin.ready is not None
-        replica = ReplicaEntry("twin", "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address)
+        replica = ReplicaEntry("twin", "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address,
+                               public_key=twin.ready.public_key)  # fmt: skip
         entries = [gateway.entry() for gateway in gateways.values()]
         for name, gateway in gateways.items():
             gateway.update(Snapshot(1, [] if name == "lone" else [replica], entries, []))

@@ -2,6 +2,8 @@
 
 import time
 
+from kervan.fleet import pinned_tls
+from kervan.fleet.auth import Secrets
 from kervan.fleet.reconnect.copy_holder import CopyHolder
 from kervan.fleet.reconnect.journal import Journal
 from kervan.fleet.reconnect.store import JournalStore
@@ -25,13 +27,14 @@ class Holder:
     def __init__(self, name: str, *, secret: str = SECRET, version: str = VERSION):
         self.name = name
         self.journals = new_journals()
-        self.copies = CopyHolder(self.journals, secret=secret, engine_version=version)
+        self.copies = CopyHolder(self.journals, secrets=Secrets(secret), engine_version=version)
         self.peer: Peer
 
     async def start(self) -> None:
         sock = listen("127.0.0.1", 0)
-        self.peer = Peer(self.name, "n2", f"127.0.0.1:{sock.getsockname()[1]}")
-        await self.copies.listen(sock)
+        own = pinned_tls.draw()
+        self.peer = Peer(self.name, "n2", f"127.0.0.1:{sock.getsockname()[1]}#{own.digest}")
+        await self.copies.listen(sock, own.context)
 
     def has(self, stream_id: str) -> int:
         copy = self.journals.get(stream_id)

@@ -55,6 +55,7 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
     import uvicorn
 
     from kervan.config.fleet import FleetConfig
+    from kervan.fleet.auth import Secrets
     from kervan.fleet.client import FleetClient
     from kervan.fleet.control import EngineSpec
     from kervan.fleet.link import Member, ReplicaLink
@@ -95,13 +96,13 @@ async def _run(connection: Connection, model: str, arguments: dict[str, Any], sc
         starting = asyncio.create_task(OpenAIFrontend.start(client, argv, is_followed=True))
         streams = Streams("gw", list, b"")
         streams.store = ReplicatedStore(
-            gateway_id="gw", node="n", secret="s3cret", engine_version="", replay_s=60, max_bytes=1 << 26
+            gateway_id="gw", node="n", secrets=Secrets("s3cret"), engine_version="", replay_s=60, max_bytes=1 << 26
         )
         client.copy_sender = streams.store.copy_sender
         while replica.ready is None:
             assert replica.failure is None, replica.failure
             await asyncio.sleep(0.1)
-        client.set_members([Member("a", replica.ready.address)])
+        client.set_members([Member("a", replica.ready.address, replica.ready.public_key)])
         frontend = await starting
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:

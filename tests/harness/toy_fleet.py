@@ -217,7 +217,7 @@ class ToyReplica:
             session=identity,
             replica_id=self.replica_id,
             engine_version=self.engine_version,
-            secret=self.secret,
+            secrets=(self.secret,),
         )
         if refusal is not None:
             return wire.REFUSED, refusal.encode()
@@ -453,7 +453,7 @@ class Bench:
 async def make_bench(**settings: Any) -> AsyncIterator[Bench]:
     """A bench whose integrity is checked at the end."""
     codec = settings.pop("codec", None) or ToyCodec()
-    bench = Bench(FleetClient(codec, secret=settings.pop("secret", SECRET), **settings))
+    bench = Bench(FleetClient(codec, secret=settings.pop("secret", SECRET), encrypts=False, **settings))
     try:
         yield bench
         bench.check_integrity()

@@ -17,15 +17,22 @@ LIMITS = TwinLimits(num_blocks=1000, max_num_seqs=64, max_num_batched_tokens=512
 FAST = StepTiming(base_s=1e-3, prefill_token_s=1e-6, sequence_s=0.0, context_token_s=0.0)
 
 
+def member(name: str, engine: EngineProcess) -> Member:
+    """A ready engine, as a client is told of it."""
+    assert engine.ready is not None
+    return Member(name, engine.ready.address, engine.ready.public_key)
+
+
 class TwinBench:
     """Twins in processes, and a fleet client as a gateway has it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, encrypts: bool = True) -> None:
         from kervan.fleet.vllm.codec import VllmCodec
 
         self.directory = directory
+        self.encrypts = encrypts
         self.twins: dict[str, EngineProcess] = {}
-        self.client = FleetClient(VllmCodec(), secret=SECRET)
+        self.client = FleetClient(VllmCodec(), secret=SECRET, encrypts=encrypts)
         self.outputs: dict[str, list[Any]] = {}
         self.stats: list[Any] = []  # vLLM's SchedulerStats
         self._reader = asyncio.create_task(self._read())
@@ -39,7 +46,7 @@ class TwinBench:
                 self.outputs.setdefault(output.request_id, []).append(output)
 
     async def start(self, name: str, timing: StepTiming = FAST, limits: TwinLimits = LIMITS) -> EngineProcess:
-        spec = TwinSpec(name, "127.0.0.1", SECRET, TwinSettings(timing, limits))
+        spec = TwinSpec(name, "127.0.0.1", SECRET, TwinSettings(timing, limits), self.encrypts)
         twin = EngineProcess(spec, log_path=self.directory / f"{name}.log", module=TWIN_ENGINE)
         await self.join(name, twin)
         return twin
@@ -57,7 +64,7 @@ class TwinBench:
 
     def follow(self) -> None:
         live = {name: twin for name, twin in self.twins.items() if not twin.ended.is_set()}
-        self.client.set_members(Member(name, twin.ready.address) for name, twin in live.items() if twin.ready)
+        self.client.set_members(member(name, twin) for name, twin in live.items() if twin.ready)
 
     async def add(
         self,

@@ -99,7 +99,10 @@ def _unreached(error: Exception) -> str:
         return ""
     reason = error.reason
     if isinstance(reason, ssl.SSLCertVerificationError):
-        return f"its certificate is not valid here: {reason.verify_message}; use --insecure to accept it"
+        return (
+            f"its certificate is not valid here: {reason.verify_message}; name the file of the CA that issued it in "
+            "SSL_CERT_FILE, or accept it with --insecure"
+        )
     if isinstance(reason, ssl.SSLError):
         return f"it speaks no TLS there ({reason.reason}); use http:// in place of https://"
     why = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)

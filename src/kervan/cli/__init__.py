@@ -18,6 +18,7 @@ COMMANDS = {
     "top": "Watch a fleet live in the terminal.",
     "scale": "Change the number of replicas or gateways.",
     "autoscale": "Show how the number of replicas is decided, or what another policy would do.",
+    "rotate-keys": "Give a fleet another secret and other keys; its streams go on.",
     "explain": "Show where the time of one request went.",
     "profile": "Show where the time of a replica and of the gateways goes, and what the GPU waits for.",
     "observe": "Metrics, alerts and dashboards of fleets; counters of GPUs.",
@@ -46,7 +47,8 @@ class Commands(click.Group):
             return None
         import importlib
 
-        command: click.Command = getattr(importlib.import_module(f"kervan.cli.{cmd_name}"), cmd_name)
+        module = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"kervan.cli.{module}"), module)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -25,6 +25,8 @@ from kervan.errors import ConfigError, FleetError
     "--objective", type=option_types.SHARE, default="99%", show_default=True,
     help="Share of the streams that is to keep the SLO; the burn-rate alerts' budget is the rest.",
 )  # fmt: skip
+@click.option("--ca", type=click.Path(path_type=Path), help="File, where Prometheus runs, that verifies gateways' TLS.")
+@click.option("--server-name", help="The name in the gateways' certificate, if they are asked by another.")
 @click.option("--namespace", default="default", show_default=True, help="Of Kubernetes' objects.")
 @click.option(
     "--label", "labels", multiple=True, metavar="KEY=VALUE",
@@ -33,12 +35,13 @@ from kervan.errors import ConfigError, FleetError
 @options.as_json
 def render(
     directory: Path, how: str, name: str, address: str | None, targets: tuple[str, ...], dcgm: tuple[str, ...],
-    objective: float, namespace: str, labels: tuple[str, ...], as_json: bool,
+    objective: float, ca: Path | None, server_name: str | None, namespace: str, labels: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Write scrape configuration, recording and alert rules, and dashboards into DIR."""
     from kervan.cli import render as rendering
     from kervan.cluster.request import check_namespace
     from kervan.observe.render import files
+    from kervan.observe.render.scrape import ScrapeTls
 
     outputs.check_directory("DIR", directory if directory.exists() else directory.parent)
     if directory.exists() and not directory.is_dir():
@@ -49,17 +52,24 @@ def render(
         for host in hosts:
             option_types.RENDEZVOUS.parse(host, option)
     fleet = ""
+    tls = ScrapeTls(str(ca or ""), server_name or "") if ca or server_name else None
     if how == "kubernetes":
+        if ca is not None or (tls is not None and not tls.server_name):
+            raise click.UsageError(
+                "--ca is a file of Prometheus' machine; the operator takes a Secret: give --server-name, and add "
+                "tlsConfig.ca to monitors.yaml if your CA is none of the system's"
+            )
         check_namespace(namespace)
         pairs = dict(options.parse_assignment(text, "--label") for text in labels)
-        written = files.for_kubernetes(directory, namespace=namespace, labels=pairs, objective=objective)
+        written = files.for_kubernetes(directory, namespace=namespace, labels=pairs, objective=objective, tls=tls)
     else:
         if labels:
             raise click.UsageError("--label is for --scrape kubernetes")
         if not targets:
-            targets, fleet = _targets(name, address)
+            targets, fleet, is_https = _targets(name, address)
+            tls = tls or (ScrapeTls() if is_https else None)
         written = files.for_prometheus(
-            directory, targets, fleet=fleet, dcgm=dcgm, has_ray=how == "ray", objective=objective
+            directory, targets, fleet=fleet, dcgm=dcgm, has_ray=how == "ray", objective=objective, tls=tls
         )
     if as_json:
         rendering.print_json({"files": [str(path) for path in written], "targets": list(targets), "fleet": fleet})
@@ -72,8 +82,8 @@ def render(
         print(f"next: prometheus --config.file={directory / 'prometheus.yml'}    (targets: {', '.join(targets)})")
 
 
-def _targets(name: str, address: str | None) -> tuple[tuple[str, ...], str]:
-    """HOST:PORT of each node of a running fleet that has a gateway; the fleet's name if others share the port.
+def _targets(name: str, address: str | None) -> tuple[tuple[str, ...], str, bool]:
+    """HOST:PORT of each node of a running fleet that has a gateway; the fleet's name if others share the port; HTTPS?
 
     Raises: FleetError when there is no such fleet, or it has no gateway.
     """
@@ -85,4 +95,4 @@ def _targets(name: str, address: str | None) -> tuple[tuple[str, ...], str]:
         raise FleetError(f"fleet {name!r} has no gateway yet; wait for kervan status to show one, or give --target")
     config = directory.fleet().result().config
     hosts = sorted({gateway.url.partition("://")[2] for gateway in gateways})
-    return tuple(hosts), name if config.shared_port else ""
+    return tuple(hosts), name if config.shared_port else "", bool(config.tls_certificate)

@@ -19,7 +19,7 @@ SECTIONS = {
     "--nodes-per-replica --gpus-per-replica --device --adds-nodes",
     "Autoscaling": "--policy --slo --schedule --time-zone",
     "Engine": "--engine-arg --env --engine --gpu --twin --preflight",
-    "Clients": "--host --port --shared-port --api-key --ingress",
+    "Clients": "--host --port --shared-port --api-key --tls-certificate --tls-key --tls-client-ca --ingress",
     "Observe": "--log-format --otlp",
     "Fleet": "--config --name --address --yes --detach --json --help",
 }
@@ -60,6 +60,9 @@ SECTIONS = {
 @options.setting("--port")
 @options.setting("--shared-port/--own-port", "shared_port")
 @click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
+@options.setting("--tls-certificate", metavar="FILE")
+@options.setting("--tls-key", metavar="FILE")
+@options.setting("--tls-client-ca", metavar="FILE")
 @click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="A vLLM argument; repeatable.")
 @click.option(
     "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment variable of engines and gateways; repeatable."

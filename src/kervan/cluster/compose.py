@@ -7,6 +7,7 @@ from kervan.cluster.fleet_file import for_cluster, settings
 from kervan.cluster.monitoring import DCGM_IMAGE, DCGM_PORT
 from kervan.cluster.request import RenderRequest
 from kervan.cluster.text import as_yaml
+from kervan.config.fleet import FleetConfig
 
 FLEET_FILE = "/etc/kervan/fleet.yaml"
 HOME = "/home/kervan"
@@ -40,7 +41,7 @@ def project(request: RenderRequest) -> dict[str, Any]:
 
 
 def _fleet(request: RenderRequest) -> dict[str, Any]:
-    port = request.fleet.port
+    port, tls = request.fleet.port, _tls_paths(request.fleet)
     service: dict[str, Any] = {
         "image": request.image,
         "command": ["kervan", "up", "--config", FLEET_FILE],
@@ -56,6 +57,7 @@ def _fleet(request: RenderRequest) -> dict[str, Any]:
         },
         "volumes": [
             {"type": "bind", "source": "./fleet.yaml", "target": FLEET_FILE, "read_only": True},
+            *({"type": "bind", "source": path, "target": path, "read_only": True} for path in tls),
             {"type": "volume", "source": "home", "target": HOME},
         ],
         "shm_size": "16gb",
@@ -63,7 +65,7 @@ def _fleet(request: RenderRequest) -> dict[str, Any]:
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "healthcheck": {
-            "test": ["CMD", "wget", "--quiet", "--output-document=/dev/null", f"http://127.0.0.1:{port}/health/ready"],
+            "test": ["CMD", *_probe(request.fleet)],
             "interval": "10s",
             "timeout": "5s",
             "retries": 3,
@@ -73,6 +75,18 @@ def _fleet(request: RenderRequest) -> dict[str, Any]:
     if request.machine.gpus:
         service["deploy"] = {"resources": {"reservations": {"devices": [_gpus(request.machine.gpus)]}}}
     return service
+
+
+def _tls_paths(fleet: FleetConfig) -> list[str]:
+    return [path for path in (fleet.tls_certificate, fleet.tls_key, fleet.tls_client_ca) if path]
+
+
+def _probe(fleet: FleetConfig) -> list[str]:
+    """Whether the fleet is ready. The certificate names the host by which clients come, not this machine."""
+    fetch = ["wget", "--quiet", "--output-document=/dev/null"]
+    if fleet.tls_certificate:
+        return [*fetch, "--no-check-certificate", f"https://127.0.0.1:{fleet.port}/health/ready"]
+    return [*fetch, f"http://127.0.0.1:{fleet.port}/health/ready"]
 
 
 def _gpus(count: int | str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _head(request: RenderRequest) -> dict[str, Any]:
         "resources": {"requests": dict(HEAD_RESOURCES), "limits": {"memory": HEAD_RESOURCES["memory"]}},
         "securityContext": kubernetes.CONTAINER_SECURITY,
         "volumeMounts": [
-            *_mounts(),
+            *_mounts(request),
             {"name": "fleet", "mountPath": kubernetes.CONFIG_DIRECTORY, "readOnly": True},
         ],
     }
@@ -104,7 +104,7 @@ def _head(request: RenderRequest) -> dict[str, Any]:
                 "affinity": {"nodeAffinity": _required(_market(request, is_spot=False))},
                 "containers": [container],
                 "volumes": [
-                    *_volumes(),
+                    *_volumes(request),
                     {"name": "fleet", "configMap": {"name": f"{request.name}-fleet"}},
                 ],
             },
@@ -139,7 +139,7 @@ def _workers(request: RenderRequest, group: NodeGroup) -> dict[str, Any]:
         "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", drain]}}},
         "resources": {"requests": resources, "limits": limits},
         "securityContext": kubernetes.CONTAINER_SECURITY,
-        "volumeMounts": _mounts(),
+        "volumeMounts": _mounts(request),
     }
     spec: dict[str, Any] = {
         "securityContext": kubernetes.POD_SECURITY,
@@ -147,7 +147,7 @@ def _workers(request: RenderRequest, group: NodeGroup) -> dict[str, Any]:
         "affinity": {"nodeAffinity": _required([*_market(request, is_spot=is_spot), *_instance(request)])},
         "tolerations": _tolerations(request, is_spot=is_spot),
         "containers": [container],
-        "volumes": _volumes(),
+        "volumes": _volumes(request),
     }
     if len(request.zones) > 1:
         spec["topologySpreadConstraints"] = [
@@ -178,13 +178,15 @@ def _common_variables(request: RenderRequest) -> list[dict[str, Any]]:
     ]
 
 
-def _volumes() -> list[dict[str, Any]]:
+def _volumes(request: RenderRequest) -> list[dict[str, Any]]:
     """Of a pod: weights, compiled code and logs. They are lost with it; a claim in place of it keeps them."""
-    return [{"name": "home", "emptyDir": {}}]
+    tls = [kubernetes.tls_volume(request)] if request.fleet.tls_certificate else []
+    return [{"name": "home", "emptyDir": {}}, *tls]
 
 
-def _mounts() -> list[dict[str, Any]]:
-    return [{"name": "home", "mountPath": HOME}]
+def _mounts(request: RenderRequest) -> list[dict[str, Any]]:
+    tls = [kubernetes.tls_mount(request)] if request.fleet.tls_certificate else []
+    return [{"name": "home", "mountPath": HOME}, *tls]
 
 
 def _market(request: RenderRequest, *, is_spot: bool) -> list[dict[str, Any]]:

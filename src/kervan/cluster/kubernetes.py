@@ -6,11 +6,13 @@ Plain mappings, in the API's own words; `tests/unit/cluster/test_kuberay.py` che
 import hashlib
 import shlex
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from kervan.cluster.fleet_file import for_cluster, settings
 from kervan.cluster.request import RenderRequest
 from kervan.cluster.text import plain_yaml
+from kervan.errors import ConfigError
 
 USER_ID = 10001  # of the images that deploy/ builds
 CONFIG_DIRECTORY = "/etc/kervan"
@@ -59,6 +61,22 @@ def secret_variable(request: RenderRequest, variable: str, key: str, *, is_optio
     """An environment variable out of the fleet's Secret."""
     reference = {"name": secret_name(request), "key": key, "optional": is_optional}
     return {"name": variable, "valueFrom": {"secretKeyRef": reference}}
+
+
+def tls_volume(request: RenderRequest) -> dict[str, Any]:
+    """The Secret with the certificate, as `kubectl create secret tls` makes it: with `tls.crt` and `tls.key`."""
+    return {"name": "tls", "secret": {"secretName": f"{request.name}-tls", "defaultMode": 0o440}}
+
+
+def tls_mount(request: RenderRequest) -> dict[str, Any]:
+    """Where the fleet's settings expect it. Raises: ConfigError for other names than those in the Secret."""
+    certificate, key = PurePosixPath(request.fleet.tls_certificate), PurePosixPath(request.fleet.tls_key)
+    if (certificate.name, key) != ("tls.crt", certificate.with_name("tls.key")) or not certificate.is_absolute():
+        raise ConfigError(
+            f"tls_certificate={certificate} and tls_key={key}: a Secret of Kubernetes holds tls.crt and tls.key; give "
+            "for example /etc/kervan-tls/tls.crt and /etc/kervan-tls/tls.key"
+        )
+    return {"name": "tls", "mountPath": str(certificate.parent), "readOnly": True}
 
 
 def fleet_config_map(request: RenderRequest) -> dict[str, Any]:
@@ -160,7 +178,18 @@ def entry_service(request: RenderRequest) -> dict[str, Any]:
 
 
 def entry_configuration(request: RenderRequest) -> str:
-    """HAProxy's: connections go to gateways that answer /health/ready, wherever they are now."""
+    """HAProxy's: connections go to gateways that answer /health/ready, wherever they are now.
+
+    With TLS it passes connections on as they are, and the gateways end them: it needs no key.
+    """
+    has_tls = bool(request.fleet.tls_certificate)
+    if request.fleet.tls_client_ca:
+        raise ConfigError(
+            f"tls_client_ca={request.fleet.tls_client_ca}: the entry asks gateways for their health, and has no "
+            "certificate to show; leave it out, and keep strangers out by API keys"
+        )
+    mode, checked = ("tcp", "check check-ssl verify none") if has_tls else ("http", "check")
+    own_mode = "\n    mode http" if has_tls else ""
     most = min(MAX_GATEWAY_PODS, max(1, request.most_nodes))
     host = f"{request.name}-gateways.{request.namespace}.svc.cluster.local"
     return f"""\
@@ -169,7 +198,7 @@ global
     hard-stop-after 10m
 
 defaults
-    mode http
+    mode {mode}
     timeout connect 3s
     timeout client 1h
     timeout server 1h
@@ -186,7 +215,7 @@ frontend clients
     bind :{request.fleet.port}
     default_backend gateways
 
-frontend health
+frontend health{own_mode}
     bind :{ENTRY_HEALTH_PORT}
     monitor-uri /alive
     acl none_ready nbsrv(gateways) lt 1
@@ -197,7 +226,7 @@ backend gateways
     balance leastconn
     option httpchk GET /health/ready
     http-check expect status 200
-    default-server check inter 2s fall 2 rise 1 resolvers cluster init-addr none
+    default-server {checked} inter 2s fall 2 rise 1 resolvers cluster init-addr none
     server-template gateway {most} {host}:{request.fleet.port}
 """
 

@@ -56,12 +56,13 @@ def render(request: RenderRequest) -> Rendered:
 
 
 def _steps(request: RenderRequest) -> list[str]:
-    name = request.name
+    name, has_tls = request.name, bool(request.fleet.tls_certificate)
     if request.target == "kuberay":
         space = f"-n {request.namespace} "
         return [
             f"kubectl {space}create secret generic {kubernetes.secret_name(request)} "
             "--from-literal=api-key=KEY --from-literal=hf-token=TOKEN",
+            *([f"kubectl {space}create secret tls {name}-tls --cert=FULLCHAIN --key=KEY"] if has_tls else []),
             f"kubectl {space}apply -f DIR",
             f"kubectl {space}wait --for=condition=complete --timeout=1h "
             f"job -l app.kubernetes.io/instance={name},app.kubernetes.io/component=start",

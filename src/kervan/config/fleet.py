@@ -157,6 +157,17 @@ class FleetConfig:
         "direct", "direct: clients connect to the gateways; serve: through HAProxy"
     )
     api_keys: tuple[str, ...] = _setting((), "Clients must send one of these keys; none: open to all")
+    tls_certificate: str = _setting(
+        "", "PEM file on each node with a gateway, the server's certificate first; clients come over HTTPS then"
+    )
+    tls_key: str = _setting("", "PEM file with its private key")
+    tls_client_ca: str = _setting("", "PEM file; clients must show a certificate that one of these issued")
+    encrypts: bool = _setting(
+        True, "Encrypt what gateways and replicas send each other, and let nobody else connect; false is for measuring"
+    )
+    key_generation: int = _setting(
+        0, "Each number is a secret of its own for gateways and replicas; kervan rotate-keys raises it", 0, 10**9
+    )
     routing: Routing = _setting(  # noqa: RUF009
         "prefix",
         "prefix: to a replica that has the prompt in its cache, within bounds of load; or least-load",
@@ -219,6 +230,7 @@ class FleetConfig:
         self._check_gateways()
         self._check_engine()
         self._check_otlp()
+        self._check_tls()
 
     def _check_layout(self) -> None:
         if self.ep not in (1, self.tp):
@@ -271,6 +283,21 @@ class FleetConfig:
                 "that comes token by token can be given again; leave one of both out"
             )
         engine_arguments.check_owned(self.engine_args)
+
+    def _check_tls(self) -> None:
+        if not self.tls_certificate and not self.tls_key and not self.tls_client_ca:
+            return
+        if not (self.tls_certificate and self.tls_key):
+            given, missing = ("tls_certificate", "tls_key") if self.tls_certificate else (
+                "tls_key" if self.tls_key else "tls_client_ca", "tls_certificate"
+            )  # fmt: skip
+            option = f"--{missing.replace('_', '-')} FILE"
+            raise ConfigError(f"{given}={getattr(self, given)} without {missing}: TLS needs both; add {option}")
+        if self.ingress == "serve":
+            raise ConfigError(
+                "tls_certificate with ingress=serve: Serve's HAProxy brings requests in plain text; "
+                "use --ingress direct, or end TLS in front of it"
+            )
 
     def _check_otlp(self) -> None:
         if not self.otlp:

@@ -55,7 +55,8 @@ class FleetClient:
 
     Owns what comes out: `outputs` carries decoded engine outputs, wire ids already turned back into request ids. Each
     stream that was added and not aborted ends there once. `copy_sender` is given when another gateway keeps copies of
-    the journals; what an engine gave comes out when that one has it.
+    the journals; what an engine gave comes out when that one has it. `encrypts` False: replicas without keys are spoken
+    to as well, for measuring and for those of tests.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class FleetClient:
         codec: Codec,
         *,
         secret: str,
+        encrypts: bool = True,
         hold_timeout_s: float = 300.0,
         gateway_id: str | None = None,
         routes_by_prefix: bool = True,
@@ -82,6 +84,7 @@ class FleetClient:
             codec,
             gateway_id=self.gateway_id,
             secret=secret,
+            encrypts=encrypts,
             deliver=self._deliver,
             opened=self._link_opened,
             lost=self._link_lost,
@@ -97,6 +100,7 @@ class FleetClient:
             self.demand,
             hold_timeout_s=hold_timeout_s,
             give_up=functools.partial(self._give_up, is_transient=True),
+            reject=self._reject,
             forgotten=self._forgotten,
         )
         self._evacuations = Evacuations(
@@ -123,6 +127,10 @@ class FleetClient:
     def links(self) -> list[ReplicaLink]:
         """The live links, one per replica."""
         return list(self._links.live.values())
+
+    def set_secret(self, secret: str) -> None:
+        """Prove the fleet's secret with another one from now on: its keys have changed."""
+        self._links.secret = secret
 
     @property
     def refusals(self) -> dict[str, str]:

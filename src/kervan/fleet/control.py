@@ -36,6 +36,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """The first message to an engine process. `engine_argv`: arguments of vLLM's own server parser.
 
     `placement` None: all workers are processes of this node. `shares_gpu`: other engines may use the same GPU.
+    `encrypts`: only gateways with the fleet's keys may connect. `secret_before`: as `auth.Secrets` takes it.
     `stacks_dir`: where workers of several write what they do, when they are asked (`comm.stacks`).
     """
 
@@ -45,6 +46,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     secret: str
     placement: WorkerPlacement | None = None
     shares_gpu: bool = False
+    encrypts: bool = True
+    secret_before: str = ""
     stacks_dir: str = ""
 
 
@@ -57,12 +60,16 @@ class Command(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine has produced a token and accepts gateways at `address`. `start_s`: seconds of its start's phases."""
+    """The engine has produced a token and accepts gateways at `address`. `start_s`: seconds of its start's phases.
+
+    `public_key`: of its CURVE pair; empty: it speaks plain text.
+    """
 
     address: str
     facts: EngineFacts
     engine_version: str
     start_s: dict[str, float] = {}
+    public_key: str = ""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, tag="load"):

@@ -22,7 +22,8 @@ ReplicaState = Literal["starting", "ready", "draining", "unhealthy"]
 
 
 class ReplicaEntry(msgspec.Struct, frozen=True):
-    """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one).
+    """One engine replica. `pid`: the process whose death is the replica's death (0 before it has one). `public_key`: of
+    its CURVE pair, with which gateways know it at `address`.
 
     `nodes`: all of its nodes, when it has more than `node`. `start_s`: seconds of its start by part. `ready_for_s`:
     since its start ended. `version` tells replicas of one setting from those of another, as in a gateway's entry.
@@ -52,6 +53,7 @@ class ReplicaEntry(msgspec.Struct, frozen=True):
     beat_age_s: float = 0.0
     serve_id: str = ""
     age_s: float = 0.0
+    public_key: str = ""
 
     @property
     def lateness(self) -> str:
@@ -299,7 +301,9 @@ class Snapshot(msgspec.Struct, frozen=True):
 def as_told(snapshot: Snapshot) -> dict[str, Any]:
     """A snapshot as JSON types, for whoever asks a gateway: without inner addresses, paths of logs and versions."""
     replicas = [
-        structs.replace(r, address="", engine_version="", log_path="", version="", start_s={}, serve_id="")
+        structs.replace(
+            r, address="", public_key="", engine_version="", log_path="", version="", start_s={}, serve_id=""
+        )
         for r in snapshot.replicas
     ]
     gateways = [

@@ -14,7 +14,7 @@ import zmq.asyncio
 
 from kervan.errors import EngineError
 from kervan.facts.markets import SPOT
-from kervan.fleet import auth, wire
+from kervan.fleet import auth, curve, wire
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.histogram import TPOT_BOUNDS_S, TTFT_BOUNDS_S, Histogram
 from kervan.fleet.stream import Stream
@@ -36,12 +36,14 @@ NO_LOAD = wire.Pong(0, 0, 0.0, 0, False)
 class Member:
     """A replica as the directory lists it.
 
-    `is_draining`: it drains, or was told to; `leaves_in_s`: when it will be gone, if that is known; `may_linger`: its
-    streams may use that time. `risky_for_s`: for so long it is likelier to go than others.
+    `public_key`: its CURVE key; empty: it speaks plain text. `is_draining`: it drains, or was told to; `leaves_in_s`:
+    when it will be gone, if that is known; `may_linger`: its streams may use that time. `risky_for_s`: for so long it
+    is likelier to go than others.
     """
 
     replica_id: str
     address: str
+    public_key: str = ""
     is_draining: bool = field(default=False, compare=False)
     leaves_in_s: float | None = field(default=None, compare=False)
     may_linger: bool = field(default=False, compare=False)
@@ -52,7 +54,15 @@ def members(snapshot: Snapshot) -> list[Member]:
     """The replicas that a client can link to, those that drain too: it moves its streams off them."""
     called_likely = {entry.node for entry in snapshot.nodes if any(n.kind == "rebalance" for n in entry.notices)}
     return [
-        Member(r.id, r.address, r.state == "draining", r.leaves_in_s, r.may_linger, _risky_for_s(r, called_likely))
+        Member(
+            r.id,
+            r.address,
+            r.public_key,
+            r.state == "draining",
+            r.leaves_in_s,
+            r.may_linger,
+            _risky_for_s(r, called_likely),
+        )
         for r in snapshot.replicas
         if r.is_reachable
     ]
@@ -224,12 +234,14 @@ class LinkRefusedError(EngineError):
 async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.Hello, secret: str) -> ReplicaLink:
     """A link over which requests may be sent. `hello`: all but the proof, which is made of `secret` for this link.
 
+    It is encrypted if the member has a public key.
+
     Raises: TimeoutError without an answer in `HANDSHAKE_TIMEOUT_S`; LinkRefusedError.
     """
     identity = uuid.uuid4().bytes
     proof = auth.link_proof(secret, session=identity, gateway_id=hello.gateway_id, replica_id=member.replica_id)
     hello = msgspec.structs.replace(hello, proof=proof)
-    opened = [_connect(context, member.address, identity)]
+    opened = [_connect(context, member.address, identity, member.public_key, secret)]
     input_socket = opened[0][0]
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
@@ -240,7 +252,7 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
             if kind == wire.REFUSED:
                 raise LinkRefusedError(payload.decode())
             welcome = msgspec.msgpack.decode(payload, type=wire.Welcome)
-            opened.append(_connect(context, welcome.output_address, identity))
+            opened.append(_connect(context, welcome.output_address, identity, member.public_key, secret))
             output_socket = opened[1][0]
             await output_socket.send(wire.SUBSCRIBE)
             while await output_socket.recv() != wire.SUBSCRIBED:
@@ -262,12 +274,14 @@ async def open_link(context: zmq.asyncio.Context, member: Member, hello: wire.He
 
 
 def _connect(
-    context: zmq.asyncio.Context, address: str, identity: bytes
+    context: zmq.asyncio.Context, address: str, identity: bytes, public_key: str, secret: str
 ) -> tuple[zmq.asyncio.Socket, zmq.asyncio.Socket]:
     """A connecting socket, and the one that tells when its connection breaks."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity)
     wire.configure(socket)
+    if public_key:
+        curve.connect_as(socket, curve.of_gateways(secret), public_key.encode())
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     socket.connect(address)
     return socket, monitor

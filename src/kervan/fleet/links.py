@@ -29,6 +29,9 @@ class Links:
     sees of the live ones.
     `refusals`: why, by id, for each member that refuses this gateway.
 
+    `secret`: that of the fleet; it may change, for links from then on. With `encrypts`, a member that has no public key
+    is refused: nothing is ever sent in plain text then.
+
     A member that is no longer listed keeps its link as long as that lives: the directory is soft state, and its loss
     must not cut streams.
     """
@@ -39,6 +42,7 @@ class Links:
         *,
         gateway_id: str,
         secret: str,
+        encrypts: bool,
         deliver: Callable[[ReplicaLink, Outputs], None],
         opened: Callable[[ReplicaLink], Awaitable[None]],
         lost: Callable[[ReplicaLink, str], Awaitable[None]],
@@ -49,7 +53,8 @@ class Links:
         self.refusals: dict[str, str] = {}
         self._codec = codec
         self._hello = wire.Hello(wire.PROTOCOL, codec.engine_version, gateway_id, layouts=codec.layouts)
-        self._secret = secret
+        self.secret = secret
+        self._encrypts = encrypts
         self._deliver = deliver
         self._opened = opened
         self._lost = lost
@@ -102,7 +107,9 @@ class Links:
         """Link to a member, again and again, for as long as it is listed."""
         while self._members.get(member.replica_id) == member:
             try:
-                link = await open_link(self._context, member, self._hello, self._secret)
+                if self._encrypts and not member.public_key:
+                    raise LinkRefusedError("the replica has no public key, and this fleet's traffic is encrypted")
+                link = await open_link(self._context, member, self._hello, self.secret)
             except LinkRefusedError as error:
                 if self.refusals.get(member.replica_id) != str(error):
                     about = {"replica": member.replica_id}

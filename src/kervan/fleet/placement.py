@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from kervan.fleet import wire
 from kervan.fleet.codec import Codec
 from kervan.fleet.demand import DemandMeter
 from kervan.fleet.link import ReplicaLink
@@ -41,6 +42,7 @@ class Placements:
         *,
         hold_timeout_s: float,
         give_up: Callable[[Stream, str], None],
+        reject: Callable[[Stream, str], None],
         forgotten: Callable[[Stream], None],
     ) -> None:
         self.streams: dict[str, Stream] = {}
@@ -53,6 +55,7 @@ class Placements:
         self._demand = demand
         self._hold_timeout_s = hold_timeout_s
         self._give_up = give_up
+        self._reject = reject
         self._forgotten = forgotten
         self._held: dict[Stream, None] = {}  # in the order in which they came
         self._retry: asyncio.Task[None] | None = None
@@ -99,7 +102,12 @@ class Placements:
         stream.placed_s = time.monotonic()
         if stream.timeline is not None:
             stream.timeline.note("placed", link.replica_id, placement.reason, stream.queued_tokens)
-        await link.input.send_multipart(self._codec.encode_add(stream), copy=False)
+        frames = self._codec.encode_add(stream)
+        longest = max(memoryview(frame).nbytes for frame in frames)
+        if longest > wire.MAX_FRAME_BYTES:  # a replica breaks the connection over it, and all streams there would move
+            self._reject(stream, f"a part of it has {longest} bytes; a replica takes {wire.MAX_FRAME_BYTES} in one")
+            return
+        await link.input.send_multipart(frames, copy=False)
         if stream.is_suspect:  # should the replica die, its answer tells that it was alive until then
             await send_ping(link)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kervan.fleet import wire
+from kervan.fleet import auth, curve, wire
 from kervan.fleet.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
@@ -45,18 +45,22 @@ class Sessions:
         self,
         *,
         replica_id: str,
-        secret: str,
+        secrets: auth.Secrets,
         engine_version: str | None,
         begin: Callable[[int], tuple[str, wire.EngineFacts]],
         end: Callable[[int], int],
     ):
         self.all: list[Session] = []
         self._replica_id = replica_id
-        self._secret = secret
+        self._secrets = secrets
         self._engine_version = engine_version
         self._begin = begin
         self._end = end
         self._live: dict[bytes, int] = {}
+
+    def allowed_keys(self) -> list[bytes]:
+        """The public keys of those who may connect."""
+        return [curve.of_gateways(secret).public for secret in self._secrets.taken]
 
     @property
     def live(self) -> list[Session]:
@@ -78,7 +82,7 @@ class Sessions:
             return wire.REFUSED, f"unreadable HELLO ({error})".encode()
         version = self._engine_version or hello.engine_version
         refusal = wire.refusal(
-            hello, session=identity, replica_id=self._replica_id, engine_version=version, secret=self._secret
+            hello, session=identity, replica_id=self._replica_id, engine_version=version, secrets=self._secrets.taken
         )
         if refusal is None and any(session.identity == identity for session in self.all):
             refusal = "this session has been here before; a gateway draws a new identity for each link"

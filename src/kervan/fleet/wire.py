@@ -13,17 +13,19 @@ A session may send requests once both WELCOME and SUBSCRIBED have come: a ROUTER
 route, so outputs must not start before the output socket knows the session. Queues are unbounded for the same
 reason. Should a connection break and come back by itself, what was sent meanwhile is gone: so output messages are
 numbered from 1 in each session, and PONG says how many there were. vLLM's structs are positional, so gateway and
-replica must run the same vLLM version: HELLO says both.
+replica must run the same vLLM version: HELLO says both. All of it is inside of `curve`, unless the fleet is plain.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import zmq
 
-from kervan.fleet import auth
+from kervan.fleet import auth, curve
+from kervan.fleet.curve import KeyPair
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 HELLO = b"HELLO"
 WELCOME = b"WELCOME"
@@ -46,6 +48,9 @@ HEARTBEAT_PERIOD_MS = 500
 # Of prefixes in one PING or PONG: 2,048 hashes, 131,072 tokens. So a replica tells each gateway 32 KiB/s at most.
 MAX_NEWS_BYTES = 1 << 14
 HEARTBEAT_TIMEOUT_MS = 2000
+# The rest of a frame that is longer is not waited for. Requests with videos have the longest: their pixels, as floats.
+MAX_FRAME_BYTES = 1 << 29
+HANDSHAKE_TIMEOUT_MS = 5000  # of one that connects and does not go on
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
@@ -131,12 +136,20 @@ def decode_number(frame: bytes) -> int:
     return int.from_bytes(frame, "big")
 
 
-def refusal(hello: Hello, *, session: bytes, replica_id: str, engine_version: str, secret: str) -> str | None:
-    """Why a replica must not serve the gateway that said `hello` over `session` (its ZMQ identity), or None."""
+def refusal(
+    hello: Hello, *, session: bytes, replica_id: str, engine_version: str, secrets: Sequence[str]
+) -> str | None:
+    """Why a replica must not serve the gateway that said `hello` over `session` (its ZMQ identity), or None.
+
+    `secrets`: those of which it must know one.
+    """
     if hello.protocol != PROTOCOL:
         return f"gateway speaks protocol {hello.protocol}, replica {PROTOCOL}; install one kervan version on all nodes"
-    proof = auth.link_proof(secret, session=session, gateway_id=hello.gateway_id, replica_id=replica_id)
-    if not auth.is_proof(hello.proof, proof):
+    proofs = [
+        auth.link_proof(secret, session=session, gateway_id=hello.gateway_id, replica_id=replica_id)
+        for secret in secrets
+    ]
+    if not any(auth.is_proof(hello.proof, proof) for proof in proofs):
         return "the gateway does not know this fleet's secret; it belongs to another fleet"
     if hello.engine_version != engine_version:
         return (
@@ -146,10 +159,14 @@ def refusal(hello: Hello, *, session: bytes, replica_id: str, engine_version: st
     return None
 
 
-def bind(context: zmq.Context[zmq.Socket[bytes]], host: str) -> tuple[zmq.Socket[bytes], str]:
-    """A ROUTER on a free port of `host`, and its address."""
+def bind(
+    context: zmq.Context[zmq.Socket[bytes]], host: str, pair: KeyPair | None = None
+) -> tuple[zmq.Socket[bytes], str]:
+    """A ROUTER on a free port of `host`, and its address. `pair`: the replica's; None: it speaks plain text."""
     router = context.socket(zmq.ROUTER)
     configure(router)
+    if pair is not None:
+        curve.serve(router, pair)
     if ":" in host:
         router.setsockopt(zmq.IPV6, 1)
         host = f"[{host}]"
@@ -158,9 +175,11 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], host: str) -> tuple[zmq.Socket
 
 
 def configure(socket: zmq.Socket[Any]) -> None:
-    """Unbounded queues, no linger, and heartbeats that find a dead host in seconds."""
+    """Unbounded queues, no linger, bounds on what strangers send, and heartbeats that find a dead host in seconds."""
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_PERIOD_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)

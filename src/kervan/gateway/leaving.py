@@ -53,7 +53,7 @@ async def send_clients_away(server: uvicorn.Server, listening: socket.socket, *,
 
     for connection in accepted:
         connection.setblocking(False)
-        await loop.connect_accepted_socket(protocol, connection)
+        await loop.connect_accepted_socket(protocol, connection, ssl=config.ssl)
     idle_since_s: dict[tuple[int, int], float] = {}
     while (now_s := time.monotonic()) < deadline_s:
         is_busy = False

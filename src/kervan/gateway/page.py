@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kervan import metrics
+from kervan.fleet import pinned_tls
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.events import Counted
 from kervan.fleet.histogram import PAUSE_BOUNDS_S, START_BOUNDS_S, Histogram
@@ -160,19 +161,27 @@ def _histogram(counted: Counted | None, bounds: tuple[float, ...]) -> Histogram:
     return Histogram(bounds) if counted is None else Histogram(bounds, counted.counts, counted.sum_s)
 
 
-async def fetch(urls: Iterable[str]) -> list[str | None]:
-    """The pages of other gateways, in order; None for one that does not come within PEER_TIMEOUT_S.
+def pinned(address: str) -> tuple[str, aiohttp.Fingerprint | bool]:
+    """A gateway's internal address (`fleet.pinned_tls`) as a URL, and what aiohttp is to check, as its `ssl`."""
+    url, digest = pinned_tls.split(address)
+    return url, aiohttp.Fingerprint(bytes.fromhex(digest)) if digest else True
 
-    They are asked directly: a proxy that the environment names does not know addresses inside of the cluster.
+
+async def fetch(addresses: Iterable[str]) -> list[str | None]:
+    """The pages of other gateways, by their internal addresses, in order.
+
+    None for one that does not come within PEER_TIMEOUT_S. They are asked directly: a proxy that the environment names
+    does not know addresses inside of the cluster.
     """
     timeout = aiohttp.ClientTimeout(total=PEER_TIMEOUT_S)
 
-    async def get(session: aiohttp.ClientSession, url: str) -> str | None:
+    async def get(session: aiohttp.ClientSession, address: str) -> str | None:
+        url, pin = pinned(address)
         try:
-            async with session.get(url) as response:
+            async with session.get(f"{url}/metrics", ssl=pin) as response:
                 return await response.text() if response.ok else None
         except (aiohttp.ClientError, TimeoutError):
             return None
 
     async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
-        return await asyncio.gather(*(get(session, url) for url in urls))
+        return await asyncio.gather(*(get(session, address) for address in addresses))

@@ -16,10 +16,12 @@ import aiohttp
 import msgspec
 
 from kervan.fleet.directory import GatewayEntry
+from kervan.fleet.pinned_tls import split
 from kervan.fleet.vllm.adapters import AdapterChange, Adapters
 from kervan.fleet.vllm.stored_responses import StoredResponses, owner_id
 from kervan.gateway.answers import Answers, silence
 from kervan.gateway.asgi import ASGIApp, CollectedResponse, Receive, Scope, Send, error_body, header, respond
+from kervan.gateway.page import pinned
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
 from kervan.vendor import vllm_names
 from kervan.vendor.vllm_names import RESPONSES_PATH
@@ -127,7 +129,7 @@ class Peers:
                         [url], self._key, _to_owner(scope), body, silence, CollectedResponse().send
                     )
             except (RelayFailedError, TimeoutError) as error:
-                logger.warning("gateway at %s did not take %s: %r", url, scope["path"], error)
+                logger.warning("gateway at %s did not take %s: %r", split(url)[0], scope["path"], error)
 
         others = [gateway.internal_url for gateway in self._gateways() if gateway.id != self._gateway_id]
         await asyncio.gather(*map(repeat_at, others))
@@ -226,7 +228,8 @@ class SharedAdapters:
     async def _exchange_one(self, session: aiohttp.ClientSession, gateway: GatewayEntry, known: bytes) -> None:
         revision = self._revision
         try:
-            async with session.post(gateway.internal_url + ADAPTERS_PATH, data=known) as response:
+            url, pin = pinned(gateway.internal_url)
+            async with session.post(url + ADAPTERS_PATH, data=known, ssl=pin) as response:
                 if not response.ok:
                     return
                 self.take(await response.read())

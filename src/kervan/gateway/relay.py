@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from kervan.fleet import pinned_tls
 from kervan.gateway.asgi import Message, Receive, Scope, Send, header
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Relay:
                     try:
                         connection = connection or await _open(url)
                     except OSError as error:  # TimeoutError is one
-                        failures.append(f"{url}: {str(error) or type(error).__name__}")
+                        failures.append(f"{pinned_tls.split(url)[0]}: {str(error) or type(error).__name__}")
                         break
                     if is_gone:
                         return
@@ -93,9 +94,10 @@ class Relay:
                             self._keep(url, connection)
                             connection = None
                         elif not is_gone:
-                            logger.warning("the response of %s broke off", url)
+                            logger.warning("the response of %s broke off", pinned_tls.split(url)[0])
                         return
-                    failures.append(f"{url}: {'not that fleet' if connection.status else 'the connection was lost'}")
+                    why = "not that fleet" if connection.status else "the connection was lost"
+                    failures.append(f"{pinned_tls.split(url)[0]}: {why}")
                     connection.close()
                 if is_gone:
                     return
@@ -239,11 +241,19 @@ class _Connection(asyncio.Protocol):
 
 
 async def _open(url: str) -> _Connection:
-    parts = urlsplit(url)
+    """Raises: OSError when nobody answers there, or another than the one of the address's digest."""
+    place, digest = pinned_tls.split(url)
+    parts = urlsplit(place)
     assert parts.hostname is not None
     assert parts.port is not None
+    tls = pinned_tls.unchecked_context() if digest else None
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        _, connection = await asyncio.get_running_loop().create_connection(_Connection, parts.hostname, parts.port)
+        transport, connection = await asyncio.get_running_loop().create_connection(
+            _Connection, parts.hostname, parts.port, ssl=tls
+        )
+    if not pinned_tls.is_pinned(transport, digest):
+        transport.abort()
+        raise ConnectionError("another certificate than that gateway's")
     return connection
 
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ from yarl import URL
 
 from kervan import __version__, metrics
 from kervan.errors import ConfigError
+from kervan.fleet import pinned_tls
 from kervan.fleet.admitted import Ticket
-from kervan.fleet.auth import is_proof, relay_key
+from kervan.fleet.auth import Secrets, is_proof, relay_key
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import DemandCounts, GatewayEntry, Snapshot, as_told
 from kervan.fleet.link import members
@@ -43,6 +45,7 @@ from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.gateway.shared_port import SharedPort
 from kervan.gateway.shell import REQUESTS_PREFIX, GatewayShell, Shed
+from kervan.gateway.tls import LOOK_PERIOD_S, ServerTls, TlsFiles
 from kervan.gateway.tracing import Tracing
 from kervan.logs import LogFormat
 from kervan.metrics import Descriptor
@@ -74,7 +77,7 @@ class GatewayConfig:
     engine_argv: tuple[str, ...]
     """Arguments of vLLM's own server parser."""
     secret: str
-    """The fleet's; replicas and other gateways prove with it who they are."""
+    """The fleet's, with which gateways prove to replicas and to each other who they are."""
     host: str
     port: int
     internal_host: str
@@ -95,6 +98,11 @@ class GatewayConfig:
     """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
     replay_s: float
     replay_max_bytes: int
+    secret_before: str = ""
+    """Which other gateways and replicas may still prove themselves with, as `auth.Secrets` takes it."""
+    encrypts: bool = True
+    tls: TlsFiles | None = None
+    """None: clients speak HTTP."""
     routes_by_prefix: bool = True
     remembered_requests: int = 0
     otlp: str = ""
@@ -139,12 +147,16 @@ class Gateway:
         self._tasks: list[asyncio.Task[Any]] = []
         self._attaching: asyncio.Task[None]
         self._public: tuple[uvicorn.Server, socket.socket] | None = None
+        self._tls: ServerTls | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self._internal: tuple[uvicorn.Server, socket.socket]
         self._internal_port = 0
+        self._certificate = pinned_tls.draw() if config.encrypts else None
         self._copies_port = 0
         self._is_recording = False
         self._most_slots = 0  # of one replica, so far
         self.answers = Answers()
+        self._secrets = Secrets(config.secret, config.secret_before)
         key = relay_key(config.secret)
         self.streams = Streams(config.gateway_id, self._gateways, key, self.answers)
         self.peers = Peers(config.gateway_id, self._gateways, key, self.answers)
@@ -167,14 +179,18 @@ class Gateway:
     async def start(self, *, serve_http: bool = True) -> None:
         """Open the port, or with `serve_http` False let another server call `shell`; vLLM's app follows.
 
-        Raises: ConfigError when the port is taken.
+        Raises: ConfigError when the port is taken, or there is no certificate that can be used.
         """
+        if self.config.tls is not None:
+            self._tls = await asyncio.to_thread(ServerTls, self.config.tls)
+            self._renewing = asyncio.create_task(self._renew_forever(self._tls))
         with kept_handlers():
             from kervan.fleet.vllm.frontend import VllmCodec, bare_app  # vLLM takes seconds to import
 
         self.fleet = FleetClient(
             VllmCodec(),
             secret=self.config.secret,
+            encrypts=self.config.encrypts,
             hold_timeout_s=self.config.hold_timeout_s,
             gateway_id=self.config.gateway_id,
             routes_by_prefix=self.config.routes_by_prefix,
@@ -186,7 +202,7 @@ class Gateway:
             logger.warning("answers go without vLLM's middlewares until its app is there: %s", error)
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
-        self._internal = self._serve(self._internal_app, internal), internal
+        self._internal = self._serve(self._internal_app, internal, self._inner_tls), internal
         if self.config.replay_s > 0:
             await self._keep_streams()
         if serve_http and not self.config.opens_when_attached:
@@ -197,7 +213,7 @@ class Gateway:
         self.streams.store = store = ReplicatedStore(
             gateway_id=self.config.gateway_id,
             node=self.config.node,
-            secret=self.config.secret,
+            secrets=self._secrets,
             engine_version=self.fleet.codec.engine_version,
             replay_s=self.config.replay_s,
             max_bytes=self.config.replay_max_bytes,
@@ -205,27 +221,34 @@ class Gateway:
         self.fleet.copy_sender = store.copy_sender
         copies = listen(self.config.internal_host, 0)
         self._copies_port = copies.getsockname()[1]
-        await store.listen(copies)
+        await store.listen(copies, self._inner_tls)
 
     def _open(self) -> None:
         listening = listen(self.config.host, self.config.port)
-        self._public = self._serve(self.shared_port or self.shell, listening), listening
+        tls = self._tls.context if self._tls is not None else None
+        self._public = self._serve(self.shared_port or self.shell, listening, tls), listening
 
-    def _serve(self, app: ASGIApp, sock: socket.socket) -> uvicorn.Server:
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                http=Connection,
-                ws="auto",
-                lifespan="off",
-                interface="asgi3",  # uvicorn takes a bound method for ASGI 2
-                access_log=False,
-                log_config=None,  # uvicorn's own would close the handlers of all others
-                log_level="warning",
-                timeout_keep_alive=60,
-                timeout_graceful_shutdown=LAST_S,
-            )
+    @staticmethod
+    async def _renew_forever(tls: ServerTls) -> None:
+        while True:
+            await asyncio.sleep(LOOK_PERIOD_S)
+            await asyncio.to_thread(tls.renew)
+
+    def _serve(self, app: ASGIApp, sock: socket.socket, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="auto",
+            lifespan="off",
+            interface="asgi3",  # uvicorn takes a bound method for ASGI 2
+            access_log=False,
+            log_config=None,  # uvicorn's own would close the handlers of all others
+            log_level="warning",
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=LAST_S,
+            ssl_context_factory=None if tls is None else lambda *_: tls,
         )
+        server = uvicorn.Server(config)
         self._servers.append(server)
         self._tasks.append(asyncio.create_task(server.serve(sockets=[sock])))
         return server
@@ -272,6 +295,9 @@ class Gateway:
             server.should_exit = True
         self._servers.clear()
         self._attaching.cancel()
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
         await asyncio.gather(*self._tasks, self._attaching, return_exceptions=True)
         if self.shared_port is not None:
             self.shared_port.close()
@@ -307,8 +333,8 @@ class Gateway:
             id=self.config.gateway_id,
             node=self.config.node,
             pid=os.getpid(),
-            url=f"http://{_bracket(self.config.public_host)}:{self.config.port}",
-            internal_url=f"http://{_bracket(self.config.internal_host)}:{self._internal_port}",
+            url=f"{'https' if self.config.tls else 'http'}://{_bracket(self.config.public_host)}:{self.config.port}",
+            internal_url=self._inner_address(self._internal_port, "https://" if self._certificate else "http://"),
             is_ready=reason is None,
             reason=reason or "",
             streams=self.fleet.num_streams,
@@ -318,8 +344,17 @@ class Gateway:
             demand=self._demand(),
             models=self.frontend.model_names if self.frontend is not None else (),
             neighbours=self.shared_port.neighbours if self.shared_port is not None else (),
-            copies_address=f"{_bracket(self.config.internal_host)}:{self._copies_port}" if self._copies_port else "",
+            copies_address=self._inner_address(self._copies_port) if self._copies_port else "",
         )
+
+    @property
+    def _inner_tls(self) -> ssl.SSLContext | None:
+        return None if self._certificate is None else self._certificate.context
+
+    def _inner_address(self, port: int, scheme: str = "") -> str:
+        """Of one of its sockets for other gateways, as `pinned_tls` has it."""
+        digest = f"#{self._certificate.digest}" if self._certificate is not None else ""
+        return f"{scheme}{_bracket(self.config.internal_host)}:{port}{digest}"
 
     def _demand(self) -> DemandCounts:
         """What clients ask of it. Where there may be no replica, a gateway that is new asks for one itself."""
@@ -429,10 +464,11 @@ class Gateway:
 
         async def ask(session: aiohttp.ClientSession, url: str) -> bytes | None:
             try:
-                async with session.get(URL(url + path, encoded=True)) as response:
+                place, pin = page.pinned(url)
+                async with session.get(URL(place + path, encoded=True), ssl=pin) as response:
                     return await response.read() if response.status == 200 else None
             except (aiohttp.ClientError, TimeoutError) as error:
-                logger.info("the gateway at %s was not asked for a request: %r", url, error)
+                logger.info("the gateway at %s was not asked for a request: %r", pinned_tls.split(url)[0], error)
                 return None
 
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=headers) as session:
@@ -459,13 +495,13 @@ class Gateway:
             return self._local_page().encode()
         if gateway is not None and gateway != NODE:
             (found,) = await page.fetch(
-                f"{peer.internal_url}/metrics" for peer in self._snapshot.gateways if peer.id == gateway
+                peer.internal_url for peer in self._snapshot.gateways if peer.id == gateway
             ) or [None]
             return None if found is None else found.encode()
         peers = [g for g in self._snapshot.gateways if g.id != self.config.gateway_id]
         if gateway == NODE:
             peers = [peer for peer in peers if peer.node == self.config.node]
-        pages = await page.fetch(f"{peer.internal_url}/metrics" for peer in peers)
+        pages = await page.fetch(peer.internal_url for peer in peers)
         texts = {self.config.gateway_id: self._local_page()}
         texts |= {peer.id: text for peer, text in zip(peers, pages, strict=True) if text is not None}
         return merge_pages(texts).encode()
@@ -475,12 +511,21 @@ class Gateway:
     async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The page of this gateway alone, and what other gateways pass on: for a stream, or on a shared port."""
         if scope["type"] == "http":
+            scope = self._with_present_key(scope)
             if is_relayed(scope) and scope["path"].startswith(GIVEN_PATHS):
                 await self._give(scope, receive, send)
             elif self.shared_port is not None and is_relayed(scope):
                 await self.shared_port.respond_relayed(scope, receive, send)
             else:
                 await respond(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+
+    def _with_present_key(self, scope: Scope) -> Scope:
+        """A request whose proof is of the secret before, as if it were of the present one."""
+        given = header(scope, RELAY_HEADER)
+        if not any(is_proof(given, relay_key(secret)) for secret in self._secrets.taken[1:]):
+            return scope
+        others = [pair for pair in scope["headers"] if pair[0] != RELAY_HEADER]
+        return {**scope, "headers": [*others, (RELAY_HEADER, relay_key(self.config.secret))]}
 
     async def _give(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What this gateway alone has, to one that proves to be of the fleet."""

@@ -22,6 +22,7 @@ FIXED = {
     "model": "streams cannot move to another model; start a second fleet (--name), or kervan down first",
     "engine": "streams cannot move between engines and twins; start a second fleet (--name), or kervan down first",
     "ingress": "it is fixed when Serve starts; kervan down first",
+    "encrypts": "gateways and replicas could not speak to each other meanwhile; kervan down first",
     "name": "it is how the fleet is found; kervan down first",
 }
 HIDDEN = frozenset({"api_keys"})  # told as changed, without the values
@@ -45,14 +46,14 @@ class RunningFleet:
         """Raises: FleetError when there is no such fleet."""
         self.progress = progress
         self._directory = attach(name, address)
-        self._config = self._directory.fleet().result().config
+        self.config = self._directory.fleet().result().config
 
     def plan(self, settings: Mapping[str, Any], source: str) -> FleetChange:
         """What it takes to bring in `settings`; what they do not name stays. Nothing is changed yet.
 
         Raises: ConfigError; CapacityError; FleetError for what a running fleet cannot change.
         """
-        before = self._config
+        before = self.config
         is_here = cluster.is_one_machine()
         _check_fixed(before, settings, is_here=is_here)
         after = validate(from_mapping(merge(before, settings), source), is_here=is_here)
@@ -66,6 +67,9 @@ class RunningFleet:
             if not neighbours:
                 check_port(after.host, after.port)
             warnings.append(f"{before.host}:{before.port} will no longer serve requests")
+        if bool(before.tls_certificate) != bool(after.tls_certificate):
+            scheme = "https" if after.tls_certificate else "http"
+            warnings.append(f"clients must come by {scheme} then, and meanwhile by both")
         pool_nodes = cluster.nodes_for(after)
         held = pools.held(self._directory.snapshot().result())
         taken = before.world_size * before.gpu_share
@@ -165,7 +169,7 @@ def _check_neighbours(before: FleetConfig, after: FleetConfig) -> list[FleetConf
     """
     from kervan.serve import shared_port
 
-    fields = ("host", "port", "shared_port", "engine_args")
+    fields = ("host", "port", "shared_port", "engine_args", "tls_certificate", "tls_key", "tls_client_ca")
     if all(getattr(before, field) == getattr(after, field) for field in fields):
         return []
     return shared_port.check(after, [other for other, _ in shared_port.fleets()])
@@ -182,6 +186,20 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "")
             yield from _differences(before, after, f"{path}{key}.")
         elif before != after:
             yield f"{path}{key} changes" if key in HIDDEN else f"{path}{key}: {before} -> {after}"
+
+
+def rotate_keys(
+    name: str, address: str | None, progress: Callable[[str], None], *, is_confirmed: bool = False
+) -> FleetStatus:
+    """Give the fleet another secret, and all replicas and gateways other keys; returns when no old one is left.
+
+    Raises: FleetError when there is no room for new replicas beside the old ones, and that is not confirmed.
+    """
+    fleet = RunningFleet(name, address, progress)
+    change = fleet.plan({"key_generation": fleet.config.key_generation + 1}, "kervan rotate-keys")
+    if change.warning and not is_confirmed:
+        raise FleetError(f"{change.warning}; add --yes to go on")
+    return fleet.apply(change)
 
 
 def scale(

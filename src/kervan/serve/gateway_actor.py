@@ -24,6 +24,7 @@ from kervan.gateway.process import GatewayProcess
 from kervan.gateway.program import Beats, failure_of
 from kervan.gateway.server import Gateway, GatewayConfig
 from kervan.gateway.shared_port import Neighbour
+from kervan.gateway.tls import files_of
 from kervan.serve import watchers
 from kervan.serve.autoscaling import BUSY
 from kervan.serve.cluster import log_directory
@@ -53,14 +54,19 @@ def gpu_kind(resources: Iterable[str]) -> str:
     return next((name.removeprefix(prefix) for name in resources if name.startswith(prefix)), "")
 
 
-def _gateway_config(config: FleetConfig, gateway_id: str, secret: str, others: Sequence[GatewayEntry]) -> GatewayConfig:
+def _gateway_config(
+    config: FleetConfig, gateway_id: str, secrets: Sequence[str], others: Sequence[GatewayEntry]
+) -> GatewayConfig:
     """The settings of a gateway on this node. `others`: the gateways that are on its port already."""
     node = ray.util.get_node_ip_address()
     return GatewayConfig(
         gateway_id=gateway_id,
         node=node,
         engine_argv=config.engine_argv,
-        secret=secret,
+        secret=secrets[0],
+        secret_before=secrets[1],
+        encrypts=config.encrypts,
+        tls=files_of(config),
         host=config.host,
         port=config.port,
         internal_host=node,
@@ -114,11 +120,11 @@ class _GatewayActor:
         if (missing := weight_files.problem_on_node(node, self._config.model, "dummy")) is not None:
             await self._directory.report_failure(self._failure(GatewayFailed("ConfigError", missing)))
             raise ConfigError(missing)
-        _, secret = await self._directory.fleet()
+        _, *secrets = await self._directory.fleet()
         others = (await self._directory.snapshot()).gateways
         neighbours = await asyncio.to_thread(self._neighbourhood.look) if self._config.shared_port else []
         others += [gateway for neighbour in neighbours for gateway in neighbour.gateways]
-        return _gateway_config(self._config, self._id, secret, others), neighbours
+        return _gateway_config(self._config, self._id, secrets, others), neighbours
 
     async def _follow(self, on_change: Callable[[Snapshot], None]) -> None:
         """Hand on the directory's changes; a directory that is away changes nothing."""

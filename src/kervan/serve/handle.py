@@ -1,6 +1,7 @@
 """A fleet called from Python: by other Serve deployments, actors and drivers of its Ray cluster. No HTTP in between."""
 
 import asyncio
+import contextlib
 import os
 import uuid
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ class FleetHandle:
         return await asyncio.shield(self._starting)
 
     async def _start(self) -> ASGIApp:
-        config, secret = await self._directory.fleet()
+        config, secret, _ = await self._directory.fleet()
         os.environ.update(config.env)
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # vLLM must see which kind of GPU this node has
             del os.environ["CUDA_VISIBLE_DEVICES"]
@@ -71,6 +72,7 @@ class FleetHandle:
         self._fleet = FleetClient(
             VllmCodec(),
             secret=secret,
+            encrypts=config.encrypts,
             hold_timeout_s=config.hold_timeout_s,
             gateway_id=name,
             routes_by_prefix=config.routing == "prefix",
@@ -83,6 +85,8 @@ class FleetHandle:
 
     async def _follow(self, fleet: FleetClient) -> None:
         async for snapshot in self._directory.follow(poll_s=FOLLOW_S, retry_s=FOLLOW_S):
+            with contextlib.suppress(FleetError):  # a directory that is away changes nothing
+                fleet.set_secret((await self._directory.fleet()).secret)
             fleet.set_members(members(snapshot))
 
     async def close(self) -> None:

@@ -102,7 +102,8 @@ def _ask_ray(status: PartialStatus) -> None:
             status.unknown.append(f"Serve runs no application of fleet {status.name!r}")
     if status.config is not None and not status.url:
         host = "127.0.0.1" if status.config.host in ("0.0.0.0", "::") else status.config.host
-        status.url = f"http://{f'[{host}]' if ':' in host else host}:{status.config.port}"
+        scheme = "https" if status.config.tls_certificate else "http"
+        status.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{status.config.port}"
 
 
 def _ask_gateway(status: PartialStatus, api_key: str | None) -> None:

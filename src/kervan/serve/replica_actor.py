@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 
 import msgspec
 import ray
@@ -101,7 +102,7 @@ class EngineReplica:
         self._drained = threading.Event()
         self._drain_deadline_s: float | None = None
         self._directory = find_directory(self._config.name)
-        _, self._secret = await self._directory.fleet()
+        _, *self._secrets = await self._directory.fleet()
         self._placement = _placement(self._config)
         self._is_on_cpu = _is_on_cpu(self._config)
         here = [ray.get_runtime_context().get_node_id()]
@@ -153,7 +154,7 @@ class EngineReplica:
 
     def _start(self) -> "_Engine":
         engine_id = f"{self._pool}-{uuid.uuid4().hex[:6]}"
-        spec, module = _spec(self._config, engine_id, self._node, self._secret, self._placement)
+        spec, module = _spec(self._config, engine_id, self._node, self._secrets, self._placement)
         process = EngineProcess(
             spec,
             log_path=new_log(log_directory(), f"{self._config.name}-{engine_id}"),
@@ -222,6 +223,7 @@ class EngineReplica:
             pid=engine.process.pid,
             state=engine.state,
             address=ready.address if ready else "",
+            public_key=ready.public_key if ready else "",
             engine_version=ready.engine_version if ready else "",
             running=load.running,
             waiting=load.waiting,
@@ -318,13 +320,16 @@ class EngineReplica:
 
 
 def _spec(
-    config: FleetConfig, replica_id: str, host: str, secret: str, placement: WorkerPlacement | None
+    config: FleetConfig, replica_id: str, host: str, secrets: Sequence[str], placement: WorkerPlacement | None
 ) -> tuple[msgspec.Struct, str]:
-    """The first message to an engine process, and the module it runs."""
+    """The first message to an engine process, and the module it runs. `secrets`: the present one, the one before."""
+    secret, before = secrets
     if config.engine == "twin":
-        return TwinSpec(replica_id, host, secret, twins.settings(config)), TWIN_ENGINE
+        return TwinSpec(replica_id, host, secret, twins.settings(config), config.encrypts, before), TWIN_ENGINE
     shares_gpu = config.gpu_share < 1
-    return EngineSpec(replica_id, list(config.engine_argv), host, secret, placement, shares_gpu), VLLM_ENGINE
+    return EngineSpec(
+        replica_id, list(config.engine_argv), host, secret, placement, shares_gpu, config.encrypts, before
+    ), VLLM_ENGINE
 
 
 def _placement(config: FleetConfig) -> WorkerPlacement | None:

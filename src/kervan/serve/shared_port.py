@@ -50,6 +50,11 @@ def meet(config: FleetConfig, other: FleetConfig) -> bool:
     return config.name != other.name and config.port == other.port and is_same_host
 
 
+def tls(config: FleetConfig) -> tuple[str, str, str]:
+    """The files of its certificate, key and clients' CA."""
+    return config.tls_certificate, config.tls_key, config.tls_client_ca
+
+
 def check(config: FleetConfig, others: Sequence[FleetConfig]) -> list[FleetConfig]:
     """Those of the `others` that will share the port with `config`.
 
@@ -75,6 +80,12 @@ def check(config: FleetConfig, others: Sequence[FleetConfig]) -> list[FleetConfi
         if config.host != other.host:
             raise ConfigError(
                 f"fleet {other.name!r} shares port {other.port} of {other.host}; give --host {other.host}"
+            )
+        if tls(config) != tls(other):
+            raise ConfigError(
+                f"fleet {other.name!r} has {place} with {' and '.join(filter(None, tls(other))) or 'no TLS'}; the "
+                "kernel spreads connections over the gateways of both, so give this one the same --tls-certificate, "
+                "--tls-key and --tls-client-ca, or another --port"
             )
         both = sorted(set(served_names(config)) & set(served_names(other)))
         if both:
@@ -137,7 +148,7 @@ class Neighbourhood:
 
     def take(self, fleet: StoredFleet, snapshot: Snapshot) -> None:
         """Keep what a directory tells of its fleet, if that is on this fleet's port."""
-        other, secret = fleet
+        other, secret, _ = fleet
         before = self._neighbours.pop(other.name, None)
         if not other.shared_port or (other.host, other.port) != (self._config.host, self._config.port):
             return

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
@@ -14,6 +15,7 @@ from kervan.facts import model as models
 from kervan.facts import weight_files
 from kervan.facts.markets import ON_DEMAND
 from kervan.fleet.vllm import arguments, versions
+from kervan.gateway.tls import TlsFiles, context_of, files_of
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
 from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
@@ -41,12 +43,27 @@ def validate(config: FleetConfig, *, is_here: bool = True) -> FleetConfig:
         twins.settings(config)
     elif is_here:
         _check_files(config)
+    config = _check_tls(config, is_here=is_here)
     notices.from_environment(config.env)
     if not config.pools and not (
         config.replicas or config.max_replicas
     ):  # Serve would refuse it; a part of a fleet with pools may have none
         raise ConfigError("replicas=0 would leave nothing to serve requests; give at least 1, or kervan down")
     return config
+
+
+def _check_tls(config: FleetConfig, *, is_here: bool) -> FleetConfig:
+    """The config with absolute paths of its TLS files. Raises: ConfigError for files here that cannot be used."""
+    if (files := files_of(config)) is None:
+        return config
+    if not is_here:
+        for path in files.paths:
+            if not Path(path).is_absolute():
+                raise ConfigError(f"{path}: gateways on other nodes read it there; give an absolute path")
+        return config
+    certificate, key, client_ca = (path and str(Path(path).absolute()) for path in dataclasses.astuple(files))
+    context_of(TlsFiles(certificate, key, client_ca))
+    return dataclasses.replace(config, tls_certificate=certificate, tls_key=key, tls_client_ca=client_ca)
 
 
 def _check_files(config: FleetConfig) -> None:
@@ -154,7 +171,7 @@ class Startup:
         if config.ingress == "serve":
             _check_entry_is_free()
         config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
-        self._directory = create_directory(config, secrets.token_hex(16))
+        self._directory = create_directory(config, secrets.token_hex(32))
         app.start_serve(config)
         self.progress(f"starting {plural(sum(awaited.values()), 'replica')} and {plural(config.gateways, 'gateway')}")
         app.deploy(app.build(config, nodes), config)

@@ -8,13 +8,15 @@ from kervan.config.fleet import FleetConfig
 
 # What replicas and gateways are made of; a change of anything else replaces none of them.
 GATEWAY_SETTINGS = (
-    "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys", "max_queued_streams", "hold_timeout_s",
+    "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys",
+    "tls_certificate", "tls_key", "tls_client_ca", "key_generation",
+    "max_queued_streams", "hold_timeout_s",
     "drain_timeout_s", "engine", "replay_s", "replay_max_mib", "warm_start", "routing",
     "log_format", "otlp", "remembered_requests",
 )  # fmt: skip
 REPLICA_SETTINGS = (
     "model", "tp", "pp", "ep", "nodes_per_replica", "gpus_per_replica", "engine", "gpu", "twin", "engine_args", "env",
-    "stall_timeout_s", "drain_timeout_s", "preflight", "warm_start",
+    "stall_timeout_s", "drain_timeout_s", "preflight", "warm_start", "key_generation",
     "log_format", "otlp",
 )  # fmt: skip
 

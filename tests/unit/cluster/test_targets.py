@@ -238,6 +238,10 @@ def test_a_compose_service_listens_on_loopback_ends_in_time_and_tells_its_health
     assert fleet["ports"] == ["127.0.0.1:8000:8000"]
     assert fleet["stop_grace_period"] == "120s"
     assert fleet["healthcheck"]["test"][-1] == "http://127.0.0.1:8000/health/ready"
+    tls = {"tls_certificate": "/tls/c.pem", "tls_key": "/tls/k.pem"}
+    encrypted = yaml.safe_load(clusters.files("compose", {**clusters.BASE, **tls})["compose.yaml"])["services"]["fleet"]
+    assert encrypted["healthcheck"]["test"][-1] == "https://127.0.0.1:8000/health/ready"
+    assert {one["target"] for one in encrypted["volumes"]} >= set(tls.values())
     assert fleet["environment"]["KERVAN_API_KEY"].startswith("${KERVAN_API_KEY:?")
     (device,) = fleet["deploy"]["resources"]["reservations"]["devices"]
     assert (device["count"], device["capabilities"]) == (4, ["gpu"])

@@ -222,7 +222,7 @@ async def test_a_further_part_of_an_input_goes_where_the_first_went(bench: Bench
 
 
 async def test_a_client_that_closes_moves_nothing() -> None:
-    bench = Bench(FleetClient(ToyCodec(), secret=SECRET))
+    bench = Bench(FleetClient(ToyCodec(), secret=SECRET, encrypts=False))
     try:
         a, b = await bench.start("a"), await bench.start("b")
         a.is_silent_to_calls = b.is_silent_to_calls = True

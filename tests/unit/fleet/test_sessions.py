@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from kervan.fleet import auth, wire
+from kervan.fleet import auth, curve, wire
 from kervan.fleet.sessions import Session, Sessions
 from kervan.fleet.step_clock import StepClock
 
@@ -11,10 +11,10 @@ SECRET = "s3cret"
 FACTS = wire.EngineFacts(max_model_len=4096, num_gpu_blocks=100, block_size=16, max_num_seqs=64)
 
 
-def sessions(replica_id: str = "r1") -> Sessions:
+def sessions(replica_id: str = "r1", before: str = "") -> Sessions:
     return Sessions(
         replica_id=replica_id,
-        secret=SECRET,
+        secrets=auth.Secrets(SECRET, before),
         engine_version="0.32.0",
         begin=lambda index: ("tcp://h:2", FACTS),
         end=lambda index: 0,
@@ -25,6 +25,28 @@ def hello(identity: bytes, gateway_id: str = "g1") -> bytes:
     """What gateway `gateway_id` says to replica r1."""
     proof = auth.link_proof(SECRET, session=identity, gateway_id=gateway_id, replica_id="r1")
     return msgspec.msgpack.encode(wire.Hello(wire.PROTOCOL, "0.32.0", gateway_id, proof))
+
+
+def test_a_gateway_of_before_a_change_of_keys_is_welcome_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(auth.time, "monotonic", lambda: now_s)
+    ours = sessions(before="older")
+    proof = auth.link_proof("older", session=b"one", gateway_id="g1", replica_id="r1")
+    said = msgspec.msgpack.encode(wire.Hello(wire.PROTOCOL, "0.32.0", "g1", proof))
+    assert ours.allowed_keys() == [curve.of_gateways("s3cret").public, curve.of_gateways("older").public]
+    assert ours.greet(b"one", said)[0] == wire.WELCOME
+    now_s += auth.GRACE_S
+    assert ours.allowed_keys() == [curve.of_gateways("s3cret").public]
+    assert sessions_refuses(ours, "older")
+    assert ours.greet(b"two", hello(b"two", "g2"))[0] == wire.WELCOME
+
+
+def sessions_refuses(ours: Sessions, secret: str) -> bool:
+    proof = auth.link_proof(secret, session=b"late", gateway_id="g3", replica_id="r1")
+    said = msgspec.msgpack.encode(wire.Hello(wire.PROTOCOL, "0.32.0", "g3", proof))
+    return ours.greet(b"late", said) == (
+        wire.REFUSED, b"the gateway does not know this fleet's secret; it belongs to another fleet"
+    )  # fmt: skip
 
 
 def test_a_gateway_that_comes_again_has_a_session_of_its_own() -> None:

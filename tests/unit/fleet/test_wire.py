@@ -45,7 +45,9 @@ def hello(secret: str = "s3cret", **changes: object) -> wire.Hello:
     ],
 )
 def test_refusals(changes: dict[str, Any], words: list[str] | None) -> None:
-    refusal = wire.refusal(hello(**changes), session=SESSION, replica_id="r1", engine_version="0.32.0", secret="s3cret")
+    refusal = wire.refusal(
+        hello(**changes), session=SESSION, replica_id="r1", engine_version="0.32.0", secrets=("s3cret",)
+    )
     if words is None:
         assert refusal is None
         return

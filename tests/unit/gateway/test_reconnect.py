@@ -12,7 +12,7 @@ import pytest
 from harness.gateway import View, listening
 from harness.live import until
 
-from kervan.fleet.auth import relay_key
+from kervan.fleet.auth import Secrets, relay_key
 from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.reconnect.journal import current_attempt
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
@@ -95,7 +95,7 @@ class Site:
             self.streams.store = ReplicatedStore(
                 gateway_id=self.name,
                 node=self.name,
-                secret="s3cret",
+                secrets=Secrets("s3cret"),
                 engine_version="1",
                 replay_s=60,
                 max_bytes=1 << 20,

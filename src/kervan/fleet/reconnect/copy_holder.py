@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import socket
+import ssl
 
 import msgspec
 
@@ -88,20 +89,22 @@ class _SenderConnection(FramedConnection):
 class CopyHolder:
     """Takes the copies of other gateways of the fleet into `journals`."""
 
-    def __init__(self, journals: JournalStore, *, secret: str, engine_version: str):
+    def __init__(self, journals: JournalStore, *, secrets: auth.Secrets, engine_version: str):
         self.journals = journals
         self.connections: set[_SenderConnection] = set()
-        self._secret = secret
+        self._secrets = secrets
         self._engine_version = engine_version
         self._server: asyncio.Server | None = None
 
-    async def listen(self, sock: socket.socket) -> None:
-        """Take copies there, from any number of gateways."""
-        self._server = await asyncio.get_running_loop().create_server(lambda: _SenderConnection(self), sock=sock)
+    async def listen(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Take copies there, from any number of gateways; `tls` None: in plain text."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _SenderConnection(self), sock=sock, ssl=tls)
 
     def accepts(self, hello: CopyHello, nonce: bytes) -> bool:
         """Whether a gateway that was sent `nonce` may send copies; the log says why not."""
-        if not auth.is_proof(hello.proof, auth.copies_proof(self._secret, nonce=nonce, gateway_id=hello.gateway_id)):
+        proofs = [auth.copies_proof(secret, nonce=nonce, gateway_id=hello.gateway_id) for secret in self._secrets.taken]
+        if not any(auth.is_proof(hello.proof, proof) for proof in proofs):
             logger.warning("gateway %s does not know this fleet's secret; its copies are refused", hello.gateway_id)
             return False
         theirs, ours = (hello.protocol, hello.engine_version), (PROTOCOL, self._engine_version)

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from kervan.fleet import auth
+from kervan.fleet import auth, pinned_tls
 from kervan.fleet.reconnect.copy_frames import (
     PROTOCOL,
     CopyHello,
@@ -45,19 +45,27 @@ MAX_CATCH_UP_BYTES = 1 << 20  # of a frame, while the peer catches up
 
 
 class _HolderConnection(FramedConnection):
-    """The connection to the peer. `introduce` makes the hello of the peer's nonce."""
+    """The connection to the peer, known by `digest` (`pinned_tls`). `introduce` makes the hello of its nonce."""
 
     def __init__(
         self,
+        digest: str,
         introduce: Callable[[bytes], bytes],
         heard: Callable[[int], None],
         lost: Callable[["_HolderConnection"], None],
     ):
         super().__init__()
+        self._digest = digest
         self._introduce = introduce
         self._has_introduced = False
         self._heard = heard
         self._lost = lost
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if not pinned_tls.is_pinned(transport, self._digest):
+            logger.warning("what answers for a gateway that keeps copies has another certificate than that gateway's")
+            self.close()
 
     def receive(self, frames: list[bytes]) -> bool:
         if not self._has_introduced:
@@ -188,12 +196,17 @@ class CopySender:
             await asyncio.sleep(RETRY_S)
 
     async def _connect(self, peer: Peer) -> None:
-        host, _, port = peer.address.rpartition(":")
+        place, digest = pinned_tls.split(peer.address)
+        host, _, port = place.rpartition(":")
+        tls = pinned_tls.unchecked_context() if digest else None
         self._cursors.clear()
         self._sent, self._acknowledged, self._next_journal = 0, -1, 0
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _HolderConnection(self._hello, self._hear, self._lose), host.strip("[]"), int(port)
+                lambda: _HolderConnection(digest, self._hello, self._hear, self._lose),
+                host.strip("[]"),
+                int(port),
+                ssl=tls,
             )
             if connection.is_lost:
                 raise ConnectionError("the connection was lost")

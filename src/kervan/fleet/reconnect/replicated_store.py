@@ -2,9 +2,11 @@
 
 import asyncio
 import socket
+import ssl
 import time
 
 from kervan import metrics
+from kervan.fleet.auth import Secrets
 from kervan.fleet.directory import Snapshot
 from kervan.fleet.reconnect.copy_holder import CopyHolder
 from kervan.fleet.reconnect.copy_sender import CopySender
@@ -23,19 +25,19 @@ class ReplicatedStore:
     """
 
     def __init__(
-        self, *, gateway_id: str, node: str, secret: str, engine_version: str, replay_s: float, max_bytes: int
+        self, *, gateway_id: str, node: str, secrets: Secrets, engine_version: str, replay_s: float, max_bytes: int
     ) -> None:
         self.journals = JournalStore(replay_s=replay_s, max_bytes=max_bytes, now=time.monotonic)
         self.copy_sender = CopySender(
-            self.journals, own_id=gateway_id, own_node=node, secret=secret, engine_version=engine_version
+            self.journals, own_id=gateway_id, own_node=node, secret=secrets.present, engine_version=engine_version
         )
         self.journals.dropped = self._dropped
-        self._holder = CopyHolder(self.journals, secret=secret, engine_version=engine_version)
+        self._holder = CopyHolder(self.journals, secrets=secrets, engine_version=engine_version)
         self._sweeping = asyncio.create_task(self._sweep())
 
-    async def listen(self, sock: socket.socket) -> None:
+    async def listen(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Take copies there."""
-        await self._holder.listen(sock)
+        await self._holder.listen(sock, tls)
 
     def update(self, snapshot: Snapshot) -> None:
         """Follow the directory; one that has just started and knows nobody changes nothing."""

@@ -34,7 +34,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from kervan import logs
 from kervan.config.profile import ProfileAsk
 from kervan.errors import EngineError
-from kervan.fleet import stream_ids, wire
+from kervan.fleet import auth, curve, stream_ids, wire
 from kervan.fleet.control import Command, ControlEnd, EngineFailed, EngineLoad, EngineSpec, Ready
 from kervan.fleet.process_group import end_group
 from kervan.fleet.sessions import Session, Sessions
@@ -84,7 +84,7 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         self.spec = spec
         self.sessions = Sessions(
             replica_id=spec.replica_id,
-            secret=spec.secret,
+            secrets=auth.Secrets(spec.secret, spec.secret_before),
             engine_version=versions.engine_version(),
             begin=self._begin_session,
             end=self._end_session,
@@ -96,6 +96,10 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
         self.canary_outputs: queue.Queue[EngineCoreOutputs] = queue.Queue()
         self.address = ""
         self.output_address = ""
+        self.key_pair = curve.draw() if spec.encrypts else None
+        self._context: zmq.Context[zmq.Socket[bytes]]  # the input thread makes both: vLLM's workers are forked before
+        self._doorkeeper: curve.Doorkeeper
+        self._has_doorkeeper = threading.Event()
         self._output_bound = threading.Event()
         self._profile: profiling.StepProfile | None = None
         super().__init__(
@@ -164,12 +168,24 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
     ) -> None:
         add_decoder = MsgpackDecoder(EngineCoreRequest)
         decoder = MsgpackDecoder()
-        router, self.address = wire.bind(zmq.Context(), self.spec.host)
+        # One context for both threads, as the doorkeeper answers for one; with a thread for each socket, to encrypt.
+        self._context = zmq.Context(io_threads=2)
+        self._doorkeeper = curve.Doorkeeper(self._context, self.sessions.allowed_keys, self.spec.replica_id)
+        self._has_doorkeeper.set()
+        router, self.address = wire.bind(self._context, self.spec.host, self.key_pair)
         ready_event.set()
+        self._doorkeeper.watch(router)
+        self._output_bound.wait()  # and the doorkeeper watches that socket too
+        poller = zmq.Poller()
+        for socket in (router, *self._doorkeeper.sockets):
+            poller.register(socket, zmq.POLLIN)
         was_draining = False
         lease_check_s = time.monotonic()
         while True:
-            if router.poll(POLL_MS):
+            readable = dict(poller.poll(POLL_MS))
+            if not readable.keys().isdisjoint(self._doorkeeper.sockets):
+                self._doorkeeper.look()
+            if router in readable:
                 session_identity, kind, *frames = router.recv_multipart(copy=False)
                 self._handle(router, session_identity.bytes, kind.bytes, frames, add_decoder, decoder)
             if self.is_draining and not was_draining:
@@ -246,7 +262,9 @@ class FleetEngineCore(EngineCoreProc):  # type: ignore[misc]
 
     def process_output_sockets(self, output_paths: Any, coord_output_path: Any, engine_index: int) -> None:
         encoder = MsgpackEncoder()
-        router, self.output_address = wire.bind(zmq.Context(), self.spec.host)
+        self._has_doorkeeper.wait()
+        router, self.output_address = wire.bind(self._context, self.spec.host, self.key_pair)
+        self._doorkeeper.watch(router)
         self._output_bound.set()
         subscribed: set[bytes] = set()
         while True:
@@ -406,7 +424,8 @@ def _announce(core: FleetEngineCore, control: ControlEnd, phases: _Phases, impor
     phases.end("canary")
     if imported:
         warm_process.tell_imports(imported)
-    control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds))
+    public_key = core.key_pair.public.decode() if core.key_pair is not None else ""
+    control.send(Ready(core.address, core.facts, versions.engine_version(), phases.seconds, public_key))
 
 
 def run(

@@ -10,17 +10,25 @@ import yaml
 from kervan.errors import ConfigError
 from kervan.observe.render import rules, scrape
 from kervan.observe.render.dashboards import DASHBOARDS, to_json
+from kervan.observe.render.scrape import ScrapeTls
 
 
 def for_prometheus(
-    directory: Path, targets: Sequence[str], *, fleet: str, dcgm: Sequence[str], has_ray: bool, objective: float
+    directory: Path,
+    targets: Sequence[str],
+    *,
+    fleet: str,
+    dcgm: Sequence[str],
+    has_ray: bool,
+    objective: float,
+    tls: ScrapeTls | None = None,
 ) -> list[Path]:
     """`prometheus.yml`, rules, dashboards and Grafana's provisioning; the files written.
 
     Raises: ConfigError when one cannot be written.
     """
     files: dict[str, Any] = {
-        "prometheus.yml": scrape.prometheus(targets, fleet=fleet, dcgm=dcgm, has_ray=has_ray),
+        "prometheus.yml": scrape.prometheus(targets, fleet=fleet, dcgm=dcgm, has_ray=has_ray, tls=tls),
         "rules/kervan.yml": rules.to_dict(objective),
         "grafana/provisioning/datasources/kervan.yml": _data_source(),
         "grafana/provisioning/dashboards/kervan.yml": _provider(directory),
@@ -29,10 +37,12 @@ def for_prometheus(
     return [_write(directory / name, content) for name, content in files.items()]
 
 
-def for_kubernetes(directory: Path, *, namespace: str, labels: Mapping[str, str], objective: float) -> list[Path]:
+def for_kubernetes(
+    directory: Path, *, namespace: str, labels: Mapping[str, str], objective: float, tls: ScrapeTls | None = None
+) -> list[Path]:
     """Manifests for the Prometheus Operator and Grafana's sidecar; the files written. Raises: as above."""
     return [
-        _write(directory / "monitors.yaml", scrape.operator_monitors(namespace, labels)),
+        _write(directory / "monitors.yaml", scrape.operator_monitors(namespace, labels, tls=tls)),
         _write(directory / "rules.yaml", [scrape.operator_rules(namespace, labels, objective)]),
         _write(directory / "dashboards.yaml", scrape.dashboard_maps(namespace)),
     ]

@@ -7,6 +7,7 @@ https://prometheus-operator.dev/docs/api-reference/api/ , https://docs.ray.io/en
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kervan.observe.render import rules
@@ -20,12 +21,29 @@ DCGM_PORT_NAME = "metrics"
 MONITORING_API = "monitoring.coreos.com/v1"
 
 
+@dataclass(frozen=True, slots=True)
+class ScrapeTls:
+    """How Prometheus checks gateways. `ca_file`: empty: with the roots of its machine.
+
+    `server_name`: in the certificate, where that does not name the hosts which are scraped.
+    """
+
+    ca_file: str = ""
+    server_name: str = ""
+
+
 def prometheus(
-    targets: Sequence[str], *, fleet: str = "", dcgm: Sequence[str] = (), has_ray: bool = False
+    targets: Sequence[str],
+    *,
+    fleet: str = "",
+    dcgm: Sequence[str] = (),
+    has_ray: bool = False,
+    tls: "ScrapeTls | None" = None,
 ) -> dict[str, Any]:
     """`prometheus.yml`. `targets`: HOST:PORT of each node with gateways; `fleet`: which one, where several share it.
 
     `dcgm`: HOST:PORT of dcgm-exporters; `has_ray`: Ray's own metrics too, from the file that its head node keeps.
+    `tls`: gateways speak HTTPS.
     """
     gateways: dict[str, Any] = {
         "job_name": "kervan",
@@ -34,6 +52,9 @@ def prometheus(
     }
     if fleet:
         gateways["params"] = {"fleet": [fleet]}
+    if tls is not None:
+        settings = {"ca_file": tls.ca_file, "server_name": tls.server_name}
+        gateways |= {"scheme": "https", "tls_config": {name: value for name, value in settings.items() if value}}
     jobs = [gateways]
     if has_ray:
         jobs.append({"job_name": "ray", "file_sd_configs": [{"files": [RAY_TARGETS]}]})
@@ -46,14 +67,18 @@ def prometheus(
     }
 
 
-def operator_monitors(namespace: str, labels: Mapping[str, str], port: int = GATEWAY_PORT) -> list[dict[str, Any]]:
+def operator_monitors(
+    namespace: str, labels: Mapping[str, str], port: int = GATEWAY_PORT, tls: ScrapeTls | None = None
+) -> list[dict[str, Any]]:
     """PodMonitors of the gateways and of Ray on KubeRay's pods, and a ServiceMonitor of dcgm-exporter.
 
     `labels`: those by which a Prometheus chooses its monitors. A pod without a gateway is a target that is down, which
     no alert takes amiss: KervanGatewayDown is for static targets, and here heartbeats tell (KervanGatewayLate).
     """
     pods = {"matchLabels": {"ray.io/is-ray-node": "yes"}}
-    gateways = {"targetPort": port, "path": NODE_PAGE, "interval": INTERVAL}
+    gateways: dict[str, Any] = {"targetPort": port, "path": NODE_PAGE, "interval": INTERVAL}
+    if tls is not None:
+        gateways |= {"scheme": "https", "tlsConfig": {"serverName": tls.server_name}}
     ray = {"port": "metrics", "interval": INTERVAL}
     dcgm = {"port": DCGM_PORT_NAME, "interval": INTERVAL, "honorLabels": True}
     any_namespace = {"any": True}

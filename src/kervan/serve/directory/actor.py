@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 
 import msgspec
@@ -22,6 +23,23 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 LOOK_PERIOD_S = 2.0
+CHANGE_S = 3600.0  # what is started so long after a change of keys is not told the ones before
+
+
+class _Secrets(msgspec.Struct, frozen=True):
+    """By generation of keys: the present one's, and that of the one before. `changed_s`: Unix time of the change."""
+
+    of: dict[int, str]
+    changed_s: float = 0.0
+
+    def next(self, before: int, generation: int, now_s: float) -> "_Secrets":
+        """With one for `generation` beside that of `before`."""
+        return _Secrets({before: self.of[before], generation: secrets.token_hex(32)}, now_s)
+
+    def told(self, generation: int, now_s: float) -> tuple[str, str]:
+        """The one of `generation`, and the other one, which is empty when it counts no more."""
+        others = [secret for number, secret in self.of.items() if number != generation]
+        return self.of[generation], others[0] if others and now_s - self.changed_s < CHANGE_S else ""
 
 
 class DirectoryActor:
@@ -38,7 +56,10 @@ class DirectoryActor:
         stored = ray_internals.kv_get(self._key)
         self._config = FleetConfig.from_json(stored.decode() if stored is not None else config_json)
         logs.configure(self._config.log_format, fleet=name)
-        self._secret = secret
+        kept = ray_internals.kv_get(_secrets_key(name))
+        self._secrets = msgspec.json.decode(kept, type=_Secrets) if kept is not None else _Secrets(
+            {self._config.key_generation: secret}
+        )  # fmt: skip
         self._directory = Directory(time.monotonic)
         self._changed = asyncio.Event()
         self._seen_version = self._directory.version
@@ -94,18 +115,22 @@ class DirectoryActor:
             self._changed.set()
             self._changed = asyncio.Event()
 
-    async def fleet(self) -> tuple[str, str]:
-        """The config as JSON, and the secret."""
-        return self._config.to_json(), self._secret
+    async def fleet(self) -> tuple[str, str, str]:
+        """The config as JSON, the secret, and the one before, if the keys were changed lately."""
+        return self._config.to_json(), *self._secrets.told(self._config.key_generation, time.time())
 
     async def node_id(self) -> str:
         """Ray's id of the node that this runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
     async def set_config(self, config_json: str) -> None:
-        """Store new settings."""
+        """Store new settings; draws a secret for a generation of keys that has none."""
+        before = self._config
         ray_internals.kv_put(self._key, config_json.encode())
         self._config = FleetConfig.from_json(config_json)
+        if self._config.key_generation not in self._secrets.of:
+            self._secrets = self._secrets.next(before.key_generation, self._config.key_generation, time.time())
+            ray_internals.kv_put(_secrets_key(self._name), msgspec.json.encode(self._secrets))
         self._scaler.set_config(self._config)
         self._directory.version += 1  # fleets on the same port look at the config again
         self._wake_followers()
@@ -209,10 +234,15 @@ def forget_directory(fleet_name: str) -> None:
     ray_internals.kv_delete(_key(fleet_name))
     wanted.forget(fleet_name)
     ray_internals.kv_delete(_scaler_key(fleet_name))
+    ray_internals.kv_delete(_secrets_key(fleet_name))
 
 
 def _key(fleet_name: str) -> str:
     return f"config of fleet {fleet_name}"
+
+
+def _secrets_key(fleet_name: str) -> str:
+    return f"secrets of fleet {fleet_name}"
 
 
 def _scaler_key(fleet_name: str) -> str:

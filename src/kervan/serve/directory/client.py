@@ -30,10 +30,14 @@ class NoFleetError(FleetError):
 
 
 class StoredFleet(NamedTuple):
-    """What the directory keeps of its fleet beside who lives where. `secret`: that of its gateways and replicas."""
+    """What the directory keeps of its fleet beside who lives where. `secret`: that of its gateways and replicas.
+
+    `before`: the one before that, for some time after the keys were changed; else empty.
+    """
 
     config: FleetConfig
     secret: str
+    before: str = ""
 
 
 class DirectoryResponse(Generic[T]):
@@ -86,7 +90,7 @@ class DirectoryClient:
 
     def fleet(self) -> DirectoryResponse[StoredFleet]:
         """The fleet's settings and secret."""
-        return self._call("fleet", lambda stored: StoredFleet(FleetConfig.from_json(stored[0]), stored[1]))
+        return self._call("fleet", lambda stored: StoredFleet(FleetConfig.from_json(stored[0]), *stored[1:]))
 
     def set_config(self, config: FleetConfig) -> DirectoryResponse[None]:
         """Store new settings of the fleet; they outlive the directory."""

@@ -11,6 +11,7 @@ from harness.journals import SECRET, VERSION, Holder, journal, new_journals
 from harness.live import until
 
 from kervan.fleet.auth import NONCE_BYTES
+from kervan.fleet.pinned_tls import split, unchecked_context
 from kervan.fleet.reconnect import copy_sender as copy_sender_module
 from kervan.fleet.reconnect.copy_sender import CopySender
 from kervan.fleet.reconnect.journal import Attempt, Journal
@@ -29,6 +30,12 @@ async def sending(*holders: Holder) -> AsyncIterator[tuple[JournalStore, CopySen
         stack.push_async_callback(copy_sender.close)
         copy_sender.set_peers([holder.peer for holder in holders])
         yield journals, copy_sender
+
+
+async def opened(holder: Holder) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A stranger's connection to it."""
+    host, _, port = split(holder.peer.address)[0].rpartition(":")
+    return await asyncio.open_connection(host, int(port), ssl=unchecked_context())
 
 
 def record(journals: JournalStore, copy_sender: CopySender, one: Journal, num_tokens: int = 1) -> None:
@@ -215,8 +222,7 @@ async def test_the_secret_does_not_travel_and_what_does_opens_no_second_connecti
         await until(lambda: b"the last" in sent)
     assert SECRET.encode() not in sent
     async with sending(holder):
-        host, _, port = holder.peer.address.rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await opened(holder)
         writer.write(sent)
         async with asyncio.timeout(10):
             assert len(await reader.read()) == 4 + NONCE_BYTES  # hung up on, without a welcome
@@ -228,8 +234,7 @@ async def test_the_secret_does_not_travel_and_what_does_opens_no_second_connecti
 async def test_what_is_no_gateway_is_hung_up_on(said: bytes) -> None:
     holder = Holder("gw-b")
     async with sending(holder):
-        host, _, port = holder.peer.address.rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await opened(holder)
         writer.write(said)
         async with asyncio.timeout(10):
             await reader.readexactly(4 + NONCE_BYTES)

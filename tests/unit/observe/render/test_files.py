@@ -20,6 +20,17 @@ def test_every_node_is_asked_for_its_own_gateways() -> None:
     assert "params" not in alone
 
 
+def test_gateways_with_tls_are_asked_by_https() -> None:
+    (job,) = scrape.prometheus(["a:8000"], tls=scrape.ScrapeTls("/ca.pem", "chat.example"))["scrape_configs"]
+    assert job["scheme"] == "https"
+    assert job["tls_config"] == {"ca_file": "/ca.pem", "server_name": "chat.example"}
+    (job,) = scrape.prometheus(["a:8000"], tls=scrape.ScrapeTls())["scrape_configs"]
+    assert (job["scheme"], job["tls_config"]) == ("https", {})
+    (monitor, *_) = scrape.operator_monitors("llm", {}, tls=scrape.ScrapeTls(server_name="chat.example"))
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert (endpoint["scheme"], endpoint["tlsConfig"]) == ("https", {"serverName": "chat.example"})
+
+
 def test_grafana_finds_the_dashboards_where_they_are(tmp_path: Path) -> None:
     written = files.for_prometheus(tmp_path / "m", ["a:1"], fleet="", dcgm=[], has_ray=False, objective=0.99)
     assert all(path.exists() for path in written)

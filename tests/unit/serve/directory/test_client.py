@@ -1,8 +1,10 @@
 """The client of the directory over the actor's own code, with the calls in this process in place of Ray's."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,7 +86,7 @@ def directory(actor: LocalActor) -> DirectoryClient:
 
 
 async def test_what_is_told_is_in_the_snapshot(directory: DirectoryClient) -> None:
-    assert await directory.fleet() == (CONFIG, "secret")
+    assert await directory.fleet() == (CONFIG, "secret", "")
     assert await directory.beat_replica(REPLICA) == []
     assert await directory.beat_gateway(GATEWAY) is None
     assert (await directory.beat_node(NodeEntry("10.0.0.1"))).nodes == [NodeEntry("10.0.0.1")]
@@ -97,6 +99,24 @@ async def test_what_is_told_is_in_the_snapshot(directory: DirectoryClient) -> No
     assert not (await directory.set_closing(False)).is_closing
     await directory.remove("a")
     assert (await directory.snapshot()).replicas == []
+
+
+async def test_another_generation_of_keys_has_a_secret_of_its_own_and_the_one_before_counts_for_a_while(
+    directory: DirectoryClient, store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed = replace(CONFIG, key_generation=1)
+    await directory.set_config(renewed)
+    _, secret, before = await directory.fleet()
+    assert len(secret) == 64
+    assert before == "secret"
+    again = DirectoryClient(CONFIG.name, LocalActor())  # Ray has restarted it, with the arguments of its first start
+    assert await again.fleet() == (renewed, secret, "secret")
+    await directory.set_config(CONFIG)  # the change has failed
+    assert await directory.fleet() == (CONFIG, "secret", secret)
+    await directory.set_config(renewed)
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s + 3601)
+    assert await directory.fleet() == (renewed, secret, "")
 
 
 async def test_orders_come_with_the_next_beat(directory: DirectoryClient) -> None:
