@@ -6,13 +6,17 @@ connect is proven inside of it (`auth`). No CA has a part in it, and no name or 
 """
 
 import asyncio
+import contextlib
 import datetime
 import functools
 import hashlib
 import hmac
+import http.client
 import os
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 _NAME = "kervan gateway"
 # Of no meaning here, as nobody checks them; a certificate must have them.
@@ -75,5 +79,31 @@ def is_pinned(transport: asyncio.BaseTransport, digest: str) -> bool:
     if not digest:
         return True
     tls = transport.get_extra_info("ssl_object")
-    shown = tls.getpeercert(binary_form=True) if tls is not None else None
-    return shown is not None and hmac.compare_digest(hashlib.sha256(shown).hexdigest(), digest)
+    return tls is not None and _is_of(tls.getpeercert(binary_form=True), digest)
+
+
+def get(address: str, path: str, *, headers: Mapping[str, str], timeout_s: float) -> bytes:
+    """What a gateway answers at its internal address, for callers without an event loop.
+
+    Raises: OSError, http.client.HTTPException; ConnectionError when it is another than the directory says, before
+    anything is sent.
+    """
+    place, digest = split(address)
+    server = urlsplit(place).netloc
+    with contextlib.closing(
+        http.client.HTTPSConnection(server, timeout=timeout_s, context=unchecked_context())
+        if digest
+        else http.client.HTTPConnection(server, timeout=timeout_s)
+    ) as connection:
+        connection.connect()
+        if digest and not _is_of(connection.sock.getpeercert(binary_form=True), digest):
+            raise ConnectionError(f"{place} has another certificate than the directory says")
+        connection.request("GET", path, headers=dict(headers))
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            raise ConnectionError(f"HTTP {response.status} {response.reason}")
+        return response.read()
+
+
+def _is_of(certificate: bytes | None, digest: str) -> bool:
+    return certificate is not None and hmac.compare_digest(hashlib.sha256(certificate).hexdigest(), digest)

@@ -19,8 +19,9 @@ from typing import Any
 
 from kervan.config.fleet import FleetConfig
 from kervan.config.profile import ENGINE_FILE, TRACE_FILE, ProfileAsk
-from kervan.direct_http import NO_RESPONSE, open_direct, reason
+from kervan.direct_http import NO_RESPONSE, reason
 from kervan.errors import EngineError, FleetError
+from kervan.fleet import pinned_tls
 from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry, Profile, ReplicaEntry, Snapshot
 from kervan.gateway import ranges
@@ -196,17 +197,12 @@ def _collect(place: str, timeout_s: float) -> tuple[str, bytes]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _ask_gateway(url: str, key: str, for_s: float, has_ranges: bool) -> bytes:
-    import urllib.request
-
-    where = f"{url}{ranges.PATH}?for_s={for_s}&has_ranges={int(has_ranges)}"
-    request = urllib.request.Request(where, headers={RELAY_HEADER.decode(): key})
+def _ask_gateway(address: str, key: str, for_s: float, has_ranges: bool) -> bytes:
+    path = f"{ranges.PATH}?for_s={for_s}&has_ranges={int(has_ranges)}"
     try:
-        with open_direct(request, timeout_s=for_s + 30) as response:
-            answer: bytes = response.read()
-            return answer
+        return pinned_tls.get(address, path, headers={RELAY_HEADER.decode(): key}, timeout_s=for_s + 30)
     except NO_RESPONSE as error:
-        raise EngineError(f"it does not answer at {url} ({reason(error)})") from error
+        raise EngineError(f"it does not answer at {pinned_tls.split(address)[0]} ({reason(error)})") from error
 
 
 def _spy(pid: int, for_s: float, with_children: bool) -> str:

@@ -40,6 +40,10 @@ class Peer:
         return f"https://127.0.0.1:{self._server.sockets[0].getsockname()[1]}#{digest}"
 
 
+def get(address: str) -> bytes:
+    return pinned_tls.get(address, "/x", headers={}, timeout_s=5.0)
+
+
 async def relayed(address: str) -> bytes:
     response = CollectedResponse()
     scope = {
@@ -57,6 +61,14 @@ async def test_a_gateway_is_asked_by_its_digest() -> None:
     async with Peer(pinned_tls.draw()) as peer:
         assert await relayed(peer.address(peer.own.digest)) == b"page"
         assert await page.fetch([peer.address(peer.own.digest)]) == ["page"]
+        assert await asyncio.to_thread(get, peer.address(peer.own.digest)) == b"page"
+
+
+async def test_without_a_loop_too_nothing_is_sent_to_another_gateway() -> None:
+    async with Peer(pinned_tls.draw()) as peer:
+        with pytest.raises(ConnectionError, match="another certificate"):
+            await asyncio.to_thread(get, peer.address("0" * 64))
+        assert not peer.heard
 
 
 async def test_one_with_another_certificate_gets_not_even_the_request() -> None:
