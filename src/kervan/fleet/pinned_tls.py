@@ -96,7 +96,9 @@ def get(address: str, path: str, *, headers: Mapping[str, str], timeout_s: float
         else http.client.HTTPConnection(server, timeout=timeout_s)
     ) as connection:
         connection.connect()
-        if digest and not _is_of(connection.sock.getpeercert(binary_form=True), digest):
+        if digest and not (
+            isinstance(connection.sock, ssl.SSLSocket) and _is_of(connection.sock.getpeercert(True), digest)
+        ):
             raise ConnectionError(f"{place} has another certificate than the directory says")
         connection.request("GET", path, headers=dict(headers))
         response = connection.getresponse()
