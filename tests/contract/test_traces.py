@@ -49,7 +49,7 @@ class TracedFleet:
             Gateway(
                 GatewayConfig(
                     gateway_id=f"gw-{number}", node="127.0.0.1", engine_argv=config.engine_argv, secret=SECRET,
-                    host="127.0.0.1", port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1", api_keys=(),
+                    host="127.0.0.1", port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1",
                     max_queued_streams=64, hold_timeout_s=30.0, stop_timeout_s=5.0, opens_when_attached=False,
                     is_twin=True, shared_port=False, fleet_name="traced", models=(), replay_s=0.0, replay_max_bytes=0,
                     remembered_requests=100, otlp=config.traces_url,

@@ -19,7 +19,7 @@ SECTIONS = {
     "--nodes-per-replica --gpus-per-replica --device --adds-nodes",
     "Autoscaling": "--policy --slo --schedule --time-zone",
     "Engine": "--engine-arg --env --engine --gpu --twin --preflight",
-    "Clients": "--host --port --shared-port --api-key --ingress",
+    "Clients": "--host --port --shared-port --api-keys --api-key --ingress",
     "Observe": "--log-format --otlp",
     "Fleet": "--config --name --address --yes --detach --json --help",
 }
@@ -59,7 +59,14 @@ SECTIONS = {
 @options.setting("--host")
 @options.setting("--port")
 @options.setting("--shared-port/--own-port", "shared_port")
-@click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
+@options.setting("--api-keys", "api_keys_file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    help="Key that clients must send; repeatable. Others see it in the process list: better KERVAN_API_KEY, or "
+    "KERVAN_API_KEYS=NAME:KEY,...",
+)
 @click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="A vLLM argument; repeatable.")
 @click.option(
     "--env", "env", multiple=True, metavar="KEY=VALUE", help="Environment variable of engines and gateways; repeatable."
@@ -183,6 +190,8 @@ def _settings(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         settings["name"] = name
     if keys := options.api_keys(given.pop("api_keys")):
         settings["api_keys"] = keys
+    if (keys_file := given.pop("api_keys_file")) is not None:
+        settings["api_keys_file"] = str(keys_file.expanduser().resolve())
     engine_args = options.engine_arguments(given.pop("engine_args"))
     env = dict(options.parse_assignment(text, "--env") for text in given.pop("env"))
     twin = dict(options.parse_assignment(text, "--twin") for text in given.pop("twin"))

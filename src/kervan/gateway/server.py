@@ -20,6 +20,7 @@ import uvicorn
 from yarl import URL
 
 from kervan import __version__, metrics
+from kervan.config.api_keys import OPEN, KeyTable
 from kervan.errors import ConfigError
 from kervan.fleet.admitted import Ticket
 from kervan.fleet.auth import is_proof, relay_key
@@ -34,9 +35,13 @@ from kervan.gateway import explain, openapi, page
 from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.connection import Connection
+from kervan.gateway.key_guard import KeyGuard
+from kervan.gateway.keys import KeyRing
 from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.merged_page import merge_pages
+from kervan.gateway.page import key_metrics
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
+from kervan.gateway.quotas import QUOTA_PATH, Quotas
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
 from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.remembered import RequestMemory
@@ -51,7 +56,8 @@ from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
 
-GIVEN_PATHS = (INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH, REQUESTS_PREFIX)  # to other gateways of the fleet
+# To other gateways of the fleet.
+GIVEN_PATHS = (INTERNAL_PREFIX, OWNER_PREFIX, ADAPTERS_PATH, REQUESTS_PREFIX, QUOTA_PATH)
 EXPLAIN_TIMEOUT_S = 2.0
 NODE = "node"  # in the place of a gateway's id
 LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
@@ -75,7 +81,6 @@ class GatewayConfig:
     """Where other gateways reach this one, at a free port."""
     public_host: str
     """Where clients reach it."""
-    api_keys: tuple[str, ...]
     max_queued_streams: int
     hold_timeout_s: float
     stop_timeout_s: float
@@ -89,6 +94,8 @@ class GatewayConfig:
     """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
     replay_s: float
     replay_max_bytes: int
+    keys: KeyTable = OPEN
+    """The API keys when it starts; later ones come with snapshots of the directory."""
     routes_by_prefix: bool = True
     remembered_requests: int = 0
     otlp: str = ""
@@ -148,8 +155,11 @@ class Gateway:
         self.requests: RequestMemory | None = None
         if config.remembered_requests or self.tracing is not None:
             self.requests = RequestMemory(config.remembered_requests, self.tracing)
+        self.keys = KeyRing(config.keys)
+        self.quotas = Quotas(config.gateway_id, self._gateways, key)
+        guard = KeyGuard(self.keys, self.quotas)
         self.shell = GatewayShell(
-            self, config.api_keys, streams=self.streams, answers=self.answers, peers=self.peers, requests=self.requests
+            self, guard, streams=self.streams, answers=self.answers, peers=self.peers, requests=self.requests
         )
         self.shared_port: SharedPort | None = None
         if config.shared_port:
@@ -238,7 +248,7 @@ class Gateway:
             self.peers.stored = StoredResponses(self.frontend.app, self.config.gateway_id)
             await self.adapters.begin(Adapters(self.frontend.app, self.config.gateway_id, self.adapters.tell))
             app = openapi.describing(
-                self.frontend.app, fleet_name=self.config.fleet_name, has_keys=bool(self.config.api_keys)
+                self.frontend.app, fleet_name=self.config.fleet_name, has_keys=not self.keys.is_open
             )
             self.shell.attach(app)
             if opens:
@@ -273,6 +283,7 @@ class Gateway:
         self.streams.close()
         self.peers.close()
         await self.adapters.close()
+        await self.quotas.close()
         if self.streams.store is not None:
             await self.streams.store.close()
         await self.fleet.close()
@@ -287,6 +298,9 @@ class Gateway:
         self._snapshot = snapshot
         self._heard_s = time.monotonic()
         self.adapters.update()
+        if snapshot.keys is not None:
+            self.keys.update(snapshot.keys)
+        self.quotas.update()
         self.fleet.num_gateways = max(1, len(snapshot.gateways))
         self.fleet.set_slo(snapshot.slo)
         self.fleet.set_members(members(snapshot))
@@ -309,10 +323,15 @@ class Gateway:
             moved=self.fleet.counts.moved,
             traffic=self.fleet.traffic(),
             demand=self._demand(),
+            usage=self.keys.usage(self._own_model()),
             models=self.frontend.model_names if self.frontend is not None else (),
             neighbours=self.shared_port.neighbours if self.shared_port is not None else (),
             copies_address=f"{_bracket(self.config.internal_host)}:{self._copies_port}" if self._copies_port else "",
         )
+
+    def _own_model(self) -> str:
+        """What the fleet serves, beside adapters."""
+        return self.model_name() if self.frontend is not None else next(iter(self.config.models), "")
 
     def _demand(self) -> DemandCounts:
         """What clients ask of it. Where there may be no replica, a gateway that is new asks for one itself."""
@@ -324,7 +343,7 @@ class Gateway:
     def _port_fleet(self) -> PortFleet:
         loaded = self.frontend.model_names if self.frontend is not None else ()
         models = tuple(dict.fromkeys([*self.config.models, *loaded]))
-        return PortFleet(self.config.fleet_name, models, bool(self.config.api_keys))
+        return PortFleet(self.config.fleet_name, models, not self.keys.is_open)
 
     # ---- what the shell asks
 
@@ -482,6 +501,12 @@ class Gateway:
             return
         if not is_known or app is None:
             await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
+        elif path == QUOTA_PATH:
+            if (told := await self.shell.read_body(scope, receive, send)) is not None:
+                try:
+                    await respond(send, 200, self.quotas.take(told))
+                except msgspec.DecodeError as error:
+                    await respond(send, 400, error_body(400, str(error)))
         elif path.startswith(INTERNAL_PREFIX):
             await self.streams.get_internal(app, scope, receive, send)
         elif path.startswith(OWNER_PREFIX):
@@ -517,6 +542,7 @@ class Gateway:
             metrics.REPLICAS_RETURNED: counts.returned_replicas,
             metrics.DIRECTORY_AGE: age_s,
             **self._of_replicas(),
+            **key_metrics(self.keys),
             **({} if self.streams.store is None else self.streams.store.metrics()),
         }
         has_vllm = self.frontend is not None

@@ -17,6 +17,7 @@ from kervan.fleet.vllm import arguments, versions
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
 from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
+from kervan.serve.directory.keys import read_file
 from kervan.serve.down import end_fleet
 from kervan.serve.ray_internals import HAPROXY_VARIABLE
 from kervan.serve.readiness import slowest_start, wait_until_ready
@@ -124,6 +125,7 @@ class Startup:
         is_here = self._address is None
         cluster.check_home()
         self.config = validate(self.config, is_here=is_here)
+        file_keys = read_file(self.config)
         if self.config.engine == "vllm" and (warning := versions.untested(arguments.installed_version())):
             self.progress(warning)
         if is_here and cluster.find_local_ray() is None:
@@ -154,7 +156,7 @@ class Startup:
         if config.ingress == "serve":
             _check_entry_is_free()
         config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
-        self._directory = create_directory(config, secrets.token_hex(16))
+        self._directory = create_directory(config, secrets.token_hex(16), file_keys)
         app.start_serve(config)
         self.progress(f"starting {plural(sum(awaited.values()), 'replica')} and {plural(config.gateways, 'gateway')}")
         app.deploy(app.build(config, nodes), config)
