@@ -164,7 +164,7 @@ class Quotas:
         elif counting is None:
             grant = self._take(message)
         else:
-            grant = self._take_share(message)
+            return self._take_share(message)
         known = self._known[name]
         known.levels, known.levels_s = grant.levels, time.monotonic()
         return grant
