@@ -11,6 +11,7 @@ from harness.toy_fleet import ToyCodec
 from prometheus_client.parser import text_string_to_metric_families
 
 from kervan import metrics
+from kervan.config.api_keys import table_of
 from kervan.config.workload import Slo
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import GatewayEntry, NodeEntry, ReplicaEntry, Scaling, Snapshot
@@ -65,6 +66,8 @@ async def test_a_gateway_exports_each_metric_as_it_is_described() -> None:
         is_twin=True, shared_port=False, fleet_name="f", models=(), replay_s=1.0, replay_max_bytes=1,
     )  # fmt: skip
     gateway = server.Gateway(config)
+    gateway.keys.update(table_of(("k",), None))
+    gateway.keys.refuse(None, "key")
     gateway.fleet = FleetClient(ToyCodec(), secret="s")
     gateway.streams.store = ReplicatedStore(
         gateway_id="gw-1", node="n", secret="s", engine_version="", replay_s=1.0, max_bytes=1

@@ -49,7 +49,9 @@ class Locked:
     def usage(self, *words: str) -> list[dict[str, Any]]:
         done = self.home.kervan("usage", "--name", self.fleet.name, "--json", *words)
         assert done.returncode == 0, done.stderr
-        told: list[dict[str, Any]] = next(value for value in json.loads(done.stdout).values() if isinstance(value, list))
+        told: list[dict[str, Any]] = next(
+            value for value in json.loads(done.stdout).values() if isinstance(value, list)
+        )
         return told
 
     def usage_of(self, name: str) -> dict[str, Any]:

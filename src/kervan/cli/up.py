@@ -10,6 +10,7 @@ import click
 from kervan import autogroups
 from kervan.cli import option_types, options, sigterm
 from kervan.config import fleet as fleets
+from kervan.config import key_file, reach
 from kervan.config.autoscale import POLICIES
 from kervan.config.fleet import SETTINGS
 from kervan.errors import ConfigError
@@ -110,8 +111,11 @@ def up(
     config = fleets.from_mapping(settings, source)
     for line in config.autoscaler.warnings if config.autoscaler is not None else ():
         say(line)
+    if config.api_keys_file and (unsafe := key_file.warning(Path(config.api_keys_file))):
+        say(unsafe)
     startup = Startup(config, address, say)
     status = startup.run()
+    say(reach.described(startup.config))
     if as_json:
         render.print_json(status.to_dict())
     else:
@@ -173,6 +177,8 @@ def _change(settings: dict[str, Any], source: str, address: str | None, *, is_co
         say(f"fleet {settings['name']!r} is up with these settings")
     for line in change.lines:
         say(line)
+    if any(line.startswith(("host", "api_keys")) for line in change.lines):
+        say(reach.described(change.after))
     if change.warning and not is_confirmed:
         raise FleetError(f"{change.warning}; add --yes to go on")
     status = fleet.apply(change)

@@ -4,8 +4,9 @@ A refusal comes before any work: 404 for a model as if there were none, 400 for 
 which it does. What is taken of a key's limits is held by a `Permit` while the request is worked on.
 """
 
+import contextlib
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from contextvars import Token
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +159,25 @@ class KeyGuard:
         """For a client that comes back to its stream: that has been let in, and goes on whatever the limits."""
         self.quotas.hold(account, 1)
         return Permit(self, account, tokens=0, streams=1, grant=None)
+
+    @contextlib.contextmanager
+    def charging(self, name: bytes) -> Iterator[None]:
+        """Within, streams are charged to the key of this name, for which another gateway holds what they need."""
+        account = self.keys.named(name.decode("latin-1"))
+        if account is None:
+            yield
+            return
+
+        def spent(model: str, usage: KeyUsage) -> None:
+            account.spent(model, usage)
+            used = usage.prompt_tokens + usage.generated_tokens
+            self.quotas.settle(account, requests=0, tokens=-used, streams=0)
+
+        token = current_charge.set(Charge(spent))
+        try:
+            yield
+        finally:
+            current_charge.reset(token)
 
     def _refuse(self, account: Account, refusal: KeyRefusal) -> KeyRefusal:
         self.keys.refuse(account, refusal.why)

@@ -93,6 +93,12 @@ class KeyRing:
             return None
         return self._by_digest.get(hashlib.sha256(key.strip()).digest())
 
+    def named(self, name: str) -> Account | None:
+        """The account of a name, as another gateway of the fleet tells it; None for one that is not known here yet."""
+        if name == self._anybody.name:
+            return self._anybody
+        return self._by_name.get(name) or self._revoked.get(name)
+
     def is_expired(self, account: Account) -> bool:
         """Whether the time of its key is over."""
         entry = account.entry

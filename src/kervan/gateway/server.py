@@ -43,7 +43,7 @@ from kervan.gateway.page import key_metrics
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
 from kervan.gateway.quotas import QUOTA_PATH, Quotas
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
-from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
+from kervan.gateway.relay import KEY_HEADER, MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.gateway.shared_port import SharedPort
@@ -508,9 +508,11 @@ class Gateway:
                 except msgspec.DecodeError as error:
                     await respond(send, 400, error_body(400, str(error)))
         elif path.startswith(INTERNAL_PREFIX):
-            await self.streams.get_internal(app, scope, receive, send)
+            with self.shell.guard.charging(header(scope, KEY_HEADER)):
+                await self.streams.get_internal(app, scope, receive, send)
         elif path.startswith(OWNER_PREFIX):
-            await self.peers.respond_as_owner(app, scope, receive, send)
+            with self.shell.guard.charging(header(scope, KEY_HEADER)):
+                await self.peers.respond_as_owner(app, scope, receive, send)
         elif (told := await self.shell.read_body(scope, receive, send)) is not None:
             try:
                 known = self.adapters.take(told)

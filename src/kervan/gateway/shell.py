@@ -27,6 +27,7 @@ from kervan.gateway.paths import WORK_PATHS, is_docs, makes_work
 from kervan.gateway.peers import Peers
 from kervan.gateway.quotas import Quotas
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
+from kervan.gateway.relay import KEY_OF_SCOPE
 from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.vendor import vllm_names
@@ -197,6 +198,7 @@ class GatewayShell:
         if account is None:
             await self._work(inner, scope, receive, send, body, client)
             return
+        scope = {**scope, KEY_OF_SCOPE: account.name}
         if path.startswith(STREAMS_PREFIX) and self._streams is not None:
             with self.guard.resume(account):
                 await self._streams.get(inner, scope, receive, send)

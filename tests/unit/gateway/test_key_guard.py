@@ -97,7 +97,9 @@ async def places(*entries: KeyEntry, count: int = 1) -> AsyncIterator[list[Place
 @asynccontextmanager
 async def client_of(place: Place, name: str | None) -> AsyncIterator[httpx.AsyncClient]:
     headers = {} if name is None else {"authorization": f"Bearer kv-{name}"}
-    async with httpx.AsyncClient(base_url=place.url, headers=headers, timeout=20, trust_env=False, verify=False) as http:
+    async with httpx.AsyncClient(
+        base_url=place.url, headers=headers, timeout=20, trust_env=False, verify=False
+    ) as http:
         yield http
 
 
@@ -304,7 +306,8 @@ async def test_who_counts_next_knows_what_was_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.0, "0ms"), (0.1234, "123ms"), (7.66, "7.66s"), (60, "1m0s"), (360, "6m0s"), (90.5, "1m30.5s")]
+    ("seconds", "text"),
+    [(0.0, "0ms"), (0.1234, "123ms"), (7.66, "7.66s"), (60, "1m0s"), (360, "6m0s"), (90.5, "1m30.5s")],
 )
 def test_durations_are_written_as_openais_clients_read_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text

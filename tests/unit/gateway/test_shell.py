@@ -11,7 +11,6 @@ import pytest
 import uvicorn
 from harness.gateway import View, guard_of
 
-from kervan.errors import ConfigError
 from kervan.gateway import GatewayShell, Shed
 from kervan.gateway.answers import OwnAnswer
 from kervan.gateway.asgi import Receive, Scope, Send, respond

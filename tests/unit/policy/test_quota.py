@@ -24,9 +24,7 @@ class Gateway:
     def settle(self, now_s: float, *, tokens: int = 0, streams: int = 1) -> Levels:
         self.number += 1
         self.held -= streams
-        return self.meter.settle(
-            self.name, now_s, requests=0, tokens=tokens, held=self.held, number=self.number
-        )
+        return self.meter.settle(self.name, now_s, requests=0, tokens=tokens, held=self.held, number=self.number)
 
 
 def test_a_minutes_worth_may_come_at_once_and_the_rest_comes_evenly() -> None:
@@ -72,9 +70,8 @@ def test_streams_of_all_gateways_count_together_until_they_end() -> None:
 
 def test_a_message_that_comes_late_takes_no_place_that_a_later_one_has_told_of() -> None:
     meter = KeyMeter.new(Limits(streams=2), 0.0)
-    late = dict(requests=1, tokens=0, streams=1, held=0, number=1)
     assert meter.ask("a", 0.0, requests=1, tokens=0, streams=1, held=1, number=2).is_granted  # knows of the first
-    assert meter.ask("a", 0.0, **late).is_granted
+    assert meter.ask("a", 0.0, requests=1, tokens=0, streams=1, held=0, number=1).is_granted
     assert meter.num_streams == 2
     meter.settle("a", 0.0, requests=0, tokens=0, held=0, number=4)
     meter.settle("a", 0.0, requests=0, tokens=0, held=1, number=3)
@@ -133,9 +130,9 @@ def test_tokens_owe_no_more_than_was_used_beyond_reservations(
 ) -> None:
     gateway = Gateway("a", KeyMeter.new(Limits(tokens_per_minute=limit), 0.0))
     now_s, beyond, used_in_all = 0.0, 0.0, 0.0
-    for wait_s, tokens, share in asked:
+    for wait_s, wanted, share in asked:
         now_s += wait_s
-        tokens = min(tokens, limit)
+        tokens = min(wanted, limit)
         if gateway.ask(now_s, tokens=tokens).is_granted:
             used = int(share * tokens)
             beyond += max(0, used - tokens)
