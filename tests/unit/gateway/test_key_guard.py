@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from harness.gateway import View, listening
+from harness.live import until
 
 from kervan.config.api_keys import KeyEntry, KeyTable, digest
 from kervan.fleet.directory import GatewayEntry
@@ -19,7 +20,7 @@ from kervan.gateway.asgi import Receive, Scope, Send, header, respond
 from kervan.gateway.key_guard import KeyGuard, duration
 from kervan.gateway.keys import KeyRing
 from kervan.gateway.quotas import QUOTA_PATH, Quotas
-from kervan.gateway.relay import RELAY_HEADER
+from kervan.gateway.relay import RELAY_HEADER, named_headers
 from kervan.policy.quota import Limits
 
 PROOF = b"of the fleet"
@@ -155,8 +156,7 @@ async def test_streams_at_once_are_limited_and_free_when_they_end() -> None:
         assert (await ask(http, n=3)).status_code == 400
         place.may_end.clear()
         running = [asyncio.create_task(ask(http)) for _ in range(2)]
-        while place.ring.accounts()[0].num_streams < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: place.ring.accounts()[0].num_streams == 2)
         refused = await ask(http)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         place.may_end.set()
@@ -168,12 +168,10 @@ async def test_a_client_that_leaves_frees_its_streams() -> None:
     async with places(key("web", streams=1)) as (place,), client_of(place, "web") as http:
         place.may_end.clear()
         running = asyncio.create_task(ask(http))
-        while place.ring.accounts()[0].num_streams < 1:
-            await asyncio.sleep(0.01)
+        await until(lambda: place.ring.accounts()[0].num_streams == 1)
         running.cancel()
         place.may_end.set()
-        while place.ring.accounts()[0].num_streams:
-            await asyncio.sleep(0.01)
+        await until(lambda: place.ring.accounts()[0].num_streams == 0)
         assert (await ask(http)).status_code == 200
 
 
@@ -260,17 +258,14 @@ async def test_streams_of_all_gateways_are_free_for_all_of_them_when_they_end() 
         for place in found:
             place.may_end.clear()
         running = [asyncio.create_task(ask(http)) for http in clients]
-        while any(place.ring.accounts()[0].num_streams < 1 for place in found):
-            await asyncio.sleep(0.01)
+        await until(lambda: all(place.ring.accounts()[0].num_streams == 1 for place in found))
         meter = next(place.quotas._meters["web"] for place in found if "web" in place.quotas._meters)
-        while meter.num_streams < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: meter.num_streams == 2)
         assert [(await ask(http)).status_code for http in clients] == [429, 429]
         for place in found:
             place.may_end.set()
         await asyncio.gather(*running)
-        while any(place.quotas._telling for place in found):
-            await asyncio.sleep(0.01)
+        await until(lambda: not any(place.quotas._telling for place in found))
         assert [(await ask(http)).status_code for http in clients] == [200, 200]
 
 
@@ -294,8 +289,7 @@ async def test_who_counts_next_knows_what_was_taken() -> None:
                 await ask(http)
             other.may_end.clear()
             running = asyncio.create_task(ask(http))
-            while counting.quotas._meters["web"].num_streams < 1:
-                await asyncio.sleep(0.01)
+            await until(lambda: counting.quotas._meters["web"].num_streams == 1)
             found.remove(counting)
             other.quotas.update()
             assert other.quotas._meters["web"].num_streams == 1
@@ -303,6 +297,29 @@ async def test_who_counts_next_knows_what_was_taken() -> None:
             assert (await running).status_code == 200
             assert [(await ask(http)).status_code for _ in range(3)] == [200, 429, 429]
             counting.url = counting.internal_url  # it is stopped by the block all the same
+
+
+async def test_what_another_gateway_holds_for_a_request_is_charged_where_its_streams_are() -> None:
+    async with places(key("web", tokens_per_minute=100)) as (place,), client_of(place, "web") as http:
+        for name in (b"web", b"(anybody)", b"nobody"):
+            with place.shell.guard.charging(name):
+                charge = current_charge.get()
+                if charge is not None:
+                    stream: Any = SimpleNamespace(
+                        request_id="a", model="", generated=[1] * 30, prompt_tokens=10, cached_tokens=0, num_replayed=0
+                    )
+                    charge.opened(stream)
+                    charge.ended(stream)
+        assert current_charge.get() is None
+        assert place.ring.usage("tiny")["web"]["tiny"] == KeyUsage(prompt_tokens=10, generated_tokens=30)
+        before = int(limits_of(await ask(http, max_tokens=1))["remaining-tokens"])
+        assert 30 < before < 60  # of 100, 40 were owed, and the request has reserved some
+
+
+async def test_a_client_cannot_say_whose_its_request_is() -> None:
+    scope = {"headers": [(b"x-kervan-key", b"root"), (b"a", b"b")]}
+    assert named_headers(scope) == [(b"a", b"b")]
+    assert named_headers({**scope, "kervan.key": "web"}) == [(b"a", b"b"), (b"x-kervan-key", b"web")]
 
 
 @pytest.mark.parametrize(
