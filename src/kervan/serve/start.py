@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
@@ -34,6 +35,8 @@ def validate(config: FleetConfig, *, is_here: bool = True) -> FleetConfig:
     Raises: ConfigError.
     """
     config = dataclasses.replace(config, model=models.resolve(config.model, is_here=is_here))
+    if config.api_keys_file:  # the directory follows it, and works elsewhere
+        config = dataclasses.replace(config, api_keys_file=str(Path(config.api_keys_file).expanduser().absolute()))
     arguments.check(config.engine_args)
     models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
     if config.engine == "twin":
