@@ -5,6 +5,7 @@ which it does. What is taken of a key's limits is held by a `Permit` while the r
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Awaitable, Iterator
 from contextvars import Token
@@ -131,11 +132,11 @@ class KeyGuard:
         if not (makes_work(path) or path.endswith(_OWN_SUFFIXES)):
             message = f"key {account.name} is for some models, and may not use {path}, which acts on the whole fleet"
             return self._refuse(account, KeyRefusal(403, "model", message))
-        model = _model(body)
-        name = default_model if model is None else model
-        if name is None or name in account.entry.models:
+        named = [default_model if model is None else model for model in _models(body)]
+        wrong = [name for name in named if name is not None and name not in account.entry.models]
+        if not wrong:
             return None
-        message = f"the model `{str(name)[:200]}` does not exist, or your key may not use it; see GET /v1/models"
+        message = f"the model `{str(wrong[0])[:200]}` does not exist, or your key may not use it; see GET /v1/models"
         return self._refuse(account, KeyRefusal(404, "model", message, "model"))
 
     async def admit(self, account: Account, path: str, body: bytes, size: RequestSize) -> Permit | KeyRefusal:
@@ -250,12 +251,17 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f}m{rest_s:g}s" if minutes else f"{rest_s:g}s"
 
 
-def _model(body: bytes) -> Any:
+def _models(body: bytes) -> list[Any]:
+    """All models that a body may be about, None where it names none: of JSON, or of a form."""
     try:
-        return _asked_decoder.decode(body).model
+        return [_asked_decoder.decode(body).model]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        found = _FORM_MODEL.search(body)
-        return None if found is None else found[1].strip().decode("latin-1")
+        pass
+    try:  # vLLM's parser takes more than the standard: NaN, UTF-16
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return [found.strip().decode("latin-1") for found in _FORM_MODEL.findall(body)] or [None]
+    return [value.get("model") if isinstance(value, dict) else None]
 
 
 def _max_output_tokens(path: str, body: bytes) -> int:

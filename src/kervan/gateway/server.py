@@ -500,14 +500,15 @@ class Gateway:
             told_of = self._explain_own(urllib.parse.unquote(path.removeprefix(REQUESTS_PREFIX)))
             await respond(send, 200 if told_of is not None else MISDIRECTED, told_of or b"")
             return
-        if not is_known or app is None:
-            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
-        elif path == QUOTA_PATH:
-            if (told := await self.shell.read_body(scope, receive, send)) is not None:
+        if is_known and path == QUOTA_PATH:  # also before vLLM's app is there
+            if (asked := await self.shell.read_body(scope, receive, send)) is not None:
                 try:
-                    await respond(send, 200, self.quotas.take(told))
+                    await respond(send, 200, self.quotas.take(asked))
                 except msgspec.DecodeError as error:
                     await respond(send, 400, error_body(400, str(error)))
+            return
+        if not is_known or app is None:
+            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
         elif path.startswith(INTERNAL_PREFIX):
             with self.shell.guard.charging(header(scope, KEY_HEADER)):
                 await self.streams.get_internal(app, scope, receive, send)

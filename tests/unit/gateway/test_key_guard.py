@@ -194,9 +194,13 @@ async def test_a_key_for_some_models_sees_and_has_these_alone() -> None:
         assert (await http.post("/tokenize", json={"model": "law"})).status_code == 404
         form = {"model": (None, "law"), "file": ("a.wav", b"0")}
         assert (await http.post("/v1/audio/transcriptions", files=form)).status_code == 404
+        two = {"model": (None, "sql"), "file": ("a.wav", b'name="model"\r\n\r\nlaw\r\n')}
+        assert (await http.post("/v1/audio/transcriptions", files=two)).status_code == 404
+        for odd in (b'{"model": "law", "top_p": NaN}', '{"model": "law"}'.encode("utf-16")):
+            assert (await http.post("/v1/completions", content=odd)).status_code == 404
         assert (await http.post("/v1/load_lora_adapter", json={"model": "sql"})).status_code == 403
         assert (await http.get("/v1/models/law")).status_code == 404
-        assert place.ring.accounts()[0].rejected["model"] == 6
+        assert place.ring.accounts()[0].rejected["model"] == 9
 
 
 async def test_keys_come_go_and_expire_while_the_gateway_runs() -> None:
