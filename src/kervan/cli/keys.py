@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kervan.cli import options
-from kervan.config.api_keys import MAX_LIMIT, KeyEntry, check_entry, check_keys, check_name, digest, new_key
+from kervan.config.api_keys import KeyEntry, check_entry, check_keys, check_name, digest, new_key
 from kervan.errors import ConfigError
 from kervan.units import parse_duration_s
 
@@ -55,14 +55,19 @@ class Models(click.ParamType):  # type: ignore[type-arg]
 
 def _limits(function: Any) -> Any:
     """The options that both `add` and `limit` have; None for those that are left out."""
-    count = click.IntRange(0, MAX_LIMIT)
+    count = click.IntRange(0)
     for option in reversed(
         (
             click.option(
-                "--requests-per-minute", type=count, help="Requests in a minute, evenly or at once. 0: no limit."
+                "--requests-per-minute",
+                type=count,
+                metavar="N",
+                help="Requests in a minute, evenly or at once. 0: no limit.",
             ),
-            click.option("--tokens-per-minute", type=count, help="Tokens of prompts and answers in a minute."),
-            click.option("--streams", type=count, help="Streams at once."),
+            click.option(
+                "--tokens-per-minute", type=count, metavar="N", help="Prompt and generated tokens in a minute."
+            ),
+            click.option("--streams", type=count, metavar="N", help="Streams at once."),
             click.option("--models", type=Models(), help="Models and adapters that it may use, or all."),
             click.option("--expires", type=Expiry(), help="From now, like 30d or 12h, or never."),
         )
@@ -175,6 +180,7 @@ def limit(name: str, path: Path | None, **limits: Any) -> None:
     with key_file.changing(path) as entries:
         place = _find(entries, name, path)
         entries[place] = _limited(entries[place], limits)
+        check_entry(entries[place], "NAME")
     click.echo(f"key {name} is changed in {path}", err=True)
 
 
