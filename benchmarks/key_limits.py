@@ -33,7 +33,7 @@ KEY = "kv-0"
 LIMITS = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "streams": 10**6}
 
 
-def table(num_keys: int, **limits: int) -> KeyTable:
+def table(num_keys: int, **limits: Any) -> KeyTable:
     entries = [KeyEntry(name=f"key{number}", digest=digest(f"kv-{number}"), **limits) for number in range(num_keys)]
     return KeyTable(tuple(entries), is_open=False)
 
