@@ -43,7 +43,7 @@ def config_of(model: str, port: int) -> GatewayConfig:
     fleet = FleetConfig(model=model, engine_args={"max_model_len": 2048})
     return GatewayConfig(
         gateway_id="gw-benchmark", node="127.0.0.1", engine_argv=fleet.engine_argv, secret=SECRET, host="127.0.0.1",
-        port=port, internal_host="127.0.0.1", public_host="127.0.0.1", api_keys=(), max_queued_streams=1024,
+        port=port, internal_host="127.0.0.1", public_host="127.0.0.1", max_queued_streams=1024,
         hold_timeout_s=30.0, stop_timeout_s=1.0, opens_when_attached=False, is_twin=True, shared_port=False,
         fleet_name="benchmark", models=(), replay_s=0.0, replay_max_bytes=0, remembered_requests=1000,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def fleet(otlp: str) -> FleetConfig:
 def config_of(name: str, of: FleetConfig) -> GatewayConfig:
     return GatewayConfig(
         gateway_id=name, node="127.0.0.1", engine_argv=of.engine_argv, secret=SECRET, host="127.0.0.1",
-        port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1", api_keys=(),
+        port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1",
         max_queued_streams=256, hold_timeout_s=30.0,
         stop_timeout_s=5.0, opens_when_attached=True, is_twin=True, shared_port=False, fleet_name="traced", models=(),
         replay_s=0.0, replay_max_bytes=0, remembered_requests=1000, otlp=of.traces_url,

@@ -285,6 +285,33 @@ GATEWAY_BUSY = Descriptor(
     "fleet",
 )
 
+# ---- API keys
+
+_ENDED = "counted when a stream ends."
+KEY_REQUESTS = Descriptor(
+    "kervan_key_requests_total",
+    "counter",
+    "Requests of an API key that were worked on, counted when they end. (anybody): where no key is needed.",
+    ("key",),
+)
+KEY_PROMPT_TOKENS = Descriptor(
+    "kervan_key_prompt_tokens_total", "counter", f"Prompt tokens of an API key, {_ENDED}", ("key",)
+)
+KEY_CACHED_TOKENS = Descriptor(
+    "kervan_key_cached_tokens_total", "counter", "Of its prompt tokens, those that were in a prefix cache.", ("key",)
+)
+KEY_GENERATED_TOKENS = Descriptor(
+    "kervan_key_generated_tokens_total", "counter", f"Tokens that were generated for an API key, {_ENDED}", ("key",)
+)
+KEY_STREAMS = Descriptor("kervan_key_streams", "gauge", "Streams that an API key has in flight.", ("key",))
+KEY_REJECTED = Descriptor(
+    "kervan_key_rejected_total",
+    "counter",
+    "Requests that were refused because of their API key. requests, tokens, streams: 429, its limit; too_large: 400, "
+    "above its limit; model: not one of its models; expired; key: none of the fleet's, counted for (unknown).",
+    ("key", "reason"),
+)
+
 # ---- streams that clients can come back to
 
 REPLAY_BYTES = Descriptor(
@@ -333,6 +360,9 @@ SECTIONS: dict[str, tuple[Descriptor, ...]] = {
         AUTOSCALING_PROBLEM, AUTOSCALING_CHANGED, COST,
     ),
     "Gateways": (GATEWAYS, GATEWAY_BEAT_AGE, GATEWAY_BUSY),
+    "API keys": (
+        KEY_REQUESTS, KEY_PROMPT_TOKENS, KEY_CACHED_TOKENS, KEY_GENERATED_TOKENS, KEY_STREAMS, KEY_REJECTED,
+    ),
     "Reconnecting clients": (REPLAY_BYTES, REPLAY_COPIED, REPLAY_LATE, REPLAY_DROPPED),
 }  # fmt: skip
 ALL: dict[str, Descriptor] = {metric.name: metric for metrics in SECTIONS.values() for metric in metrics}

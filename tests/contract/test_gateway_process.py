@@ -52,7 +52,6 @@ def config_of(models: Models, port: int, *, opens_when_attached: bool = False, *
         port=port,
         internal_host="127.0.0.1",
         public_host="127.0.0.1",
-        api_keys=(),
         max_queued_streams=64,
         hold_timeout_s=30.0,
         stop_timeout_s=30.0,

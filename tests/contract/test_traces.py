@@ -42,7 +42,7 @@ PROMPT, NUM_TOKENS, CRASH_AFTER = [7, 8, 9], 40, 20
 def gateway_config(name: str, fleet: FleetConfig, replay_s: float = 0.0) -> GatewayConfig:
     return GatewayConfig(
         gateway_id=name, node="127.0.0.1", engine_argv=fleet.engine_argv, secret=SECRET,
-        host="127.0.0.1", port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1", api_keys=(),
+        host="127.0.0.1", port=free_port(), internal_host="127.0.0.1", public_host="127.0.0.1",
         max_queued_streams=64, hold_timeout_s=30.0, stop_timeout_s=5.0, opens_when_attached=False,
         is_twin=fleet.engine == "twin", shared_port=False, fleet_name="traced", models=(), replay_s=replay_s,
         replay_max_bytes=1 << 24, remembered_requests=100, otlp=fleet.traces_url,

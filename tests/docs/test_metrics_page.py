@@ -11,6 +11,7 @@ from harness.toy_fleet import ToyCodec
 from prometheus_client.parser import text_string_to_metric_families
 
 from kervan import metrics
+from kervan.config.api_keys import table_of
 from kervan.config.workload import Slo
 from kervan.fleet.auth import Secrets
 from kervan.fleet.client import FleetClient
@@ -62,10 +63,12 @@ async def test_a_gateway_exports_each_metric_as_it_is_described() -> None:
     """Names, kinds, labels and help texts of all that a page has from kervan are those of the code, and none lacks."""
     config = server.GatewayConfig(
         gateway_id="gw-1", node="n", engine_argv=(), secret="s", host="h", port=1, internal_host="h", public_host="h",
-        api_keys=(), max_queued_streams=1, hold_timeout_s=1.0, stop_timeout_s=1.0, opens_when_attached=False,
+        max_queued_streams=1, hold_timeout_s=1.0, stop_timeout_s=1.0, opens_when_attached=False,
         is_twin=True, shared_port=False, fleet_name="f", models=(), replay_s=1.0, replay_max_bytes=1,
     )  # fmt: skip
     gateway = server.Gateway(config)
+    gateway.keys.update(table_of(("k",), None))
+    gateway.keys.refuse(None, "key")
     gateway.fleet = FleetClient(ToyCodec(), secret="s")
     gateway.streams.store = ReplicatedStore(
         gateway_id="gw-1", node="n", secrets=Secrets("s"), engine_version="", replay_s=1.0, max_bytes=1

@@ -320,6 +320,14 @@ def test_what_autogroups_cost_is_that_of_the_records() -> None:
         ], first
 
 
+def test_what_keys_cost_is_that_of_the_record() -> None:
+    ((record,), rows) = _table("keys.md", "keys")
+    told = {name: part for name, part in record.items() if isinstance(part, dict) and "cpu_us" in part}
+    assert rows == [
+        [name, f"{part['cpu_us']:.0f}", "{:.0f} to {:.0f}".format(*part["cpu_us_range"])] for name, part in told.items()
+    ]
+
+
 def test_versions_and_hardware_are_those_of_the_records() -> None:
     text = (REPOSITORY / "docs/performance.md").read_text()
     match = re.search(r"^<!-- versions: (.+?) -->\n(.+?)\n\n", text, re.M | re.S)

@@ -103,6 +103,7 @@ def _serve(connection: Connection, model: str, scratch: str) -> None:
 async def _run(connection: Connection, model: str, scratch: Path) -> None:
     from harness.live import until
     from harness.twin_bench import FAST, LIMITS, SECRET
+    from kervan.config.api_keys import table_of
     from kervan.config.fleet import FleetConfig
     from kervan.fleet.directory import ReplicaEntry, Snapshot
     from kervan.fleet.process import TWIN_ENGINE, EngineProcess
@@ -121,7 +122,7 @@ async def _run(connection: Connection, model: str, scratch: Path) -> None:
         port=0,
         internal_host="127.0.0.1",
         public_host="127.0.0.1",
-        api_keys=(KEY,),
+        keys=table_of((KEY,), None),
         max_queued_streams=64,
         hold_timeout_s=30.0,
         stop_timeout_s=0.0,

@@ -7,6 +7,7 @@ from typing import NoReturn
 import click
 
 from kervan import __version__
+from kervan.cli import secret_words
 from kervan.errors import ConfigError, KervanError
 
 COMMANDS = {
@@ -19,6 +20,8 @@ COMMANDS = {
     "scale": "Change the number of replicas or gateways.",
     "autoscale": "Show how the number of replicas is decided, or what another policy would do.",
     "rotate-keys": "Give a fleet another secret and other keys; its streams go on.",
+    "keys": "Add, list, limit and revoke API keys.",
+    "usage": "Show what each API key has used.",
     "explain": "Show where the time of one request went.",
     "profile": "Show where the time of a replica and of the gateways goes, and what the GPU waits for.",
     "observe": "Metrics, alerts and dashboards of fleets; counters of GPUs.",
@@ -76,15 +79,16 @@ def cli(debug: bool, log_format: str | None) -> None:
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 failed, 2 what was asked for is wrong, 130 Ctrl-C."""
     debug = "--debug" in sys.argv[1:]
+    secret_words.hide()
     try:
         cli.main(prog_name="kervan", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
     except click.UsageError as error:
-        from kervan.cli import usage
+        from kervan.cli import misuse
 
-        print(f"error: {usage.described(error, COMMANDS)}", file=sys.stderr)
+        print(f"error: {misuse.described(error, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)

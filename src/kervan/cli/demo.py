@@ -204,7 +204,9 @@ def _kervan(*args: str, must: bool = True) -> None:
         FleetError: it failed, and `must`.
     """
     command = [sys.executable, "-m", "kervan", *args]
-    env = {key: value for key, value in os.environ.items() if key != "KERVAN_API_KEY"}  # this fleet is open
+    env = {
+        key: value for key, value in os.environ.items() if key not in ("KERVAN_API_KEY", "KERVAN_API_KEYS")
+    }  # this fleet is open
     quiet = None if must else subprocess.DEVNULL
     with subprocess.Popen(command, env=env, start_new_session=True, stdout=quiet, stderr=quiet) as process:
         try:

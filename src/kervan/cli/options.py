@@ -6,8 +6,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
+from kervan.config import api_keys as keys
 from kervan.config.engine_arguments import parse_value
-from kervan.config.fleet import SETTINGS, check_api_keys
+from kervan.config.fleet import SETTINGS
 from kervan.errors import ConfigError
 from kervan.vendor.vllm_names import REPEATED_ARGUMENTS
 
@@ -129,25 +130,39 @@ KEY_VARIABLE = "KERVAN_API_KEY"
 
 
 def api_keys(given: Sequence[str]) -> tuple[str, ...]:
-    """The keys of `--api-key`, or without it that of KERVAN_API_KEY; none if neither is there.
+    """The keys of `--api-key`, as settings keep them, or without it those of KERVAN_API_KEYS and KERVAN_API_KEY.
 
-    A variable that is set and empty counts as given: whoever sets it wants a key.
+    None if none of them is there. A variable that is set and empty counts as given: whoever sets it wants a key.
 
     Raises: ConfigError for one that no client can send.
     """
     if given:
-        keys, source = tuple(given), "--api-key"
-    elif KEY_VARIABLE in os.environ:
-        keys, source = (os.environ[KEY_VARIABLE],), KEY_VARIABLE
-    else:
-        return ()
-    check_api_keys(keys, source)
-    return keys
+        keys.check_keys(given, "--api-key")
+        return keys.hashed(given)
+    return keys.stored(_keys_of_environment())
+
+
+def _keys_of_environment() -> dict[str, str]:
+    named: dict[str, str] = {}
+    if keys.VARIABLE in os.environ:
+        named = keys.named_keys(os.environ[keys.VARIABLE])
+    if KEY_VARIABLE in os.environ:
+        keys.check_keys([os.environ[KEY_VARIABLE]], KEY_VARIABLE)
+        if os.environ[KEY_VARIABLE] not in named.values():
+            named["default" if "default" not in named else "default-2"] = os.environ[KEY_VARIABLE]
+    return named
 
 
 def client_key(given: str | None) -> str | None:
-    """The key that a client sends, from the same places. Raises: as `api_keys`."""
-    return next(iter(api_keys(() if given is None else (given,))), None)
+    """The key that a client sends: that given, else KERVAN_API_KEY, else the first of KERVAN_API_KEYS.
+
+    Raises: as `api_keys`.
+    """
+    if given is not None:
+        keys.check_keys([given], "--api-key")
+        return given
+    named = _keys_of_environment()
+    return os.environ.get(KEY_VARIABLE) or next(iter(named.values()), None)
 
 
 def sectioned(sections: Mapping[str, str]) -> type[click.Command]:

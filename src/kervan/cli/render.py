@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kervan import logs
+from kervan.cli import options
 from kervan.errors import FleetError
 from kervan.facts.markets import ON_DEMAND
 from kervan.fleet.directory import GatewayEntry, ReplicaState, Snapshot
@@ -71,7 +71,7 @@ def print_partial_status(name: str, problem: FleetError, *, as_json: bool) -> No
     """What is known of a fleet beside the `problem`, if anything is, and what is not."""
     from kervan.serve.partial_status import partial_status
 
-    status = partial_status(name, problem, os.environ.get("KERVAN_API_KEY"))
+    status = partial_status(name, problem, options.client_key(None))
     if status.is_empty:
         return
     if as_json:
@@ -79,7 +79,7 @@ def print_partial_status(name: str, problem: FleetError, *, as_json: bool) -> No
         return
     from rich.text import Text
 
-    console = _console()
+    console = open_console()
     config = status.config
     settings = f"{config.model}  tp {config.tp}, pp {config.pp}" if config else "(settings not known)"
     console.print(Text.assemble((name, "bold"), f"  {status.url or '(no address known)'}  {settings}"))
@@ -99,7 +99,8 @@ def print_partial_status(name: str, problem: FleetError, *, as_json: bool) -> No
         console.print(f"not known: {line}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _console() -> "Console":
+def open_console() -> "Console":
+    """What tables are printed to: as wide as the terminal, and 160 columns elsewhere."""
     from rich.console import Console  # not with this module: most commands of scripts print JSON
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -109,7 +110,7 @@ def print_status(status: FleetStatus) -> None:
     """A fleet as a head line and two tables."""
     from rich.text import Text
 
-    console = _console()
+    console = open_console()
     config = status.config
     if config.pools:
         replicas = ", ".join(f"{pool} {bounds}" for pool, bounds in config.bounds.items())

@@ -10,6 +10,7 @@ import click
 from kervan import autogroups
 from kervan.cli import option_types, options, sigterm
 from kervan.config import fleet as fleets
+from kervan.config import key_file, reach
 from kervan.config.autoscale import POLICIES
 from kervan.config.fleet import SETTINGS
 from kervan.errors import ConfigError
@@ -19,7 +20,7 @@ SECTIONS = {
     "--nodes-per-replica --gpus-per-replica --device --adds-nodes",
     "Autoscaling": "--policy --slo --schedule --time-zone",
     "Engine": "--engine-arg --env --engine --gpu --twin --preflight",
-    "Clients": "--host --port --shared-port --api-key --tls-certificate --tls-key --tls-client-ca --ingress",
+    "Clients": "--host --port --shared-port --api-keys --api-key --tls-certificate --tls-key --tls-client-ca --ingress",
     "Observe": "--log-format --otlp",
     "Fleet": "--config --name --address --yes --detach --json --help",
 }
@@ -59,7 +60,14 @@ SECTIONS = {
 @options.setting("--host")
 @options.setting("--port")
 @options.setting("--shared-port/--own-port", "shared_port")
-@click.option("--api-key", "api_keys", multiple=True, help="Key that clients must send; repeatable, or KERVAN_API_KEY.")
+@options.setting("--api-keys", "api_keys_file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    help="Key that clients must send; repeatable. Others see it in the process list: better KERVAN_API_KEY, or "
+    "KERVAN_API_KEYS=NAME:KEY,...",
+)
 @options.setting("--tls-certificate", metavar="FILE")
 @options.setting("--tls-key", metavar="FILE")
 @options.setting("--tls-client-ca", metavar="FILE")
@@ -106,8 +114,11 @@ def up(
     config = fleets.from_mapping(settings, source)
     for line in config.autoscaler.warnings if config.autoscaler is not None else ():
         say(line)
+    if config.api_keys_file and (unsafe := key_file.warning(Path(config.api_keys_file))):
+        say(unsafe)
     startup = Startup(config, address, say)
     status = startup.run()
+    say(reach.described(startup.config))
     if as_json:
         render.print_json(status.to_dict())
     else:
@@ -169,6 +180,8 @@ def _change(settings: dict[str, Any], source: str, address: str | None, *, is_co
         say(f"fleet {settings['name']!r} is up with these settings")
     for line in change.lines:
         say(line)
+    if any(line.startswith(("host", "api_keys")) for line in change.lines):
+        say(reach.described(change.after))
     if change.warning and not is_confirmed:
         raise FleetError(f"{change.warning}; add --yes to go on")
     status = fleet.apply(change)
@@ -186,6 +199,8 @@ def _settings(path: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         settings["name"] = name
     if keys := options.api_keys(given.pop("api_keys")):
         settings["api_keys"] = keys
+    if (keys_file := given.pop("api_keys_file")) is not None:
+        settings["api_keys_file"] = str(keys_file.expanduser().resolve())
     engine_args = options.engine_arguments(given.pop("engine_args"))
     env = dict(options.parse_assignment(text, "--env") for text in given.pop("env"))
     twin = dict(options.parse_assignment(text, "--twin") for text in given.pop("twin"))

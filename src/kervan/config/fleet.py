@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
-from kervan.config import autoscale, engine_arguments
+from kervan.config import api_keys, autoscale, engine_arguments
 from kervan.config.autoscale import Autoscaling, PolicyName
 from kervan.config.workload import DEFAULT_SLO, Slo, parse_slo
 from kervan.errors import ConfigError
@@ -77,19 +77,6 @@ def _setting(default: Any, description: str, low: float | None = None, high: flo
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def check_api_keys(keys: Sequence[str], source: str) -> None:
-    """Raises: ConfigError for a key that no client can send as `Authorization: Bearer KEY`; it is not shown."""
-    for place, key in enumerate(keys, 1):
-        which = source if len(keys) == 1 else f"{source}: key {place} of {len(keys)}"
-        if not key.strip():
-            raise ConfigError(f"{which} is empty; give it a value, or leave it out")
-        if key != key.strip() or not all(" " <= letter <= "~" for letter in key):
-            raise ConfigError(
-                f"{which} begins or ends with white space, or has a line break or a character beyond ASCII, which "
-                "clients cannot send in the header Authorization; use letters, digits and punctuation"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +144,9 @@ class FleetConfig:
         "direct", "direct: clients connect to the gateways; serve: through HAProxy"
     )
     api_keys: tuple[str, ...] = _setting((), "Clients must send one of these keys; none: open to all")
+    api_keys_file: str = _setting(
+        "", "File of API keys with limits, which kervan keys writes; its changes are followed"
+    )
     tls_certificate: str = _setting(
         "", "PEM file on each node with a gateway, the server's certificate first; clients come over HTTPS then"
     )
@@ -222,7 +212,7 @@ class FleetConfig:
                 value = getattr(self, setting.name)
                 if not low <= value <= high:
                     raise ConfigError(f"{setting.name}={value} is outside {low}..{high}; give a value in that range")
-        check_api_keys(self.api_keys, "api_keys")
+        api_keys.check_keys(self.api_keys, "api_keys")
         self._check_environment()
         self._check_pools()
         self._check_scaling()
@@ -372,6 +362,11 @@ class FleetConfig:
         return self._resolve_scaling()
 
     @property
+    def has_keys(self) -> bool:
+        """Whether clients need an API key."""
+        return bool(self.api_keys or self.api_keys_file)
+
+    @property
     def kept_slo(self) -> Slo:
         """What counts as good in the fleet's metrics, whether or not a policy keeps it."""
         return parse_slo(self.slo or DEFAULT_SLO, "slo")
@@ -489,7 +484,8 @@ def from_mapping(settings: Mapping[str, Any], source: str) -> FleetConfig:
         values["replicas"] = sum(parse_bounds(*pool).minimum for pool in values["pools"].items())
     if not values.get("model"):
         raise ConfigError(f"{source} names no model; give MODEL, a Hugging Face id or a local directory")
-    return FleetConfig(**values)
+    config = FleetConfig(**values)
+    return dataclasses.replace(config, api_keys=api_keys.hashed(config.api_keys))  # the keys themselves go no further
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ from kervan.fleet.reconnect.replay import replay
 from kervan.fleet.stream import Stream
 from kervan.fleet.timeline import current_request
 from kervan.fleet.traffic import ClientCounts, QueueCause, TrafficMeter
+from kervan.fleet.usage import current_charge
 from kervan.policy import admission
 from kervan.policy.output_length import LengthEstimate
 from kervan.policy.prefill_speed import PrefillSpeed
@@ -255,6 +256,8 @@ class FleetClient:
             stream.record = record
             stream.timeline = record.open(stream.request_id, stream.prompt_tokens, stream.arrived_s)
         self.counts.started += 1
+        if (charge := current_charge.get()) is not None:
+            charge.opened(stream)
         has_turn = self._admitted.open(stream)
         attempt = current_attempt.get()
         if attempt is not None and attempt.begin():
@@ -269,6 +272,8 @@ class FleetClient:
 
     def _forgotten(self, stream: Stream) -> None:
         self._admitted.close(stream)
+        if stream.charge is not None:
+            stream.charge.ended(stream)
         self._place_next_soon()
 
     def _place_next_soon(self) -> None:
@@ -434,6 +439,7 @@ class FleetClient:
             )
         if not stream.generated:
             self.demand.first_token(stream)
+            stream.cached_tokens = cached_tokens or 0
         stream.began_s, stream.num_before = time.monotonic(), len(stream.generated)
         ttft_s = stream.began_s - stream.placed_s
         prefilled_tokens = stream.prompt_tokens + len(stream.generated)

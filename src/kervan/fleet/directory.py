@@ -9,10 +9,12 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import structs
 
+from kervan.config.api_keys import KeyTable
 from kervan.config.fault import Fault
 from kervan.config.profile import ProfileAsk
 from kervan.config.workload import Slo
 from kervan.fleet.events import EventCounts, FleetEvents
+from kervan.fleet.usage import UsageByKey
 
 EXPIRY_S = 10.0
 LATE_S = 2.5  # two beats, of a second each, have not come, nor half of the next period later
@@ -135,6 +137,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     `busy`: the share of the last second in which its loop ran, or waited for a core. `models`: names by which clients
     may ask it. `neighbours`: other fleets on its port to which it passes requests on. `copies_address`: where it takes
     copies of other gateways' journals, host:port. `beat_age_s`: as of a replica. `demand`: since its beat before.
+    `usage`: of API keys since its start; the directory adds it up, and lists it nowhere.
     """
 
     id: str
@@ -156,6 +159,7 @@ class GatewayEntry(msgspec.Struct, frozen=True):
     copies_address: str = ""
     beat_age_s: float = 0.0
     demand: DemandCounts | None = None
+    usage: UsageByKey = {}
 
     @property
     def lateness(self) -> str:
@@ -281,6 +285,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     `targets`: replicas that each pool is to have; `bounds`: the least and the most that it may. `slo`: what counts as
     good. `may_sleep`: the fleet may have no replica while nobody asks anything; the first request starts one.
     `events`: what has happened so far. `usd_per_h`: of the replicas that are there, by pool, where prices are known.
+    `keys`: for gateways alone, None: as they were; `keys_problem`: why they are not as their file has them.
     """
 
     version: int
@@ -296,6 +301,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     bounds: dict[str, tuple[int, int]] = {}
     events: EventCounts = EventCounts()
     usd_per_h: dict[str, float] = {}
+    keys: KeyTable | None = None
+    keys_problem: str = ""
 
 
 def as_told(snapshot: Snapshot) -> dict[str, Any]:
@@ -307,7 +314,9 @@ def as_told(snapshot: Snapshot) -> dict[str, Any]:
         for r in snapshot.replicas
     ]
     gateways = [
-        structs.replace(g, internal_url="", copies_address="", version="", log_path="", traffic={}, demand=None)
+        structs.replace(
+            g, internal_url="", copies_address="", version="", log_path="", traffic={}, demand=None, usage={}
+        )
         for g in snapshot.gateways
     ]
     told: dict[str, Any] = msgspec.to_builtins(

@@ -10,6 +10,7 @@ from kervan.policy.prefix import Spans
 
 if TYPE_CHECKING:
     from kervan.fleet.admitted import Ticket
+    from kervan.fleet.usage import Charge
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,9 @@ class Stream:
     `spans`: hashes of its prompt and of what it has generated, once they were asked for. Of its prompt at its present
     replica: `queued_tokens` are still to be computed, `expected_cached_tokens` are expected to be in the prefix cache,
     and `possible_cached_tokens` would be where the most of it is. `session`: the name of the one it belongs to, if any.
+
+    `charge`: who pays for it. `model`: an adapter's name, "" for the model itself. `cached_tokens`: of its prompt, at
+    its first replica. `num_replayed`: of its tokens, those that were generated before its client came back to it.
     """
 
     request_id: str
@@ -58,6 +62,10 @@ class Stream:
     replaying: asyncio.Task[None] | None = None
     ticket: "Ticket | None" = None
     session: str = ""
+    charge: "Charge | None" = None
+    model: str = ""
+    cached_tokens: int = 0
+    num_replayed: int = 0
     timeline: StreamTimeline | None = None  # of a request that is remembered
     record: RequestRecord | None = None  # that request
 

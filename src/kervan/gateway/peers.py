@@ -22,7 +22,7 @@ from kervan.fleet.vllm.stored_responses import StoredResponses, owner_id
 from kervan.gateway.answers import Answers, silence
 from kervan.gateway.asgi import ASGIApp, CollectedResponse, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.page import pinned
-from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError
+from kervan.gateway.relay import KEY_HEADER, MISDIRECTED, RELAY_HEADER, Relay, RelayFailedError, named_headers
 from kervan.vendor import vllm_names
 from kervan.vendor.vllm_names import RESPONSES_PATH
 
@@ -142,7 +142,7 @@ class Peers:
         if not is_here and path not in vllm_names.GATEWAYS_OWN_PATHS:
             await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the response is not here"))
             return
-        headers = [pair for pair in scope["headers"] if pair[0] not in (RELAY_HEADER, RESPONSE_HEADER)]
+        headers = [pair for pair in scope["headers"] if pair[0] not in (RELAY_HEADER, RESPONSE_HEADER, KEY_HEADER)]
         await app({**scope, "path": path, "raw_path": raw_path, "headers": headers}, receive, send)
 
 
@@ -152,7 +152,7 @@ def _to_owner(scope: Scope, *headers: tuple[bytes, bytes]) -> Scope:
         **scope,
         "path": OWNER_PREFIX + scope["path"],
         "raw_path": OWNER_PREFIX.encode() + scope["raw_path"],
-        "headers": [*(pair for pair in scope["headers"] if pair[0] != RESPONSE_HEADER), *headers],
+        "headers": [*(pair for pair in named_headers(scope) if pair[0] != RESPONSE_HEADER), *headers],
     }
 
 

@@ -92,6 +92,7 @@ class _Program:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._gateway.stop()
+        self._send(Beat(self._gateway.entry()))  # what was counted meanwhile
         return 0
 
     async def _start(self) -> bool:

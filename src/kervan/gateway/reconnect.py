@@ -34,7 +34,7 @@ from kervan.gateway.asgi import (
     replay,
     respond,
 )
-from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError
+from kervan.gateway.relay import MISDIRECTED, Relay, RelayFailedError, named_headers
 from kervan.gateway.remembered import REQUEST_ID_HEADER, TRACEPARENT, RequestMemory
 from kervan.vendor.vllm_names import CHAT_PATH, COMPLETIONS_PATH
 
@@ -220,7 +220,8 @@ class Streams:
         if not urls:
             return False
         path = INTERNAL_PREFIX + stream_id
-        forwarded = {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
+        headers = named_headers(scope)
+        forwarded = {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
         try:
             await self._relay.forward(urls, self._key, forwarded, b"", receive, send)
         except RelayFailedError:

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 # Proves to the internal port of a gateway that a gateway of its Ray cluster asks (`fleet.auth.relay_key`).
 RELAY_HEADER = b"x-kervan-relay"
 
+# Whose request is passed on, by the name of the API key; the other gateway counts what it costs.
+KEY_HEADER = b"x-kervan-key"
+KEY_OF_SCOPE = "kervan.key"  # the same name in the scope
+
 MISDIRECTED = 421  # the answer to a wrong key: another fleet's gateway got the address
 
 CONNECT_TIMEOUT_S = 2.0
@@ -39,6 +43,12 @@ _NOT_RETURNED = frozenset({b"connection", b"date", b"keep-alive", b"server", b"t
 def is_relayed(scope: Scope) -> bool:
     """Whether a request says that a gateway has passed it on. Only the internal port may ask."""
     return bool(header(scope, RELAY_HEADER))
+
+
+def named_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The headers of a request with whose it is, which a client cannot say itself."""
+    headers = [pair for pair in scope["headers"] if pair[0] != KEY_HEADER]
+    return [*headers, (KEY_HEADER, name.encode())] if (name := scope.get(KEY_OF_SCOPE)) else headers
 
 
 class RelayFailedError(Exception):

@@ -20,9 +20,9 @@ NULL = msgspec.Raw(b"null")
 TEXTS, LISTS, OBJECTS = b'"', b"[", b"{"
 INT64_MAX = 2**63 - 1
 # A field of a form, as RFC 7578 sends it.
-_FORM_FIELD = rb'name="?%s"?[^\r\n]*\r?\n(?:[^\r\n]+\r?\n)*\r?\n([^\r\n]*)'
-_FORM_N = re.compile(_FORM_FIELD % b"n")
-_FORM_BEAMS = re.compile(_FORM_FIELD % b"use_beam_search")
+FORM_FIELD = rb'name="?%s"?[^\r\n]*\r?\n(?:[^\r\n]+\r?\n)*\r?\n([^\r\n]*)'
+_FORM_N = re.compile(FORM_FIELD % b"n")
+_FORM_BEAMS = re.compile(FORM_FIELD % b"use_beam_search")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,11 @@ def _of_invocation(body: _Invocation) -> RequestSize:
 _Reader = tuple["msgspec.json.Decoder[Any]", Callable[[Any], RequestSize]]
 _CHAT: _Reader = (msgspec.json.Decoder(_Chat), _of_chat)
 _POOLED: _Reader = (msgspec.json.Decoder(_Pooled), _of_pooled)
+# Nothing is generated there.
+POOLED_PATHS = frozenset(
+    {"/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank",
+     "/v2/rerank", "/generative_scoring"}
+)  # fmt: skip
 _READERS: dict[str, _Reader] = {
     CHAT_PATH: _CHAT,
     CHAT_PATH + "/batch": (msgspec.json.Decoder(_Batch), _of_batch),
@@ -144,12 +149,7 @@ _READERS: dict[str, _Reader] = {
     "/inference/v1/generate": (msgspec.json.Decoder(_Tokens), _of_tokens),
     "/v1/systemone": (msgspec.json.Decoder(_Questions), _of_questions),
     "/invocations": (msgspec.json.Decoder(_Invocation), _of_invocation),
-    **dict.fromkeys(
-        ("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank"),
-        _POOLED,
-    ),
-    "/v2/rerank": _POOLED,
-    "/generative_scoring": _POOLED,
+    **dict.fromkeys(POOLED_PATHS, _POOLED),
 }
 _AUDIO_PREFIX = "/v1/audio/"
 _list_decoder = msgspec.json.Decoder(list[msgspec.Raw])

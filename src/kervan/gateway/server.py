@@ -21,6 +21,7 @@ import uvicorn
 from yarl import URL
 
 from kervan import __version__, metrics
+from kervan.config.api_keys import OPEN, KeyTable
 from kervan.errors import ConfigError
 from kervan.fleet import pinned_tls
 from kervan.fleet.admitted import Ticket
@@ -36,11 +37,15 @@ from kervan.gateway import explain, openapi, page, ranges
 from kervan.gateway.answers import Answers, OwnAnswer
 from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
 from kervan.gateway.connection import Connection
+from kervan.gateway.key_guard import KeyGuard
+from kervan.gateway.keys import KeyRing
 from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.merged_page import merge_pages
+from kervan.gateway.page import key_metrics
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
+from kervan.gateway.quotas import QUOTA_PATH, Quotas
 from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
-from kervan.gateway.relay import MISDIRECTED, RELAY_HEADER, is_relayed
+from kervan.gateway.relay import KEY_HEADER, MISDIRECTED, RELAY_HEADER, is_relayed
 from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.gateway.shared_port import SharedPort
@@ -60,6 +65,7 @@ GIVEN_PATHS = (
     ADAPTERS_PATH,
     REQUESTS_PREFIX,
     ranges.PATH,
+    QUOTA_PATH,
 )  # to other gateways of the fleet
 EXPLAIN_TIMEOUT_S = 2.0
 NODE = "node"  # in the place of a gateway's id
@@ -84,7 +90,6 @@ class GatewayConfig:
     """Where other gateways reach this one, at a free port."""
     public_host: str
     """Where clients reach it."""
-    api_keys: tuple[str, ...]
     max_queued_streams: int
     hold_timeout_s: float
     stop_timeout_s: float
@@ -98,6 +103,8 @@ class GatewayConfig:
     """The names in the fleet's settings, which with `fleet_name` tell it from others on the port."""
     replay_s: float
     replay_max_bytes: int
+    keys: KeyTable = OPEN
+    """The API keys when it starts; later ones come with snapshots of the directory."""
     secret_before: str = ""
     """Which other gateways and replicas may still prove themselves with, as `auth.Secrets` takes it."""
     encrypts: bool = True
@@ -117,7 +124,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises: ConfigError when someone else listens there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, asyncio sends each write at once (TCP_NODELAY); else a response of two waits 40 ms.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
@@ -167,8 +175,11 @@ class Gateway:
         self.requests: RequestMemory | None = None
         if config.remembered_requests or self.tracing is not None or config.log_format == "json":
             self.requests = self.streams.requests = RequestMemory(config.remembered_requests, self.tracing)
+        self.keys = KeyRing(config.keys)
+        self.quotas = Quotas(config.gateway_id, self._gateways, key)
+        guard = KeyGuard(self.keys, self.quotas)
         self.shell = GatewayShell(
-            self, config.api_keys, streams=self.streams, answers=self.answers, peers=self.peers, requests=self.requests
+            self, guard, streams=self.streams, answers=self.answers, peers=self.peers, requests=self.requests
         )
         self.shared_port: SharedPort | None = None
         if config.shared_port:
@@ -268,7 +279,7 @@ class Gateway:
             self.peers.stored = StoredResponses(self.frontend.app, self.config.gateway_id)
             await self.adapters.begin(Adapters(self.frontend.app, self.config.gateway_id, self.adapters.tell))
             app = openapi.describing(
-                self.frontend.app, fleet_name=self.config.fleet_name, has_keys=bool(self.config.api_keys)
+                self.frontend.app, fleet_name=self.config.fleet_name, has_keys=not self.keys.is_open
             )
             self.shell.attach(app)
             if opens:
@@ -306,6 +317,7 @@ class Gateway:
         self.streams.close()
         self.peers.close()
         await self.adapters.close()
+        await self.quotas.close()
         if self.streams.store is not None:
             await self.streams.store.close()
         await self.fleet.close()
@@ -320,6 +332,9 @@ class Gateway:
         self._snapshot = snapshot
         self._heard_s = time.monotonic()
         self.adapters.update()
+        if snapshot.keys is not None:
+            self.keys.update(snapshot.keys)
+        self.quotas.update()
         self.fleet.num_gateways = max(1, len(snapshot.gateways))
         self.fleet.set_slo(snapshot.slo)
         self.fleet.set_members(members(snapshot))
@@ -342,6 +357,7 @@ class Gateway:
             moved=self.fleet.counts.moved,
             traffic=self.fleet.traffic(),
             demand=self._demand(),
+            usage=self.keys.usage(self._own_model()),
             models=self.frontend.model_names if self.frontend is not None else (),
             neighbours=self.shared_port.neighbours if self.shared_port is not None else (),
             copies_address=self._inner_address(self._copies_port) if self._copies_port else "",
@@ -356,6 +372,10 @@ class Gateway:
         digest = f"#{self._certificate.digest}" if self._certificate is not None else ""
         return f"{scheme}{_bracket(self.config.internal_host)}:{port}{digest}"
 
+    def _own_model(self) -> str:
+        """What the fleet serves, beside adapters."""
+        return self.model_name() if self.frontend is not None else next(iter(self.config.models), "")
+
     def _demand(self) -> DemandCounts:
         """What clients ask of it. Where there may be no replica, a gateway that is new asks for one itself."""
         demand = self.fleet.take_demand()
@@ -366,7 +386,7 @@ class Gateway:
     def _port_fleet(self) -> PortFleet:
         loaded = self.frontend.model_names if self.frontend is not None else ()
         models = tuple(dict.fromkeys([*self.config.models, *loaded]))
-        return PortFleet(self.config.fleet_name, models, bool(self.config.api_keys))
+        return PortFleet(self.config.fleet_name, models, not self.keys.is_open)
 
     # ---- what the shell asks
 
@@ -535,15 +555,24 @@ class Gateway:
             told_of = self._explain_own(urllib.parse.unquote(path.removeprefix(REQUESTS_PREFIX)))
             await respond(send, 200 if told_of is not None else MISDIRECTED, told_of or b"")
             return
+        if is_known and path == QUOTA_PATH:  # also before vLLM's app is there
+            if (asked := await self.shell.read_body(scope, receive, send)) is not None:
+                try:
+                    await respond(send, 200, self.quotas.take(asked))
+                except msgspec.DecodeError as error:
+                    await respond(send, 400, error_body(400, str(error)))
+            return
         if is_known and path == ranges.PATH and self.frontend is not None:
             await self._record_ranges(scope, send)
             return
         if not is_known or app is None:
             await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
         elif path.startswith(INTERNAL_PREFIX):
-            await self.streams.get_internal(app, scope, receive, send)
+            with self.shell.guard.charging(header(scope, KEY_HEADER)):
+                await self.streams.get_internal(app, scope, receive, send)
         elif path.startswith(OWNER_PREFIX):
-            await self.peers.respond_as_owner(app, scope, receive, send)
+            with self.shell.guard.charging(header(scope, KEY_HEADER)):
+                await self.peers.respond_as_owner(app, scope, receive, send)
         elif (told := await self.shell.read_body(scope, receive, send)) is not None:
             try:
                 known = self.adapters.take(told)
@@ -595,6 +624,7 @@ class Gateway:
             metrics.REPLICAS_RETURNED: counts.returned_replicas,
             metrics.DIRECTORY_AGE: age_s,
             **self._of_replicas(),
+            **key_metrics(self.keys),
             **({} if self.streams.store is None else self.streams.store.metrics()),
         }
         has_vllm = self.frontend is not None

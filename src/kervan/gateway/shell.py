@@ -1,18 +1,16 @@
 """The ASGI shell around vLLM's OpenAI app: health, keys, body limits, admission, error bodies.
 
 A request passes, in this order: health and metrics pages (open) -> API key -> body read whole (size, deadline)
--> vLLM attached? -> admission -> vLLM. What the gateway answers itself, `kervan.gateway.answers` sends.
+-> vLLM attached? -> the key's models and limits -> admission -> vLLM. What the gateway answers itself,
+`kervan.gateway.answers` sends.
 A streamed chunk costs one plain call here, and something only in a fleet that keeps streams for clients that come back
 (`kervan.gateway.reconnect`).
 """
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,12 +18,16 @@ from urllib.parse import unquote
 
 import msgspec
 
-from kervan.errors import ConfigError
 from kervan.gateway import request_size, session_hint, simple
 from kervan.gateway.answers import BODY_METHODS, Answers
-from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, header, replay
+from kervan.gateway.asgi import ASGIApp, CollectedResponse, Receive, Scope, Send, header, replay
+from kervan.gateway.key_guard import KeyGuard, KeyRefusal, models_of, unknown_model
+from kervan.gateway.keys import Account, KeyRing
+from kervan.gateway.paths import WORK_PATHS, is_docs, makes_work
 from kervan.gateway.peers import Peers
+from kervan.gateway.quotas import Quotas
 from kervan.gateway.reconnect import STREAMS_PREFIX, Streams, with_id
+from kervan.gateway.relay import KEY_OF_SCOPE
 from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.vendor import vllm_names
@@ -42,7 +44,6 @@ REQUESTS_PREFIX = "/kervan/requests/"  # before a request's id
 SIMPLE_PATHS = {"/generate": simple.generate, "/chat": simple.chat}
 PAGE_METHODS = ("GET", "HEAD")
 
-WORK_PATHS = vllm_names.WORK_PATHS | SIMPLE_PATHS.keys()
 # A body with fewer cannot nest deeply enough to exhaust a JSON parser, whose limit is about 1,000 levels.
 PLAIN_BRACKETS = 500
 # vLLM 0.24 answers 500 to a body that is JSON but no object; 0.32 answers 400.
@@ -88,16 +89,14 @@ class GatewayView(Protocol):
 class GatewayShell:
     """ASGI app in front of vLLM's; serves health pages before `attach`, and 503 for the rest.
 
-    The lifespan protocol ends here: vLLM's app never sees it. `streams` gives answers their ids.
-
-    Raises:
-        ConfigError: an API key is empty.
+    The lifespan protocol ends here: vLLM's app never sees it. `streams` gives answers their ids; `guard` knows the API
+    keys, without it none is needed.
     """
 
     def __init__(
         self,
         view: GatewayView,
-        api_keys: Sequence[str] = (),
+        guard: KeyGuard | None = None,
         max_body_bytes: int = 8 * MIB,
         body_timeout_s: float = 30.0,
         streams: Streams | None = None,
@@ -105,9 +104,6 @@ class GatewayShell:
         peers: Peers | None = None,
         requests: RequestMemory | None = None,
     ) -> None:
-        for place, key in enumerate(api_keys, 1):
-            if not key.strip():
-                raise ConfigError(f"API key {place} of {len(api_keys)} is empty; leave it out, or give it a value")
         self.view = view
         self.inner: ASGIApp | None = None
         self.max_body_bytes = max_body_bytes
@@ -117,7 +113,7 @@ class GatewayShell:
         self._peers = peers
         self._requests = requests
         self._deadlines = _Deadlines(body_timeout_s)
-        self._key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self.guard = guard or KeyGuard(KeyRing(), Quotas("", tuple, b""))
 
     async def _refuse_shed(self, scope: Scope, send: Send, shed: Shed, size: RequestSize) -> None:
         if shed.retry_after_s is not None:
@@ -155,10 +151,10 @@ class GatewayShell:
         allowed = _own_methods(path)
         is_page = path in OPEN_PATHS or _asks_one_gateway(path)
         is_open = method == "OPTIONS" or is_page or (method in PAGE_METHODS and is_docs(path))
-        if not is_open and self._key_digests and not self._has_key(scope):
-            message = "no valid API key; send the header 'Authorization: Bearer KEY'"
+        account = None if is_open else self._account(scope)
+        if isinstance(account, str):
             scheme = [(b"www-authenticate", b"Bearer")]
-            await self.answers.refuse(scope, receive, send, 401, message, headers=scheme)
+            await self.answers.refuse(scope, receive, send, 401, account, headers=scheme)
         elif allowed is not None and method not in allowed:  # a CORS preflight never comes as far as this answer
             await self.answers.refuse_method(scope, receive, send, ", ".join(allowed))
         elif is_page or path == STATUS_PATH or path.startswith(REQUESTS_PREFIX):
@@ -166,11 +162,26 @@ class GatewayShell:
         else:
             self.view.stream_opened()
             try:
-                await self._forward(path, method, scope, receive, send)
+                await self._forward(path, method, scope, receive, send, account)
             finally:
                 self.view.stream_closed()
 
-    async def _forward(self, path: str, method: str, scope: Scope, receive: Receive, send: Send) -> None:
+    def _account(self, scope: Scope) -> Account | str:
+        """Whose request it is, or why it may not enter."""
+        keys = self.guard.keys
+        account = keys.find(scope)
+        if account is None:
+            keys.refuse(None, "key")
+            return "no valid API key; send the header 'Authorization: Bearer KEY'"
+        if keys.is_expired(account):
+            keys.refuse(account, "expired")
+            return f"API key {account.name} has expired; ask for a new one"
+        return account
+
+    async def _forward(
+        self, path: str, method: str, scope: Scope, receive: Receive, send: Send, account: Account | None
+    ) -> None:
+        """To vLLM's app, if the fleet and the key have room for it. `account`: None for what is open to all."""
         body, client = b"", receive
         received_s = time.monotonic()
         if method in BODY_METHODS:
@@ -184,23 +195,61 @@ class GatewayShell:
             reason = self._not_ready() or "the gateway is starting"
             await self.answers.unavailable(scope, send, reason, RETRY_NOT_READY_S)
             return
+        if account is None:
+            await self._work(inner, scope, receive, send, body, client)
+            return
+        scope = {**scope, KEY_OF_SCOPE: account.name}
         if path.startswith(STREAMS_PREFIX) and self._streams is not None:
-            await self._streams.get(inner, scope, receive, send)
+            with self.guard.resume(account):
+                await self._streams.get(inner, scope, receive, send)
+            return
+        if method in BODY_METHODS:
+            refusal = self.guard.check_model(account, path, body, self.view.model_name())
+            if refusal is not None:
+                await self._refuse_key(scope, send, refusal)
+                return
+        elif account.entry is not None and account.entry.models and path.startswith(vllm_names.MODELS_PATH):
+            await self._models(inner, scope, receive, send, account.entry.models)
             return
         if method != "POST" or not makes_work(path):
             await self._work(inner, scope, receive, send, body, client)
             return
         size = request_size.read(path, body)
-        room = self.view.admit(size, session_hint.read(scope, body))
-        if isinstance(room, Shed):
-            await self._refuse_shed(scope, send, room, size)
+        permit = await self.guard.admit(account, path, body, size)
+        if isinstance(permit, KeyRefusal):
+            await self._refuse_key(scope, send, permit)
             return
-        if self._requests is None:
-            with room:
-                await self._work(inner, scope, receive, send, body, client)
+        send = permit.named(send)
+        with permit:
+            room = self.view.admit(size, session_hint.read(scope, body))
+            if isinstance(room, Shed):
+                permit.shed()
+                await self._refuse_shed(scope, send, room, size)
+                return
+            if self._requests is None:
+                with room:
+                    await self._work(inner, scope, receive, send, body, client)
+                return
+            with room, self._requests.begin(scope, received_s) as remembering:
+                await self._work(inner, remembering.scope, receive, send, body, client)
+
+    async def _refuse_key(self, scope: Scope, send: Send, refusal: KeyRefusal) -> None:
+        await self.answers.error(scope, send, refusal.status, refusal.message, refusal.param, refusal.headers)
+
+    async def _models(
+        self, inner: ASGIApp, scope: Scope, receive: Receive, send: Send, models: tuple[str, ...]
+    ) -> None:
+        """GET /v1/models, and of one model, for a key that may use `models` alone."""
+        path = scope["path"]
+        if path.startswith(vllm_names.MODELS_PATH + "/"):
+            if path.removeprefix(vllm_names.MODELS_PATH + "/") in models:
+                await inner(scope, receive, send)
+            else:
+                await self.answers.respond(scope, send, 404, unknown_model(path))
             return
-        with room, self._requests.begin(scope, received_s) as remembering:
-            await self._work(inner, remembering.scope, receive, send, body, client)
+        response = CollectedResponse()
+        await inner(scope, receive, response.send)
+        await response.forward(send, models_of(response, models))
 
     async def _work(
         self, inner: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes, client: Receive
@@ -264,17 +313,6 @@ class GatewayShell:
             return "vLLM's app is still being built"
         return reason
 
-    def _has_key(self, scope: Scope) -> bool:
-        scheme, _, key = header(scope, b"authorization").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        # Digests have one length and every key is compared: the time says nothing about which key, or how much of it.
-        digest = hashlib.sha256(key.strip()).digest()
-        is_known = False
-        for expected in self._key_digests:
-            is_known |= hmac.compare_digest(digest, expected)
-        return is_known
-
     async def read_body(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
         """The whole body; None when the client left or has been refused (413, 408)."""
         limit = self.max_body_bytes
@@ -314,19 +352,37 @@ class GatewayShell:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Before the handshake a close is answered with HTTP 403. Code 1008: policy; 1013: try again later.
-        if self._key_digests and not self._has_key(scope):
-            await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key"})
+        account = self._account(scope)
+        if isinstance(account, str):
+            await _close(send, 1008, "no valid API key")
             return
-        room = self.view.admit(RequestSize()) if self.inner is not None else None
-        if self.inner is None or room is None or isinstance(room, Shed):
-            await send({"type": "websocket.close", "code": 1013, "reason": "the fleet accepts no requests now"})
+        if account.entry is not None and account.entry.models:
+            self.guard.keys.refuse(account, "model")
+            await _close(send, 1008, "the key is for some models, and a websocket names its model too late")
             return
-        self.view.stream_opened()
-        try:
-            with room:
-                await self.inner(scope, receive, send)
-        finally:
-            self.view.stream_closed()
+        if self.inner is None:
+            await _close(send, 1013, "the fleet accepts no requests now")
+            return
+        permit = await self.guard.admit(account, scope["path"], b"", RequestSize())
+        if isinstance(permit, KeyRefusal):
+            await _close(send, 1013, permit.message[:120])
+            return
+        with permit:
+            room = self.view.admit(RequestSize())
+            if isinstance(room, Shed):
+                permit.shed()
+                await _close(send, 1013, "the fleet accepts no requests now")
+                return
+            self.view.stream_opened()
+            try:
+                with room:
+                    await self.inner(scope, receive, send)
+            finally:
+                self.view.stream_closed()
+
+
+async def _close(send: Send, code: int, reason: str) -> None:
+    await send({"type": "websocket.close", "code": code, "reason": reason})
 
 
 class _Deadlines:
@@ -366,20 +422,6 @@ class _Deadlines:
                 return
             del self._due[task]
             task.cancel()
-
-
-def makes_work(path: str) -> bool:
-    """Whether a POST there needs a replica, so that admission decides on it.
-
-    Cancelling, rendering and counting must stay possible in a full fleet.
-    """
-    is_idle = path.endswith(vllm_names.IDLE_SUFFIXES)
-    return path in WORK_PATHS or (path.startswith(vllm_names.WORK_PREFIXES) and not is_idle)
-
-
-def is_docs(path: str) -> bool:
-    """Whether it is a part of the API's description, which anybody may read; calls from it need a key."""
-    return path in vllm_names.DOCS_PATHS or path.startswith(vllm_names.DOCS_FILES)
 
 
 def _own_methods(path: str) -> tuple[str, ...] | None:

@@ -12,6 +12,7 @@ from kervan.facts import model as models
 from kervan.facts.markets import ON_DEMAND
 from kervan.serve import cluster, placement, pools
 from kervan.serve.attach import attach
+from kervan.serve.directory.keys import StoredKeys, read_file
 from kervan.serve.readiness import wait_until_ready
 from kervan.serve.start import check_port, num_gateways, validate
 from kervan.serve.status import FleetStatus
@@ -30,13 +31,17 @@ HIDDEN = frozenset({"api_keys"})  # told as changed, without the values
 
 @dataclass(frozen=True, slots=True)
 class FleetChange:
-    """A change of a running fleet. `lines`: what differs. `warning`: what it costs, if there is a choice."""
+    """A change of a running fleet. `lines`: what differs. `warning`: what it costs, if there is a choice.
+
+    `file_keys`: what the file of API keys has, if the settings name one.
+    """
 
     before: FleetConfig
     after: FleetConfig
     surges: bool
     lines: tuple[str, ...]
     warning: str = ""
+    file_keys: StoredKeys | None = None
 
 
 class RunningFleet:
@@ -81,7 +86,9 @@ class RunningFleet:
         if not surges:
             warnings.append(_cost_without_room(before, after, number, placement.demand(after, nodes)))
         differences = _differences(json.loads(before.to_json()), json.loads(after.to_json()))
-        return FleetChange(before, after, surges, tuple(differences), "; ".join(warnings))
+        # Another machine need not have the file of a fleet's keys.
+        file_keys = read_file(after) if settings.get("api_keys_file") else None
+        return FleetChange(before, after, surges, tuple(differences), "; ".join(warnings), file_keys)
 
     def apply(self, change: FleetChange) -> FleetStatus:
         """Carry it out; returns when all new replicas and gateways are ready and the old ones are gone.
@@ -96,7 +103,7 @@ class RunningFleet:
         room = pools.placeable(change.after, cluster.nodes_for(change.after), pools.held(snapshot))
         built = app.build(change.after, nodes, surges=change.surges)  # before anybody is told: Serve may refuse it
         app.check_controller()
-        self._directory.set_config(change.after).result()
+        self._directory.set_config(change.after, change.file_keys).result()
         try:
             app.deploy(built, change.after)
             status = wait_until_ready(

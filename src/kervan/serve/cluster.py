@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 HTTP2_SETTINGS = 4
 SET_KERVAN_HOME = "set KERVAN_HOME to a directory that you can write to"
 HAPROXY_DRAINING_S = "5"  # HAProxy hears of what leaves in about a second
+KEY_VARIABLES = ("KERVAN_API_KEY", "KERVAN_API_KEYS", "KERVAN_NEW_KEY")
 NODES_UNKNOWN = "Ray did not list the nodes of the cluster"
 
 
@@ -186,7 +187,7 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
         stderr=log,
         text=True,
         start_new_session=True,
-        env={**os.environ, **ray_environment(token, has_haproxy=has_haproxy)},
+        env={**without_keys(os.environ), **ray_environment(token, has_haproxy=has_haproxy)},
     )
     log.close()
     try:
@@ -204,6 +205,11 @@ def _start_local_ray(*, has_haproxy: bool) -> StartingRay:
         shutil.rmtree(temp_dir, ignore_errors=True)
         raise
     return StartingRay(local, process)
+
+
+def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without API keys: who starts a fleet has them, and what runs in it needs digests alone."""
+    return {name: value for name, value in environment.items() if name not in KEY_VARIABLES}
 
 
 def ray_environment(token: str, *, has_haproxy: bool = False) -> dict[str, str]:

@@ -13,6 +13,7 @@ import msgspec
 import ray
 
 from kervan import logs
+from kervan.config.api_keys import KeyTable
 from kervan.config.fleet import FleetConfig
 from kervan.errors import ConfigError, FleetError
 from kervan.facts import weight_files
@@ -55,7 +56,7 @@ def gpu_kind(resources: Iterable[str]) -> str:
 
 
 def _gateway_config(
-    config: FleetConfig, gateway_id: str, secrets: Sequence[str], others: Sequence[GatewayEntry]
+    config: FleetConfig, gateway_id: str, secrets: Sequence[str], keys: KeyTable, others: Sequence[GatewayEntry]
 ) -> GatewayConfig:
     """The settings of a gateway on this node. `others`: the gateways that are on its port already."""
     node = ray.util.get_node_ip_address()
@@ -71,7 +72,7 @@ def _gateway_config(
         port=config.port,
         internal_host=node,
         public_host=node if config.host in ANY_HOSTS else config.host,
-        api_keys=config.api_keys,
+        keys=keys,
         max_queued_streams=config.max_queued_streams,
         hold_timeout_s=config.hold_timeout_s,
         routes_by_prefix=config.routing == "prefix",
@@ -121,10 +122,11 @@ class _GatewayActor:
             await self._directory.report_failure(self._failure(GatewayFailed("ConfigError", missing)))
             raise ConfigError(missing)
         _, *secrets = await self._directory.fleet()
+        keys = await self._directory.keys()
         others = (await self._directory.snapshot()).gateways
         neighbours = await asyncio.to_thread(self._neighbourhood.look) if self._config.shared_port else []
         others += [gateway for neighbour in neighbours for gateway in neighbour.gateways]
-        return _gateway_config(self._config, self._id, secrets, others), neighbours
+        return _gateway_config(self._config, self._id, secrets, keys, others), neighbours
 
     async def _follow(self, on_change: Callable[[Snapshot], None]) -> None:
         """Hand on the directory's changes; a directory that is away changes nothing."""
@@ -138,6 +140,11 @@ class _GatewayActor:
 
     def _failure(self, failed: GatewayFailed) -> StartFailure:
         return StartFailure(self._id, failed.kind, failed.message, str(self._log_path))
+
+    async def _tell_usage(self, last: GatewayEntry) -> None:
+        """What was counted after the last beat."""
+        with contextlib.suppress(FleetError):
+            await self._directory.tell_usage(self._id, last.usage).within(REPORT_TIMEOUT_S)
 
     async def _leave(self) -> None:
         self._is_stopping = True
@@ -206,6 +213,8 @@ class GatewayReplica(_GatewayActor):
             return
         await self._leave()
         await self._process.stop()
+        if (entry := self._process.entry) is not None:
+            await self._tell_usage(entry)
 
 
 def _has_gpus() -> bool:
@@ -256,3 +265,4 @@ class IngressGatewayReplica(_GatewayActor):
             return
         await self._leave()
         await self._gateway.stop()
+        await self._tell_usage(self._gateway.entry())

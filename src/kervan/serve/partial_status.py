@@ -110,7 +110,7 @@ def _ask_gateway(status: PartialStatus, api_key: str | None) -> None:
     if not status.url:
         status.unknown.append("no gateway was asked: the address of none is known here")
         return
-    key = api_key or (status.config.api_keys[0] if status.config and status.config.api_keys else "")
+    key = api_key or ""
     request = urllib.request.Request(
         f"{status.url}{STATUS_PATH}?fleet={status.name}", headers={"Authorization": f"Bearer {key}"} if key else {}
     )

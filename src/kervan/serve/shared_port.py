@@ -155,7 +155,7 @@ class Neighbourhood:
         key, gateways = relay_key(secret), tuple(snapshot.gateways)
         if not gateways and before is not None and before.relay_key == key:
             gateways = before.gateways  # a directory that Ray has restarted knows none before the next beats
-        self._neighbours[other.name] = Neighbour(other.name, served_names(other), bool(other.api_keys), key, gateways)
+        self._neighbours[other.name] = Neighbour(other.name, served_names(other), other.has_keys, key, gateways)
 
     def listed(self) -> list[Neighbour]:
         """The other fleets as they are known, by name."""

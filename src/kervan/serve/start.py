@@ -19,6 +19,7 @@ from kervan.gateway.tls import TlsFiles, context_of, files_of
 from kervan.notices import settings as notices
 from kervan.serve import cluster, placement, pools
 from kervan.serve.directory.client import DirectoryClient, find_directory, fleet_names
+from kervan.serve.directory.keys import read_file
 from kervan.serve.down import end_fleet
 from kervan.serve.ray_internals import HAPROXY_VARIABLE
 from kervan.serve.readiness import slowest_start, wait_until_ready
@@ -35,6 +36,8 @@ def validate(config: FleetConfig, *, is_here: bool = True) -> FleetConfig:
     Raises: ConfigError.
     """
     config = dataclasses.replace(config, model=models.resolve(config.model, is_here=is_here))
+    if config.api_keys_file:  # the directory follows it, and works elsewhere
+        config = dataclasses.replace(config, api_keys_file=str(Path(config.api_keys_file).expanduser().absolute()))
     arguments.check(config.engine_args)
     models.check_layout(models.read_config(config.model), tp=config.tp, pp=config.pp, ep=config.ep)
     if config.engine == "twin":
@@ -141,6 +144,7 @@ class Startup:
         is_here = self._address is None
         cluster.check_home()
         self.config = validate(self.config, is_here=is_here)
+        file_keys = read_file(self.config)
         if self.config.engine == "vllm" and (warning := versions.untested(arguments.installed_version())):
             self.progress(warning)
         if is_here and cluster.find_local_ray() is None:
@@ -171,7 +175,7 @@ class Startup:
         if config.ingress == "serve":
             _check_entry_is_free()
         config = self.config = dataclasses.replace(config, gateways=num_gateways(config))
-        self._directory = create_directory(config, secrets.token_hex(32))
+        self._directory = create_directory(config, secrets.token_hex(32), file_keys)
         app.start_serve(config)
         self.progress(f"starting {plural(sum(awaited.values()), 'replica')} and {plural(config.gateways, 'gateway')}")
         app.deploy(app.build(config, nodes), config)

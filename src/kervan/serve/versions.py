@@ -8,7 +8,7 @@ from kervan.config.fleet import FleetConfig
 
 # What replicas and gateways are made of; a change of anything else replaces none of them.
 GATEWAY_SETTINGS = (
-    "engine_args", "env", "host", "port", "shared_port", "ingress", "api_keys",
+    "engine_args", "env", "host", "port", "shared_port", "ingress",
     "tls_certificate", "tls_key", "tls_client_ca", "key_generation",
     "max_queued_streams", "hold_timeout_s",
     "drain_timeout_s", "engine", "replay_s", "replay_max_mib", "warm_start", "routing",

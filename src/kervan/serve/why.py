@@ -21,6 +21,8 @@ def explain(
     sentences = []
     if snapshot.scaling is not None and snapshot.scaling.problem:
         sentences.append(f"autoscaling ({snapshot.scaling.policy}): {snapshot.scaling.problem}")
+    if snapshot.keys_problem:
+        sentences.append(f"API keys: {snapshot.keys_problem}")
     present, least = len(snapshot.replicas), max(config.replicas, sum(snapshot.targets.values()))
     if config.pools:
         sentences += pools.explain(config, snapshot, nodes)

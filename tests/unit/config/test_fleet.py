@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kervan.config import fleet
+from kervan.config.api_keys import hashed
 from kervan.config.fleet import FleetConfig, PoolBounds, from_mapping
 from kervan.errors import ConfigError
 
@@ -164,7 +165,7 @@ def test_sessions_that_one_gateway_keeps(more: dict[str, Any]) -> None:
         ({"modle": "m"}, "has unknown setting 'modle'; did you mean 'model'?"),
         ({"model": "m", "replica": 2}, "did you mean 'replicas'?"),
         ({"model": "m", "api_key": ["k"]}, "did you mean 'api_keys'?"),
-        ({"model": "m", "qqq": 2}, "known settings: adds_nodes, api_keys, autoscaling, device, drain_timeout_s, "),
+        ({"model": "m", "qqq": 2}, "known settings: adds_nodes, api_keys, api_keys_file, autoscaling, device, drain_timeout_s, "),
         ({}, "names no model; give MODEL"),
         ({"model": ""}, "names no model; give MODEL"),
         ({"model": 7}, "model=7 is int; give text"),
@@ -226,7 +227,7 @@ KEY_LETTERS = "".join(map(chr, range(33, 127)))
         replicas=st.integers(0, 4096),
         port=st.integers(1, 65535),
         ingress=st.sampled_from(["direct", "serve"]),
-        api_keys=st.lists(st.text(KEY_LETTERS, min_size=1), max_size=3).map(tuple),
+        api_keys=st.lists(st.text(KEY_LETTERS, min_size=1), max_size=3).map(hashed),
         engine_args=st.dictionaries(
             st.sampled_from(["max_model_len", "dtype", "hf_overrides"]), st.one_of(st.booleans(), st.integers(), st.text())
         ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from harness.gateway import View, listening
+from harness.gateway import View, guard_of, listening
 from harness.live import until
 
 from kervan.fleet.auth import Secrets, relay_key
@@ -80,7 +80,7 @@ class Site:
         self.sites = sites
         self.app = App()
         self.streams = Streams(name, lambda: [site.entry for site in sites], relay_key("s3cret"))
-        self.shell = GatewayShell(View(), api_keys, streams=self.streams)
+        self.shell = GatewayShell(View(), guard_of(*api_keys), streams=self.streams)
         self.shell.attach(self.app)
         self.keeps = keeps
         self.url = ""

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import uvloop
-from harness.gateway import View, listening
+from harness.gateway import View, guard_of, listening
 
 from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry
@@ -85,7 +85,7 @@ class Gateway:
         self.name, self.models, self.api_keys = name, models, api_keys
         self.view = View()
         self.inner = Inner(name, models)
-        self.shell = GatewayShell(self.view, api_keys)
+        self.shell = GatewayShell(self.view, guard_of(*api_keys))
         self.shell.attach(self.inner)
         self.key = relay_key("secret of " + name)
         self.port = SharedPort(self.shell, lambda: PortFleet(name, models, bool(api_keys)), NODE, self.key)

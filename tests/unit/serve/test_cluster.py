@@ -90,3 +90,8 @@ def test_gateways_of_a_ray_of_ours_with_haproxy_leave_in_seconds() -> None:
     with_haproxy = cluster.ray_environment("token", has_haproxy=True)
     assert float(with_haproxy[ray_internals.DRAINING_VARIABLE]) < 10
     assert with_haproxy.items() > cluster.ray_environment("token").items()
+
+
+def test_a_ray_of_kervans_gets_no_api_keys_in_its_environment() -> None:
+    given = {"KERVAN_API_KEY": "a", "KERVAN_API_KEYS": "w:b", "KERVAN_NEW_KEY": "c", "KERVAN_HOME": "h", "PATH": "p"}
+    assert cluster.without_keys(given) == {"KERVAN_HOME": "h", "PATH": "p"}

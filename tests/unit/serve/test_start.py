@@ -83,3 +83,9 @@ def test_a_model_that_only_the_nodes_have(tmp_path: Path, monkeypatch: pytest.Mo
         start.validate(config)
     with pytest.raises(ConfigError, match="or give the absolute path that it has on the nodes"):
         start.validate(FleetConfig(model="./model"), is_here=False)
+
+
+def test_the_file_of_keys_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = FleetConfig(model=str(MODELS / "llama3-8b"), engine="twin", gpu="H200", api_keys_file="keys.yaml")
+    assert start.validate(config).api_keys_file == str(tmp_path / "keys.yaml")

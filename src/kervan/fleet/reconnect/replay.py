@@ -24,6 +24,7 @@ async def replay(attempt: Attempt, stream: Stream, codec: Codec, give: Callable[
             raise EngineError(f"its journal cannot be read: {error}") from error
         (output,) = outputs.outputs
         stream.generated += output.new_token_ids
+        stream.num_replayed = len(stream.generated)
         count += len(output.new_token_ids)
         give(outputs)
         if output.finish_reason is not None:

@@ -49,6 +49,7 @@ class VllmCodec:
             prompt_tokens=len(request.prompt_token_ids or ()),
             max_output_tokens=(sampling.max_tokens or 0) if sampling is not None else 0,
             is_movable=not request.resumable,  # a streaming input lives in its replica
+            model="" if request.lora_request is None else request.lora_request.lora_name,
         )
 
     def prompt(self, stream: Stream) -> PromptContent | None:

@@ -12,7 +12,9 @@ import ray
 from kervan import logs
 from kervan.config.fleet import FleetConfig
 from kervan.fleet.directory import Directory, GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
+from kervan.fleet.usage import UsageByKey
 from kervan.serve import cluster, costs, pools, ray_internals
+from kervan.serve.directory import keys, usage
 from kervan.serve.directory.client import ACTOR_PREFIX, NAMESPACE, DirectoryClient
 from kervan.serve.ray_errors import bounded
 from kervan.serve.scaler import wanted
@@ -64,10 +66,29 @@ class DirectoryActor:
         self._changed = asyncio.Event()
         self._seen_version = self._directory.version
         self._kind_of: dict[str, str] = {}  # of each node, its GPU
+        self._keys = keys.FleetKeys(self._config, keys.read_stored(name), self._keys_changed)
+        self._ledger = usage.read_ledger(name)
         self._scaler = Scaler(self._config, ray_internals.kv_get(_scaler_key(name)))
         # One that is new again goes on from there, and must not tell that fewer are wanted before it has looked.
         self._wanted = wanted.published(name)
-        self._tasks = [asyncio.create_task(job) for job in (self._scale_forever(), self._look_forever())]
+        jobs = (self._scale_forever(), self._look_forever(), self._keys.follow(), self._store_usage_forever())
+        self._tasks = [asyncio.create_task(job) for job in jobs]
+
+    def _keys_changed(self) -> None:
+        self._directory.version += 1
+        self._wake_followers()
+
+    async def _store_usage_forever(self) -> None:
+        while True:
+            await asyncio.sleep(usage.STORE_PERIOD_S)
+            try:
+                await self._store_usage()
+            except Exception:  # supervised: it is stored the next time
+                logger.exception("the usage of API keys was not stored")
+
+    async def _store_usage(self) -> None:
+        self._ledger.look(time.monotonic(), {gateway.id for gateway in self._directory.snapshot().gateways})
+        await usage.store_now(self._name, self._ledger)
 
     async def _scale_forever(self) -> None:
         """Decide again and again, and let Serve's controller know, which cannot wait for an answer."""
@@ -119,18 +140,35 @@ class DirectoryActor:
         """The config as JSON, the secret, and the one before, if the keys were changed lately."""
         return self._config.to_json(), *self._secrets.told(self._config.key_generation, time.time())
 
+    async def keys(self) -> bytes:
+        """The table of API keys, as JSON."""
+        return msgspec.json.encode(self._keys.table)
+
+    async def usage(self) -> bytes:
+        """What the keys have used so far: a `FleetUsage` as JSON."""
+        self._ledger.look(time.monotonic(), {gateway.id for gateway in self._directory.snapshot().gateways})
+        return msgspec.json.encode(self._ledger.usage)
+
+    async def tell_usage(self, gateway_id: str, told: bytes) -> None:
+        """The last counts of a gateway that has left."""
+        self._ledger.tell(gateway_id, msgspec.json.decode(told, type=UsageByKey), time.monotonic())
+
     async def node_id(self) -> str:
         """Ray's id of the node that this runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    async def set_config(self, config_json: str) -> None:
-        """Store new settings; draws a secret for a generation of keys that has none."""
+    async def set_config(self, config_json: str, file_keys: bytes | None = None) -> None:
+        """Store new settings; draws a secret for a generation of keys that has none. `file_keys`: what was read of the
+        file of their API keys, if it was.
+        """
         before = self._config
         ray_internals.kv_put(self._key, config_json.encode())
         self._config = FleetConfig.from_json(config_json)
         if self._config.key_generation not in self._secrets.of:
             self._secrets = self._secrets.next(before.key_generation, self._config.key_generation, time.time())
             ray_internals.kv_put(_secrets_key(self._name), msgspec.json.encode(self._secrets))
+        read = None if file_keys is None else msgspec.json.decode(file_keys, type=keys.StoredKeys)
+        self._keys.set_config(self._config, read)
         self._scaler.set_config(self._config)
         self._directory.version += 1  # fleets on the same port look at the config again
         self._wake_followers()
@@ -156,7 +194,8 @@ class DirectoryActor:
     async def beat_gateway(self, entry: bytes) -> None:
         """Take a beat."""
         gateway = msgspec.msgpack.decode(entry, type=GatewayEntry)
-        self._directory.beat_gateway(gateway)
+        self._ledger.tell(gateway.id, gateway.usage, time.monotonic())
+        self._directory.beat_gateway(msgspec.structs.replace(gateway, usage={}))
         self._scaler.beat(gateway)
         self._wake_followers()
 
@@ -190,6 +229,7 @@ class DirectoryActor:
             slo=self._config.kept_slo,
             may_sleep=not any(pool.minimum for pool in bounds.values()),
             bounds={name: (pool.minimum, pool.maximum) for name, pool in bounds.items()},
+            keys_problem=self._keys.problem,
             usd_per_h=costs.usd_per_h(self._config, snapshot.replicas, self._kind_of),
         )
 
@@ -203,12 +243,17 @@ class DirectoryActor:
         if self._directory.snapshot().version == version:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
-        return await self.snapshot()
+        return msgspec.msgpack.encode(msgspec.structs.replace(self._snapshot(), keys=self._keys.table))
 
 
-def create_directory(config: FleetConfig, secret: str) -> DirectoryClient:
-    """A new directory for a fleet; what another one of this name has stored is forgotten."""
+def create_directory(config: FleetConfig, secret: str, file_keys: keys.StoredKeys | None = None) -> DirectoryClient:
+    """A new directory for a fleet; what another one of this name has stored is forgotten.
+
+    `file_keys`: what was read of the file of API keys that the settings name.
+    """
     forget_directory(config.name)
+    if file_keys is not None:
+        ray_internals.kv_put(keys.store_key(config.name), msgspec.json.encode(file_keys))
     ray_internals.kv_put(_key(config.name), config.to_json().encode())  # to be read while it is away
     actor = ray.remote(DirectoryActor).options(
         name=ACTOR_PREFIX + config.name,
@@ -235,6 +280,8 @@ def forget_directory(fleet_name: str) -> None:
     wanted.forget(fleet_name)
     ray_internals.kv_delete(_scaler_key(fleet_name))
     ray_internals.kv_delete(_secrets_key(fleet_name))
+    ray_internals.kv_delete(keys.store_key(fleet_name))
+    ray_internals.kv_delete(usage.store_key(fleet_name))
 
 
 def _key(fleet_name: str) -> str:

@@ -10,9 +10,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
+from kervan.config.api_keys import KeyTable
 from kervan.config.fleet import FleetConfig
 from kervan.errors import FleetError
 from kervan.fleet.directory import GatewayEntry, NodeEntry, Order, ReplicaEntry, Snapshot, StartFailure
+from kervan.fleet.usage import FleetUsage, UsageByKey
+from kervan.serve.directory.keys import StoredKeys
 from kervan.serve.ray_errors import ANSWER_TIMEOUT_S, as_fleet_error, bounded
 from kervan.serve.scaler.observed import Observed
 
@@ -92,9 +95,22 @@ class DirectoryClient:
         """The fleet's settings and secret."""
         return self._call("fleet", lambda stored: StoredFleet(FleetConfig.from_json(stored[0]), *stored[1:]))
 
-    def set_config(self, config: FleetConfig) -> DirectoryResponse[None]:
-        """Store new settings of the fleet; they outlive the directory."""
-        return self._call("set_config", _nothing, config.to_json())
+    def set_config(self, config: FleetConfig, file_keys: StoredKeys | None = None) -> DirectoryResponse[None]:
+        """Store new settings of the fleet; they outlive the directory. `file_keys`: of the file that they name."""
+        encoded = None if file_keys is None else msgspec.json.encode(file_keys)
+        return self._call("set_config", _nothing, config.to_json(), encoded)
+
+    def keys(self) -> DirectoryResponse[KeyTable]:
+        """The fleet's API keys."""
+        return self._call("keys", lambda raw: msgspec.json.decode(raw, type=KeyTable))
+
+    def usage(self) -> DirectoryResponse[FleetUsage]:
+        """What they have used so far."""
+        return self._call("usage", lambda raw: msgspec.json.decode(raw, type=FleetUsage))
+
+    def tell_usage(self, gateway_id: str, usage: UsageByKey) -> DirectoryResponse[None]:
+        """The last counts of a gateway that has left."""
+        return self._call("tell_usage", _nothing, gateway_id, msgspec.json.encode(usage))
 
     def snapshot(self) -> DirectoryResponse[Snapshot]:
         """Who lives where now."""
