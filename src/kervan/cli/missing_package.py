@@ -25,4 +25,4 @@ def extras_with(module: str, requirements: Iterable[str]) -> list[str]:
     """Extras whose own requirements name the package of a module; `requirements` as in a wheel's metadata."""
     wanted = _INSTALLED_AS.get(module, module).replace("_", "-").lower()
     found = (_EXTRA.match(requirement) for requirement in requirements)
-    return [match["extra"] for match in found if match and match["name"].lower() == wanted]
+    return [match["extra"] for match in found if match and match["name"].lower() == wanted and wanted != "kervan"]
