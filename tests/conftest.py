@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,14 @@ def scratch(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def strays(scratch: Path) -> Callable[[], list[str]]:
-    """Asks for the processes that this session started and that are still alive."""
-    return lambda: _strays(scratch)
+def strays(scratch: Path) -> Callable[..., list[str]]:
+    """Asks for the processes that this session started and that are still alive; but not for those of Rays whose
+    directories are given, which start and end workers when they like.
+    """
+    return lambda *beside: _strays(scratch, beside)
 
 
-def _strays(scratch: Path) -> list[str]:
+def _strays(scratch: Path, beside: Sequence[Path] = ()) -> list[str]:
     """Processes that this session started, directly or not, and that are still alive.
 
     They have the mark in their environment. Ray's workers overwrite theirs with a title; they work in `scratch`.
@@ -86,9 +88,18 @@ def _strays(scratch: Path) -> list[str]:
         except (OSError, psutil.Error):
             continue
         command = " ".join(process.info["cmdline"] or ())
-        if is_ours and any(word in command.lower() for word in ("ray", "vllm", "kervan")):
+        is_ours = is_ours and any(word in command.lower() for word in ("ray", "vllm", "kervan"))
+        if is_ours and not any(_is_of_ray(process.pid, directory) for directory in beside):
             found.append(f"{process.pid}: {command[:150]}")
     return found
+
+
+def _is_of_ray(pid: int, directory: Path) -> bool:
+    """Whether it writes its log there, as all of Ray's processes do."""
+    try:
+        return any(file.readlink().is_relative_to(directory) for file in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
 
 
 @pytest.hookimpl(trylast=True)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,17 @@ def eventually(check: Callable[[], Any], what: str, timeout_s: float, every_s: f
             return value
         assert time.monotonic() < deadline_s, f"after {timeout_s:.0f} s still not: {what}"
         time.sleep(every_s)
+
+
+def none_is_left(alive: Callable[[], Collection[str]], before: Collection[str], timeout_s: float = 20) -> None:
+    """Waits until all processes that were not there `before` are gone. Both are told as "pid: command"; a process may
+    change its title.
+    """
+    pids = {told.partition(":")[0] for told in before}
+    deadline_s = time.monotonic() + timeout_s
+    while left := [told for told in alive() if told.partition(":")[0] not in pids]:
+        assert time.monotonic() < deadline_s, f"left after {timeout_s:.0f} s: {left}"
+        time.sleep(0.3)
 
 
 async def eventually_async(check: Callable[[], Any], what: str, timeout_s: float, every_s: float = 0.1) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.live import ENVIRONMENT, SMALL, START_S, Fleet, Home, eventually, is_alive
+from harness.live import ENVIRONMENT, SMALL, START_S, Fleet, Home, eventually, is_alive, none_is_left
 from prometheus_client.parser import text_string_to_metric_families
 
 from kervan.demo import PAIRS
@@ -62,7 +62,7 @@ def test_missing_model(home: Home, tmp_path: Path) -> None:
 
 
 def test_too_little_memory_for_the_cache(
-    fleet: Fleet, home: Home, models: Any, strays: Callable[[], list[str]]
+    fleet: Fleet, home: Home, models: Any, strays: Callable[..., list[str]]
 ) -> None:
     """Known only after the engine has loaded the model; the attempt is undone, and the fleet beside it lives."""
     done = home.kervan(
@@ -86,9 +86,9 @@ def test_a_gateway_that_vllm_refuses(fleet: Fleet, home: Home, models: Any) -> N
     assert home.fleets() == [fleet.name]
 
 
-def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], list[str]]) -> None:
+def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[..., list[str]]) -> None:
     home = Home(scratch, "interrupted", keeps_warm=False)
-    known, alive_before = home.ray_directories(), set(strays())
+    known, alive_before = home.ray_directories(), strays()
     words = home.command(
         *("up", str(models.demo), "--port", str(free_port()), *arguments("max_model_len=512")),
         *ENVIRONMENT,
@@ -110,7 +110,7 @@ def test_ctrl_c_during_start(scratch: Path, models: Any, strays: Callable[[], li
     assert home.fleets() == []
     assert not (home.path / "local_ray.json").exists()
     assert home.ray_directories() == known
-    eventually(lambda: set(strays()) <= alive_before, "no process is left", 20)
+    none_is_left(lambda: strays(*known), alive_before)
     assert_refused(home.kervan("status"), "kervan up")
 
 
@@ -131,24 +131,20 @@ def in_the_foreground(home: Home, models: Any, name: str) -> Iterator["subproces
 
 
 def test_a_fleet_in_the_foreground_ends_with_its_command(
-    fleet: Fleet, scratch: Path, models: Any, strays: Callable[[], list[str]]
+    fleet: Fleet, scratch: Path, models: Any, strays: Callable[..., list[str]]
 ) -> None:
     """With its Ray. Systemd and Kubernetes send SIGTERM, for which Ray brings a handler of its own.
 
     It is forked from the warm process of `fleet`; that a user's ends with Ray too, `test_ctrl_c_during_start` shows.
     """
     home = Home(scratch, "fore")
-
-    def alive() -> set[str]:  # by their numbers: processes of `fleet` may change their titles
-        return {told.partition(":")[0] for told in strays()}
-
-    known, alive_before = home.ray_directories(), alive()
+    known, alive_before = home.ray_directories(), strays()
     with in_the_foreground(home, models, "fore") as process:
         process.send_signal(signal.SIGTERM)
         rest, said = process.communicate(timeout=120)
     assert (process.returncode, rest) == (0, "stopping\n"), said
     assert (home.fleets(), home.ray_directories()) == ([], known)
-    eventually(lambda: alive() <= alive_before, "no process is left", 20)
+    none_is_left(lambda: strays(*known), alive_before)
 
 
 def test_ctrl_c_ends_the_fleet_in_the_foreground_alone(fleet: Fleet, home: Home, models: Any) -> None:

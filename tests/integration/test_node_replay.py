@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness.live import START_S, Home, eventually
+from harness.live import START_S, Home, none_is_left
 from harness.shared_fleet import REPOSITORY, Models
 
 from kervan.config.workload import read_trace
@@ -40,11 +40,11 @@ def test_a_trace_of_nodes_is_played(home: Home, models: Models) -> None:
 
 
 def test_a_replay_that_is_told_to_end_leaves_nothing(
-    scratch: Path, models: Models, strays: Callable[[], list[str]]
+    scratch: Path, models: Models, strays: Callable[..., list[str]]
 ) -> None:
     """By SIGTERM, for which Ray, and there is one in the command itself, brings a handler of its own."""
     home = Home(scratch, "untold", keeps_warm=False)
-    known, alive_before = home.ray_directories(), set(strays())
+    known, alive_before = home.ray_directories(), strays()
     words = ("--replay", str(TRACES / "spotserve_0304.txt"), "--trace", str(REQUESTS), "--json")
     with subprocess.Popen(**home.command("chaos", str(models.demo), *words), stdout=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -55,4 +55,4 @@ def test_a_replay_that_is_told_to_end_leaves_nothing(
         told, rest = process.communicate(timeout=START_S)
     assert (process.returncode, told) == (130, ""), [*said, rest]
     assert (home.fleets(), home.ray_directories()) == ([], known)
-    eventually(lambda: set(strays()) <= alive_before, "no process is left", 20)
+    none_is_left(lambda: strays(*known), alive_before)
