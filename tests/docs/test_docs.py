@@ -28,7 +28,7 @@ from kervan.cli import COMMANDS, cli
 from kervan.config import fleet as fleets
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
-PAGES += sorted((REPOSITORY / "docs").glob("*.md")) + sorted((REPOSITORY / "examples").rglob("*.md"))
+PAGES += sorted((REPOSITORY / "docs").rglob("*.md")) + sorted((REPOSITORY / "examples").rglob("*.md"))
 README_URL = "http://127.0.0.1:8000"
 README_MODEL = "Qwen/Qwen3-8B"
 SHELLS = ("bash", "sh", "console")
