@@ -82,7 +82,7 @@ def described(command: click.Command, context: click.Context) -> Iterator[str]:
     for paragraph in inspect.cleandoc(command.help or "").replace("\b", "").split("\n\n"):
         yield from (cell(paragraph), "")
     options = [record for p in command.get_params(context) if (record := p.get_help_record(context)) is not None]
-    options = [(names, text) for names, text in options if names != "-h, --help"]
+    options = [(names, text) for names, text in options if text and names != "-h, --help"]
     if options:
         yield from ("| option | meaning |", "|---|---|")
         yield from (f"| `{names.replace('|', chr(92) + '|')}` | {cell(text)} |" for names, text in options)
@@ -159,7 +159,8 @@ def json_page() -> str:
     lines = [
         *("# JSON", "", MADE, ""),
         "With `--json`, commands print JSON on stdout. Errors stay one line on stderr, and the",
-        "[exit status](errors.md) says how it went. Before version 1.0 fields may change; the [release notes](../../CHANGELOG.md) say so.",
+        "[exit status](errors.md) says how it went. Before version 1.0 fields may change; the",
+        "[release notes](../../CHANGELOG.md) say so.",
         "",
         "The fields of commands that need no fleet, as they print them here; `[]` is each of a list, `*` each of a",
         "mapping, and `null` is possible wherever a figure is not known:",
