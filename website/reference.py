@@ -21,6 +21,7 @@ from kervan.cli import COMMANDS, cli
 from kervan.config.fleet import SETTINGS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+LONGEST_SIGNATURE = 110
 PLACE = REPOSITORY / "docs/reference"
 MADE = "<!-- Made by website/reference.py. -->"
 SMALL = "benchmarks/models/llama3-8b"
@@ -62,7 +63,7 @@ def cell(text: str) -> str:
 def command_line() -> str:
     lines = [
         *("# Command line", "", MADE, ""),
-        "What `kervan COMMAND --help` prints. Exit statuses of all commands: [errors](errors.md). How rates, durations",
+        "What `--help` of each command prints. Exit statuses of all commands: [errors](errors.md). How rates, durations",
         "and lengths are written: [bench](../bench.md#how-values-are-written).",
         "",
     ]
@@ -128,8 +129,8 @@ def values_of(kind: Any) -> str:
 def error_page() -> str:
     lines = [
         *("# Errors", "", MADE, ""),
-        "Every error is one line: the value, the rule that it breaks, and the nearest fix. `kervan --debug COMMAND`",
-        "shows where it comes from. In Python they are classes of `kervan.errors`:",
+        "Every error is one line: the value, the rule that it breaks, and the nearest fix. `kervan --debug up`,",
+        "or of another command, shows where it comes from. In Python they are classes of `kervan.errors`:",
         "",
         *("| class | base | exit status | meaning |", "|---|---|---|---|"),
     ]
@@ -243,13 +244,15 @@ def kind_of(annotation: Any) -> str:
 
 
 def function(found: Any, name: str, *, level: int = 2) -> Iterator[str]:
-    prefix = "async " if inspect.iscoroutinefunction(found) else ""
+    prefix = "async def " if inspect.iscoroutinefunction(found) else "def "
     signature = inspect.signature(found)
     parameters = [p for p in signature.parameters.values() if p.name != "self"]
-    shown = str(signature.replace(parameters=parameters)).replace("collections.abc.", "").replace("typing.", "")
-    for module in ("kervan.serve.handle.", "kervan.gateway.local.", "kervan.gateway.asgi."):
+    shown = str(signature.replace(parameters=parameters))
+    for module in ("collections.abc.", "typing.", "kervan.serve.handle.", "kervan.gateway.local."):
         shown = shown.replace(module, "")
-    yield from (f"{'#' * level} {name}", "", "```python", f"{prefix}{name.rsplit('.', 1)[-1]}{shown}", "```", "")
+    if len(shown) > LONGEST_SIGNATURE:  # of vLLM's app, which says nothing here
+        shown = shown.partition(" ->")[0]
+    yield from (f"{'#' * level} {name}", "", "```python", f"{prefix}{name.rsplit('.', 1)[-1]}{shown}: ...", "```", "")
     yield from (docstring(found), "")
 
 
