@@ -45,7 +45,7 @@ def collect() -> None:
 
 def main() -> int:
     collect()
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", MENU]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(MENU)]
     # The variable leaves out what mkdocs-material says of its end; see website/requirements.txt.
     return subprocess.run(build, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=False).returncode
 

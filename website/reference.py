@@ -63,7 +63,7 @@ def cell(text: str) -> str:
 def command_line() -> str:
     lines = [
         *("# Command line", "", MADE, ""),
-        "What `--help` of each command prints. Exit statuses of all commands: [errors](errors.md). How rates, durations",
+        "What `--help` of each command prints. Exit statuses: [errors](errors.md). How rates, durations",
         "and lengths are written: [bench](../bench.md#how-values-are-written).",
         "",
     ]
