@@ -2,12 +2,15 @@
 
     python benchmarks/policies.py                      # all loads; about 20 minutes on two cores
     python benchmarks/policies.py --loads ramp,code    # some
-    python benchmarks/policies.py --record             # and write benchmarks/records/policies-DATE.json
+    python benchmarks/policies.py --policies slo,ray:5 # of each load, some of the policies
+    python benchmarks/policies.py --record             # and write benchmarks/records/policies-DATE.json; rows that
+                                                       # the record has, and were not run again, stay
 
 For each load: the default policy (`slo`), Ray Serve's target policy at several targets with Ray's other defaults, the
 least fixed number that keeps the SLO, and the oracle. The best setting of Ray's policy is the one with the fewest
 replica-hours of those that keep the SLO for 99% of the requests; if none does, the one that keeps most. It is chosen
-after the fact, for each load: the default policy has no such choice.
+after the fact, for each load: the default policy has no such choice. The oracle is chosen in the same way, of those
+that take a replica for 1 to 0.4 of what its model says.
 """
 
 import argparse
@@ -41,6 +44,7 @@ HERE = Path(__file__).parent
 MODEL, GPU, TP = HERE / "models" / "qwen25-32b", "H100", 2
 START_S = 100.0
 TARGETS = (3, 5, 7, 10, 14, 20, 28, 40, 56)
+ORACLES = ("oracle", "oracle:0.9", "oracle:0.8", "oracle:0.7", "oracle:0.6", "oracle:0.5", "oracle:0.4")
 KEPT = 0.99
 AZURE = "https://github.com/Azure/AzurePublicDataset"
 MOONCAKE = "https://github.com/kvcache-ai/Mooncake"
@@ -138,7 +142,7 @@ def table(rows: Sequence[dict[str, Any]], loads: Sequence[str]) -> list[str]:
         slo = next(row for row in here if row["policy"] == "slo")
         ray = best([row for row in here if row["policy"].startswith("ray")])
         fixed_best = best([row for row in here if row["policy"].startswith("fixed")])
-        oracle = next(row for row in here if row["policy"] == "oracle")
+        oracle = best([row for row in here if row["policy"].startswith("oracle")])
         cells = [f"{row['kept']:.2%}, {row['mean_replicas']:.2f}" for row in (slo, ray, fixed_best, oracle)]
         cells[1] += f" (target {ray['policy'].partition(':')[2]})"
         lines.append(f"| {load} | {' | '.join(cells)} |")
@@ -152,6 +156,7 @@ def main() -> None:
         help="folder with azure2023/, mooncake/ and servegen/, as their authors publish them (record: sources)",
     )  # fmt: skip
     parser.add_argument("--loads", help="joined by commas; without it, all")
+    parser.add_argument("--policies", help="joined by commas; without it, all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--record", action="store_true", help="write a record")
@@ -168,7 +173,9 @@ def main() -> None:
             sys.exit(f"load {load}: {error}")
         most = setup.pools[0].maximum
         steps = range(setup.pools[0].minimum, most + 1, 1 if most <= 12 else 3)
-        for name in ("slo", "oracle", *(f"ray:{target}" for target in TARGETS), *(f"fixed:{n}" for n in steps if n)):
+        every = ("slo", *ORACLES, *(f"ray:{target}" for target in TARGETS), *(f"fixed:{n}" for n in steps if n))
+        for name in args.policies.split(",") if args.policies else every:
+            policies.check(name)
             jobs.append((load, setup, name, args.seed))
     rows = []
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
@@ -176,9 +183,15 @@ def main() -> None:
             rows.append(row)
             figures = f"{row['kept']:8.3%} {row['mean_replicas']:7.2f} replicas"
             print(f"{row['load']:15} {row['policy']:10} {figures}", flush=True)
+    path = HERE / "records" / f"policies-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json"
+    if args.record and path.exists():
+        new = {(row["load"], row["policy"]) for row in rows}
+        before = json.loads(path.read_text())["rows"]
+        rows = [row for row in before if (row["load"], row["policy"]) not in new] + rows
+        loads = [load for load in makers if any(row["load"] == load for row in rows)]
+    rows.sort(key=lambda row: loads.index(row["load"]))
     print("\n".join(table(rows, loads)))
     if args.record:
-        today = datetime.datetime.now(datetime.UTC).date().isoformat()
         record = {
             "what": "autoscaling policies in the simulator",
             "command": f"python benchmarks/policies.py --loads {','.join(loads)} --seed {args.seed} --record",
@@ -186,7 +199,6 @@ def main() -> None:
             "sources": {"chat, code": AZURE, "mooncake": MOONCAKE, "servegen": SERVEGEN},
             "rows": rows,
         }  # fmt: skip
-        path = HERE / "records" / f"policies-{today}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"record: {path}")
 

@@ -17,8 +17,12 @@ from kervan.simulate.engine import EngineFacts
 from kervan.simulate.fixed import FixedNumber
 from kervan.simulate.setup import FleetSetup
 
-MAX_TARGET = 10_000
-EXAMPLES = {"fixed": "fixed:8, that many replicas", "ray": "ray:16, that many streams for each"}
+EXAMPLES = {
+    "fixed": "fixed:8, that many replicas",
+    "ray": "ray:16, that many streams for each",
+    "oracle": "oracle:0.8, which takes a replica for 0.8 of what its model says",
+}
+BOUNDS = {"fixed": (0, 10_000), "ray": (1e-3, 10_000), "oracle": (0.01, 2)}
 
 
 def check(name: str) -> None:
@@ -29,13 +33,15 @@ def check(name: str) -> None:
             value = float(number)
         except ValueError:
             value = math.nan
-        is_count = kind == "fixed"
-        if not (0 if is_count else 1e-3) <= value <= MAX_TARGET or (is_count and value != int(value)):
+        least, most = BOUNDS[kind]
+        if not least <= value <= most or (kind == "fixed" and value != int(value)):
             raise ConfigError(f"--policy {name!r}: {number!r} is no such number; write for example {EXAMPLES[kind]}")
         return
     if name not in MAKERS:
         near = difflib.get_close_matches(name, MAKERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MAKERS)}, fixed:N, ray:TARGET"
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MAKERS)}, fixed:N, ray:TARGET, oracle:SHARE"
+        )
         raise ConfigError(f"--policy {name!r} is no policy; {hint}")
 
 
@@ -68,7 +74,9 @@ def _fill(setup: FleetSetup, seed: int, number: str) -> Policy:
 
 
 def _oracle(setup: FleetSetup, seed: int, number: str) -> Policy:
-    """It is given the arrivals of the run, and the rate of a replica at their mean lengths and variances."""
+    """It is given the arrivals of the run, and the rate of a replica at their mean lengths and variances; of that the
+    share that is asked for.
+    """
     rows = list(setup.load.requests(seed))
     prompts, outputs = [row[1] for row in rows], [row[2] for row in rows]
     counts = Counter(int(row[0]) for row in rows)
@@ -85,8 +93,8 @@ def _oracle(setup: FleetSetup, seed: int, number: str) -> Policy:
         prompts_cv2=statistics.pvariance(prompts or [1], mean_prompt) / mean_prompt**2,
     )
     schedule = oracle.plan(
-        [row[0] for row in rows],
-        rate,
+        [(at_s, 1 + rate.prompt_share * (prompt / mean_prompt - 1)) for at_s, prompt, *_ in rows],
+        dataclasses.replace(rate, requests_per_s=rate.requests_per_s * float(number or 1)),
         minimum=sum(pool.minimum for pool in setup.pools),
         maximum=sum(pool.maximum for pool in setup.pools),
         start_s=max(pool.start.quantile_s(0.9) for pool in setup.pools),

@@ -22,6 +22,7 @@ from typing import Any
 
 FAST_S, MIDDLE_S, SLOW_S = TIMES_S = (4.0, 16.0, 64.0)
 ERRORS = 2.0  # standard errors beyond which a faster average counts
+STEADY = 0.2  # a load whose averages differ by less, and by what chance makes of them, stands still
 MIN_VARIANCE = 0.25  # of arrivals at even distances a little is left: they come in whole numbers
 FEW_ANSWERS = 200.0  # they say little about one in a hundred
 LENGTHS_S = 300.0  # over which lengths and the variance of arrivals are averaged
@@ -52,6 +53,10 @@ class Load:
     """Seconds that were seen, in all."""
     rates: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Request equivalents per second, over `TIMES_S`, still to be divided by what the weights sum to."""
+    in_flight: float = 0.0
+    """Requests that wait or run, over the slow time, still to be divided like `rates`."""
+    unsteady_s: float = 0.0
+    """When the load last moved, in seconds that were seen."""
     last_rate: float = 0.0
     variance: float = 0.0
     """Of the arrivals of a second, over their mean."""
@@ -68,6 +73,9 @@ class Load:
     good: float = 1.0
     """Share of answers within the SLO, over `LENGTHS_S`; after a queue it begins anew."""
     judged: float = 0.0
+    good_lately: float = 1.0
+    """The same over the slow time."""
+    judged_lately: float = 0.0
     peak: float = 0.0
     """Request equivalents per second, over the fast time: the most of late."""
     pending_s: float = 0.0
@@ -115,6 +123,18 @@ class Load:
     def slow_rate(self) -> float:
         """Request equivalents per second, over the slow time."""
         return self.rates[2] / max(1e-9, 1 - math.exp(-self.observed_s / SLOW_S))
+
+    @property
+    def slow_in_flight(self) -> float:
+        """Requests that wait or run, over the slow time: by Little's law it belongs to `slow_rate`."""
+        return self.in_flight / max(1e-9, 1 - math.exp(-self.observed_s / SLOW_S))
+
+    @property
+    def steady_s(self) -> float:
+        """For how long the load has been about the same: the averages over the middle and the slow time agree, but
+        for what a Poisson process differs.
+        """
+        return self.observed_s - self.unsteady_s
 
     def _error(self, rate: float, time_s: float) -> float:
         return ERRORS * math.sqrt(max(rate, 1 / SLOW_S) * max(self.variance, MIN_VARIANCE) / (2 * time_s))
@@ -175,6 +195,7 @@ class Load:
         finished: int,
         output_tokens: int,
         good: int,
+        in_flight: int,
         is_calm: bool,
         prompt_share: float,
         block_s: float,
@@ -183,7 +204,7 @@ class Load:
         replica_rate: float,
     ) -> None:
         """One window. `prompt_share`: of a mean request's work that grows with its prompt; a long prompt counts as more
-        than one request. `good`: of those that finished, how many kept the SLO; it counts
+        than one request. `in_flight`: at its end. `good`: of those that finished, how many kept the SLO; it counts
         only if `is_calm`, when no queue is to blame. `stay_s`, `wait_s`, `replica_rate`: how
         long a request is in a replica, how much longer it may wait, and what a replica takes.
         """
@@ -207,6 +228,10 @@ class Load:
             self.variance += (min(deviation, 100.0) - self.variance) * dt / max(known_s + dt, 10.0)
         self.last_rate = rate
         self.observed_s += dt
+        self.in_flight += (in_flight - self.in_flight) * (1 - math.exp(-dt / SLOW_S))
+        middle, slow = self.rates[1] / max(1e-9, 1 - math.exp(-self.observed_s / MIDDLE_S)), self.slow_rate
+        if abs(middle - slow) > STEADY * slow + ERRORS * math.sqrt(slow / (2 * MIDDLE_S)):
+            self.unsteady_s = self.observed_s
         self.requests = keep * self.requests + arrived
         self.prompt_tokens = keep * self.prompt_tokens + prompt_tokens
         if arrived and mean_prompt:
@@ -218,10 +243,13 @@ class Load:
         self.answers = keep * self.answers + finished
         self.output_tokens = keep * self.output_tokens + output_tokens
         if not is_calm:
-            self.good, self.judged = 1.0, 0.0
+            self.good, self.judged, self.good_lately, self.judged_lately = 1.0, 0.0, 1.0, 0.0
         elif finished:
             self.judged = keep * self.judged + finished
             self.good += (good / finished - self.good) * finished / max(self.judged, FEW_ANSWERS)
+            self.judged_lately = math.exp(-dt / SLOW_S) * self.judged_lately + finished
+            part = finished / max(self.judged_lately, FEW_ANSWERS)
+            self.good_lately += (good / finished - self.good_lately) * part
         self._count_block(dt, rate * dt, block_s, stay_s, wait_s, replica_rate)
 
     def _count_block(

@@ -4,7 +4,8 @@ It is a bound, and assumes:
 
 - the load is known from the start, and each replica is asked for exactly as long before it is needed as a start takes
   (`start_s`, always the same), and leaves at once when it is not needed;
-- a replica takes what `ReplicaRate` says, at the mean lengths of the load, and no more, whatever else is there;
+- a replica takes what `ReplicaRate` says, at the mean lengths of the load, and no more, whatever else is there; a
+  longer prompt counts as more than one request;
 - requests that come too fast wait as long as the TTFT bound allows (`wait_s` of the rate, as for the SLO policy), and
   the number is the least with which no request waits for longer: `needed`;
 - a replica that is not needed for less than a start stays: to start it again costs more.
@@ -49,16 +50,26 @@ class Schedule:
 
 
 def plan(
-    arrivals_s: Sequence[float], rate: ReplicaRate, *, minimum: int, maximum: int, start_s: float, end_s: float
+    arrivals: Sequence[tuple[float, float]],
+    rate: ReplicaRate,
+    *,
+    minimum: int,
+    maximum: int,
+    start_s: float,
+    end_s: float,
 ) -> Schedule:
-    """The fewest replica-seconds that keep every wait within the bound. `arrivals_s`: in order, of equal requests."""
-    counts = needed(arrivals_s, rate, minimum=minimum, maximum=maximum, end_s=end_s)
+    """The fewest replica-seconds that keep every wait within the bound. `arrivals`: (when, its work in mean requests),
+    in order.
+    """
+    counts = needed(arrivals, rate, minimum=minimum, maximum=maximum, end_s=end_s)
     filled = _without_short_gaps(counts, max(1, math.ceil(start_s / SLOT_S)))
     changes = [place for place in range(len(filled)) if not place or filled[place] != filled[place - 1]]
     return Schedule(tuple(place * SLOT_S for place in changes), tuple(filled[place] for place in changes))
 
 
-def needed(arrivals_s: Sequence[float], rate: ReplicaRate, *, minimum: int, maximum: int, end_s: float) -> list[int]:
+def needed(
+    arrivals: Sequence[tuple[float, float]], rate: ReplicaRate, *, minimum: int, maximum: int, end_s: float
+) -> list[int]:
     """The least number in each slot with which what waits at its end is served within `wait_s` of it.
 
     As little as possible, as late as possible: within one slot of the fewest for a load that rises or falls once, and
@@ -66,18 +77,18 @@ def needed(arrivals_s: Sequence[float], rate: ReplicaRate, *, minimum: int, maxi
     """
     num_slots = max(1, math.ceil(end_s / SLOT_S))
     came = [0.0] * num_slots
-    for at_s in arrivals_s:
-        came[min(num_slots - 1, int(at_s / SLOT_S))] += 1
+    for at_s, work in arrivals:
+        came[min(num_slots - 1, int(at_s / SLOT_S))] += work
     takes = rate.requests_per_s * SLOT_S
     least = max(minimum, 1)
     counts = [least] * num_slots
     queue = 0.0
     for place in range(num_slots):
-        work = queue + came[place]
+        waiting = queue + came[place]
         bound = 1 + rate.wait_s / SLOT_S  # slots of one replica's work that may be there
-        count = max(least, math.ceil(work / (takes * bound) - 1e-9))
+        count = max(least, math.ceil(waiting / (takes * bound) - 1e-9))
         counts[place] = min(count, maximum)
-        queue = max(0.0, work - counts[place] * takes)
+        queue = max(0.0, waiting - counts[place] * takes)
     return counts
 
 

@@ -24,6 +24,7 @@ from kervan.config.autoscale import ScheduledMinimum
 from kervan.config.workload import Slo
 from kervan.policy.autoscale import decisions, to_zero
 from kervan.policy.autoscale.correction import Correction, pressure
+from kervan.policy.autoscale.late_budget import LateBudget
 from kervan.policy.autoscale.learned_rate import LearnedRate
 from kervan.policy.autoscale.load import Load
 from kervan.policy.autoscale.replica_rate import ModelledRates, ReplicaRate
@@ -85,6 +86,7 @@ class SloPolicy:
             finished=demand.finished,
             output_tokens=demand.finished_output_tokens,
             good=demand.finished_good,
+            in_flight=demand.held + demand.queued + demand.running,
             is_calm=memory.get("is_calm", False),
             prompt_share=memory.get("prompt_share", 0.5),
             block_s=block_s,
@@ -93,6 +95,10 @@ class SloPolicy:
             replica_rate=memory.get("replica_rate", 1.0),
         )
         remembered["load"] = load.to_memory()
+        budget = LateBudget.from_memory(memory.get("budget", {}))
+        if dt > 0:
+            budget.observe(dt=demand.window_s, finished=demand.finished, good=demand.finished_good, refused=demand.shed)
+        remembered["budget"] = budget.to_memory()
         within = decisions.bounds(state, self._settings.schedule)
         every_s = min(LONGEST_DECISION_S, max(SHORTEST_DECISION_S, start_s / DECISIONS_PER_START))
         is_due = state.now_s - memory.get("sized_s", -math.inf) >= every_s or demand.held > 0
@@ -129,11 +135,13 @@ class SloPolicy:
         correction = Correction.from_memory(memory.get("correcting", {})).factor
         self._learn(state, demand, load, memory, rate, ready, in_flight, level)
         memory["prompt_share"] = rate.prompt_share
-        each = rate.requests_per_s * correction
+        budget = LateBudget.from_memory(memory["budget"])
+        each = rate.requests_per_s * correction * budget.reserve(1 - KEPT_SHARE)
         memory["stay_s"], memory["wait_s"], memory["replica_rate"] = rate.stay_s, rate.wait_s, each
         most = max(within.maximum, 1)
-        needed = enough(load, level, each, block_s, most, full=FULL, loss=EXPECTED_LOSS)
-        less = max(needed, enough(load, level, each, block_s, most, full=LESS, loss=MARGIN * EXPECTED_LOSS))
+        loss = EXPECTED_LOSS * budget.factor(1 - KEPT_SHARE)
+        needed = enough(load, level, each, block_s, most, full=FULL, loss=loss)
+        less = max(needed, enough(load, level, each, block_s, most, full=LESS, loss=MARGIN * loss))
         cleared, waiting_s = self._for_backlog(state, demand, level, each, rate, start_s)
         if memory.get("idle_least") is not None:
             del memory["idle_least"]
@@ -148,7 +156,7 @@ class SloPolicy:
                 needed = less = 0
         need = max(needed, cleared, least)
         memory["needed"], memory["less"] = need, max(less, need)
-        usual = load.usual_rise(level, block_s, EXPECTED_LOSS)
+        usual = load.usual_rise(level, block_s, loss)
         memory["numbers"] = {
             "load_requests_per_s": round(level, 3),
             "rise_requests_per_s": round(usual, 3),
@@ -228,10 +236,12 @@ class SloPolicy:
             memory["ready"], memory["ready_since_s"] = ready, state.now_s
         correction.observe(
             now_s=state.now_s, dt=dt, per_replica=load.slow_rate / ready, peak=load.peak / ready,
-            in_flight=in_flight / ready,
-            waiting=waiting / ready, good=load.good, prompt_tokens=load.mean_prompt_tokens,
+            in_flight=load.slow_in_flight / ready,
+            waiting=waiting / ready, good=load.good, good_lately=load.good_lately,
+            prompt_tokens=load.mean_prompt_tokens,
             output_tokens=load.mean_output_tokens, rate=rate, model=self._model,
-            pressure=pressed, steady_s=state.now_s - memory["ready_since_s"],
+            pressure=pressed, steady_s=state.now_s - memory["ready_since_s"], load_steady_s=load.steady_s,
+            is_growing=bool(state.count("starting")),
         )  # fmt: skip
         memory["correcting"] = correction.to_memory()
         memory["is_calm"] = correction.is_calm(state.now_s, rate)

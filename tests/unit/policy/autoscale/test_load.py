@@ -10,7 +10,7 @@ from kervan.policy.autoscale.load import BLOCK_STEPS, Load
 def observed(load: Load, arrived: int, **more: Any) -> Load:
     given: dict[str, Any] = {
         "window_s": 1.0, "arrived": arrived, "prompt_tokens": 1000 * arrived, "finished": arrived,
-        "output_tokens": 100 * arrived, "good": arrived, "is_calm": True, "prompt_share": 0.5, "block_s": 50.0,
+        "output_tokens": 100 * arrived, "good": arrived, "in_flight": arrived, "is_calm": True, "prompt_share": 0.5, "block_s": 50.0,
         "stay_s": 1.0, "wait_s": 1.0, "replica_rate": 1.0,
     }  # fmt: skip
     load.observe(**(given | more))
@@ -97,6 +97,22 @@ def test_what_was_late_in_a_queue_does_not_count() -> None:
     for _ in range(200):
         observed(load, 5, good=4)
     assert load.good == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_load_that_jumps_stands_still_again_when_the_slow_average_has_followed() -> None:
+    rng, load = random.Random(4), Load()
+    for _ in range(600):
+        observed(load, sum(rng.random() < 0.05 for _ in range(100)))  # 5/s, binomial: about Poisson
+    assert load.steady_s > 300
+    observed(load, 40)
+    observed(load, 40)
+    for _ in range(5):
+        observed(load, 20)
+    assert load.steady_s == 0
+    for _ in range(400):
+        observed(load, 20)
+    assert load.steady_s > 200
+    assert load.slow_in_flight == pytest.approx(20, rel=0.01)
 
 
 def test_it_is_small_and_survives_json() -> None:

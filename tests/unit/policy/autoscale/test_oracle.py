@@ -9,11 +9,11 @@ def rate(wait_s: float = 0.0) -> ReplicaRate:
     return ReplicaRate(requests_per_s=1.0, places=10.0, stay_s=10.0, quiet_stay_s=10.0, wait_s=wait_s)
 
 
-def steps(*levels: tuple[float, float]) -> list[float]:
-    """Arrivals at even distances, of (requests/s, seconds)."""
+def steps(*levels: tuple[float, float]) -> list[tuple[float, float]]:
+    """Equal requests at even distances, of (requests/s, seconds)."""
     arrivals, begin_s = [], 0.0
     for level, seconds in levels:
-        arrivals += [begin_s + (n + 0.5) / level for n in range(int(level * seconds))]
+        arrivals += [(begin_s + (n + 0.5) / level, 1.0) for n in range(int(level * seconds))]
         begin_s += seconds
     return arrivals
 
@@ -25,9 +25,13 @@ def test_each_step_of_the_load_gets_what_it_takes() -> None:
 
 def test_a_burst_may_wait_as_long_as_the_bound_allows() -> None:
     # 10 requests at once: with no wait 2 replicas for 5 s; if half may wait for another 5 s, 1 replica for 10 s.
-    burst = [0.1 * n for n in range(10)]
+    burst = [(0.1 * n, 1.0) for n in range(10)]
     assert needed(burst, rate(), minimum=1, maximum=8, end_s=15.0) == [2, 1, 1]
     assert needed(burst, rate(wait_s=5.0), minimum=1, maximum=8, end_s=15.0) == [1, 1, 1]
+
+
+def test_a_long_prompt_counts_as_more_than_one() -> None:
+    assert needed([(0.0, 5.0), (1.0, 5.0)], rate(), minimum=1, maximum=8, end_s=10.0) == [2, 1]
 
 
 def test_a_replica_stays_where_it_is_needed_again_within_a_start() -> None:

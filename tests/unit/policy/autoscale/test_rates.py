@@ -8,7 +8,7 @@ import pytest
 from harness.paper_fleet import PaperReplica
 
 from kervan.config.workload import Slo
-from kervan.policy.autoscale.correction import CALM_S, LEAST, Correction, pressure
+from kervan.policy.autoscale.correction import CALM_S, EASED_S, LEAST, Correction, pressure
 from kervan.policy.autoscale.learned_rate import FULL_SHARE, UNKNOWN_RATE, LearnedRate
 from kervan.policy.autoscale.replica_rate import ModelledRates, ReplicaRate
 from kervan.policy.autoscale.state import Demand
@@ -45,9 +45,9 @@ def corrected(seconds: int, correction: Correction | None = None, begin_s: int =
         given: dict[str, Any] = {
             "now_s": float(at_s), "dt": 5.0, "per_replica": 1.0, "peak": 1.0, "in_flight": 10.0, "waiting": 0.0,
             "good": 1.0, "prompt_tokens": 1000, "output_tokens": 100, "rate": RATE, "model": PaperReplica(2.0),
-            "pressure": 0.5, "steady_s": 1000.0,
+            "pressure": 0.5, "steady_s": 1000.0, "load_steady_s": 1000.0,
         }  # fmt: skip
-        found.observe(**(given | more))
+        found.observe(**(given | {"good_lately": more.get("good", 1.0)} | more))
         found = Correction.from_memory(json.loads(json.dumps(found.to_memory())))
     return found
 
@@ -59,6 +59,11 @@ def test_a_model_that_is_right_is_left_alone() -> None:
 def test_steps_that_take_longer_show_in_how_many_are_in_flight() -> None:
     # 1/s for 10 s each are 10; 14 are there, so that all takes 1.4 times as long.
     assert corrected(3000, in_flight=14.0).factor == pytest.approx(1 / 1.4, rel=0.03)
+
+
+def test_of_a_load_that_moves_nothing_is_learned_of_the_pace() -> None:
+    # Many are in flight when a burst has begun, and few have come in the last minute.
+    assert corrected(3000, in_flight=100.0, load_steady_s=10.0).factor == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_rate_at_which_all_is_well_is_one_that_a_replica_takes() -> None:
@@ -73,15 +78,29 @@ def test_answers_that_miss_the_slo_with_no_queue_lower_the_rate() -> None:
     assert corrected(100_000, good=0.9, in_flight=1.0).factor >= LEAST
     assert corrected(900, good=0.97, waiting=20.0).factor == pytest.approx(1.0, abs=0.01)  # the queue is to blame
     assert corrected(int(CALM_S), good=0.97, begin_s=0, peak=9.0).factor == pytest.approx(1.0, abs=0.01)
+    assert corrected(900, good=0.97, is_growing=True).factor == pytest.approx(1.0, abs=0.01)  # help is under way
+    over = corrected(900, good=0.97, good_lately=1.0)  # what is late was late minutes ago
+    assert over.factor == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_rate_that_was_lowered_is_forgiven_in_half_an_hour() -> None:
+    lowered = corrected(600, good=0.97)
+    assert lowered.proven < 0.8
+    calm = {"per_replica": 0.5, "peak": 0.5, "in_flight": 5.0}
+    assert corrected(1800, lowered, 600, **calm).proven == pytest.approx(1 - (1 - lowered.proven) / math.e, rel=0.02)
 
 
 def test_what_more_replicas_do_not_mend_is_not_their_rate() -> None:
-    found = corrected(300, good=0.97)
+    found, eased = corrected(300, good=0.97), {"per_replica": 0.5, "peak": 0.5, "in_flight": 5.0}
     assert found.factor < 0.9
-    found = corrected(60, found, 300, good=0.97, per_replica=0.5, peak=0.5, in_flight=5.0)
+    found = corrected(60, found, 300, good=0.97, **eased)
+    assert found.factor < 0.9  # who kept the SLO is an average of five minutes, in which replicas had more to do
+    found = corrected(int(EASED_S), found, 360, good=0.97, **eased)
     assert found.factor == pytest.approx(1.0, abs=0.01)
-    found = corrected(600, found, 360, good=0.97, per_replica=0.5, peak=0.5, in_flight=5.0)
+    found = corrected(600, found, 660, good=0.97, **eased)
     assert found.factor == pytest.approx(1.0, abs=0.01)
+    found = corrected(300, found, 1260, good=0.9)  # but when it becomes far worse, it is tried again
+    assert found.factor < 0.9
 
 
 def test_pressure_is_how_close_the_nearer_bound_is() -> None:
