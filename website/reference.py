@@ -247,7 +247,7 @@ def function(found: Any, name: str, *, level: int = 2) -> Iterator[str]:
     prefix = "async def " if inspect.iscoroutinefunction(found) else "def "
     signature = inspect.signature(found)
     parameters = [p for p in signature.parameters.values() if p.name != "self"]
-    shown = str(signature.replace(parameters=parameters))
+    shown = str(signature.replace(parameters=parameters)).replace("'", '"')
     for module in ("collections.abc.", "typing.", "kervan.serve.handle.", "kervan.gateway.local."):
         shown = shown.replace(module, "")
     if len(shown) > LONGEST_SIGNATURE:  # of vLLM's app, which says nothing here
