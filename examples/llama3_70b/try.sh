@@ -4,7 +4,7 @@
 #   bash try.sh OUT [kervan up's arguments]           on GPUs
 #   bash try.sh OUT ../../benchmarks/models/llama3-70b --engine twin --gpu H200     simulated, on a laptop
 #
-# STREAMS, RATES and SECONDS shorten the load test.
+# STREAMS, RATES and SECONDS_EACH shorten the load test; KERVAN and PYTHON name the programs.
 set -euo pipefail
 out=$1
 shift

@@ -22,6 +22,7 @@ from kervan.cli.plan import plan
 from kervan.config import fleet as fleets
 from kervan.demo import PAIRS, TOOL_TURN
 from kervan.fleet.vllm import arguments
+from kervan.ports import free_port
 
 EXAMPLES = REPOSITORY / "examples"
 FILES = sorted(EXAMPLES.rglob("*.yaml"))
