@@ -181,18 +181,8 @@ def test_a_fleet_file_starts_and_answers(twins: Fleet, home: Home, models: Model
 def test_the_70b_steps_run_as_one_on_twins(twins: Fleet, tmp_path: Path) -> None:
     script = EXAMPLES / "llama3_70b/try.sh"
     more = {"KERVAN": f"{sys.executable} -m kervan", "PYTHON": sys.executable, "STREAMS": "1,2", "RATES": "1,2"}
-    words = [
-        "bash",
-        script,
-        tmp_path / "out",
-        MODELS / "llama3-70b",
-        "--engine",
-        "twin",
-        "--gpu",
-        "H200",
-        "--port",
-        "0",
-    ]
+    as_twins = ["--engine", "twin", "--gpu", "H200", "--replicas", "2", "--port", str(free_port())]
+    words = ["bash", script, tmp_path / "out", MODELS / "llama3-70b", *as_twins]
     done = subprocess.run(
         words, env={**twins.home.environment, **more, "SECONDS_EACH": "3"}, cwd=twins.home.scratch,
         capture_output=True, text=True, timeout=600, check=False,
