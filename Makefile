@@ -5,6 +5,7 @@
 # make lint         ruff and mypy
 # make environment  what all of them need, and nothing else
 # make audit        known vulnerabilities of the locked packages, where PyPI's advisories can be had
+# make site         the documentation as a site, in build/site; mkdocs-material is fetched for it
 # make lock         requirements/cpu.txt from cpu.in, and gpu.txt, of the GPU image, from gpu.in
 # make clean        removes the environment, the demo's model and all caches
 
@@ -31,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) \
   KERVAN_TRITON=$(CURDIR)/$(TRITON) PATH="$(CURDIR)/$(PROMETHEUS)/usr/bin:$$PATH" $(BIN)/pytest
 
-.PHONY: demo environment test exhaustive unit lint audit lock clean
+.PHONY: demo environment test exhaustive unit lint audit site lock clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -91,6 +92,11 @@ audit: $(AUDIT)
 $(AUDIT): | $(STAMP)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@.part pip-audit==2.10.1
 	@mv $@.part $@
+
+# Pages that are made from the code are written anew first.
+site: $(STAMP)
+	$(BIN)/python website/reference.py
+	$(BIN)/uv run --no-project --python $(BIN)/python --with-requirements website/requirements.txt python website/build.py
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 $(TORCH) \

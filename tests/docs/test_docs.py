@@ -28,7 +28,7 @@ from kervan.cli import COMMANDS, cli
 from kervan.config import fleet as fleets
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
-PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+PAGES += sorted((REPOSITORY / "docs").rglob("*.md")) + sorted((REPOSITORY / "examples").rglob("*.md"))
 README_URL = "http://127.0.0.1:8000"
 README_MODEL = "Qwen/Qwen3-8B"
 SHELLS = ("bash", "sh", "console")
@@ -60,7 +60,9 @@ def blocks() -> list[Block]:
         text = page.read_text()
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start()) + 1
-            found.append(Block(page.name, line, match["language"], match["marker"] or "", match["text"]))
+            found.append(
+                Block(str(page.relative_to(REPOSITORY)), line, match["language"], match["marker"] or "", match["text"])
+            )
     return found
 
 
@@ -284,7 +286,7 @@ def test_shell_runs(block: Block, adapted: Callable[[str], str]) -> None:
 PLANS = re.compile(r"^```text\n\$ (kervan plan [^\n]*)\n(.*?)^```", re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/planner.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/planner.md", "docs/70b.md"])
 def test_the_plan_shown_is_what_the_command_prints(page: str) -> None:
     found = PLANS.findall((REPOSITORY / page).read_text())
     assert found

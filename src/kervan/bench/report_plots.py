@@ -4,9 +4,10 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kervan.bench.sketch import Sketch
+if TYPE_CHECKING:  # the colours are wanted where numpy is not installed
+    from kervan.bench.sketch import Sketch
 
 COLOURS = ("#2457c5", "#d1622b", "#1a7f4b", "#8a3ffc", "#b3261e", "#0f8b8d", "#946200", "#5b6472")
 FAULT_COLOUR = "#b3261e"
@@ -30,7 +31,7 @@ class ReportedRun:
 
     name: str
     record: Mapping[str, Any]
-    sketches: Mapping[str, Sketch]
+    sketches: "Mapping[str, Sketch]"
 
 
 def figures(runs: Sequence[ReportedRun]) -> dict[str, Any]:

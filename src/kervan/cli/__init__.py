@@ -100,6 +100,13 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         _exit(2 if isinstance(error, ConfigError) else 1)
+    except ModuleNotFoundError as error:
+        from kervan.cli import missing_package
+
+        if debug or not (told := missing_package.described(error)):
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         if debug or not (told := _ray_failure(error)):
             raise

@@ -6,6 +6,7 @@ Only the public command line and HTTP are used here (and a signal), so it proves
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -25,7 +26,7 @@ import click
 
 from kervan.demo import PAIRS, make_demo_model, surge
 from kervan.demo.model import TRAINED
-from kervan.errors import FleetError
+from kervan.errors import ConfigError, FleetError
 from kervan.ports import free_port
 
 _MODEL_DIRECTORY: Final = Path(".demo/model")
@@ -44,6 +45,8 @@ def demo(what: str) -> None:
 
     autoscale: let simulated replicas follow a load that rises and falls, in about two minutes.
     """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("the demo's gateways run vLLM's server, and vLLM is not installed: pip install 'kervan[cpu]'")
     if what == "autoscale":
         _autoscale()
     else:
