@@ -138,7 +138,7 @@ class Link:
         replica.links[gateway.number] = self
 
     async def send_multipart(self, frames: Sequence[Any], copy: bool) -> None:
-        self.replica.add(self.gateway.number, frames[0])
+        self.replica.add(self.gateway.number, self.streams[frames[0].decode()])
 
     def deliver(self, output: Any) -> None:
         """What `FleetClient._deliver` does with an output."""
@@ -175,7 +175,7 @@ class Asks:
         return PromptContent(stream.request.tokens)
 
     def encode_add(self, stream: Stream) -> Sequence[Any]:
-        return [stream]
+        return [stream.wire_id.encode()]
 
 
 class Places(placement.Placements):

@@ -65,7 +65,8 @@ def all_options() -> dict[str, dict[str, click.Option]]:
     """Of all commands: by its name, then by that of the command."""
     found: dict[str, dict[str, click.Option]] = defaultdict(dict)
     for name in COMMANDS:
-        command = getattr(importlib.import_module(f"kervan.cli.{name}"), name)
+        module = name.replace("-", "_")
+        command = getattr(importlib.import_module(f"kervan.cli.{module}"), module)
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 found[parameter.opts[0]][name] = parameter

@@ -41,7 +41,7 @@ class Process:
     def __init__(self, failure: str = "") -> None:
         self.ended = threading.Event()
         self.failure = EngineFailed("EngineError", failure) if failure else None
-        self.ready = None if failure else SimpleNamespace(address="tcp://a", engine_version="1")
+        self.ready = None if failure else SimpleNamespace(address="tcp://a", public_key="", engine_version="1")
         self.load = EngineLoad(0, 0, 0.0, 0, False)
         self.log_path, self.pid, self.start_s, self.stalled_s = "a.log", 1, {}, 0.0
         self.is_healthy, self.ends_when_killed = True, True

@@ -192,6 +192,26 @@ FLEET_DASHBOARD = Dashboard(
             ),
         ),
         Row(
+            "API keys",
+            (
+                _line(
+                    "Requests by key",
+                    (q.rate("kervan_key_requests_total", "key"), "{{key}}"),
+                    (q.KEY_REJECTED, "{{key}}: {{reason}}"),
+                    unit="reqps",
+                    help="A reason is why a request of that key was refused.",
+                ),
+                _line(
+                    "Tokens/s by key",
+                    (q.rate("kervan_key_prompt_tokens_total", "key"), "{{key}}: prompts"),
+                    (q.rate("kervan_key_cached_tokens_total", "key"), "{{key}}: of these cached"),
+                    (q.rate("kervan_key_generated_tokens_total", "key"), "{{key}}: generated"),
+                    help="Counted when a stream ends.",
+                ),
+                _line("Streams by key", (q.total("kervan_key_streams", "key"), "{{key}}")),
+            ),
+        ),
+        Row(
             "Moves, drains, notices",
             (
                 _line(
