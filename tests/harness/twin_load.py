@@ -26,7 +26,7 @@ STEP_S = 0.1
 
 @dataclass
 class Load:
-    """Streams one after the other on `NUM_STREAMS` clients. `broken` tells what was not as it should be.
+    """Streams one after the other on some clients. `broken` tells what was not as it should be.
 
     `cut`: connections that were lost, with `may_be_cut`; else they are broken too.
     """
@@ -89,11 +89,17 @@ class Load:
 
 @asynccontextmanager
 async def load(
-    fleet: Fleet, models: Models, name: str = "twin", api_key: str = "none", *, may_be_cut: bool = False
+    fleet: Fleet,
+    models: Models,
+    name: str = "twin",
+    api_key: str = "none",
+    *,
+    may_be_cut: bool = False,
+    num_streams: int = NUM_STREAMS,
 ) -> AsyncIterator[Load]:
     """Streams of the model `name` all the time within the block; whole, every one, at its end."""
     running = Load(fleet.url, models.demo, name, api_key, may_be_cut=may_be_cut)
-    clients = [asyncio.create_task(running.client(seed)) for seed in range(NUM_STREAMS)]
+    clients = [asyncio.create_task(running.client(seed)) for seed in range(num_streams)]
     try:
         yield running
         running.is_over = True
@@ -103,7 +109,7 @@ async def load(
             client.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
     assert running.broken == []
-    assert running.num_whole >= NUM_STREAMS
+    assert running.num_whole >= num_streams
 
 
 @asynccontextmanager

@@ -184,6 +184,29 @@ async def test_no_replica_while_nobody_asks_and_one_for_the_first_request(scaled
 
 
 @pytest.mark.exhaustive
+async def test_a_surge_makes_one_replica_eight_and_its_end_one_again(
+    home: Home, models: Models, scratch: Path, scaled: Fleet
+) -> None:
+    config = scratch / "surge.yaml"
+    settings = {**SETTINGS, "autoscaling": {**SETTINGS["autoscaling"], "target_ongoing_requests": 8}}
+    config.write_text(json.dumps({**settings, "max_queued_streams": 64}))
+    name = ("max_model_len=2048", "served_model_name=twin", "max_num_seqs=64")
+    fleet = home.up(models.demo, "surge", name, "--config", str(config), "--replicas", "1..8", "--gateways", "1")
+    try:
+        await until_small(fleet)
+        async with load(fleet, models, num_streams=64) as running:
+            await eventually_async(lambda: len(linked(fleet)) == 8, "all eight work", START_S)
+            num_whole = running.num_whole
+            await eventually_async(lambda: running.num_whole > num_whole + 64, "on all of them", START_S)
+        async with load(fleet, models, num_streams=8):  # long answers hold no replica
+            await until_small(fleet)
+        assert fleet.total("kervan_streams_broken_total") == 0
+        assert fleet.total("kervan_streams_moved_total") > 0
+    finally:
+        assert home.kervan("down", "--name", "surge").returncode == 0
+
+
+@pytest.mark.exhaustive
 async def test_replicas_that_come_and_go_leave_nothing_behind(scaled: Fleet) -> None:
     """24 changes, 24 replicas each way. What lives on is compared with what lived after the first eight changes."""
 

@@ -5,6 +5,7 @@ directory snapshots.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import socket
@@ -25,7 +26,7 @@ from kervan.config.api_keys import OPEN, KeyTable
 from kervan.errors import ConfigError
 from kervan.fleet import pinned_tls
 from kervan.fleet.admitted import Ticket
-from kervan.fleet.auth import Secrets, is_proof, relay_key
+from kervan.fleet.auth import Secrets, relay_key
 from kervan.fleet.client import FleetClient
 from kervan.fleet.directory import DemandCounts, GatewayEntry, Snapshot, as_told
 from kervan.fleet.link import members
@@ -35,17 +36,18 @@ from kervan.fleet.vllm.logs import kept_handlers
 from kervan.fleet.vllm.stored_responses import StoredResponses
 from kervan.gateway import explain, openapi, page, ranges
 from kervan.gateway.answers import Answers, OwnAnswer
-from kervan.gateway.asgi import ASGIApp, Receive, Scope, Send, error_body, header, respond
+from kervan.gateway.asgi import ASGIApp
 from kervan.gateway.connection import Connection
+from kervan.gateway.inner_port import InnerPort
 from kervan.gateway.key_guard import KeyGuard
 from kervan.gateway.keys import KeyRing
 from kervan.gateway.leaving import send_clients_away
 from kervan.gateway.merged_page import merge_pages
 from kervan.gateway.page import key_metrics
-from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters
-from kervan.gateway.quotas import QUOTA_PATH, Quotas
-from kervan.gateway.reconnect import INTERNAL_PREFIX, Streams
-from kervan.gateway.relay import KEY_HEADER, MISDIRECTED, RELAY_HEADER, is_relayed
+from kervan.gateway.peers import Peers, SharedAdapters
+from kervan.gateway.quotas import Quotas
+from kervan.gateway.reconnect import Streams
+from kervan.gateway.relay import RELAY_HEADER
 from kervan.gateway.remembered import RequestMemory
 from kervan.gateway.request_size import RequestSize
 from kervan.gateway.shared_port import SharedPort
@@ -59,14 +61,6 @@ from kervan.policy.model_routing import PortFleet
 
 logger = logging.getLogger(__name__)
 
-GIVEN_PATHS = (
-    INTERNAL_PREFIX,
-    OWNER_PREFIX,
-    ADAPTERS_PATH,
-    REQUESTS_PREFIX,
-    ranges.PATH,
-    QUOTA_PATH,
-)  # to other gateways of the fleet
 EXPLAIN_TIMEOUT_S = 2.0
 NODE = "node"  # in the place of a gateway's id
 LAST_S = 3  # for what is left when `Gateway.stop` has waited; whole seconds, as uvicorn wants them
@@ -161,7 +155,6 @@ class Gateway:
         self._internal_port = 0
         self._certificate = pinned_tls.draw() if config.encrypts else None
         self._copies_port = 0
-        self._is_recording = False
         self._most_slots = 0  # of one replica, so far
         self.answers = Answers()
         self._secrets = Secrets(config.secret, config.secret_before)
@@ -184,6 +177,10 @@ class Gateway:
         self.shared_port: SharedPort | None = None
         if config.shared_port:
             self.shared_port = SharedPort(self.shell, self._port_fleet, config.node, key)
+        self._inner = InnerPort(
+            self._secrets, shell=self.shell, streams=self.streams, peers=self.peers, adapters=self.adapters,
+            quotas=self.quotas, page=self._local_page, explain=self._explain_own, shared_port=self.shared_port,
+        )  # fmt: skip
 
     # ---- lifecycle
 
@@ -213,7 +210,7 @@ class Gateway:
             logger.warning("answers go without vLLM's middlewares until its app is there: %s", error)
         internal = listen(self.config.internal_host, 0)
         self._internal_port = internal.getsockname()[1]
-        self._internal = self._serve(self._internal_app, internal, self._inner_tls), internal
+        self._internal = self._serve(self._inner, internal, self._inner_tls), internal
         if self.config.replay_s > 0:
             await self._keep_streams()
         if serve_http and not self.config.opens_when_attached:
@@ -278,6 +275,10 @@ class Gateway:
             self.answers.pass_through(self.frontend.app)
             self.peers.stored = StoredResponses(self.frontend.app, self.config.gateway_id)
             await self.adapters.begin(Adapters(self.frontend.app, self.config.gateway_id, self.adapters.tell))
+            self._inner.record = functools.partial(
+                ranges.record, fleet=self.fleet, engine=self.frontend.engine, memory=self.requests,
+                gateway_id=self.config.gateway_id,
+            )  # fmt: skip
             app = openapi.describing(
                 self.frontend.app, fleet_name=self.config.fleet_name, has_keys=not self.keys.is_open
             )
@@ -525,81 +526,6 @@ class Gateway:
         texts = {self.config.gateway_id: self._local_page()}
         texts |= {peer.id: text for peer, text in zip(peers, pages, strict=True) if text is not None}
         return merge_pages(texts).encode()
-
-    # ---- for other gateways
-
-    async def _internal_app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The page of this gateway alone, and what other gateways pass on: for a stream, or on a shared port."""
-        if scope["type"] == "http":
-            scope = self._with_present_key(scope)
-            if is_relayed(scope) and scope["path"].startswith(GIVEN_PATHS):
-                await self._give(scope, receive, send)
-            elif self.shared_port is not None and is_relayed(scope):
-                await self.shared_port.respond_relayed(scope, receive, send)
-            else:
-                await respond(send, 200, self._local_page().encode(), b"text/plain; version=0.0.4; charset=utf-8")
-
-    def _with_present_key(self, scope: Scope) -> Scope:
-        """A request whose proof is of the secret before, as if it were of the present one."""
-        given = header(scope, RELAY_HEADER)
-        if not any(is_proof(given, relay_key(secret)) for secret in self._secrets.taken[1:]):
-            return scope
-        others = [pair for pair in scope["headers"] if pair[0] != RELAY_HEADER]
-        return {**scope, "headers": [*others, (RELAY_HEADER, relay_key(self.config.secret))]}
-
-    async def _give(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What this gateway alone has, to one that proves to be of the fleet."""
-        is_known = is_proof(header(scope, RELAY_HEADER), relay_key(self.config.secret))
-        app, path = self.shell.inner, scope["path"]
-        if is_known and path.startswith(REQUESTS_PREFIX):
-            told_of = self._explain_own(urllib.parse.unquote(path.removeprefix(REQUESTS_PREFIX)))
-            await respond(send, 200 if told_of is not None else MISDIRECTED, told_of or b"")
-            return
-        if is_known and path == QUOTA_PATH:  # also before vLLM's app is there
-            if (asked := await self.shell.read_body(scope, receive, send)) is not None:
-                try:
-                    await respond(send, 200, self.quotas.take(asked))
-                except msgspec.DecodeError as error:
-                    await respond(send, 400, error_body(400, str(error)))
-            return
-        if is_known and path == ranges.PATH and self.frontend is not None:
-            await self._record_ranges(scope, send)
-            return
-        if not is_known or app is None:
-            await respond(send, MISDIRECTED, error_body(MISDIRECTED, "the gateway here has nothing to give"))
-        elif path.startswith(INTERNAL_PREFIX):
-            with self.shell.guard.charging(header(scope, KEY_HEADER)):
-                await self.streams.get_internal(app, scope, receive, send)
-        elif path.startswith(OWNER_PREFIX):
-            with self.shell.guard.charging(header(scope, KEY_HEADER)):
-                await self.peers.respond_as_owner(app, scope, receive, send)
-        elif (told := await self.shell.read_body(scope, receive, send)) is not None:
-            try:
-                known = self.adapters.take(told)
-            except msgspec.DecodeError as error:
-                await respond(send, 400, error_body(400, str(error)))
-            else:
-                await respond(send, 200 if known is not None else MISDIRECTED, known or b"")
-
-    async def _record_ranges(self, scope: Scope, send: Send) -> None:
-        try:
-            ask = ranges.parse_ask(scope["query_string"])
-        except ConfigError as error:
-            await respond(send, 400, error_body(400, str(error)))
-            return
-        if self._is_recording:
-            await respond(
-                send, 409, error_body(409, "this gateway is being profiled already; ask again when it is not")
-            )
-            return
-        self._is_recording = True
-        try:
-            recorded = await ranges.record(
-                ask, self.fleet, self.frontend.engine, self.requests, gateway_id=self.config.gateway_id
-            )
-        finally:
-            self._is_recording = False
-        await respond(send, 200, msgspec.json.encode(recorded))
 
     def _local_page(self) -> str:
         fleet, counts = self.fleet, self.fleet.counts
