@@ -99,6 +99,7 @@ class Terminal:
             signal.SIGWINCH: self._resized,
             signal.SIGTSTP: self._suspend,
             signal.SIGCONT: self._continued,
+            signal.SIGINT: _interrupt,  # also where a script that began it in the background had it ignored
             signal.SIGTERM: _interrupt,
             signal.SIGHUP: _interrupt,
         }
