@@ -510,6 +510,8 @@ def _settings() -> dict[str, Setting]:
 
 # By name, in the order of the fields. MISSING is the default of `model`.
 SETTINGS: Mapping[str, Setting] = _settings()
+SECRETS = ("api_keys",)
+"""Settings whose values no message shows."""
 _EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -531,9 +533,11 @@ def _convert(setting: Setting, value: Any, source: str) -> Any:
         if kind is Literal:
             choices = ", ".join(filter(None, get_args(setting.type)))
             raise ConfigError(f"{source}: {setting.name}={value!r} is not one of {choices}") from error
-        raise ConfigError(
-            f"{source}: {setting.name}={value!r} is {type(value).__name__}; give {_EXPECTED[kind]}"
-        ) from error
+        shown = setting.name if setting.name in SECRETS else f"{setting.name}={value!r}"
+        what = type(value).__name__
+        if kind is tuple and isinstance(value, list):
+            what = f"a list with {next((type(item).__name__ for item in value if not isinstance(item, str)), 'more')}"
+        raise ConfigError(f"{source}: {shown} is {what}; give {_EXPECTED[kind]}") from error
 
 
 def _mapping(name: str, value: Mapping[Any, Any]) -> dict[str, Any]:
