@@ -143,7 +143,10 @@ def list_keys(path: Path | None, as_json: bool) -> None:
     from kervan.cli import render
     from kervan.config import key_file
 
-    entries = key_file.read(_path(path))
+    path = _path(path)
+    entries = key_file.read(path)
+    if problem := key_file.warning(path):
+        click.echo(f"warning: {problem}", err=True)
     if as_json:
         render.print_json({"keys": [_told(entry) for entry in entries]})
         return

@@ -144,6 +144,16 @@ def test_a_change_of_a_missing_file_leaves_nothing(kervan: Kervan, tmp_path: Pat
     assert not (tmp_path / "more").exists()
 
 
+def test_list_warns_of_a_file_that_others_may_write(kervan: Kervan, tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    prints(kervan, "keys", "add", "web", "--file", str(path))
+    assert kervan.run("keys", "list", "--file", str(path))[2] == ""
+    path.chmod(0o666)
+    code, _, err = kervan.run("keys", "list", "--file", str(path))
+    assert code == 0
+    assert "has mode 666" in err
+
+
 def test_the_help_shows_values_as_they_are_taken(kervan: Kervan) -> None:
     shown = prints(kervan, "keys", "add", "--help")
     assert "--expires 30d" in shown
