@@ -439,7 +439,9 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: TOML, and a day that does not exist
-        raise ConfigError(f"config file {path} {broken(error, text)}") from error
+        raise ConfigError(
+            f"config file {path} {broken(error, text, is_secret='api_key' in text.replace('-', '_'))}"
+        ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"config file {path} holds {type(data).__name__}, not settings; write lines such as 'tp: 2'")
     settings: dict[str, Any] = {}

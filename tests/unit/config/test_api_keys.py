@@ -11,7 +11,7 @@ import yaml
 
 from kervan.config import api_keys, key_file
 from kervan.config.api_keys import KeyEntry, KeyTable, entries_of, hashed, named_keys, new_key, table_of
-from kervan.config.fleet import from_mapping
+from kervan.config.fleet import from_mapping, load_file
 from kervan.errors import ConfigError
 
 DIGEST = hashlib.sha256(b"k").hexdigest()
@@ -45,6 +45,15 @@ def test_what_is_wrong_with_keys_of_the_settings_is_told_without_them(setting: o
     with pytest.raises(ConfigError, match=told) as error:
         from_mapping({"model": "m", "api_keys": setting}, "a file")
     assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["api_keys", "api-keys"])
+def test_a_broken_config_file_shows_no_key(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(f"model: m\n{name}: [s3cret\n")
+    with pytest.raises(ConfigError, match="line 2 is no valid YAML") as told:
+        load_file(path)
+    assert "s3cret" not in str(told.value)
 
 
 def test_keys_of_the_environment_have_names() -> None:
