@@ -32,10 +32,12 @@ async def run(prompts: list[dict[str, Any]], fleet_name: str) -> list[dict[str, 
 
 
 def main() -> None:
+    if not 3 <= len(sys.argv) <= 5:
+        sys.exit("usage: python batch.py PROMPTS.jsonl ANSWERS.jsonl [FLEET] [ADDRESS]")
     source, target, *more = sys.argv[1:]
+    prompts = [json.loads(line) for line in Path(source).read_text().splitlines()]
     fleet_name, address = (*more, None, None)[:2]
     attach(fleet_name or "default", address)  # joins the cluster
-    prompts = [json.loads(line) for line in Path(source).read_text().splitlines()]
     answers = asyncio.run(run(prompts, fleet_name or "default"))
     Path(target).write_text("".join(f"{json.dumps(answer)}\n" for answer in answers))
     print(f"{len(answers)} answers, {sum(answer['tokens'] for answer in answers):,} tokens")

@@ -19,7 +19,7 @@ KEY_INPUT = "KERVAN_NEW_KEY"
 class Expiry(click.ParamType):  # type: ignore[type-arg]
     """How long a key holds, in seconds; `never` is 0."""
 
-    name = "30d"
+    name = "time"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Seconds; click ends the command for what is no time."""
@@ -39,7 +39,7 @@ class Expiry(click.ParamType):  # type: ignore[type-arg]
 class Models(click.ParamType):  # type: ignore[type-arg]
     """Names with commas between; `all` is none."""
 
-    name = "a,b"
+    name = "names"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         """The names; click ends the command where one is empty."""
@@ -68,8 +68,8 @@ def _limits(function: Any) -> Any:
                 "--tokens-per-minute", type=count, metavar="N", help="Prompt and generated tokens in a minute."
             ),
             click.option("--streams", type=count, metavar="N", help="Streams at once."),
-            click.option("--models", type=Models(), help="Models and adapters that it may use, or all."),
-            click.option("--expires", type=Expiry(), help="From now, like 30d or 12h, or never."),
+            click.option("--models", type=Models(), metavar="a,b", help="Models and adapters that it may use, or all."),
+            click.option("--expires", type=Expiry(), metavar="30d", help="From now, like 30d or 12h, or never."),
         )
     ):
         function = option(function)
@@ -116,7 +116,7 @@ def add(name: str, path: Path | None, as_json: bool, **limits: Any) -> None:
     check_entry(entry, "NAME")
     from kervan.config import key_file
 
-    with key_file.changing(path) as entries:
+    with key_file.changing(path, begins=True) as entries:
         if any(other.name == name for other in entries):
             raise ConfigError(
                 f"{path} has a key {name} already; kervan keys limit {name} changes its limits, and kervan keys revoke "
@@ -143,7 +143,10 @@ def list_keys(path: Path | None, as_json: bool) -> None:
     from kervan.cli import render
     from kervan.config import key_file
 
-    entries = key_file.read(_path(path))
+    path = _path(path)
+    entries = key_file.read(path)
+    if problem := key_file.warning(path):
+        click.echo(f"warning: {problem}", err=True)
     if as_json:
         render.print_json({"keys": [_told(entry) for entry in entries]})
         return

@@ -45,8 +45,10 @@ def _name(error: click.BadParameter) -> str:
 
 
 def _in_words(message: str, error: click.BadParameter) -> str:
-    """A number's range in words, which click gives as `1<=x<=8`."""
+    """What click says of a value; a number's range in words, which click gives as `1<=x<=8`."""
     kind = error.param.type if error.param is not None else None
+    if isinstance(kind, click.Path):  # click begins with what it is: File 'x' does not exist
+        return message[message.find("'") :]
     value, is_not, _ = message.partition(" is not ")
     if not isinstance(kind, (click.IntRange, click.FloatRange)) or not is_not:
         return message

@@ -124,6 +124,7 @@ def _print_nsys(report: Path, *, as_json: bool) -> None:
     from kervan.cli import render
     from kervan.profile import nsys, text
 
+    nsys.check(report)
     render.progress_lines()(f"nsys stats reads {report}; the first time it exports the whole report")
     found = {"kernels": nsys.kernels(report), "ranges": nsys.ranges(report)}
     if as_json:

@@ -21,6 +21,7 @@ MAX_KEYS = 10_000
 MAX_LIMIT = 10**12
 NAME_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _STORED = re.compile(rf"({NAME_PATTERN.pattern})={DIGEST_PREFIX}([0-9a-f]{{64}})")
+_LIKE_STORED = re.compile(rf"[^=]*={DIGEST_PREFIX}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 VARIABLE = "KERVAN_API_KEYS"
 
@@ -84,6 +85,11 @@ def check_keys(keys: Sequence[str], source: str) -> None:
         which = source if len(keys) == 1 else f"{source}: key {place} of {len(keys)}"
         if not key.strip():
             raise ConfigError(f"{which} is empty; give it a value, or leave it out")
+        if _LIKE_STORED.match(key) and not _STORED.fullmatch(key):
+            raise ConfigError(
+                f"{which} has no SHA-256 after {DIGEST_PREFIX}; write NAME={DIGEST_PREFIX} and its 64 hexadecimal "
+                "digits, in small letters"
+            )
         if key != key.strip() or not all(" " <= letter <= "~" for letter in key):
             raise ConfigError(
                 f"{which} begins or ends with white space, or has a line break or a character beyond ASCII, which "
@@ -155,7 +161,9 @@ def read_entries(data: Any, source: str) -> list[KeyEntry]:
     Raises: ConfigError for whatever is not as `kervan keys` writes it.
     """
     if not isinstance(data, dict) or set(data) != {"keys"} or not isinstance(data["keys"], list):
-        raise ConfigError(f"{source} holds no list `keys`; kervan keys add NAME --file FILE makes such a file")
+        raise ConfigError(
+            f"{source} holds no list `keys`, or more than that; move it away, and kervan keys add NAME begins another"
+        )
     if len(data["keys"]) > MAX_KEYS:
         raise ConfigError(f"{source} has {len(data['keys']):,} keys, above {MAX_KEYS:,}; leave out those without use")
     entries: list[KeyEntry] = []
@@ -164,14 +172,28 @@ def read_entries(data: Any, source: str) -> list[KeyEntry]:
         try:
             entry = msgspec.convert(item, KeyEntry)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{which}: {error}; kervan keys add and limit write what is taken") from error
+            raise ConfigError(f"{which}: {_in_words(error)}; kervan keys add and limit write what is taken") from error
         check_entry(entry, which)
         entries.append(entry)
     for what in ("name", "digest"):
         values = [getattr(entry, what) for entry in entries]
         if twice := next((value for value in values if values.count(value) > 1), None) if _has_twice(values) else None:
-            raise ConfigError(f"{source} has the {what} {twice[:63]} twice; leave out one of them")
+            raise ConfigError(f"{source} has the {what} {twice[:64]} twice; leave out one of them")
     return entries
+
+
+_WORDS = {"str": "text", "int": "a whole number", "array": "a list", "object": "a mapping", "bool": "true or false"}
+
+
+def _in_words(error: msgspec.ValidationError) -> str:
+    """What msgspec says, which names JSON's kinds and `$.streams`."""
+    text = re.sub(
+        r"Object (contains|missing)", lambda match: f"it {'has' if match[1] == 'contains' else 'lacks'}", str(error)
+    )
+    if match := re.fullmatch(r"Expected `(.+?)`, got `(.+?)`(?: - at `\$\.?(.*)`)?", text):
+        expected, got = (_WORDS.get(kind.split(" ")[0], kind) for kind in match.groups()[:2])
+        return f"{match[3] or 'it'} is {got}, not {expected}"
+    return text
 
 
 def _has_twice(values: list[str]) -> bool:

@@ -439,7 +439,9 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: TOML, and a day that does not exist
-        raise ConfigError(f"config file {path} {broken(error, text)}") from error
+        raise ConfigError(
+            f"config file {path} {broken(error, text, is_secret='api_key' in text.replace('-', '_'))}"
+        ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"config file {path} holds {type(data).__name__}, not settings; write lines such as 'tp: 2'")
     settings: dict[str, Any] = {}
@@ -510,6 +512,8 @@ def _settings() -> dict[str, Setting]:
 
 # By name, in the order of the fields. MISSING is the default of `model`.
 SETTINGS: Mapping[str, Setting] = _settings()
+SECRETS = ("api_keys",)
+"""Settings whose values no message shows."""
 _EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -531,9 +535,11 @@ def _convert(setting: Setting, value: Any, source: str) -> Any:
         if kind is Literal:
             choices = ", ".join(filter(None, get_args(setting.type)))
             raise ConfigError(f"{source}: {setting.name}={value!r} is not one of {choices}") from error
-        raise ConfigError(
-            f"{source}: {setting.name}={value!r} is {type(value).__name__}; give {_EXPECTED[kind]}"
-        ) from error
+        shown = setting.name if setting.name in SECRETS else f"{setting.name}={value!r}"
+        what = type(value).__name__
+        if kind is tuple and isinstance(value, list):
+            what = f"a list with {next((type(item).__name__ for item in value if not isinstance(item, str)), 'more')}"
+        raise ConfigError(f"{source}: {shown} is {what}; give {_EXPECTED[kind]}") from error
 
 
 def _mapping(name: str, value: Mapping[Any, Any]) -> dict[str, Any]:

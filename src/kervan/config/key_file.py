@@ -16,6 +16,7 @@ from kervan.errors import ConfigError
 from kervan.facts.markup import broken
 
 MODE = 0o600
+MAX_BYTES = 4 * 2**20
 HEAD = """\
 # API keys of kervan fleets: names, digests and limits; the keys themselves are nowhere.
 # kervan keys add, limit and revoke change it, and fleets that use it follow within seconds.
@@ -28,11 +29,22 @@ def read(path: Path) -> list[KeyEntry]:
     Raises: ConfigError when it is missing, unreadable, or no such file.
     """
     try:
-        text = path.read_text()
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or a device may never end
+            raise ConfigError(f"{path} is no regular file, so it can have no API keys; give another file")
+        if found.st_size > MAX_BYTES:
+            raise ConfigError(
+                f"{path} has {found.st_size:,} bytes, above the {MAX_BYTES:,} of a file of API keys; give another file"
+            )
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file of API keys; kervan keys add NAME --file {path} begins it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the API keys cannot be read ({' '.join(str(error).split())})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8, so it can have no API keys; give another file") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the API keys cannot be read ({error.strerror or error}); give a file that this user may read"
+        ) from error
     try:
         data = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -85,27 +97,31 @@ def write(path: Path, entries: Sequence[KeyEntry]) -> None:
 
 
 @contextlib.contextmanager
-def changing(path: Path) -> Iterator[list[KeyEntry]]:
+def changing(path: Path, begins: bool = False) -> Iterator[list[KeyEntry]]:
     """The keys of the file, to be changed in place; they are written at the end of the block. None else writes then.
 
-    A file that is missing begins empty. Raises: ConfigError.
+    `begins`: a file that is missing begins empty, and its directory is made. Raises: ConfigError.
     """
-    directory = path.resolve().parent
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = path.resolve().parent
+        if begins:
+            directory.mkdir(parents=True, exist_ok=True)
+        elif signature(path) is None:
+            read(path)  # raises
         lock = os.open(directory, os.O_RDONLY)  # the directory stays, where the file is replaced
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: Python before 3.13, of links in a ring
         raise _not_written(path, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        entries = read(path) if path.exists() else []
+        entries = [] if begins and signature(path) is None else read(path)
         before = list(entries)
         yield entries
-        if entries != before or not path.exists():
+        if entries != before or signature(path) is None:
             write(path, entries)
     finally:
         os.close(lock)
 
 
-def _not_written(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{path}: the API keys cannot be written ({error.strerror or error}); give another --file")
+def _not_written(path: Path, error: OSError | RuntimeError) -> ConfigError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    return ConfigError(f"{path}: the API keys cannot be written ({reason}); give another --file")

@@ -5,8 +5,11 @@ import re
 import yaml
 
 
-def broken(error: Exception, text: str) -> str:
-    """What is wrong with `text`, of which a parser has raised `error`: its line, if the error says which."""
+def broken(error: Exception, text: str, is_secret: bool = False) -> str:
+    """What is wrong with `text`, of which a parser has raised `error`: its line, if the error says which.
+
+    `is_secret`: the line's number is told, and not what is on it.
+    """
     if isinstance(error, RecursionError):
         return "cannot be read: it is nested too deeply"
     mark = getattr(error, "problem_mark", None)
@@ -16,7 +19,8 @@ def broken(error: Exception, text: str) -> str:
     lines = text.splitlines() or [""]
     number = min(len(lines), mark.line + 1 if mark is not None else int(place[1]) if place is not None else 1)
     kind = "YAML" if isinstance(error, yaml.YAMLError) else "TOML"
+    line = f"line {number}" if is_secret else f"line {number}, {lines[number - 1][:60]!r},"
     return (
-        f"cannot be read: line {number}, {lines[number - 1][:60]!r}, is no valid {kind}; look at indentation (no "
+        f"cannot be read: {line} is no valid {kind}; look at indentation (no "
         "tabs), colons, quotes and brackets there and above"
     )

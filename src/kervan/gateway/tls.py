@@ -76,14 +76,17 @@ def _load_pair(context: ssl.SSLContext, files: TlsFiles) -> None:
                 f"tls_key {files.key} is not the key of the first certificate in {files.certificate}; give the key "
                 "that its request was made with, and put the server's own certificate first"
             ) from error
+        reason = f" ({error.reason})" if error.reason else ""
         raise ConfigError(
-            f"tls_key {files.key} holds no private key in PEM that OpenSSL can use ({error.reason or error}); give the "
-            "file that begins with -----BEGIN PRIVATE KEY-----"
+            f"tls_key {files.key} holds no private key in PEM that OpenSSL can use{reason}; give the file that begins "
+            "with -----BEGIN PRIVATE KEY-----"
         ) from error
 
 
 def _read(path: str, setting: str) -> bytes:
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe may never end
+            raise ConfigError(f"{setting} {path} is a directory or no regular file; give the file itself, in PEM")
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(
@@ -103,8 +106,7 @@ def _read_certificates(path: str, setting: str) -> "list[Certificate]":
         return x509.load_pem_x509_certificates(_read(path, setting))
     except ValueError as error:
         raise ConfigError(
-            f"{setting} {path} holds no certificate in PEM ({error}); give the file that begins with "
-            "-----BEGIN CERTIFICATE-----"
+            f"{setting} {path} holds no certificate in PEM; give the file that begins with -----BEGIN CERTIFICATE-----"
         ) from error
 
 

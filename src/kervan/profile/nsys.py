@@ -32,10 +32,17 @@ def find() -> str:
     return program
 
 
+def check(report: Path) -> None:
+    """Raises: ConfigError where there is no such file, or no program to read it."""
+    if not report.is_file():
+        what = "is no regular file" if report.exists() else "does not exist"
+        raise ConfigError(f"--nsys {report} {what}; nsys profile -o NAME COMMAND writes NAME.nsys-rep")
+    find()
+
+
 def kernels(report: Path) -> tuple[KernelTotal, ...]:
     """Kernels and copies of a report, those with most time first. Raises: ConfigError, EngineError."""
-    if not report.exists():
-        raise ConfigError(f"--nsys {report} does not exist; nsys profile -o NAME COMMAND writes NAME.nsys-rep")
+    check(report)
     program = find()
     return totals(stats(program, report, KERNELS), stats(program, report, COPIES))
 

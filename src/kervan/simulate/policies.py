@@ -35,7 +35,11 @@ def check(name: str) -> None:
             value = math.nan
         least, most = BOUNDS[kind]
         if not least <= value <= most or (kind == "fixed" and value != int(value)):
-            raise ConfigError(f"--policy {name!r}: {number!r} is no such number; write for example {EXAMPLES[kind]}")
+            what = "whole number" if kind == "fixed" else "number"
+            raise ConfigError(
+                f"--policy {name!r}: {number!r} is no {what} from {least:g} to {most:g}; write for example "
+                f"{EXAMPLES[kind]}"
+            )
         return
     if name not in MAKERS:
         near = difflib.get_close_matches(name, MAKERS, n=1)

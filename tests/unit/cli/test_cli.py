@@ -344,6 +344,7 @@ def test_every_command_tells_wrong_usage_in_one_line(kervan: Kervan, name: str) 
             "REPLICAS 'two' is neither a number nor a range; write for example 2 or 1..4; see kervan scale --help",
         ),
         (["plan", "m", "--gpus", "0"], "--gpus 0 is not a whole number from 1 to 65,536; see kervan plan --help"),
+        (["keys", "list", "--file", "/"], "--file '/' is a directory; see kervan keys list --help"),
         (["plan", "a", "b"], "got unexpected extra argument (b); see kervan plan --help"),
         (["fault", "x"], "argument KIND is missing: one of slow, hang, crash, kv-pressure, none; see"),
         (["fault", "x", "no"], "KIND 'no' is not one of 'slow', 'hang', 'crash', 'kv-pressure', 'none'; see"),

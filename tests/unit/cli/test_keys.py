@@ -138,6 +138,28 @@ def test_ps_does_not_show_the_key_of_a_command() -> None:
     assert "--api-key ***" in shown
 
 
+@pytest.mark.parametrize("words", [("limit", "web", "--streams", "1"), ("revoke", "web")], ids=" ".join)
+def test_a_change_of_a_missing_file_leaves_nothing(kervan: Kervan, tmp_path: Path, words: tuple[str, ...]) -> None:
+    assert "no such file of API keys" in kervan.fails("keys", *words, "--file", str(tmp_path / "more" / "keys.yaml"))
+    assert not (tmp_path / "more").exists()
+
+
+def test_list_warns_of_a_file_that_others_may_write(kervan: Kervan, tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    prints(kervan, "keys", "add", "web", "--file", str(path))
+    assert kervan.run("keys", "list", "--file", str(path))[2] == ""
+    path.chmod(0o666)
+    code, _, err = kervan.run("keys", "list", "--file", str(path))
+    assert code == 0
+    assert "has mode 666" in err
+
+
+def test_the_help_shows_values_as_they_are_taken(kervan: Kervan) -> None:
+    shown = prints(kervan, "keys", "add", "--help")
+    assert "--expires 30d" in shown
+    assert "--models a,b" in shown
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 import stat
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 
 from kervan.config import api_keys, key_file
 from kervan.config.api_keys import KeyEntry, KeyTable, entries_of, hashed, named_keys, new_key, table_of
-from kervan.config.fleet import from_mapping
+from kervan.config.fleet import from_mapping, load_file
 from kervan.errors import ConfigError
 
 DIGEST = hashlib.sha256(b"k").hexdigest()
@@ -29,6 +30,30 @@ def test_settings_keep_digests_and_no_keys() -> None:
     assert "secret" not in config.to_json()
     assert hashed(config.api_keys) == config.api_keys
     assert entries_of(config.api_keys)[1] == KeyEntry(name="web", digest=DIGEST)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("s3cret", "api_keys is str; give a list of texts"),
+        ({"web": "s3cret"}, "api_keys is dict; give a list of texts"),
+        (["s3cret", 5], "api_keys is a list with int; give a list of texts"),
+        (["web=sha256:s3cret"], "api_keys has no SHA-256 after sha256:; write NAME=sha256: and its 64"),
+    ],
+)
+def test_what_is_wrong_with_keys_of_the_settings_is_told_without_them(setting: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as error:
+        from_mapping({"model": "m", "api_keys": setting}, "a file")
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["api_keys", "api-keys"])
+def test_a_broken_config_file_shows_no_key(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(f"model: m\n{name}: [s3cret\n")
+    with pytest.raises(ConfigError, match="line 2 is no valid YAML") as told:
+        load_file(path)
+    assert "s3cret" not in str(told.value)
 
 
 def test_keys_of_the_environment_have_names() -> None:
@@ -69,7 +94,7 @@ def test_the_entry_of_the_file_counts_where_both_name_a_key() -> None:
 def test_a_file_is_for_its_owner_alone_and_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "more" / "keys.yaml"
     entry = KeyEntry(name="web", digest=DIGEST, requests_per_minute=60, models=("a", "b"), expires_s=5)
-    with key_file.changing(path) as entries:
+    with key_file.changing(path, begins=True) as entries:
         entries.append(entry)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert key_file.read(path) == [entry]
@@ -99,15 +124,20 @@ def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> 
         ("keys: [", "is not valid YAML|cannot be read"),
         ("a: 1", "holds no list `keys`"),
         ("keys: 3", "holds no list `keys`"),
-        ("keys: [3]", "key 1: Expected `object`"),
-        ("keys: [{name: a}]", "required field `digest`"),
-        (f"keys: [{{name: a, digest: {DIGEST}, rpm: 3}}]", "unknown field `rpm`"),
+        ("keys: [3]", "key 1: it is a whole number, not a mapping; "),
+        ("keys: [{name: a}]", "it lacks required field `digest`"),
+        (f"keys: [{{name: a, digest: {DIGEST}, rpm: 3}}]", "it has unknown field `rpm`"),
+        ("keys: [{name: 12}]", "key 1: name is a whole number, not text"),
+        (f"keys: [{{name: a, digest: {DIGEST}, models: b}}]", "models is text, not a list"),
+        (f"keys: [{{name: a, digest: {DIGEST}, streams: yes}}]", "streams is true or false, not a whole number"),
+        (f"keys: [{{name: a, digest: {DIGEST}, expires_s: 2027-01-01}}]", "expires_s is date, not a whole number"),
         ("keys: [{name: a, digest: abc}]", "the digest of a is not 64 hexadecimal digits"),
         (f"keys: [{{name: '', digest: {DIGEST}}}]", "is no name of a key"),
         (f"keys: [{{name: a, digest: {DIGEST}, streams: -1}}]", "streams=-1 of a is outside"),
         (f"keys: [{{name: a, digest: {DIGEST}, models: ['']}}]", "models of a has an empty name"),
         (f"keys: [{{name: a, digest: {DIGEST}}}, {{name: a, digest: {'f' * 64}}}]", "has the name a twice"),
-        (f"keys: [{{name: a, digest: {DIGEST}}}, {{name: b, digest: {DIGEST}}}]", "has the digest"),
+        (f"keys: [{{name: a, digest: {DIGEST}}}, {{name: b, digest: {DIGEST}}}]", f"has the digest {DIGEST} twice"),
+        ("", "move it away, and kervan keys add NAME begins another"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -124,9 +154,43 @@ def test_a_missing_file_says_how_it_begins(tmp_path: Path) -> None:
         key_file.read(tmp_path / "keys.yaml")
 
 
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="is no regular file"):
+            key_file.read(path)
+
+
+def test_a_file_too_large_for_keys_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    with path.open("wb") as file:
+        file.truncate(key_file.MAX_BYTES + 1)
+    with pytest.raises(ConfigError, match="has 4,194,305 bytes, above the 4,194,304"):
+        key_file.read(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+        key_file.read(path)
+
+
+def test_a_path_that_cannot_be_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ring").symlink_to("ring")
+    for path in (tmp_path / "ring", tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError, match=r"cannot be (read|written)"), key_file.changing(path, begins=True):
+            pass
+
+
+def test_a_change_of_a_missing_file_makes_no_directory(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match="no such file of API keys"),
+        key_file.changing(tmp_path / "more" / "keys.yaml"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def _add(path: str, names: list[str]) -> None:
     for name in names:
-        with key_file.changing(Path(path)) as entries:
+        with key_file.changing(Path(path), begins=True) as entries:
             entries.append(KeyEntry(name=name, digest=api_keys.digest(name)))
 
 

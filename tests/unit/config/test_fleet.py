@@ -180,7 +180,7 @@ def test_sessions_that_one_gateway_keeps(more: dict[str, Any]) -> None:
         (SESSIONS, "SAGEMAKER_ENABLE_STATEFUL_SESSIONS=true keeps sessions in one gateway, and --gateways 0 may start"),
         (SESSIONS | {"gateways": 1, "max_gateways": 2}, "and --gateways 1..2 may start several; add --gateways 1, or"),
         ({"model": "m", "api_keys": "k"}, "is str; give a list"),
-        ({"model": "m", "api_keys": [1]}, "is list; give a list"),
+        ({"model": "m", "api_keys": [1]}, "is a list with int; give a list"),
         ({"model": "m", "engine_args": ["a=b"]}, "is list; give a mapping"),
         ({"model": "m", "env": None}, "is NoneType; give a mapping"),
         ({"model": "m", "ingress": "nginx"}, "ingress='nginx' is not one of direct, serve"),

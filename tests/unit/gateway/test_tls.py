@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import os
 import socket
 import ssl
 import warnings
@@ -97,7 +98,20 @@ def test_files_that_clients_would_refuse_are_told_in_one_line(
 def test_an_unreadable_key_is_told(ca: Ca, tmp_path: Path) -> None:
     files = pair(ca)
     with pytest.raises(ConfigError, match="cannot be read on"):
-        context_of(TlsFiles(files.certificate, str(tmp_path)))
+        context_of(TlsFiles(files.certificate, str(Path(files.key) / "key.pem")))
+
+
+def test_a_pipe_or_a_directory_is_refused_and_not_waited_for(ca: Ca, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ConfigError, match="is a directory or no regular file; give the file itself"):
+            context_of(TlsFiles(str(path), pair(ca).key))
+
+
+def test_what_libraries_say_of_a_file_in_der_is_left_out(ca: Ca, tmp_path: Path) -> None:
+    (tmp_path / "key.der").write_bytes(b"0w\x02\x01")
+    with pytest.raises(ConfigError, match="that OpenSSL can use; give the file that begins"):
+        context_of(TlsFiles(pair(ca).certificate, str(tmp_path / "key.der")))
 
 
 def test_a_certificate_of_a_private_ca_needs_no_chain(ca: Ca) -> None:

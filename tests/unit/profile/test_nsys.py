@@ -83,3 +83,11 @@ def test_the_command_prints_them_or_says_what_is_missing(tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="install Nsight Systems"):
         nsys.kernels(report)
+
+
+def test_a_report_that_cannot_be_is_told_before_anything_else(tmp_path: Path) -> None:
+    for path, told in ((tmp_path / "no.nsys-rep", "does not exist"), (tmp_path, "is no regular file")):
+        ran = CliRunner().invoke(profile, ["--nsys", str(path)])
+        assert isinstance(ran.exception, ConfigError)
+        assert told in str(ran.exception)
+        assert ran.output == ""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kervan.bench.arrivals import parse_stages
 from kervan.config.node_trace import NodeChange, NodeTrace
 from kervan.config.workload import TraceRow, parse_lengths
+from kervan.errors import ConfigError
 from kervan.plan import serving
 from kervan.plan.serving import LoadRequest
 from kervan.policy.autoscale.state import Decision, FleetState
@@ -302,3 +303,15 @@ def test_replicas_that_do_far_less_than_they_are_taken_for_become_more() -> None
     outcome = Simulation(fleet, policies.make("slo", fleet, 0), times=times).run()
     assert outcome.max_replicas >= 4
     assert outcome.attained > 0.6  # of one replica less than a tenth
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("oracle:x", "'x' is no number from 0.01 to 2; write for example oracle:0.8"),
+        ("fixed:1.5", "'1.5' is no whole number from 0 to 10000"),
+    ],
+)
+def test_a_policy_with_a_wrong_number_says_which_are_right(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        policies.check(name)
