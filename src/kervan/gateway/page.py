@@ -13,6 +13,7 @@ from kervan.fleet import pinned_tls
 from kervan.fleet.directory import ReplicaEntry, Snapshot
 from kervan.fleet.events import Counted
 from kervan.fleet.histogram import PAUSE_BOUNDS_S, START_BOUNDS_S, Histogram
+from kervan.fleet.usage import UNKNOWN
 from kervan.gateway.keys import KeyRing
 from kervan.metrics import Descriptor
 from kervan.vendor import vllm_names
@@ -73,15 +74,16 @@ def key_metrics(keys: KeyRing) -> dict[Descriptor, Values]:
     """What each API key has used at this gateway; those that were revoked are gone with their last stream."""
     accounts = {(account.name,): account for account in keys.accounts()}
     totals = {name: account.total for name, account in accounts.items()}
+    rejected: dict[tuple[str, ...], float] = {(UNKNOWN, "key"): 0}  # from 0 on, so that the first one is a rate
+    for name, account in accounts.items():
+        rejected |= {(*name, why): count for why, count in account.rejected.items()}
     return {
         metrics.KEY_REQUESTS: {name: total.requests for name, total in totals.items()},
         metrics.KEY_PROMPT_TOKENS: {name: total.prompt_tokens for name, total in totals.items()},
         metrics.KEY_CACHED_TOKENS: {name: total.cached_tokens for name, total in totals.items()},
         metrics.KEY_GENERATED_TOKENS: {name: total.generated_tokens for name, total in totals.items()},
         metrics.KEY_STREAMS: {name: total.streams for name, total in totals.items()},
-        metrics.KEY_REJECTED: {
-            (*name, why): count for name, account in accounts.items() for why, count in account.rejected.items()
-        },
+        metrics.KEY_REJECTED: rejected,
     }
 
 

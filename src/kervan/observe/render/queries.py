@@ -70,7 +70,7 @@ GENERATED = rate("kervan_replica_generated_tokens_total")
 PREFILLED = rate("kervan_replica_prefilled_tokens_total")
 ENDED_BY_OUTCOME = rate(ENDED, "outcome")
 BROKEN = rate("kervan_streams_broken_total", how="increase")
-KEY_REJECTED = f"{rate('kervan_key_rejected_total', 'key,reason')} or vector(0)"  # no series before the first
+KEY_REJECTED = rate("kervan_key_rejected_total", "key,reason")
 REFUSED = rate("kervan_admission_requests_total", where='decision="queue_full"')
 MOVED = rate("kervan_streams_moved_total", how="increase")
 MOVED_UNPLANNED = rate("kervan_streams_moved_total", where='reason!="drained"', how="increase")
