@@ -288,7 +288,9 @@ async def test_with_vllm_its_own_spans_are_in_the_trace_of_a_stream_that_moves(
     def follow(name: str) -> None:
         ready = engines[name].ready
         assert ready is not None
-        entry = ReplicaEntry(name, "on-demand", "127.0.0.1", engines[name].pid, "ready", ready.address)
+        entry = ReplicaEntry(
+            name, "on-demand", "127.0.0.1", engines[name].pid, "ready", ready.address, public_key=ready.public_key
+        )
         gateway.update(Snapshot(1, [entry], [], []))
 
     try:
