@@ -123,7 +123,9 @@ async def run(args: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
     try:
         while twin.ready is None:  # noqa: ASYNC110 - told by another thread
             await asyncio.sleep(0.1)
-        entry = ReplicaEntry("twin", "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address)
+        entry = ReplicaEntry(
+            "twin", "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address, public_key=twin.ready.public_key
+        )
         port = free_port()
         gateway = Gateway(config_of(str(args.model), port))
         await gateway.start()

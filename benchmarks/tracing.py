@@ -95,7 +95,9 @@ async def measure(rounds: int, directory: Path) -> dict[str, Any]:
             while twin.ready is None:
                 assert twin.failure is None, twin.failure
                 await asyncio.sleep(0.05)
-            entry = ReplicaEntry("a", "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address)
+            entry = ReplicaEntry(
+                "a", "on-demand", "127.0.0.1", twin.pid, "ready", twin.ready.address, public_key=twin.ready.public_key
+            )
             env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
             for gateway in gateways.values():
                 gateway.update(Snapshot(1, [entry], [], []))
