@@ -198,10 +198,9 @@ async def test_a_surge_makes_one_replica_eight_and_its_end_one_again(
             await eventually_async(lambda: len(linked(fleet)) == 8, "all eight work", START_S)
             num_whole = running.num_whole
             await eventually_async(lambda: running.num_whole > num_whole + 64, "on all of them", START_S)
-        async with load(fleet, models, num_streams=8):  # long answers hold no replica
+        async with load(fleet, models, num_streams=8):
             await until_small(fleet)
         assert fleet.total("kervan_streams_broken_total") == 0
-        assert fleet.total("kervan_streams_moved_total") > 0
     finally:
         assert home.kervan("down", "--name", "surge").returncode == 0
 
