@@ -17,6 +17,7 @@ class StallDetector:
     def __init__(self) -> None:
         self._looked_s = time.monotonic()
         self._stalled_at_s: deque[float] = deque()
+        self._found_after: dict[str, int] = {}  # by replica id, of those that are stalled
 
     def look(self, links: Sequence[ReplicaLink], prefill_tokens_per_s: float | None) -> dict[str, str]:
         """Mark the stalled links; returns replica id -> reason for those whose streams should move now."""
@@ -26,11 +27,15 @@ class StallDetector:
             return {}
         while self._stalled_at_s and self._stalled_at_s[0] < now_s - stall.MEMORY_S:
             self._stalled_at_s.popleft()
+        num_recent = len(self._stalled_at_s)
         decision = stall.decide(
-            [_progress(link, now_s) for link in links],
+            [_progress(link, now_s, self._found_after.get(link.replica_id)) for link in links],
             prefill_tokens_per_s=prefill_tokens_per_s,
-            num_recent=len(self._stalled_at_s),
+            num_recent=num_recent,
         )
+        self._found_after = {
+            replica_id: self._found_after.get(replica_id, num_recent) for replica_id in decision.reasons
+        }
         for link in links:
             is_stalled = link.replica_id in decision.reasons
             if is_stalled and not link.load.is_stalled:
@@ -41,7 +46,7 @@ class StallDetector:
         return decision.reasons if decision.can_move else {}
 
 
-def _progress(link: ReplicaLink, now_s: float) -> stall.StepProgress:
+def _progress(link: ReplicaLink, now_s: float, found_after: int | None) -> stall.StepProgress:
     return stall.StepProgress(
         link.replica_id,
         stalled_s=link.stalled_s(now_s),
@@ -49,6 +54,7 @@ def _progress(link: ReplicaLink, now_s: float) -> stall.StepProgress:
         prefill_tokens=_prefill_tokens(link),
         takes_streams=not link.is_draining,
         expected_step_s=link.pong.expected_step_s,
+        found_after=found_after,
     )
 
 

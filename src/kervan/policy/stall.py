@@ -24,7 +24,8 @@ class StepProgress:
 
     `step_s`: between its last steps on average, None if not known. `prefill_tokens`: the most that the step it is in
     may prefill, 0 when nothing there waits for its first token. `takes_streams`: it does not drain. `expected_step_s`:
-    what the engine itself expects of the step it is in, 0 if that is not known.
+    what the engine itself expects of the step it is in, 0 if that is not known. `found_after`: of one that was found to
+    stand still, `num_recent` then; None for others.
     """
 
     replica_id: str
@@ -33,6 +34,7 @@ class StepProgress:
     prefill_tokens: int
     takes_streams: bool = True
     expected_step_s: float = 0.0
+    found_after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,9 @@ def decide(replicas: Sequence[StepProgress], *, prefill_tokens_per_s: float | No
     """
     reasons = {}
     for replica in replicas:
-        limit_s = patience_s(replica, prefill_tokens_per_s=prefill_tokens_per_s, num_recent=num_recent)
+        # What it was found with holds until it steps: its own stall would double the patience with it.
+        recent = num_recent if replica.found_after is None else replica.found_after
+        limit_s = patience_s(replica, prefill_tokens_per_s=prefill_tokens_per_s, num_recent=recent)
         if replica.stalled_s > limit_s:
             stalled_s = replica.stalled_s
             reasons[replica.replica_id] = f"has work but made no step for {stalled_s:.1f} s (patience {limit_s:.1f} s)"

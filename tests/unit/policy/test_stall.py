@@ -44,6 +44,13 @@ def test_a_replica_without_a_step_for_longer_than_that_is_stalled() -> None:
     assert reason == "has work but made no step for 2.0 s (patience 1.5 s)"
 
 
+def test_one_that_was_found_to_stand_still_does_so_until_it_steps() -> None:
+    """It counts among the recent ones, which double the patience with others."""
+    found = StepProgress("a", 1.75, 0.02, 0, found_after=0)
+    assert stalled(found, StepProgress("b", 1.75, 0.02, 0), num_recent=1) == {"a"}
+    assert stalled(StepProgress("a", 0.1, 0.02, 0, found_after=0), num_recent=1) == set()
+
+
 @pytest.mark.parametrize(
     ("other", "can_move"),
     [
