@@ -23,6 +23,7 @@ BOTTOM = (
     "direct_http.py",
     "logs.py",
     "metrics.py",
+    "report",
     "vendor",
 )
 ABOVE = ("sim", "comm", "fleet", "twin", "bench", "gateway", "notices", "serve", "chaos", "calibrate", "cli", "demo")
@@ -133,8 +134,8 @@ CONFINED = [
         ),
     ),
     ("deepspeed", ("memory/zero.py",)),
-    ("jinja2", ("bench/html_report.py", "profile/html_report.py", "simulate/html_report.py")),
-    ("plotly", ("bench/html_report.py", "simulate/html_report.py")),
+    ("jinja2", ("report/page.py",)),
+    ("plotly", ("report/page.py",)),
     ("aiohttp", ("notices/metadata.py", "gateway/")),
     ("opentelemetry", ("gateway/tracing.py",)),
     ("pynvml", ("observe/nvml.py", "observe/gpu_state.py", "observe/gpu_counters.py")),

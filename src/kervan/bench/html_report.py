@@ -9,7 +9,7 @@ from typing import Any
 from kervan.bench import report_plots
 from kervan.bench.report_plots import LABELS, ReportedRun
 from kervan.bench.tally import METRICS
-from kervan.errors import ConfigError
+from kervan.report import page
 from kervan.units import format_duration
 
 # A metric -> one that it equals unless a load has what tells them apart; then it has no row of its own.
@@ -29,20 +29,10 @@ def write(path: Path, runs: Sequence[ReportedRun], title: str | None = None) -> 
 
     Raises: ConfigError when jinja2 or plotly is not installed.
     """
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--html needs the package {error.name}: pip install 'kervan[bench]'") from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kervan", "bench"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "duration": _duration}
-    text = environment.get_template("report.html").render(
+    page.check("--html", "bench")
+    text = page.render(
+        "bench",
+        {"number": _number, "duration": _duration},
         title=title or _title(runs),
         subtitle=_subtitle(runs[0].record),
         verdict=_verdict(runs),
@@ -51,7 +41,7 @@ def write(path: Path, runs: Sequence[ReportedRun], title: str | None = None) -> 
         definitions=_DEFINITIONS,
         reproduction=_reproduction(runs),
         figures=report_plots.figures(runs),
-        plotly=get_plotlyjs(),
+        plotly=page.plotly_source(),
     )
     path.write_text(text)
 

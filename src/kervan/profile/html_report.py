@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kervan.errors import ConfigError
 from kervan.profile.summary import Summary
+from kervan.report import page
 from kervan.units import format_duration
 
 NUM_KERNELS = 30
@@ -14,27 +14,16 @@ Rows = list[tuple[str, float, str]]
 
 def check() -> None:
     """Raises: ConfigError when the page could not be written."""
-    try:
-        import jinja2  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError("kervan profile needs the package jinja2: pip install 'kervan[profile]'") from error
+    page.check("kervan profile", "profile")
 
 
 def write(path: Path, summary: Summary, *, subtitle: str, command: str, perfetto: str, summary_file: str) -> None:
     """Write the page of a profile to `path`. Raises: ConfigError when jinja2 is not installed."""
     check()
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kervan", "profile"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = _duration
     engine = summary.engine
-    text = environment.get_template("report.html").render(
+    text = page.render(
+        "profile",
+        {"duration": _duration},
         title=f"Profile of {summary.replica}",
         subtitle=subtitle,
         summary=summary,

@@ -98,7 +98,7 @@ class Simulation:
         return generate(nodes, self.setup.load.duration_s + MAX_SETTLE_S, self.seed)
 
     def _first_target(self, pool: PoolSetup) -> int:
-        if self.setup.initial is not None and len(self.setup.pools) == 1:
+        if self.setup.initial is not None and pool is self.setup.pools[0]:
             return self.setup.initial
         return pool.minimum
 

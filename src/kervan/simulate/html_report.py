@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kervan.bench.report_plots import COLOURS
-from kervan.errors import ConfigError
+from kervan.report import page
 from kervan.simulate.compare import Compared
 from kervan.simulate.setup import FleetSetup
 from kervan.simulate.tally import Outcome
@@ -25,20 +25,10 @@ _DEFINITIONS = (
 
 def write(path: Path, setup: FleetSetup, compared: Sequence[Compared], notes: Sequence[str] = ()) -> None:
     """Write the report to `path`. Raises: ConfigError when jinja2 or plotly is not installed."""
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--html needs the package {error.name}: pip install 'kervan[bench]'") from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kervan", "simulate"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    page.check("--html", "bench")
     first = compared[0].outcomes[0]
-    text = environment.get_template("report.html").render(
+    text = page.render(
+        "simulate",
         title=f"{', '.join(one.name for one in compared)} under {first.requests:,} requests",
         subtitle=_subtitle(setup, first),
         notes=list(notes),
@@ -47,7 +37,7 @@ def write(path: Path, setup: FleetSetup, compared: Sequence[Compared], notes: Se
         changes=[(one.name, _decisions(one.outcomes[0])) for one in compared if one.outcomes[0].decisions],
         definitions=_DEFINITIONS,
         figures={"timeline": timeline([one.outcomes[0] for one in compared])},
-        plotly=get_plotlyjs(),
+        plotly=page.plotly_source(),
     )
     path.write_text(text)
 

@@ -16,7 +16,9 @@ from kervan.sim.capacity import ReplicaCapacity
 from kervan.simulate.engine import EngineFacts
 from kervan.simulate.fixed import FixedNumber
 from kervan.simulate.setup import FleetSetup
+from kervan.simulate.spot_hedge import DOWNSCALE_DELAY_S, EXTRA, UPSCALE_DELAY_S, SpotHedge
 
+SPOT_HEDGE = "spothedge:1.2+2, for 1.2 requests/s of each replica and 2 spot replicas more"
 EXAMPLES = {
     "fixed": "fixed:8, that many replicas",
     "ray": "ray:16, that many streams for each",
@@ -28,11 +30,13 @@ BOUNDS = {"fixed": (0, 10_000), "ray": (1e-3, 10_000), "oracle": (0.01, 2)}
 def check(name: str) -> None:
     """Raises: ConfigError for a name that is no policy."""
     kind, colon, number = name.partition(":")
+    if kind == "spothedge":
+        qps, plus, extra = number.partition("+")
+        if not 1e-3 <= _number(qps) <= 10_000 or (plus and not (extra.isascii() and extra.isdecimal())):
+            raise ConfigError(f"--policy {name!r} is not spothedge:QPS or spothedge:QPS+EXTRA; write {SPOT_HEDGE}")
+        return
     if kind in EXAMPLES and colon:
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
+        value = _number(number)
         least, most = BOUNDS[kind]
         if not least <= value <= most or (kind == "fixed" and value != int(value)):
             what = "whole number" if kind == "fixed" else "number"
@@ -43,16 +47,22 @@ def check(name: str) -> None:
         return
     if name not in MAKERS:
         near = difflib.get_close_matches(name, MAKERS, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MAKERS)}, fixed:N, ray:TARGET, oracle:SHARE"
-        )
+        known = f"{', '.join(MAKERS)}, fixed:N, ray:TARGET, oracle:SHARE, spothedge:QPS"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {known}"
         raise ConfigError(f"--policy {name!r} is no policy; {hint}")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def make(name: str, setup: FleetSetup, seed: int) -> Policy:
     """The policy of a name that `check` has let pass, for the run with this seed."""
     kind, _, number = name.partition(":")
-    return MAKERS[kind](setup, seed, number)
+    return _spot_hedge(setup, number) if kind == "spothedge" else MAKERS[kind](setup, seed, number)
 
 
 def _fixed(setup: FleetSetup, seed: int, number: str) -> Policy:
@@ -105,6 +115,15 @@ def _oracle(setup: FleetSetup, seed: int, number: str) -> Policy:
         end_s=end_s,
     )
     return oracle.Oracle(schedule)
+
+
+def _spot_hedge(setup: FleetSetup, number: str) -> Policy:
+    """With SkyServe's delays, or with those that `--autoscaling` gives."""
+    qps, _, extra = number.partition("+")
+    asked = _asked(setup)
+    up_s = asked.ray.upscale_delay_s if "upscale_delay_s" in asked.given else UPSCALE_DELAY_S
+    down_s = asked.ray.downscale_delay_s if "downscale_delay_s" in asked.given else DOWNSCALE_DELAY_S
+    return SpotHedge(float(qps), int(extra or EXTRA), upscale_delay_s=up_s, downscale_delay_s=down_s)
 
 
 MAKERS: Mapping[str, Callable[[FleetSetup, int, str], Policy]] = {

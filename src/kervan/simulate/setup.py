@@ -122,4 +122,4 @@ class FleetSetup:
     autoscaling: Autoscaling | None = None
     """What the user asks of the policies; None: nothing but `slo`."""
     initial: int | None = None
-    """Replicas at the start, of a fleet with one pool; None: the least of each pool."""
+    """Replicas at the start, of the first pool; the others begin with their least. None: all do."""

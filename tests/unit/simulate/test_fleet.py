@@ -310,6 +310,10 @@ def test_replicas_that_do_far_less_than_they_are_taken_for_become_more() -> None
     [
         ("oracle:x", "'x' is no number from 0.01 to 2; write for example oracle:0.8"),
         ("fixed:1.5", "'1.5' is no whole number from 0 to 10000"),
+        ("spothedge", "'spothedge' is not spothedge:QPS or"),
+        ("spothedge:0", "write spothedge:1.2[+]2, for"),
+        ("spothedge:1+x", "is not spothedge:QPS or spothedge:QPS[+]EXTRA"),
+        ("spothedge:nan", "is not spothedge:QPS or spothedge:QPS[+]EXTRA"),
     ],
 )
 def test_a_policy_with_a_wrong_number_says_which_are_right(name: str, told: str) -> None:

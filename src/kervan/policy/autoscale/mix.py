@@ -49,7 +49,7 @@ def split(
     if len(state.pools) == 1:
         (only,) = state.pools
         return Split({only.name: _bounded(total, only)}, "", {})
-    on_demand, spot = _pools(state)
+    on_demand, spot = by_market(state)
     least = on_demand.minimum + spot.minimum
     rest = max(0, total - least)
     base_usd = on_demand.usd_per_hour if on_demand.usd_per_hour is not None else 1.0
@@ -89,7 +89,8 @@ def split(
     )
 
 
-def _pools(state: FleetState) -> tuple[PoolState, PoolState]:
+def by_market(state: FleetState) -> tuple[PoolState, PoolState]:
+    """The on-demand and the spot pool of a fleet that has two."""
     spot = next((pool for pool in state.pools if pool.name == SPOT), state.pools[-1])
     on_demand = next(pool for pool in state.pools if pool.name != spot.name)
     return on_demand, spot

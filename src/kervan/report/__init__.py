@@ -1,0 +1,1 @@
+"""What kervan's HTML reports have in common."""
