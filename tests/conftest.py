@@ -29,6 +29,23 @@ def pytest_configure(config: pytest.Config) -> None:
     # Short, because Ray puts Unix sockets under it (107 characters at most), and ours, so that strays are found.
     config.stash[SCRATCH] = Path(tempfile.mkdtemp(prefix="kt-", dir="/tmp"))
     os.environ[MARK] = uuid.uuid4().hex
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(TellsFailures(config))
+
+
+class TellsFailures:
+    """Names each test that fails at once: a run takes minutes, and may be ended before its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)  # after pytest's own letter
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = "" if crash is None else f": {crash.message.splitlines()[0][:200]}"
+            reporter.write_line(f"\nfailed: {report.nodeid} ({report.when}, {report.duration:.1f} s){why}", red=True)
 
 
 def pytest_report_header() -> str | None:
