@@ -11,7 +11,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from harness.live import Fleet, Home, eventually, eventually_async
+from harness.live import START_S, Fleet, Home, eventually, eventually_async
 from harness.shared_fleet import Models
 from harness.twin_load import STEP_S, Load
 
@@ -137,17 +137,25 @@ async def test_a_stream_counts_once_wherever_it_goes_and_ends_although_its_key_i
     headers = {"authorization": f"Bearer {key}"}
     await eventually_async(lambda: is_in(locked, "one"), "the gateways know the key", 20)
     async with httpx.AsyncClient(base_url=fleet.url, headers=headers, timeout=60) as client:
-        stream = asyncio.create_task(load.stream(client, [7], 100))  # 10 s
+        stream = asyncio.create_task(load.stream(client, [7], 150))  # 15 s
         await eventually_async(lambda: fleet.total("kervan_key_streams", key="one") == 1, "its stream is open", 20)
         assert [await asyncio.to_thread(ask_as, locked, "one") for _ in range(4)] == [429] * 4
-        status = await asyncio.to_thread(fleet.status)
-        busy = next(replica for replica in status["replicas"] if replica["running"])
-        done = await asyncio.to_thread(fleet.home.kervan, "drain", busy["id"], "--name", fleet.name)
-        assert done.returncode == 0, done.stderr
+
+        def busy() -> list[str]:
+            running = fleet.metrics()["kervan_replica_running"]
+            return [labels["replica"] for labels, streams in running if streams]
+
+        await eventually_async(busy, "a replica has it", 20)
+        moved = fleet.total("kervan_streams_moved_total")
+        drain = asyncio.to_thread(fleet.home.kervan, "drain", busy()[0], "--name", fleet.name)
+        drained = asyncio.create_task(drain)
+        await eventually_async(lambda: fleet.total("kervan_streams_moved_total") > moved, "it moves", START_S)
         assert await asyncio.to_thread(ask_as, locked, "one") == 429  # it has moved, and is one still
         await asyncio.to_thread(locked.run, "revoke", "one")
-        assert await stream == (answer([7], 100, load.limits), "length")
-    row = {"requests": 1, "prompt_tokens": 1, "cached_tokens": 0, "generated_tokens": 100, "rejected": 5, "streams": 0}
+        assert await stream == (answer([7], 150, load.limits), "length")
+        done = await drained
+        assert done.returncode == 0, done.stderr
+    row = {"requests": 1, "prompt_tokens": 1, "cached_tokens": 0, "generated_tokens": 150, "rejected": 5, "streams": 0}
     await eventually_async(lambda: locked.usage_of("one") == {"name": "one", **row}, f"usage is {row}", 20)
 
 
@@ -209,7 +217,7 @@ def test_keys_are_in_no_log_process_list_page_or_file(locked: Locked) -> None:
     for process in psutil.process_iter(["cmdline"]):
         pages.append(" ".join(process.info["cmdline"] or ()))
     secrets = list(locked.keys.values())
-    assert {locked.keys["web"], CHOSEN["key"]} <= set(secrets)
+    assert {locked.keys["web"], CHOSEN} <= set(secrets)
     assert not [place for place, page in enumerate(pages) if any(secret in page for secret in secrets)]
     files = [path for path in fleet.home.scratch.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(files) > 20
