@@ -47,8 +47,8 @@ def source(num_chunks: int, pause_s: float) -> Any:
 
 def relay(source_url: str) -> Any:
     from kervan.fleet.directory import GatewayEntry
-    from kervan.gateway import GatewayShell
     from kervan.gateway.shared_port import Neighbour, SharedPort
+    from kervan.gateway.shell import GatewayShell
     from kervan.policy.model_routing import PortFleet
 
     shell = GatewayShell(None)  # type: ignore[arg-type] # no request is for this fleet

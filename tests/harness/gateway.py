@@ -9,11 +9,11 @@ from typing import Any
 import uvicorn
 
 from kervan.config.api_keys import table_of
-from kervan.gateway import Shed
 from kervan.gateway.key_guard import KeyGuard
 from kervan.gateway.keys import KeyRing
 from kervan.gateway.quotas import Quotas
 from kervan.gateway.request_size import RequestSize
+from kervan.gateway.shell import Shed
 
 
 def guard_of(*keys: str) -> KeyGuard:

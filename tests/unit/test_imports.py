@@ -258,6 +258,12 @@ def test_pure_packages_load_nothing_heavy() -> None:
     assert loaded_by("\n".join(f"import {module}" for module in modules)) == set()
 
 
+def test_who_needs_one_room_of_the_gateway_does_not_load_its_server() -> None:
+    """`kervan up` checks certificates with its code, before it knows whether the server's packages are there."""
+    code = "import sys, kervan.gateway.tls; sys.exit('aiohttp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
 COMMANDS = (
     "up",
     "bench",

@@ -13,8 +13,9 @@ _EXTRA = re.compile(r"^(?P<name>[A-Za-z0-9._-]+).*;\s*extra\s*==\s*[\"'](?P<extr
 def described(error: ModuleNotFoundError) -> str:
     """What is missing and what installs it, in one line; empty for a module that no extra brings: that is a bug."""
     package = (error.name or "").partition(".")[0]
-    if package in _BY_VLLM:
-        return f"this needs {package}, which comes with vLLM: pip install 'kervan[gpu]', or 'kervan[cpu]' without GPUs"
+    if package in _BY_VLLM or package == "vllm":
+        what = "vLLM" if package == "vllm" else f"{package}, which comes with vLLM"
+        return f"this needs {what}: pip install 'kervan[gpu]', or 'kervan[cpu]' without GPUs"
     extras = extras_with(package, importlib.metadata.requires("kervan") or ())
     if not extras:
         return ""

@@ -25,6 +25,8 @@ def test_a_missing_package_is_named_with_what_installs_it() -> None:
     told = missing_package.described(ModuleNotFoundError("", name="plotly.offline"))
     assert told == "this needs the package plotly: pip install 'kervan[bench]'"
     assert "'kervan[cpu]'" in missing_package.described(ModuleNotFoundError("", name="torch.distributed"))
+    vllm = missing_package.described(ModuleNotFoundError("", name="vllm.v1"))
+    assert vllm == "this needs vLLM: pip install 'kervan[gpu]', or 'kervan[cpu]' without GPUs"
 
 
 def test_a_module_that_no_extra_brings_is_a_bug_and_keeps_its_traceback() -> None:

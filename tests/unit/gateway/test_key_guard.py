@@ -15,12 +15,12 @@ from harness.live import until
 from kervan.config.api_keys import KeyEntry, KeyTable, digest
 from kervan.fleet.directory import GatewayEntry
 from kervan.fleet.usage import KeyUsage, current_charge
-from kervan.gateway import GatewayShell, Shed
 from kervan.gateway.asgi import Receive, Scope, Send, header, respond
 from kervan.gateway.key_guard import KeyGuard, duration
 from kervan.gateway.keys import KeyRing
 from kervan.gateway.quotas import QUOTA_PATH, Quotas
 from kervan.gateway.relay import RELAY_HEADER, named_headers
+from kervan.gateway.shell import GatewayShell, Shed
 from kervan.policy.quota import Limits
 
 PROOF = b"of the fleet"

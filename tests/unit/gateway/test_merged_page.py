@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.parser import text_string_to_metric_families
 
 from kervan import metrics
-from kervan.gateway import FLEET_GAUGES, merge_pages
+from kervan.gateway.merged_page import FLEET_GAUGES, merge_pages
 
 NONE: frozenset[str] = frozenset()
 

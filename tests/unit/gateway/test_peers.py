@@ -12,10 +12,10 @@ from harness.gateway import View, listening
 from kervan.fleet.directory import GatewayEntry
 from kervan.fleet.vllm.adapters import DRAWN_IDS, NAMED_IDS, AdapterChange, named_id
 from kervan.fleet.vllm.stored_responses import new_id, owner_id
-from kervan.gateway import GatewayShell
 from kervan.gateway.answers import Answers
 from kervan.gateway.asgi import Receive, Scope, Send, respond
 from kervan.gateway.peers import ADAPTERS_PATH, OWNER_PREFIX, Peers, SharedAdapters, response_id
+from kervan.gateway.shell import GatewayShell
 
 KEY = b"key"
 

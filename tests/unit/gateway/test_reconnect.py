@@ -16,10 +16,10 @@ from kervan.fleet.auth import Secrets, relay_key
 from kervan.fleet.directory import GatewayEntry, Snapshot
 from kervan.fleet.reconnect.journal import current_attempt
 from kervan.fleet.reconnect.replicated_store import ReplicatedStore
-from kervan.gateway import GatewayShell
 from kervan.gateway.asgi import Receive, Scope, Send, respond
 from kervan.gateway.reconnect import Streams, refusal
 from kervan.gateway.server import listen
+from kervan.gateway.shell import GatewayShell
 
 NUM_TOKENS = 8
 BODY = {"model": "tiny", "prompt": "Hello", "stream": True}

@@ -13,11 +13,11 @@ from harness.gateway import View, guard_of, listening
 
 from kervan.fleet.auth import relay_key
 from kervan.fleet.directory import GatewayEntry
-from kervan.gateway import GatewayShell
 from kervan.gateway.answers import OwnAnswer
 from kervan.gateway.asgi import Receive, Scope, Send, respond
 from kervan.gateway.relay import MAX_UNSENT_BYTES, RELAY_HEADER
 from kervan.gateway.shared_port import Neighbour, SharedPort
+from kervan.gateway.shell import GatewayShell
 from kervan.policy.model_routing import PortFleet
 
 NODE = "10.0.0.1"

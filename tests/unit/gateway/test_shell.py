@@ -11,10 +11,9 @@ import pytest
 import uvicorn
 from harness.gateway import View, guard_of
 
-from kervan.gateway import GatewayShell, Shed
 from kervan.gateway.answers import OwnAnswer
 from kervan.gateway.asgi import Receive, Scope, Send, respond
-from kervan.gateway.shell import makes_work
+from kervan.gateway.shell import GatewayShell, Shed, makes_work
 
 JSON = {"content-type": "application/json"}
 

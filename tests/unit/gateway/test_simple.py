@@ -228,7 +228,7 @@ async def test_app_without_a_response_is_our_error() -> None:
 async def test_shell_routes_here() -> None:
     from harness.gateway import View
 
-    from kervan.gateway import GatewayShell
+    from kervan.gateway.shell import GatewayShell
 
     shell = GatewayShell(View())
     shell.attach(App(200, completion("Hello")))
