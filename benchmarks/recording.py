@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("--speed", type=float, default=8.0, help="times as fast")
     parser.add_argument("command", nargs="+", help="after --")
     given = parser.parse_args()
-    given.svg.write_text(picture(" ".join(given.command), record(given.command), given.speed))
+    title = " ".join([Path(given.command[0]).name, *given.command[1:]])
+    given.svg.write_text(picture(title, record(given.command), given.speed))
     print(given.svg)
 
 

@@ -261,13 +261,13 @@ class SloPolicy:
             memory["lows"], memory["lows_since_s"] = (), now_s
             since_s = memory.setdefault("high_since_s", now_s)
             if now_s - since_s < self._settings.upscale_delay_s:
-                memory["why"] = f"keeps {current}: {wanted} are needed since {now_s - since_s:.0f} s; {why}"
+                memory["why"] = f"keeps {current}: {wanted} {_are(wanted)} needed since {now_s - since_s:.0f} s; {why}"
                 return current
             if now_s - memory.get("down_s", -math.inf) < 2 * max(start_s, hold_s):
                 memory["regrets"] = min(MOST_REGRETS, regrets + 1)
                 memory["regret_s"] = now_s
                 memory.pop("down_s", None)
-            memory["why"] = f"{wanted} are needed: {why}"
+            memory["why"] = f"{wanted} {_are(wanted)} needed: {why}"
             return wanted
         memory.pop("high_since_s", None)
         if regrets and now_s - memory.get("regret_s", now_s) > FORGIVEN_HOLDS * hold_s:
@@ -286,10 +286,10 @@ class SloPolicy:
         is_new = base_s is None and memory["load"]["observed_s"] < WATCHED_S  # nothing is known of how it comes back
         if lower >= current or most >= current or now_s - begun_s < hold_s or (is_new and needed):
             more = f", {lower} would be if that stays so for {hold_s:.0f} s" if lower < current else ""
-            memory["why"] = f"{current} are enough{more}: {why}"
+            memory["why"] = f"{current} {_are(current)} enough{more}: {why}"
             return current
         memory["down_s"] = now_s
-        memory["why"] = f"{most} are enough: {why}"
+        memory["why"] = f"{most} {_are(most)} enough: {why}"
         return most
 
 
@@ -306,3 +306,7 @@ def enough(load: Load, level: float, each: float, block_s: float, most: int, *, 
         else:
             low = middle + 1
     return low
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
