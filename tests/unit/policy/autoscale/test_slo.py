@@ -52,7 +52,7 @@ def test_after_rises_were_seen_there_is_room_for_the_next_one() -> None:
     before = done.late
     done.run(lambda _: 10.0, 200)
     assert done.late == before
-    done.run(lambda _: 6.0, 4 * 7200)  # and is forgotten
+    done.run(lambda _: 6.0, 2 * 7200)  # and is forgotten
     assert done.targets[max(done.targets)] <= 8
 
 
