@@ -202,18 +202,26 @@ class ReplicaLink:
         if self.stalled_at_s is None or self.stalled_at_s <= self._stepped_s:
             self.stalled_at_s = now_s
 
-    def stood_still_before(self, placed_s: float) -> bool:
-        """Whether it was found to stand still before a stream was placed there, and has made no step since.
+    def stood_still_before(self, stream: Stream) -> bool:
+        """Whether it stood still when a stream was placed there, has made no step since, and so not because of it.
 
-        Its streams were moved off then, so it looked idle, and got new ones; these have not made it stand still.
+        It was found so before: its streams were moved off then, so it looked idle and got new ones. Or it was found so
+        later, but streams there had waited for a step for too long already when this one came (`came_late`).
         """
-        return self.stalled_at_s is not None and self._stepped_s < self.stalled_at_s <= placed_s
+        if self.stalled_at_s is None or self._stepped_s >= self.stalled_at_s:
+            return False
+        return self.stalled_at_s <= stream.placed_s or (stream.came_late and self._stepped_s < stream.placed_s)
+
+    def is_late(self, now_s: float) -> bool:
+        """Whether streams there that generate have had no token for longer than it takes."""
+        return self._is_still(now_s) and any(stream.gave_token for stream in self.streams.values())
+
+    def _is_still(self, now_s: float) -> bool:
+        return now_s - self._stepped_s > max(STILL_STEPS * (self._step_s or 0.0), STILL_S)
 
     def pace_s(self, now_s: float) -> float | None:
         """Seconds between two tokens of a stream there; None if that is not known, or it stands still."""
-        if self._step_s is None or now_s - self._stepped_s > max(STILL_STEPS * self._step_s, STILL_S):
-            return None
-        return self._step_s
+        return None if self._step_s is None or self._is_still(now_s) else self._step_s
 
     def note_ttft(self, ttft_s: float) -> None:
         """Add the TTFT of one stream; `fleet.traffic` collects them."""

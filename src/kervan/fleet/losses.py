@@ -74,7 +74,7 @@ class Losses:
             self._missing.add(link.replica_id)
 
     async def _move_or_reject(self, stream: Stream, link: ReplicaLink, reason: str) -> None:
-        if stream.is_movable and not stream.gave_token and link.stood_still_before(stream.placed_s):
+        if stream.is_movable and not stream.gave_token and link.stood_still_before(stream):
             await self._placements.move(stream, link, reason="lost")  # what was wrong there was so before it came
             return
         stream.num_stalls += not stream.gave_token and link.is_long_in_step
@@ -154,15 +154,15 @@ class Losses:
     async def _move_off_stalled(self, link: ReplicaLink, reason: str) -> None:
         """It may go on, so this is no loss.
 
-        A stream without a token may be what it stands still over: such a one is tried alone elsewhere, and if that
-        replica stands still too, it waits for what becomes of it there.
+        A stream without a token may be what it stands still over, unless it came when it stood still already: such a
+        one is tried alone elsewhere, and if that replica stands still too, it waits for what becomes of it there.
         """
         moved = []
         for wire_id, stream in list(link.streams.items()):
             is_here = link.streams.get(wire_id) is stream
-            if not is_here or not stream.is_movable or (not stream.gave_token and stream.is_suspect):
+            is_suspect = not stream.gave_token and not link.stood_still_before(stream)
+            if not is_here or not stream.is_movable or (is_suspect and stream.is_suspect):
                 continue
-            is_suspect = not stream.gave_token
             moved.append(wire_id)
             self._placements.unplace(stream, link)
             stream.unproven_losses += is_suspect

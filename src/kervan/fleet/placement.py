@@ -98,8 +98,9 @@ class Placements:
         link.load.take(stream.queued_tokens)
         stream.is_queued = True
         link.load.num_suspects += stream.is_suspect
-        link.streams[stream.wire_id] = stream
         stream.placed_s = time.monotonic()
+        stream.came_late = link.is_late(stream.placed_s)
+        link.streams[stream.wire_id] = stream
         if stream.timeline is not None:
             stream.timeline.note("placed", link.replica_id, placement.reason, stream.queued_tokens)
         frames = self._codec.encode_add(stream)

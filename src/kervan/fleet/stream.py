@@ -54,6 +54,7 @@ class Stream:
     arrived_s: float = 0.0
     first_token_s: float | None = None
     placed_s: float = 0.0
+    came_late: bool = False  # others there waited for a step for too long when it was placed (`ReplicaLink.is_late`)
     began_s: float = 0.0  # its first token from where it is placed, if it gave one
     num_before: int = 0  # tokens that it had before that one
     held_since_s: float | None = None

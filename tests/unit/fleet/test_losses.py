@@ -1,6 +1,7 @@
 """Streams of replicas that are lost or stand still: they go on elsewhere, or are rejected when they take those down."""
 
 import asyncio
+import time
 
 import pytest
 from harness.live import until
@@ -220,6 +221,31 @@ async def test_a_suspect_that_comes_while_a_replica_stands_still_is_not_blamed_w
     await bench.kill(b)
     await until(lambda: "s~2" in a.running)
     await bench.finished("x", "y", "s")
+    assert bench.client.counts.given_up == 0
+
+
+async def test_a_suspect_that_comes_to_a_replica_which_hangs_already_is_not_blamed_and_does_not_wait(
+    bench: Bench,
+) -> None:
+    """Two faults at once: one replica dies with it, and the other stopped a second before, which nobody knows yet."""
+    hung = await bench.start("hung")
+    await bench.add("y", max_tokens=40)
+    await bench.placed(hung, "y")
+    await bench.steps(hung, 2)
+    link = bench.link(hung)
+    await until(lambda: link.is_late(time.monotonic()), "y waits for its next token")
+    dying = await bench.start("dying")
+    await bench.add("s")
+    await bench.placed(dying, "s")
+    await until(lambda: bench.link(dying).pong_s > bench.link(dying).streams["s"].placed_s, "it was alive with it")
+    await bench.kill(dying)
+    await bench.placed(hung, "y", "s~1")
+    await until(lambda: link.pong_s > link.streams["s~1"].placed_s, "it answers")
+    free = await bench.start("free")
+    hung.stalled_s, hung.step_tokens = 100.0, 3
+    await bench.placed(free, "y~1", "s~2")
+    await bench.kill(hung)
+    await bench.finished("y", "s")
     assert bench.client.counts.given_up == 0
 
 
