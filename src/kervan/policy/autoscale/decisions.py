@@ -32,9 +32,9 @@ def bounds(state: FleetState, scheduled: Sequence[ScheduledMinimum] = ()) -> Bou
     return Bounds(max(minimum, wanted), maximum, room, source if is_raised else "")
 
 
-def asked(state: FleetState) -> int:
-    """Replicas that were asked for last, in all pools."""
-    return sum(pool.target for pool in state.pools)
+def asked(state: FleetState, memory: Mapping[str, Any]) -> int:
+    """Replicas that were asked for last, in all pools; of those that cover missing spot ones, these alone count."""
+    return sum(pool.target for pool in state.pools) - mix.cover(state, memory.get("mix", {}))
 
 
 def decision(

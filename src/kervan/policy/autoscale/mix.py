@@ -85,8 +85,16 @@ def split(
     return Split(
         {on_demand.name: count, spot.name: wanted_spot},
         f"{wanted_spot} spot, {count} on-demand ({price}; {covered.reason})",
-        {"shortages": kept},
+        {"shortages": kept, "cover": count - floor},
     )
+
+
+def cover(state: FleetState, memory: Mapping[str, Any]) -> int:
+    """On-demand replicas of the last split that stand in for spot ones: both were asked for, and one is meant."""
+    if len(state.pools) == 1:
+        return 0
+    on_demand, _ = by_market(state)
+    return max(0, min(int(memory.get("cover", 0)), on_demand.target - on_demand.minimum))
 
 
 def by_market(state: FleetState) -> tuple[PoolState, PoolState]:

@@ -43,7 +43,7 @@ class RayTarget:
         seen = _seen(memory.get("seen", ()), state.now_s, ongoing, s)
         remembered["seen"] = seen
         average = aggregated([count for _, count in seen], s.aggregation_function)
-        current, running = decisions.asked(state), state.count("ready")
+        current, running = decisions.asked(state, memory), state.count("ready")
         desired = wanted(average, running, current, s)
         total, why = self._delayed(desired, current, average, remembered, state.now_s)
         # Ray bounds after the delays, as `decision` does.

@@ -148,7 +148,7 @@ class SloPolicy:
         least = 1
         if sum(pool.minimum for pool in state.pools) == 0:
             idle = to_zero.decide(
-                demand, decisions.asked(state), memory.get("idle_since_s"),
+                demand, decisions.asked(state, memory), memory.get("idle_since_s"),
                 now_s=state.now_s, idle_s=self._settings.to_zero_s,
             )  # fmt: skip
             memory["idle_since_s"], least = idle.idle_since_s, idle.at_least
@@ -250,7 +250,7 @@ class SloPolicy:
 
     def _held(self, state: FleetState, memory: dict[str, Any], within: decisions.Bounds, start_s: float) -> int:
         """The target, changed at once upwards, and downwards after `hold_s`; `why` says so."""
-        now_s, current = state.now_s, decisions.asked(state)
+        now_s, current = state.now_s, decisions.asked(state, memory)
         needed, less, why = int(memory["needed"]), int(memory["less"]), memory["need_why"]
         base_s = self._settings.downscale_delay_s
         hold_s = max(LEAST_HOLD_S, start_s / 2) if base_s is None else base_s

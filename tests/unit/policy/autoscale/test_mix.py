@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kervan.policy.autoscale import mix
+from kervan.policy.autoscale import decisions, mix
 from kervan.policy.autoscale.state import FleetState, PoolState, ReplicaState
 
 
@@ -59,6 +59,19 @@ def test_on_demand_covers_spot_that_is_missing_and_goes_when_it_is_back() -> Non
     assert counts[4] == 3  # 20 s: two missing for 15 s
     assert counts[70] == 3  # 350 s: whole for 290 s
     assert counts[-1] == 1
+
+
+def test_a_fleet_that_is_kept_as_large_as_it_is_does_not_grow_by_its_cover() -> None:
+    """Six are asked for, on spot nodes of which there are two: on-demand stands in for four, and is not covered again."""
+    memory: dict[str, Any] = {}
+    asked = (6, 0)  # all on-demand so far: they stay until spot has been as it is for 300 s
+    for now_s in range(400):
+        seen = state(pools((1, 24), (0, 24), targets=asked), float(now_s), ready=2)
+        total = decisions.asked(seen, memory)
+        found = decisions.decision(seen, total, decisions.bounds(seen), "as it is", numbers={}, memory=memory)
+        memory, asked = dict(found.memory), (found.targets["on-demand"], found.targets["spot"])
+        assert total == 6
+    assert asked == (1 + 3, 5)
 
 
 @settings(max_examples=40, deadline=None)
