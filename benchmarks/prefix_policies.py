@@ -137,6 +137,10 @@ class Link:
         self.told_tokens = 0  # the last time that the others heard of this gateway
         replica.links[gateway.number] = self
 
+    def is_late(self, now_s: float) -> bool:
+        """No replica stands still here."""
+        return False
+
     async def send_multipart(self, frames: Sequence[Any], copy: bool) -> None:
         self.replica.add(self.gateway.number, self.streams[frames[0].decode()])
 

@@ -2,7 +2,8 @@
 
     python benchmarks/spot_policies.py --data DIR           # all; about ten minutes on two cores
     python benchmarks/spot_policies.py --loads market       # some; also: spotserve-0304, spotserve-0506
-    python benchmarks/spot_policies.py --data DIR --record  # and write benchmarks/records/spot-policies-DATE.json
+    python benchmarks/spot_policies.py --data DIR --record  # and write benchmarks/records/spot-policies-DATE.json; rows
+                                                            # that it has, and were not run again, stay
 
 Azure's chat requests of November 2023, one request/s for a replica (a 32B model on two H100, TTFT 3 s, TPOT 100 ms),
 100 s from a decision to ready, 120 s of notice. Spot nodes as SpotServe recorded them for 22 minutes of two days, over
@@ -189,11 +190,15 @@ def main() -> None:
                 f"{row['load']:15} {row['policy']:24} {row['seed']} {row['good'] / row['counted']:8.3%} "
                 f"{row['usd']:8.2f} USD", flush=True,
             )  # fmt: skip
-    if not args.policies:
+    path = HERE / "records" / f"spot-policies-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json"
+    if args.record and path.exists():
+        new = {(row["load"], row["policy"]) for row in rows}
+        rows += [row for row in json.loads(path.read_text())["rows"] if (row["load"], row["policy"]) not in new]
+        loads = [load for load in makers if any(row["load"] == load for row in rows)]
+        rows.sort(key=lambda row: (loads.index(row["load"]), EVERY.index(row["policy"]), row["seed"]))
+    if args.record or not args.policies:
         print("\n".join(table(rows, loads)))
     if args.record:
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        path = HERE / "records" / f"spot-policies-{date}.json"
         record = {
             "what": "policies on spot nodes in the simulator",
             "command": f"python benchmarks/spot_policies.py --loads {','.join(loads)} --record",
