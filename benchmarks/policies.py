@@ -22,7 +22,7 @@ import json
 import multiprocessing
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,22 +149,34 @@ def table(rows: Sequence[dict[str, Any]], loads: Sequence[str]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None, folders: str) -> argparse.ArgumentParser:
+    """The options of a comparison of policies. `folders`: those that `--data` has."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, default=HERE / "traces",
-        help="folder with azure2023/, mooncake/ and servegen/, as their authors publish them (record: sources)",
+        help=f"folder with {folders}, as their authors publish them (record: sources)",
     )  # fmt: skip
     parser.add_argument("--loads", help="joined by commas; without it, all")
     parser.add_argument("--policies", help="joined by commas; without it, all")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--record", action="store_true", help="write a record")
+    return parser
+
+
+def chosen(loads: str | None, known: Collection[str]) -> list[str]:
+    """Those of `--loads`. Raises: SystemExit for one that is unknown."""
+    names = loads.split(",") if loads else list(known)
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"no load {unknown[0]!r}; known: {', '.join(known)}")
+    return names
+
+
+def main() -> None:
+    parser = arguments(__doc__, "azure2023/, mooncake/ and servegen/")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     makers = load_makers(args.data)
-    loads = args.loads.split(",") if args.loads else list(makers)
-    if unknown := [load for load in loads if load not in makers]:
-        sys.exit(f"no load {unknown[0]!r}; known: {', '.join(makers)}")
+    loads = chosen(args.loads, makers)
     jobs = []
     for load in loads:
         try:

@@ -1,6 +1,6 @@
 """Policies on spot nodes under the same load and market, in the simulator: what share kept the SLO, and for how much.
 
-    python benchmarks/spot_policies.py --data DIR           # all; about ten minutes on two cores
+    python benchmarks/spot_policies.py --data DIR           # all; about 20 minutes on one core
     python benchmarks/spot_policies.py --loads market       # some; also: spotserve-0304, spotserve-0506
     python benchmarks/spot_policies.py --data DIR --record  # and write benchmarks/records/spot-policies-DATE.json; rows
                                                             # that it has, and were not run again, stay
@@ -16,7 +16,6 @@ for 99% of the requests in all seeds together; if none does, the one that keeps 
 each load: the default policy has no such choice.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -27,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from policies import AZURE, GPU, KEPT, MODEL, START_S, TP, engine
+from policies import AZURE, GPU, KEPT, MODEL, START_S, TP, arguments, chosen, engine
 
 from kervan.config import node_trace
 from kervan.config.autoscale import resolve
@@ -46,7 +45,7 @@ SPOTSERVE = "https://github.com/Hsword/SpotServe"
 MOST = 24
 SETTLES_S, HOUR_S = 900.0, 3600.0
 INITIAL = 8
-USD, SPOT_USD = 10.0, 3.5  # of a replica and hour; spot at 35%, as in SkyServe's and SpotServe's markets
+USD, SPOT_USD = 10.0, 3.5  # of a replica and hour; assumed
 RATES, EXTRAS = (0.4, 0.5, 0.6, 0.7, 0.8), (0, 1, 2, 4)
 DELAYS = {"": {}, " quick": {"upscale_delay_s": 0, "downscale_delay_s": 300}}
 EVERY = (
@@ -158,20 +157,9 @@ def table(rows: Sequence[dict[str, Any]], loads: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=HERE / "traces",
-        help="folder with azure2023/ and spotserve/, as their authors publish them (record: sources)",
-    )  # fmt: skip
-    parser.add_argument("--loads", help="joined by commas; without it, all")
-    parser.add_argument("--policies", help="joined by commas; without it, all")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--record", action="store_true", help="write a record")
-    args = parser.parse_args()
+    args = arguments(__doc__, "azure2023/ and spotserve/").parse_args()
     makers = load_makers(args.data)
-    loads = args.loads.split(",") if args.loads else list(makers)
-    if unknown := [load for load in loads if load not in makers]:
-        sys.exit(f"no load {unknown[0]!r}; known: {', '.join(makers)}")
+    loads = chosen(args.loads, makers)
     jobs = []
     for load in loads:
         make, num_seeds = makers[load]
