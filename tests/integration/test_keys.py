@@ -217,7 +217,7 @@ def test_keys_are_in_no_log_process_list_page_or_file(locked: Locked) -> None:
     for process in psutil.process_iter(["cmdline"]):
         pages.append(" ".join(process.info["cmdline"] or ()))
     secrets = list(locked.keys.values())
-    assert {locked.keys["web"], CHOSEN} <= set(secrets)
+    assert response.is_success and ask_as(locked, "key-1") == 200  # so these two are keys
     assert not [place for place, page in enumerate(pages) if any(secret in page for secret in secrets)]
     files = [path for path in fleet.home.scratch.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(files) > 20
