@@ -141,8 +141,8 @@ def _cut(name: str) -> tuple[str, str]:
             arguments += sign if opened else ","
         elif sign in _CLOSES:
             if sign == "(" and not opened and head:
-                # Parameters; what stands before the name is the type that it returns. A copy's kind has a space before.
-                return (head.split()[-1] if head[-1] != " " else head.strip()), _first(arguments)
+                # Parameters: what stands before the name is the type returned. A copy's kind has a space before it.
+                return (head.rsplit(maxsplit=1)[-1] if head[-1] != " " else head.strip()), _first(arguments)
             arguments += sign if opened else ""
             opened += sign
         elif opened:
