@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18640)
     parser.add_argument("--up", action="append", default=[], help="one more word of `kervan up`")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a fleet would be left behind
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     source = str(HERE.parent / "src")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
