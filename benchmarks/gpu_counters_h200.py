@@ -9,8 +9,8 @@ last part of it. Loads, and what they should show:
     matmul         bf16 products of 8192 x 8192: tensor cores, as in prefill
     copy           a copy of 2 GiB within the GPU: memory only
     decode         a weight of 4096 x 14336 times 8 rows, in a CUDA graph: memory with a little of tensor cores
-    small          one kernel of a few microseconds after the other: GPU_UTIL high, nothing busy
-    host-to-gpu    copies from pinned memory: PCIe
+    small          one kernel of a few microseconds after the other: GPU_UTIL far above SM_ACTIVE
+    host-to-gpu    copies from pinned memory: PCIe, and GPU_UTIL although no kernel runs
 
 Without a GPU it says so, and exits with 1. Needs torch with CUDA, and nvidia-ml-py.
 """

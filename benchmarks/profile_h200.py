@@ -5,22 +5,25 @@
     python benchmarks/profile_h200.py --out DIR --model MODEL --streams 4 --isl 64 --osl 64 --up=--engine-arg \\
         --up=enforce_eager=true      # a tiny model on a CPU
 
-The 8B shape with random weights, 1024 in and 256 out, at 1, 64 and 256 streams in a closed loop. At each load tokens/s
-are counted over a while without a profile, then with it (half of it torch's profiler, half py-spy), then without again;
-so are the streams that broke or moved. Writes one file, profile-h200.tar, with a record, and the page, the numbers and
-the timeline of each load. The table comes last.
+The 8B shape with random weights, 1024 in and 128 to 384 out, at 1, 64 and 256 streams in a closed loop. At each load
+tokens/s are counted without a profile, then with it (half of it torch's profiler, half py-spy), then without again,
+each from the end of a round of the streams to that of another; so are the streams that broke or moved. Answers are of
+several lengths, so that streams do not prefill all at once. Writes one file, profile-h200.tar, with a record, and the
+page, the numbers and the timeline of each load. The table comes last.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,16 @@ from kervan.direct_http import open_direct  # noqa: E402
 
 NAME = "profiled"
 COUNTERS = {
+    "ended": "kervan_streams_ended_total",
     "tokens": "kervan_replica_generated_tokens_total",
     "moved": "kervan_streams_moved_total",
     "broken": "kervan_streams_broken_total",
 }
 TWIN = ("--gpu", "H200", *(f"--twin={key}=0" for key in ("prefill_token_s", "sequence_s", "context_token_s")))
-LOAD_BEGINS_S, AFTER_S = 8.0, 4.0
+LOAD_BEGINS_S = 8.0
+LOAD_S = 3600.0  # longer than anything here: it is ended when all has been counted
+LONGEST_S = 120.0  # of a round, and of what is waited for before it
+POLL_S = 0.25
 
 
 def kervan(*words: str, timeout_s: float) -> str:
@@ -59,19 +66,37 @@ def counters(url: str) -> dict[str, float]:
     return found | {"at_s": time.monotonic()}
 
 
-def rate(url: str, seconds: float) -> float:
-    """Tokens per second from now."""
-    before = counters(url)
-    time.sleep(seconds)
-    after = counters(url)
-    return (after["tokens"] - before["tokens"]) / (after["at_s"] - before["at_s"])
+def next_round(
+    counted: Callable[[], dict[str, float]], streams: int, *, zero: float, not_before_s: float = 0.0
+) -> dict[str, float]:
+    """The counters when the next round has just ended: as many requests as there are streams, from `zero` on.
+
+    Streams of a closed loop prefill and decode together, so a time that is no whole round sees more of one than of the
+    other. Raises: TimeoutError when no round ends.
+    """
+    since, seen = time.monotonic(), math.inf
+    while True:
+        now = counted()
+        rounds = (now["ended"] - zero) // streams
+        if rounds > seen and now["at_s"] >= not_before_s:
+            return now
+        seen = rounds
+        if time.monotonic() - since > LONGEST_S:
+            raise TimeoutError(f"no round of {streams} streams ended within {LONGEST_S:.0f} s")
+        time.sleep(POLL_S)
+
+
+def between(first: dict[str, float], second: dict[str, float], streams: int) -> dict[str, float]:
+    """Tokens per second between two moments, and how many rounds and seconds that was."""
+    more = {key: second[key] - first[key] for key in ("tokens", "ended", "at_s")}
+    return {"tok_s": more["tokens"] / more["at_s"], "rounds": more["ended"] / streams, "seconds": more["at_s"]}
 
 
 @contextlib.contextmanager
 def loaded(url: str, args: argparse.Namespace, streams: int, for_s: float) -> Iterator[subprocess.Popen[str]]:
     """`kervan bench` with so many streams, in a process of its own."""
     words = ["bench", url, "--streams", str(streams), "--duration", f"{for_s:.0f}s", "--isl", str(args.isl)]
-    words += ["--osl", str(args.osl), "--json"]
+    words += ["--osl", args.osl, "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "kervan", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -85,24 +110,32 @@ def loaded(url: str, args: argparse.Namespace, streams: int, for_s: float) -> It
 
 def one_load(url: str, args: argparse.Namespace, streams: int, out: Path) -> dict[str, Any]:
     """The profile at so many streams, and tokens/s around it."""
-    whole_s = LOAD_BEGINS_S + 2 * args.rate_s + args.for_s + args.slack_s
-    with loaded(url, args, streams, whole_s):
+    with loaded(url, args, streams, LOAD_S) as load:
+
+        def counted() -> dict[str, float]:
+            if load.poll() is not None:
+                raise ValueError(f"the load ended by itself, with status {load.returncode}")
+            return counters(url)
+
+        time.sleep(LOAD_BEGINS_S / 4)  # streams of another load have ended, none of this one
+        zero = counted()["ended"]
         time.sleep(LOAD_BEGINS_S)
-        before, rate_before = counters(url), rate(url, args.rate_s)
-        begun = counters(url)
-        words = ("profile", "--name", NAME, "--for", f"{args.for_s:g}s", "--out", str(out), "--json")
-        told = json.loads(kervan(*words, timeout_s=args.for_s + 200))
-        ended, rate_after = counters(url), rate(url, args.rate_s)
-        after = counters(url)
-    profiled_s = ended["at_s"] - begun["at_s"]
+        next_round(counted, streams, zero=zero)  # answers of several lengths come apart
+        begun = next_round(counted, streams, zero=zero)
+        at_command = next_round(counted, streams, zero=zero, not_before_s=begun["at_s"] + args.rate_s)
+        words = ("profile", "--name", NAME, "--for", f"{args.for_s:g}s", "--steps", str(args.steps), "--out", str(out))
+        told = json.loads(kervan(*words, "--json", timeout_s=args.for_s + 200))
+        command_s = time.monotonic() - at_command["at_s"]
+        profiled = next_round(counted, streams, zero=zero)
+        ended = next_round(counted, streams, zero=zero, not_before_s=profiled["at_s"] + args.rate_s)
     return {
         "streams": streams,
-        "tok_s_before": rate_before,
-        "tok_s_profiled": (ended["tokens"] - begun["tokens"]) / profiled_s,
-        "tok_s_after": rate_after,
-        "command_s": profiled_s,
-        "moved": after["moved"] - before["moved"],
-        "broken": after["broken"] - before["broken"],
+        "before": between(begun, at_command, streams),
+        "profiled": between(at_command, profiled, streams),
+        "after": between(profiled, ended, streams),
+        "command_s": command_s,
+        "moved": ended["moved"] - begun["moved"],
+        "broken": ended["broken"] - begun["broken"],
         "profile": told,
     }
 
@@ -124,8 +157,8 @@ def table(loads: list[dict[str, Any]]) -> Iterator[str]:
         us = ", ".join(f"{gateway['us_per_token']:.0f}" for gateway in profile["gateways"])
         waits = profile["gpu_waits_for"] or "(no GPU)"
         yield (
-            f"{load['streams']:>8}{load['tok_s_before']:>10,.0f}{load['tok_s_profiled']:>10,.0f}"
-            f"{load['tok_s_after']:>10,.0f}{load['moved']:>7.0f}{load['broken']:>7.0f}{us:>18}  {waits}"
+            f"{load['streams']:>8}{load['before']['tok_s']:>10,.0f}{load['profiled']['tok_s']:>10,.0f}"
+            f"{load['after']['tok_s']:>10,.0f}{load['moved']:>7.0f}{load['broken']:>7.0f}{us:>18}  {waits}"
         )
     for load in loads:
         profile = load["profile"]
@@ -169,14 +202,15 @@ def main() -> None:
     parser.add_argument("--engine", choices=("vllm", "twin"), default="vllm")
     parser.add_argument("--streams", default="1,64,256")
     parser.add_argument("--isl", type=int, default=1024)
-    parser.add_argument("--osl", type=int, default=256)
+    parser.add_argument("--osl", default="128..384", help="as `kervan bench` takes it")
+    parser.add_argument("--steps", type=int, default=100, help="of the engine, that are traced")
     parser.add_argument("--for", dest="for_s", type=float, default=12.0)
-    parser.add_argument("--rate-s", type=float, default=8.0, help="how long tokens are counted before and after")
-    parser.add_argument("--slack-s", type=float, default=40.0, help="longest that a profile takes beyond --for")
+    parser.add_argument("--rate-s", type=float, default=8.0, help="tokens are counted so long at least")
     parser.add_argument("--step-s", type=float, default=0.1, help="of a twin")
     parser.add_argument("--port", type=int, default=18640)
     parser.add_argument("--up", action="append", default=[], help="one more word of `kervan up`")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a fleet would be left behind
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     source = str(HERE.parent / "src")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))

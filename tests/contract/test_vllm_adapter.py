@@ -460,6 +460,8 @@ def probe(model: str) -> dict[str, Any]:
     seen["struct_is_positional"] = EngineCoreRequest.__struct_config__.array_like
     seen["engine_client"] = engine_client.FleetEngineClient.__name__
     seen["frontend"] = frontend.OpenAIFrontend.__name__
+    ended = frontend.OpenAIFrontend(SimpleNamespace(), None, SimpleNamespace(served_model_name=None, model="m"))
+    seen["names_when_ended"] = ended.model_names
     seen["core_bases"] = [base.__name__ for base in replica.FleetEngineCore.__mro__]
     return seen
 
@@ -501,6 +503,10 @@ def test_the_adapter_loads_over_this_release(seen: dict[str, Any], tree: Path) -
     assert seen["engine_version"] == release(tree)
     assert seen["core_bases"][:3] == ["FleetEngineCore", "EngineCoreProc", "EngineCore"]
     assert (seen["engine_client"], seen["frontend"]) == ("FleetEngineClient", "OpenAIFrontend")
+
+
+def test_a_gateway_whose_app_has_ended_still_tells_its_model(seen: dict[str, Any]) -> None:
+    assert seen["names_when_ended"] == ["m"], "its last heartbeat has what was counted meanwhile"
 
 
 def test_a_failed_stream_is_told_with_its_reason(seen: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ HEADS = {"PIPE_TENSOR_ACTIVE": "TENSOR", "DRAM_ACTIVE": "DRAM", "POWER_USAGE": "
 def gpus(every_s: float, watch: bool, metrics: bool, listen: int | None, dcgm: str | None, as_json: bool) -> None:
     """Show what the GPUs of this machine do, under dcgm-exporter's names: use, memory, clocks, power, links, errors.
 
-    From a dcgm-exporter where one answers, else from NVML. GPU_UTIL says only that a kernel ran; SM_ACTIVE, TENSOR and
+    From a dcgm-exporter where one answers, else from NVML. GPU_UTIL says only that something ran; SM_ACTIVE, TENSOR and
     DRAM, which Hopper and newer GPUs have, say how busy it was (docs/gpus.md).
     """
     if every_s < MIN_EVERY_S:

@@ -89,6 +89,7 @@ def profile(
         gateways=recording.gateways,
         stacks=recording.samples,
         sampled_s=for_s / 2,
+        sampled_gateways=recording.sampled_gateways,
         left_out=recording.left_out,
         max_streams=int(config.engine_args.get("max_num_seqs") or 0),
         tp=config.tp,

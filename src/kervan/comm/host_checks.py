@@ -90,7 +90,8 @@ def _shm(facts: HostFacts) -> Check:
             "shm", "/dev/shm does not exist, and ranks of a host share memory there", "mount a tmpfs at /dev/shm"
         )
     size, free = facts.shm_bytes, facts.shm_free_bytes or 0
-    said = f"/dev/shm has {size / GIB:.2g} GiB, {free / GIB:.2g} GiB free"
+    digits = 1 if size < 100 * GIB else 0
+    said = f"/dev/shm has {size / GIB:,.{digits}f} GiB, {free / GIB:,.{digits}f} GiB free"
     if size < MIN_SHM_BYTES:
         return failed(
             "shm", f"{said}, below {MIN_SHM_BYTES / GIB:g} GiB; containers have 64 MiB by default",

@@ -103,6 +103,8 @@ def _pinned(facts: HostFacts) -> Check:
 def _nvls(facts: HostFacts) -> Check:
     setting = facts.value("NCCL_NVLS_ENABLE")
     if setting is not None and setting.value.strip() == "0":
+        if len(facts.gpus) < 2:
+            return passed("nvls", f"{_said(setting)}, which one GPU does not need")
         return warned(
             "nvls", f"{_said(setting)}: large all-reduces on an NVSwitch reach about 0.8 of what they could",
             "leave it if the host's owner turned it off: multicast may not be allowed there; else unset it",

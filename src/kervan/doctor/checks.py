@@ -304,10 +304,10 @@ def _hub_cache(machine: Machine) -> Check:
     if not hub.is_writable:
         return failed("hf-cache", f"{hub.path} cannot be written: no model can be fetched", "HF_HOME=DIR, or chown it")
     if hub.offline and not hub.num_models:
-        return failed(
+        return warned(  # a directory is served all the same
             "hf-cache",
-            f"{hub.offline} forbids to ask the hub, and {hub.path} has no model",
-            f"unset {hub.offline.partition('=')[0]}, or give kervan up a directory",
+            f"{hub.offline} forbids to ask the hub, and {hub.path} has no model: only directories can be served",
+            f"kervan up DIRECTORY; for models of the hub unset {hub.offline.partition('=')[0]}",
         )
     more = f"; {hub.offline}: nothing is fetched" if hub.offline else ""
     return passed("hf-cache", f"{hub.path} has {hub.num_models} models{more}")

@@ -86,7 +86,7 @@ def explained(record: RequestRecord, *, gateway: str, now_s: float) -> RequestEx
         Part("admission", 0.0, record.forwarded_s - zero_s),
         Part("tokenisation", record.forwarded_s - zero_s, max(0.0, arrived_s - record.forwarded_s)),
     ]
-    if not record.streams:
+    if not record.streams and (record.ended_s or record.method != "POST"):  # another may be about to open its stream
         before[1].part = "answered without a stream"
     last_s = max((t.steps[-1].at_s for t in record.streams if t.steps and t.steps[-1].what == "ended"), default=end_s)
     received = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.received_unix_s))

@@ -29,9 +29,9 @@ class Counter:
 
 DEV, PROF = "DCGM_FI_DEV_", "DCGM_FI_PROF_"
 COUNTERS = (
-    Counter(f"{DEV}GPU_UTIL", "GPU_UTIL", "gauge", "%", "Share of time in which any kernel ran; not how busy it was"),
+    Counter(f"{DEV}GPU_UTIL", "GPU_UTIL", "gauge", "%", "Share of time with any kernel or copy; not how busy it was"),
     Counter(f"{DEV}MEM_COPY_UTIL", "MEM_COPY_UTIL", "gauge", "%", "Share of time in which memory was read or written"),
-    Counter(f"{PROF}GR_ENGINE_ACTIVE", "GR_ENGINE_ACTIVE", "gauge", "", "Share of time in which the engine was active"),
+    Counter(f"{PROF}GR_ENGINE_ACTIVE", "GR_ENGINE_ACTIVE", "gauge", "", "Share of time with any kernel; not copies"),
     Counter(f"{PROF}SM_ACTIVE", "SM_ACTIVE", "gauge", "", "Share of SMs with a warp, over time"),
     Counter(f"{PROF}SM_OCCUPANCY", "SM_OCCUPANCY", "gauge", "", "Warps that were there, of those that SMs can hold"),
     Counter(f"{PROF}PIPE_TENSOR_ACTIVE", "PIPE_TENSOR_ACTIVE", "gauge", "", "Cycles with tensor cores at work"),

@@ -11,6 +11,7 @@ Source: Williams et al. 2009 (roofline).
 """
 
 import bisect
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,7 +29,11 @@ _COMMUNICATION = re.compile(
 )
 _PRODUCT = re.compile(r"gemm|gemv|cutlass|cublas|nvjet|wgmma|splitk|matmul|\bmm_|_mm\b|marlin|fused_moe|xmma", re.I)
 _ATTENTION = re.compile(r"flash|fmha|attn|attention|paged", re.I)
-_TEMPLATE = re.compile(r"<.*>|\(.*\)$", re.S)
+# Beside products and attention, and of their names, yet they only read and write: sums of partial results, caches.
+_MOVES_DATA = re.compile(r"splitk_?reduce|FlashAttnFwdCombine|reshape_and_cache|concat_and_cache|prepare_varlen", re.I)
+# Templates that say nothing of what runs: the kernel is their first argument.
+_WRAPPER = re.compile(r"^cutlass::(device_kernel|Kernel2?)$|(^|::)enable_\w+$")
+_CLOSES = {"(": ")", "<": ">"}
 MAX_NAME = 80
 
 
@@ -45,11 +50,16 @@ class KernelTotal:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """What a GPU's time went to: `shares` of the window add up to 1."""
+    """What a GPU's time went to: `shares` of the window add up to 1.
+
+    `cache_reading`: the share of attention that waits for memory, for the keys and values of the streams' contexts. It
+    is a part of `memory`.
+    """
 
     shares: dict[str, float]
     kernels: tuple[KernelTotal, ...]
     num_kernels: int
+    cache_reading: float = 0.0
 
     @property
     def waits_for(self) -> str:
@@ -67,11 +77,15 @@ def use(trace: TorchTrace, window: Interval, no_work: Sequence[Interval], gpu: G
     begins = [step.begin_us for step in batches]
     by_bound: dict[Bound, float] = defaultdict(float)
     by_name: dict[str, dict[Bound, list[float]]] = defaultdict(lambda: defaultdict(list))
+    reading_us = 0.0
     for event in work:
         place = bisect.bisect_right(begins, event.ts) - 1
         bound = bound_of(event, batches[place] if place >= 0 else None, gpu)
+        name = short_name(event.name)
         by_bound[bound] += event.dur
-        by_name[short_name(event.name)][bound].append(event.dur)
+        by_name[name][bound].append(event.dur)
+        if bound == "memory" and _ATTENTION.search(name):
+            reading_us += event.dur
     busy = traces.within(((event.ts, event.end) for event in work), window)
     whole = max(window[1] - window[0], 1e-9)
     # Kernels of several streams may run beside each other: their times are scaled to the time in which one ran.
@@ -80,28 +94,72 @@ def use(trace: TorchTrace, window: Interval, no_work: Sequence[Interval], gpu: G
     nothing = traces.overlap(idle, traces.union(no_work))
     shares = {str(bound): time_us * scale / whole for bound, time_us in by_bound.items()}
     shares |= {"nothing to do": nothing / whole, "host": (traces.length(idle) - nothing) / whole}
-    return DeviceUse(shares, _totals(by_name), len(work))
+    return DeviceUse(shares, _totals(by_name), len(work), reading_us * scale / whole)
 
 
 def bound_of(event: Event, step: StepBatch | None, gpu: Gpu | None) -> Bound:
     """Which side of the roofline a kernel is on, in a step of this batch."""
     if event.cat != "kernel":
         return "copies"
-    if _COMMUNICATION.search(event.name):
+    name = short_name(event.name)  # the arguments of templates name much that a kernel is not
+    if _COMMUNICATION.search(name):
         return "communication"
-    if _ATTENTION.search(event.name):
+    if _MOVES_DATA.search(name):
+        return "memory"
+    if _ATTENTION.search(name):
         return "unknown" if step is None else "compute" if step.prefill_tokens > step.decodes else "memory"
-    if _PRODUCT.search(event.name):
+    if _PRODUCT.search(name):
         if step is None or gpu is None:
             return "unknown"
         return "compute" if step.tokens >= gpu.bf16_flops / gpu.bandwidth_bytes_s else "memory"
     return "memory"  # norms, rotary embeddings, activations, sampling: a few operations for each number that is read
 
 
+@functools.lru_cache(maxsize=4096)
 def short_name(name: str) -> str:
-    """Of a kernel, without its template's arguments and parameters."""
-    short = _TEMPLATE.sub("", name.removeprefix("void ")).strip() or name
-    return short[:MAX_NAME]
+    """Of a kernel, without what it returns, its template's arguments and its parameters.
+
+    >>> short_name("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<int> > >(int)")
+    'flash::FlashAttnFwdSm90'
+    """
+    head, argument = _cut(name)
+    while argument and _WRAPPER.search(head):
+        head, argument = _cut(argument)
+    return (head or name)[:MAX_NAME]
+
+
+def _cut(name: str) -> tuple[str, str]:
+    """A C++ name without what is in brackets or comes before it, and its template's first argument.
+
+    Brackets that never close, as of a name that was cut off, hold the rest.
+    """
+    name = name.replace("(anonymous namespace)::", "")
+    head, arguments, opened = "", "", ""
+    for sign in name:
+        if opened and sign == _CLOSES.get(opened[-1]):
+            opened = opened[:-1]
+            arguments += sign if opened else ","
+        elif sign in _CLOSES:
+            if sign == "(" and not opened and head:
+                # Parameters: what stands before the name is the type returned. A copy's kind has a space before it.
+                return (head.rsplit(maxsplit=1)[-1] if head[-1] != " " else head.strip()), _first(arguments)
+            arguments += sign if opened else ""
+            opened += sign
+        elif opened:
+            arguments += sign
+        else:
+            head += sign
+    return head.strip().removeprefix("void "), _first(arguments)
+
+
+def _first(arguments: str) -> str:
+    """Of a list with commas, those in brackets not counted."""
+    depth = 0
+    for place, sign in enumerate(arguments):
+        depth += (sign in "(<") - (sign in ")>")
+        if sign == "," and not depth:
+            return arguments[:place].strip()
+    return arguments.strip()
 
 
 def operations(trace: TorchTrace) -> tuple[KernelTotal, ...]:

@@ -7,6 +7,7 @@ import csv
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kervan.errors import ConfigError, EngineError
@@ -49,7 +50,7 @@ def kernels(report: Path) -> tuple[KernelTotal, ...]:
 
 def ranges(report: Path) -> tuple[KernelTotal, ...]:
     """NVTX ranges of a report; none if nothing named any. Raises: as `kernels`."""
-    return totals(stats(find(), report, RANGES))
+    return tuple(replace(total, bound="unknown") for total in totals(stats(find(), report, RANGES)))
 
 
 def stats(program: str, report: Path, names: Sequence[str]) -> list[tuple[str, float, int]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 _FRAME = re.compile(r"^(?P<function>.+) \((?P<file>[^()]*?)(?::\d+)?\)$")
 
 EVENT_LOOP = "event loop"
+GPU_WAIT = "waiting for the GPU"
 # (what it is, files, functions); an empty pattern matches all. The first rule that matches a frame wins.
 _RULES: tuple[tuple[str, str, str], ...] = (
     ("garbage collection", r"(^|/)gc\.py$", ""),
@@ -40,6 +41,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("gateway shell", r"kervan/gateway/", ""),
     ("OpenAI server", r"vllm/entrypoints/|fastapi/|starlette/|anyio/|prometheus", ""),
     ("scheduler", r"vllm/v1/core/", ""),
+    (GPU_WAIT, r"torch/cuda/", r"synchronize$"),
     ("sampling", r"vllm/v1/sample/|/sampler\.py$|vllm/v1/worker/gpu/sample/", ""),
     ("sampling", r"vllm/v1/worker/", r"^(_?sample|sample_tokens|_bookkeeping_sync)\b|\._?sample"),
     ("structured output", r"vllm/v1/structured_output|xgrammar|outlines", ""),

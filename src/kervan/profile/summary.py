@@ -10,11 +10,12 @@ from kervan.profile import device, lever, samples
 from kervan.profile import trace as traces
 from kervan.profile.device import DeviceUse, KernelTotal
 from kervan.profile.py_spy import RATE_HZ
-from kervan.profile.samples import EVENT_LOOP, StackSamples
+from kervan.profile.samples import EVENT_LOOP, GPU_WAIT, StackSamples
 from kervan.profile.trace import Interval, TorchTrace
 
 # Parts of an engine's loop, in the order in which they claim time: what a worker does while the loop schedules is its.
 HOST_PARTS = (
+    GPU_WAIT,
     "forward",
     "sampling",
     "prepare inputs",
@@ -25,8 +26,8 @@ HOST_PARTS = (
     "update requests",
     "take requests",
 )
-_IN_WORKER = frozenset(HOST_PARTS[:4])
-_RUNNER = HOST_PARTS[4]
+_IN_WORKER = frozenset(HOST_PARTS[1:5])
+_RUNNER = HOST_PARTS[5]
 TOP_KERNELS = 10
 TOP_PARTS = 8
 
@@ -44,7 +45,10 @@ class BatchMeans:
 
 @dataclass(frozen=True, slots=True)
 class EngineSummary:
-    """`shares`: of the GPU's time, or without a GPU of the loop's. `waits_for`: the largest of them."""
+    """`shares`: of the GPU's time, or without a GPU of the loop's. `waits_for`: the largest of them.
+
+    `cache_reading`: the part of the GPU's time in which attention reads the KV cache.
+    """
 
     gpu: str
     shares: dict[str, float]
@@ -54,6 +58,7 @@ class EngineSummary:
     window_s: float
     standstill_s: float
     ended_by: str
+    cache_reading: float = 0.0
 
     @property
     def waits_for(self) -> str:
@@ -65,7 +70,7 @@ class EngineSummary:
 class GatewaySummary:
     """`busy`: CPU time over wall time. `parts`: microseconds of CPU per token, empty where no stacks were sampled.
 
-    `ranges`: (calls, seconds) by name.
+    `num_samples`: that `parts` come from; few give rough parts. `ranges`: (calls, seconds) by name.
     """
 
     id: str
@@ -74,6 +79,7 @@ class GatewaySummary:
     us_per_token: float
     parts: dict[str, float]
     ranges: dict[str, tuple[int, float]]
+    num_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,7 @@ class Summary:
                     "busy": round(g.busy, 4),
                     "tokens_per_s": round(g.tokens_per_s, 1),
                     "us_per_token": round(g.us_per_token, 1),
+                    "samples": g.num_samples,
                     "us_per_token_by_part": {name: round(us, 2) for name, us in g.parts.items()},
                     "ranges": {name: {"calls": c, "seconds": round(s, 6)} for name, (c, s) in g.ranges.items()},
                 }
@@ -151,15 +158,23 @@ def summarise(
     gateways: Sequence[Mapping[str, Any]],
     stacks: Mapping[str, str],
     sampled_s: float = 0.0,
+    sampled_gateways: Sequence[Mapping[str, Any]] = (),
     left_out: Iterable[str] = (),
     max_streams: int = 0,
     tp: int = 1,
     is_eager: bool = False,
 ) -> Summary:
-    """`engine`, `gateways`: as they recorded themselves; `stacks`: py-spy's raw output by process, of `sampled_s`."""
+    """`engine`, `gateways`: as they recorded themselves; `stacks`: py-spy's raw output by process, of `sampled_s`.
+
+    `sampled_gateways`: as they recorded themselves while stacks were sampled.
+    """
+    sampled = {told["gateway"]: told for told in sampled_gateways}
     folded = {who: samples.fold(raw) for who, raw in stacks.items()}
     summed = None if engine is None else engine_summary(engine, trace)
-    fronts = tuple(_gateway(told, folded.get(f"gateway {told['gateway']}"), sampled_s) for told in gateways)
+    fronts = tuple(
+        _gateway(told, sampled.get(told["gateway"]), folded.get(f"gateway {told['gateway']}"), sampled_s)
+        for told in gateways
+    )
     requests = [timed["request"] for told in gateways for timed in told["requests"]]
     request_shares = shares_of_requests(requests)
     busiest = max((front.busy for front in fronts), default=0.0)
@@ -178,6 +193,8 @@ def summarise(
                 max_streams=max_streams,
                 prefill_share=summed.batch.prefill_share,
                 step_s=summed.batch.step_s,
+                cache_reading=summed.cache_reading,
+                context_tokens=summed.batch.context_tokens,
                 tp=tp,
                 is_eager=is_eager,
             )
@@ -206,21 +223,23 @@ def engine_summary(engine: Mapping[str, Any], trace: TorchTrace | None) -> Engin
                 spans[event.name].append((base_us + event.ts, base_us + event.end))
         for step in traces.steps_on_host(trace):
             spans[_RUNNER].append((base_us + step.begin_us, base_us + step.end_us))
+        spans[GPU_WAIT] += [(base_us + begin, base_us + end) for begin, end in traces.waits_for_gpu(trace)]
     host_shares = partition(spans, window)
     gpu, shares = "", host_shares
     kernels: tuple[KernelTotal, ...] = ()
+    cache_reading = 0.0
     if trace is not None and trace.gpu_work:
         moved = [(begin - base_us, end - base_us) for begin, end in spans["no work"]]
         known = hardware.find(trace.gpu)
         used: DeviceUse = device.use(trace, (window[0] - base_us, window[1] - base_us), moved, known)
-        gpu, kernels, shares = trace.gpu or "GPU", used.kernels, used.shares
+        gpu, kernels, shares, cache_reading = trace.gpu or "GPU", used.kernels, used.shares, used.cache_reading
     elif trace is not None:
         kernels = device.operations(trace)
     window_s = (window[1] - window[0]) / 1e6
     return EngineSummary(
         gpu, shares, host_shares, kernels,
         _batch(batches, engine["num_steps"], window_s * (1 - host_shares.get("no work", 0.0))),
-        window_s, engine["standstill_s"], engine["ended_by"],
+        window_s, engine["standstill_s"], engine["ended_by"], cache_reading,
     )  # fmt: skip
 
 
@@ -253,20 +272,29 @@ def shares_of_requests(requests: Sequence[Mapping[str, Any]]) -> dict[str, float
     return {name: s / whole for name, s in sorted(seconds.items(), key=lambda item: -item[1]) if s > 0}
 
 
-def _gateway(told: Mapping[str, Any], stacks: StackSamples | None, sampled_s: float) -> GatewaySummary:
-    wall_s = (told["end_ns"] - told["begin_ns"]) / 1e9
-    busy = told["cpu_s"] / wall_s
-    us_per_token = told["cpu_s"] / told["tokens"] * 1e6 if told["tokens"] else 0.0
-    most = told["active_s"] / wall_s * sampled_s * RATE_HZ
+def _gateway(
+    told: Mapping[str, Any], sampled: Mapping[str, Any] | None, stacks: StackSamples | None, sampled_s: float
+) -> GatewaySummary:
+    """`sampled`: of the time of the stacks, None where it is not known and the other time stands for it."""
+    records = [record for record in (told, sampled) if record is not None]
+    wall_s, cpu_s, tokens = (
+        sum((record["end_ns"] - record["begin_ns"]) / 1e9 for record in records),
+        sum(record["cpu_s"] for record in records),
+        sum(record["tokens"] for record in records),
+    )
+    us_per_token = cpu_s / tokens * 1e6 if tokens else 0.0
+    last = records[-1]
+    most = last["active_s"] / ((last["end_ns"] - last["begin_ns"]) / 1e9) * sampled_s * RATE_HZ
     counts = {} if stacks is None else working_samples(stacks, most)
     whole = sum(counts.values())
     return GatewaySummary(
         told["gateway"],
-        busy,
-        told["tokens"] / wall_s,
+        cpu_s / wall_s,
+        tokens / wall_s,
         us_per_token,
         {name: us_per_token * count / whole for name, count in counts.items()} if whole and us_per_token else {},
         {name: (total["calls"], total["seconds"]) for name, total in told["totals"].items()},
+        round(whole),
     )
 
 

@@ -22,7 +22,8 @@ def lines(summary: Summary) -> Iterator[str]:
         yield f"gateway {gateway.id}: {gateway.busy:.0%} of a core, {gateway.tokens_per_s:,.0f} tokens/s{cost}"
         if gateway.parts:
             most = sorted(gateway.parts.items(), key=lambda item: -item[1])[:TOP_PARTS]
-            yield "  us per token: " + ", ".join(f"{name} {us:.1f}" for name, us in most)
+            parts = ", ".join(f"{name} {us:.1f}" for name, us in most)
+            yield f"  us per token, by {plural(gateway.num_samples, 'sample')}: {parts}"
     for who, stacks in summary.stacks.items():
         if who.startswith("replica") and stacks.num_samples:
             yield f"Python of the engine: {listed({name: stacks.share(name) for name, _ in stacks.parts})}"

@@ -16,6 +16,9 @@ OPERATION = "cpu_op"
 _BATCH = re.compile(r"context_(\d+)\((\d+)[^)]*\)_generation_(\d+)\((\d+)")
 
 
+Interval = tuple[float, float]  # begin and end, in microseconds
+
+
 class Event(msgspec.Struct, gc=False):
     """Something that took `dur` from `ts`, in microseconds of the trace. `cat`: what kind of thing."""
 
@@ -121,6 +124,16 @@ def _steps(events: Iterable[Event]) -> list[StepBatch]:
     return found
 
 
+def waits_for_gpu(trace: TorchTrace) -> list[Interval]:
+    """When the thread that runs the steps waited for results of the GPU."""
+    threads = {(event.pid, event.tid) for event in trace.of(RANGE) if _BATCH.search(event.name)}
+    return [
+        (event.ts, event.end)
+        for event in trace.of("cuda_runtime")
+        if (event.pid, event.tid) in threads and event.name.endswith("Synchronize")
+    ]
+
+
 def self_times_us(events: Iterable[Event]) -> dict[int, float]:
     """Time of each event without that of events within it, by its place in `events`, which are sorted by begin."""
     listed = list(events)
@@ -134,9 +147,6 @@ def self_times_us(events: Iterable[Event]) -> dict[int, float]:
             left[around[-1]] -= event.dur
         around.append(place)
     return {place: max(0.0, time_us) for place, time_us in left.items()}
-
-
-Interval = tuple[float, float]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:

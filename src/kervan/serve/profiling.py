@@ -40,7 +40,10 @@ POLL_S = 0.05
 
 @dataclass(slots=True)
 class Recording:
-    """All that was recorded. `samples`: py-spy's stacks by process; `left_out`: what is missing, and why."""
+    """All that was recorded. `samples`: py-spy's stacks by process; `left_out`: what is missing, and why.
+
+    `gateways`: what they told of the first half; `sampled_gateways`: of the half in which py-spy ran.
+    """
 
     replica: str
     config: FleetConfig
@@ -48,6 +51,7 @@ class Recording:
     engine: dict[str, Any] | None = None
     trace: bytes = b""
     gateways: list[dict[str, Any]] = field(default_factory=list)
+    sampled_gateways: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
@@ -90,20 +94,26 @@ def record(
         directory.order(entry.id, Profile(ProfileAsk(place, each_s, max_steps, has_ranges))).result()
         engine = node_tasks.on_node(node_ids, entry.node, _collect, place, each_s + ORDER_S + ENGINE_GRACE_S)
     key = relay_key(stored.secret).decode()
-    told = [
-        (
-            gateway,
-            node_tasks.on_node(node_ids, gateway.node, _ask_gateway, gateway.internal_url, key, each_s, has_ranges),
-        )
-        for gateway in gateways
-    ]
-    for gateway, task in told:
-        _take_gateway(recording, gateway, task, each_s)
+
+    def asked(*, has_ranges: bool) -> list[tuple[GatewayEntry, Any]]:
+        return [
+            (
+                gateway,
+                node_tasks.on_node(node_ids, gateway.node, _ask_gateway, gateway.internal_url, key, each_s, has_ranges),
+            )
+            for gateway in gateways
+        ]
+
+    for gateway, task in asked(has_ranges=has_ranges):
+        _take_gateway(recording, recording.gateways, gateway, task, each_s)
     if is_engine:
         _take_engine(recording, entry, engine, each_s)
     if has_samples:
         progress(f"sampling Python stacks for {each_s:g} s")
+        told = asked(has_ranges=False)
         _sample(recording, node_ids, entry, gateways, each_s)
+        for gateway, task in told:
+            _take_gateway(recording, recording.sampled_gateways, gateway, task, each_s)
     return recording
 
 
@@ -123,7 +133,9 @@ def choose(name: str, replica: str | None, snapshot: Snapshot) -> ReplicaEntry:
     return found
 
 
-def _take_gateway(recording: Recording, gateway: GatewayEntry, task: Any, each_s: float) -> None:
+def _take_gateway(
+    recording: Recording, into: list[dict[str, Any]], gateway: GatewayEntry, task: Any, each_s: float
+) -> None:
     from kervan.serve import node_tasks
 
     try:
@@ -131,7 +143,7 @@ def _take_gateway(recording: Recording, gateway: GatewayEntry, task: Any, each_s
     except FleetError as error:
         recording.left_out.append(f"gateway {gateway.id}: {error}")
         return
-    recording.gateways.append(json.loads(answer))
+    into.append(json.loads(answer))
 
 
 def _take_engine(recording: Recording, entry: ReplicaEntry, task: Any, each_s: float) -> None:

@@ -264,3 +264,14 @@ def test_the_fake_host_is_one_of_the_table_of_gpus() -> None:
     from kervan.facts import hardware
 
     assert hardware.find(hosts.gpu(0).name) is not None
+
+
+def test_the_size_of_shared_memory_is_written_in_digits() -> None:
+    found = doctor.examine_host(host(shm_bytes=126 * GIB, shm_free_bytes=120 * GIB), measured())
+    (check,) = (c for c in found if c.name == "shm")
+    assert check.cause == "/dev/shm has 126 GiB, 120 GiB free"
+
+
+def test_one_gpu_needs_no_multicast() -> None:
+    lone = with_settings("NCCL_NVLS_ENABLE=0", gpus=host().gpus[:1], pairs=())
+    assert "nvls" not in bad(doctor.examine_host(lone, None))

@@ -110,6 +110,12 @@ def test_a_request_that_vllm_refused_opened_no_stream() -> None:
     assert sum(p.seconds for p in found.before) == pytest.approx(0.3)
 
 
+def test_a_request_in_flight_that_has_no_stream_yet_is_being_read_and_tokenised() -> None:
+    record = RequestRecord("/v1/completions", 0.0, 1.0, forwarded_s=0.1, ended_s=0.0, status=0)
+    found = explained(record, gateway="g", now_s=1.0)
+    assert [(p.part, p.seconds) for p in found.before] == [("admission", 0.1), ("tokenisation", 0.9)]
+
+
 WHATS = st.sampled_from(["waits", "held", "placed", "first token", "moved", "replayed"])
 
 

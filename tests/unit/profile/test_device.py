@@ -82,7 +82,67 @@ def test_a_gpu_that_is_not_in_the_table_has_no_side_of_its_roofline() -> None:
     assert device.bound_of(traces.Event("gemm", cat="kernel"), batch, None) == "unknown"
 
 
-def test_names_lose_their_templates() -> None:
-    name = "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl<X>>(int, X)"
-    assert device.short_name(name) == "at::native::elementwise_kernel"
-    assert device.short_name("(anonymous)") == "(anonymous)"
+# As torch's profiler named them on an H200 with vLLM 0.24, some of their template's arguments left out.
+_MAINLOOP = (
+    "flash::CollectiveMainloopFwdSm90<2, cute::tuple<cute::C<1>, cute::C<1> >, 128, cutlass::bfloat16_t, true, 1>"
+)
+_ATTENTION = f"flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<{_MAINLOOP}, flash::CollectiveEpilogueFwd<float> > >"
+_COMBINE = "flash::FlashAttnFwdCombine<cute::tuple<cute::C<8>, cute::C<128> >, 5, 256, 1, false, cutlass::arch::Sm90>"
+ATTENTION = f"void cutlass::device_kernel<{_ATTENTION} >({_ATTENTION}::Params)"
+COMBINE = f"void cutlass::device_kernel<{_COMBINE} >({_COMBINE}::Params)"
+SPLIT_K = (
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float, false>(cublasLt::cublasSplitKParams<float>, "
+    "float const*, __nv_bfloat16 const*, float*, __nv_bfloat16*)"
+)
+CACHE = (
+    "void vllm::reshape_and_cache_flash_kernel<__nv_bfloat16, (vllm::Fp8KVCacheDataType)0>(__nv_bfloat16 const*, int)"
+)
+INDEX = (
+    "void at::native::index_elementwise_kernel<128, 4, at::native::gpu_index_kernel<at::native::index_kernel_impl<"
+    "at::native::OpaqueType<2> >(at::TensorIteratorBase&, c10::ArrayRef<long>)::{lambda(char*, long)#1}>(long)::"
+    "{lambda(int)#1}>(long, at::native::gpu_index_kernel<int>(at::TensorIteratorBase&)::{lambda(int)#1})"
+)
+ARANGE = (
+    "void (anonymous namespace)::elementwise_kernel_with_index<int, at::native::arange_cuda_out(c10::Scalar const&)::"
+    "{lambda()#1}::operator()() const::{lambda(long)#1}>(int, function_traits<int>::result_type*)"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        (ATTENTION, "flash::FlashAttnFwdSm90"),
+        (COMBINE, "flash::FlashAttnFwdCombine"),
+        (SPLIT_K, "cublasLt::splitKreduce_kernel"),
+        (CACHE, "vllm::reshape_and_cache_flash_kernel"),
+        (INDEX, "at::native::index_elementwise_kernel"),
+        (ARANGE, "elementwise_kernel_with_index"),
+        (INDEX[:150], "at::native::index_elementwise_kernel"),  # cut off, as reports cut long names off
+        (ATTENTION[:110], "flash::FlashAttnFwdSm90"),
+        ("void at::native::elementwise_kernel<128, 4, at::native::impl<X>>(int, X)", "at::native::elementwise_kernel"),
+        ("std::enable_if<true, void>::type a::kernel<4>(int)", "a::kernel"),
+        ("Memcpy HtoD (Pinned -> Device)", "Memcpy HtoD"),
+        ("Memset (Device)", "Memset"),
+        ("nvjet_sm90_tst_128x8_64x12_2x1_v_bz_splitK_TNT", "nvjet_sm90_tst_128x8_64x12_2x1_v_bz_splitK_TNT"),
+        ("(anonymous)", "(anonymous)"),
+    ],
+)
+def test_a_kernels_name_says_what_runs(name: str, short: str) -> None:
+    assert device.short_name(name) == short
+
+
+@pytest.mark.parametrize(
+    ("name", "prefill", "bound"),
+    [
+        (ATTENTION, 0, "memory"), (ATTENTION, 2048, "compute"), (COMBINE, 2048, "memory"), (CACHE, 2048, "memory"),
+        (SPLIT_K, 2048, "memory"), ("nvjet_sm90_tst_128x8_64x12_2x1_v_bz_splitK_TNT", 2048, "compute"),
+    ],
+)  # fmt: skip
+def test_what_only_adds_up_or_stores_waits_for_memory(name: str, prefill: int, bound: str) -> None:
+    batch = traces.StepBatch(0, 1, bool(prefill), prefill, 64, 64)
+    assert device.bound_of(traces.Event(name, cat="kernel"), batch, H200) == bound
+
+
+def test_attention_that_reads_caches_is_told_apart_from_products_that_read_weights() -> None:
+    found = device.use(trace_of(DECODE, kernel(ATTENTION, 0, 30), kernel("nvjet_tst", 30, 10)), (0, 50), [], H200)
+    assert (found.shares["memory"], found.cache_reading) == pytest.approx((0.8, 0.6))

@@ -21,6 +21,7 @@ RUN = "run (uvloop/__init__.py:1);"
         ("encode_batch (transformers/tokenization_utils_fast.py:1)", "tokenisation"),
         ("schedule (vllm/v1/core/sched/scheduler.py:20)", "scheduler"),
         ("forward (vllm/v1/sample/sampler.py:20)", "sampling"),
+        ("get_output (vllm/v1/worker/gpu/async_utils.py:9);Event.synchronize (torch/cuda/streams.py:245)", "waiting for the GPU"),
         ("_sample (vllm/v1/worker/gpu_model_runner.py:3437)", "sampling"),
         ("_prepare_inputs (vllm/v1/worker/gpu_model_runner.py:1920)", "prepare and launch"),
         ("forward (vllm/model_executor/models/qwen3.py:20);__call__ (torch/_ops.py:1267)", "model"),

@@ -76,6 +76,18 @@ def test_a_gateways_cpu_per_token_is_split_by_its_stacks_without_its_waiting() -
     assert summary.working_samples(StackSamples(9, 0, (("JSON", 9),), ()), 3) == {"JSON": 9}
 
 
+def test_a_gateways_stacks_are_held_against_the_time_in_which_they_were_sampled() -> None:
+    # In the half of the stacks it worked 8% of the time (40 of 500 samples at most), for 4,000 tokens: 2.4 s / 24,000.
+    half = GATEWAY | {"end_ns": BASE + 5_000 * MS, "cpu_s": 0.4, "active_s": 0.4, "tokens": 4_000}
+    (gateway,) = summarised(sampled_gateways=[half]).gateways
+    assert (gateway.busy, gateway.tokens_per_s, gateway.us_per_token) == (
+        pytest.approx(2.4 / 15), 1600, pytest.approx(100)
+    )  # fmt: skip
+    assert gateway.parts == pytest.approx({"writing to clients": 100, "event loop": 0})
+    assert gateway.num_samples == 60
+    assert any("us per token, by 60 samples: " in line for line in text.lines(summarised(sampled_gateways=[half])))
+
+
 def test_the_time_of_requests_is_by_part() -> None:
     found = summarised()
     assert found.num_requests == 1
@@ -132,6 +144,24 @@ def test_without_torchs_trace_the_file_begins_at_the_first_thing_recorded() -> N
     assert min(event["ts"] for event in merged["traceEvents"] if event["ph"] == "X") == 0
 
 
+def test_time_in_which_the_runner_waits_for_the_gpu_has_a_name() -> None:
+    def event(cat: str, name: str, ts: float, dur: float, tid: int) -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 7, "tid": tid}
+
+    # Of 100 ms: a step that is launched in 10, a wait of 60 in the same thread, and one of another thread.
+    events = [
+        event("user_annotation", "execute_context_0(0)_generation_8(8)", 20e3, 10e3, 1),
+        event("cuda_runtime", "cudaEventSynchronize", 30e3, 60e3, 1),
+        event("cuda_runtime", "cudaEventSynchronize", 0, 20e3, 2),
+        event("cuda_runtime", "cudaGraphLaunch", 22e3, 2e3, 1),
+    ]
+    trace = traces.read(json.dumps({"traceEvents": events, "baseTimeNanoseconds": BASE}).encode())
+    engine = summary.engine_summary({**ENGINE, "spans": []}, trace)
+    assert engine.host_shares == pytest.approx(
+        {"waiting for the GPU": 0.6, "rest of the model runner": 0.1, "other": 0.3}
+    )
+
+
 GPU = Findings({"memory": 0.7, "host": 0.2, "nothing to do": 0.1}, has_gpu=True, streams=12, max_streams=256, tp=4)
 
 
@@ -139,9 +169,13 @@ GPU = Findings({"memory": 0.7, "host": 0.2, "nothing to do": 0.1}, has_gpu=True,
     ("found", "begin"),
     [
         (GPU, "more streams per replica: a step reads all weights for 12 streams of 256 that fit"),
+        (replace(GPU, streams=1.0, max_streams=0), "more streams per replica: a step reads all weights for 1 stream; "),
+        (replace(GPU, cache_reading=0.57, context_tokens=279248.0), "less KV cache to read: attention over 279,248 cached tokens a step takes 57% of the time; "),
         (replace(GPU, shares={"nothing to do": 0.7, "memory": 0.3}), "nothing here: the replica had no request for 70%"),
         (replace(GPU, request_shares={"queue": 0.1, "replica queue": 0.2}), "more places: requests spend 30%"),
         (replace(GPU, gateway_busy=0.8, num_gateways=2), "another gateway: the busiest one uses 80%"),
+        (replace(GPU, shares={"memory": 0.95, "host": 0.05}, gateway_busy=0.95), "another gateway: the busiest one uses 95%"),
+        (Findings({"forward": 0.6}, has_gpu=False, gateway_busy=0.8), "another gateway: the busiest one uses 80%"),
         (replace(GPU, shares={"host": 0.5, "memory": 0.5}, host_shares={"schedule": 0.3}), "the host: the GPU waits for it for 50% of the time, of which most goes to schedule"),
         (replace(GPU, shares={"host": 0.5, "memory": 0.5}, is_eager=True), "CUDA graphs: "),
         (replace(GPU, shares={"communication": 0.3, "memory": 0.7}), "a smaller tp: GPUs exchange data for 30% of the time at tp 4"),
@@ -156,3 +190,11 @@ GPU = Findings({"memory": 0.7, "host": 0.2, "nothing to do": 0.1}, has_gpu=True,
 )  # fmt: skip
 def test_the_next_lever_follows_from_the_shares(found: Findings, begin: str) -> None:
     assert lever.decide(found).startswith(begin)
+
+
+def test_behind_a_gpu_that_always_works_a_busy_gateway_comes_second() -> None:
+    found = replace(GPU, shares={"memory": 0.95, "host": 0.05}, gateway_busy=0.76, num_gateways=1)
+    said = lever.decide(found)
+    assert said.startswith("more streams per replica") and said.endswith(
+        "; then another gateway: the busiest one uses 76% of a core; kervan scale --gateways 2"
+    )

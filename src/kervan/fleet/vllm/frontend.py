@@ -57,7 +57,10 @@ class OpenAIFrontend:
     @property
     def model_names(self) -> tuple[str, ...]:
         """All names by which clients may ask now: the model's own, and its adapters'."""
-        models = self.app.state.openai_serving_models
+        state = getattr(self.app, "state", None)  # vLLM's app has none any more when it has ended
+        if state is None:
+            return (self.model_name,)
+        models = state.openai_serving_models
         return tuple(dict.fromkeys([*(path.name for path in models.base_model_paths), *models.lora_requests]))
 
     @classmethod

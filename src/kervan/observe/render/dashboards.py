@@ -473,7 +473,7 @@ GPU_DASHBOARD = Dashboard(
                     "A kernel ran",
                     (q.gpu("DCGM_FI_DEV_GPU_UTIL"), EACH),
                     unit="percent",
-                    help="Says only that some kernel ran, however small: not how much of the GPU worked.",
+                    help="Says only that some kernel or copy ran, however small: not how much of the GPU worked.",
                 ),
                 _line(
                     "Memory used",
