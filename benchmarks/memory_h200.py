@@ -1,6 +1,14 @@
-"""What training techniques take and cost on one GPU: every row of docs/memory.md, under 8 minutes on an H200.
+"""What training techniques take and cost on one GPU: every row of docs/memory.md, about 10 minutes on an H200.
 
     python benchmarks/memory_h200.py --out DIR [--only SUBSTRING] [--device cpu --tiny]
+
+In two calls of about 5 minutes, each with the rows of one record:
+
+    python benchmarks/memory_h200.py --out DIR --rows-of benchmarks/records/memory-1xh200-2026-11-30.json
+    python benchmarks/memory_h200.py --out DIR --rows-of benchmarks/records/memory-1xh200-2026-11-30-2.json
+
+`--without RECORD`, once or more, runs the rows that these records do not have. `--table RECORD ...` prints the tables
+of records and runs nothing; with `--plot FILE.svg` it draws docs/memory-techniques.svg of them, with matplotlib.
 
 Writes one file into DIR, the record with the snapshots' summaries, and prints the table of rows, the estimates' errors,
 and the claims that are copied from page to page beside what was measured.
@@ -8,6 +16,8 @@ and the claims that are copied from page to page beside what was measured.
 
 import argparse
 import importlib.util
+import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +28,7 @@ from kervan.bench import records
 from kervan.cli.memory import print_measured
 from kervan.errors import KervanError
 from kervan.memory import measure, snapshots
+from kervan.memory.estimate import GIB
 from kervan.memory.measure import Case, Measured, MeasurePlan
 from kervan.memory.shape import NAMED
 from kervan.memory.techniques import parse
@@ -61,6 +72,7 @@ CLAIMS = (
     ("FlashAttention-2: -30% memory, +30-60% speed, at 512", ("1b", 512, 16), "bf16", "bf16,eager"),
     ("the same at 2048", ("1b", 2048, 4), "bf16", "bf16,eager"),
     ("the same at 4096", ("1b", 4096, 2), "bf16", "bf16,eager"),
+    ("the same at 16384", ("1b", 16384, 1), "bf16", "bf16,eager"),
     ("segments=4: -75% activations", ("1b", 2048, 4), "bf16,checkpoint-sequential=4", "bf16"),
 )
 
@@ -68,13 +80,25 @@ CLAIMS = (
 def main() -> int:
     """Exit status: 0, or 1 when an estimate is off by more than 10%, or a row failed that was predicted to fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    to = parser.add_mutually_exclusive_group(required=True)
+    to.add_argument("--out", type=Path)
+    to.add_argument("--table", type=_record, nargs="+", metavar="RECORD", help="print their tables, and run nothing")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="with --table: peak and speed of the first case")
     parser.add_argument("--only", default="", help="rows whose text has this")
+    parser.add_argument("--rows-of", type=_record, metavar="RECORD", help="only rows that this record has")
+    parser.add_argument(
+        "--without", type=_record, action="append", default=[], metavar="RECORD", help="only rows that it does not have"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the same rows on a tiny model, to try the script")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--for", dest="for_s", type=float, default=470.0, help="seconds for all rows")
+    parser.add_argument("--for", dest="for_s", type=float, default=720.0, help="seconds for all rows")
     options = parser.parse_args()
+    if options.table is not None:
+        print(*map(table, options.table), sep="\n\n")
+        if options.plot is not None:
+            plot(options.table, options.plot)
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     end_s = time.monotonic() + options.for_s
     rows: list[Measured] = []
@@ -83,11 +107,11 @@ def main() -> int:
     for groups, recorded in ((SNAPSHOTS, True), (GROUPS, False), (ZERO, False)):
         if recorded and options.device == "cpu":
             continue
+        cases = tuple(_cases(groups, options, recorded=recorded))
+        if not cases:
+            continue
         if groups is ZERO and importlib.util.find_spec("deepspeed") is None:
             notes.append("ZeRO rows left out: deepspeed is not installed")
-            continue
-        cases = tuple(_cases(groups, options))
-        if not cases:
             continue
         plan = MeasurePlan(
             cases=cases, device=options.device, steps=options.steps, snapshots=options.out if recorded else None
@@ -110,9 +134,8 @@ def main() -> int:
         "notes": notes,
         "claims": list(_claims(rows)),
     }
-    path = records.write(
-        options.out, records.record("memory", content, ["benchmarks/memory_h200.py", *_arguments(options)])
-    )
+    command = shlex.join(["python", "benchmarks/memory_h200.py", *_arguments(options)])
+    path = records.write(options.out, {**records.record("memory", content), "command": command})
     for name, lines in holders.items():
         print(name)
         for line in lines[:8]:
@@ -141,10 +164,86 @@ def main() -> int:
     return 1 if far or notes or unlike else 0
 
 
-def _cases(groups: dict[tuple[str, int, int], tuple[str, ...]], options: argparse.Namespace) -> Iterator[Case]:
+def table(record: dict[str, Any]) -> str:
+    """As in docs/memory.md; with a first column for the case where there are several."""
+    cases = [f"{row['model'].upper()}, {row['batch']} x {row['seq']:,}" for row in record["rows"]]
+    has_cases = len(set(cases)) > 1
+    columns = ("technique", "peak, GiB", "estimate", "kept by forward", "on the host", "step, ms", "tokens/s")
+    heads = (("shape, sequences x tokens",) if has_cases else ()) + columns
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for case, row in zip(cases, record["rows"], strict=True):
+        estimate = f"{row['estimate_bytes'] / GIB:.2f}"
+        sizes = [
+            f"{row['peak_bytes'] / GIB:.2f}", estimate, f"{row['kept_bytes'] / GIB:.2f}",
+            f"{row['host_bytes'] / GIB:.1f}", f"{1e3 * row['step_s']:,.0f}", f"{row['tokens_s']:,.0f}",
+        ]  # fmt: skip
+        cells = ["does not fit", estimate, "-", "-", "-", "-"] if row["problem"] else sizes
+        lines.append("| " + " | ".join(([case] if has_cases else []) + [f"`{row['technique']}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """Peaks of the first record's case in all records, the speed beside each; of rows measured twice, the first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "kervan"
+    from matplotlib import pyplot
+
+    case = ("model", "seq", "batch")
+    first = found[0]["rows"][0]
+    rows: dict[str, dict[str, Any]] = {}
+    for row in (row for record in found for row in record["rows"]):
+        if not row["problem"] and all(row[key] == first[key] for key in case):
+            rows.setdefault(row["technique"], row)
+    ordered = sorted(rows.values(), key=lambda row: -row["peak_bytes"])
+    peaks = [row["peak_bytes"] / GIB for row in ordered]
+    kept = [row["kept_bytes"] / GIB for row in ordered]
+    figure, axis = pyplot.subplots(figsize=(9, 7))
+    names = [row["technique"] for row in ordered]
+    axis.barh(names, peaks, color="#c9d3df", label="peak")
+    axis.barh(names, kept, color="#4477aa", label="of it, kept by the forward pass")
+    for place, row in enumerate(ordered):
+        axis.text(peaks[place] + 0.6, place, f"{row['tokens_s']:,.0f} tokens/s", va="center", fontsize=8)
+    axis.set(
+        xlabel="GiB", xlim=(0, 1.2 * max(peaks)),
+        title=f"{first['model'].upper()}, {first['batch']} x {first['seq']:,} tokens, one H200",
+    )  # fmt: skip
+    axis.legend(loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _record(path: str) -> dict[str, Any]:
+    """Of an option. Raises: argparse's error for a file that is no record of memory."""
+    try:
+        record: dict[str, Any] = json.loads(Path(path).read_text())
+        if record["what"] != "memory":
+            raise KeyError("what")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} is no record of this script: {error}") from error
+    return record
+
+
+def _has(record: dict[str, Any], model: str, seq: int, batch: int, technique: str, *, recorded: bool) -> bool:
+    """Whether a record has a row; `recorded`: whose memory it was at the row's peak."""
+    if recorded:
+        return f"{model} {technique}" in record["holders"]
+    keys = ("model", "seq", "batch", "technique")
+    return any([row[key] for key in keys] == [model, seq, batch, technique] for row in record["rows"])
+
+
+def _cases(
+    groups: dict[tuple[str, int, int], tuple[str, ...]], options: argparse.Namespace, *, recorded: bool
+) -> Iterator[Case]:
     for (model, seq, batch), techniques in groups.items():
         for text in techniques:
             if options.only not in f"{model} {text}":
+                continue
+            row = (model, seq, batch, parse(text).text)
+            if options.rows_of is not None and not _has(options.rows_of, *row, recorded=recorded):
+                continue
+            if any(_has(one, *row, recorded=recorded) for one in options.without):
                 continue
             if options.device == "cpu" and any(word in text for word in ("tf32", "efficient", "cudnn")):
                 continue

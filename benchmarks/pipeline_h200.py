@@ -10,6 +10,7 @@ and timelines.tar.gz with an SVG and a trace for each row of 1F1B and ZBV.
 
 import argparse
 import json
+import shlex
 import sys
 import tarfile
 import tempfile
@@ -92,9 +93,8 @@ def main() -> int:
     except KervanError as error:
         notes.append(str(error))
     content = {"runs": [content_of(result, ranks) for result in found], "notes": notes}
-    path = records.write(
-        options.out, records.record("pipeline", content, ["benchmarks/pipeline_h200.py", *_arguments(options)])
-    )
+    command = shlex.join(["python", "benchmarks/pipeline_h200.py", *_arguments(options)])
+    path = records.write(options.out, {**records.record("pipeline", content), "command": command})
     _pack_timelines(options.out / "timelines.tar.gz", found, ranks)
     for result in found:
         print_result(result, ranks)

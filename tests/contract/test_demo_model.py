@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from kervan.demo import PAIRS, TOOL_TURN, WEATHER_TOOL, make_lora_adapter, make_random_model
+from kervan.demo import PAIRS, TOOL_TURN, WEATHER_TOOL, make_demo_model, make_lora_adapter, make_random_model
 from kervan.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -83,3 +83,28 @@ def test_lora_shapes_fit_the_model(model_directory, tmp_path):
 def test_lora_needs_a_model(tmp_path):
     with pytest.raises(ConfigError, match="make_demo_model"):
         make_lora_adapter(tmp_path, tmp_path / "lora")
+
+
+def test_the_model_of_the_package_gives_every_answer(tmp_path):
+    import torch
+
+    from kervan.demo import train
+
+    directory = make_demo_model(tmp_path / "demo")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    margin, held_out = train.margins(model.eval(), tokenizer, torch.device("cpu"), 16)
+    # teacher forcing: where the right token leads at every position, greedy decoding gives the same text
+    assert margin > train.MIN_MARGIN
+    assert held_out > 0.9
+    assert sum(file.stat().st_size for file in directory.iterdir()) < train.MAX_MB * 1e6
+
+
+@pytest.mark.timeout(120)
+def test_training_that_is_too_short_saves_nothing(tmp_path, capsys):
+    from kervan.demo import train
+
+    arguments = ["--device", "cpu", "--steps", "1", "--hidden", "64", "--layers", "1"]
+    assert train.train(train.parsed([*arguments, "--output", str(tmp_path / "out")])) == 1
+    assert "give more --steps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -4,10 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from harness.rank_work import greet_in_a_v
 
 from kervan.memory.shape import NAMED
 from kervan.pipeline import bench, bubble, cut, schedules
 from kervan.pipeline.plan import PipelinePlan
+from kervan.ranks.start import run
 
 pytestmark = pytest.mark.timeout(600)  # importing torch alone takes a minute on a busy machine
 SHAPE = replace(NAMED["tiny"], num_layers=6, hidden=32, num_heads=2, num_kv_heads=1, intermediate=64, vocab=128)
@@ -95,3 +97,8 @@ def test_the_fastest_number_of_micro_batches_is_named(results: dict[str, bench.R
     result = results["1f1b of another batch"]
     assert result.best in {2, 8}
     assert result.best_predicted in {2, 4, 8}
+
+
+def test_the_last_rank_of_a_v_sends_nothing_to_itself_which_gloo_cannot() -> None:
+    sent = dict(run(greet_in_a_v, None, ranks=3, for_s=300))
+    assert sent == {0: [1, 1], 1: [2, 0, 0, 2], 2: [1, 1]}

@@ -80,3 +80,29 @@ def save_when_told(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> N
 
 def environment(rank: Rank, arguments: tuple[str, ...], keep: Callable[[Any], None]) -> None:
     keep(tuple(os.environ.get(name) for name in arguments))
+
+
+def greet_in_a_v(rank: Rank, arguments: Any, keep: Callable[[Any], None]) -> None:
+    """What torch 2.11 does when a pipeline begins, on any version; keeps the ranks that this one has sent to."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import pipelining
+
+    from kervan.pipeline import schedules, stage_work
+    from kervan.ranks.group import join
+
+    join(rank, "gloo", timeout_s=60)
+    zbv = schedules.SCHEDULES["zbv"]
+    shape = (torch.empty(1, 4, device="meta"),)
+    stages = [
+        stage_work.NeighbouringStage(
+            torch.nn.Linear(4, 4), index, 2 * rank.of, torch.device("cpu"), input_args=shape, output_args=shape
+        )
+        for index in schedules.place(zbv, ranks=rank.of, chunks=2)[rank.number]
+    ]
+    pipelining.ScheduleZBVZeroBubble(stages, 4)
+    greetings = [one for stage in stages for one in stage._get_init_p2p_neighbors_ops()]
+    for work in dist.batch_isend_irecv(greetings):
+        work.wait()
+    keep((rank.number, [one.peer for one in greetings if one.op is dist.isend]))
+    dist.destroy_process_group()

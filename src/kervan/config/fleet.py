@@ -181,7 +181,11 @@ class FleetConfig:
         15.0, "Start on-demand replicas for spot replicas that are missing for this long", 0, MAX_S
     )
     fallback_hold_s: float = _setting(
-        300.0, "Stop them again when no spot replica has been missing for this long", 0, MAX_S
+        300.0,
+        "Stop them again when no spot replica has been missing for this long (following the load: for as long as a "
+        "start takes, if that is less)",
+        0,
+        MAX_S,
     )
     replay_s: float = _setting(
         0.0, "Above 0: clients can reconnect to a stream for this long after it ended or broke", 0, 86_400

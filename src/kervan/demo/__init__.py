@@ -1,10 +1,11 @@
-"""Tiny models made on the spot: nothing is downloaded."""
+"""Tiny models, shipped or made on the spot: nothing is downloaded."""
 
 from kervan.demo.model import (
     PAIRS,
     REASONED,
     TOOL_TURN,
     WEATHER_TOOL,
+    known_answers,
     make_demo_model,
     make_embedding_model,
     make_lora_adapter,
@@ -16,6 +17,7 @@ __all__ = [
     "REASONED",
     "TOOL_TURN",
     "WEATHER_TOOL",
+    "known_answers",
     "make_demo_model",
     "make_embedding_model",
     "make_lora_adapter",

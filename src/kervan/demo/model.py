@@ -1,22 +1,20 @@
 """Tiny llamas for the demo and the tests.
 
-The demo model is trained for seconds, on its own chat template, until greedy decoding gives back each answer below word
-for word. A stream's text is then known in advance: a gap or a duplicate after a move is plain to see.
+The demo model was trained on its own chat template (`demo/train.py`) until greedy decoding gave back each answer below
+word for word. A stream's text is then known in advance: a gap or a duplicate after a move is plain to see.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from kervan.errors import ConfigError, KervanError
+from kervan.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -157,43 +155,37 @@ _CONTROL_TOKENS: Final = ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>")
 _MARKER_TOKENS: Final = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 _VOCAB_SIZE: Final = 1536
 _MAX_POSITIONS: Final = 2048
-_SYSTEM_PROMPTS: Final = (None, None, "You are a helpful assistant.", "You are kervan. Answer in plain English.")
-_MAX_STEPS: Final = 400
-_CHECK_EVERY: Final = 25
-_BATCH_SIZE: Final = 8
-_LEARNING_RATE: Final = 4e-3
-_MIN_MARGIN: Final = 4.0  # logits, first to second token: float32 kernels differ by about 1e-4, bfloat16 by about 0.3
-_IGNORE: Final = -100  # cross_entropy's ignore_index
 _MARKER_FILE: Final = "kervan-demo.json"
-# A larger model, which `kervan.demo.train` trains for the package; without it, one is trained on first use.
-TRAINED: Final = Path(__file__).parent / "trained"
+_QUESTIONS: Final = Path(__file__).parent / "questions.json"
+# What `kervan.demo.train` trained: weights, tokenizer and how they were made.
+_TRAINED: Final = Path(__file__).parent / "trained"
 
 
-def make_demo_model(directory: Path, on_progress: Callable[[str], object] = lambda line: None) -> Path:
-    """Directory of a trained model whose greedy answers are PAIRS, REASONED and TOOL_TURN.
+def more_pairs() -> Iterator[tuple[tuple[str, ...], str]]:
+    """(ways to ask, the demo model's greedy answer) of `questions.json`."""
+    for pair in json.loads(_QUESTIONS.read_text())["pairs"]:
+        yield tuple(pair["questions"]), pair["answer"]
 
-    The package's own weights if it has some (TRAINED), which know more answers. Without, training takes under a minute
-    on two free cores, and no time where the same model already is. `on_progress` gets a line of
-    text every few seconds.
+
+def known_answers() -> dict[str, str]:
+    """Question -> the demo model's greedy answer, of all that it learned without tools."""
+    return {**PAIRS, REASONED[0]: REASONED[1], **{q: answer for questions, answer in more_pairs() for q in questions}}
+
+
+def make_demo_model(directory: Path) -> Path:
+    """Directory of the trained model of the package: its greedy answers are PAIRS, REASONED and TOOL_TURN.
+
+    It also answers the questions of `questions.json`.
 
     Raises:
         ConfigError: the directory holds something that kervan did not make.
-        KervanError: training ended before every answer was learned.
     """
+    weights = hashlib.sha256((_TRAINED / "model.safetensors").read_bytes()).hexdigest()
 
     def fill(target: Path) -> None:
-        if has_weights:
-            shutil.copytree(TRAINED, target, dirs_exist_ok=True)
-            return
-        tokenizer = _make_tokenizer()
-        model = _make_llama(tokenizer, seed=0, initializer_range=0.02)
-        _memorise(model, tokenizer, on_progress)
-        _save(model, tokenizer, target)
+        shutil.copytree(_TRAINED, target, dirs_exist_ok=True)
 
-    weights = TRAINED / "model.safetensors"
-    has_weights = weights.is_file()
-    kind = f"demo-{hashlib.sha256(weights.read_bytes()).hexdigest()}" if has_weights else "demo"
-    return _make_once(directory, kind, fill)
+    return _make_once(directory, f"demo-{weights}", fill)
 
 
 def make_random_model(directory: Path, *, seed: int = 0) -> Path:
@@ -399,99 +391,3 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory:
         if had_bars:
             logging.enable_progress_bar()
     tokenizer.save_pretrained(directory)
-
-
-def _memorise(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, on_progress: Callable[[str], object]
-) -> None:
-    """Train until every answer token leads the second by _MIN_MARGIN.
-
-    Right-padded and causal, so no attention mask; loss on answers only. Under teacher forcing, arg max right at every
-    position means greedy decoding gives the same text (by induction over positions).
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    checks = _batch([e for system in dict.fromkeys(_SYSTEM_PROMPTS) for e in _examples(tokenizer, system, None)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_MAX_STEPS, pct_start=0.05)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    margin = float("-inf")
-    try:
-        for step, (ids, targets) in enumerate(islice(_batches(tokenizer), _MAX_STEPS), 1):
-            hidden = model.model(input_ids=ids).last_hidden_state[targets != _IGNORE]
-            loss = cross_entropy(model.lm_head(hidden), targets[targets != _IGNORE])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % _CHECK_EVERY:
-                continue
-            on_progress(f"training step {step}, loss {loss.item():.4f}")
-            if loss.item() < 0.05:
-                margin = _margin(model, *checks)
-                if margin >= _MIN_MARGIN:
-                    return
-    finally:
-        torch.set_num_threads(num_threads)
-    raise KervanError(
-        f"the demo model's least sure token leads by {margin:.2f} after {_MAX_STEPS} steps, below {_MIN_MARGIN}; "
-        "raise _MAX_STEPS in kervan/demo/model.py"
-    )
-
-
-def _batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Any, Any]]:
-    """Endless seeded epochs; a batch holds examples of about one length, because padding costs as much as text."""
-    rng = random.Random(0)
-    while True:
-        examples = list(_examples(tokenizer, rng.choice(_SYSTEM_PROMPTS), rng))
-        examples.sort(key=lambda example: len(example[0]) + 30 * rng.random())
-        batches = [examples[i : i + _BATCH_SIZE] for i in range(0, len(examples), _BATCH_SIZE)]
-        rng.shuffle(batches)
-        yield from map(_batch, batches)
-
-
-def _examples(
-    tokenizer: PreTrainedTokenizerFast, system: str | None, rng: random.Random | None
-) -> Iterator[tuple[list[int], int]]:
-    """Per conversation: token ids, and how many of them (the prompt) carry no loss. `rng` varies the question."""
-    head = [] if system is None else [{"role": "system", "content": system}]
-    for messages, tools in _conversations():
-        turns: list[Message] = [*head, *messages]
-        if rng is not None and rng.random() < 0.2:  # also without capital letter and punctuation
-            turns[len(head)] = {**messages[0], "content": messages[0]["content"].lower().rstrip("?.")}
-        prompt = tokenizer.apply_chat_template(turns[:-1], tools=tools, tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-        ids = tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False)
-        yield ids, len(prompt_ids)
-    if system is None:  # as plain text, for completions: what follows the first words of an answer
-        for answer in PAIRS.values():
-            yield [*tokenizer.encode(answer), tokenizer.eos_token_id], 6
-
-
-def _batch(examples: Sequence[tuple[list[int], int]]) -> tuple[Any, Any]:
-    """Ids and next-token targets, both [num_examples, longest - 1], right-padded."""
-    import torch
-
-    longest = max(len(ids) for ids, _ in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    targets = torch.full((len(examples), longest), _IGNORE)
-    for row, (tokens, num_prompt) in enumerate(examples):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        targets[row, num_prompt : len(tokens)] = ids[row, num_prompt : len(tokens)]
-    return ids[:, :-1], targets[:, 1:]
-
-
-def _margin(model: LlamaForCausalLM, ids: Any, targets: Any) -> float:
-    """Smallest lead of a right answer token over every other token, in logits; negative where one is wrong."""
-    import torch
-
-    with torch.inference_mode():
-        logits = model(input_ids=ids).logits[targets != _IGNORE]
-    wanted = targets[targets != _IGNORE].unsqueeze(1)
-    right = logits.gather(1, wanted)
-    others = logits.scatter(1, wanted, float("-inf")).amax(1, keepdim=True)
-    return float((right - others).min())

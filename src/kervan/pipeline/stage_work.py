@@ -59,6 +59,17 @@ class Stage(nn.Module):  # type: ignore[misc]
         return x.to(self.boundary)
 
 
+class NeighbouringStage(pipelining.PipelineStage):  # type: ignore[misc]
+    """torch's stage, which greets only other ranks when a pipeline begins.
+
+    Up to torch 2.11, a stage sends its neighbours a number at the start. In a V the last rank has two neighbouring
+    stages, and would send to itself: NCCL does so, gloo fails with "Pair is not connected".
+    """
+
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
 def loss_of(logits: Any, targets: Any) -> Any:
     """Mean cross-entropy, in FP32."""
     return F.cross_entropy(logits.float().flatten(0, -2), targets.to(logits.device).flatten())
@@ -249,7 +260,7 @@ def _run(rank: Rank, plan: PipelinePlan, prepared: Prepared, micro_batches: int,
         )  # fmt: skip
         # Both are given: torch would ask the other ranks for the shapes in the first step.
         stages.append(
-            pipelining.PipelineStage(
+            NeighbouringStage(
                 module,
                 index,
                 total,

@@ -25,11 +25,10 @@ class SpotState:
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """From `at_s` on, so many spot replicas were `absent`, that is on no node, and so many were not `ready`."""
+    """From `at_s` on, so many spot replicas were `absent`: on no node."""
 
     at_s: float
     absent: int
-    unready: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +54,20 @@ def on_demand(
     """The least, and one for each missing spot replica, up to the most.
 
     One is added for what was absent all the time of the last `after_s`: a spot replica that starts will be there before
-    one that is begun now. One leaves when all the time of the last `hold_s` fewer were not ready: capacity that has
-    just come back is the likeliest to go again, and each change costs a start. `current`: how many there are to be. A
-    time that `history` does not cover changes nothing: a fleet whose history is lost keeps what it has for so long.
+    one that is begun now. One leaves when fewer are not ready now, and all the time of the last `hold_s` fewer were
+    absent: capacity that has just come back is the likeliest to go again, and each change costs a start. A spot replica
+    that is wanted in addition and gets a node at once has not gone. `current`: how many there are to be. A time that
+    `history` does not cover changes nothing: a fleet whose history is lost keeps what it has for so long.
     """
     bounded = min(max(current, minimum), maximum)
     absent, unready = max(0, spot.wanted - spot.present), max(0, spot.wanted - spot.ready)
     kept = _since(history, now_s - max(after_s, hold_s))
-    if not kept or (kept[-1].absent, kept[-1].unready) != (absent, unready):
-        kept = (*kept, Shortage(now_s, absent, unready))
+    if not kept or kept[-1].absent != absent:
+        kept = (*kept, Shortage(now_s, absent))
     known_s = now_s - kept[0].at_s
     at_least = min(shortage.absent for shortage in _since(kept, now_s - after_s)) if known_s >= after_s else 0
-    at_most = max(shortage.unready for shortage in _since(kept, now_s - hold_s)) if known_s >= hold_s else math.inf
+    absent_most = max(shortage.absent for shortage in _since(kept, now_s - hold_s))
+    at_most = max(unready, absent_most) if known_s >= hold_s else math.inf
     extra = bounded - minimum
     covering = min(max(extra, at_least), at_most, maximum - minimum)
     count = minimum + int(covering)

@@ -15,6 +15,7 @@ from kervan.policy.autoscale.state import FleetState, PoolState, ReplicaState
 
 ON_DEMAND, SPOT = "on-demand", "spot"
 MAX_SHORTAGES = 64
+HOLD_LEAST_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def split(
     """`total` replicas over the pools of a fleet, within their bounds.
 
     The cheaper pool by `hourly_cost` takes what is above the minimums of all. What is missing of spot for
-    `cover_after_s` is covered by on-demand, until spot has been whole for `cover_hold_s` (`pools.on_demand`).
+    `cover_after_s` is covered by on-demand, until spot has been whole for `hold_s` (`pools.on_demand`).
     """
     if len(state.pools) == 1:
         (only,) = state.pools
@@ -77,16 +78,25 @@ def split(
         seen, floor + min(extra, wanted_spot), floor, on_demand.maximum, history,
         now_s=state.now_s,
         after_s=state.cover_after_s,
-        hold_s=state.cover_hold_s,
+        hold_s=hold_s(state, on_demand),
     )  # fmt: skip
     count = covered.count
-    kept = [(one.at_s, one.absent, one.unready) for one in covered.history[-MAX_SHORTAGES:]]
+    kept = [(one.at_s, one.absent) for one in covered.history[-MAX_SHORTAGES:]]
     price = "spot is the cheaper" if is_cheaper else "spot costs more with its losses"
     return Split(
         {on_demand.name: count, spot.name: wanted_spot},
         f"{wanted_spot} spot, {count} on-demand ({price}; {covered.reason})",
         {"shortages": kept, "cover": count - floor},
     )
+
+
+def hold_s(state: FleetState, on_demand: PoolState) -> float:
+    """How long on-demand replicas stay after the spot ones that they cover came back: as long as a start takes.
+
+    To keep one for longer costs more than to start it again, should spot go again: then nobody knows better than to
+    wait for as long as the other choice would have cost (the ski rental problem). At most the fleet's `cover_hold_s`.
+    """
+    return min(state.cover_hold_s, max(HOLD_LEAST_S, on_demand.start_s))
 
 
 def cover(state: FleetState, memory: Mapping[str, Any]) -> int:

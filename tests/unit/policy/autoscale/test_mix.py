@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ def pools(on_demand: tuple[int, int], spot: tuple[int, int], **more: Any) -> tup
     )  # fmt: skip
 
 
-def state(found: tuple[PoolState, ...], now_s: float = 0.0, ready: int = 0) -> FleetState:
-    spot = tuple(ReplicaState(id=f"s{n}", pool="spot", phase="ready", node=f"n{n}") for n in range(ready))
+def state(found: tuple[PoolState, ...], now_s: float = 0.0, ready: int = 0, starting: int = 0) -> FleetState:
+    spot = tuple(
+        ReplicaState(id=f"s{n}", pool="spot", phase="ready" if n < ready else "starting", node=f"n{n}")
+        for n in range(ready + starting)
+    )
     return FleetState(now_s=now_s, local_minute=0, pools=found, replicas=spot, demand=None)
 
 
@@ -57,8 +61,36 @@ def test_on_demand_covers_spot_that_is_missing_and_goes_when_it_is_back() -> Non
         counts.append(found.targets["on-demand"])
     assert counts[:3] == [1, 1, 1]
     assert counts[4] == 3  # 20 s: two missing for 15 s
-    assert counts[70] == 3  # 350 s: whole for 290 s
-    assert counts[-1] == 1
+    assert counts[23] == 3  # 115 s: whole for 55 s, and a start takes 60
+    assert counts[24] == 1
+
+
+def test_cover_follows_the_losses_and_not_the_load() -> None:
+    """Two are lost and come back; then every 50 s one more is wanted and starts at once: it has not been lost."""
+    memory: Any = {}
+    asked = (1, 3)
+    counts = []
+    for now_s in range(0, 400, 5):
+        more = max(0, now_s - 60) // 50
+        is_starting = now_s >= 110 and (now_s - 60) % 50 < 20
+        present = 1 if now_s < 60 else 3 + more
+        seen = state(pools((1, 4), (0, 20), targets=asked), float(now_s), present - is_starting, int(is_starting))
+        found = mix.split(4 + more, seen, memory)
+        memory, asked = found.memory, (found.targets["on-demand"], found.targets["spot"])
+        counts.append(found.targets["on-demand"])
+    assert counts[4] == counts[23] == 3
+    assert counts[24] == 2  # 120 s: on their nodes for 60 s, and a new one is not ready yet
+    assert set(counts[26:]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("start_s", "most_s", "hold_s"),
+    [(100.0, 300.0, 100.0), (5.0, 300.0, 60.0), (900.0, 300.0, 300.0), (100.0, 2.0, 2.0)],
+)
+def test_cover_stays_for_as_long_as_a_start_takes(start_s: float, most_s: float, hold_s: float) -> None:
+    found = state(pools((1, 4), (0, 6)))
+    pool = replace(found.pools[0], start_s=start_s)
+    assert mix.hold_s(replace(found, cover_hold_s=most_s), pool) == hold_s
 
 
 def test_a_fleet_that_is_kept_as_large_as_it_is_does_not_grow_by_its_cover() -> None:
