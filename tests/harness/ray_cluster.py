@@ -55,6 +55,10 @@ class RayCluster:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    def _before(self, name: str) -> list[str]:
+        """Words before the command that starts a node."""
+        return []
+
     def start_head(self, *options: str, env: Mapping[str, str] | None = None) -> None:
         ports = (
             f"--port={self.port}",
@@ -73,7 +77,15 @@ class RayCluster:
         for _ in range(3):
             with path.open("w") as log:
                 node = self._nodes[name] = subprocess.Popen(
-                    [program, "start", "--block", "--object-store-memory=100000000", *LEAN, *words],
+                    [
+                        *self._before(name),
+                        program,
+                        "start",
+                        "--block",
+                        "--object-store-memory=100000000",
+                        *LEAN,
+                        *words,
+                    ],
                     env={**self.home.environment, **(env or {})},
                     cwd=self.home.scratch,
                     stdin=subprocess.DEVNULL,
