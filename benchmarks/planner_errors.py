@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ STALLED = ("qwen3-30b-a3b", 2, 64)
 # Held back when they were measured. Then the two constants of expert kernels were fitted with the first; the second
 # showed that the stages of model runner V1 take turns (and that no wait between them is to be added).
 LATER = {("mixtral-8x7b", 1): "fit", ("qwen25-32b", 2): "taught"}  # by model and pp
+FP8 = ", FP8"  # after the name of a model whose weights are quantised so at the start
 # Of runs with 8 output tokens only the time to the first token says something.
 SHORT_TOKENS = 8
 
@@ -72,7 +73,8 @@ def specs() -> dict[str, ModelSpec]:
     }
     for path in sorted(RECORDS.glob("calibrate-*.json")):
         configs |= json.loads(path.read_text())["models"]
-    return {name: architecture.parse(config, f"{name}/config.json") for name, config in configs.items()}
+    found = {name: architecture.parse(config, f"{name}/config.json") for name, config in configs.items()}
+    return found | {f"llama3-70b{FP8}": architecture.in_fp8(found["llama3-70b"])}
 
 
 def measured(*, leaves_out_layouts: bool = False) -> Iterator[Measured]:
@@ -88,6 +90,9 @@ def measured(*, leaves_out_layouts: bool = False) -> Iterator[Measured]:
         for row in _record(f"layouts-{name}-2xh200-2026-11-23")["rows"]:
             if "out_tok_s" in row:
                 yield Measured(_layout_point(row, model), "H200", layouts)
+    service = _record("service-70b-1xh200-2026-11-30")["service"]
+    for row in service["loops"]:
+        yield Measured(_service_point(row, service), "H200", "fit")
     for row in _record("planner-points-2xh100-2026-11-25")["serving"]:
         yield Measured(_point(row), "H100", "fit")
     for name in ("", "-2"):
@@ -119,6 +124,14 @@ def _layout_point(row: dict[str, Any], model: str) -> MeasuredPoint:
     return _point(row | sizes | counts | {"frontends": 1 if row["what"].startswith("bare") else 4})
 
 
+def _service_point(row: dict[str, Any], service: dict[str, Any]) -> MeasuredPoint:
+    """A closed loop of service_70b_h200.py: kervan with two gateways."""
+    figures = {f"{name}_{q}_s": row[f"{name}_s"][q] for name in ("ttft", "tpot") for q in ("p50", "p99")}
+    counts = {"concurrency": row["streams"], "num_requests": row["ok"], "frontends": 2}
+    lengths = {"isl": service["isl"], "osl": service["osl"]}
+    return _point({"model": f"llama3-70b{FP8}", "out_tok_s": row["out_tok_s"], **figures, **counts, **lengths})
+
+
 @dataclass(frozen=True)
 class OpenError:
     """A measured open loop, and predicted over measured, less one, by figure; of the same arrivals."""
@@ -129,25 +142,40 @@ class OpenError:
 
 
 def open_loops() -> Iterator[OpenError]:
-    """All measured open loops; none of them was fitted to."""
-    known, gpu = specs(), hardware.gpu("H200")
+    """All measured open loops. No figure of them was fitted to; in FP8 the times of their steps were."""
+    known = specs()
     for path in sorted(RECORDS.glob("open-loop-*.json")):
         for row in json.loads(path.read_text())["rows"]:
-            stage = Stage(row["rate"], row["rate"], row["seconds"])
-            sent_s = offsets_s([stage], "poisson", seed=row["seed"])
-            arrivals = [LoadRequest(at_s, row["isl"], row["osl"]) for at_s in sent_s]
-            isl, osl = parse_lengths(str(row["isl"])), parse_lengths(str(row["osl"]))
-            request = PlanRequest(spec=known[row["model"]], gpu=gpu, gpus=1, rate=row["rate"], isl=isl, osl=osl)
-            one = screen(load(request))[0]
-            said = serving.open_loop(one.step_time, arrivals, kv_tokens=one.memory.kv_tokens)
-            errors = {
-                f"{name}_{word}": figure(said, q) / row[key][word] - 1
-                for name, key, figure in (
-                    ("tpot", "tpot", LoadResult.tpot_s), ("ttft", "ttft_from_arrival", LoadResult.ttft_s)
-                )
-                for word, q in (("p50", 0.5), ("p99", 0.99))
-            }  # fmt: skip
-            yield OpenError(f"{row['model']}, {row['isl']}/{row['osl']}", row, errors)
+            yield open_error(row, known)
+    for row in service_rates():
+        yield open_error(row, known)
+
+
+def service_rates() -> list[dict[str, Any]]:
+    """The open loops of service_70b_h200.py, with the keys of open_loop_points.py."""
+    service = _record("service-70b-1xh200-2026-11-30")["service"]
+    same = {"model": f"llama3-70b{FP8}", "isl": service["isl"], "osl": service["osl"], "frontends": 2}
+    return [same | row | {key: row[f"{key}_s"] for key in ("tpot", "ttft_from_arrival")} for row in service["rates"]]
+
+
+def open_error(row: dict[str, Any], known: Mapping[str, ModelSpec]) -> OpenError:
+    """Of one open loop; `known` as `specs`."""
+    sent_s = offsets_s([Stage(row["rate"], row["rate"], row["seconds"])], "poisson", seed=row["seed"])
+    arrivals = [LoadRequest(at_s, row["isl"], row["osl"]) for at_s in sent_s]
+    isl, osl = parse_lengths(str(row["isl"])), parse_lengths(str(row["osl"]))
+    gpu = hardware.gpu("H200")
+    request = PlanRequest(spec=known[row["model"]], gpu=gpu, gpus=1, rate=row["rate"], isl=isl, osl=osl)
+    one = screen(load(request))[0]
+    kv_tokens, frontends = one.memory.kv_tokens, row.get("frontends", 1)
+    said = serving.open_loop(one.step_time, arrivals, kv_tokens=kv_tokens, frontends=frontends)
+    errors = {
+        f"{name}_{word}": figure(said, q) / row[key][word] - 1
+        for name, key, figure in (
+            ("tpot", "tpot", LoadResult.tpot_s), ("ttft", "ttft_from_arrival", LoadResult.ttft_s)
+        )
+        for word, q in (("p50", 0.5), ("p99", 0.99))
+    }  # fmt: skip
+    return OpenError(f"{row['model']}, {row['isl']}/{row['osl']}", row, errors)
 
 
 def print_open_loops() -> None:
@@ -230,7 +258,8 @@ def main() -> None:
     constants = PRIOR.constants
     if args.refit or args.leave_out_layouts:
         constants = calibration.fit_many(
-            [(m.point, known[m.point.model], hardware.gpu(m.gpu), m.figures()) for m in points if m.group == "fit"]
+            [(m.point, known[m.point.model], hardware.gpu(m.gpu), m.figures()) for m in points if m.group == "fit"],
+            free=[name for name in calibration.NAMES if name != "expert_tile_tokens"],
         )
         for field in dataclasses.fields(constants):
             print(f"{field.name}: {getattr(PRIOR.constants, field.name):.4g} -> {getattr(constants, field.name):.4g}")
@@ -262,6 +291,7 @@ def groups(rows: list[tuple[Measured, dict[str, float]]]) -> dict[str, list[tupl
     found: dict[str, list[tuple[Measured, dict[str, float]]]] = {}
     for m, said in rows:
         kind = "experts" if any(name in m.point.model for name in ("a3b", "mixtral", "deepseek")) else "dense"
+        kind += FP8 if m.point.model.endswith(FP8) else ""
         kind += ", data-parallel attention" if m.point.dp > 1 else ""
         kind += ", stages" if m.point.pp > 1 else ""
         found.setdefault(f"{m.group}: {m.gpu}, {kind}", []).append((m, said))

@@ -1,18 +1,20 @@
 """A 70B service on one H200, with random weights: predicted, then measured; and what a kill and a drain cost.
 
-    python benchmarks/service_70b_h200.py --out DIR                    # both parts, if 9 minutes are enough
-    python benchmarks/service_70b_h200.py --out DIR --part service     # 70B shape in FP8, one replica: under 9 minutes
+    python benchmarks/service_70b_h200.py --out DIR --part service     # 70B shape in FP8, one replica: under 10 minutes
     python benchmarks/service_70b_h200.py --out DIR --part moves       # two replicas of the 8B shape: under 5
+    python benchmarks/service_70b_h200.py --out DIR --for 900          # both
     python benchmarks/service_70b_h200.py --out DIR --tiny DIR2        # the same steps on the CPU, to check this script
 
-Only public commands are used: `kervan plan`, `up`, `bench`, `status`, `down`. A step is skipped when there is no time
-for it. The record, the output of each command and the logs are in DIR and in DIR/service-70b.tar.gz; a table comes
-last. Exit status 1: a step failed, a stream broke, or there was no time for a step.
+Only public commands are used: `kervan plan`, `up`, `bench`, `status`, `down`. Predictions come first, and are
+made whatever the time; a later step is skipped when there is no time for it. The record, the output of each command
+and the logs are in DIR and in DIR/service-70b.tar.gz; a table comes last. Exit status 1: a step failed, a stream broke,
+or there was no time for a step.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,8 +39,12 @@ ISL, OSL = 1024, 256
 SLO = "ttft=2s,tpot=50ms"
 STREAMS = (1, 16, 64, 256)
 ROUNDS = {1: 3, 16: 3, 64: 3}  # requests for each stream; 2 for more streams
-RATES = (1.5, 3.0, 4.0)  # around the 3.5 requests/s that `kervan plan` names
+RATES = (1.5, 3.0, 4.0)  # around the 2.5 requests/s that `kervan plan` names
 RATE_S = 30
+# What a step takes: a load that has not so much time left is not begun.
+LOADS_S = {1: 25, 16: 35, 64: 60, 256: 145}
+DEFAULT_S = 570  # on one H200: start 160, loops 233, rates 3 x 41, predictions 15, end 12
+TIMES = ("ttft_s", "ttft_from_arrival_s", "tpot_s", "gap_s")
 MOVES_STREAMS, MOVES_OSL, FAULT_AT_S, MOVES_S = 32, 512, 10, 30
 SERVICE_ARGS = ("quantization=fp8", "max_model_len=8192", "max_num_batched_tokens=8192", "max_num_seqs=256")
 DUMMY = ("load_format=dummy", "enable_prefix_caching=false")
@@ -61,10 +67,12 @@ class Steps:
     ends_s: float
     problems: list[str] = field(default_factory=list)
 
-    def kervan(self, name: str, *words: str, at_most_s: float = 540) -> Row | None:
-        """The JSON of a command, or None where it failed or there was no time; its output is kept as `name`."""
-        left_s = min(at_most_s, self.ends_s - time.monotonic())
-        if left_s < 10:
+    def kervan(self, name: str, *words: str, at_most_s: float = 540, needs_s: float = 10) -> Row | None:
+        """The JSON of a command, or None where it failed or there was no time; its output is kept as `name`. What
+        needs no time (0) has as much as it may take.
+        """
+        left_s = min(at_most_s, self.ends_s - time.monotonic()) if needs_s else at_most_s
+        if left_s < needs_s:
             self.problems.append(f"no time for {name}")
             return None
         begin_s = time.monotonic()
@@ -102,12 +110,14 @@ def figures(run: Row) -> Row:
     found = run.get("result", run)
     return {
         "out_tok_s": found["out_tok_s"],
+        "req_s": found["req_s"],
+        "duration_s": found["duration_s"],
         "ok": found["requests"]["ok"],
         "errors": found["requests"]["errors"] + found["requests"]["truncated"],
-        **{key: {q: found[key][q] for q in ("p50", "p95", "p99", "max")} for key in ("ttft_s", "tpot_s", "gap_s")},
+        **{key: {q: found[key][q] for q in ("mean", "p50", "p95", "p99", "max")} for key in TIMES},
         "valid": found["valid"],
         "slo_share": found["slo_share"],
-        "faults": found["faults"],
+        "faults": [one | {"command": one["command"].replace(f"{sys.executable} -m ", "")} for one in found["faults"]],
     }
 
 
@@ -117,42 +127,48 @@ def service(steps: Steps, model: Path, args: Sequence[str], env: Sequence[str], 
     counted = () if is_tiny else SERVICE_ARGS
     of_plan = [word for arg in counted for word in ("--engine-arg", arg)]
     isl, osl = (64, 16) if is_tiny else (ISL, OSL)
-    plan = [
-        "plan",
-        str(model),
-        "--gpu",
-        "H200",
-        "--gpus",
-        "1",
-        "--layout",
-        "tp=1",
-        "--isl",
-        str(isl),
-        "--osl",
-        str(osl),
-    ]
+    plan = ["plan", str(model), "--gpu", "H200", "--gpus", "1", "--layout", "tp=1"]
+    plan += ["--isl", str(isl), "--osl", str(osl), *of_plan]
+    streams_of, rates = ((1, 4), (2.0,)) if is_tiny else (STREAMS, RATES)
+    told = {
+        streams: steps.kervan(f"plan-streams-{streams}", *plan, "--concurrency", str(streams), at_most_s=60, needs_s=0)
+        for streams in streams_of
+    }
+    told_rates = {
+        rate: steps.kervan(f"plan-rate-{rate}", *plan, "--rate", str(rate), "--slo", SLO, at_most_s=60, needs_s=0)
+        for rate in rates
+    }
     row: Row = {"isl": isl, "osl": osl, "loops": [], "rates": []}
     with steps.fleet("service", model, "--gateways", "1" if is_tiny else "2", *words, *env) as started:
         if started is None:
             return row
         url, row["up_s"] = started
         status = steps.kervan("service-status", "status", "--name", "service")
-        row["starts_s"] = [replica.get("start_s") for replica in (status or {}).get("replicas", ())]
+        replicas = (status or {}).get("replicas", ())
+        row["starts_s"] = [replica.get("start_s") for replica in replicas]
+        row["kv_tokens"] = kv_tokens(Path(replicas[0]["log"])) if replicas else None
         lengths = ["--isl", str(isl), "--osl", str(osl), "--slo", SLO]
-        for streams in (1, 4) if is_tiny else STREAMS:
-            requests = streams * ROUNDS.get(streams, 2)
+        for streams in streams_of:
+            requests, needs_s = streams * ROUNDS.get(streams, 2), LOADS_S.get(streams, 10)
             load = ["--streams", str(streams), "--num-requests", str(requests)]
-            run = steps.kervan(f"service-streams-{streams}", "bench", url, *lengths, *load, at_most_s=180)
-            told = steps.kervan(f"plan-streams-{streams}", *plan, "--concurrency", str(streams), *of_plan)
+            bench = ["bench", url, *lengths, *load]
+            run = steps.kervan(f"service-streams-{streams}", *bench, at_most_s=180, needs_s=needs_s)
             if run:
-                row["loops"].append({"streams": streams, **figures(run), "predicted": predicted(told)})
-        for rate in (2.0,) if is_tiny else RATES:
-            load = ["--rate", str(rate), "--duration", f"{5 if is_tiny else RATE_S}s"]
-            run = steps.kervan(f"service-rate-{rate}", "bench", url, *lengths, *load, at_most_s=120)
-            told = steps.kervan(f"plan-rate-{rate}", *plan, "--rate", str(rate), "--slo", SLO, *of_plan)
+                row["loops"].append({"streams": streams, **figures(run), "predicted": predicted(told[streams])})
+        seconds = 5 if is_tiny else RATE_S
+        for rate in rates:
+            bench = ["bench", url, *lengths, "--rate", str(rate), "--duration", f"{seconds}s"]
+            run = steps.kervan(f"service-rate-{rate}", *bench, at_most_s=120, needs_s=seconds + 12)
             if run:
-                row["rates"].append({"rate": rate, **figures(run), "predicted": predicted(told)})
+                load_of = {"rate": rate, "seconds": seconds, "seed": 0}  # bench's own
+                row["rates"].append({**load_of, **figures(run), "predicted": predicted(told_rates[rate])})
     return row
+
+
+def kv_tokens(log: Path) -> int | None:
+    """What vLLM says of its KV cache."""
+    found = re.search(r"KV cache size: ([\d,]+) tokens", log.read_text(errors="replace"))
+    return int(found[1].replace(",", "")) if found else None
 
 
 def predicted(told: Row | None) -> Row | None:
@@ -173,6 +189,8 @@ def moves(steps: Steps, model: Path, args: Sequence[str], env: Sequence[str], *,
         if started is None:
             return row
         url, row["up_s"] = started
+        status = steps.kervan("moves-status", "status", "--name", "moves")
+        row["starts_s"] = [replica.get("start_s") for replica in (status or {}).get("replicas", ())]
         for what in ("undisturbed", "kill", "drain"):
             status = steps.kervan(f"moves-before-{what}", "status", "--name", "moves") or {}
             ready = [replica for replica in status.get("replicas", ()) if replica["state"] == "ready"]
@@ -224,8 +242,10 @@ def tables(content: Row) -> list[str]:
         for one in [*found["loops"], *found["rates"]]:
             guess = one["predicted"] or {}
             load = f"{one['streams']} streams" if "streams" in one else f"{one['rate']}/s"
+            # A plan's rate is that of a steady state; a short run begins and ends with few streams.
+            tokens_s = guess.get("out_tok_s") if "streams" in one else None
             lines.append(
-                f"{load:10} {beside(one['out_tok_s'], guess.get('out_tok_s')):>26} "
+                f"{load:10} {beside(one['out_tok_s'], tokens_s):>26} "
                 f"{beside(1e3 * one['ttft_s']['p50'], guess.get('ttft_p50_ms')):>26} "
                 f"{beside(1e3 * one['tpot_s']['p50'], guess.get('tpot_p50_ms')):>26}  "
                 f"{one['ttft_s']['p95']:6.2f} {one['ttft_s']['p99']:6.2f} s  {1e3 * one['tpot_s']['p99']:5.1f} ms  "
@@ -250,7 +270,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=["service", "moves", "all"], default="all")
     parser.add_argument("--tiny", type=Path, help="a small model's directory: the same steps on the CPU")
-    parser.add_argument("--for", dest="for_s", type=float, default=530, help="seconds for all of it")
+    parser.add_argument("--for", dest="for_s", type=float, default=DEFAULT_S, help="seconds for all of it")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     steps = Steps(options.out, time.monotonic() + options.for_s)
@@ -273,7 +293,8 @@ def main() -> int:
         lines = tables(content)
         (options.out / "table.txt").write_text("\n".join([*lines, *steps.problems]) + "\n")
         whole = records.record("service-70b", {**content, "problems": steps.problems})
-        whole["command"] = " ".join(["python", "benchmarks/service_70b_h200.py", *sys.argv[1:]])
+        words = ["DIR" if word == str(options.out) else word for word in sys.argv[1:]]
+        whole["command"] = " ".join(["python", "benchmarks/service_70b_h200.py", *words])
         records.write(options.out / "record.json", whole)
         for log in (place / "home/logs").glob("*.log"):
             shutil.copy(log, options.out)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import planner_errors
 import pytest
 from click.testing import CliRunner
 from harness.places import DOCS, MODELS, REPOSITORY
@@ -78,6 +79,57 @@ def test_a_measurement_is_the_records(row: list[str]) -> None:
 def test_a_measurement_stands_beside_the_planners_figure(row: list[str]) -> None:
     best = predicted(*row[:3])
     assert row[4::2] == [shown(best["out_tok_s"]), shown(best["ttft_p50_ms"]), shown(best["tpot_p50_ms"], 1)]
+
+
+def quantiles(times_s: dict[str, float], decimals: int, *names: str) -> str:
+    return ", ".join(shown(1e3 * times_s[name], decimals) for name in names)
+
+
+SERVICE = json.loads((RECORDS / "service-70b-1xh200-2026-11-30.json").read_text())["service"]
+
+
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("row", rows("fp8 loops"), ids=lambda row: row[0])
+def test_a_loop_in_fp8_is_the_records_beside_the_planners_figure(row: list[str]) -> None:
+    (found,) = [one for one in SERVICE["loops"] if one["streams"] == int(row[0])]
+    assert row[1::2] == [
+        shown(found["out_tok_s"]), quantiles(found["ttft_s"], 0, "p50", "p95", "p99"),
+        quantiles(found["tpot_s"], 1, "p50", "p99"),
+    ]  # fmt: skip
+    best = predicted("1 H200 FP8", "tp=1", row[0])
+    times = [
+        ", ".join(shown(best[f"{name}_{q}_ms"], n) for q in ("p50", "p99")) for name, n in (("ttft", 0), ("tpot", 1))
+    ]
+    assert row[2::2] == [shown(best["out_tok_s"]), *times]
+
+
+@pytest.mark.parametrize("row", rows("fp8 rates"), ids=lambda row: row[0])
+def test_a_rate_in_fp8_is_the_records_beside_what_is_predicted_of_its_arrivals(row: list[str]) -> None:
+    (found,) = [one for one in planner_errors.service_rates() if one["rate"] == float(row[0])]
+    errors = planner_errors.open_error(found, planner_errors.specs()).errors
+    said = {
+        name: {q: found[key][q] * (1 + errors[f"{name}_{q}"]) for q in ("p50", "p99")}
+        for name, key in (("ttft", "ttft_from_arrival"), ("tpot", "tpot"))
+    }
+    assert row[1:] == [
+        shown(found["ok"] / found["seconds"], 1), shown(found["req_s"], 1), shown(found["out_tok_s"]),
+        f"{found['slo_share']:.0%}", quantiles(found["ttft_from_arrival"], 0, "p50", "p95", "p99"),
+        quantiles(said["ttft"], 0, "p50", "p99"), quantiles(found["tpot"], 1, "p50", "p99"),
+        quantiles(said["tpot"], 1, "p50", "p99"),
+    ]  # fmt: skip
+
+
+def test_what_a_kill_and_a_drain_cost_is_the_records() -> None:
+    runs = json.loads((RECORDS / "service-70b-moves-1xh200-2026-11-30.json").read_text())["moves"]["runs"]
+    assert rows("fp8 moves") == [
+        [
+            one["what"], shown(one["out_tok_s"]), str(one["ok"]), str(one["errors"]),
+            *(shown(1e3 * one["gap_s"][q], 1) for q in ("p50", "p99")), shown(one["gap_s"]["max"], 2),
+        ]
+        for one in runs
+    ]  # fmt: skip
+    before = [shown(fault["tokens_per_s_before"]) for one in runs for fault in one["faults"]]
+    assert f"had {' and '.join(before)} tokens/s too" in " ".join(PAGE.split())
 
 
 def test_the_simulation_has_its_load_and_policies_and_fewer_replicas_cost_less() -> None:

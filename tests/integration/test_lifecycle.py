@@ -146,6 +146,9 @@ def test_a_fleet_in_the_foreground_ends_with_its_command(
     assert (process.returncode, rest) == (0, "stopping\n"), said
     assert (home.fleets(), home.ray_directories()) == ([], known)
     none_is_left(lambda: [left for left in strays(*known) if "warm_process" not in left], alive_before)
+    logs = [log.read_text() for log in (home.path / "logs").glob("fore-gw-*.log")]
+    assert len(logs) == 1
+    assert "Traceback" not in logs[0]
 
 
 def test_ctrl_c_ends_the_fleet_in_the_foreground_alone(fleet: Fleet, home: Home, models: Any) -> None:

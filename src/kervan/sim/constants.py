@@ -9,6 +9,8 @@ class Constants:
 
     `bandwidth_share`: of memory bandwidth, reading weights. `kv_bandwidth_share`: reading the KV cache.
     `flops_share`: of dense arithmetic in large matrix products; half of it at `flops_half_tokens` rows.
+    `fp8_flops_factor`: what products in FP8 reach of `flops_share`; `fp8_bandwidth_factor`: of `bandwidth_share` in
+    batches of more than 16 rows (another kernel); `fp8_layer_s`: more for a layer, whose inputs are to be quantised.
     `attention_share`: of arithmetic in prefill attention of long prompts, half at `attention_half_tokens`.
     `expert_flops_share`: of arithmetic in fused expert kernels with full tiles of `expert_tile_tokens` rows, half of it
     where a product sums over `expert_half_depth` values: short sums leave the pipeline of a tile half filled.
@@ -25,6 +27,9 @@ class Constants:
     kv_bandwidth_share: float = 0.92
     flops_share: float = 0.70
     flops_half_tokens: float = 42.0
+    fp8_flops_factor: float = 0.88
+    fp8_bandwidth_factor: float = 0.86
+    fp8_layer_s: float = 9e-6
     attention_share: float = 0.63
     attention_half_tokens: float = 1000.0
     expert_flops_share: float = 0.455

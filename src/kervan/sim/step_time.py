@@ -11,6 +11,7 @@ Before and after each layer of experts all tokens go to all ranks and back: an a
 (`allgather_reducescatter`, vLLM's default). One rank without CUDA graph leaves all without (`_synchronize_dp_ranks`).
 
 Sources: Pope et al. 2022 (arXiv 2211.05102) for the terms; the constants are fitted (`constants.py`, `calibration.py`).
+Rows of products in FP8: `scaled_mm_sm90_fp8_dispatch.cuh` of vLLM, whose tiles they fill.
 """
 
 import dataclasses
@@ -33,6 +34,9 @@ ACTIVATION_BYTES = 2.0
 FULLEST = 0.68  # largest of n normal values over its bound sqrt(2 log n): 0.68 for two, which move against each other
 # Passes over the residual stream and the MLP's inner width in a layer: norms, rotary embedding, activation, copies.
 RESIDUAL_PASSES, INNER_PASSES = 10.0, 3.0
+# Products in FP8: the most rows that are one tile, of the kernels for few rows; more are cut into pairs of 128, and a
+# pair costs as much when it is nearly empty. Only the kernel for the fewest rows reads weights as fast as in 16 bit.
+FP8_TILE_ROWS, FP8_PAIR_ROWS = (16, 64, 128), 256
 # A number that is sent to the experts' GPUs with its scales, by their arithmetic: vLLM quantises before the all-gather.
 SENT_BYTES = {"16 bit": 2.0, "fp8": 1 + 4 / 128, "fp4": 0.5 + 1 / 16}
 
@@ -88,6 +92,7 @@ class _Product:
     outputs: int
     inputs: int
     peak_flops: float
+    is_fp8: bool  # computed so: not on a GPU without FP8 units
 
 
 class StepTime:
@@ -197,6 +202,9 @@ class _StageTime:
             if layer.experts is not None:
                 experts[layer.experts] = experts.get(layer.experts, 0) + count
         self.products = [self._product(shape, storage, count) for (shape, storage), count in counts.items()]
+        self.num_fp8_layers = sum(
+            count for layer, count in found if any(_is_fp8(owner.gpu, weight.storage) for weight in layer.weights)
+        )
         self.experts = list(experts.items())
         self.num_expert_layers = sum(experts.values())
         self.head = self._product(spec.head.shape(layout.tp), spec.head.storage, 1)
@@ -233,17 +241,22 @@ class _StageTime:
         self._byte_s = 1 / (self.o.gpu.bandwidth_bytes_s * self.o.constants.kv_bandwidth_share)
 
     def _product(self, shape: tuple[int, int], storage: Storage, count: int) -> _Product:
-        peak = _peak_flops(self.o.gpu, storage)
-        outputs, inputs = shape
-        return _Product(count, outputs * inputs * storage.bytes_per_weight, outputs, inputs, peak)
+        gpu, (outputs, inputs) = self.o.gpu, shape
+        moved = outputs * inputs * storage.bytes_per_weight
+        return _Product(count, moved, outputs, inputs, _peak_flops(gpu, storage), _is_fp8(gpu, storage))
 
     def _product_s(self, product: _Product, rows: float) -> tuple[float, float]:
         """(seconds bound by memory, seconds bound by arithmetic) of one product of so many rows."""
         c, gpu = self.o.constants, self.o.gpu
         moved = product.weight_bytes + rows * (product.outputs + product.inputs) * ACTIVATION_BYTES
-        share = c.flops_share * rows / (rows + c.flops_half_tokens)
-        flops = 2 * rows * product.outputs * product.inputs
-        return moved / (gpu.bandwidth_bytes_s * c.bandwidth_share), flops / (product.peak_flops * share)
+        bandwidth = gpu.bandwidth_bytes_s * c.bandwidth_share
+        if product.is_fp8:
+            computed, share = _fp8_rows(rows), c.flops_share * c.fp8_flops_factor
+            bandwidth *= 1.0 if rows <= FP8_TILE_ROWS[0] else c.fp8_bandwidth_factor
+        else:
+            computed, share = rows, c.flops_share * rows / (rows + c.flops_half_tokens)
+        flops = 2 * computed * product.outputs * product.inputs
+        return moved / bandwidth, flops / (product.peak_flops * share)
 
     def _linear(self, tokens: int) -> Terms:
         """What depends on the number of tokens alone."""
@@ -260,6 +273,7 @@ class _StageTime:
         message = tokens * spec.hidden * ACTIVATION_BYTES
         reduces = 2 * self.num_layers if o.layout.tp > 1 else 0
         kernels = self.num_layers * c.layer_s + self.num_expert_layers * c.expert_layer_s
+        kernels += self.num_fp8_layers * c.fp8_layer_s
         return Terms(
             weights=weights,
             compute=compute,
@@ -395,6 +409,16 @@ def _peak_flops(gpu: Gpu, storage: Storage) -> float:
     """The GPU's rate for the type that weights so stored are computed in; of 16 bit where it has none for that type."""
     rates = {"fp8": gpu.fp8_flops, "fp4": gpu.fp4_flops}
     return rates.get(storage.arithmetic, 0.0) or gpu.bf16_flops
+
+
+def _is_fp8(gpu: Gpu, storage: Storage) -> bool:
+    return storage.arithmetic == "fp8" and gpu.fp8_flops > 0
+
+
+def _fp8_rows(rows: float) -> float:
+    """So many rows as a product in FP8 computes."""
+    one = next((most for most in FP8_TILE_ROWS if rows <= most), None)
+    return FP8_PAIR_ROWS * math.ceil(rows / FP8_PAIR_ROWS) if one is None else one
 
 
 def _join(first_s: float, second_s: float) -> float:

@@ -56,10 +56,10 @@ class OpenAIFrontend:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All names by which clients may ask now: the model's own, and its adapters'."""
-        state = getattr(self.app, "state", None)  # vLLM's app has none any more when it has ended
+        """All names by which clients may ask now: the model's own, and its adapters'; none once it is closed."""
+        state = getattr(self.app, "state", None)  # vLLM takes it away at the end of the app, before the last beat
         if state is None:
-            return (self.model_name,)
+            return ()
         models = state.openai_serving_models
         return tuple(dict.fromkeys([*(path.name for path in models.base_model_paths), *models.lora_requests]))
 
