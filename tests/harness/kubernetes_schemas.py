@@ -1,17 +1,15 @@
 """Checks Kubernetes objects: types, and no field that the API does not have (Kubernetes drops those without a word).
 
-Core kinds by their published schemas (tests/data/schemas). The fields of RayCluster and ServiceMonitor are written down
-here: of a RayCluster those that KubeRay 1.5.1, 1.6.2 and 1.7.0 all have.
+Core kinds and RayCluster by their published schemas (tests/data/schemas), RayCluster by those of several KubeRay
+versions. ServiceMonitor's fields are written down here.
 """
 
 import functools
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jsonschema
-import yaml
 
 from harness.places import DATA
 
@@ -37,67 +35,6 @@ def custom(version: str, kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def ray_group(more: Mapping[str, Any], *required: str) -> dict[str, Any]:
-    common = {
-        # Labels as the operator checks them; it refuses them among the parameters of `ray start`.
-        "labels": TEXTS,
-        "rayStartParams": {**TEXTS, "propertyNames": {"not": {"enum": ["labels", "resources"]}}},
-        "resources": TEXTS,
-        "template": {"$ref": CORE + "PodTemplateSpec"},
-    }
-    return fields({**common, **more}, "template", *required)
-
-
-RAY_CLUSTER = custom(
-    "ray.io/v1",
-    "RayCluster",
-    fields(
-        {
-            "rayVersion": TEXT,
-            "authOptions": fields({"mode": {"enum": ["disabled", "token"]}}),
-            "enableInTreeAutoscaling": FLAG,
-            "autoscalerOptions": fields(
-                {
-                    "version": {"enum": ["v1", "v2"]},
-                    "idleTimeoutSeconds": COUNT,
-                    "image": TEXT,
-                    "imagePullPolicy": TEXT,
-                    "upscalingMode": {"enum": ["Default", "Aggressive", "Conservative"]},
-                    "resources": {"$ref": CORE + "ResourceRequirements"},
-                    "securityContext": {"$ref": CORE + "SecurityContext"},
-                    "env": {"type": "array", "items": {"$ref": CORE + "EnvVar"}},
-                    "envFrom": {"type": "array", "items": {"$ref": CORE + "EnvFromSource"}},
-                    "volumeMounts": {"type": "array", "items": {"$ref": CORE + "VolumeMount"}},
-                }
-            ),
-            "gcsFaultToleranceOptions": {"type": "object"},
-            "headServiceAnnotations": TEXTS,
-            "managedBy": TEXT,
-            "suspend": FLAG,
-            "headGroupSpec": ray_group(
-                {"enableIngress": FLAG, "headService": {"type": "object"}, "serviceType": TEXT}
-            ),
-            "workerGroupSpecs": {
-                "type": "array",
-                "minItems": 1,
-                "items": ray_group(
-                    {
-                        "groupName": TEXT,
-                        "replicas": COUNT,
-                        "minReplicas": COUNT,
-                        "maxReplicas": COUNT,
-                        "numOfHosts": COUNT,
-                        "idleTimeoutSeconds": COUNT,
-                        "suspend": FLAG,
-                        "scaleStrategy": {"type": "object"},
-                    },
-                    "groupName", "minReplicas", "maxReplicas",
-                ),
-            },
-        },
-        "headGroupSpec",
-    ),
-)  # fmt: skip
 RELABELING = fields(
     {
         "action": {"enum": ["replace", "keep", "drop", "hashmod", "labelmap", "labeldrop", "labelkeep"]},
@@ -133,7 +70,9 @@ SERVICE_MONITOR = custom(
         "selector", "endpoints",
     ),
 )  # fmt: skip
-CUSTOM = {"RayCluster": RAY_CLUSTER, "ServiceMonitor": SERVICE_MONITOR}
+CUSTOM = {"ServiceMonitor": SERVICE_MONITOR}
+# Labels and resources have fields of their own, and the operator refuses them among the parameters of `ray start`.
+REFUSED_PARAMETERS = {"labels", "resources"}
 
 
 @functools.cache
@@ -164,19 +103,37 @@ def validator(kind: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator({**schema, "$defs": core()["$defs"]})
 
 
+def kuberay_versions() -> list[str]:
+    """Whose schemas are here."""
+    return list(_kuberay()["roots"])
+
+
+@functools.cache
+def _kuberay() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((SCHEMAS / "kuberay.json").read_text())
+    return {"roots": closed(found["roots"]), "$defs": closed(found["$defs"])}
+
+
+@functools.cache
+def ray_cluster(version: str) -> jsonschema.Draft202012Validator:
+    schema = _kuberay()["roots"][version]
+    properties = {**schema["properties"], "metadata": META}
+    return jsonschema.Draft202012Validator(
+        {**schema, "properties": properties, "$defs": {**core()["$defs"], **_kuberay()["$defs"]}}
+    )
+
+
 def problems(value: Mapping[str, Any]) -> list[str]:
     """What the API would not take of an object; nothing for a good one."""
-    return told(validator(value["kind"]), value)
+    if value["kind"] != "RayCluster":
+        return told(validator(value["kind"]), value)
+    found = [f"{version}: {what}" for version in kuberay_versions() for what in told(ray_cluster(version), value)]
+    if value.get("apiVersion") != "ray.io/v1":
+        found.append("apiVersion: not ray.io/v1")
+    for group in (value["spec"].get("headGroupSpec", {}), *value["spec"].get("workerGroupSpecs", ())):
+        found += [f"rayStartParams: {name}" for name in REFUSED_PARAMETERS & set(group.get("rayStartParams", ()))]
+    return found
 
 
 def told(checker: jsonschema.Draft202012Validator, value: Any) -> list[str]:
     return [f"{'.'.join(map(str, error.path))}: {error.message[:200]}" for error in checker.iter_errors(value)]
-
-
-def real_crd(path: Path) -> jsonschema.Draft202012Validator:
-    """The schema of a CustomResourceDefinition's version v1."""
-    definition = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    (version,) = [one for one in definition["spec"]["versions"] if one["name"] == "v1"]
-    schema = closed(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}
-    return jsonschema.Draft202012Validator(schema)
