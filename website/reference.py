@@ -26,6 +26,7 @@ PLACE = REPOSITORY / "docs/reference"
 MADE = "<!-- Made by website/reference.py. -->"
 SMALL = "benchmarks/models/llama3-8b"
 # Commands that need neither a GPU nor a fleet, whose JSON is described by what they print.
+FLEET_COMMANDS = Path(__file__).with_name("fleet_commands.json")  # made by fleet_commands.py
 JSON_COMMANDS = {
     "kervan plan": ["plan", SMALL, "--gpu", "H200", "--gpus", "1"],
     "kervan simulate": ["simulate", SMALL, "--gpu", "H200", "--rate", "1/s", "--duration", "1min"],
@@ -178,8 +179,15 @@ def json_page() -> str:
         fields: dict[str, str] = {}
         collect("", json.loads(done.stdout), fields)
         lines += [f"## {title}", "", "```bash", f"kervan {' '.join(words)} --json", "```", ""]
-        lines += ["| field | type |", "|---|---|", *(f"| `{name}` | {kind} |" for name, kind in fields.items()), ""]
+        lines += field_table(fields)
+    lines += ["Those of a running fleet, here one of simulated replicas:", ""]
+    for title, told in json.loads(FLEET_COMMANDS.read_text()).items():
+        lines += [f"## {title}", "", "```text", told["command"], "```", "", *field_table(told["fields"])]
     return "\n".join(lines)
+
+
+def field_table(fields: dict[str, str]) -> list[str]:
+    return ["| field | type |", "|---|---|", *(f"| `{name}` | {kind} |" for name, kind in fields.items()), ""]
 
 
 def collect(name: str, value: Any, fields: dict[str, str]) -> None:

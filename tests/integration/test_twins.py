@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -485,3 +486,23 @@ def test_faults_of_unknown_replicas_are_refused(twins: Fleet) -> None:
     refused = twins.home.kervan("fault", "nobody", "hang", "--name", "twins")
     assert (refused.returncode, "has no replica 'nobody'; it has" in refused.stderr) == (1, True)
     assert twins.home.kervan("fault", "nobody", "slow", "--name", "twins").returncode == 2
+
+
+async def test_the_reference_has_what_commands_print_with_json(twins: Fleet) -> None:
+    """Fields of lists that were empty when it was made are not in it."""
+    sys.path.insert(0, str(REPOSITORY / "website"))
+    try:
+        collect = importlib.import_module("reference").collect
+    finally:
+        sys.path.pop(0)
+    documented = json.loads((REPOSITORY / "website" / "fleet_commands.json").read_text())
+    await asyncio.to_thread(twins.wait_until_whole, 3, 1)
+    async with httpx.AsyncClient(base_url=twins.url, timeout=60) as client:
+        response = await client.post("/v1/completions", json={"model": "twin", "prompt": "Hello", "max_tokens": 4})
+    for command, more in (("status", ()), ("usage", ()), ("explain", (response.json()["id"],))):
+        known = documented[f"kervan {command}"]["fields"]
+        lists = tuple(name for name, kind in known.items() if kind == "list")
+        found: dict[str, str] = {}
+        collect("", json.loads(await kervan(twins, command, *more, "--json")), found)
+        unknown = {name for name in found if name not in known and not name.startswith(lists)}
+        assert unknown == set(), "run python website/fleet_commands.py, then website/reference.py"
