@@ -30,6 +30,7 @@ AT_EASE = 0.8  # of the bounds, at p95: more than this is no proof that all is w
 CALM_S = 60.0  # after a queue, and what was in it
 STEADY_S = 64.0
 FEW = 2.0  # requests in flight in a replica: of fewer the pace is not known
+SETTLED = 2.0  # times what is in flight now, that the mean may be
 ASK_S = 30.0  # between two questions to the model
 
 
@@ -70,6 +71,7 @@ class Correction:
         per_replica: float,
         peak: float,
         in_flight: float,
+        in_flight_now: float,
         waiting: float,
         good: float,
         good_lately: float,
@@ -83,9 +85,9 @@ class Correction:
         is_growing: bool = False,
     ) -> None:
         """What was seen in the last `dt` seconds, of the mean replica that is ready. `per_replica` (requests/s) and
-        `in_flight` are means of about the same minute. `peak`: the most requests/s of late. `good`, `good_lately`: who
-        kept the SLO, over five minutes and over one. `steady_s`: since the number of replicas changed.
-        `load_steady_s`: since the load did. `is_growing`: replicas are starting, which help already.
+        `in_flight` are means of about the same minute; `in_flight_now` is of now. `peak`: the most requests/s of late.
+        `good`, `good_lately`: who kept the SLO, over five minutes and over one. `steady_s`: since the number of
+        replicas changed. `load_steady_s`: since the load did. `is_growing`: replicas are starting, which help already.
         """
         self.proven += (1.0 - self.proven) * (1 - math.exp(-dt / (FORGOTTEN_S if self.proven > 1 else FORGIVEN_S)))
         if peak > rate.requests_per_s * self.pace or waiting > 1 + 0.2 * in_flight:
@@ -100,7 +102,9 @@ class Correction:
                 self._lower(min(1.0, bad / allowed - 1) * dt / LOWERED_S, bad, per_replica, now_s)
         # Little's law is about a load that stands still: at the start of a burst many are in flight, and few have come.
         is_still = min(steady_s, load_steady_s) >= STEADY_S
-        if model is None or in_flight < FEW or waiting > 1 or not is_still or now_s - self.asked_s < ASK_S:
+        # After a queue the mean holds it for minutes, when it is long gone.
+        is_past = in_flight > SETTLED * in_flight_now + 1
+        if model is None or in_flight < FEW or waiting > 1 or not is_still or is_past or now_s - self.asked_s < ASK_S:
             return
         passed_s, self.asked_s = min(2 * ASK_S, now_s - self.asked_s), now_s
         there = min(per_replica, 0.98 * rate.requests_per_s)

@@ -236,7 +236,7 @@ class SloPolicy:
             memory["ready"], memory["ready_since_s"] = ready, state.now_s
         correction.observe(
             now_s=state.now_s, dt=dt, per_replica=load.slow_rate / ready, peak=load.peak / ready,
-            in_flight=load.slow_in_flight / ready,
+            in_flight=load.slow_in_flight / ready, in_flight_now=in_flight / ready,
             waiting=waiting / ready, good=load.good, good_lately=load.good_lately,
             prompt_tokens=load.mean_prompt_tokens,
             output_tokens=load.mean_output_tokens, rate=rate, model=self._model,

@@ -47,7 +47,8 @@ def corrected(seconds: int, correction: Correction | None = None, begin_s: int =
             "good": 1.0, "prompt_tokens": 1000, "output_tokens": 100, "rate": RATE, "model": PaperReplica(2.0),
             "pressure": 0.5, "steady_s": 1000.0, "load_steady_s": 1000.0,
         }  # fmt: skip
-        found.observe(**(given | {"good_lately": more.get("good", 1.0)} | more))
+        given |= {"good_lately": more.get("good", 1.0), "in_flight_now": more.get("in_flight", 10.0)}
+        found.observe(**(given | more))
         found = Correction.from_memory(json.loads(json.dumps(found.to_memory())))
     return found
 
@@ -64,6 +65,12 @@ def test_steps_that_take_longer_show_in_how_many_are_in_flight() -> None:
 def test_of_a_load_that_moves_nothing_is_learned_of_the_pace() -> None:
     # Many are in flight when a burst has begun, and few have come in the last minute.
     assert corrected(3000, in_flight=100.0, load_steady_s=10.0).factor == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_queue_that_is_gone_says_nothing_of_the_pace() -> None:
+    # The mean of a minute holds it for minutes: 100, of which 90 were those that waited.
+    assert corrected(300, in_flight=100.0, in_flight_now=10.0).factor == 1.0
+    assert corrected(300, in_flight=14.0, in_flight_now=8.0).factor < 0.95  # few may be few by chance
 
 
 def test_a_rate_at_which_all_is_well_is_one_that_a_replica_takes() -> None:
