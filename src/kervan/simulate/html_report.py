@@ -1,6 +1,7 @@
 """The HTML report: policies over the same load, in one file with nothing to load from elsewhere."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,23 @@ def timeline(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "plot_bgcolor": "#ffffff",
         "hovermode": "x unified",
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        "xaxis": {**axis, "title": {"text": "seconds"}, "anchor": "y3"},
+        "xaxis": {**axis, "title": {"text": "seconds"}, "anchor": "y3", "range": [0, 1.02 * shown_s(outcomes)]},
         "yaxis": {**axis, "title": {"text": "requests/s"}, "domain": [0.78, 1]},
         "yaxis2": {**axis, "title": {"text": "replicas"}, "domain": [0.36, 0.72]},
         "yaxis3": {**axis, "title": {"text": "TTFT p95, s"}, "domain": [0, 0.3], "type": "log", "rangemode": "normal"},
     }
     return {"data": data, "layout": layout}
+
+
+def shown_s(outcomes: Sequence[Outcome]) -> float:
+    """Seconds until the last request came and the replicas last changed: fixed ones stay on for half an hour."""
+    last = 1
+    for outcome in outcomes:
+        lines = outcome.timeline
+        there = list(zip(lines["ready"], lines["starting"], lines["draining"], strict=True))
+        changes = [place for place, (before, after) in enumerate(pairwise(there), 1) if before != after]
+        last = max(last, *changes, *(place for place, count in enumerate(lines["arrived"], 1) if count))
+    return last * outcomes[0].every_s
 
 
 def _line(

@@ -18,7 +18,7 @@ from kervan.plan.serving import LoadRequest
 from kervan.policy.autoscale.state import Decision, FleetState
 from kervan.sim.constants import Constants
 from kervan.sim.step_time import Batch
-from kervan.simulate import policies
+from kervan.simulate import html_report, policies
 from kervan.simulate.duration import fixed
 from kervan.simulate.fixed import FixedNumber
 from kervan.simulate.fleet import Simulation
@@ -319,3 +319,10 @@ def test_replicas_that_do_far_less_than_they_are_taken_for_become_more() -> None
 def test_a_policy_with_a_wrong_number_says_which_are_right(name: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         policies.check(name)
+
+
+def test_a_report_ends_when_the_last_request_has_come_and_the_last_replica_has_gone() -> None:
+    load = LoadSetup(stages=parse_stages("2@60s"), isl=parse_lengths("64"), osl=parse_lengths("8"))
+    stays = Simulation(setup(load, [pool(1, maximum=3)], engine=engine(Constants())), FixedNumber(), 1).run()
+    assert len(stays.timeline["arrived"]) * stays.every_s > 600  # it waits for the fleet's least
+    assert 50 <= html_report.shown_s([stays]) <= 130
