@@ -1,10 +1,14 @@
 """One fleet of vLLM replicas, shared by all tests that want one; models are made once and kept."""
 
 import contextlib
+import hashlib
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harness.groups import until_group_ends
@@ -37,8 +41,32 @@ def models() -> Models:
     place = REPOSITORY / ".demo"
     place.mkdir(exist_ok=True)
     with locked(place / "lock"):  # tests of two processes may want them at once
-        demo = make_demo_model(place / "model")
+        demo = softened(make_demo_model(place / "model"), place / "soft")
         return Models(demo, make_embedding_model(place / "embedding"), make_lora_adapter(demo, place / "adapter"))
+
+
+def softened(model: Path, directory: Path) -> Path:
+    """A copy of the demo's model whose logits are a quarter: greedy answers stay, and sampling finds others too.
+
+    The demo's own is so sure of its answers that every seed gives the same one.
+    """
+    source = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    marker = directory / "softened-from"
+    if marker.is_file() and marker.read_text() == source:
+        return directory
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(model, directory)
+    path = directory / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")
+    norm = json.loads(content[8:begin])["model.norm.weight"]
+    assert norm["dtype"] == "BF16"
+    first, end = (begin + offset for offset in norm["data_offsets"])
+    weights = np.frombuffer(content, np.uint16, count=(end - first) // 2, offset=first)
+    weights -= 2 << 7  # two less in the exponent of BF16
+    path.write_bytes(content)
+    marker.write_text(source)
+    return directory
 
 
 @pytest.fixture(scope="session")
