@@ -552,23 +552,27 @@ def test_stays_are_certain_even_if_the_source_gets_slower() -> None:
     assert decide([one], [target()], longest_s + LIMITS.margin_s + 0.01, token_s=0.031).stays == ()
 
 
-def test_a_thousand_streams_are_decided_in_milliseconds() -> None:
+def test_four_times_as_many_streams_take_no_sixteen_times_as_long() -> None:
+    """A thousand take 3 ms on an idle core; how long on this one is not asked."""
     rng = random.Random(1)
     streams = [
         LeavingStream(f"s{n}", rng.randint(100, 8000), rng.randint(1, 4000), rng.uniform(1, 500)) for n in range(1000)
     ]
-    state = EvacuationState(streams=streams, targets=fleet(16), deadline_s=3, source_s_per_token=0.03)
-    times_s = []
+    least_s = {250: math.inf, 1000: math.inf}
     gc.disable()
     try:
-        for _ in range(20):
-            began_s = time.process_time()
-            decision = evacuation.decide(state)
-            times_s.append(time.process_time() - began_s)
+        for _ in range(10):
+            for count in least_s:
+                state = EvacuationState(
+                    streams=streams[:count], targets=fleet(16), deadline_s=3, source_s_per_token=0.03
+                )
+                began_s = time.process_time()
+                decision = evacuation.decide(state)
+                least_s[count] = min(least_s[count], time.process_time() - began_s)
+                assert len(decision.moves) > 0.9 * count
     finally:
         gc.enable()
-    assert len(decision.moves) > 900
-    assert min(times_s) < 0.02  # 3 ms on an idle core; the bound leaves room for slow test machines
+    assert least_s[1000] < 10 * least_s[250]
 
 
 @pytest.mark.parametrize(
