@@ -562,7 +562,7 @@ def test_four_times_as_many_streams_take_no_sixteen_times_as_long() -> None:
     gc.disable()
     try:
         for _ in range(10):
-            for count in least_s:
+            for count in (250, 1000):
                 state = EvacuationState(
                     streams=streams[:count], targets=fleet(16), deadline_s=3, source_s_per_token=0.03
                 )
