@@ -56,10 +56,10 @@ class OpenAIFrontend:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All names by which clients may ask now: the model's own, and its adapters'; none once it is closed."""
+        """All names by which clients may ask now: the model's own, and its adapters'; once it is closed, its own."""
         state = getattr(self.app, "state", None)  # vLLM takes it away at the end of the app, before the last beat
         if state is None:
-            return ()
+            return (self.model_name,)
         models = state.openai_serving_models
         return tuple(dict.fromkeys([*(path.name for path in models.base_model_paths), *models.lora_requests]))
 
