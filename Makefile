@@ -29,10 +29,11 @@ endif
 # Fleets are many processes; each would compile kervan anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-PYTEST := KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) \
-  KERVAN_TRITON=$(CURDIR)/$(TRITON) PATH="$(CURDIR)/$(PROMETHEUS)/usr/bin:$$PATH" $(BIN)/pytest
+FOR_TESTS := KERVAN_VLLM_SOURCES=$(CURDIR)/$(OTHER_VLLM)$(addprefix :,$(KERVAN_VLLM_SOURCES)) \
+  KERVAN_TRITON=$(CURDIR)/$(TRITON) PATH="$(CURDIR)/$(PROMETHEUS)/usr/bin:$$PATH"
+PYTEST := $(FOR_TESTS) $(BIN)/pytest
 
-.PHONY: demo environment test exhaustive unit lint audit site lock clean
+.PHONY: demo environment test second-try exhaustive unit lint audit site lock clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -79,6 +80,10 @@ test: lint $(OTHER_VLLM) $(TRITON) $(PROMETHEUS)
 	$(PYTEST) tests/contract tests/docs tests/integration tests/gpu $(HALVES) --durations=25 || failed=1; \
 	exit $$failed
 endif
+
+# For .ci/run: what failed in the last run, each alone.
+second-try: $(STAMP)
+	@$(FOR_TESTS) $(BIN)/python .ci/second_try.py
 
 exhaustive: $(OTHER_VLLM) $(TRITON) $(PROMETHEUS)
 	$(PYTEST) --exhaustive $(HALVES) $(PYTEST_ARGS)
