@@ -4,6 +4,7 @@ A node type has one market and, on AWS and Azure, one zone: Ray tries zones with
 back to the first, and kervan's label of the market has to be true of each node.
 """
 
+import re
 from typing import Any
 
 from kervan.cluster.fleet_file import for_cluster, settings
@@ -81,6 +82,18 @@ def _check(request: RenderRequest) -> None:
             )
         if not request.project:
             raise ConfigError("--target ray-gcp needs the project; write for example --project my-project-123")
+    for zone in request.zones:
+        _check_in_region(request, zone.name)
+
+
+def _check_in_region(request: RenderRequest, name: str) -> None:
+    """AWS and Google Cloud begin a zone's name with its region's; Azure has numbers."""
+    pattern = {"aws": "([a-z]|-[a-z0-9-]+)", "gcp": "-[a-z]"}.get(request.cloud_name)
+    if pattern is not None and re.fullmatch(re.escape(request.region) + pattern, name) is None:
+        nearest = f"{request.region}{'a' if request.cloud_name == 'aws' else '-a'}"
+        raise ConfigError(
+            f"--zone {name} is no zone of --region {request.region}; write one like {nearest}, or another --region"
+        )
 
 
 def cluster(request: RenderRequest) -> dict[str, Any]:
