@@ -74,6 +74,10 @@ def _check_place(option: str, directory: Path, place: Path) -> None:
     for parent in place.parents[: len(place.relative_to(directory).parts) - 1]:
         if parent.exists() or parent.is_symlink():
             _check_directory(option, directory, parent)
+    if place.is_symlink() and not place.exists():
+        raise ConfigError(
+            f"{option} {directory}: {place} is a link that leads nowhere; remove it, or give another directory"
+        )
     if place.is_dir():
         raise ConfigError(
             f"{option} {directory}: {place} is a directory, and a file is to be there; move it away, or give another "

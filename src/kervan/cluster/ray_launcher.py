@@ -87,10 +87,13 @@ def _check(request: RenderRequest) -> None:
 
 
 def _check_in_region(request: RenderRequest, name: str) -> None:
-    """AWS and Google Cloud begin a zone's name with its region's; Azure has numbers."""
-    pattern = {"aws": "([a-z]|-[a-z0-9-]+)", "gcp": "-[a-z]"}.get(request.cloud_name)
-    if pattern is not None and re.fullmatch(re.escape(request.region) + pattern, name) is None:
-        nearest = f"{request.region}{'a' if request.cloud_name == 'aws' else '-a'}"
+    """AWS and Google Cloud begin a zone's name with its region's; on Azure it is a number."""
+    region = re.escape(request.region)
+    pattern, nearest = {
+        "aws": (f"{region}([a-z]|-[a-z0-9-]+)", f"{request.region}a"),
+        "gcp": (f"{region}-[a-z]", f"{request.region}-a"),
+    }.get(request.cloud_name, ("[1-9]", "1"))
+    if re.fullmatch(pattern, name) is None:
         raise ConfigError(
             f"--zone {name} is no zone of --region {request.region}; write one like {nearest}, or another --region"
         )

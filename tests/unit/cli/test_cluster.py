@@ -84,6 +84,11 @@ SLURM = ("render", "m", "--target", "slurm")
         ),
         ((*AWS, "--region", "eu-west-1", "--zone", "eu-west-1a=x y"), "--zone eu-west-1a='x y' is no subnet of AWS"),
         ((*SLURM, "--partition", "a b\n#SBATCH --uid=0; rm"), "is no name of a partition; use letters"),
+        (
+            ("render", "m", "--target", "ray-azure", "--image", IMAGE, "--instance", "Standard_ND96isr_H100_v5",
+             "--region", "westus2", "--zone", "westus2-1"),
+            "--zone westus2-1 is no zone of --region westus2; write one like 1",
+        ),
         ((*SLURM, "--partition", ""), "--partition '' is no name of a partition"),
         ((*SLURM, "--time-limit", "1e300h"), "--time-limit '1e300h' is more than 10 years"),
         ((*RENDER, "--tp", "16", "--gpus-per-node", "8"), "a node has 8; use --gpus-per-node 16, or --tp 8"),
@@ -130,6 +135,18 @@ def test_all_files_are_written_or_none(kervan: Kervan, tmp_path: Path) -> None:
     assert f"{tmp_path}/40-entry.yaml is a directory" in kervan.fails(*RENDER, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["40-entry.yaml"]
     assert "--out /proc/zz cannot be written" in kervan.fails(*SLURM, "--out", "/proc/zz")
+
+
+def test_links_are_written_through_and_those_that_lead_nowhere_refused(kervan: Kervan, tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept.yaml"
+    out.mkdir()
+    kept.touch()
+    (out / "fleet.yaml").symlink_to(kept)
+    kervan.json(*SLURM, "--out", out)
+    assert (out / "fleet.yaml").is_symlink()
+    assert yaml.safe_load(kept.read_text())["model"] == "m"
+    kept.unlink()
+    assert f"{out}/fleet.yaml is a link that leads nowhere" in kervan.fails(*SLURM, "--out", out)
 
 
 COST = ("cost", "--price", "4/h", "--spot-price", "1/h,1.5/h", "--days", "1", "--seeds", "2")

@@ -96,7 +96,7 @@ class _Api(BaseHTTPRequestHandler):
     """A Prometheus in which every query gives one line, but those that ask for costs."""
 
     def do_GET(self) -> None:
-        self._give({"yaml": "global:\n  scrape_interval: 1m\nscrape_configs:\n- scrape_interval: 5s\n"})
+        self._give({"yaml": "global:\n  scrape_interval: 1m30s\nscrape_configs:\n- scrape_interval: 5000ms\n"})
 
     def do_POST(self) -> None:
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import math
+import re
 import shutil
 import subprocess
 import tempfile
@@ -24,11 +25,12 @@ import yaml
 from kervan.direct_http import NO_RESPONSE, open_direct, parse_url, reason
 from kervan.errors import ConfigError, KervanError
 from kervan.ports import free_port
-from kervan.units import parse_duration_s
 
 TIMEOUT_S = 30.0
 START_S = 30.0
 POLL_S = 0.1
+SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0, "y": 365 * 86_400.0}
+PART = re.compile(r"([0-9]+)(ms|[smhdwy])")
 NOT_ITS_PATHS = ("HTTP 404", "HTTP 405", "HTTP 501")  # of a server that does not know the API
 DEFAULT_INTERVAL_S = 60.0  # Prometheus' own
 
@@ -78,8 +80,7 @@ class Prometheus:
             config = yaml.safe_load(data["yaml"]) or {}
             jobs = (config.get("global", {}), *config.get("scrape_configs", ()))
             told = [part.get("scrape_interval") for part in jobs]
-            return min((parse_duration_s(text.replace("m", "min"), "scrape_interval") for text in told if text),
-                       default=DEFAULT_INTERVAL_S)  # fmt: skip
+            return min((_duration_s(text) for text in told if text), default=DEFAULT_INTERVAL_S)
 
     def _get(self, path: str, **parameters: str) -> Any:
         url = f"{self.url}/api/v1/{path}"
@@ -109,7 +110,7 @@ class Prometheus:
         try:
             yield
         except (
-            AttributeError, ConfigError, LookupError, OverflowError, RecursionError, TypeError, ValueError,
+            AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError,
             yaml.YAMLError,
         ) as error:  # fmt: skip
             raise self._other("its answer has not the form of the API") from error
@@ -119,6 +120,13 @@ class Prometheus:
             f"what answers at {self.url} is no Prometheus ({why}); give a Prometheus' address: "
             "--prometheus http://HOST:9090"
         )
+
+
+def _duration_s(text: str) -> float:
+    """Seconds of a duration as Prometheus writes it: `1m30s`, `500ms`. Raises: ValueError for anything else."""
+    if re.fullmatch(rf"({PART.pattern})+", text) is None:
+        raise ValueError(f"{text!r} is no duration")
+    return sum(int(number) * SECONDS[unit] for number, unit in PART.findall(text))
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
