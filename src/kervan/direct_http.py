@@ -12,17 +12,17 @@ NO_RESPONSE = (OSError, ValueError, http.client.HTTPException)  # what urllib ra
 UNSENDABLE = frozenset(map(chr, range(33))) | {"\x7f"}  # http.client sends no such character in a URL
 
 
-def parse_url(text: str, subject: str = "") -> str:
-    """A base URL without `/v1` and slash at the end. `subject`: the option that it is of.
+def parse_url(text: str, subject: str = "", example: str = "http://127.0.0.1:8000") -> str:
+    """A base URL without `/v1` and slash at the end. `subject`: the option that it is of; `example`: for the error.
 
     Raises: ConfigError.
     """
     url = text if "//" in text else f"http://{text}"
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        port = -1
+        parts, port = urlsplit(""), -1
     if (
         set(text) & UNSENDABLE
         or parts.scheme not in ("http", "https")
@@ -32,7 +32,7 @@ def parse_url(text: str, subject: str = "") -> str:
         or parts.fragment
     ):
         option = f"{subject} " if subject else ""
-        raise ConfigError(f"{option}{text!r} is not a server URL; write one like {option}http://127.0.0.1:8000")
+        raise ConfigError(f"{option}{text!r} is not a server URL; write one like {option}{example}")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

@@ -30,7 +30,9 @@ def parse_duration_s(text: str, subject: str = "duration") -> float:
     match = _DURATION.fullmatch(text.strip())
     seconds = math.inf if match is None else float(match[1]) * _SECONDS[match[2] or "s"]
     if match is None or math.isinf(seconds):
-        raise ConfigError(f"{subject} {text!r} is not a duration; write a number and us, ms, s, min or h, like 250ms")
+        raise ConfigError(
+            f"{subject} {shortened(text)!r} is not a duration; write a number and us, ms, s, min or h, like 250ms"
+        )
     return seconds
 
 
@@ -125,6 +127,11 @@ def format_duration(seconds: float) -> str:
             digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
             return f"{value:.{digits}f} {unit}"
     raise AssertionError("not reached")
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """The text as an error shows it: of a long one its beginning and its end."""
+    return text if len(text) <= most else f"{text[: most - 11]}...{text[-8:]}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from harness.prometheus import promtool
 
+from kervan.cli import outputs
 from kervan.observe.render import files, queries, rules
 from kervan.observe.render.dashboards import DASHBOARDS
 
@@ -108,7 +109,10 @@ FAILING = {
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("rendered")
-    files.for_prometheus(directory, ["127.0.0.1:8000"], fleet="", dcgm=["127.0.0.1:9400"], has_ray=True, objective=0.99)
+    texts = files.for_prometheus(
+        directory, ["127.0.0.1:8000"], fleet="", dcgm=["127.0.0.1:9400"], has_ray=True, objective=0.99
+    )
+    outputs.write_files("DIR", directory, texts)
     return directory
 
 

@@ -21,6 +21,7 @@ from harness.shared_fleet import Models
 from harness.twin_load import kervan, load, streams_of
 
 from kervan import metrics
+from kervan.cli import outputs
 from kervan.observe.render import queries, rules
 from kervan.observe.render.dashboards import DASHBOARDS, GPU_DASHBOARD
 from kervan.observe.render.files import for_prometheus
@@ -172,7 +173,8 @@ def exporter() -> Iterator[str]:
 
 
 def test_no_panel_of_the_gpus_is_dead_beside_a_dcgm_exporter(exporter: str, tmp_path: Path) -> None:
-    for_prometheus(tmp_path, ["127.0.0.1:1"], fleet="", dcgm=[exporter], has_ray=False, objective=0.99)
+    texts = for_prometheus(tmp_path, ["127.0.0.1:1"], fleet="", dcgm=[exporter], has_ray=False, objective=0.99)
+    outputs.write_files("DIR", tmp_path, texts)
     often(tmp_path / "prometheus.yml")
     begin_s = time.time()
     with running(tmp_path / "prometheus.yml", tmp_path / "data") as server:

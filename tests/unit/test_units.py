@@ -9,6 +9,7 @@ from kervan.units import (
     parse_factor,
     parse_rate_per_s,
     parse_share,
+    shortened,
 )
 
 
@@ -65,6 +66,11 @@ def test_rates(text: str, rate: float) -> None:
 def test_no_rates(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--rate .*above 0 and below 1,000,000; write for example --rate 5/s"):
         parse_rate_per_s(text, "--rate")
+
+
+def test_errors_show_the_beginning_and_the_end_of_a_long_text() -> None:
+    assert shortened("x" * 40) == "x" * 40
+    assert shortened("1" + "0" * 300 + "h") == "1" + "0" * 28 + "..." + "0" * 7 + "h"
 
 
 def test_a_rate_of_0_is_one_where_a_ramp_begins() -> None:

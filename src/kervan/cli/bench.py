@@ -141,7 +141,7 @@ def _apply_preset(ctx: click.Context, param: click.Parameter, name: str | None) 
 @click.option("--strict", is_flag=True, help="Exit 1 if the run is not valid or the server's metrics disagree.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--record", type=option_types.FILE, help="Write a record to this file or directory.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a report with plots to this file.")
+@click.option("--html", type=option_types.FILE, help="Write a report with plots to this file.")
 def bench(**arguments: Any) -> None:
     """Load the OpenAI-compatible server at URL and measure it.
 

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     "--for", "duration", type=option_types.DURATION, default="10min", show_default=True,
     help="In all; what it is too short for is noted.",
 )  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path),
+@click.option("--output", type=option_types.FILE,
               help="[default: calibrations/GPUS.json in ~/.kervan or $KERVAN_HOME]")  # fmt: skip
-@click.option("--calibration", "fitted", type=click.Path(path_type=Path),
+@click.option("--calibration", "fitted", type=option_types.FILE,
               help="Where the fit goes. [default: beside the measurements, .calibration.json]")  # fmt: skip
-@click.option("--measurements", "stored", type=click.Path(path_type=Path),
+@click.option("--measurements", "stored", type=option_types.FILE,
               help="Measure nothing; take what this file of an earlier run has.")  # fmt: skip
 @click.option("--bench", "bench", multiple=True, metavar="RECORD[:tp=2,pp=1]",
               help="A record of kervan bench on one replica of a measured model, to fit to as well.")  # fmt: skip
-@click.option("--log-dir", type=click.Path(path_type=Path), help="Keep the servers' logs here.")
+@click.option("--log-dir", type=option_types.FILE, help="Keep the servers' logs here.")
 @options.as_json
 def calibrate(**given: Any) -> None:
     """Measure this host's GPUs, and fit the planner's constants to them: kervan plan --calibration FILE.

@@ -111,7 +111,7 @@ def render(**given: Any) -> None:
     out: Path = given["out"]
     _check_meant(given)
     rendered = rendering.render(_request(given))
-    _write(out, rendered)
+    outputs.write_files("--out", out, rendered.files)
     if given["as_json"]:
         from kervan.cli.render import print_json
 
@@ -131,9 +131,11 @@ def _check_meant(given: dict[str, Any]) -> None:
 
 
 def _request(given: dict[str, Any]) -> Any:
-    from kervan.cluster.request import RenderRequest
+    from kervan.cluster.request import RenderRequest, check_partition
 
     fleet = _fleet(given)
+    if given["partition"] is not None:
+        check_partition(given["partition"])  # an empty one too, which a request takes for none
     defaults = {
         "region": given["region"],
         "project": given["project"],
@@ -210,14 +212,6 @@ def _zone(text: str) -> "Zone":
     if not name.strip() or (equals and not subnet.strip()):
         raise ConfigError(f"--zone {text!r} names none; write --zone us-west-2a, on AWS --zone us-west-2a=subnet-0a")
     return Zone(name.strip(), subnet.strip())
-
-
-def _write(out: Path, rendered: "Rendered") -> None:
-    """Raises: ConfigError for what is no directory, or may not be written."""
-    outputs.check_directory("--out", out if out.exists() else out.absolute().parent)
-    out.mkdir(exist_ok=True)
-    for name, text in rendered.files.items():
-        (out / name).write_text(text)
 
 
 def _print_rendered(out: Path, rendered: "Rendered") -> None:

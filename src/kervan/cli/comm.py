@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kervan.comm.doctor import Report
 
 RECORD = click.option(
-    "--record", type=click.Path(path_type=Path),
+    "--record", type=option_types.FILE,
     help="File (.json) or directory for the result. [default: comm in ~/.kervan or $KERVAN_HOME]",
 )  # fmt: skip
 DEVICE = click.option(

@@ -139,10 +139,10 @@ def _print_estimates(rows: "list[tuple[str, Estimate]]") -> None:
 @rank_options.ranks
 @rank_options.device
 @click.option("--steps", type=click.IntRange(1, 10_000), default=5, show_default=True, help="Timed steps of each row.")
-@click.option("--snapshots", type=click.Path(path_type=Path),
+@click.option("--snapshots", type=option_types.FILE,
               help="Directory for the GPU allocator's history of each row, and who holds the peak.")  # fmt: skip
 @click.option("--for", "duration", type=option_types.DURATION, default="10min", show_default=True, help="At most.")
-@click.option("--record", type=click.Path(path_type=Path), help="File or directory for the record.")
+@click.option("--record", type=option_types.FILE, help="File or directory for the record.")
 @rank_options.nodes
 @options.as_json
 def measure(**given: Any) -> None:
@@ -229,7 +229,7 @@ def print_measured(rows: "list[Measured]") -> None:
 
 
 @memory.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=option_types.FILE)
 @click.option("--most", type=click.IntRange(1, 1000), default=15, show_default=True, help="Lines.")
 @options.as_json
 def snapshot(file: Path, most: int, as_json: bool) -> None:
@@ -254,16 +254,16 @@ def snapshot(file: Path, most: int, as_json: bool) -> None:
               help="Sequences of a step, shared by all ranks.")  # fmt: skip
 @click.option("--seq", type=click.IntRange(1, MAX_SEQ), default=256, show_default=True, help="Bytes of a sequence.")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
-@click.option("--text", "files", multiple=True, type=click.Path(path_type=Path),
+@click.option("--text", "files", multiple=True, type=option_types.FILE,
               help="File to train on; repeatable. [default: Python's language reference]")  # fmt: skip
-@click.option("--checkpoint", type=click.Path(path_type=Path),
+@click.option("--checkpoint", type=option_types.FILE,
               help="Directory to save in, and to resume from, on any number of ranks.")  # fmt: skip
 @click.option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints; the last is always.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @rank_options.ranks
 @rank_options.device
 @click.option("--for", "duration", type=option_types.DURATION, default="1h", show_default=True, help="At most.")
-@click.option("--record", type=click.Path(path_type=Path), help="File or directory for the record.")
+@click.option("--record", type=option_types.FILE, help="File or directory for the record.")
 @rank_options.nodes
 @options.as_json
 def finetune(**given: Any) -> None:
@@ -403,7 +403,7 @@ def _told_to_end(started: "Ranks") -> "Iterator[list[str]]":
 @click.option("--pp", type=click.IntRange(1, 1024), default=1, show_default=True)
 @click.option("--engine-arg", "arguments", multiple=True, metavar="KEY=VALUE",
               help="vLLM's, like gpu_memory_utilization=0.95; repeatable.")  # fmt: skip
-@click.option("--log", type=click.Path(path_type=Path), help="A vLLM log of this model, to compare with.")
+@click.option("--log", type=option_types.FILE, help="A vLLM log of this model, to compare with.")
 @options.as_json
 def serving(
     model: str, gpu: str, tp: int, pp: int, arguments: tuple[str, ...], log: Path | None, as_json: bool

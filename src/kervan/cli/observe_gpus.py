@@ -50,7 +50,7 @@ def gpus(every_s: float, watch: bool, metrics: bool, listen: int | None, dcgm: s
     from kervan.observe import dcgm as pages
     from kervan.observe import gpu_counters
 
-    url = dcgm or pages.URL
+    url = pages.URL if dcgm is None else pages.page_url(dcgm, "--dcgm")
     if dcgm is not None and pages.fetch(url) is None:
         raise EngineError(f"no dcgm-exporter with GPUs answers at {dcgm}; leave --dcgm out to ask NVML")
     if pages.fetch(url) is not None:

@@ -14,7 +14,7 @@ MIN_S = 10.0
 
 
 @click.command()
-@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.argument("directory", metavar="[DIR]", required=False, type=option_types.FILE)
 @click.option("--prometheus", "url", help="A running Prometheus, like http://127.0.0.1:9090; else give DIR.")
 @click.option("--out", type=option_types.FILE, required=True, help="The picture: FILE.svg or FILE.html.")
 @click.option("--dashboard", "board", default="fleet", show_default=True, help="fleet, replica, gateway or gpu.")

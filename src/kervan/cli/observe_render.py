@@ -9,7 +9,7 @@ from kervan.errors import ConfigError, FleetError
 
 
 @click.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=option_types.FILE)
 @click.option(
     "--scrape", "how", type=click.Choice(("static", "ray", "kubernetes")), default="static", show_default=True,
     help="Where Prometheus finds its targets. ray: Ray's own metrics too; kubernetes: objects of its operator.",
@@ -17,15 +17,18 @@ from kervan.errors import ConfigError, FleetError
 @options.name
 @options.address
 @click.option(
-    "--target", "targets", multiple=True, metavar="HOST:PORT",
+    "--target", "targets", type=option_types.RENDEZVOUS, multiple=True, metavar="HOST:PORT",
     help="A node with gateways; repeatable. By default those of the running fleet.",
 )  # fmt: skip
-@click.option("--dcgm", multiple=True, metavar="HOST:PORT", help="A dcgm-exporter, for the GPUs; repeatable.")
+@click.option(
+    "--dcgm", type=option_types.RENDEZVOUS, multiple=True, metavar="HOST:PORT",
+    help="A dcgm-exporter, for the GPUs; repeatable.",
+)  # fmt: skip
 @click.option(
     "--objective", type=option_types.SHARE, default="99%", show_default=True,
     help="Share of the streams that is to keep the SLO; the burn-rate alerts' budget is the rest.",
 )  # fmt: skip
-@click.option("--ca", type=click.Path(path_type=Path), help="File, where Prometheus runs, that verifies gateways' TLS.")
+@click.option("--ca", type=option_types.FILE, help="File, where Prometheus runs, that verifies gateways' TLS.")
 @click.option("--server-name", help="The name in the gateways' certificate, if they are asked by another.")
 @click.option("--namespace", default="default", show_default=True, help="Of Kubernetes' objects.")
 @click.option(
@@ -48,9 +51,7 @@ def render(
         raise ConfigError(f"DIR {directory} is a file; give a directory")
     if not 0 < objective < 1:
         raise ConfigError(f"--objective {objective:g} leaves no budget, or nothing else; write for example 99%")
-    for option, hosts in (("--target", targets), ("--dcgm", dcgm)):
-        for host in hosts:
-            option_types.RENDEZVOUS.parse(host, option)
+    targets, dcgm = tuple(dict.fromkeys(targets)), tuple(dict.fromkeys(dcgm))
     fleet = ""
     tls = ScrapeTls(str(ca or ""), server_name or "") if ca or server_name else None
     if how == "kubernetes":
@@ -60,17 +61,17 @@ def render(
                 "tlsConfig.ca to monitors.yaml if your CA is none of the system's"
             )
         check_namespace(namespace)
-        pairs = dict(options.parse_assignment(text, "--label") for text in labels)
-        written = files.for_kubernetes(directory, namespace=namespace, labels=pairs, objective=objective, tls=tls)
+        texts = files.for_kubernetes(namespace=namespace, labels=_labels(labels), objective=objective, tls=tls)
     else:
         if labels:
             raise click.UsageError("--label is for --scrape kubernetes")
         if not targets:
             targets, fleet, is_https = _targets(name, address)
             tls = tls or (ScrapeTls() if is_https else None)
-        written = files.for_prometheus(
+        texts = files.for_prometheus(
             directory, targets, fleet=fleet, dcgm=dcgm, has_ray=how == "ray", objective=objective, tls=tls
         )
+    written = outputs.write_files("DIR", directory, texts)
     if as_json:
         rendering.print_json({"files": [str(path) for path in written], "targets": list(targets), "fleet": fleet})
         return
@@ -80,6 +81,19 @@ def render(
         print(f"next: kubectl apply -f {directory}")
     else:
         print(f"next: prometheus --config.file={directory / 'prometheus.yml'}    (targets: {', '.join(targets)})")
+
+
+def _labels(texts: tuple[str, ...]) -> dict[str, str]:
+    """Raises: ConfigError for what Kubernetes takes for no label, and for one that is given twice."""
+    from kervan.cluster.request import check_label
+
+    found: dict[str, str] = {}
+    for text in texts:
+        key, value = options.parse_assignment(text, "--label")
+        check_label(key, value)
+        if found.setdefault(key, value) != value:
+            raise ConfigError(f"--label gives {key} twice, {found[key]!r} and {value!r}; give it once")
+    return found
 
 
 def _targets(name: str, address: str | None) -> tuple[tuple[str, ...], str, bool]:

@@ -4,6 +4,7 @@ A value that is none is a ConfigError, with the option's name and what to write 
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,20 @@ import click
 from kervan.config.workload import parse_lengths, parse_slo
 from kervan.errors import ConfigError
 from kervan.facts.layout import parse_layout
-from kervan.units import parse_bytes, parse_count, parse_duration_s, parse_factor, parse_rate_per_s, parse_share
+from kervan.units import (
+    parse_bytes,
+    parse_count,
+    parse_duration_s,
+    parse_factor,
+    parse_rate_per_s,
+    parse_share,
+    shortened,
+)
 
 MAX_STREAMS = 65_536
 MAX_GPUS = 65_536
+MAX_DURATION_S = 10 * 365 * 86_400.0
+HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]")
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]
@@ -41,6 +52,24 @@ class Sweep(Parsed):
             f"{each.name},...", lambda text, option: [each.parse(part, option) for part in text.split(",")]
         )
         self.each = each
+
+
+class FilePath(click.Path):
+    """A file or a directory; not the empty text of a variable that is not set, which would be the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path. Raises: ConfigError for an empty one."""
+        if value == "" and param is not None:
+            name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name.strip("[]")
+            raise ConfigError(f"{name} '' is empty; give a path, or . for the current directory")
+        return super().convert(value, param, ctx)
+
+
+def _duration(text: str, option: str) -> float:
+    seconds = parse_duration_s(text, option)
+    if seconds > MAX_DURATION_S:
+        raise ConfigError(f"{option} {shortened(text)!r} is more than 10 years; write a shorter one, like 1h")
+    return seconds
 
 
 def _gpu(text: str, option: str) -> str:
@@ -77,10 +106,17 @@ def _sizes(text: str, option: str) -> tuple[int, ...]:
 
 def _rendezvous(text: str, option: str) -> str:
     """HOST:PORT."""
-    host, colon, port = text.strip().rpartition(":")
-    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"{option} {text!r} is not HOST:PORT; write for example {option} 10.0.0.1:29400")
+    if not _is_host_and_port(text.strip()):
+        meant = text.partition("://")[2].partition("/")[0]
+        example = f"{option} {meant}" if _is_host_and_port(meant) else f"for example {option} 10.0.0.1:29400"
+        raise ConfigError(f"{option} {shortened(text)!r} is not HOST:PORT; write {example}")
     return text.strip()
+
+
+def _is_host_and_port(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
+    return is_port and HOST.fullmatch(host) is not None
 
 
 def choices(of: Sequence[str]) -> "Parsed":
@@ -95,8 +131,8 @@ def choices(of: Sequence[str]) -> "Parsed":
     return Parsed(f"{of[0]},...", parse)
 
 
-DURATION = Parsed("duration", parse_duration_s)
-"""Seconds of 250ms, 1.5s, 2min, 3h or, in seconds, 90."""
+DURATION = Parsed("duration", _duration)
+"""Seconds of 250ms, 1.5s, 2min, 3h or, in seconds, 90; at most 10 years."""
 DURATIONS = Parsed("durations", _durations)
 """A `DurationDistribution`."""
 RATE = Parsed("rate", parse_rate_per_s)
@@ -117,4 +153,4 @@ GPUS = click.IntRange(1, MAX_GPUS)
 SIZES = Parsed("sizes", _sizes)
 """Bytes of 8..1GiB (doubled from one to the next), or of 8,1MiB."""
 RENDEZVOUS = Parsed("host:port", _rendezvous)
-FILE = click.Path(path_type=Path)
+FILE = FilePath(path_type=Path)

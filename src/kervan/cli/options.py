@@ -70,6 +70,7 @@ EXAMPLES = {
     "--env": "HF_HUB_OFFLINE=1",
     "--twin": "speed=2",
     "--autoscaling": "target_ongoing_requests=16",
+    "--label": "release=prometheus",
 }
 
 

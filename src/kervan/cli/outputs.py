@@ -3,7 +3,11 @@
 They go where a directory exists already. Making one would hide a misspelt path until somebody looks for the result.
 """
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from kervan.errors import ConfigError
@@ -36,6 +40,51 @@ def check_record(option: str, path: Path | None) -> None:
         check_directory(option, path)
     else:
         check_file(option, path)
+
+
+def write_files(option: str, directory: Path, texts: Mapping[str, str]) -> list[Path]:
+    """Write all of `texts`, by their names in `directory`, which is made if it is not there; or, if that fails, none.
+
+    Raises: ConfigError, which names what is in the way.
+    """
+    check_directory(option, directory if directory.exists() else directory.absolute().parent)
+    places = {name: directory / name for name in texts}
+    for place in places.values():
+        _check_place(option, directory, place)
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".kervan-", dir=directory) as scratch:
+            for number, text in enumerate(texts.values()):
+                (Path(scratch) / str(number)).write_text(text)
+            for number, place in enumerate(places.values()):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(Path(scratch) / str(number), place.resolve())  # of a link, what it leads to
+    except OSError as error:
+        if is_new:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        reason = error.strerror or error
+        raise ConfigError(f"{option} {directory} cannot be written: {reason}; give another directory") from error
+    return list(places.values())
+
+
+def _check_place(option: str, directory: Path, place: Path) -> None:
+    """For a file below a directory that may not be there yet."""
+    for parent in place.parents[: len(place.relative_to(directory).parts) - 1]:
+        if parent.exists() or parent.is_symlink():
+            _check_directory(option, directory, parent)
+    if place.is_symlink() and not place.exists():
+        raise ConfigError(
+            f"{option} {directory}: {place} is a link that leads nowhere; remove it, or give another directory"
+        )
+    if place.is_dir():
+        raise ConfigError(
+            f"{option} {directory}: {place} is a directory, and a file is to be there; move it away, or give another "
+            "directory"
+        )
+    if place.exists() and not os.access(place, os.W_OK):
+        raise ConfigError(f"{option} {directory}: {place} may not be written by this user; give another directory")
 
 
 def _check_directory(option: str, path: Path, directory: Path) -> None:

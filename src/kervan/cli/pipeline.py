@@ -48,10 +48,10 @@ COUNTS = option_types.Sweep(option_types.Parsed("count", _micro_batches))
 @click.option("--no-check", is_flag=True, help="Do not compare with the unsplit model, which each rank has to hold.")
 @rank_options.device
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Measured steps.")
-@click.option("--timeline", type=click.Path(path_type=Path),
+@click.option("--timeline", type=option_types.FILE,
               help="Directory for timelines, as SVG and for ui.perfetto.dev.")  # fmt: skip
 @click.option("--for", "duration", type=option_types.DURATION, default="10min", show_default=True, help="At most.")
-@click.option("--record", type=click.Path(path_type=Path), help="File or directory for the record.")
+@click.option("--record", type=option_types.FILE, help="File or directory for the record.")
 @rank_options.nodes
 @options.as_json
 def bench(**given: Any) -> None:

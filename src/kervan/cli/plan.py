@@ -77,16 +77,16 @@ SECTIONS = {
     help="Ranking among layouts that keep the SLO.",
 )  # fmt: skip
 @click.option("--price", help="US dollars per GPU and hour, like 3.40/h. [default: kervan's price file]")
-@click.option("--prices", type=click.Path(path_type=Path), help="Your own price file (docs/hardware.md).")
+@click.option("--prices", type=option_types.FILE, help="Your own price file (docs/hardware.md).")
 @click.option("--engine-arg", "engine_args", multiple=True, metavar="KEY=VALUE", help="vLLM's argument; repeatable.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="A file of kervan calibrate. [default: the prior]")
+@click.option("--calibration", type=option_types.FILE, help="A file of kervan calibrate. [default: the prior]")
 @click.option(
     "--gateways", type=options.Count(), default="1", show_default=True,
     help="Gateways per replica; of MIN..MAX the most, as under load.",
 )  # fmt: skip
 @click.option("--facts", is_flag=True, help="Only what MODEL is: sizes, memory per token; needs no --gpu.")
 @click.option("--explain", is_flag=True, help="What a step is spent on, in the best layout and the second.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write throughput against latency, as an HTML file.")
+@click.option("--plot", type=option_types.FILE, help="Write throughput against latency, as an HTML file.")
 @click.option("--all", "show_all", is_flag=True, help=f"Show all layouts, not the best {SHOWN}.")
 @options.as_json
 def plan(

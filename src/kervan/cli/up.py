@@ -60,7 +60,7 @@ SECTIONS = {
 @options.setting("--host")
 @options.setting("--port")
 @options.setting("--shared-port/--own-port", "shared_port")
-@options.setting("--api-keys", "api_keys_file", type=click.Path(path_type=Path), metavar="FILE")
+@options.setting("--api-keys", "api_keys_file", type=option_types.FILE, metavar="FILE")
 @click.option(
     "--api-key",
     "api_keys",
@@ -79,9 +79,7 @@ SECTIONS = {
 @options.setting("--ingress")
 @options.setting("--log-format")
 @options.setting("--otlp", metavar="URL")
-@click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), help="YAML or TOML file with the same settings."
-)
+@click.option("--config", "config_path", type=option_types.FILE, help="YAML or TOML file with the same settings.")
 @options.name
 @options.address
 @click.option("--yes", is_flag=True, help="Apply a change to a running fleet even if it disturbs clients.")

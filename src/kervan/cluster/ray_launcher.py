@@ -4,6 +4,7 @@ A node type has one market and, on AWS and Azure, one zone: Ray tries zones with
 back to the first, and kervan's label of the market has to be true of each node.
 """
 
+import re
 from typing import Any
 
 from kervan.cluster.fleet_file import for_cluster, settings
@@ -81,6 +82,21 @@ def _check(request: RenderRequest) -> None:
             )
         if not request.project:
             raise ConfigError("--target ray-gcp needs the project; write for example --project my-project-123")
+    for zone in request.zones:
+        _check_in_region(request, zone.name)
+
+
+def _check_in_region(request: RenderRequest, name: str) -> None:
+    """AWS and Google Cloud begin a zone's name with its region's; on Azure it is a number."""
+    region = re.escape(request.region)
+    pattern, nearest = {
+        "aws": (f"{region}([a-z]|-[a-z0-9-]+)", f"{request.region}a"),
+        "gcp": (f"{region}-[a-z]", f"{request.region}-a"),
+    }.get(request.cloud_name, ("[1-9]", "1"))
+    if re.fullmatch(pattern, name) is None:
+        raise ConfigError(
+            f"--zone {name} is no zone of --region {request.region}; write one like {nearest}, or another --region"
+        )
 
 
 def cluster(request: RenderRequest) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 Source: dcgm-exporter's default-counters.csv and dcp-metrics-included.csv, 4.8. Bytes are per second, shares 0 to 1.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
-from kervan.direct_http import NO_RESPONSE, open_direct
+from kervan.direct_http import NO_RESPONSE, open_direct, parse_url
 
 URL = "http://127.0.0.1:9400/metrics"
 TIMEOUT_S = 2.0
@@ -135,9 +137,20 @@ def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
         name = OTHER_NAMES.get(match["name"], match["name"])
         if name in BY_NAME:
             try:
-                yield name, dict(LABEL.findall(match["labels"] or "")), float(match["value"])
+                value = float(match["value"])
             except ValueError:
                 continue
+            if math.isfinite(value):  # nan is what a GPU does not have
+                yield name, dict(LABEL.findall(match["labels"] or "")), value
+
+
+def page_url(text: str, subject: str) -> str:
+    """The URL of an exporter's page: of `127.0.0.1:9400` that of its metrics.
+
+    Raises: ConfigError, which names `subject`.
+    """
+    url = parse_url(text, subject, "http://127.0.0.1:9400/metrics")
+    return url if urlsplit(url).path else f"{url}/metrics"
 
 
 def fetch(url: str = URL) -> tuple[GpuCounters, ...] | None:

@@ -265,12 +265,12 @@ def test_an_unknown_name_lists_the_known_ones(kervan: Kervan) -> None:
 @pytest.mark.parametrize(
     ("deadline", "told"),
     [
-        ("1" + 300 * "0" + "s", "1e+300 s"),
+        ("1" + 300 * "0" + "s", "'10000000000000000000000000000...0000000s' is more than 10 years"),
         (400 * "9" + "h", "'9999"),
-        ("1000000001", "1000000001.0 s"),
+        ("1000000001", "'1000000001' is more than 10 years"),
         ("soon", "'soon'"),
     ],
-    ids=["more than Ray takes", "more than a float takes", "a second too much", "no duration"],
+    ids=["more than anybody waits", "more than a float takes", "more than Ray takes", "no duration"],
 )
 def test_a_drain_needs_a_deadline_that_can_be(kervan: Kervan, deadline: str, told: str) -> None:
     error = kervan.fails("drain", "on-demand-2c9867", "--deadline", deadline)

@@ -62,6 +62,8 @@ def test_a_machine_of_the_table_says_its_gpus(kervan: Kervan, tmp_path: Path) ->
 
 
 RENDER = ("render", "m", "--target", "kuberay", "--image", IMAGE)
+AWS = ("render", "m", "--target", "ray-aws", "--image", IMAGE, "--instance", "p5.48xlarge")
+SLURM = ("render", "m", "--target", "slurm")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,22 @@ RENDER = ("render", "m", "--target", "kuberay", "--image", IMAGE)
         (("render", "m", "--target", "slurm", "--image", IMAGE), "--image is of --target kuberay, compose, ray-aws"),
         ((*RENDER, "--partition", "gpu"), "--partition is of --target slurm, and the target is kuberay"),
         ((*RENDER, "--zone", "=x"), "--zone '=x' names none"),
+        ((*RENDER, "--zone", 'a b"c'), "--zone 'a b\"c' is no name of a zone"),
+        ((*RENDER, "--zone", "a", "--zone", "a"), "--zone a is given 2 times; give it once"),
+        ((*AWS, "--region", "us west"), "--region 'us west' is no name of a region"),
+        (
+            (*AWS, "--region", "eu-west-1", "--zone", "us-west-2a=subnet-0a"),
+            "--zone us-west-2a is no zone of --region eu-west-1; write one like eu-west-1a",
+        ),
+        ((*AWS, "--region", "eu-west-1", "--zone", "eu-west-1a=x y"), "--zone eu-west-1a='x y' is no subnet of AWS"),
+        ((*SLURM, "--partition", "a b\n#SBATCH --uid=0; rm"), "is no name of a partition; use letters"),
+        (
+            ("render", "m", "--target", "ray-azure", "--image", IMAGE, "--instance", "Standard_ND96isr_H100_v5",
+             "--region", "westus2", "--zone", "westus2-1"),
+            "--zone westus2-1 is no zone of --region westus2; write one like 1",
+        ),
+        ((*SLURM, "--partition", ""), "--partition '' is no name of a partition"),
+        ((*SLURM, "--time-limit", "1e300h"), "--time-limit '1e300h' is more than 10 years"),
         ((*RENDER, "--tp", "16", "--gpus-per-node", "8"), "a node has 8; use --gpus-per-node 16, or --tp 8"),
         ((*RENDER, "--instance", "x1"), "--instance x1 is not in the table of machines"),
         ((*RENDER, "--instance", "p5.48xlarge", "--gpus-per-node", "4"), "a p5.48xlarge has 8 GPUs"),
@@ -102,6 +120,33 @@ def test_wrong_values_are_told_in_one_line(kervan: Kervan, words: tuple[str, ...
 def test_a_directory_that_cannot_be_written(kervan: Kervan, place: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert told in kervan.fails(*RENDER, "--out", tmp_path / place)
+
+
+def test_an_empty_directory_is_not_the_current_one(
+    kervan: Kervan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "--out '' is empty; give a path, or . for the current directory" in kervan.fails(*SLURM, "--out", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_files_are_written_or_none(kervan: Kervan, tmp_path: Path) -> None:
+    (tmp_path / "40-entry.yaml").mkdir()
+    assert f"{tmp_path}/40-entry.yaml is a directory" in kervan.fails(*RENDER, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["40-entry.yaml"]
+    assert "--out /proc/zz cannot be written" in kervan.fails(*SLURM, "--out", "/proc/zz")
+
+
+def test_links_are_written_through_and_those_that_lead_nowhere_refused(kervan: Kervan, tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept.yaml"
+    out.mkdir()
+    kept.touch()
+    (out / "fleet.yaml").symlink_to(kept)
+    kervan.json(*SLURM, "--out", out)
+    assert (out / "fleet.yaml").is_symlink()
+    assert yaml.safe_load(kept.read_text())["model"] == "m"
+    kept.unlink()
+    assert f"{out}/fleet.yaml is a link that leads nowhere" in kervan.fails(*SLURM, "--out", out)
 
 
 COST = ("cost", "--price", "4/h", "--spot-price", "1/h,1.5/h", "--days", "1", "--seeds", "2")

@@ -140,6 +140,19 @@ def test_a_dcgm_exporters_page_is_read_and_what_is_unknown_in_it_left_out() -> N
     assert gpu.throttle == ("hardware slowdown",)
 
 
+def test_numbers_that_are_none_are_left_out() -> None:
+    labels = 'gpu="0",UUID="GPU-ab",modelName="NVIDIA H200"'
+    lines = (f"DCGM_FI_DEV_SM_CLOCK{{{labels}}} 1980", f"DCGM_FI_DEV_GPU_TEMP{{{labels}}} nan",
+             f"DCGM_FI_DEV_POWER_USAGE{{{labels}}} +Inf")  # fmt: skip
+    (gpu,) = dcgm.parse("\n".join(lines))
+    assert gpu.values == {f"{DEV}SM_CLOCK": 1980.0}
+
+
+def test_the_page_of_an_exporter_is_found_without_scheme_and_path() -> None:
+    for text in ("127.0.0.1:9400", "http://127.0.0.1:9400", "http://127.0.0.1:9400/", "127.0.0.1:9400/metrics"):
+        assert dcgm.page_url(text, "--dcgm") == "http://127.0.0.1:9400/metrics"
+
+
 @contextmanager
 def exporter(text: str) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Writes everything that Prometheus and Grafana read into one directory."""
+"""Everything that Prometheus and Grafana read, as the files of one directory."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from kervan.errors import ConfigError
 from kervan.observe.render import rules, scrape
 from kervan.observe.render.dashboards import DASHBOARDS, to_json
 from kervan.observe.render.scrape import ScrapeTls
@@ -22,10 +21,10 @@ def for_prometheus(
     has_ray: bool,
     objective: float,
     tls: ScrapeTls | None = None,
-) -> list[Path]:
-    """`prometheus.yml`, rules, dashboards and Grafana's provisioning; the files written.
+) -> dict[str, str]:
+    """`prometheus.yml`, rules, dashboards and Grafana's provisioning: texts by name.
 
-    Raises: ConfigError when one cannot be written.
+    `directory`: where they will be; Grafana is told so.
     """
     files: dict[str, Any] = {
         "prometheus.yml": scrape.prometheus(targets, fleet=fleet, dcgm=dcgm, has_ray=has_ray, tls=tls),
@@ -34,18 +33,19 @@ def for_prometheus(
         "grafana/provisioning/dashboards/kervan.yml": _provider(directory),
         **{f"grafana/dashboards/{board.uid}.json": to_json(board) for board in DASHBOARDS},
     }
-    return [_write(directory / name, content) for name, content in files.items()]
+    return {name: _as_text(name, content) for name, content in files.items()}
 
 
 def for_kubernetes(
-    directory: Path, *, namespace: str, labels: Mapping[str, str], objective: float, tls: ScrapeTls | None = None
-) -> list[Path]:
-    """Manifests for the Prometheus Operator and Grafana's sidecar; the files written. Raises: as above."""
-    return [
-        _write(directory / "monitors.yaml", scrape.operator_monitors(namespace, labels, tls=tls)),
-        _write(directory / "rules.yaml", [scrape.operator_rules(namespace, labels, objective)]),
-        _write(directory / "dashboards.yaml", scrape.dashboard_maps(namespace)),
-    ]
+    *, namespace: str, labels: Mapping[str, str], objective: float, tls: ScrapeTls | None = None
+) -> dict[str, str]:
+    """Manifests for the Prometheus Operator and Grafana's sidecar: texts by name."""
+    files = {
+        "monitors.yaml": scrape.operator_monitors(namespace, labels, tls=tls),
+        "rules.yaml": [scrape.operator_rules(namespace, labels, objective)],
+        "dashboards.yaml": scrape.dashboard_maps(namespace),
+    }
+    return {name: _as_text(name, content) for name, content in files.items()}
 
 
 def _data_source() -> dict[str, Any]:
@@ -72,15 +72,8 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def _write(path: Path, content: Any) -> Path:
+def _as_text(name: str, content: Any) -> str:
+    if name.endswith(".json"):
+        return json.dumps(content, indent=1) + "\n"
     documents = content if isinstance(content, list) else [content]
-    if path.suffix == ".json":
-        text = json.dumps(content, indent=1) + "\n"
-    else:
-        text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100_000)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; give another directory") from error
-    return path
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100_000)

@@ -4,8 +4,10 @@ Source: https://prometheus.io/docs/prometheus/latest/querying/api/
 """
 
 import contextlib
+import http.client
 import json
 import math
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,11 +25,13 @@ import yaml
 from kervan.direct_http import NO_RESPONSE, open_direct, parse_url, reason
 from kervan.errors import ConfigError, KervanError
 from kervan.ports import free_port
-from kervan.units import parse_duration_s
 
 TIMEOUT_S = 30.0
 START_S = 30.0
 POLL_S = 0.1
+SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0, "y": 365 * 86_400.0}
+PART = re.compile(r"([0-9]+)(ms|[smhdwy])")
+NOT_ITS_PATHS = ("HTTP 404", "HTTP 405", "HTTP 501")  # of a server that does not know the API
 DEFAULT_INTERVAL_S = 60.0  # Prometheus' own
 
 
@@ -53,43 +57,80 @@ class Prometheus:
     def query_range(self, expr: str, begin_s: float, end_s: float, step_s: float) -> list[Series]:
         """The values of an expression. Raises: PrometheusError."""
         data = self._get("query_range", query=expr, start=f"{begin_s:.3f}", end=f"{end_s:.3f}", step=f"{step_s:.3f}")
-        return [Series(one["metric"], tuple(_points(one["values"]))) for one in data["result"]]
+        with self._understood():
+            return [Series(one["metric"], tuple(_points(one["values"]))) for one in data["result"]]
 
     def query(self, expr: str) -> list[Series]:
         """The values now. Raises: PrometheusError."""
-        return [
-            Series(one["metric"], tuple(_points([one["value"]]))) for one in self._get("query", query=expr)["result"]
-        ]
+        data = self._get("query", query=expr)
+        with self._understood():
+            return [Series(one["metric"], tuple(_points([one["value"]]))) for one in data["result"]]
 
     def newest_s(self) -> float | None:
         """Unix time of the newest sample that it has; None without any. Raises: PrometheusError."""
-        newest_ms = int(self._get("status/tsdb")["headStats"]["maxTime"])
+        data = self._get("status/tsdb")
+        with self._understood():
+            newest_ms = int(data["headStats"]["maxTime"])
         return newest_ms / 1000 if newest_ms > 0 else None
 
     def scrape_interval_s(self) -> float:
         """The least of its jobs', since a window must hold some scrapes. Raises: PrometheusError."""
-        config = yaml.safe_load(self._get("status/config")["yaml"]) or {}
-        told = [part.get("scrape_interval") for part in (config.get("global", {}), *config.get("scrape_configs", ()))]
-        return min((parse_duration_s(text.replace("m", "min"), "scrape_interval") for text in told if text),
-                   default=DEFAULT_INTERVAL_S)  # fmt: skip
+        data = self._get("status/config")
+        with self._understood():
+            config = yaml.safe_load(data["yaml"]) or {}
+            jobs = (config.get("global", {}), *config.get("scrape_configs", ()))
+            told = [part.get("scrape_interval") for part in jobs]
+            return min((_duration_s(text) for text in told if text), default=DEFAULT_INTERVAL_S)
 
     def _get(self, path: str, **parameters: str) -> Any:
         url = f"{self.url}/api/v1/{path}"
         try:
             body = urllib.parse.urlencode(parameters).encode() if parameters else None
             with open_direct(url, timeout_s=TIMEOUT_S, body=body) as response:
-                told = json.load(response)
+                text = response.read()
         except urllib.error.HTTPError as error:
-            raise PrometheusError(f"{self.url} refused {parameters or path}: {_reason(error)}") from error
+            if (why := _reason(error)) in NOT_ITS_PATHS:
+                raise self._other(why) from error
+            raise PrometheusError(f"{self.url} refused {parameters or path}: {why}") from error
         except NO_RESPONSE as error:
+            if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):  # another protocol
+                raise self._other(reason(error)) from error
             raise PrometheusError(
                 f"no Prometheus answers at {self.url} ({reason(error)}); start it, or give its address: --prometheus http://HOST:9090"
             ) from error
-        return told["data"]
+        with self._understood():
+            told = json.loads(text)["data"]
+            if not isinstance(told, dict):
+                raise TypeError(f"data is of type {type(told).__name__}")
+            return told
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """For what reads an answer: what has another form is of no Prometheus."""
+        try:
+            yield
+        except (
+            AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError,
+            yaml.YAMLError,
+        ) as error:  # fmt: skip
+            raise self._other("its answer has not the form of the API") from error
+
+    def _other(self, why: str) -> PrometheusError:
+        return PrometheusError(
+            f"what answers at {self.url} is no Prometheus ({why}); give a Prometheus' address: "
+            "--prometheus http://HOST:9090"
+        )
+
+
+def _duration_s(text: str) -> float:
+    """Seconds of a duration as Prometheus writes it: `1m30s`, `500ms`. Raises: ValueError for anything else."""
+    if re.fullmatch(rf"({PART.pattern})+", text) is None:
+        raise ValueError(f"{text!r} is no duration")
+    return sum(int(number) * SECONDS[unit] for number, unit in PART.findall(text))
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         return str(json.load(error)["error"])
     return f"HTTP {error.code}"
 
