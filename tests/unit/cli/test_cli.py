@@ -15,6 +15,7 @@ from harness.command_line import Kervan
 
 from kervan import __version__, cli
 from kervan.cli import bench
+from kervan.config import key_file
 from kervan.serve import cluster
 
 LLAMA = {
@@ -401,6 +402,25 @@ def test_a_real_process_says_it_in_one_line(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: model ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("switch", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_full_disk_behind_stdout_is_told_in_one_line(tmp_path: Path, switch: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, *switch, "-m", "kervan", "keys", "add", "web", "--file", str(tmp_path / "keys.yaml")],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "stdout cannot be written (No space left on device), and nobody has seen the new key" in done.stderr
+        assert key_file.read(tmp_path / "keys.yaml") == []
+        done = subprocess.run(
+            [sys.executable, *switch, "-m", "kervan", "keys", "list", "--file", str(tmp_path / "keys.yaml"), "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        1, "error: stdout cannot be written (No space left on device); write it elsewhere\n"
+    )  # fmt: skip
 
 
 # ---- pools
