@@ -4,6 +4,7 @@ A value that is none is a ConfigError, with the option's name and what to write 
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,23 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]
         if not isinstance(value, str):
             return value  # a default that is no text
         return self.parse(value, self.name if param is None else param.opts[0])
+
+
+class _Number(click.types.FloatParamType):
+    """A number, and neither nan nor inf, which all comparisons of a range let pass, or those of an open one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; click ends the command for what is none."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number that can be counted with", param, ctx)
+        return number
+
+
+class NumberRange(_Number, click.FloatRange):
+    """A number in a range."""
+
+    name = "float range"
 
 
 class Sweep(Parsed):
@@ -114,6 +132,7 @@ FACTOR = Parsed("factor", parse_factor)
 """Of 2 or 2x."""
 STREAMS = Parsed("streams", functools.partial(parse_count, most=MAX_STREAMS))
 GPUS = click.IntRange(1, MAX_GPUS)
+NUMBER = _Number()
 SIZES = Parsed("sizes", _sizes)
 """Bytes of 8..1GiB (doubled from one to the next), or of 8,1MiB."""
 RENDEZVOUS = Parsed("host:port", _rendezvous)

@@ -94,7 +94,12 @@ class PolicyNames(click.ParamType):  # type: ignore[type-arg]
     "--arrivals", type=click.Choice(get_args(Process)), default="poisson", show_default=True,
     help="Of a ramp or a rate.",
 )  # fmt: skip
-@option("--burstiness", type=float, default=1.0, help="Shape of gamma arrivals: 1 is Poisson, less is burstier.")
+@option(
+    "--burstiness",
+    type=option_types.NUMBER,
+    default=1.0,
+    help="Shape of gamma arrivals: 1 is Poisson, less is burstier.",
+)
 @option("--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]")
 @option("--osl", type=option_types.LENGTHS, help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
 @option(

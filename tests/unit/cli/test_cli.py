@@ -348,6 +348,11 @@ def test_every_command_tells_wrong_usage_in_one_line(kervan: Kervan, name: str) 
         (["keys", "list", "--file", "/"], "--file '/' is a directory; see kervan keys list --help"),
         (["plan", "a", "b"], "got unexpected extra argument (b); see kervan plan --help"),
         (["fault", "x"], "argument KIND is missing: one of slow, hang, crash, kv-pressure, none; see"),
+        (["cluster", "render", "--target", "slurm"], "option --out is missing; see kervan cluster render --help"),
+        (["cluster", "cost", "--gpu", "H200", "--days", "nan"], "--days 'nan' is not a number from 0.1 to 365; see"),
+        (["plan", "m", "--network", "inf"], "--network 'inf' is not a number that can be counted with; see"),
+        (["bench", "http://x", "--burstiness", "nan"], "--burstiness 'nan' is not a number that can be"),
+        (["fault", "x", "slow", "inf"], "AMOUNT 'inf' is not a number that can be counted with; see"),
         (["fault", "x", "no"], "KIND 'no' is not one of 'slow', 'hang', 'crash', 'kv-pressure', 'none'; see"),
         (
             ["up", "--max-model-len", "9"],
