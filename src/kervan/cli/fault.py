@@ -4,7 +4,7 @@ from typing import get_args
 
 import click
 
-from kervan.cli import option_types, options
+from kervan.cli import options
 from kervan.config.fault import Fault, FaultKind
 
 AMOUNTS = {
@@ -17,7 +17,7 @@ AMOUNTS = {
 @click.command()
 @click.argument("replica")
 @click.argument("kind", type=click.Choice(get_args(FaultKind)))
-@click.argument("amount", type=option_types.NUMBER, required=False)
+@click.argument("amount", type=float, required=False)
 @options.name
 @options.address
 def fault(replica: str, kind: FaultKind, amount: float | None, name: str, address: str | None) -> None:

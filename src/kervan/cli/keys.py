@@ -1,5 +1,6 @@
 """`kervan keys`: the file of a fleet's API keys."""
 
+import contextlib
 import datetime
 import time
 from pathlib import Path
@@ -26,6 +27,9 @@ class Expiry(click.ParamType):  # type: ignore[type-arg]
         text = str(value).strip()
         if text == "never":
             return 0
+        with contextlib.suppress(ValueError):
+            float(text)
+            self.fail(f"{text!r} has no unit; write for example {text}d for days, 12h or never", param, ctx)
         number, days = text.removesuffix("d"), text.endswith("d")
         try:
             seconds = float(number) * DAY_S if days else parse_duration_s(text)

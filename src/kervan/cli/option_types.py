@@ -11,10 +11,19 @@ from typing import Any
 
 import click
 
+from kervan.config.fleet import NAME_PATTERN
 from kervan.config.workload import parse_lengths, parse_slo
 from kervan.errors import ConfigError
 from kervan.facts.layout import parse_layout
-from kervan.units import parse_bytes, parse_count, parse_duration_s, parse_factor, parse_rate_per_s, parse_share
+from kervan.units import (
+    parse_bytes,
+    parse_count,
+    parse_duration_s,
+    parse_factor,
+    parse_loss_rate_per_s,
+    parse_rate_per_s,
+    parse_share,
+)
 
 MAX_STREAMS = 65_536
 MAX_GPUS = 65_536
@@ -101,6 +110,25 @@ def _rendezvous(text: str, option: str) -> str:
     return text.strip()
 
 
+def _address(text: str, option: str) -> str:
+    """HOST:PORT of a Ray cluster, or auto."""
+    host, colon, port = text.strip().rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536
+    if text.strip() != "auto" and not (colon and host and is_port and not set(host) & set("/ \t\n")):
+        raise ConfigError(
+            f"{option} {text!r} is not HOST:PORT; give that of the cluster's head, like {option} 10.0.0.1:6379"
+        )
+    return text.strip()
+
+
+def _fleet_name(text: str, option: str) -> str:
+    if not NAME_PATTERN.fullmatch(text):
+        raise ConfigError(
+            f"{option} {text!r} is no fleet's name; use 1 to 40 lower-case letters, digits and hyphens, such as chat"
+        )
+    return text
+
+
 def choices(of: Sequence[str]) -> "Parsed":
     """One or several of these words, joined by commas."""
 
@@ -119,6 +147,8 @@ DURATIONS = Parsed("durations", _durations)
 """A `DurationDistribution`."""
 RATE = Parsed("rate", parse_rate_per_s)
 """Requests per second of 5/s, 300/min or, per second, 5."""
+LOSS_RATE = Parsed("rate", parse_loss_rate_per_s)
+"""Losses per second of 0.01/h."""
 LENGTHS = Parsed("tokens", parse_lengths)
 """A `Lengths`."""
 SLO = Parsed("slo", parse_slo)
@@ -131,6 +161,9 @@ SHARE = Parsed("share", parse_share)
 FACTOR = Parsed("factor", parse_factor)
 """Of 2 or 2x."""
 STREAMS = Parsed("streams", functools.partial(parse_count, most=MAX_STREAMS))
+ADDRESS = Parsed("text", _address)
+"""Of a Ray cluster: HOST:PORT, or auto."""
+FLEET_NAME = Parsed("text", _fleet_name)
 GPUS = click.IntRange(1, MAX_GPUS)
 NUMBER = _Number()
 SIZES = Parsed("sizes", _sizes)

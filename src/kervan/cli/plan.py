@@ -52,7 +52,7 @@ SECTIONS = {
 @click.option(
     "--nodes", type=click.IntRange(1, 8192), help="Nodes that the GPUs are on. [default: of 8 GPUs, where they divide]"
 )
-@click.option("--network", type=option_types.NUMBER, help="Gbit/s between nodes, for each GPU. [default: 400]")
+@click.option("--network", type=float, help="Gbit/s between nodes, for each GPU. [default: 400]")
 @click.option("--layout", type=option_types.LAYOUT, help="Only this layout: tp=2,pp=2 (also dp=, ep=, attention_dp=).")
 @click.option(
     "--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]"

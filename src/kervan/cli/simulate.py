@@ -125,7 +125,9 @@ class PolicyNames(click.ParamType):  # type: ignore[type-arg]
     "--notice", type=option_types.DURATION, default="120s", show_default=True,
     help="From a cloud's notice until its spot node goes; 0: none.",
 )  # fmt: skip
-@option("--losses", type=option_types.RATE, help="Of one on-demand replica, without notice: 0.01/h. [default: none]")
+@option(
+    "--losses", type=option_types.LOSS_RATE, help="Of one on-demand replica, without notice: 0.01/h. [default: none]"
+)
 @option("--price", help="US dollars per GPU and hour, like 3.40/h. [default: kervan's price file]")
 @option("--prices", type=option_types.FILE, help="Your own price file (docs/hardware.md).")
 @option(

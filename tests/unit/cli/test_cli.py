@@ -1,10 +1,12 @@
 """What `kervan` says when something is wrong that needs no Ray to know."""
 
+import http.server
 import json
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -350,9 +352,13 @@ def test_every_command_tells_wrong_usage_in_one_line(kervan: Kervan, name: str) 
         (["fault", "x"], "argument KIND is missing: one of slow, hang, crash, kv-pressure, none; see"),
         (["cluster", "render", "--target", "slurm"], "option --out is missing; see kervan cluster render --help"),
         (["cluster", "cost", "--gpu", "H200", "--days", "nan"], "--days 'nan' is not a number from 0.1 to 365; see"),
-        (["plan", "m", "--network", "inf"], "--network 'inf' is not a number that can be counted with; see"),
+        (
+            ["simulate", "m", "--losses", "5"],
+            "--losses '5' is not a number above 0 and a unit of time; write for example --losses 0.01/h",
+        ),
+        (["simulate", "m", "--losses", "x"], "write for example --losses 0.01/h"),
         (["bench", "http://x", "--burstiness", "nan"], "--burstiness 'nan' is not a number that can be"),
-        (["fault", "x", "slow", "inf"], "AMOUNT 'inf' is not a number that can be counted with; see"),
+        (["bench", "http://x", "--fail-below", "inf"], "--fail-below 'inf' is not a number that can be counted"),
         (["fault", "x", "no"], "KIND 'no' is not one of 'slow', 'hang', 'crash', 'kv-pressure', 'none'; see"),
         (
             ["up", "--max-model-len", "9"],
@@ -426,6 +432,40 @@ def test_a_full_disk_behind_stdout_is_told_in_one_line(tmp_path: Path, switch: l
     assert (done.returncode, done.stderr) == (
         1, "error: stdout cannot be written (No space left on device); write it elsewhere\n"
     )  # fmt: skip
+
+
+NAMING = [
+    ["profile"], ["usage"], ["top"], ["status"], ["autoscale"], ["explain", "x"], ["drain", "r"], ["scale", "2"],
+    ["down"], ["doctor"], ["fault", "r", "hang"], ["rotate-keys"], ["up", "m"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NAMING, ids=" ".join)
+def test_names_and_addresses_that_cannot_be_are_refused_at_once(kervan: Kervan, command: list[str]) -> None:
+    for name in ("A B", "UPPER", "", "x" * 47):
+        assert f"--name {name!r} is no fleet's name; use 1 to 40" in kervan.fails(*command, "--name", name)
+    for address in ("nowhere", "", "host:abc", ":6379", "h:99999", "h:0", "ray://h:10001"):
+        assert f"--address {address!r} is not HOST:PORT; give" in kervan.fails(*command, "--address", address)
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b"[" * 100_000])
+def test_explain_says_that_what_answers_is_no_gateway(kervan: Kervan, body: bytes) -> None:
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        told = f"error: what answers at {url} is no gateway; give the URL of one, like --url http://127.0.0.1:8000"
+        assert kervan.fails("explain", "x", "--url", url, status=1) == told
+        assert kervan.fails("explain", "x", "--url", url, "--json", status=1) == told
+        server.shutdown()
 
 
 # ---- pools
