@@ -1,5 +1,6 @@
 """What `kervan` says when something is wrong that needs no Ray to know."""
 
+import contextlib
 import http.server
 import json
 import signal
@@ -448,24 +449,47 @@ def test_names_and_addresses_that_cannot_be_are_refused_at_once(kervan: Kervan, 
         assert f"--address {address!r} is not HOST:PORT; give" in kervan.fails(*command, "--address", address)
 
 
-@pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b"[" * 100_000])
-def test_explain_says_that_what_answers_is_no_gateway(kervan: Kervan, body: bytes) -> None:
+@contextlib.contextmanager
+def answering(body: bytes) -> Iterator[str]:
+    """The URL of a server that answers everything with `body`."""
+
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
             self.wfile.write(body)
 
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
         def log_message(self, *_: object) -> None:
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+        serving = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01))
+        serving.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            serving.join()
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b"[" * 100_000], ids=["list", "object", "page", "deep"])
+def test_explain_says_that_what_answers_is_no_gateway(kervan: Kervan, body: bytes) -> None:
+    with answering(body) as url:
         told = f"error: what answers at {url} is no gateway; give the URL of one, like --url http://127.0.0.1:8000"
         assert kervan.fails("explain", "x", "--url", url, status=1) == told
         assert kervan.fails("explain", "x", "--url", url, "--json", status=1) == told
-        server.shutdown()
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b"[" * 100_000], ids=["list", "object", "deep"])
+def test_plot_says_that_what_answers_is_no_prometheus(kervan: Kervan, tmp_path: Path, body: bytes) -> None:
+    with answering(body) as url:
+        code, _, err = kervan.run("observe", "plot", "--prometheus", url, "--out", tmp_path / "x.svg")
+    assert (code, err.splitlines()[-1].startswith("error: ")) == (1, True)
+    assert f"what answers at {url} is no Prometheus" in err
 
 
 # ---- pools

@@ -85,6 +85,12 @@ class Prometheus:
             raise PrometheusError(
                 f"no Prometheus answers at {self.url} ({reason(error)}); start it, or give its address: --prometheus http://HOST:9090"
             ) from error
+        except RecursionError:
+            told = None
+        if not isinstance(told, dict) or "data" not in told:
+            raise PrometheusError(
+                f"what answers at {self.url} is no Prometheus; give its address: --prometheus http://HOST:9090"
+            )
         return told["data"]
 
 
