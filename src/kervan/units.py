@@ -56,6 +56,19 @@ def parse_rate_per_s(text: str, subject: str = "rate") -> float:
     return rate
 
 
+def parse_loss_rate_per_s(text: str, subject: str = "losses") -> float:
+    """Losses per second of `"0.01/h"`; a bare number is refused: nobody counts these per second.
+
+    Raises: ConfigError, which names `subject`.
+    """
+    rate = find_rate_per_s(text) if "/" in text else math.nan
+    if not 0 < rate < MAX_RATE:
+        raise ConfigError(
+            f"{subject} {text!r} is not a number above 0 and a unit of time; write for example {subject} 0.01/h"
+        )
+    return rate
+
+
 def parse_share(text: str, subject: str = "share") -> float:
     """A share from 0 to 1, of `"0.6"` or `"60%"`.
 

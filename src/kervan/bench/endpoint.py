@@ -22,6 +22,7 @@ from kervan.bench.served_by import ServedBy, from_headers, from_status
 from kervan.config.workload import parse_lengths
 from kervan.direct_http import NO_RESPONSE, open_direct, parse_url
 from kervan.errors import ConfigError, FleetError
+from kervan.facts.markup import json_value
 from kervan.vendor import vllm_names
 
 DEFAULT_VOCAB = 1000  # every language model has as many tokens
@@ -158,7 +159,7 @@ def first_look(endpoint: Endpoint) -> tuple[Endpoint, Probe]:
     except RequestError as error:
         return endpoint, Probe(complaint=str(error), unreached=error.unreached)
     try:
-        entries = json.loads(text)["data"]
+        entries = json_value(text)["data"]
         models = tuple(str(entry["id"]) for entry in entries)
         owner = str(entries[0].get("owned_by") or "") if entries else ""
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,6 @@
 """Prompts with exact token counts: the same ones for the same seed, built when they are needed."""
 
 import array
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from kervan.bench.load import Endpoint, Load
 from kervan.bench.prefix_reuse import Pieces, pieces_of_prefix, pieces_of_trace
 from kervan.config.workload import BLOCK_TOKENS, TraceRow, parse_lengths
 from kervan.errors import ConfigError
+from kervan.facts.markup import json_value
 
 encode = msgspec.json.encode
 
@@ -167,7 +167,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json_value(line)
             if not isinstance(row, dict) or not {"prompt", "messages", "prompt_token_ids"} & set(row):
                 raise ValueError("no prompt, messages or prompt_token_ids")
             int(row.get("max_tokens", row.get("output_tokens")) or 1)

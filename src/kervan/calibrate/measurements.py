@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from kervan.config.workload import ClosedLoop
 from kervan.errors import ConfigError
+from kervan.facts.markup import json_value
 
 FORMAT = 1
 
@@ -184,7 +185,7 @@ def read(path: Path) -> Measurements:
     Raises: ConfigError.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json_value(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); give a file of kervan calibrate") from error
     return from_dict(content, str(path))

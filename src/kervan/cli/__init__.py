@@ -1,5 +1,7 @@
 """The command line. Commands import what they need when they run, so that `kervan --help` stays light."""
 
+import contextlib
+import errno
 import os
 import sys
 from typing import NoReturn
@@ -79,6 +81,52 @@ def cli(debug: bool, log_format: str | None) -> None:
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 failed, 2 what was asked for is wrong, 130 Ctrl-C."""
     debug = "--debug" in sys.argv[1:]
+    end: SystemExit | OSError | None = None
+    try:
+        _run(debug)
+    except SystemExit as raised:
+        end = raised
+    except OSError as raised:
+        if debug:
+            raise
+        end = raised
+    problem = _stdout_problem(is_doubtful=isinstance(end, OSError))
+    if problem is None:
+        if end is not None:
+            raise end
+        return
+    _silence_stdout()
+    if isinstance(end, SystemExit) and end.code:
+        raise end  # an error is told already
+    print(f"error: stdout cannot be written ({problem.strerror or problem}); write it elsewhere", file=sys.stderr)
+    sys.exit(1)
+
+
+def _stdout_problem(*, is_doubtful: bool) -> OSError | None:
+    """Why what was printed does not reach stdout; None if it does, or if who reads it has gone and wants no more.
+
+    `is_doubtful`: something could not be written, maybe to stdout.
+    """
+    if sys.stdout is None or sys.stdout.closed:
+        return None
+    try:
+        sys.stdout.flush()  # what could not be written is kept, and fails again
+        if is_doubtful and getattr(sys.stdout, "write_through", False):  # nothing is kept
+            sys.stdout.write("\n")
+    except OSError as error:
+        return None if error.errno == errno.EPIPE else error
+    return None
+
+
+def _silence_stdout() -> None:
+    """Let what stdout keeps go nowhere, where Python would try once more at its end, and show a traceback."""
+    with contextlib.suppress(OSError):  # one that is no file of the system
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
+
+
+def _run(debug: bool) -> None:
+    """The command of the command line. Raises: SystemExit at all ends but that of one that is done; OSError."""
     secret_words.hide()
     try:
         cli.main(prog_name="kervan", standalone_mode=False)
@@ -127,7 +175,8 @@ def _exit(status: int) -> NoReturn:
     """End this process, also when something in it waits for a part of Ray that does not answer."""
     ray_errors = sys.modules.get("kervan.serve.ray_errors")
     if ray_errors is not None and ray_errors.is_any_abandoned():
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

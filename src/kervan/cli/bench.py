@@ -62,7 +62,10 @@ def _apply_preset(ctx: click.Context, param: click.Parameter, name: str | None) 
     "--arrivals", type=click.Choice(get_args(Process)), default=Load.process, show_default=True, help="Of an open loop."
 )
 @click.option(
-    "--burstiness", type=float, default=Load.burstiness, help="Shape of gamma arrivals: 1 is Poisson, less is burstier."
+    "--burstiness",
+    type=option_types.NUMBER,
+    default=Load.burstiness,
+    help="Shape of gamma arrivals: 1 is Poisson, less is burstier.",
 )
 @click.option("--burst", type=int, help="So many requests at once.")
 @click.option("--stages", help="2@30s,2..10@1min,burst:100: rates, ramps and bursts one after the other.")
@@ -136,7 +139,11 @@ def _apply_preset(ctx: click.Context, param: click.Parameter, name: str | None) 
 )
 @click.option("--against", metavar="URL", help="A second server: pairs of runs, in the order A B B A, and their ratio.")
 @click.option("--pairs", type=click.IntRange(1, 1000), default=4, show_default=True, help="With --against.")
-@click.option("--fail-below", type=float, help="With --against: exit 1 if the ratio of tokens/s is surely below this.")
+@click.option(
+    "--fail-below",
+    type=option_types.NUMBER,
+    help="With --against: exit 1 if the ratio of tokens/s is surely below this.",
+)
 @click.option("--at", "actions", multiple=True, metavar="'10s COMMAND'", help="Run a shell command then; repeatable.")
 @click.option("--strict", is_flag=True, help="Exit 1 if the run is not valid or the server's metrics disagree.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

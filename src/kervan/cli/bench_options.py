@@ -1,6 +1,5 @@
 """What was given to `kervan bench`, and the load, server and client that it means."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from kervan.bench.saturation import RateSearchOptions
 from kervan.cli.options import client_key
 from kervan.config.workload import Lengths, Slo
 from kervan.errors import ConfigError
+from kervan.facts.markup import json_value
 from kervan.units import parse_duration_s
 
 DURATION_S = 30.0  # of a load without an end of its own
@@ -202,6 +202,6 @@ def _parse_sampling(text: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ConfigError(f"--set {text!r}: write --set temperature=0")
     try:
-        return key, json.loads(value)
+        return key, json_value(value)
     except ValueError:
         return key, value

@@ -143,7 +143,9 @@ class ChaosOptions:
     help="Fixes the prompts and the order of victims.",
 )
 @click.option("--api-key", help="Sent as a bearer token; or KERVAN_API_KEY.")
-@click.option("--name", help="The fleet's name; without it, that of the gateway that answers.")
+@click.option(
+    "--name", type=option_types.FLEET_NAME, help="The fleet's name; without it, that of the gateway that answers."
+)
 @options.address
 @click.option("--replay", metavar="FILE", help="Node trace to replay, on a separate Ray cluster of twins.")
 @click.option("--trace", type=option_types.FILE, metavar="FILE", help="Request trace: Azure CSV or Mooncake JSONL.")

@@ -251,7 +251,9 @@ def _print_rendered(out: Path, rendered: "Rendered") -> None:
     "--start-time", type=option_types.DURATION, default=DEFAULT_START, show_default=True,
     help="From a node to a ready replica.",
 )  # fmt: skip
-@click.option("--days", type=click.FloatRange(0.1, 365), default=DEFAULT_DAYS, show_default=True, help="Of the market.")
+@click.option(
+    "--days", type=option_types.NumberRange(0.1, 365), default=DEFAULT_DAYS, show_default=True, help="Of the market."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result.")
 @click.option(
     "--seeds", "num_seeds", type=click.IntRange(1, 1000), default=DEFAULT_SEEDS, show_default=True,

@@ -6,7 +6,6 @@ from dataclasses import asdict
 import click
 
 from kervan.cli import options
-from kervan.config.fleet import NAME_PATTERN
 from kervan.errors import ConfigError
 
 MAX_PORT = 65535
@@ -25,10 +24,6 @@ def doctor(name: str, address: str | None, port: int | None, as_json: bool) -> N
     """
     if port is not None and not 1 <= port <= MAX_PORT:
         raise ConfigError(f"--port {port} is outside 1..{MAX_PORT}; write for example --port 8000")
-    if not NAME_PATTERN.fullmatch(name):
-        raise ConfigError(
-            f"--name {name!r} is no fleet's name: 1 to 40 lower-case letters, digits and hyphens, such as chat"
-        )
     from kervan.cli import check_view, render
     from kervan.comm import settings_checks
     from kervan.doctor import checks, gather

@@ -1,5 +1,6 @@
 """`kervan keys`: the file of a fleet's API keys."""
 
+import contextlib
 import datetime
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import click
 
 from kervan.cli import options
 from kervan.config.api_keys import KeyEntry, check_entry, check_keys, check_name, digest, new_key
-from kervan.errors import ConfigError
+from kervan.errors import ConfigError, FleetError
 from kervan.units import parse_duration_s
 
 DAY_S = 86_400
@@ -26,6 +27,9 @@ class Expiry(click.ParamType):  # type: ignore[type-arg]
         text = str(value).strip()
         if text == "never":
             return 0
+        with contextlib.suppress(ValueError):
+            float(text)
+            self.fail(f"{text!r} has no unit; write for example {text}d for days, 12h or never", param, ctx)
         number, days = text.removesuffix("d"), text.endswith("d")
         try:
             seconds = float(number) * DAY_S if days else parse_duration_s(text)
@@ -125,13 +129,25 @@ def add(name: str, path: Path | None, as_json: bool, **limits: Any) -> None:
         if any(other.digest == entry.digest for other in entries):
             raise ConfigError(f"{path} has the key of {KEY_INPUT} already, under another name; give another key")
         entries.append(entry)
-    if as_json:
-        from kervan.cli import render
+    try:
+        if as_json:
+            from kervan.cli import render
 
-        render.print_json({"name": name, "key": None if given else key, "file": str(path)})
+            render.print_json({"name": name, "key": None if given else key, "file": str(path)})
+        elif given is None:
+            print(key)
+        print(end="", flush=True)
+    except OSError as error:
+        if given is None:
+            with key_file.changing(path) as entries:
+                entries[:] = [other for other in entries if other.digest != entry.digest]
+            raise FleetError(
+                f"stdout cannot be written ({error.strerror or error}), and nobody has seen the new key; {path} has "
+                f"no key {name}; write it elsewhere"
+            ) from error
+        raise
+    if as_json:
         return
-    if given is None:
-        print(key)
     click.echo(f"key {name} is in {path}" + ("" if given else "; it is not shown again"), err=True)
 
 

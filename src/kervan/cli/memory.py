@@ -253,7 +253,7 @@ def snapshot(file: Path, most: int, as_json: bool) -> None:
 @click.option("--batch", type=click.IntRange(1, MAX_BATCH), default=8, show_default=True,
               help="Sequences of a step, shared by all ranks.")  # fmt: skip
 @click.option("--seq", type=click.IntRange(1, MAX_SEQ), default=256, show_default=True, help="Bytes of a sequence.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--lr", type=option_types.NumberRange(min=0, min_open=True), default=1e-3, show_default=True)
 @click.option("--text", "files", multiple=True, type=option_types.FILE,
               help="File to train on; repeatable. [default: Python's language reference]")  # fmt: skip
 @click.option("--checkpoint", type=option_types.FILE,

@@ -25,7 +25,8 @@ def _what(error: click.UsageError, path: str, commands: Iterable[str]) -> str:
     if isinstance(error, click.MissingParameter):  # click lists choices on lines of their own
         kind = error.param.type if error.param is not None else None
         choices = f": one of {', '.join(map(str, kind.choices))}" if isinstance(kind, click.Choice) else ""
-        return f"{error.param_type or 'argument'} {_name(error)} is missing{choices}"
+        what = "option" if isinstance(error.param, click.Option) else error.param_type or "argument"
+        return f"{what} {_name(error)} is missing{choices}"
     message = " ".join(error.message.split()).removesuffix(".")
     if isinstance(error, click.BadParameter):
         return f"{_name(error)} {_in_words(message, error)}"

@@ -4,6 +4,7 @@ A value that is none is a ConfigError, with the option's name and what to write 
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 
+from kervan.config.fleet import NAME_PATTERN
 from kervan.config.workload import parse_lengths, parse_slo
 from kervan.errors import ConfigError
 from kervan.facts.layout import parse_layout
@@ -19,6 +21,7 @@ from kervan.units import (
     parse_count,
     parse_duration_s,
     parse_factor,
+    parse_loss_rate_per_s,
     parse_rate_per_s,
     parse_share,
     shortened,
@@ -42,6 +45,23 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]
         if not isinstance(value, str):
             return value  # a default that is no text
         return self.parse(value, self.name if param is None else param.opts[0])
+
+
+class _Number(click.types.FloatParamType):
+    """A number, and neither nan nor inf, which all comparisons of a range let pass, or those of an open one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; click ends the command for what is none."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number that can be counted with", param, ctx)
+        return number
+
+
+class NumberRange(_Number, click.FloatRange):
+    """A number in a range."""
+
+    name = "float range"
 
 
 class Sweep(Parsed):
@@ -119,6 +139,25 @@ def _is_host_and_port(text: str) -> bool:
     return is_port and HOST.fullmatch(host) is not None
 
 
+def _address(text: str, option: str) -> str:
+    """HOST:PORT of a Ray cluster, or auto."""
+    host, colon, port = text.strip().rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536
+    if text.strip() != "auto" and not (colon and host and is_port and not set(host) & set("/ \t\n")):
+        raise ConfigError(
+            f"{option} {text!r} is not HOST:PORT; give that of the cluster's head, like {option} 10.0.0.1:6379"
+        )
+    return text.strip()
+
+
+def _fleet_name(text: str, option: str) -> str:
+    if not NAME_PATTERN.fullmatch(text):
+        raise ConfigError(
+            f"{option} {text!r} is no fleet's name; use 1 to 40 lower-case letters, digits and hyphens, such as chat"
+        )
+    return text
+
+
 def choices(of: Sequence[str]) -> "Parsed":
     """One or several of these words, joined by commas."""
 
@@ -137,6 +176,8 @@ DURATIONS = Parsed("durations", _durations)
 """A `DurationDistribution`."""
 RATE = Parsed("rate", parse_rate_per_s)
 """Requests per second of 5/s, 300/min or, per second, 5."""
+LOSS_RATE = Parsed("rate", parse_loss_rate_per_s)
+"""Losses per second of 0.01/h."""
 LENGTHS = Parsed("tokens", parse_lengths)
 """A `Lengths`."""
 SLO = Parsed("slo", parse_slo)
@@ -149,7 +190,11 @@ SHARE = Parsed("share", parse_share)
 FACTOR = Parsed("factor", parse_factor)
 """Of 2 or 2x."""
 STREAMS = Parsed("streams", functools.partial(parse_count, most=MAX_STREAMS))
+ADDRESS = Parsed("text", _address)
+"""Of a Ray cluster: HOST:PORT, or auto."""
+FLEET_NAME = Parsed("text", _fleet_name)
 GPUS = click.IntRange(1, MAX_GPUS)
+NUMBER = _Number()
 SIZES = Parsed("sizes", _sizes)
 """Bytes of 8..1GiB (doubled from one to the next), or of 8,1MiB."""
 RENDEZVOUS = Parsed("host:port", _rendezvous)

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
+from kervan.cli import option_types
 from kervan.config import api_keys as keys
 from kervan.config.engine_arguments import parse_value
 from kervan.config.fleet import SETTINGS
@@ -34,8 +35,12 @@ def setting(*declarations: str, **attributes: Any) -> Callable[[FunctionT], Func
 
 
 DEFAULT_NAME = SETTINGS["name"].default
-name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="The fleet's name.")
-address = click.option("--address", help="Ray cluster to join (HOST:PORT); without it, Ray on this machine.")
+name = click.option(
+    "--name", type=option_types.FLEET_NAME, default=DEFAULT_NAME, show_default=True, help="The fleet's name."
+)
+address = click.option(
+    "--address", type=option_types.ADDRESS, help="Ray cluster to join (HOST:PORT); without it, Ray on this machine."
+)
 pools = click.option(
     "--pool",
     "pools",

@@ -94,7 +94,12 @@ class PolicyNames(click.ParamType):  # type: ignore[type-arg]
     "--arrivals", type=click.Choice(get_args(Process)), default="poisson", show_default=True,
     help="Of a ramp or a rate.",
 )  # fmt: skip
-@option("--burstiness", type=float, default=1.0, help="Shape of gamma arrivals: 1 is Poisson, less is burstier.")
+@option(
+    "--burstiness",
+    type=option_types.NUMBER,
+    default=1.0,
+    help="Shape of gamma arrivals: 1 is Poisson, less is burstier.",
+)
 @option("--isl", type=option_types.LENGTHS, help=f"Prompt tokens: a number or a distribution. [default: {DEFAULT_ISL}]")
 @option("--osl", type=option_types.LENGTHS, help=f"Output tokens, likewise. [default: {DEFAULT_OSL}]")
 @option(
@@ -120,7 +125,9 @@ class PolicyNames(click.ParamType):  # type: ignore[type-arg]
     "--notice", type=option_types.DURATION, default="120s", show_default=True,
     help="From a cloud's notice until its spot node goes; 0: none.",
 )  # fmt: skip
-@option("--losses", type=option_types.RATE, help="Of one on-demand replica, without notice: 0.01/h. [default: none]")
+@option(
+    "--losses", type=option_types.LOSS_RATE, help="Of one on-demand replica, without notice: 0.01/h. [default: none]"
+)
 @option("--price", help="US dollars per GPU and hour, like 3.40/h. [default: kervan's price file]")
 @option("--prices", type=option_types.FILE, help="Your own price file (docs/hardware.md).")
 @option(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kervan.errors import ConfigError
+from kervan.facts.markup import json_value
 
 Word = Literal["add", "remove"]
 END = "DONE"
@@ -87,9 +88,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _parsed(line: str) -> tuple[float, str, tuple[str, ...]]:
     """Raises: ValueError."""
     try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{line[:40]!r} is not valid JSON ({error.msg}); write {FORM}") from error
+        row: Any = json_value(line)
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{line[:40]!r} is not valid JSON ({reason}); write {FORM}") from error
     if not isinstance(row, list) or len(row) != 3 or not isinstance(row[2], dict):
         raise ValueError(f"{line[:40]!r} is not of time, word and nodes; write {FORM}")
     at_ms, word, nodes = row[0], row[1], row[2].get("nodes")

@@ -1,8 +1,18 @@
-"""Which line of a YAML or TOML file is broken, without the parser's own words for it."""
+"""Which line of a YAML or TOML file is broken, without the parser's own words for it; JSON, read as safely."""
 
+import json
 import re
+from typing import Any
 
-import yaml
+TOO_DEEP = "it is nested too deeply"
+
+
+def json_value(content: str | bytes) -> Any:
+    """What JSON of a user says. Raises: ValueError for what is none, and for what is nested too deeply to read."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
 
 
 def broken(error: Exception, text: str, is_secret: bool = False) -> str:
@@ -11,7 +21,9 @@ def broken(error: Exception, text: str, is_secret: bool = False) -> str:
     `is_secret`: the line's number is told, and not what is on it.
     """
     if isinstance(error, RecursionError):
-        return "cannot be read: it is nested too deeply"
+        return f"cannot be read: {TOO_DEEP}"
+    import yaml
+
     mark = getattr(error, "problem_mark", None)
     place = re.search(r"\(at line (\d+), column \d+\)", str(error))  # tomllib's
     if mark is None and place is None:

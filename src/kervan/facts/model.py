@@ -141,5 +141,5 @@ def special_tokens(model: str) -> frozenset[int]:
     try:
         added = json.loads((Path(model) / "tokenizer.json").read_text()).get("added_tokens", [])
         return frozenset(int(token["id"]) for token in added)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return frozenset()

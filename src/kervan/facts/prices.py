@@ -22,7 +22,8 @@ Market = Literal["on-demand", "spot"]
 LARGE_PROVIDERS = ("AWS", "Azure", "Google Cloud")
 STALE_AFTER_DAYS = 180
 MAX_USD_PER_H = 10_000
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in Python it takes a plan's tenth of a second
+# In Python it takes a plan's tenth of a second. For kervan's own file alone: in C, one nested too deeply is a crash.
+_ShippedLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 OPTIONAL = ("provider", "instance", "source", "note")
 USD_PER_H = re.compile(r"\$?\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(?:/\s*(?:gpu\s*[-/]?\s*)?h(?:our)?)?", re.I)
 
@@ -78,14 +79,15 @@ def load(path: Path | None = None) -> tuple[Price, ...]:
         raise ConfigError(f"{subject} does not exist; check the path given to --prices") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{subject} cannot be read: {' '.join(str(error).split())}") from error
-    own = _read(text, subject)
+    own = _read(text, subject, yaml.SafeLoader)
     replaced = {(price.gpu, price.market) for price in own}
     return own + tuple(price for price in shipped if (price.gpu, price.market) not in replaced)
 
 
 @functools.cache
 def _shipped() -> tuple[Price, ...]:
-    return _read(resources.files("kervan.facts").joinpath("prices.yaml").read_text(), "kervan's price file")
+    text = resources.files("kervan.facts").joinpath("prices.yaml").read_text()
+    return _read(text, "kervan's price file", _ShippedLoader)
 
 
 def lookup(gpu: str, market: Market = "on-demand", prices: Sequence[Price] | None = None) -> Price | None:
@@ -120,9 +122,9 @@ def parse_price_usd_per_h(text: str) -> float:
     return usd
 
 
-def _read(text: str, subject: str) -> tuple[Price, ...]:
+def _read(text: str, subject: str, loader: Any) -> tuple[Price, ...]:
     try:
-        data = yaml.load(text, _Loader)
+        data = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a day that does not exist
         raise ConfigError(f"{subject} {broken(error, text)}; {EXAMPLE}") from error
     rows = data.get("prices") if isinstance(data, dict) else None

@@ -1,6 +1,5 @@
 """The sizes of a dense decoder, as the estimate counts it and `decoder.py` builds it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from kervan.errors import ConfigError
 from kervan.facts.architecture import parse
 from kervan.facts.architecture.spec import Attention, Mlp, ModelSpec
+from kervan.facts.markup import json_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def read(model: str) -> DecoderShape:
         return NAMED[model]
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text())
+        config = json_value(file.read_text())
     except OSError:
         raise ConfigError(
             f"{model!r} is no directory with a config.json, and no named shape; give a model's directory, or one of "

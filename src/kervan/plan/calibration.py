@@ -243,7 +243,7 @@ def load(path: Path) -> Calibration:
         calibration = msgspec.json.decode(path.read_bytes(), type=Calibration)
     except OSError as error:
         raise ConfigError(f"calibration {path} cannot be read: {error}") from error
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise ConfigError(f"calibration {path} is none ({error}); make one with kervan calibrate") from error
     if calibration.format != FORMAT:
         raise ConfigError(

@@ -12,6 +12,7 @@ from kervan.plan.request import PlanRequest
 from kervan.plan.screen import step_time
 from kervan.plan.strategies import NOT_STARTED, Strategy, strategies
 from kervan.sim.memory import GIB
+from kervan.units import plural
 from kervan.vendor.vllm_names import COUNTED_ARGUMENTS, RUNNER_V2_ARCHITECTURES, UNSERVED_CAPABILITIES
 
 ADVISED_GPUS = (2, 4, 8, 16, 32, 64, 128)
@@ -142,7 +143,7 @@ def _verdict(request: PlanRequest, ranked: Sequence[PlannedLayout]) -> str:
         kept = f"; the SLO ({request.slo}) is kept with a probability of {best.meets_slo:.0%}"
         if not request.has_load:
             kept = f"; keeps the SLO ({request.slo}) up to {per_s(best.requests_s)} requests/s"
-    counted = f"{layout.gpus} GPUs: " if request.counts_gpus else ""
+    counted = f"{plural(layout.gpus, 'GPU')}: " if request.counts_gpus else ""
     return f"{counted}{layout}: {strategy}{kept}"
 
 

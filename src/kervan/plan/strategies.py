@@ -9,6 +9,7 @@ from typing import Literal
 from kervan.plan.load import PlanLoad
 from kervan.plan.rank import LIKELY, PlannedLayout, better_elsewhere, excesses, is_close
 from kervan.plan.screen import step_time
+from kervan.units import plural
 
 Name = Literal["data parallelism", "tensor parallelism", "pipeline parallelism", "expert parallelism"]
 SAME_SHARE = 0.03  # two figures that differ by less are called the same
@@ -154,7 +155,8 @@ def _compared(load: PlanLoad, best: PlannedLayout, other: PlannedLayout) -> str:
         name, excess = max(excesses(request, other).items(), key=lambda item: item[1])
         return f"{other.layout} misses the SLO: {name.upper()} p99 is {excess:.2f} times its bound"
     if request.is_open and other.layout.gpus != best.layout.gpus:
-        return f"{other.layout} takes {other.layout.gpus} GPUs for the load, and {best.layout} takes {best.layout.gpus}"
+        taken = plural(other.layout.gpus, "GPU")
+        return f"{other.layout} takes {taken} for the load, and {best.layout} takes {best.layout.gpus}"
     if request.is_open or request.goal == "latency":
         ratio = other.tpot_p50_ms / max(1e-9, best.tpot_p50_ms)
         return f"{other.layout} takes {_more_or_less(ratio, 'less')} time per token"

@@ -270,14 +270,16 @@ def end_processes(pids: Sequence[int]) -> None:
     psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
 
 
-def connect(address: str) -> None:
+def connect(address: str, *, or_start: bool = False) -> None:
     """Join a running Ray cluster as a driver. A process joins one; further calls change nothing.
+
+    `or_start`: without an address, the caller would start Ray on this machine; errors advise it.
 
     Raises: NoClusterError when there is none at `address`; FleetError when it does not answer, or refuses the token.
     """
     if address == "auto":
-        address = _found_address()
-    check_address(address)
+        address = _found_address(or_start=or_start)
+    check_address(address, or_start=or_start)
     local = find_local_ray()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if local is not None and local.address == address:  # another cluster keeps the user's own settings
@@ -311,8 +313,7 @@ def connect(address: str) -> None:
         raise FleetError(ray_auth.refusal(the_cluster)) from error
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise FleetError(
-            f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, or leave it out to start "
-            "Ray on this machine"
+            f"no Ray cluster answers at {address} ({_first_line(error)}); check --address, or {_without(or_start)}"
         ) from error
 
 
@@ -327,7 +328,12 @@ def sigterm_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _found_address() -> str:
+def _without(or_start: bool) -> str:
+    """What a command does without --address, as advice."""
+    return f"leave it out {'to start Ray on this machine' if or_start else 'for a fleet started from this machine'}"
+
+
+def _found_address(*, or_start: bool) -> str:
     """The address that "auto" stands for. As Ray does, let the token be sent to a cluster found on this machine.
 
     Raises: NoClusterError when there is none; FleetError.
@@ -345,12 +351,12 @@ def _found_address() -> str:
     if found is None:
         raise NoClusterError(
             "no Ray cluster runs on this machine, and RAY_ADDRESS is not set; give --address HOST:PORT of its "
-            "head, or leave it out to start Ray on this machine"
+            f"head, or {_without(or_start)}"
         )
     return found
 
 
-def check_address(address: str) -> None:
+def check_address(address: str, *, or_start: bool = False) -> None:
     """Find out in seconds that nothing answers at `address`, or no Ray; Ray itself takes minutes.
 
     Raises: NoClusterError for what no cluster can be behind; FleetError.
@@ -370,13 +376,12 @@ def check_address(address: str) -> None:
     except (OSError, OverflowError) as error:
         failure = NoClusterError if isinstance(error, ConnectionRefusedError) else FleetError
         raise failure(
-            f"no Ray cluster answers at {address} ({error}); "
-            "check --address, or leave it out to start Ray on this machine"
+            f"no Ray cluster answers at {address} ({error}); check --address, or {_without(or_start)}"
         ) from error
     if not is_grpc:
         raise NoClusterError(
-            f"what answers at {address} is not the head of a Ray cluster; give its GCS address, like 10.0.0.1:6379, or "
-            "leave --address out to start Ray on this machine"
+            f"what answers at {address} is not the head of a Ray cluster; give its GCS address to --address, like "
+            f"10.0.0.1:6379, or {_without(or_start)}"
         )
 
 

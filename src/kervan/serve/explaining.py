@@ -6,6 +6,8 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 
+import msgspec
+
 from kervan.direct_http import NO_RESPONSE, open_direct, reason
 from kervan.errors import FleetError
 from kervan.serve import cluster
@@ -37,18 +39,27 @@ def ask(url: str, name: str, request_id: str, api_key: str | None) -> dict[str, 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with open_direct(urllib.request.Request(where, headers=headers), timeout_s=TIMEOUT_S) as response:
-            told: dict[str, Any] = json.loads(response.read())
-            return told
+            body = response.read()
     except HTTPError as error:
         with error:
             said = _message(error.read())
         raise FleetError(said or f"the gateway at {url} answers {error.code}") from error
     except NO_RESPONSE as error:
         raise FleetError(f"no gateway answers at {url} ({reason(error)}); see kervan status --name {name}") from error
+    from kervan.gateway.explain import RequestExplained
+
+    try:
+        msgspec.json.decode(body, type=RequestExplained)
+        told: dict[str, Any] = json.loads(body)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise FleetError(
+            f"what answers at {url} is no gateway; give the URL of one, like --url http://127.0.0.1:8000"
+        ) from error
+    return told
 
 
 def _message(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""

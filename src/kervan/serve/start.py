@@ -194,7 +194,7 @@ class Startup:
                     f"--ingress serve needs HAProxy on the cluster: {HAPROXY_VARIABLE}=1 in the environment of "
                     "Ray on all nodes and of kervan up; or use --ingress direct"
                 )
-            cluster.connect(self._address)
+            cluster.connect(self._address, or_start=True)
             return self._address
         local = cluster.find_local_ray()
         if local is None:

@@ -92,7 +92,13 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "no rows"), ("{}\n", "line 1"), ("[1]\n", "line 1"), ('{"prompt": "a", "max_tokens": "x"}\n', "line 1")],
+    [
+        ("", "no rows"),
+        ("{}\n", "line 1"),
+        ("[1]\n", "line 1"),
+        ("[" * 100_000, "line 1: it is nested too deeply"),
+        ('{"prompt": "a", "max_tokens": "x"}\n', "line 1"),
+    ],
 )
 def test_bad_files_of_prompts(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "p.jsonl"

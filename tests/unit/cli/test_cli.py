@@ -1,10 +1,13 @@
 """What `kervan` says when something is wrong that needs no Ray to know."""
 
+import contextlib
+import http.server
 import json
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from harness.command_line import Kervan
 
 from kervan import __version__, cli
 from kervan.cli import bench
+from kervan.config import key_file
 from kervan.serve import cluster
 
 LLAMA = {
@@ -347,6 +351,15 @@ def test_every_command_tells_wrong_usage_in_one_line(kervan: Kervan, name: str) 
         (["keys", "list", "--file", "/"], "--file '/' is a directory; see kervan keys list --help"),
         (["plan", "a", "b"], "got unexpected extra argument (b); see kervan plan --help"),
         (["fault", "x"], "argument KIND is missing: one of slow, hang, crash, kv-pressure, none; see"),
+        (["cluster", "render", "--target", "slurm"], "option --out is missing; see kervan cluster render --help"),
+        (["cluster", "cost", "--gpu", "H200", "--days", "nan"], "--days 'nan' is not a number from 0.1 to 365; see"),
+        (
+            ["simulate", "m", "--losses", "5"],
+            "--losses '5' is not a number above 0 and a unit of time; write for example --losses 0.01/h",
+        ),
+        (["simulate", "m", "--losses", "x"], "write for example --losses 0.01/h"),
+        (["bench", "http://x", "--burstiness", "nan"], "--burstiness 'nan' is not a number that can be"),
+        (["bench", "http://x", "--fail-below", "inf"], "--fail-below 'inf' is not a number that can be counted"),
         (["fault", "x", "no"], "KIND 'no' is not one of 'slow', 'hang', 'crash', 'kv-pressure', 'none'; see"),
         (
             ["up", "--max-model-len", "9"],
@@ -401,6 +414,82 @@ def test_a_real_process_says_it_in_one_line(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: model ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("switch", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_full_disk_behind_stdout_is_told_in_one_line(tmp_path: Path, switch: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, *switch, "-m", "kervan", "keys", "add", "web", "--file", str(tmp_path / "keys.yaml")],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "stdout cannot be written (No space left on device), and nobody has seen the new key" in done.stderr
+        assert key_file.read(tmp_path / "keys.yaml") == []
+        done = subprocess.run(
+            [sys.executable, *switch, "-m", "kervan", "keys", "list", "--file", str(tmp_path / "keys.yaml"), "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        1, "error: stdout cannot be written (No space left on device); write it elsewhere\n"
+    )  # fmt: skip
+
+
+NAMING = [
+    ["profile"], ["usage"], ["top"], ["status"], ["autoscale"], ["explain", "x"], ["drain", "r"], ["scale", "2"],
+    ["down"], ["doctor"], ["fault", "r", "hang"], ["rotate-keys"], ["up", "m"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NAMING, ids=" ".join)
+def test_names_and_addresses_that_cannot_be_are_refused_at_once(kervan: Kervan, command: list[str]) -> None:
+    for name in ("A B", "UPPER", "", "x" * 47):
+        assert f"--name {name!r} is no fleet's name; use 1 to 40" in kervan.fails(*command, "--name", name)
+    for address in ("nowhere", "", "host:abc", ":6379", "h:99999", "h:0", "ray://h:10001"):
+        assert f"--address {address!r} is not HOST:PORT; give" in kervan.fails(*command, "--address", address)
+
+
+@contextlib.contextmanager
+def answering(body: bytes) -> Iterator[str]:
+    """The URL of a server that answers everything with `body`."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        serving = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01))
+        serving.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            serving.join()
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b"[" * 100_000], ids=["list", "object", "page", "deep"])
+def test_explain_says_that_what_answers_is_no_gateway(kervan: Kervan, body: bytes) -> None:
+    with answering(body) as url:
+        told = f"error: what answers at {url} is no gateway; give the URL of one, like --url http://127.0.0.1:8000"
+        assert kervan.fails("explain", "x", "--url", url, status=1) == told
+        assert kervan.fails("explain", "x", "--url", url, "--json", status=1) == told
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b"[" * 100_000], ids=["list", "object", "deep"])
+def test_plot_says_that_what_answers_is_no_prometheus(kervan: Kervan, tmp_path: Path, body: bytes) -> None:
+    with answering(body) as url:
+        code, _, err = kervan.run("observe", "plot", "--prometheus", url, "--out", tmp_path / "x.svg")
+    assert (code, err.splitlines()[-1].startswith("error: ")) == (1, True)
+    assert f"what answers at {url} is no Prometheus" in err
 
 
 # ---- pools

@@ -252,6 +252,13 @@ def test_what_answers_at_an_address_is_looked_at_before_ray_is_asked(
         greeting_thread.join()
 
 
+def test_only_who_would_start_ray_is_told_to_leave_the_address_out_for_it() -> None:
+    with pytest.raises(FleetError, match="leave it out for a fleet started from this machine"):
+        cluster.check_address("127.0.0.1:1")
+    with pytest.raises(FleetError, match="leave it out to start Ray on this machine"):
+        cluster.check_address("127.0.0.1:1", or_start=True)
+
+
 @pytest.mark.parametrize("command", ["status --why", "drain 10.0.0.1"])
 def test_one_line_says_that_ray_is_away(
     answers: dict[str, Answer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str

@@ -73,6 +73,7 @@ def test_a_key_that_was_made_elsewhere_comes_from_the_environment(
     [
         (("add", "a b"), "'a b' is no name of a key"),
         (("add", "web"), "has a key web already; kervan keys limit web changes its limits"),
+        (("add", "x", "--expires", "30"), "'30' has no unit; write for example 30d for days, 12h or never"),
         (("add", "x", "--expires", "soon"), "'soon' is no time from 1 s to 100 years; write for example 30d"),
         (("add", "x", "--models", "a,,b"), "has an empty name; write for example a,b, or all"),
         (("add", "x", "--streams", "-1"), "-1 is not a whole number"),

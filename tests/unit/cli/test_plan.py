@@ -106,6 +106,7 @@ def test_how_many_gpus_for_a_rate(kervan: Kervan) -> None:
     code, out, _ = kervan.run(*words)
     assert code == 0
     assert out.startswith("4 GPUs: 4 x TP1")
+    assert kervan.run(SMALL, "--gpu", "H200", "--rate", "1/s", "--layout", "tp=1")[1].startswith("1 GPU: TP1")
 
 
 def test_the_first_thing_that_anybody_types(kervan: Kervan) -> None:

@@ -40,6 +40,7 @@ FIRST = '[1000, "add", {"nodes": ["a"]}]'
     ("line", "why"),
     [
         ("add a", r"line 2: 'add a' is not valid JSON \(Expecting value\); write \[240000"),
+        ("[" * 100_000, r"line 2: '\[.*' is not valid JSON \(it is nested too deeply\)"),
         ('{"t": 1}', "line 2: .* is not of time, word and nodes"),
         ('[2000, "add"]', "line 2: .* is not of time, word and nodes"),
         ('[2000, "add", ["b"]]', "line 2: .* is not of time, word and nodes"),

@@ -139,6 +139,7 @@ def one_row(**changes: str | None) -> str:
         pytest.param(one_row(usd_per_gpu_h="0"), r"usd_per_gpu_h=0 is outside 0\.\.10000", id="zero"),
         pytest.param(one_row(usd_per_gpu_h="-1"), r"usd_per_gpu_h=-1 is outside 0\.\.10000", id="negative"),
         pytest.param(one_row(date="'today'"), "date 'today' is not a date; write", id="date"),
+        pytest.param("[" * 100_000, "cannot be read: it is nested too deeply", id="too deep"),
         pytest.param(one_row(date="2026-11-31"), "cannot be read: day is out of range", id="no such day"),
         pytest.param(one_row(usd_per_gpu_h="9" * 400), r"is outside 0\.\.10000", id="huge"),
         pytest.param(one_row(date="2026-11-20T10:00:00"), r"date datetime\.datetime\(.*\) is not a date", id="a time"),

@@ -266,7 +266,7 @@ def _problem_of_adapter(argument: Argument, text: str) -> str | None:
         return None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "is neither NAME=PATH nor a mapping of name and path; write for example sql=/adapters/sql"
     return _problem_of_mapping(argument, value) if isinstance(value, Mapping) else "is no mapping of name and path"
 
