@@ -135,15 +135,17 @@ def _rendezvous(text: str, option: str) -> str:
 
 def _is_host_and_port(text: str) -> bool:
     host, _, port = text.rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
-    return is_port and HOST.fullmatch(host) is not None
+    return _is_port(port) and HOST.fullmatch(host) is not None
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65536
 
 
 def _address(text: str, option: str) -> str:
     """HOST:PORT of a Ray cluster, or auto."""
-    host, colon, port = text.strip().rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536
-    if text.strip() != "auto" and not (colon and host and is_port and not set(host) & set("/ \t\n")):
+    host, _, port = text.strip().rpartition(":")
+    if text.strip() != "auto" and not (host and _is_port(port) and not set(host) & set("/ \t\n")):
         raise ConfigError(
             f"{option} {text!r} is not HOST:PORT; give that of the cluster's head, like {option} 10.0.0.1:6379"
         )

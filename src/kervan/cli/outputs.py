@@ -43,7 +43,10 @@ def check_record(option: str, path: Path | None) -> None:
 
 
 def write_files(option: str, directory: Path, texts: Mapping[str, str]) -> list[Path]:
-    """Write all of `texts`, by their names in `directory`, which is made if it is not there; or, if that fails, none.
+    """Write all of `texts`, by their names in `directory`, which is made if it is not there.
+
+    All places are looked at before, and all texts are on the disk before the first takes its place: a full disk or a
+    directory in the way leaves what was there.
 
     Raises: ConfigError, which names what is in the way.
     """
